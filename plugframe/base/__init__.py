@@ -1,0 +1,34 @@
+"""Bases for plugin authors: subclass one, override what differs, mark it with ``@hookimpl``.
+
+These import torch; a descriptor's module does not import them.
+"""
+
+from plugframe.base.accelerator import Accelerator
+from plugframe.base.checkpoint import Checkpoint
+from plugframe.base.collective import Collective
+from plugframe.base.devices import parse_devices
+from plugframe.base.environment import Environment, fresh
+from plugframe.base.extension import Extension
+from plugframe.base.launcher import Launcher
+from plugframe.base.logger import Logger
+from plugframe.base.precision import Precision, cast_floating, default_dtype
+from plugframe.base.strategy import ForwardShim, Strategy
+from plugframe.base.tree import map_tensors
+
+__all__ = [
+    "Accelerator",
+    "Checkpoint",
+    "Collective",
+    "Environment",
+    "Extension",
+    "ForwardShim",
+    "Launcher",
+    "Logger",
+    "Precision",
+    "Strategy",
+    "cast_floating",
+    "default_dtype",
+    "fresh",
+    "map_tensors",
+    "parse_devices",
+]

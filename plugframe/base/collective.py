@@ -1,0 +1,88 @@
+"""A base for collectives: one rank, whose shapes are those of any number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from plugframe.context import Context
+from plugframe.errors import SettingError
+from plugframe.hooks import CollectiveSpec, ReduceOp, hookimpl
+
+REDUCTIONS = ("sum", "mean", "avg", "min", "max", "product")
+
+
+def check_reduction(op: str, tensor: Tensor) -> None:
+    """Refuse an unknown reduction, and a mean over whole numbers.
+
+    Raises:
+        SettingError: saying what is allowed.
+    """
+    if op not in REDUCTIONS:
+        raise SettingError(f"reduce_op={op!r} is not a reduction: use one of {', '.join(map(repr, REDUCTIONS))}.")
+    if op in ("mean", "avg") and not (tensor.is_floating_point() or tensor.is_complex()):
+        raise SettingError(
+            f"reduce_op={op!r} of a tensor of {tensor.dtype} has no exact result: use reduce_op='sum', "
+            "or convert the tensor with .float() first."
+        )
+
+
+class Collective(CollectiveSpec):
+    """Subclass it, override what differs and mark it with ``@hookimpl``."""
+
+    context: Context
+
+    @hookimpl
+    def collective_setup(self, context: Context) -> None:
+        self.context = context
+
+    @hookimpl
+    def collective_teardown(self) -> None:
+        pass
+
+    @hookimpl
+    def collective_all_gather(self, tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
+        tensor = tensor if sync_grads else tensor.detach()
+        return tensor.unsqueeze(0).clone()
+
+    @hookimpl
+    def collective_all_reduce(self, tensor: Tensor, op: ReduceOp, group: Any) -> Tensor:
+        check_reduction(op, tensor)
+        return tensor.detach().clone()
+
+    @hookimpl
+    def collective_reduce_scatter(self, tensor: Tensor, op: ReduceOp, group: Any) -> Tensor:
+        check_reduction(op, tensor)
+        if tensor.shape[:1] != (1,):
+            raise SettingError(f"reduce_scatter over 1 rank takes shape (1, …), got {tuple(tensor.shape)}.")
+        return tensor.detach()[0].clone()
+
+    @hookimpl
+    def collective_broadcast(self, tensor: Tensor, src: int, group: Any) -> Tensor:
+        return tensor.detach().clone()
+
+    @hookimpl
+    def collective_all_gather_object(self, obj: Any, group: Any) -> list[Any]:
+        return [obj]
+
+    @hookimpl
+    def collective_broadcast_object(self, obj: Any, src: int, group: Any) -> Any:
+        return obj
+
+    @hookimpl
+    def collective_barrier(self, name: str, group: Any) -> None:
+        pass
+
+    @hookimpl
+    def collective_monitored_barrier(self, name: str, timeout_s: float) -> None:
+        pass
+
+    @hookimpl
+    def collective_new_group(self, ranks: Sequence[int]) -> Any:
+        return tuple(ranks)
+
+    @hookimpl
+    def collective_process_group(self) -> Any:
+        return None

@@ -1,0 +1,155 @@
+"""A base for strategies: one rank, nothing spread; every subclass overrides what it spreads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from plugframe.context import Context
+from plugframe.hooks import Engine, StrategySpec, hookimpl
+
+
+class ForwardShim(nn.Module):
+    """A module that holds the user's module and runs whatever call it is given.
+
+    An engine that insists on wrapping (DDP, DeepSpeed) wraps this, and the user's module stays outside:
+    ``engine(call, *args)`` ends in ``call(*args)``, with `call` the user's own forward, hooks included.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.train(module.training)
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> ForwardShim:
+        """Set the mode of the shim alone: the user's module has its mode from the user."""
+        self.training = mode
+        return self
+
+
+class Strategy(StrategySpec):
+    """Subclass it, override what differs and mark it with ``@hookimpl``."""
+
+    context: Context
+
+    @hookimpl
+    def strategy_setup(self, context: Context) -> None:
+        self.context = context
+
+    @hookimpl
+    def strategy_teardown(self) -> None:
+        pass
+
+    @hookimpl
+    def strategy_init_context(self, empty_init: bool | None) -> AbstractContextManager[Any]:
+        # Parameters are made where they will live; without initial values where a checkpoint will fill them.
+        if empty_init:
+            return _empty_init(self.context.device)
+        return self.context.device
+
+    @hookimpl
+    def strategy_setup_module(self, module: nn.Module) -> Engine:
+        return None
+
+    @hookimpl
+    def strategy_setup_optimizers(self, module: nn.Module | None, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
+        return optimizers
+
+    @hookimpl
+    def strategy_setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: Sequence[Optimizer]
+    ) -> tuple[Engine, Sequence[Optimizer]]:
+        engine = self.strategy_setup_module(module)
+        return engine, self.strategy_setup_optimizers(module, optimizers)
+
+    @hookimpl
+    def strategy_data_shard(self) -> tuple[int, int]:
+        return self.context.world.global_rank, self.context.world.world_size
+
+    @hookimpl
+    def strategy_next_batch(self, iterator: Any, exhausted: Any) -> Any:
+        return next(iterator, exhausted)
+
+    @hookimpl
+    def strategy_backward(
+        self, loss: Tensor, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.context.hooks.precision_backward(loss=loss, args=args, kwargs=kwargs)
+
+    @hookimpl
+    def strategy_no_sync(self, module: nn.Module, engine: Engine, enabled: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    @hookimpl
+    def strategy_optimizer_step(
+        self, optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any] | None
+    ) -> Any:
+        return self.context.hooks.precision_optimizer_step(optimizer=optimizer, step=step, closure=closure)
+
+    @hookimpl
+    def strategy_clip_gradients(
+        self,
+        module: nn.Module,
+        parameters: Sequence[Tensor],
+        clip_value: float | None,
+        max_norm: float | None,
+        norm_type: float,
+        error_if_nonfinite: bool,
+    ) -> Tensor | None:
+        if clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, clip_value)
+            return None
+        assert max_norm is not None
+        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+
+    @hookimpl
+    def strategy_module_state(self, module: nn.Module, sharded: bool) -> dict[str, Any]:
+        return module.state_dict()
+
+    @hookimpl
+    def strategy_load_module_state(
+        self, module: nn.Module, state: dict[str, Any], strict: bool
+    ) -> tuple[list[str], list[str]]:
+        result = module.load_state_dict(state, strict=False)
+        return list(result.missing_keys), list(result.unexpected_keys)
+
+    @hookimpl
+    def strategy_optimizer_state(self, optimizer: Optimizer, sharded: bool) -> dict[str, Any]:
+        return optimizer.state_dict()
+
+    @hookimpl
+    def strategy_load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        optimizer.load_state_dict(state)
+
+
+class _empty_init(torch.overrides.TorchFunctionMode):
+    """Create tensors on a device and make every ``torch.nn.init`` function leave them as they are."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __enter__(self) -> _empty_init:
+        self.device.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        self.device.__exit__(*exc)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)

@@ -1,0 +1,59 @@
+"""Walking through batches: any nesting of mappings, sequences, named tuples and dataclasses."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def map_tensors(fn: Callable[[Tensor], Any], data: Any) -> Any:
+    """Return `data` with ``fn(tensor)`` in place of every tensor; `data` itself where nothing changed.
+
+    Containers keep their types; objects with a ``to`` method of their own are left alone.
+    """
+    if isinstance(data, Tensor):
+        return fn(data)
+    if isinstance(data, Mapping):
+        return _map_mapping(fn, data)
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        values = [map_tensors(fn, value) for value in data]
+        return data if _same(values, data) else type(data)(*values)
+    if isinstance(data, (list, tuple)):
+        values = [map_tensors(fn, value) for value in data]
+        return data if _same(values, data) else type(data)(values)
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        return _map_dataclass(fn, data)
+    return data
+
+
+def _same(new: Any, old: Any) -> bool:
+    return all(a is b for a, b in zip(new, old, strict=True))
+
+
+def _map_mapping(fn: Callable[[Tensor], Any], data: Mapping[Any, Any]) -> Any:
+    values = {key: map_tensors(fn, value) for key, value in data.items()}
+    if _same(values.values(), data.values()):
+        return data
+    if type(data) is dict:
+        return values
+    # A mapping class of the user's own (a defaultdict, a BatchEncoding): a shallow copy keeps what else it holds.
+    result: Any = copy.copy(data)
+    for key, value in values.items():
+        result[key] = value
+    return result
+
+
+def _map_dataclass(fn: Callable[[Tensor], Any], data: Any) -> Any:
+    names = [field.name for field in dataclasses.fields(data)]
+    old = [getattr(data, name) for name in names]
+    new = [map_tensors(fn, value) for value in old]
+    if _same(new, old):
+        return data
+    result = copy.copy(data)
+    for name, value in zip(names, new, strict=True):
+        object.__setattr__(result, name, value)
+    return result

@@ -1,0 +1,31 @@
+"""What a plugin sees of the job it runs in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from plugframe.world import World
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Context:
+    """Handed to every plugin's ``…_setup`` hook, on every rank, once the job's processes exist.
+
+    Attributes:
+        world: the ranks, seen from this process.
+        device: this rank's device.
+        hooks: every hook by name, bound: ``context.hooks.collective_barrier(name="x")`` runs the selected
+            collective's implementation, extensions included. Arguments go by keyword.
+        names: the resolved plugin name of each kind: ``{"strategy": "ddp", "precision": "32-true", …}``.
+        timeout_s: seconds a collective may take before it is an error, from ``--timeout``; None when not set.
+    """
+
+    world: World
+    device: torch.device
+    hooks: Any
+    names: dict[str, str]
+    timeout_s: float | None = None

@@ -1,0 +1,71 @@
+"""The contract of a checkpoint: how a run's state is laid down in files and found again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from plugframe.hooks.markers import provider
+
+if TYPE_CHECKING:
+    from plugframe.context import Context
+
+
+class SaveHandle(Protocol):
+    """A save that may still be running."""
+
+    def wait(self) -> None:
+        """Return once the checkpoint is whole on disk; raise what went wrong."""
+        ...
+
+    def done(self) -> bool:
+        """Say whether it has ended, well or badly."""
+        ...
+
+
+class CheckpointSpec(Protocol):
+    """Hooks of the kind ``checkpoint``.
+
+    A `state` is a tree of dicts with str or int keys, lists, tuples, tensors and plain values (None, bool, int,
+    float, str); everything else was turned into that, or refused by key, before. A descriptor that lists
+    ``provides=("sharded",)`` is given each rank's own shards; others get full tensors on rank 0 and may ignore
+    the rest. ``provides=("async",)`` says that ``wait=False`` has an effect.
+    """
+
+    @provider
+    def checkpoint_setup(self, context: Context) -> None:
+        """Called once on every rank, after every other provider is set up."""
+        ...
+
+    @provider
+    def checkpoint_teardown(self) -> None:
+        """Finish pending saves. Called once on every rank, also after an exception."""
+        ...
+
+    @provider
+    def checkpoint_save(self, path: str, state: Mapping[str, Any], info: Mapping[str, Any], wait: bool) -> SaveHandle | None:
+        """Write `state` at `path`, so that a crash at any instant leaves what was there before whole.
+
+        Called on every rank. `info` holds plain values for the manifest: format version, world size, plugins.
+        It returns, or raises, alike on all ranks.
+
+        Returns:
+            None once the checkpoint is whole on disk; a handle if `wait` is False and it may not be yet.
+
+        Raises:
+            CheckpointError: naming the path, with what is there before left untouched.
+        """
+        ...
+
+    @provider
+    def checkpoint_load(self, path: str, weights_only: bool | None) -> dict[str, Any]:
+        """Read and verify what lies at `path` and return its state, tensors on the CPU.
+
+        Called on every rank. No code from the file may run, unless `weights_only` is False and the file is
+        a foreign one (``torch.save``).
+
+        Raises:
+            CheckpointCorruptError: naming the file and the entry that is not what was written.
+            CheckpointError: if nothing, or something else, is there.
+        """
+        ...

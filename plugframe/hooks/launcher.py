@@ -1,0 +1,64 @@
+"""The contract of a launcher: who starts the ranks and watches over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from plugframe.hooks.markers import provider
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be started.
+
+    Attributes:
+        num_processes: ranks on this node.
+        num_nodes: nodes of the job.
+        node_rank: this node's rank.
+        main_address: host name or address of node 0; None on one node.
+        main_port: port of node 0; None on one node, where a free one is taken.
+        max_restarts: how often a failed group of ranks is started again.
+        environ: variables the ranks get on top of this process's environment.
+        command: arguments after the Python executable, for a script: ``("train.py", "--epochs", "3")`` or
+            ``("-m", "pkg.train")``. Empty when a function is to be run.
+        interpreter_options: options for the Python interpreter itself, such as ``("-X", "dev")``.
+        function: for a function, a picklable callable that is called with `args` on every rank.
+        args: its positional arguments.
+        timeout_s: how long to wait for the other nodes.
+    """
+
+    num_processes: int
+    num_nodes: int = 1
+    node_rank: int = 0
+    main_address: str | None = None
+    main_port: int | None = None
+    max_restarts: int = 0
+    environ: Mapping[str, str] = field(default_factory=dict)
+    command: Sequence[str] = ()
+    interpreter_options: Sequence[str] = ()
+    function: Callable[..., Any] | None = None
+    args: tuple[Any, ...] = ()
+    timeout_s: float = 300.0
+
+
+class LauncherSpec(Protocol):
+    """Hooks of the kind ``launcher``.
+
+    A descriptor says what it can start: ``provides=("script",)``, ``("function",)`` or both, and
+    ``"interactive"`` if a function typed at a prompt or in a notebook cell will do.
+    """
+
+    @provider
+    def launcher_launch(self, job: Job) -> Any:
+        """Start the ranks, wait until all have ended, and return what the function returned on rank 0.
+
+        Called in the supervising process only. A script has no result: None.
+
+        Raises:
+            RankFailedError: if a rank failed; its report names rank, host and cause and holds the traceback.
+            UsageError: if the job cannot be started this way (an unpicklable function, an address that
+                does not answer).
+        """
+        ...

@@ -1,0 +1,135 @@
+"""The contract of a precision: in which dtypes a module's numbers are kept and computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from plugframe.hooks.markers import provider
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from plugframe.context import Context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dtypes:
+    """What a precision means, for strategies that do mixed precision themselves.
+
+    Attributes:
+        parameter: dtype parameters are kept in.
+        compute: dtype of the forward and backward arithmetic.
+    """
+
+    parameter: torch.dtype
+    compute: torch.dtype
+
+
+class PrecisionSpec(Protocol):
+    """Hooks of the kind ``precision``."""
+
+    @provider
+    def precision_setup(self, context: Context) -> None:
+        """Check that this device honours the precision and prepare what it needs (a loss scaler).
+
+        Called once on every rank, after accelerator and collective are set up.
+
+        Raises:
+            UnsupportedError: if ``context.hooks.accelerator_supports_dtype`` says no. It is never replaced.
+        """
+        ...
+
+    @provider
+    def precision_teardown(self) -> None:
+        """Undo `precision_setup`. Called once on every rank, also after an exception."""
+        ...
+
+    @provider
+    def precision_dtypes(self) -> Dtypes:
+        """Return the dtypes the precision stands for. Called on every rank, by strategies, at set-up."""
+        ...
+
+    @provider
+    def precision_convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Convert a module's parameters in place and return it. Called on every rank at ``lite.setup``."""
+        ...
+
+    @provider
+    def precision_convert_input(self, data: Any) -> Any:
+        """Convert the floating-point tensors in `data` (any nesting) that go into a forward.
+
+        Called on every rank for every forward: it is in the hot path. Return `data` itself where nothing changes.
+        """
+        ...
+
+    @provider
+    def precision_convert_output(self, data: Any) -> Any:
+        """Convert the floating-point tensors in `data` (any nesting) that come out of a forward.
+
+        Called on every rank for every forward: it is in the hot path. Return `data` itself where nothing changes.
+        """
+        ...
+
+    @provider
+    def precision_forward_context(self) -> AbstractContextManager[Any]:
+        """Return the context a forward runs in, and ``lite.autocast()``.
+
+        Called on every rank for every forward: it is in the hot path.
+
+        Example:
+            ``return torch.autocast("cpu", torch.bfloat16)``
+        """
+        ...
+
+    @provider
+    def precision_init_context(self) -> AbstractContextManager[Any]:
+        """Return the context in which ``lite.init_module()`` and ``init_tensor()`` create tensors: it sets the
+        default dtype to the parameters'. Called on every rank."""
+        ...
+
+    @provider
+    def precision_backward(self, loss: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Call ``loss.backward(*args, **kwargs)``, scaled where the precision needs it.
+
+        Called on every rank by the strategy: it is in the hot path.
+        """
+        ...
+
+    @provider
+    def precision_optimizer_step(
+        self, optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any] | None
+    ) -> Any:
+        """Run ``step(closure)``, unscaling gradients before and skipping the step where they overflowed.
+
+        Called on every rank by the strategy: it is in the hot path.
+
+        Raises:
+            UnsupportedError: if a closure is given and the precision cannot re-evaluate it.
+        """
+        ...
+
+    @provider
+    def precision_unscale(self, optimizer: Optimizer) -> bool:
+        """Make the gradients of `optimizer`'s parameters true to size, once, before they are clipped or read.
+
+        Called on every rank by ``lite.clip_gradients``.
+
+        Returns:
+            True if a step with non-finite gradients will be skipped by itself, so that they are no error.
+        """
+        ...
+
+    @provider
+    def precision_state(self) -> dict[str, Any]:
+        """Return what must be saved for an exact resume (the loss scale). Called on every rank while saving."""
+        ...
+
+    @provider
+    def precision_load_state(self, state: dict[str, Any]) -> None:
+        """Put back what `precision_state` gave. Called on every rank while loading."""
+        ...

@@ -1,0 +1,183 @@
+"""The contract of a strategy: how modules, optimizers and data are spread over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from plugframe.hooks.markers import provider
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from plugframe.context import Context
+
+#: What a strategy keeps beside a module. It is called as ``engine(call, *args, **kwargs)`` and must run
+#: ``call(*args, **kwargs)``, the user's own forward, under the strategy. None: nothing to add.
+Engine = Any
+
+
+class StrategySpec(Protocol):
+    """Hooks of the kind ``strategy``. Communicate through ``context.hooks.collective_…``."""
+
+    @provider
+    def strategy_setup(self, context: Context) -> None:
+        """Prepare this rank: meshes, groups, global state.
+
+        Called once on every rank, after accelerator, collective and precision are set up.
+
+        Raises:
+            UnsupportedError: if the strategy cannot work with this world, device or precision.
+        """
+        ...
+
+    @provider
+    def strategy_teardown(self) -> None:
+        """Undo `strategy_setup`. Called once on every rank, also after an exception."""
+        ...
+
+    @provider
+    def strategy_init_context(self, empty_init: bool | None) -> AbstractContextManager[Any]:
+        """Return the context in which ``lite.init_module()`` lets the user build a module.
+
+        Called on every rank. `empty_init` True asks for parameters without storage or initial values.
+        """
+        ...
+
+    @provider
+    def strategy_setup_module(self, module: torch.nn.Module) -> Engine:
+        """Prepare a module, in place, and return its engine (or None).
+
+        Called on every rank with the user's module, already on this rank's device and converted by the
+        precision plugin. The module must stay usable by itself: the engine is kept beside it, not around it.
+
+        Example:
+            ``return DistributedDataParallel(ForwardShim(module))``
+        """
+        ...
+
+    @provider
+    def strategy_setup_optimizers(
+        self, module: torch.nn.Module | None, optimizers: Sequence[Optimizer]
+    ) -> Sequence[Optimizer]:
+        """Prepare optimizers and return them, in the same order.
+
+        Called on every rank after `strategy_setup_module`. `module` is None when optimizers are set up apart.
+        """
+        ...
+
+    @provider
+    def strategy_setup_module_and_optimizers(
+        self, module: torch.nn.Module, optimizers: Sequence[Optimizer]
+    ) -> tuple[Engine, Sequence[Optimizer]]:
+        """Prepare a module and its optimizers together: ``lite.setup(module, *optimizers)``.
+
+        Called on every rank. The default calls the two hooks above in turn.
+        """
+        ...
+
+    @provider
+    def strategy_data_shard(self) -> tuple[int, int]:
+        """Return ``(index, count)``: this rank reads shard `index` of `count` of the data.
+
+        Called on every rank when a loader is set up. Ranks with equal index get equal batches.
+
+        Example:
+            ``return context.world.global_rank, context.world.world_size``
+        """
+        ...
+
+    @provider
+    def strategy_next_batch(self, iterator: Any, exhausted: Any) -> Any:
+        """Return the next batch of `iterator`, or `exhausted`.
+
+        Called on every rank for every batch: it is in the hot path.
+
+        Example:
+            ``return next(iterator, exhausted)``
+        """
+        ...
+
+    @provider
+    def strategy_backward(
+        self, loss: Tensor, module: torch.nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Compute gradients of `loss`; `args` and `kwargs` go to ``Tensor.backward``.
+
+        Called on every rank: it is in the hot path. `module` is what the user passed as ``model=``. After it,
+        gradients on N ranks equal those of one process on the whole batch (law 6).
+        """
+        ...
+
+    @provider
+    def strategy_no_sync(self, module: torch.nn.Module, engine: Engine, enabled: bool) -> AbstractContextManager[Any]:
+        """Return a context in which gradients only accumulate locally (`enabled`) or are synchronised (not).
+
+        Called on every rank around forward and backward of a micro-batch. It nests in any way; on leaving,
+        what held before holds again.
+        """
+        ...
+
+    @provider
+    def strategy_optimizer_step(
+        self, optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any] | None
+    ) -> Any:
+        """Run one optimizer step and return what it returns.
+
+        Called on every rank: it is in the hot path. ``step(closure)`` is the user's own step.
+        """
+        ...
+
+    @provider
+    def strategy_clip_gradients(
+        self,
+        module: torch.nn.Module,
+        parameters: Sequence[Tensor],
+        clip_value: float | None,
+        max_norm: float | None,
+        norm_type: float,
+        error_if_nonfinite: bool,
+    ) -> Tensor | None:
+        """Clip the gradients of `parameters`, by value (`clip_value`) or by total norm (`max_norm`).
+
+        Called on every rank, after gradients were unscaled. Exactly one of the two limits is set.
+
+        Returns:
+            For clipping by norm the total norm before clipping (a 0-d tensor), equal on all ranks; else None.
+
+        Raises:
+            RuntimeError: if the norm is not finite and `error_if_nonfinite`, on all ranks.
+        """
+        ...
+
+    @provider
+    def strategy_module_state(self, module: torch.nn.Module, sharded: bool) -> dict[str, Any]:
+        """Return the module's ``state_dict()``: the user's keys, full tensors, or this rank's shards if `sharded`.
+
+        Called on every rank while saving.
+        """
+        ...
+
+    @provider
+    def strategy_load_module_state(
+        self, module: torch.nn.Module, state: dict[str, Any], strict: bool
+    ) -> tuple[list[str], list[str]]:
+        """Load what `strategy_module_state` gave; return the missing and the unexpected keys.
+
+        Called on every rank while loading, with the same `state` on all. Raises nothing for keys: the caller
+        reports both lists at once.
+        """
+        ...
+
+    @provider
+    def strategy_optimizer_state(self, optimizer: Optimizer, sharded: bool) -> dict[str, Any]:
+        """Return the optimizer's ``state_dict()``, full or sharded. Called on every rank while saving."""
+        ...
+
+    @provider
+    def strategy_load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Load what `strategy_optimizer_state` gave. Called on every rank while loading."""
+        ...
