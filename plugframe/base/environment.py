@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -19,11 +21,13 @@ class Environment(EnvironmentSpec):
         name: for messages.
         processes_hint: what to type to get another number of processes on a node; ``{n}`` stands for it.
         nodes_hint: what to type to get another number of nodes; ``{n}`` stands for it.
+        packed_hint: what to type to have the ranks numbered node after node.
     """
 
     name: str = "this environment"
     processes_hint: str = ""
     nodes_hint: str = ""
+    packed_hint: str = ""
 
     def main(self) -> tuple[str, int]:
         """Return host and port of node 0. Not a hook: for `environment_store` below."""
@@ -46,6 +50,65 @@ class Environment(EnvironmentSpec):
         except ValueError:
             raise EnvironmentMismatchError(f"{variable}={text!r} is not a whole number ({self.name}).") from None
 
+    def main_port(self, job: int) -> int:
+        """Return ``MASTER_PORT``, or a port from 20000 to 29999 that all ranks derive from their job's number."""
+        return self.read_int("MASTER_PORT") if os.environ.get("MASTER_PORT") else 20_000 + job % 10_000
+
+    def packed_world(self, *, rank: str, size: str, local_rank: str, local_size: str) -> World:
+        """Return the world that four variables describe, given their names; ranks are numbered node after node.
+
+        Raises:
+            EnvironmentMismatchError: if one is missing, or they contradict each other.
+        """
+        global_rank, local, per_node = self.read_int(rank), self.read_int(local_rank), self.read_int(local_size)
+        world_size = self.read_int(size)
+        world = World(
+            global_rank=global_rank,
+            local_rank=local,
+            node_rank=global_rank // max(per_node, 1),
+            world_size=world_size,
+            local_world_size=per_node,
+            num_nodes=max(world_size // max(per_node, 1), 1),
+        )
+        names = {"global_rank": rank, "local_rank": local_rank, "world_size": size, "local_world_size": local_size}
+        self.checked(world, names)
+        if local != global_rank % per_node:
+            typed = f": {self.packed_hint}" if self.packed_hint else ""
+            raise EnvironmentMismatchError(
+                f"{rank}={global_rank} and {local_rank}={local} do not fit {local_size}={per_node} "
+                f"({self.name}): ranks must be numbered node after node{typed}."
+            )
+        return world
+
+    def checked(self, world: World, names: dict[str, str]) -> World:
+        """Return `world`, its figures found to fit together.
+
+        Args:
+            names: for each field of `World`, the variable it was read from; a field that is missing here is
+                named by its own name.
+
+        Raises:
+            EnvironmentMismatchError: naming the variables that contradict each other, and their values.
+        """
+
+        def shown(field: str) -> str:
+            return f"{names.get(field, field)}={getattr(world, field)}"
+
+        way_out = f"({self.name}): unset what was set by hand, or set environment='local' for a single process."
+        for rank, size in (
+            ("global_rank", "world_size"),
+            ("local_rank", "local_world_size"),
+            ("node_rank", "num_nodes"),
+        ):
+            if not 0 <= getattr(world, rank) < getattr(world, size):
+                raise EnvironmentMismatchError(f"{shown(rank)} is not below {shown(size)} {way_out}")
+        if world.local_world_size * world.num_nodes != world.world_size:
+            raise EnvironmentMismatchError(
+                f"{shown('local_world_size')} times {shown('num_nodes')} is not {shown('world_size')}, and every "
+                f"node must run as many processes as the others {way_out}"
+            )
+        return world
+
     @hookimpl
     def environment_launched(self) -> bool:
         return True
@@ -66,15 +129,58 @@ class Environment(EnvironmentSpec):
 
     @hookimpl
     def environment_store(self, context: Context, timeout_s: float) -> Any:
-        from torch.distributed import HashStore, TCPStore
+        from torch.distributed import HashStore
 
         world = context.world
         if world.world_size == 1:
             return HashStore()  # nobody to meet: no socket
         host, port = self.main()
-        timeout = timedelta(seconds=timeout_s)
-        store = TCPStore(host, port, world.world_size, world.global_rank == 0, timeout=timeout)
-        return fresh(store, world)
+        return fresh(_meet(host, port, world, timeout_s=timeout_s), world)
+
+
+def _meet(host: str, port: int, world: World, *, timeout_s: float) -> Any:
+    """Return the TCP store that rank 0 serves, once every rank has come."""
+    from torch.distributed import DistError, TCPStore
+
+    if not 0 < port < 65_536:
+        raise EnvironmentMismatchError(f"MASTER_PORT={port} is not a port: set it to one from 1 to 65535.")
+    serves, listener = world.global_rank == 0, None
+    if world.num_nodes == 1:
+        host = "127.0.0.1"
+        listener = _listen(host, port) if serves else None
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        # Several tenants, so that a process that meets twice finds the server it still runs itself.
+        return TCPStore(
+            host,
+            port,
+            world.world_size,
+            serves,
+            timeout=timeout,
+            multi_tenant=True,
+            master_listen_fd=listener,
+        )
+    except DistError as error:
+        did = "serve the others at" if serves else "reach rank 0 at"
+        raise EnvironmentMismatchError(
+            f"Rank {world.global_rank} of {world.world_size} could not {did} {host}:{port} within {timeout_s:g} s "
+            f"({str(error).splitlines()[0]}): see that all ranks run, or set MASTER_ADDR to the host of rank 0 and "
+            "MASTER_PORT to a free port there."
+        ) from error
+
+
+def _listen(host: str, port: int) -> int | None:
+    """Return a socket bound to one address: by itself a TCP store listens on all. None if the port is taken."""
+    with socket.socket() as listener:
+        # A port of a run that has just ended is free again at once.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            return None
+        return listener.detach()
 
 
 def fresh(store: Any, world: World) -> Any:

@@ -1,20 +1,27 @@
 """The contract: the `Plugin` descriptor and one Protocol of hookspecs per kind.
 
-Nothing here imports torch, so a descriptor's module stays light.
+Nothing here imports torch, and each name is imported when it is first asked for, so a descriptor's module
+stays light.
 """
 
-from plugframe.hooks.accelerator import AcceleratorSpec
-from plugframe.hooks.checkpoint import CheckpointSpec, SaveHandle
-from plugframe.hooks.collective import CollectiveSpec, ReduceOp
-from plugframe.hooks.descriptor import API, Plugin
-from plugframe.hooks.environment import EnvironmentSpec
-from plugframe.hooks.kinds import KINDS, Kind
-from plugframe.hooks.launcher import Job, LauncherSpec
-from plugframe.hooks.logger import LoggerSpec
-from plugframe.hooks.markers import PROJECT, hookimpl, hookspec
-from plugframe.hooks.notify import NotifySpec
-from plugframe.hooks.precision import Dtypes, PrecisionSpec
-from plugframe.hooks.strategy import Engine, StrategySpec
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plugframe.hooks.accelerator import AcceleratorSpec
+    from plugframe.hooks.checkpoint import CheckpointSpec, SaveHandle
+    from plugframe.hooks.collective import CollectiveSpec, ReduceOp
+    from plugframe.hooks.descriptor import API, Plugin
+    from plugframe.hooks.environment import EnvironmentSpec
+    from plugframe.hooks.kinds import KINDS, Kind
+    from plugframe.hooks.launcher import Job, LauncherSpec
+    from plugframe.hooks.logger import LoggerSpec
+    from plugframe.hooks.markers import PROJECT, hookimpl, hookspec
+    from plugframe.hooks.notify import NotifySpec
+    from plugframe.hooks.precision import Dtypes, PrecisionSpec
+    from plugframe.hooks.strategy import Engine, StrategySpec
 
 __all__ = [
     "API",
@@ -39,3 +46,38 @@ __all__ = [
     "hookimpl",
     "hookspec",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    module = {
+        "API": "descriptor",
+        "KINDS": "kinds",
+        "PROJECT": "markers",
+        "AcceleratorSpec": "accelerator",
+        "CheckpointSpec": "checkpoint",
+        "CollectiveSpec": "collective",
+        "Dtypes": "precision",
+        "Engine": "strategy",
+        "EnvironmentSpec": "environment",
+        "Job": "launcher",
+        "Kind": "kinds",
+        "LauncherSpec": "launcher",
+        "LoggerSpec": "logger",
+        "NotifySpec": "notify",
+        "Plugin": "descriptor",
+        "PrecisionSpec": "precision",
+        "ReduceOp": "collective",
+        "SaveHandle": "checkpoint",
+        "StrategySpec": "strategy",
+        "hookimpl": "markers",
+        "hookspec": "markers",
+    }.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

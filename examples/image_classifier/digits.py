@@ -1,0 +1,62 @@
+"""What both twins share: the data, the model and the picture of the losses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+def digits(num_test: int = 360) -> tuple[TensorDataset, TensorDataset]:
+    """Return the 1797 handwritten digits that come with scikit-learn, (1, 8, 8) each, to train on and to test on."""
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16 - 0.5
+    labels = torch.tensor(bunch.target, dtype=torch.int64)
+    # Drawn once and for all, whatever the seed of the run: every run is tested on the same images.
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, train = order[:num_test], order[num_test:]
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
+
+
+def convnet() -> nn.Sequential:
+    """Return a small network from (batch, 1, 8, 8) images to (batch, 10) logits.
+
+    It has no dropout and no batch norm: what one process computes does not depend on how many others there are.
+    """
+    return nn.Sequential(
+        nn.Conv2d(1, 16, kernel_size=3, padding=1),
+        nn.GELU(),
+        nn.Conv2d(16, 32, kernel_size=3, padding=1),
+        nn.GELU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 64),
+        nn.GELU(),
+        nn.Linear(64, 10),
+    )
+
+
+def write_losses(path: Path, losses: Sequence[float]) -> None:
+    """Write the loss of every step, a line of JSON each."""
+    lines = (json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in enumerate(losses, start=1))
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def plot_losses(path: Path, losses: Sequence[float]) -> None:
+    """Draw the loss of every step into a picture, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path}: it needs matplotlib, pip install matplotlib", file=sys.stderr)
+        return
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(losses) + 1), losses, linewidth=1)
+    axes.set(xlabel="step", ylabel="training loss", yscale="log")
+    figure.savefig(path, dpi=120)

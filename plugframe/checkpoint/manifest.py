@@ -1,0 +1,146 @@
+"""The manifest: what a checkpoint must hold when it is read again, with a checksum of every part.
+
+It is JSON that ends in its own checksum, ``,"crc32":"1a2b3c4d"}``, which covers every byte before.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from plugframe.checkpoint.tree import join, parse_structure, split
+from plugframe.errors import CheckpointCorruptError, CheckpointError
+
+#: A part has one checksum for each stretch of this many bytes, so that several threads can verify it.
+SEGMENT_BYTES = 16 * 1024 * 1024
+
+_TAIL = b',"crc32":"%08x"}'
+_TAIL_BYTES = len(_TAIL % 0)
+
+
+class Checksum:
+    """The crc32 of every segment of a part, taken while its bytes go by."""
+
+    def __init__(self) -> None:
+        self._done: list[str] = []
+        self._crc = 0
+        self._num_bytes = 0
+
+    def update(self, data: memoryview | bytes) -> None:
+        view = memoryview(data)
+        while len(view):
+            part = view[: SEGMENT_BYTES - self._num_bytes]
+            self._crc = zlib.crc32(part, self._crc)
+            self._num_bytes += len(part)
+            if self._num_bytes == SEGMENT_BYTES:
+                self._close()
+            view = view[len(part) :]
+
+    def result(self) -> tuple[str, ...]:
+        """Return the checksums, eight hexadecimal digits each; nothing may be added after."""
+        if self._num_bytes:
+            self._close()
+        return tuple(self._done)
+
+    def _close(self) -> None:
+        self._done.append(f"{self._crc:08x}")
+        self._crc = self._num_bytes = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What one part must be.
+
+    Attributes:
+        dtype: ``"float32"``; see `dtype_name`.
+        shape: of the tensor.
+        size_bytes: of its contents.
+        crc32: of each segment of `SEGMENT_BYTES` bytes, the last one shorter; see `Checksum`.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    size_bytes: int
+    crc32: tuple[str, ...]
+
+    @classmethod
+    def blank(cls, *, dtype: str, shape: tuple[int, ...], size_bytes: int) -> Entry:
+        """Return an entry whose checksums are not known yet, but take the room they will take."""
+        crc32 = ("0" * 8,) * -(-size_bytes // SEGMENT_BYTES)
+        return cls(dtype=dtype, shape=shape, size_bytes=size_bytes, crc32=crc32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint must hold.
+
+    Attributes:
+        format: the name of the format.
+        version: of the format.
+        structure: the entry of the structure, see `split`.
+        tensors: the entry of each tensor, by name.
+        info: plain values about the run that saved it.
+    """
+
+    format: str
+    version: int
+    structure: Entry
+    tensors: Mapping[str, Entry]
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """Return it as JSON with its checksum. Checksums of entries do not change the length.
+
+        Raises:
+            CheckpointError: if `info` holds what is no plain value.
+        """
+        tensors, info = split(self.info, where="the manifest's info")
+        if tensors:
+            raise CheckpointError(f"the manifest's info holds a tensor, {next(iter(tensors))!r}: put it into the state.")
+        body = {
+            "format": self.format,
+            "version": self.version,
+            "info": info,
+            "structure": _pack(self.structure),
+            "tensors": {name: _pack(entry) for name, entry in self.tensors.items()},
+        }
+        data = json.dumps(body, separators=(",", ":")).encode("ascii")[:-1]
+        return data + _TAIL % zlib.crc32(data)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, where: str) -> Manifest:
+        """Return what `to_bytes` wrote.
+
+        Raises:
+            CheckpointCorruptError: if a byte of it is not what was written.
+        """
+        body, tail = data[:-_TAIL_BYTES], data[-_TAIL_BYTES:]
+        if tail != _TAIL % zlib.crc32(body):
+            found = tail.decode("ascii", "backslashreplace")
+            raise CheckpointCorruptError(
+                f"{where}: its manifest is not what was written: expected it to end in "
+                f"{(_TAIL % zlib.crc32(body)).decode()}, found {found}."
+            )
+        try:
+            fields = parse_structure(body + b"}")
+            return cls(
+                format=fields["format"],
+                version=fields["version"],
+                structure=_unpack(fields["structure"]),
+                tensors={name: _unpack(packed) for name, packed in fields["tensors"].items()},
+                info=join({}, fields["info"], where=where),
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointCorruptError(f"{where}: its manifest is not one: {error!r}.") from error
+
+
+def _pack(entry: Entry) -> list[Any]:
+    return [entry.dtype, list(entry.shape), entry.size_bytes, list(entry.crc32)]
+
+
+def _unpack(packed: Any) -> Entry:
+    dtype, shape, size_bytes, crc32 = packed
+    return Entry(dtype=dtype, shape=tuple(shape), size_bytes=size_bytes, crc32=tuple(crc32))

@@ -1,0 +1,314 @@
+"""A state tree as named tensors plus a JSON-able structure, and back.
+
+In the structure None, bool, str, list and ordinary int and float stand for themselves; all else is an object
+with one key, its tag: ``{"tensor": "model.weight"}``, ``{"dict": {…}}``, ``{"tuple": […]}``. So no string and no
+key of the user's can be mistaken for a tag.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plugframe.checkpoint.refusal import describe, refuse, refuse_tensor
+from plugframe.errors import CheckpointCorruptError, CheckpointError
+
+#: Deeper trees are refused: the JSON parser's own recursion limit is not far beyond.
+MAX_DEPTH = 100
+
+
+def split(
+    state: Mapping[str, Any], *, dtypes: Collection[torch.dtype] | None = None, where: str = "the checkpoint"
+) -> tuple[dict[str, Tensor], Any]:
+    """Return the tensors of `state` by name, and a JSON-able structure that names them.
+
+    Subclasses of plain types become those types, numpy scalars the equal plain value, numpy arrays tensors;
+    a tensor that occurs twice (same memory, shape and strides) is listed once. The tensors are detached views:
+    on their own device, strided as they were, never complex.
+
+    Args:
+        state: the tree; see `CheckpointSpec`.
+        dtypes: what the format can hold; other one-byte types are listed as uint8. None means any.
+        where: what the error names, usually the path.
+
+    Raises:
+        CheckpointError: naming every entry that cannot be saved, with its type and what to save instead.
+    """
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"cannot save {where}, nothing was written: {refuse(state, 'state')}.")
+    splitter = _Splitter(dtypes)
+    structure = splitter.encode(state, ())
+    if splitter.problems:
+        raise CheckpointError(f"cannot save {where}, nothing was written: {'; '.join(splitter.problems)}.")
+    return splitter.tensors, structure
+
+
+def join(tensors: Mapping[str, Tensor], structure: Any, *, where: str = "the checkpoint") -> Any:
+    """Return the tree that `split` took apart.
+
+    Raises:
+        CheckpointCorruptError: if the structure is none, or does not fit the tensors.
+    """
+    joiner = _Joiner(tensors)
+    try:
+        state = joiner.decode(structure, 0)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise CheckpointCorruptError(f"{where}: its structure is not what was written: {error}.") from error
+    unused = [name for name in tensors if name not in joiner.used]
+    if unused:
+        raise CheckpointCorruptError(f"{where}: tensor {unused[0]!r} is not part of its structure.")
+    return state
+
+
+def dump_structure(structure: Any) -> bytes:
+    """Return a structure as JSON."""
+    text = json.dumps(structure, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # A lone surrogate is a legal str in Python; this way it comes back as it was.
+    return text.encode("utf-8", "surrogatepass")
+
+
+def parse_structure(data: bytes) -> Any:
+    """Return what `dump_structure` wrote.
+
+    Raises:
+        ValueError: if `data` is no JSON, or nested beyond measure.
+    """
+    try:
+        return json.loads(data.decode("utf-8", "surrogatepass"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: Any) -> torch.dtype:
+    """Return the dtype of that name; a ValueError for anything else, whatever ``torch`` has under it."""
+    dtype = vars(torch).get(name) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is not a dtype")
+    return dtype
+
+
+class _Splitter:
+    def __init__(self, dtypes: Collection[torch.dtype] | None) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.problems: list[str] = []
+        self._dtypes = dtypes
+        self._nodes: dict[Any, tuple[Tensor, Any]] = {}
+        self._open: set[int] = set()
+
+    def encode(self, value: Any, path: tuple[Any, ...]) -> Any:
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, (str, int, float, complex, bytes)):
+            return _encode_scalar(value)
+        if isinstance(value, Tensor):
+            return self._tensor(value, path)
+        if isinstance(value, (Mapping, list, tuple)):
+            return self._container(value, path)
+        if isinstance(value, torch.dtype):
+            return {"dtype": dtype_name(value)}
+        return self._numpy(value, path)
+
+    def _container(self, value: Any, path: tuple[Any, ...]) -> Any:
+        if id(value) in self._open:
+            return self._problem(f"{_spell(path)} contains itself: a state must be a tree")
+        if len(path) > MAX_DEPTH:
+            return self._problem(f"{_spell(path[:3])}… is nested more than {MAX_DEPTH} deep: flatten it")
+        self._open.add(id(value))
+        try:
+            if isinstance(value, Mapping):
+                return self._mapping(value, path)
+            items = [self.encode(item, (*path, index)) for index, item in enumerate(value)]
+            return {"tuple": items} if isinstance(value, tuple) else items
+        finally:
+            self._open.discard(id(value))
+
+    def _mapping(self, value: Mapping[Any, Any], path: tuple[Any, ...]) -> Any:
+        items: list[list[Any]] = []
+        for key, item in value.items():
+            if _is_numpy(key, "integer"):
+                key = int(key)
+            if isinstance(key, bool) or not isinstance(key, (str, int)):
+                self._problem(f"{_spell(path)} has the key {key!r}, {describe(key)}: keys must be str or int")
+                continue
+            items.append([_encode_scalar(key), self.encode(item, (*path, key))])
+        if isinstance(value, Counter):
+            # MultiStepLR keeps one in its state, and needs one back.
+            return {"counter": items}
+        return {"dict": dict(items)} if all(type(key) is str for key, _ in items) else {"items": items}
+
+    def _numpy(self, value: Any, path: tuple[Any, ...]) -> Any:
+        if _is_numpy(value, "generic"):
+            item = value.item()
+            if type(item) in (bool, int, float):
+                return item if isinstance(item, bool) else _encode_scalar(item)
+        elif _is_numpy(value, "ndarray"):
+            tensor = _from_numpy(value)
+            if tensor is not None:
+                return self._tensor(tensor, path)
+            name = _spell(path)
+            return self._problem(f"{name} is {describe(value)} of {value.dtype}: save {name}.tolist() instead")
+        return self._problem(refuse(value, _spell(path)))
+
+    def _tensor(self, value: Tensor, path: tuple[Any, ...]) -> Any:
+        problem = refuse_tensor(value, _spell(path))
+        if problem:
+            return self._problem(problem)
+        identity = _identity(value)
+        if identity not in self._nodes:
+            # The value is kept with its node: its address tells it from others only while it lives.
+            self._nodes[identity] = (value, self._store(value.detach(), path))
+        return self._nodes[identity][1]
+
+    def _store(self, plain: Tensor, path: tuple[Any, ...]) -> Any:
+        name = self._name(path)
+        plain = plain.resolve_conj().resolve_neg()
+        if plain.is_complex():
+            self.tensors[name] = torch.view_as_real(plain)
+            return {"complex_tensor": name}
+        if self._dtypes is None or plain.dtype in self._dtypes:
+            self.tensors[name] = plain
+            return {"tensor": name}
+        try:
+            self.tensors[name] = _as_uint8(plain)
+        except (RuntimeError, ValueError):
+            return self._problem(f"{_spell(path)} is a tensor of {plain.dtype}, which this format cannot hold")
+        return {"bits": [dtype_name(plain.dtype), name]}
+
+    def _name(self, path: tuple[Any, ...]) -> str:
+        # "a.b" may be one key or two; the structure knows, the name need only be readable and free.
+        name = ".".join(str(key) for key in path).encode("utf-8", "backslashreplace").decode()
+        if not name or name.startswith("__"):
+            name = f"state.{name}"
+        unique, number = name, 1
+        while unique in self.tensors:
+            number += 1
+            unique = f"{name}#{number}"
+        return unique
+
+    def _problem(self, text: str) -> Any:
+        self.problems.append(text)
+        return None
+
+
+class _Joiner:
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.used: set[str] = set()
+        self._tensors = tensors
+        self._made: dict[tuple[str, str], Tensor] = {}
+        self._tags: dict[str, Callable[[Any, int], Any]] = {
+            "dict": lambda body, depth: {key: self.decode(item, depth) for key, item in body.items()},
+            "items": self._items,
+            "counter": lambda body, depth: Counter(self._items(body, depth)),
+            "tuple": lambda body, depth: tuple([self.decode(item, depth) for item in body]),
+            "tensor": lambda body, _: self._tensor(body, "tensor", lambda tensor: tensor),
+            "complex_tensor": lambda body, _: self._tensor(body, "complex", torch.view_as_complex),
+            "bits": lambda body, _: self._bits(*body),
+            "float": lambda body, _: _special_float(body),
+            "complex": lambda body, depth: complex(*[self.decode(item, depth) for item in body]),
+            "int": lambda body, _: int(body, 16),
+            "bytes": lambda body, _: base64.b64decode(body, validate=True),
+            "dtype": lambda body, _: dtype_of(body),
+        }
+
+    def decode(self, node: Any, depth: int) -> Any:
+        if node is None or isinstance(node, (bool, int, float, str)):
+            return node
+        if depth > MAX_DEPTH + 3:
+            raise ValueError("it is nested too deeply")
+        if isinstance(node, list):
+            return [self.decode(item, depth + 1) for item in node]
+        if len(node) != 1 or (tag := next(iter(node))) not in self._tags:
+            raise ValueError(f"unknown entry {str(node)[:60]}")
+        return self._tags[tag](node[tag], depth + 1)
+
+    def _items(self, body: Any, depth: int) -> dict[Any, Any]:
+        return {self.decode(key, depth): self.decode(item, depth) for key, item in body}
+
+    def _bits(self, dtype: Any, name: Any) -> Tensor:
+        wanted = dtype_of(dtype)
+        return self._tensor(name, str(dtype), lambda tensor: tensor.view(wanted))
+
+    def _tensor(self, name: Any, kind: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+        if name not in self._tensors:
+            raise ValueError(f"tensor {name!r} is missing")
+        self.used.add(name)
+        if (kind, name) not in self._made:
+            self._made[kind, name] = make(self._tensors[name])
+        return self._made[kind, name]
+
+
+def _encode_scalar(value: Any) -> Any:
+    # The unbound methods: a subclass (an IntEnum, a str with its own __str__) may say something else.
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        number = int.__int__(value)
+        # int() refuses decimal text of more than 4300 digits, hexadecimal never.
+        return number if -(2**63) <= number < 2**64 else {"int": hex(number)}
+    if isinstance(value, float):
+        real = float.__float__(value)
+        return real if math.isfinite(real) else {"float": repr(real)}
+    if isinstance(value, complex):
+        return {"complex": [_encode_scalar(value.real), _encode_scalar(value.imag)]}
+    return {"bytes": base64.b64encode(value).decode("ascii")}
+
+
+def _special_float(text: Any) -> float:
+    if text not in ("nan", "inf", "-inf"):
+        raise ValueError(f"{text!r} is not nan, inf or -inf")
+    return float(text)
+
+
+def _spell(path: tuple[Any, ...]) -> str:
+    return "state" + "".join(f"[{key!r}]" for key in path)
+
+
+def _identity(value: Tensor) -> Any:
+    """Return a key that two tensors share if they are the same values in the same memory."""
+    try:
+        pointer = value.data_ptr()
+    except RuntimeError:
+        # Not every device tells addresses.
+        pointer = 0
+    if pointer == 0 or value.numel() == 0:
+        return id(value)
+    flags = (value.is_conj(), value.is_neg())
+    return (pointer, value.device, value.dtype, tuple(value.shape), value.stride(), flags)
+
+
+def _as_uint8(plain: Tensor) -> Tensor:
+    if plain.element_size() != 1:
+        raise ValueError(f"elements of {plain.dtype} have {plain.element_size()} bytes")
+    return plain.view(torch.uint8)
+
+
+def _is_numpy(value: Any, kind: str) -> bool:
+    # numpy is optional: who has an array has imported it.
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, getattr(numpy, kind))
+
+
+def _from_numpy(array: Any) -> Tensor | None:
+    numpy = sys.modules["numpy"]
+    if type(array) not in (numpy.ndarray, numpy.memmap):
+        return None
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        return None

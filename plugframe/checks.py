@@ -1,0 +1,129 @@
+"""What the user handed over, looked at before anything is done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from plugframe.adopt import state_of
+from plugframe.errors import OrderError, SettingError
+
+
+def check_module(module: Any) -> None:
+    """Refuse what is no plain module, and one that was set up before.
+
+    Raises:
+        SettingError: for another type.
+        OrderError: for a module, or a part of it, that was set up.
+    """
+    if isinstance(module, DataLoader):
+        raise SettingError("setup() takes a module first, got a DataLoader: use lite.setup_dataloaders(loader).")
+    if isinstance(module, Optimizer):
+        raise SettingError("setup() takes the module first, then its optimizers: lite.setup(model, optimizer).")
+    if not isinstance(module, nn.Module):
+        raise SettingError(f"setup() takes a torch.nn.Module first, got {type(module).__name__}.")
+    if isinstance(module, (DataParallel, DistributedDataParallel)):
+        raise SettingError(f"The module is wrapped in {type(module).__name__} already: pass the module itself.")
+    if state_of(module) is not None:
+        raise OrderError(f"This {type(module).__name__} was set up already: set a module up once.")
+    for name, part in module.named_modules():
+        if state_of(part) is not None:
+            raise OrderError(
+                f"Part {name!r} of this {type(module).__name__} was set up already: set up the whole, or its parts."
+            )
+
+
+def check_optimizers(optimizers: Sequence[Any]) -> None:
+    """Refuse what is no plain optimizer, and one that was set up before.
+
+    Raises:
+        SettingError: for another type.
+        OrderError: for an optimizer that was set up.
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, DataLoader):
+            raise SettingError("A DataLoader was passed as an optimizer: use lite.setup_dataloaders(loader).")
+        if isinstance(optimizer, nn.Module):
+            raise SettingError("A second module was passed as an optimizer: call lite.setup() for each module.")
+        if not isinstance(optimizer, Optimizer):
+            what = type(optimizer).__name__
+            raise SettingError(f"{what} was passed as an optimizer: pass torch optimizers; schedulers need no set-up.")
+        if state_of(optimizer) is not None:
+            raise OrderError(f"This {type(optimizer).__name__} was set up already: set an optimizer up once.")
+
+
+def check_ownership(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse an optimizer that holds parameters of another model.
+
+    Raises:
+        SettingError: saying how many.
+    """
+    own = {id(parameter) for parameter in module.parameters()}
+    for optimizer in optimizers:
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        foreign = sum(id(p) not in own for p in held)
+        if foreign:
+            raise SettingError(
+                f"{foreign} of the {len(held)} parameters of this {type(optimizer).__name__} are not parameters of "
+                f"this {type(module).__name__}: pass the model's own optimizer, or set them up apart with "
+                "lite.setup_module() and lite.setup_optimizers()."
+            )
+
+
+def check_loaders(loaders: Sequence[Any]) -> None:
+    """Refuse what is no plain DataLoader, and one that was set up before.
+
+    Raises:
+        SettingError: for another type.
+        OrderError: for a loader that was set up.
+    """
+    if not loaders:
+        raise SettingError("setup_dataloaders() takes at least one DataLoader, got none.")
+    for loader in loaders:
+        if not isinstance(loader, DataLoader):
+            raise SettingError(f"setup_dataloaders() takes torch DataLoaders, got {type(loader).__name__}.")
+        if state_of(loader) is not None:
+            raise OrderError("This DataLoader was set up already: set a loader up once.")
+
+
+def check_loss(loss: Any, *, set_up: bool) -> None:
+    """Refuse a backward before anything was set up, and of what is no tensor.
+
+    Raises:
+        OrderError: before set-up.
+        SettingError: for another type.
+    """
+    if not set_up:
+        raise OrderError("backward() before any model was set up: call lite.setup(model, optimizer) first.")
+    if not isinstance(loss, Tensor):
+        raise SettingError(f"backward() takes the loss as a tensor, got {type(loss).__name__}.")
+
+
+def check_set_up(module: Any, call: str) -> None:
+    """Refuse a module that was not set up.
+
+    Raises:
+        OrderError: saying what to call.
+    """
+    if state_of(module) is None:
+        what = type(module).__name__
+        raise OrderError(f"{call}() takes a module that was set up, and this {what} was not: call lite.setup() first.")
+
+
+def check_limits(clip_val: Any, max_norm: Any) -> None:
+    """Refuse anything but exactly one limit above 0.
+
+    Raises:
+        SettingError: saying what to pass.
+    """
+    if (clip_val is None) == (max_norm is None):
+        got = f"clip_val={clip_val!r}, max_norm={max_norm!r}"
+        raise SettingError(f"clip_gradients() takes one of clip_val= and max_norm=, got {got}.")
+    limit = clip_val if max_norm is None else max_norm
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
+        raise SettingError(f"clip_gradients() takes a limit above 0, got {limit!r}.")

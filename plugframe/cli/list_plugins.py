@@ -1,0 +1,144 @@
+"""``plugframe list-plugins``: what is installed, from metadata alone; with ``--check``, whether it works."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import asdict, dataclass
+
+import click
+
+from plugframe.errors import PluginError, SettingError, UnknownPluginError, closest
+from plugframe.registry import Entry, Registry
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the listing.
+
+    Attributes:
+        kind: of the plugin.
+        name: what the user types.
+        package: the distribution that publishes it.
+        version: of that distribution.
+        needs: distributions of the extras it needs.
+        status: ``"ok"``, or what is wrong and what to type.
+        summary: what the descriptor says of itself; empty unless it was loaded.
+    """
+
+    kind: str
+    name: str
+    package: str
+    version: str
+    needs: str
+    status: str
+    summary: str = ""
+
+    @property
+    def broken(self) -> bool:
+        """Whether its author has something to mend."""
+        return self.status.startswith(("broken", "incompatible"))
+
+
+@click.command("list-plugins")
+@click.option("--kind", metavar="KIND", help="Only this kind: accelerator, strategy, precision, …")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects.")
+@click.option(
+    "--check", is_flag=True, help="Load every plugin's descriptor and say what is broken; exit code 1 if any is."
+)
+def command(kind: str | None, as_json: bool, check: bool) -> int:
+    """List the installed plugins: the names that `plugframe run` and `Lite` take.
+
+    \b
+    Examples:
+      plugframe list-plugins
+      plugframe list-plugins --kind strategy
+      plugframe list-plugins --check --json
+    """
+    registry = Registry.discover()
+    rows = [_row(registry, entry, check=check) for entry in _entries(registry, kind)]
+    if as_json:
+        import json
+
+        hidden = () if check else ("summary",)
+        click.echo(json.dumps([{k: v for k, v in asdict(row).items() if k not in hidden} for row in rows], indent=2))
+    elif not rows:
+        click.echo(f"No plugin of the kind {kind} is installed." if kind else "No plugin is installed.")
+    else:
+        _show(rows, check=check)
+    return int(any(row.broken for row in rows))
+
+
+def _entries(registry: Registry, kind: str | None) -> list[Entry]:
+    entries = registry.entries(kind)
+    if kind is not None and not entries:
+        from plugframe.hooks.kinds import KINDS  # imports pluggy, which a listing does without
+
+        if kind not in KINDS:
+            raise SettingError(f"--kind={kind!r} is not a kind.{closest(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
+    return entries
+
+
+def _row(registry: Registry, entry: Entry, *, check: bool) -> Row:
+    checked, summary = _checked(registry, entry) if check else (None, "")
+    return Row(
+        kind=entry.kind,
+        name=entry.name,
+        package=entry.distribution,
+        version=entry.version,
+        needs=", ".join(registry.needs(entry)),
+        status=checked or _status(registry, entry),
+        summary=summary,
+    )
+
+
+def _status(registry: Registry, entry: Entry) -> str:
+    """Return what metadata alone says about a plugin."""
+    siblings = registry.entries(entry.kind)
+    if registry.missing(entry):
+        return f"missing: type pip install '{entry.distribution}[{','.join(entry.extras)}]'"
+    if registry.shadowed(entry):
+        return f"shadowed by the built-in; use {entry.qualified}"
+    if not entry.builtin and sum(other.name == entry.name for other in siblings) > 1:
+        return f"the same name in several packages; use {entry.qualified}"
+    if not any(other.builtin for other in siblings):
+        return _stray(entry.kind)
+    return "ok"
+
+
+def _stray(kind: str) -> str:
+    """Return the status of a plugin of a kind that plugframe itself has no plugin of."""
+    from plugframe.hooks.kinds import KINDS
+
+    return "ok" if kind in KINDS else f"broken: there is no such kind.{closest(kind, KINDS)}"
+
+
+def _checked(registry: Registry, entry: Entry) -> tuple[str | None, str]:
+    """Load a descriptor: return what is wrong with it, None if nothing is, and its summary."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # whatever it prints must not end up in the listing
+            descriptor = registry.describe(entry)
+        if descriptor.alias_of:
+            registry.find(entry.kind, descriptor.alias_of)
+        for kind, name in descriptor.implies.items():
+            registry.find(kind, name)
+        absent = registry.absent(entry)
+    except PluginError as error:
+        words = str(error).removeprefix(f"{entry.origin} ")
+        broken = words.removeprefix("is broken: ")
+        return f"{'incompatible' if broken == words else 'broken'}: {' '.join(broken.split())}", ""
+    except UnknownPluginError as error:
+        return f"broken: it stands for another plugin, and {error}", ""
+    stands_for = descriptor.alias_of or (f"the best {descriptor.best_of} here" if descriptor.best_of else "")
+    implied = " and ".join(f"{kind} {name}" for kind, name in descriptor.implies.items())
+    alias = f"= {stands_for}{' with ' if implied else ''}{implied}" if stands_for else ""
+    summary = f"{descriptor.summary} ({alias})" if descriptor.summary and alias else descriptor.summary or alias
+    return (f"missing {absent}" if absent else None), summary
+
+
+def _show(rows: list[Row], *, check: bool) -> None:
+    from plugframe.cli.table import show
+
+    # The status last: it is the one that can be long.
+    columns = ["kind", "name", "package", "version", "needs", *(["summary"] if check else []), "status"]
+    show(columns, [[getattr(row, column) for column in columns] for row in rows])

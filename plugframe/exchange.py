@@ -1,0 +1,53 @@
+"""Collectives over nested data: one shape law for any number of ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plugframe.base.tree import map_tensors
+from plugframe.errors import SettingError
+
+
+def to_tensors(data: Any, device: torch.device, call: str) -> Any:
+    """Return `data` with its numbers and arrays as tensors on `device`; tensors stay where they are.
+
+    Raises:
+        SettingError: for anything that is neither, naming its type.
+    """
+    if isinstance(data, Tensor):
+        return data
+    if isinstance(data, (bool, int, float, complex)):
+        return torch.tensor(data, device=device)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(data, (numpy.ndarray, numpy.generic)):
+        return torch.as_tensor(data, device=device)
+    if isinstance(data, Mapping):
+        return {key: to_tensors(value, device, call) for key, value in data.items()}
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(to_tensors(value, device, call) for value in data))
+    if isinstance(data, (list, tuple)):
+        return type(data)(to_tensors(value, device, call) for value in data)
+    raise SettingError(
+        f"{call}() takes tensors, numbers, arrays, and dicts, lists and tuples of them, got {type(data).__name__}; "
+        "for other objects use lite.broadcast()."
+    )
+
+
+def each(fn: Callable[[Tensor], Tensor], data: Any, device: torch.device, call: str) -> Any:
+    """Apply a collective to every leaf of `data`, in the same order on every rank."""
+    return map_tensors(fn, to_tensors(data, device, call))
+
+
+def off_device(data: Any) -> Any:
+    """Return `data` with its tensors on the CPU, to be sent as an object."""
+    return map_tensors(lambda tensor: tensor.detach().cpu(), data)
+
+
+def on_device(data: Any, device: torch.device) -> Any:
+    """Return `data` with its tensors on `device`."""
+    return map_tensors(lambda tensor: tensor.to(device), data)

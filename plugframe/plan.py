@@ -1,0 +1,89 @@
+"""The plan: what will run, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from plugframe.hooks.descriptor import Plugin
+from plugframe.registry import Entry
+from plugframe.world import World
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Choice:
+    """One selected plugin.
+
+    Attributes:
+        kind: of the plugin.
+        name: the name it is selected by, aliases followed.
+        reason: why this one, in words.
+        descriptor: what it says of itself.
+        entry: where it comes from; None for an instance of an unpublished class.
+        instance: the object the user passed, or the one made while the plan was; None otherwise.
+    """
+
+    kind: str
+    name: str
+    reason: str
+    descriptor: Plugin
+    entry: Entry | None = None
+    instance: Any = None
+
+    @property
+    def origin(self) -> str:
+        """``ddp (plugframe 0.1.0)``."""
+        if self.entry is None:
+            return f"{self.name} (an object in the code)"
+        return f"{self.name} ({self.entry.distribution} {self.entry.version})"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Plan:
+    """What the settings come to on this machine.
+
+    Attributes:
+        choices: the selected plugin of each kind that has one.
+        extensions: in the order asked for; the first wraps outermost.
+        loggers: in the order asked for.
+        devices: device index of each local rank.
+        devices_reason: why these.
+        num_nodes: nodes of the job.
+        launched: whether the job's processes exist already.
+        world: this process's place, if `launched`.
+        timeout_s: of collectives; None where none was asked for.
+        notes: what was passed over, and why.
+    """
+
+    choices: Mapping[str, Choice]
+    devices: tuple[int, ...]
+    devices_reason: str
+    num_nodes: int
+    launched: bool
+    world: World | None = None
+    extensions: tuple[Choice, ...] = ()
+    loggers: tuple[Choice, ...] = ()
+    timeout_s: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.world.world_size if self.world else len(self.devices) * self.num_nodes
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Return (what, value, why) for every field, for people."""
+        devices = ", ".join(map(str, self.devices))
+        rows = [(kind, choice.origin, choice.reason) for kind, choice in self.choices.items()]
+        rows.insert(1, ("devices", f"{len(self.devices)} on each node: {devices}", self.devices_reason))
+        rows.insert(2, ("nodes", str(self.num_nodes), f"{self.world_size} ranks in all"))
+        rows += [("extension", c.origin, c.reason) for c in self.extensions]
+        rows += [("logger", c.origin, c.reason) for c in self.loggers]
+        return rows
+
+    def line(self) -> str:
+        """Return the plan in one line: every plugin in use with its package and version."""
+        used = [*self.choices.values(), *self.extensions, *self.loggers]
+        ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        return f"{ranks}, " + ", ".join(f"{c.kind} {c.origin}" for c in used)

@@ -1,0 +1,145 @@
+"""Saving and loading the state of a run through the checkpoint plugin."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from plugframe import __version__
+from plugframe.adopt.loader import LoaderState
+from plugframe.errors import CheckpointError, PlugframeWarning, SettingError
+from plugframe.hooks.checkpoint import SaveHandle
+from plugframe.seed import rng_state, set_rng_state
+from plugframe.session import Session
+from plugframe.state import Filter, Restore, collect
+
+#: The key of a checkpoint under which plugframe keeps what an exact resume needs besides the user's objects.
+RUN = "__plugframe__"
+
+
+def checked_path(path: Any) -> str:
+    """Return a path as text.
+
+    Raises:
+        SettingError: for what is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise SettingError(f"A checkpoint's path is a str or a Path, got {path!r}.")
+    return os.fspath(path)
+
+
+def save(
+    session: Session,
+    path: Any,
+    state: Any,
+    *,
+    filters: Mapping[str, Filter] | None,
+    loaders: list[LoaderState],
+    wait: bool,
+) -> SaveHandle | None:
+    """Write `state` and what belongs to the run. Called on every rank."""
+    if isinstance(path, Mapping):
+        path, state = state, path  # torch.save's order
+    target = checked_path(path)
+    if not isinstance(state, Mapping):
+        raise SettingError(f"save() takes the state as a dict such as {{'model': model}}, got {type(state).__name__}.")
+    if RUN in state:
+        raise CheckpointError(f"The key {RUN!r} of the state is taken by plugframe itself: choose another name.")
+    provides = session.plan.choices["checkpoint"].descriptor.provides
+    rank = session.world.global_rank
+    if not wait and "async" not in provides and rank == 0:
+        name = session.plan.choices["checkpoint"].name
+        warnings.warn(f"wait=False has no effect: checkpoint {name!r} saves at once.", PlugframeWarning, stacklevel=3)
+    hooks = session.hooks
+    tree = collect(state, hooks, sharded="sharded" in provides, filters=filters)
+    tree[RUN] = _run_state(session, loaders)
+    handle: SaveHandle | None = hooks.checkpoint_save(path=target, state=tree, info=_info(session), wait=wait)
+    if hooks.on_save is not None:
+        hooks.on_save(path=target, state=state)
+    return handle
+
+
+def load(
+    session: Session,
+    path: Any,
+    state: Any,
+    *,
+    strict: bool,
+    loaders: list[LoaderState],
+    weights_only: bool | None,
+) -> dict[str, Any]:
+    """Read a checkpoint into `state` and return what has no place in it. Called on every rank."""
+    target = checked_path(path)
+    if state is not None and not isinstance(state, dict):
+        raise SettingError(
+            f"load() takes the state as a dict such as {{'model': model}}, got {type(state).__name__}; "
+            "for a single object use load_raw()."
+        )
+    loaded = session.hooks.checkpoint_load(path=target, weights_only=weights_only)
+    run = loaded.pop(RUN, None)
+    if state is None:
+        return dict(loaded)
+    restore = Restore(session.hooks, path=target, strict=strict)
+    rest = restore.into(state, loaded)
+    restore.apply()
+    if run is not None:
+        _restore_run(session, run, loaders)
+    if session.hooks.on_load is not None:
+        session.hooks.on_load(path=target)
+    return rest
+
+
+def load_raw(session: Session, path: Any, obj: Any, *, strict: bool, weights_only: bool | None) -> None:
+    """Read a file that holds the bare state of one object. Called on every rank."""
+    target = checked_path(path)
+    loaded = session.hooks.checkpoint_load(path=target, weights_only=weights_only)
+    loaded.pop(RUN, None)
+    if not (hasattr(obj, "load_state_dict") and hasattr(obj, "state_dict")):
+        raise SettingError(f"load_raw() takes an object with load_state_dict(), got {type(obj).__name__}.")
+    restore = Restore(session.hooks, path=target, strict=strict)
+    restore.into({"object": obj}, {"object": loaded})
+    restore.apply()
+
+
+def _run_state(session: Session, loaders: list[LoaderState]) -> dict[str, Any]:
+    hooks = session.hooks
+    mine = rng_state()
+    device = hooks.accelerator_rng_state(device=session.device)
+    if device is not None:
+        mine["device"] = device
+    return {
+        "precision": hooks.precision_state(),
+        "rng": hooks.collective_all_gather_object(obj=mine, group=None),
+        "loaders": [{"epoch": loader.epoch, "seed": loader.order.seed} for loader in loaders],
+    }
+
+
+def _restore_run(session: Session, run: Mapping[str, Any], loaders: list[LoaderState]) -> None:
+    hooks, world = session.hooks, session.world
+    hooks.precision_load_state(state=run["precision"])
+    if len(run["loaders"]) == len(loaders):
+        for loader, kept in zip(loaders, run["loaders"], strict=True):
+            loader.epoch = kept["epoch"]
+            loader.order.seed = kept["seed"]
+    elif loaders and world.global_rank == 0:
+        counts = f"{len(run['loaders'])} loaders were set up when it was saved, {len(loaders)} are now"
+        warnings.warn(f"The epochs of the loaders were not restored: {counts}.", PlugframeWarning, stacklevel=4)
+    if len(run["rng"]) != world.world_size:
+        if world.global_rank == 0:
+            message = f"The random generators were not restored: {len(run['rng'])} ranks saved, {world.world_size} load."
+            warnings.warn(message, PlugframeWarning, stacklevel=4)
+        return
+    mine = run["rng"][world.global_rank]
+    if "device" in mine:
+        hooks.accelerator_set_rng_state(state=mine["device"], device=session.device)
+    set_rng_state(mine)
+
+
+def _info(session: Session) -> dict[str, Any]:
+    plan = session.plan
+    plugins = {choice.kind: choice.origin for choice in plan.choices.values()}
+    return {"plugframe": __version__, "world_size": plan.world_size, "plugins": plugins}
+
+

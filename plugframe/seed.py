@@ -1,0 +1,77 @@
+"""Seeding every generator a training draws from."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import torch
+
+from plugframe.errors import SettingError
+
+#: What every generator of 32 bits and more accepts.
+MAX_SEED = 2**32 - 1
+
+
+def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
+    """Seed Python's, NumPy's and torch's generators, on every device, and return the seed.
+
+    Every rank that is to have equal initial weights must call it, with the same seed. Loader workers are seeded
+    from it in any case, differently on every rank; the order of samples depends on it alone.
+
+    Args:
+        seed: 0 … 2**32 - 1; None draws one from the operating system.
+        workers: accepted for scripts that pass it; loader workers are always seeded.
+        verbose: accepted for scripts that pass it; nothing is printed.
+
+    Raises:
+        SettingError: for any other seed.
+    """
+    del workers, verbose
+    if seed is None:
+        seed = random.SystemRandom().randint(0, MAX_SEED)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise SettingError(f"seed={seed!r} is not a seed: it is a whole number from 0 to {MAX_SEED}.")
+    random.seed(seed)
+    torch.manual_seed(seed)
+    numpy = _numpy()
+    if numpy:
+        numpy.seed(seed)
+    return seed
+
+
+def _numpy() -> Any:
+    try:
+        import numpy.random
+    except ImportError:
+        return None
+    return sys.modules["numpy.random"]
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the state of this process's CPU generators, as tensors and plain values."""
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+    }
+    numpy = sys.modules.get("numpy.random")
+    if numpy:
+        name, keys, position, has_gauss, cached = numpy.get_state()
+        keys_tensor = torch.tensor(keys.tolist(), dtype=torch.int64)
+        state["numpy"] = {"name": name, "keys": keys_tensor, "rest": [position, has_gauss, cached]}
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what `rng_state` gave."""
+    torch.set_rng_state(state["torch"].to(torch.uint8))
+    python = state["python"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    if "numpy" in state:
+        import numpy
+
+        kept = state["numpy"]
+        keys = numpy.array(kept["keys"].tolist(), dtype=numpy.uint32)
+        numpy.random.set_state((kept["name"], keys, *kept["rest"]))

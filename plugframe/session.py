@@ -1,0 +1,131 @@
+"""A job that runs: its plugins in one pipeline, set up in order and torn down in reverse."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import Any
+
+from plugframe.context import Context
+from plugframe.errors import OrderError
+from plugframe.hooks.markers import PROJECT
+from plugframe.logs import tell
+from plugframe.pipeline import BoundHooks, Pipeline
+from plugframe.plan import Choice, Plan
+from plugframe.resolve import Catalogue
+from plugframe.world import World
+
+#: In this order they are set up; an accelerator first, so that tensors can exist.
+_SET_UP = ("accelerator", "collective", "precision", "strategy", "checkpoint")
+
+
+class Session:
+    """The plugins of one `Lite`, from construction to tear-down.
+
+    Attributes:
+        plan: what was resolved.
+        hooks: every hook, bound.
+        plugins: the plugin object of each single kind.
+        context: what plugins see of the job; None until `start`.
+    """
+
+    def __init__(self, plan: Plan, catalogue: Catalogue, callbacks: list[Any]) -> None:
+        self.plan = plan
+        self.plugins: dict[str, Any] = {}
+        self.context: Context | None = None
+        self._undo = ExitStack()
+        self._pipeline = Pipeline(trace=os.environ.get("PLUGFRAME_TRACE") == "1")
+        for choice in plan.choices.values():
+            self.plugins[choice.kind] = self._add(choice, catalogue)
+        self.loggers = [self._add(choice, catalogue) for choice in plan.loggers]
+        # pluggy runs the last registered wrapper outermost; the first listed shall be.
+        for choice in reversed(plan.extensions):
+            self._add(choice, catalogue)
+        for callback in callbacks:
+            if _has_hooks(callback):
+                self._pipeline.add(_as_choice(callback), callback)
+        self.hooks: BoundHooks = self._pipeline.bind()
+
+    def _add(self, choice: Choice, catalogue: Catalogue) -> Any:
+        plugin = choice.instance
+        if plugin is None:
+            assert choice.entry is not None
+            plugin = catalogue.make(choice.entry)
+        self._pipeline.add(choice, plugin)
+        return plugin
+
+    @property
+    def world(self) -> World:
+        """This process's place; a world of one until the job's processes exist."""
+        return self.plan.world or World()
+
+    @property
+    def device(self) -> Any:
+        """This rank's ``torch.device``."""
+        index = self.plan.devices[self.world.local_rank]
+        return self.hooks.accelerator_device(index=index)
+
+    def start(self) -> Context:
+        """Set every plugin up, on this rank. A failure undoes what was done."""
+        if self.context is not None:
+            return self.context
+        names = {kind: choice.name for kind, choice in self.plan.choices.items()}
+        context = Context(
+            world=self.world, device=self.device, hooks=self.hooks, names=names, timeout_s=self.plan.timeout_s
+        )
+        try:
+            for kind in _SET_UP:
+                # Undone even if the set-up itself fails half-way.
+                self._undo.callback(getattr(self.hooks, f"{kind}_teardown"))
+                getattr(self.hooks, f"{kind}_setup")(context=context)
+            if self.hooks.logger_setup is not None:
+                self._undo.callback(self.hooks.logger_teardown)
+                self.hooks.logger_setup(context=context)
+            self.context = context
+            if context.world.global_rank == 0:
+                tell(self.plan.line())
+            if self.hooks.on_launch is not None:
+                self.hooks.on_launch(context=context)
+        except BaseException:
+            self.context = None
+            self._undo.close()
+            raise
+        return context
+
+    def on_close(self, undo: Any, *args: Any) -> None:
+        """Have ``undo(*args)`` called at tear-down, before what was set up earlier."""
+        self._undo.callback(undo, *args)
+
+    def close(self) -> None:
+        """Tear everything down, in reverse; all of it, even if some fails."""
+        if self.context is None:
+            return
+        try:
+            if self.hooks.on_teardown is not None:
+                self.hooks.on_teardown()
+        finally:
+            self.context = None
+            self._undo.close()
+
+    def started(self) -> Context:
+        """Return the context.
+
+        Raises:
+            OrderError: if the job does not run.
+        """
+        if self.context is None:
+            raise OrderError("The job does not run: call lite.launch() first.")
+        return self.context
+
+
+def _has_hooks(callback: Any) -> bool:
+    names = (getattr(type(callback), name, None) for name in dir(type(callback)))
+    return any(hasattr(member, f"{PROJECT}_impl") for member in names)
+
+
+def _as_choice(callback: Any) -> Choice:
+    from plugframe.hooks.descriptor import Plugin
+
+    cls = type(callback)
+    descriptor = Plugin(factory=f"{cls.__module__}:{cls.__qualname__}")
+    return Choice(kind="extension", name=cls.__name__, reason="a callback", descriptor=descriptor, instance=callback)

@@ -1,0 +1,154 @@
+"""The state of a run: from the user's objects to a tree of tensors and plain values, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from plugframe.errors import CheckpointError, CheckpointMismatchError
+
+Filter = Callable[[str, Any], bool]
+
+
+def has_state(value: Any) -> bool:
+    """Say whether a value is an object that gives and takes a ``state_dict``."""
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+def collect(state: Mapping[str, Any], hooks: Any, *, sharded: bool, filters: Mapping[str, Filter] | None = None) -> dict[str, Any]:
+    """Return the tree of what `state` holds; every rank must call it.
+
+    Args:
+        state: objects with a ``state_dict``, tensors, plain values, and dicts and lists of those.
+        filters: for a key of `state`, which of its entries are saved: ``f(name, value) -> bool``.
+    """
+    tree = {key: _collect(value, hooks, sharded) for key, value in state.items()}
+    for key, keep in (filters or {}).items():
+        if key not in tree or not isinstance(tree[key], Mapping):
+            raise CheckpointError(f"filter names {key!r}, which is no object in the state: {', '.join(state)}.")
+        tree[key] = {name: value for name, value in tree[key].items() if keep(name, value)}
+    return tree
+
+
+def _collect(value: Any, hooks: Any, sharded: bool) -> Any:
+    if isinstance(value, nn.Module):
+        return hooks.strategy_module_state(module=value, sharded=sharded)
+    if isinstance(value, Optimizer):
+        return hooks.strategy_optimizer_state(optimizer=value, sharded=sharded)
+    if has_state(value):
+        return value.state_dict()
+    if isinstance(value, Mapping):
+        return {key: _collect(item, hooks, sharded) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_collect(item, hooks, sharded) for item in value)
+    return value
+
+
+class Restore:
+    """Puts a loaded tree into the user's objects: everything is checked before the first value is written."""
+
+    def __init__(self, hooks: Any, *, path: str, strict: bool) -> None:
+        self.hooks = hooks
+        self.path = path
+        self.strict = strict
+        self.problems: list[str] = []
+        self._writes: list[Callable[[], object]] = []
+
+    def into(self, state: Any, loaded: Mapping[str, Any]) -> dict[str, Any]:
+        """Plan to put `loaded` into `state`, whose plain values are replaced, and return what has no place in it."""
+        missing = [key for key in state if key not in loaded]
+        if missing and self.strict:
+            self.problems.append(f"missing: {', '.join(map(repr, missing))}")
+        for key in state:
+            if key in loaded:
+                self._put(state, key, state[key], loaded[key], str(key))
+        return {key: value for key, value in loaded.items() if key not in state}
+
+    def _put(self, container: Any, key: Any, value: Any, loaded: Any, where: str) -> None:
+        if isinstance(value, nn.Module):
+            self._module(value, loaded, where)
+        elif isinstance(value, Optimizer):
+            self._optimizer(value, loaded, where)
+        elif has_state(value):
+            self._writes.append(lambda: value.load_state_dict(loaded))
+        elif isinstance(value, dict) and isinstance(loaded, Mapping) and _holds_objects(value):
+            for name in value:
+                if name in loaded:
+                    self._put(value, name, value[name], loaded[name], f"{where}.{name}")
+                elif self.strict:
+                    self.problems.append(f"missing: '{where}.{name}'")
+        elif isinstance(value, (list, tuple)) and isinstance(loaded, (list, tuple)) and _holds_objects(value):
+            if len(value) != len(loaded):
+                self.problems.append(f"{where} has {len(value)} elements, the checkpoint has {len(loaded)}")
+            for index, (item, other) in enumerate(zip(value, loaded, strict=False)):
+                self._put(value, index, item, other, f"{where}[{index}]")
+        elif isinstance(value, Tensor) and isinstance(loaded, Tensor):
+            self._tensor(value, loaded, where)
+        else:
+            self._writes.append(lambda: container.__setitem__(key, loaded))
+
+    def _tensor(self, value: Tensor, loaded: Tensor, where: str) -> None:
+        if value.shape != loaded.shape:
+            self.problems.append(_shapes(where, value, loaded))
+        else:
+            self._writes.append(lambda: value.data.copy_(loaded))
+
+    def _module(self, module: nn.Module, loaded: Any, where: str) -> None:
+        if not isinstance(loaded, Mapping):
+            self.problems.append(f"{where} is a {type(loaded).__name__}, not the state of a module")
+            return
+        own = self.hooks.strategy_module_state(module=module, sharded=False)
+        missing = [key for key in own if key not in loaded]
+        unexpected = [key for key in loaded if key not in own]
+        if self.strict:
+            self.problems += [f"missing in {where}: {', '.join(missing)}"] if missing else []
+            self.problems += [f"unexpected in {where}: {', '.join(unexpected)}"] if unexpected else []
+        for key, value in own.items():
+            other = loaded.get(key)
+            if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape != other.shape:
+                self.problems.append(_shapes(f"{where}.{key}", value, other))
+        fitting = {key: value for key, value in loaded.items() if key in own}
+        self._writes.append(
+            lambda: self.hooks.strategy_load_module_state(module=module, state=fitting, strict=self.strict)
+        )
+
+    def _optimizer(self, optimizer: Optimizer, loaded: Any, where: str) -> None:
+        if not isinstance(loaded, Mapping) or "param_groups" not in loaded:
+            self.problems.append(f"{where} is not the state of an optimizer")
+            return
+        own = [len(group["params"]) for group in optimizer.param_groups]
+        other = [len(group["params"]) for group in loaded["param_groups"]]
+        if own != other:
+            self.problems.append(
+                f"{where} has parameter groups of {own} parameters, the checkpoint has groups of {other}"
+            )
+        self._writes.append(
+            lambda: self.hooks.strategy_load_optimizer_state(optimizer=optimizer, state=dict(loaded))
+        )
+
+    def apply(self) -> None:
+        """Write everything.
+
+        Raises:
+            CheckpointMismatchError: listing every problem; nothing was written.
+        """
+        if self.problems:
+            raise CheckpointMismatchError(
+                f"{self.path} does not fit the objects it is loaded into; nothing was changed. " + "; ".join(self.problems)
+            )
+        for write in self._writes:
+            write()
+
+
+def _shapes(where: str, value: Tensor, loaded: Tensor) -> str:
+    return f"{where} has shape {tuple(value.shape)}, the checkpoint has {tuple(loaded.shape)}"
+
+
+def _holds_objects(value: Any) -> bool:
+    items = value.values() if isinstance(value, Mapping) else value
+    return any(
+        has_state(item) or (isinstance(item, (dict, list, tuple)) and _holds_objects(item)) for item in items
+    )

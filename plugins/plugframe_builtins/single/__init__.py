@@ -1,0 +1,16 @@
+"""One rank: nothing is spread, nothing is exchanged."""
+
+from plugframe import Plugin
+
+plugin = Plugin(
+    factory="plugframe_builtins.single.strategy:SingleRank",
+    summary="One process: nothing is spread.",
+    ranks="one",
+    priority=100,
+)
+collective = Plugin(
+    factory="plugframe_builtins.single.one_rank:OneRank",
+    summary="One process: every collective answers with its own input.",
+    ranks="one",
+    priority=100,
+)

@@ -1,0 +1,219 @@
+"""The collective over ``torch.distributed``."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from plugframe.base import Collective
+from plugframe.context import Context
+from plugframe.errors import PlugframeWarning, SettingError, UnsupportedError
+from plugframe.hooks import ReduceOp, hookimpl
+from plugframe_builtins.torch_collective.agreement import agree
+from plugframe_builtins.torch_collective.compat import all_gather_single, reduce_scatter_single
+from plugframe_builtins.torch_collective.connection import backends, check_existing, connected, loopback_only
+from plugframe_builtins.torch_collective.reduction import Reduction
+
+DEFAULT_TIMEOUT_S = 1800.0
+
+
+class TorchCollective(Collective):
+    """Exchange tensors and objects through a ``torch.distributed`` process group.
+
+    A process group that is initialised already is used as it is, and stays at tear-down. Every exchange of
+    tensors first compares what the ranks are about to send, so that a difference is an error on all of them.
+
+    Args:
+        backend: a ``torch.distributed`` backend, ``"gloo"`` or by device ``"cpu:gloo,cuda:nccl"``; by default
+            what the accelerator asks for.
+        timeout_s: seconds an exchange may take before it is an error; by default ``--timeout``, else 1800.
+    """
+
+    def __init__(self, *, backend: str | None = None, timeout_s: float | None = None) -> None:
+        if timeout_s is not None and not timeout_s > 0:
+            raise SettingError(f"timeout_s={timeout_s!r} of the torch collective must be a number of seconds above 0.")
+        self.backend = backend
+        self.timeout_s = timeout_s
+        self._undo = ExitStack()
+        self._types: frozenset[str] = frozenset()
+        self._barriers = 0
+
+    @hookimpl
+    def collective_setup(self, context: Context) -> None:
+        if self.timeout_s and context.timeout_s and self.timeout_s != context.timeout_s:
+            raise SettingError(
+                f"timeout_s={self.timeout_s:g} of the torch collective contradicts --timeout {context.timeout_s:g}: "
+                "give one of them."
+            )
+        super().collective_setup(context)
+        timeout_s = self.timeout_s or context.timeout_s or DEFAULT_TIMEOUT_S
+        with ExitStack() as stack:
+            stack.enter_context(loopback_only(context))
+            if dist.is_initialized():
+                check_existing(context)
+                self._warn_ignored()
+            else:
+                backend = self.backend or context.hooks.accelerator_collective_backend()
+                stack.enter_context(connected(context, backend=backend, timeout_s=timeout_s))
+            self._types = frozenset(backends(dist.get_backend_config()))
+            self._undo = stack.pop_all()
+
+    def _warn_ignored(self) -> None:
+        given = {"backend": self.backend, "timeout_s": self.timeout_s or self.context.timeout_s}
+        ignored = [f"{name}={value!r}" for name, value in given.items() if value]
+        if ignored and self.context.world.global_rank == 0:
+            warnings.warn(
+                f"{' and '.join(ignored)} of the torch collective have no effect: torch.distributed was "
+                "initialised before, and its process group is used as it is.",
+                PlugframeWarning,
+                stacklevel=2,
+            )
+
+    @hookimpl
+    def collective_teardown(self) -> None:
+        self._types = frozenset()
+        self._undo.close()
+
+    @hookimpl
+    def collective_all_gather(self, tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
+        peers = self._peers(group)
+        self._agree("all_gather", tensor, peers)
+        return _Gather.apply(tensor, self, peers) if sync_grads else self._gather(tensor, peers)
+
+    def _gather(self, tensor: Tensor, peers: dist.ProcessGroup) -> Tensor:
+        mine = self._wire(_flat(tensor))
+        everyone = mine.new_empty(peers.size() * mine.numel())
+        if mine.numel():
+            # As bytes: a gather computes nothing, so that every dtype can travel over every backend.
+            all_gather_single(everyone.view(torch.uint8), mine.view(torch.uint8), group=peers)
+        return everyone.view(peers.size(), *tensor.shape).to(tensor.device)
+
+    @hookimpl
+    def collective_all_reduce(self, tensor: Tensor, op: ReduceOp, group: Any) -> Tensor:
+        peers = self._peers(group)
+        self._agree(f"all_reduce({op})", tensor, peers)
+        reduction = Reduction(op, tensor)
+        result = self._wire(reduction.send)
+        if result.numel():
+            dist.all_reduce(result, reduction.op, group=peers)
+        return reduction.receive(result.to(tensor.device), shape=tensor.shape, size=peers.size())
+
+    @hookimpl
+    def collective_reduce_scatter(self, tensor: Tensor, op: ReduceOp, group: Any) -> Tensor:
+        peers = self._peers(group)
+        self._agree(f"reduce_scatter({op})", tensor, peers)
+        if tensor.shape[:1] != (peers.size(),):
+            size, shape = peers.size(), tuple(tensor.shape)
+            raise SettingError(f"reduce_scatter over {size} ranks takes shape ({size}, …), got {shape}.")
+        reduction = Reduction(op, tensor)
+        rows = self._wire(reduction.send)
+        mine = rows.new_empty(rows.numel() // peers.size())
+        if mine.numel():
+            reduce_scatter_single(mine, rows, reduction.op, group=peers)
+        return reduction.receive(mine.to(tensor.device), shape=tensor.shape[1:], size=peers.size())
+
+    @hookimpl
+    def collective_broadcast(self, tensor: Tensor, src: int, group: Any) -> Tensor:
+        peers = self._peers(group, src)
+        self._agree(f"broadcast(src={src})", tensor, peers)
+        result = self._wire(_flat(tensor).clone())
+        if result.numel():
+            dist.broadcast(result.view(torch.uint8), src, group=peers)
+        return result.view(tensor.shape).to(tensor.device)
+
+    @hookimpl
+    def collective_all_gather_object(self, obj: Any, group: Any) -> list[Any]:
+        peers = self._peers(group)
+        objects: list[Any] = [None] * peers.size()
+        dist.all_gather_object(objects, obj, group=peers)
+        return objects
+
+    @hookimpl
+    def collective_broadcast_object(self, obj: Any, src: int, group: Any) -> Any:
+        box = [obj]
+        dist.broadcast_object_list(box, src, group=self._peers(group, src))
+        return box[0]
+
+    @hookimpl
+    def collective_barrier(self, name: str, group: Any) -> None:
+        try:
+            dist.barrier(group=self._peers(group))
+        except RuntimeError as error:
+            raise RuntimeError(f"The barrier {name!r} failed on rank {dist.get_rank()}: {error}") from error
+
+    @hookimpl
+    def collective_monitored_barrier(self, name: str, timeout_s: float) -> None:
+        # Through the store and not through a backend's own: it serves every backend, names the missing ranks
+        # on all the others, rank 0 being missing included, and leaves the connections whole.
+        store = self._peers(None).get_group_store()
+        self._barriers += 1
+        key = f"plugframe/barrier/{self._barriers}"
+        store.set(f"{key}/{dist.get_rank()}", name)
+        missing = list(range(dist.get_world_size()))
+        deadline, pause_s = time.monotonic() + timeout_s, 0.001
+        while missing := [rank for rank in missing if not store.check([f"{key}/{rank}"])]:
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"The barrier {name!r} waited {timeout_s:g} s on rank {dist.get_rank()}: "
+                    f"missing {'rank' if len(missing) == 1 else 'ranks'} {', '.join(map(str, missing))}."
+                )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.05)
+        # Everyone is here, so nobody waits at the one before any more.
+        store.delete_key(f"plugframe/barrier/{self._barriers - 1}/{dist.get_rank()}")
+
+    @hookimpl
+    def collective_new_group(self, ranks: Sequence[int]) -> Any:
+        return dist.new_group(list(ranks))
+
+    @hookimpl
+    def collective_process_group(self) -> Any:
+        return dist.group.WORLD if self._types else None
+
+    def _peers(self, group: Any, src: int | None = None) -> dist.ProcessGroup:
+        """Return the process group behind `group`, of which this rank and `src` must be members."""
+        peers = dist.group.WORLD if group is None else group
+        if peers is None:
+            raise UnsupportedError("The torch collective is not set up: call lite.launch() first.")
+        if dist.get_rank(peers) < 0:
+            raise SettingError(f"Rank {dist.get_rank()} is not in this group: let only its members call.")
+        if src is not None and src not in dist.get_process_group_ranks(peers):
+            members = ", ".join(map(str, dist.get_process_group_ranks(peers)))
+            raise SettingError(f"src={src} is not in this group, which has the ranks {members} of the job.")
+        return peers
+
+    def _agree(self, call: str, tensor: Tensor, peers: dist.ProcessGroup) -> None:
+        # Where the group reaches CPU memory too, reading the answer does not wait for the accelerator's queue.
+        agree(call, tensor, peers, torch.device("cpu") if "cpu" in self._types else self.context.device)
+        if tensor.layout is not torch.strided:
+            raise SettingError(f"{call} takes dense tensors, got {tensor.layout}: use tensor.to_dense() first.")
+
+    def _wire(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` where this backend can read it."""
+        if tensor.device.type in self._types:
+            return tensor
+        return tensor.to("cpu" if "cpu" in self._types else self.context.device)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose backward hands every rank the sum of the gradients of its row."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, collective: TorchCollective, peers: dist.ProcessGroup) -> Tensor:
+        ctx.collective, ctx.peers = collective, peers
+        return collective._gather(tensor, peers)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.collective.collective_reduce_scatter(tensor=grads[0], op="sum", group=ctx.peers), None, None

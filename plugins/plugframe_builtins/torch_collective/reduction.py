@@ -1,0 +1,56 @@
+"""Reductions that keep their meaning in every dtype: which numbers travel, and what becomes of the result."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from plugframe.base.collective import check_reduction
+from plugframe.errors import SettingError
+
+_OPS = {
+    "sum": dist.ReduceOp.SUM,
+    "mean": dist.ReduceOp.SUM,
+    "avg": dist.ReduceOp.SUM,
+    "min": dist.ReduceOp.MIN,
+    "max": dist.ReduceOp.MAX,
+    "product": dist.ReduceOp.PRODUCT,
+}
+# A bool is a byte on the wire, and 1 + 1 is no bool.
+_BOOL_OPS = {**_OPS, "sum": dist.ReduceOp.MAX, "product": dist.ReduceOp.MIN}
+
+
+class Reduction:
+    """One reduction of one tensor: `send`, reduce over the ranks with `op`, then `receive` the result.
+
+    Attributes:
+        send: what travels: flat, contiguous, this reduction's own.
+        op: torch's operation for it.
+    """
+
+    def __init__(self, op: str, tensor: Tensor) -> None:
+        check_reduction(op, tensor)
+        if tensor.is_complex() and op not in ("sum", "mean", "avg"):
+            raise SettingError(f"reduce_op={op!r} of a {tensor.dtype} tensor is not defined: use 'sum' or 'mean'.")
+        self._mean = op in ("mean", "avg")
+        self._dtype = tensor.dtype
+        self.op = (_BOOL_OPS if tensor.dtype is torch.bool else _OPS)[op]
+        work = tensor.detach().to(self._wire_dtype(tensor), copy=True).contiguous().resolve_conj().resolve_neg()
+        self.send = (torch.view_as_real(work) if work.is_complex() else work).reshape(-1)
+
+    def _wire_dtype(self, tensor: Tensor) -> torch.dtype:
+        if tensor.dtype is torch.bool:
+            return torch.uint8
+        # A sum of halves overflows or rounds where their mean does neither; gloo cannot add bytes of float8.
+        if tensor.is_floating_point() and tensor.element_size() < (4 if self._mean else 2):
+            return torch.float32
+        return tensor.dtype
+
+    def receive(self, reduced: Tensor, *, shape: torch.Size, size: int) -> Tensor:
+        """Turn the flat `reduced`, from `size` ranks, into the result of that shape, in the input's dtype."""
+        if self._mean:
+            reduced.div_(size)
+        if self._dtype.is_complex:
+            reduced = torch.view_as_complex(reduced.view(-1, 2))
+        return reduced.to(self._dtype).view(shape)
