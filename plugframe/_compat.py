@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         @staticmethod
         def loads(text: str, /) -> dict[str, Any]: ...
 
+
 __all__ = ["metadata", "tomllib"]
 
 

@@ -119,7 +119,16 @@ class Lite:
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process as settings and the subclass's own attributes; there the plan is made anew."""
-        own = ("_request", "_registry", "plan", "_callbacks", "_session", "_hooks", "_modules", "_loader_states")
+        own = (
+            "_request",
+            "_registry",
+            "plan",
+            "_callbacks",
+            "_session",
+            "_hooks",
+            "_modules",
+            "_loader_states",
+        )
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -217,7 +226,9 @@ class Lite:
         if function is None:
             starting.start_script(self.plan, self._request, self._registry)
         handed = (type(self), self.__getstate__(), function, args, kwargs)
-        return cast("T", starting.start_function(self.plan, self._request, self._registry, _rank_main, handed))
+        return cast(
+            "T", starting.start_function(self.plan, self._request, self._registry, _rank_main, handed)
+        )
 
     def teardown(self) -> None:
         """End the job on this rank and give every object back as it was. It may be called twice."""
@@ -546,7 +557,7 @@ class Lite:
         self,
         path: Any,
         state: Any,
-        filter: Mapping[str, Filter] | None = None,  # noqa: A002 - Fabric's name
+        filter: Mapping[str, Filter] | None = None,
         *,
         wait: bool = True,
     ) -> SaveHandle | None:
@@ -611,7 +622,9 @@ class Lite:
             if method is None:
                 continue
             if not callable(method):
-                raise SettingError(f"{type(callback).__name__}.{hook_name} is no method: call() cannot call it.")
+                raise SettingError(
+                    f"{type(callback).__name__}.{hook_name} is no method: call() cannot call it."
+                )
             method(*args, **kwargs)
 
     def log(self, name: str, value: Any, step: int | None = None) -> None:
@@ -622,7 +635,11 @@ class Lite:
         """Hand metrics (numbers, or tensors of one element) to every logger, on global rank 0."""
         self._started("log")
         if not self.loggers:
-            warnings.warn("log() has no effect: there is no logger. Pass one: Lite(loggers='csv').", PlugframeWarning, stacklevel=3)
+            warnings.warn(
+                "log() has no effect: there is no logger. Pass one: Lite(loggers='csv').",
+                PlugframeWarning,
+                stacklevel=3,
+            )
             return
         if self.is_global_zero:
             self._hooks.logger_log(metrics={k: _number(k, v) for k, v in metrics.items()}, step=step)
@@ -633,7 +650,9 @@ class Lite:
         return seeds.seed_everything(seed, workers, verbose)
 
 
-def _rank_main(cls: type[Lite], state: dict[str, Any], function: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+def _rank_main(
+    cls: type[Lite], state: dict[str, Any], function: Any, args: tuple[Any, ...], kwargs: Any
+) -> Any:
     """Run a launched function on a rank: make the `Lite` of this process, call, tear down."""
     lite = cls.__new__(cls)
     lite.__setstate__(state)
@@ -679,7 +698,9 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, Tensor) and value.numel() != 1:
-        raise SettingError(f"log({name!r}): a metric is one number, got a tensor of shape {tuple(value.shape)}.")
+        raise SettingError(
+            f"log({name!r}): a metric is one number, got a tensor of shape {tuple(value.shape)}."
+        )
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -700,5 +721,7 @@ def _callback(callback: Any) -> Any:
     except ImportError as error:
         raise SettingError(f"callbacks={callback!r}: {error}.") from error
     if not hasattr(module, attribute):
-        raise SettingError(f"callbacks={callback!r}: {module_name} has no {attribute!r}.{closest(attribute, dir(module))}")
+        raise SettingError(
+            f"callbacks={callback!r}: {module_name} has no {attribute!r}.{closest(attribute, dir(module))}"
+        )
     return getattr(module, attribute)()

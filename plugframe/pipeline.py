@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import pluggy
@@ -104,7 +105,7 @@ def _origin(choice: Choice) -> str:
     return choice.entry.origin if choice.entry else f"{choice.kind} object {choice.name}"
 
 
-def _print_call(hook_name: str, hook_impls: Any, kwargs: dict[str, Any]) -> None:
+def _print_call(hook_name: str, hook_impls: Any, kwargs: Mapping[str, Any]) -> None:
     arguments = ", ".join(f"{key}={_short(value)}" for key, value in kwargs.items())
     print(f"plugframe: {hook_name}({arguments})", file=sys.stderr)
 

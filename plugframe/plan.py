@@ -32,6 +32,11 @@ class Choice:
     instance: Any = None
 
     @property
+    def qualified(self) -> str:
+        """What tells it from every other plugin of its kind: ``plugframe:ddp``."""
+        return self.entry.qualified if self.entry else self.name
+
+    @property
     def origin(self) -> str:
         """``ddp (plugframe 0.1.0)``."""
         if self.entry is None:

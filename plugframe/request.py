@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from plugframe._compat import tomllib
-from plugframe.errors import PlugframeWarning, SettingError, closest
+from plugframe.errors import SettingError, closest
 
 #: Settings that name one plugin, or "auto".
 NAMES = ("accelerator", "strategy", "precision", "collective", "checkpoint", "environment", "launcher")
@@ -19,7 +19,10 @@ LISTS = ("plugins", "loggers", "callbacks")
 NUMBERS = ("num_nodes", "timeout_s")
 FIELDS = (*NAMES, "devices", *NUMBERS, *LISTS)
 
+CODE = "the code"
 PREFIX = "PLUGFRAME_"
+PYPROJECT = "pyproject.toml"
+SECTION = "tool.plugframe"
 #: Names the fields a command line set, so that a message can tell it from a variable set by hand.
 FROM_COMMAND_LINE = "PLUGFRAME_FROM_COMMAND_LINE"
 OTHER_VARIABLES = (FROM_COMMAND_LINE, "PLUGFRAME_TRACE", "PLUGFRAME_CONFIG")
@@ -41,10 +44,12 @@ class Request:
         settings: by field.
         overridden: for a field given both in the code and on the command line, the latter; whether they
             contradict each other is known once names are resolved.
+        notes: what looks like a setting and is none; told once it is known which rank this is.
     """
 
     settings: Mapping[str, Setting]
-    overridden: Mapping[str, Setting]
+    overridden: Mapping[str, Setting] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def get(self, field: str) -> Setting | None:
         """Return the setting of `field`, None if it was not given or is ``"auto"``."""
@@ -65,25 +70,27 @@ def gather(code: Mapping[str, Any], *, environ: Mapping[str, str] | None = None,
         folder: where the search for a settings file starts; the working directory.
 
     Raises:
-        SettingError: for a value of a wrong type, an unknown key in a file, or a number given twice with two values.
+        SettingError: for a value of a wrong type, an unknown key in a file, or a setting given twice with two values.
     """
     environ = os.environ if environ is None else environ
-    given = {f: Setting(v, "the code") for f, v in code.items() if not _absent(v)}
-    typed = _from_environ(environ)
-    filed = _from_file(environ, folder or Path.cwd())
-    for field, setting in [*given.items(), *typed.items(), *filed.items()]:
-        _check(field, setting)
+    given = {f: Setting(v, CODE) for f, v in code.items() if not _absent(v)}
+    typed, notes = _from_environ(environ)
+    # "auto" in the code is its default; typed, it is a choice that the file shall not undo.
+    filed = {f: s for f, s in _from_file(environ, folder or Path.cwd()).items() if f not in typed}
+    typed = {f: s for f, s in typed.items() if not _absent(s.value)}
+    for name, setting in [*given.items(), *typed.items(), *filed.items()]:
+        _check(name, setting)
     overridden = {f: typed[f] for f in typed if f in given}
-    for field in (*NUMBERS, "devices"):
-        if field in overridden and _plain(given[field].value) != _plain(overridden[field].value):
-            raise contradiction(field, given[field], overridden[field])
-    return Request({**filed, **typed, **given}, overridden)
+    for name in (*NUMBERS, "devices", "callbacks"):
+        if name in overridden and _canonical(given[name].value) != _canonical(overridden[name].value):
+            raise contradiction(name, given[name], overridden[name])
+    return Request({**filed, **typed, **given}, overridden, tuple(notes))
 
 
 def contradiction(field: str, first: Setting, second: Setting) -> SettingError:
     """Return the error for a setting given twice with two values."""
     return SettingError(
-        f"{field}={_plain(first.value)!r} in {first.source}, but {_plain(second.value)!r} in {second.source}: "
+        f"{field}={_shown(first.value)} in {first.source}, but {_shown(second.value)} in {second.source}: "
         "remove one of the two, or make them equal."
     )
 
@@ -94,39 +101,56 @@ def variable(field: str) -> str:
 
 
 def _absent(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and value == "auto") or (isinstance(value, (tuple, list)) and not value)
+    if isinstance(value, (tuple, list)):
+        return not value
+    return value is None or (isinstance(value, str) and value == "auto")
 
 
-def _plain(value: Any) -> str:
-    """Return the text a value has on a command line."""
+def _shown(value: Any) -> str:
+    """Return the text of a value in a message: an object by its class."""
     if isinstance(value, (list, tuple)):
-        return ",".join(str(v) for v in value)
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return value if isinstance(value, str) else (str(value) if isinstance(value, (int, float)) else type(value).__name__)
+        return f"[{', '.join(map(_shown, value))}]"
+    return repr(value) if isinstance(value, (str, int, float)) else type(value).__name__
 
 
-def _from_environ(environ: Mapping[str, str]) -> dict[str, Setting]:
+def _canonical(value: Any) -> Any:
+    """Return what a value means: the same for ``2`` and ``"2"`` or ``[0, 2]`` and ``"0,2"``, not for ``2`` and ``[2]``."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_canonical, value))
+    if not isinstance(value, (str, int, float)):
+        cls = value if isinstance(value, type) else type(value)
+        return f"{cls.__module__}:{cls.__qualname__}"
+    if isinstance(value, str) and "," in value:
+        return tuple(_canonical(part.strip()) for part in value.split(",") if part.strip())
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Setting], list[str]]:
     by_command = environ.get(FROM_COMMAND_LINE, "").split(",")
-    found = {}
+    found: dict[str, Setting] = {}
+    notes: list[str] = []
     for name, text in environ.items():
         if not name.startswith(PREFIX) or name in OTHER_VARIABLES:
             continue
         field = name[len(PREFIX) :].lower()
-        if field not in FIELDS:
-            known = [variable(f) for f in FIELDS]
-            warnings.warn(f"The environment variable {name} is not a setting.{closest(name, known)}", PlugframeWarning, stacklevel=4)
+        if field not in FIELDS or name != variable(field):
+            known = [*map(variable, FIELDS), *OTHER_VARIABLES]
+            notes.append(f"The environment variable {name} is not a setting.{closest(name, known)}")
             continue
         if field in by_command:
             source = f"the command line (--{field.removesuffix('_s').replace('_', '-')})"
         else:
             source = f"the environment variable {name}"
-        value: Any = tuple(part for part in text.split(",") if part) if field in LISTS else text
-        if field in NUMBERS:
+        value: Any = text
+        if field in LISTS:
+            value = tuple(part.strip() for part in text.split(",") if part.strip())
+        elif field in NUMBERS:
             value = _number(field, text, source)
-        if not _absent(value):
-            found[field] = Setting(value, source)
-    return found
+        found[field] = Setting(value, source)
+    return found, notes
 
 
 def _number(field: str, text: str, source: str) -> float | int:
@@ -137,16 +161,22 @@ def _number(field: str, text: str, source: str) -> float | int:
 
 
 def find_file(environ: Mapping[str, str], folder: Path) -> Path | None:
-    """Return the settings file: ``PLUGFRAME_CONFIG``, else the first found from `folder` upward."""
+    """Return the settings file: ``PLUGFRAME_CONFIG``, else the first found from `folder` upward.
+
+    Raises:
+        SettingError: if the named one does not exist or holds no settings.
+    """
     named = environ.get("PLUGFRAME_CONFIG")
     if named:
         if not Path(named).is_file():
             raise SettingError(f"The settings file {named!r} does not exist.")
+        if read_file(Path(named)) is None:
+            raise SettingError(f"The settings file {named!r} has no section [{SECTION}].")
         return Path(named)
     for parent in (folder, *folder.parents):
-        for name in ("plugframe.toml", "pyproject.toml"):
+        for name in ("plugframe.toml", PYPROJECT):
             path = parent / name
-            if path.is_file() and (name == "plugframe.toml" or read_file(path) is not None):
+            if path.is_file() and read_file(path) is not None:
                 return path
     return None
 
@@ -155,16 +185,21 @@ def read_file(path: Path) -> dict[str, Any] | None:
     """Return the settings in a file, None for a ``pyproject.toml`` without ``[tool.plugframe]``.
 
     Raises:
-        SettingError: if it is not TOML.
+        SettingError: if it cannot be read, or is not TOML.
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(f"{path} is not valid TOML: {error}.") from error
-    if path.name != "pyproject.toml":
+    except OSError as error:
+        raise SettingError(f"{path} cannot be read: {error.strerror}.") from error
+    if path.name != PYPROJECT:
         return data
-    section = data.get("tool", {}).get("plugframe")
-    return section if isinstance(section, dict) else None
+    tools = data.get("tool", {})
+    section = tools.get("plugframe") if isinstance(tools, dict) else None
+    if section is not None and not isinstance(section, dict):
+        raise SettingError(f"{path}: plugframe={section!r} under [tool] is no section: write [{SECTION}].")
+    return section
 
 
 def _from_file(environ: Mapping[str, str], folder: Path) -> dict[str, Setting]:
@@ -176,22 +211,27 @@ def _from_file(environ: Mapping[str, str], folder: Path) -> dict[str, Setting]:
     for key, value in data.items():
         field = key.replace("-", "_")
         if field not in FIELDS:
-            raise SettingError(f"{path}: {key!r} is not a setting.{closest(field, FIELDS)} Settings: {', '.join(FIELDS)}.")
+            known = ", ".join(FIELDS)
+            raise SettingError(f"{path}: {key!r} is not a setting.{closest(field, FIELDS)} Settings: {known}.")
+        if field in found:
+            raise SettingError(f"{path}: {field!r} is given twice, with - and with _: keep one.")
         if not _absent(value):
             found[field] = Setting(value, str(path))
     return found
 
 
 def _check(field: str, setting: Setting) -> None:
-    value = setting.value
+    value, source = setting.value, setting.source
     if isinstance(value, bool) or (field in NAMES and isinstance(value, float)):
-        raise SettingError(f"{field}={value!r} in {setting.source} is not a value of {field}.{_allowed(field)}")
+        raise SettingError(f"{field}={value!r} in {source} is not a value of {field}.{_allowed(field)}")
     if field == "num_nodes" and (not isinstance(value, int) or value < 1):
-        raise SettingError(f"num_nodes={value!r} in {setting.source}: it is a whole number from 1.")
-    if field == "timeout_s" and (not isinstance(value, (int, float)) or value <= 0):
-        raise SettingError(f"timeout_s={value!r} in {setting.source}: it is a number of seconds above 0.")
-    if field in LISTS and setting.source not in ("the code",) and not isinstance(value, (list, tuple)):
-        raise SettingError(f"{field}={value!r} in {setting.source}: it is a list of names.")
+        raise SettingError(f"num_nodes={value!r} in {source}: it is a whole number from 1.")
+    if field == "timeout_s" and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        raise SettingError(f"timeout_s={value!r} in {source}: it is a number of seconds above 0.")
+    if field in LISTS and source != CODE:
+        names = value if isinstance(value, (list, tuple)) else (None,)
+        if not all(isinstance(name, str) for name in names):
+            raise SettingError(f"{field}={value!r} in {source}: it is a list of names.")
 
 
 def _allowed(field: str) -> str:

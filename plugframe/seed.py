@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import random
 import sys
 from typing import Any
@@ -42,11 +44,8 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
 
 
 def _numpy() -> Any:
-    try:
-        import numpy.random
-    except ImportError:
-        return None
-    return sys.modules["numpy.random"]
+    # Imported even if the program has not yet: what it imports later must start from the seed as well.
+    return importlib.import_module("numpy.random") if importlib.util.find_spec("numpy") else None
 
 
 def rng_state() -> dict[str, Any]:

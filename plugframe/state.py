@@ -18,7 +18,9 @@ def has_state(value: Any) -> bool:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
-def collect(state: Mapping[str, Any], hooks: Any, *, sharded: bool, filters: Mapping[str, Filter] | None = None) -> dict[str, Any]:
+def collect(
+    state: Mapping[str, Any], hooks: Any, *, sharded: bool, filters: Mapping[str, Filter] | None = None
+) -> dict[str, Any]:
     """Return the tree of what `state` holds; every rank must call it.
 
     Args:
@@ -28,7 +30,9 @@ def collect(state: Mapping[str, Any], hooks: Any, *, sharded: bool, filters: Map
     tree = {key: _collect(value, hooks, sharded) for key, value in state.items()}
     for key, keep in (filters or {}).items():
         if key not in tree or not isinstance(tree[key], Mapping):
-            raise CheckpointError(f"filter names {key!r}, which is no object in the state: {', '.join(state)}.")
+            raise CheckpointError(
+                f"filter names {key!r}, which is no object in the state: {', '.join(state)}."
+            )
         tree[key] = {name: value for name, value in tree[key].items() if keep(name, value)}
     return tree
 
@@ -137,7 +141,8 @@ class Restore:
         """
         if self.problems:
             raise CheckpointMismatchError(
-                f"{self.path} does not fit the objects it is loaded into; nothing was changed. " + "; ".join(self.problems)
+                f"{self.path} does not fit the objects it is loaded into; nothing was changed. "
+                + "; ".join(self.problems)
             )
         for write in self._writes:
             write()

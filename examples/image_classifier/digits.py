@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 def digits(num_test: int = 360) -> tuple[TensorDataset, TensorDataset]:
     """Return the 1797 handwritten digits that come with scikit-learn, (1, 8, 8) each, to train on and to test on."""
     bunch = load_digits()
-    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16 - 0.5
+    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 8 - 1  # -1 … 1
     labels = torch.tensor(bunch.target, dtype=torch.int64)
     # Drawn once and for all, whatever the seed of the run: every run is tested on the same images.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ from statistics import mean
 
 import torch
 from digits import convnet, digits, plot_losses, write_losses
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
@@ -27,7 +27,7 @@ def main(args: argparse.Namespace) -> None:
     train_loader, test_loader = lite.setup_dataloaders(train_loader, test_loader)
 
     model = convnet()
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True)
     model, optimizer = lite.setup(model, optimizer)
     scheduler = ExponentialLR(optimizer, gamma=0.85)
 
@@ -51,14 +51,14 @@ def main(args: argparse.Namespace) -> None:
         # The last batches of an epoch may differ in size: the mean over all samples, not over ranks.
         total, count = lite.all_reduce(torch.tensor(sums, device=lite.device), reduce_op="sum").unbind(dim=1)
         losses += (total / count).tolist()
-        correct, seen = test(lite, model, test_loader)
         loss_of_epoch = mean(losses[-len(train_loader) :])
+        correct, seen = evaluate(lite, model, test_loader)
         lite.print(f"epoch {epoch:2d}: loss {loss_of_epoch:.4f}, test accuracy {100 * correct / seen:.1f} %")
 
         if args.checkpoint:
             lite.save(args.checkpoint, {**state, "epoch": epoch, "losses": losses})
 
-    correct, seen = test(lite, model, test_loader)
+    correct, seen = evaluate(lite, model, test_loader)
     lite.print(f"test accuracy: {100 * correct / seen:.1f} %")
     if args.losses and lite.is_global_zero:
         write_losses(args.losses, losses)
@@ -67,24 +67,23 @@ def main(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def test(lite: Lite, model: nn.Module, loader: DataLoader) -> tuple[int, int]:
+def evaluate(lite: Lite, model: nn.Module, loader: DataLoader[tuple[Tensor, ...]]) -> tuple[int, int]:
     """Return how many images the model reads rightly, and how many it has seen."""
     model.eval()
     correct = seen = 0
     for images, labels in loader:
         correct += (model(images).argmax(dim=1) == labels).sum().item()
         seen += len(labels)
-    counts = lite.all_reduce(torch.tensor([correct, seen], device=lite.device), reduce_op="sum")
-    correct, seen = counts.tolist()
-    return correct, seen
+    correct, seen = lite.all_reduce((correct, seen), reduce_op="sum")
+    return int(correct), int(seen)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=32, help="samples in a step, of all processes together")
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=32, help="samples in a step, over all processes")
+    parser.add_argument("--lr", type=float, default=0.08)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="saved after each epoch; training goes on from it")
     parser.add_argument("--losses", type=Path, help="write the loss of every step here, as lines of JSON")
     parser.add_argument("--plot", type=Path, help="draw the loss of every step here")

@@ -8,7 +8,7 @@ from statistics import mean
 
 import torch
 from digits import convnet, digits, plot_losses, write_losses
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
@@ -22,7 +22,7 @@ def main(args: argparse.Namespace) -> None:
     test_loader = DataLoader(test_data, batch_size=256)
 
     model = convnet()
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True)
     scheduler = ExponentialLR(optimizer, gamma=0.85)
 
     epoch, losses = 0, []
@@ -45,8 +45,8 @@ def main(args: argparse.Namespace) -> None:
         scheduler.step()
         epoch += 1
 
-        correct, seen = test(model, test_loader)
         loss_of_epoch = mean(losses[-len(train_loader) :])
+        correct, seen = evaluate(model, test_loader)
         print(f"epoch {epoch:2d}: loss {loss_of_epoch:.4f}, test accuracy {100 * correct / seen:.1f} %")
 
         if args.checkpoint:
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
             }
             torch.save(state, args.checkpoint)
 
-    correct, seen = test(model, test_loader)
+    correct, seen = evaluate(model, test_loader)
     print(f"test accuracy: {100 * correct / seen:.1f} %")
     if args.losses:
         write_losses(args.losses, losses)
@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def test(model: nn.Module, loader: DataLoader) -> tuple[int, int]:
+def evaluate(model: nn.Module, loader: DataLoader[tuple[Tensor, ...]]) -> tuple[int, int]:
     """Return how many images the model reads rightly, and how many it has seen."""
     model.eval()
     correct = seen = 0
@@ -83,8 +83,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32, help="samples in a step")
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=0.08)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="saved after each epoch; training goes on from it")
     parser.add_argument("--losses", type=Path, help="write the loss of every step here, as lines of JSON")
     parser.add_argument("--plot", type=Path, help="draw the loss of every step here")

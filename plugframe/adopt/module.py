@@ -144,7 +144,9 @@ def _guarded(name: str, method: FunctionType) -> Callable[..., Any]:
 @contextmanager
 def _watched(module: nn.Module, name: str, state: ModuleState) -> Iterator[None]:
     """Refuse a forward of a part with parameters: it would compute without precision and strategy."""
-    parts = {id(part): path for path, part in module.named_modules() if part._parameters and part is not module}
+    parts = {
+        id(part): path for path, part in module.named_modules() if part._parameters and part is not module
+    }
 
     def refuse(part: nn.Module, _: Any) -> None:
         if id(part) in parts and not state.inside:

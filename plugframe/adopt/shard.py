@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import BatchSampler, IterableDataset
@@ -20,7 +20,9 @@ from plugframe.adopt.order import Draws
 Share = tuple[Any, float]
 
 
-def share_indices(take: Callable[[int], list[Any]], *, size: int, drop_last: bool, index: int, count: int, even: bool) -> Iterator[Share]:
+def share_indices(
+    take: Callable[[int], list[Any]], *, size: int, drop_last: bool, index: int, count: int, even: bool
+) -> Iterator[Share]:
     """Yield this rank's (batch, weight) for every window of ``size * count`` indices.
 
     Args:
@@ -67,7 +69,9 @@ class ShardedIndices:
     Everything else is asked of the user's own sampler.
     """
 
-    def __init__(self, inner: Any, *, index: int, count: int, start: Callable[[], tuple[Draws | None, bool]]) -> None:
+    def __init__(
+        self, inner: Any, *, index: int, count: int, start: Callable[[], tuple[Draws | None, bool]]
+    ) -> None:
         self._inner = inner
         self._index = index
         self._count = count
@@ -79,7 +83,8 @@ class ShardedIndices:
 
     def __iter__(self) -> Iterator[Any]:
         draws, even = self._start()
-        self.weights = weights = deque()
+        weights: deque[float] = deque()
+        self.weights = weights
         flat = self._flat()
         take = _taker(iter(self._inner.sampler if flat else self._inner), draws)
         if flat:
@@ -100,10 +105,10 @@ class ShardedIndices:
     def length(self, even: bool) -> int:
         """Return how many batches this rank reads in an epoch."""
         if not self._flat():
-            full, rest = divmod(len(self._inner), self._count)
+            full, rest = _whole(len(self._inner), self._count)
             return full + (rest > 0 if even else self._index < rest)
         size = self._inner.batch_size
-        full, rest = divmod(len(self._inner.sampler), size * self._count)
+        full, rest = _whole(len(self._inner.sampler), size * self._count)
         if self._inner.drop_last or not rest:
             return full
         reads = even or self._index < rest or (full > 0 and size > 1)
@@ -111,6 +116,10 @@ class ShardedIndices:
 
     def __len__(self) -> int:
         return self.length(even=True)
+
+
+def _whole(number: int, size: int) -> tuple[int, int]:
+    return number // size, number % size
 
 
 def _taker(iterator: Iterator[Any], draws: Draws | None) -> Callable[[int], list[Any]]:
@@ -174,5 +183,3 @@ class WeighedCollate:
             item, weight = data
             return self.inner(item), weight
         return self.inner([item for item, _ in data]), data[0][1]
-
-

@@ -60,7 +60,11 @@ class Environment(EnvironmentSpec):
         Raises:
             EnvironmentMismatchError: if one is missing, or they contradict each other.
         """
-        global_rank, local, per_node = self.read_int(rank), self.read_int(local_rank), self.read_int(local_size)
+        global_rank, local, per_node = (
+            self.read_int(rank),
+            self.read_int(local_rank),
+            self.read_int(local_size),
+        )
         world_size = self.read_int(size)
         world = World(
             global_rank=global_rank,
@@ -70,7 +74,12 @@ class Environment(EnvironmentSpec):
             local_world_size=per_node,
             num_nodes=max(world_size // max(per_node, 1), 1),
         )
-        names = {"global_rank": rank, "local_rank": local_rank, "world_size": size, "local_world_size": local_size}
+        names = {
+            "global_rank": rank,
+            "local_rank": local_rank,
+            "world_size": size,
+            "local_world_size": local_size,
+        }
         self.checked(world, names)
         if local != global_rank % per_node:
             typed = f": {self.packed_hint}" if self.packed_hint else ""
@@ -95,18 +104,18 @@ class Environment(EnvironmentSpec):
             return f"{names.get(field, field)}={getattr(world, field)}"
 
         way_out = f"({self.name}): unset what was set by hand, or set environment='local' for a single process."
+        if world.local_world_size * world.num_nodes != world.world_size:
+            raise EnvironmentMismatchError(
+                f"{shown('local_world_size')} times {shown('num_nodes')} is not {shown('world_size')}, and every "
+                f"node must run as many processes as the others {way_out}"
+            )
         for rank, size in (
             ("global_rank", "world_size"),
             ("local_rank", "local_world_size"),
             ("node_rank", "num_nodes"),
         ):
             if not 0 <= getattr(world, rank) < getattr(world, size):
-                raise EnvironmentMismatchError(f"{shown(rank)} is not below {shown(size)} {way_out}")
-        if world.local_world_size * world.num_nodes != world.world_size:
-            raise EnvironmentMismatchError(
-                f"{shown('local_world_size')} times {shown('num_nodes')} is not {shown('world_size')}, and every "
-                f"node must run as many processes as the others {way_out}"
-            )
+                raise EnvironmentMismatchError(f"{shown(rank)} is not at least 0 and below {shown(size)} {way_out}")
         return world
 
     @hookimpl
@@ -129,7 +138,7 @@ class Environment(EnvironmentSpec):
 
     @hookimpl
     def environment_store(self, context: Context, timeout_s: float) -> Any:
-        from torch.distributed import HashStore
+        from torch.distributed import HashStore  # type: ignore[attr-defined]
 
         world = context.world
         if world.world_size == 1:
@@ -140,7 +149,7 @@ class Environment(EnvironmentSpec):
 
 def _meet(host: str, port: int, world: World, *, timeout_s: float) -> Any:
     """Return the TCP store that rank 0 serves, once every rank has come."""
-    from torch.distributed import DistError, TCPStore
+    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
     if not 0 < port < 65_536:
         raise EnvironmentMismatchError(f"MASTER_PORT={port} is not a port: set it to one from 1 to 65535.")
@@ -189,7 +198,7 @@ def fresh(store: Any, world: World) -> Any:
     A second process group over the same store would read the addresses the first one left. The count is kept
     in the store itself, for each rank, so that no process keeps state.
     """
-    from torch.distributed import PrefixStore
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     generation = store.add(f"plugframe/generation/{world.global_rank}", 1)
     return PrefixStore(f"plugframe/{generation}", store)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Strategy(StrategySpec):
     def strategy_init_context(self, empty_init: bool | None) -> AbstractContextManager[Any]:
         # Parameters are made where they will live; without initial values where a checkpoint will fill them.
         if empty_init:
-            return _empty_init(self.context.device)
+            return _without_values(self.context.device)
         return self.context.device
 
     @hookimpl
@@ -60,7 +60,9 @@ class Strategy(StrategySpec):
         return None
 
     @hookimpl
-    def strategy_setup_optimizers(self, module: nn.Module | None, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
+    def strategy_setup_optimizers(
+        self, module: nn.Module | None, optimizers: Sequence[Optimizer]
+    ) -> Sequence[Optimizer]:
         return optimizers
 
     @hookimpl
@@ -85,7 +87,9 @@ class Strategy(StrategySpec):
         self.context.hooks.precision_backward(loss=loss, args=args, kwargs=kwargs)
 
     @hookimpl
-    def strategy_no_sync(self, module: nn.Module, engine: Engine, enabled: bool) -> AbstractContextManager[Any]:
+    def strategy_no_sync(
+        self, module: nn.Module, engine: Engine, enabled: bool
+    ) -> AbstractContextManager[Any]:
         return nullcontext()
 
     @hookimpl
@@ -130,26 +134,23 @@ class Strategy(StrategySpec):
         optimizer.load_state_dict(state)
 
 
-class _empty_init(torch.overrides.TorchFunctionMode):
-    """Create tensors on a device and make every ``torch.nn.init`` function leave them as they are."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.device = device
-
-    def __enter__(self) -> _empty_init:
-        self.device.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
-        self.device.__exit__(*exc)
+class _EmptyInit(torch.overrides.TorchFunctionMode):
+    """Makes every ``torch.nn.init`` function leave its tensor as it is."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
+
+
+@contextmanager
+def _without_values(device: torch.device) -> Iterator[None]:
+    with device, _EmptyInit():
+        yield

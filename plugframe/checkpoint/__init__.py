@@ -8,7 +8,8 @@
 from plugframe.checkpoint.atomic import remove_leftovers, replacing
 from plugframe.checkpoint.buffers import as_bytes, pieces
 from plugframe.checkpoint.manifest import SEGMENT_BYTES, Checksum, Entry, Manifest
-from plugframe.checkpoint.tree import dump_structure, dtype_name, join, parse_structure, split
+from plugframe.checkpoint.tree import dump_structure, join, parse_structure, split
+from plugframe.checkpoint.values import dtype_name
 
 __all__ = [
     "SEGMENT_BYTES",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 
@@ -30,11 +31,11 @@ def pieces(tensor: Tensor, *, max_bytes: int) -> Iterator[Tensor]:
     if tensor.nbytes <= max_bytes:
         yield tensor.cpu().contiguous()
     elif tensor.is_contiguous():
-        for part in tensor.view(-1).split(max_bytes // tensor.element_size()):
+        for part in torch.split(tensor.view(-1), max_bytes // tensor.element_size()):
             yield part.cpu()
     elif tensor.shape[0] == 1:
         yield from pieces(tensor[0], max_bytes=max_bytes)
     else:
         row_bytes = tensor.nbytes // tensor.shape[0]
-        for part in tensor.split(max(1, max_bytes // row_bytes)):
+        for part in torch.split(tensor, max(1, max_bytes // row_bytes)):
             yield from pieces(part, max_bytes=max_bytes)

@@ -99,7 +99,9 @@ class Manifest:
         """
         tensors, info = split(self.info, where="the manifest's info")
         if tensors:
-            raise CheckpointError(f"the manifest's info holds a tensor, {next(iter(tensors))!r}: put it into the state.")
+            raise CheckpointError(
+                f"the manifest's info holds a tensor, {next(iter(tensors))!r}: put it into the state."
+            )
         body = {
             "format": self.format,
             "version": self.version,

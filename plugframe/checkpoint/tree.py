@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -19,6 +17,14 @@ import torch
 from torch import Tensor
 
 from plugframe.checkpoint.refusal import describe, refuse, refuse_tensor
+from plugframe.checkpoint.values import (
+    dtype_name,
+    dtype_of,
+    encode_scalar,
+    from_numpy,
+    is_numpy,
+    special_float,
+)
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 
 #: Deeper trees are refused: the JSON parser's own recursion limit is not far beyond.
@@ -87,19 +93,6 @@ def parse_structure(data: bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return ``"float32"`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")
-
-
-def dtype_of(name: Any) -> torch.dtype:
-    """Return the dtype of that name; a ValueError for anything else, whatever ``torch`` has under it."""
-    dtype = vars(torch).get(name) if isinstance(name, str) else None
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is not a dtype")
-    return dtype
-
-
 class _Splitter:
     def __init__(self, dtypes: Collection[torch.dtype] | None) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -112,7 +105,7 @@ class _Splitter:
         if value is None or isinstance(value, bool):
             return value
         if isinstance(value, (str, int, float, complex, bytes)):
-            return _encode_scalar(value)
+            return encode_scalar(value)
         if isinstance(value, Tensor):
             return self._tensor(value, path)
         if isinstance(value, (Mapping, list, tuple)):
@@ -138,28 +131,30 @@ class _Splitter:
     def _mapping(self, value: Mapping[Any, Any], path: tuple[Any, ...]) -> Any:
         items: list[list[Any]] = []
         for key, item in value.items():
-            if _is_numpy(key, "integer"):
+            if is_numpy(key, "integer"):
                 key = int(key)
             if isinstance(key, bool) or not isinstance(key, (str, int)):
                 self._problem(f"{_spell(path)} has the key {key!r}, {describe(key)}: keys must be str or int")
                 continue
-            items.append([_encode_scalar(key), self.encode(item, (*path, key))])
+            items.append([encode_scalar(key), self.encode(item, (*path, key))])
         if isinstance(value, Counter):
             # MultiStepLR keeps one in its state, and needs one back.
             return {"counter": items}
         return {"dict": dict(items)} if all(type(key) is str for key, _ in items) else {"items": items}
 
     def _numpy(self, value: Any, path: tuple[Any, ...]) -> Any:
-        if _is_numpy(value, "generic"):
+        if is_numpy(value, "generic"):
             item = value.item()
-            if type(item) in (bool, int, float):
-                return item if isinstance(item, bool) else _encode_scalar(item)
-        elif _is_numpy(value, "ndarray"):
-            tensor = _from_numpy(value)
+            if type(item) in (bool, int, float, complex):
+                return item if isinstance(item, bool) else encode_scalar(item)
+        elif is_numpy(value, "ndarray"):
+            tensor = from_numpy(value)
             if tensor is not None:
                 return self._tensor(tensor, path)
             name = _spell(path)
-            return self._problem(f"{name} is {describe(value)} of {value.dtype}: save {name}.tolist() instead")
+            return self._problem(
+                f"{name} is {describe(value)} of {value.dtype}: save {name}.tolist() instead"
+            )
         return self._problem(refuse(value, _spell(path)))
 
     def _tensor(self, value: Tensor, path: tuple[Any, ...]) -> Any:
@@ -184,7 +179,9 @@ class _Splitter:
         try:
             self.tensors[name] = _as_uint8(plain)
         except (RuntimeError, ValueError):
-            return self._problem(f"{_spell(path)} is a tensor of {plain.dtype}, which this format cannot hold")
+            return self._problem(
+                f"{_spell(path)} is a tensor of {plain.dtype}, which this format cannot hold"
+            )
         return {"bits": [dtype_name(plain.dtype), name]}
 
     def _name(self, path: tuple[Any, ...]) -> str:
@@ -216,7 +213,7 @@ class _Joiner:
             "tensor": lambda body, _: self._tensor(body, "tensor", lambda tensor: tensor),
             "complex_tensor": lambda body, _: self._tensor(body, "complex", torch.view_as_complex),
             "bits": lambda body, _: self._bits(*body),
-            "float": lambda body, _: _special_float(body),
+            "float": lambda body, _: special_float(body),
             "complex": lambda body, depth: complex(*[self.decode(item, depth) for item in body]),
             "int": lambda body, _: int(body, 16),
             "bytes": lambda body, _: base64.b64decode(body, validate=True),
@@ -250,28 +247,6 @@ class _Joiner:
         return self._made[kind, name]
 
 
-def _encode_scalar(value: Any) -> Any:
-    # The unbound methods: a subclass (an IntEnum, a str with its own __str__) may say something else.
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        number = int.__int__(value)
-        # int() refuses decimal text of more than 4300 digits, hexadecimal never.
-        return number if -(2**63) <= number < 2**64 else {"int": hex(number)}
-    if isinstance(value, float):
-        real = float.__float__(value)
-        return real if math.isfinite(real) else {"float": repr(real)}
-    if isinstance(value, complex):
-        return {"complex": [_encode_scalar(value.real), _encode_scalar(value.imag)]}
-    return {"bytes": base64.b64encode(value).decode("ascii")}
-
-
-def _special_float(text: Any) -> float:
-    if text not in ("nan", "inf", "-inf"):
-        raise ValueError(f"{text!r} is not nan, inf or -inf")
-    return float(text)
-
-
 def _spell(path: tuple[Any, ...]) -> str:
     return "state" + "".join(f"[{key!r}]" for key in path)
 
@@ -293,22 +268,3 @@ def _as_uint8(plain: Tensor) -> Tensor:
     if plain.element_size() != 1:
         raise ValueError(f"elements of {plain.dtype} have {plain.element_size()} bytes")
     return plain.view(torch.uint8)
-
-
-def _is_numpy(value: Any, kind: str) -> bool:
-    # numpy is optional: who has an array has imported it.
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, getattr(numpy, kind))
-
-
-def _from_numpy(array: Any) -> Tensor | None:
-    numpy = sys.modules["numpy"]
-    if type(array) not in (numpy.ndarray, numpy.memmap):
-        return None
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
-        array = array.copy()
-    try:
-        return torch.from_numpy(array)
-    except TypeError:
-        return None

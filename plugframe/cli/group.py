@@ -38,7 +38,7 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a command and exit: 0, 1 for a broken plugin, 2 for wrong usage, 130 for Ctrl-C, or a rank's code."""
+        """Run a command and exit: 0, 1 (a broken plugin), 2 (wrong usage), 130 (Ctrl-C), or a rank's code."""
         kwargs["standalone_mode"] = False
         sys.exit(self._run(*args, **kwargs))
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import click
 
 from plugframe.errors import PluginError, SettingError, UnknownPluginError, closest
+from plugframe.hooks.descriptor import Plugin
 from plugframe.registry import Entry, Registry
 
 
@@ -40,12 +41,10 @@ class Row:
         return self.status.startswith(("broken", "incompatible"))
 
 
-@click.command("list-plugins")
+@click.command("list-plugins", short_help="List the installed plugins.")
 @click.option("--kind", metavar="KIND", help="Only this kind: accelerator, strategy, precision, …")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects.")
-@click.option(
-    "--check", is_flag=True, help="Load every plugin's descriptor and say what is broken; exit code 1 if any is."
-)
+@click.option("--check", is_flag=True, help="Load every descriptor and say what is broken; exit code 1 if any is.")
 def command(kind: str | None, as_json: bool, check: bool) -> int:
     """List the installed plugins: the names that `plugframe run` and `Lite` take.
 
@@ -61,12 +60,13 @@ def command(kind: str | None, as_json: bool, check: bool) -> int:
         import json
 
         hidden = () if check else ("summary",)
-        click.echo(json.dumps([{k: v for k, v in asdict(row).items() if k not in hidden} for row in rows], indent=2))
+        objects = [{key: value for key, value in asdict(row).items() if key not in hidden} for row in rows]
+        click.echo(json.dumps(objects, indent=2))
     elif not rows:
         click.echo(f"No plugin of the kind {kind} is installed." if kind else "No plugin is installed.")
     else:
         _show(rows, check=check)
-    return int(any(row.broken for row in rows))
+    return int(check and any(row.broken for row in rows))
 
 
 def _entries(registry: Registry, kind: str | None) -> list[Entry]:
@@ -75,7 +75,8 @@ def _entries(registry: Registry, kind: str | None) -> list[Entry]:
         from plugframe.hooks.kinds import KINDS  # imports pluggy, which a listing does without
 
         if kind not in KINDS:
-            raise SettingError(f"--kind={kind!r} is not a kind.{closest(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
+            known = ", ".join(KINDS)
+            raise SettingError(f"--kind={kind!r} is not a kind.{closest(kind, KINDS)} Kinds: {known}.")
     return entries
 
 
@@ -129,11 +130,16 @@ def _checked(registry: Registry, entry: Entry) -> tuple[str | None, str]:
         return f"{'incompatible' if broken == words else 'broken'}: {' '.join(broken.split())}", ""
     except UnknownPluginError as error:
         return f"broken: it stands for another plugin, and {error}", ""
+    return (f"missing {absent}" if absent else None), _summary(descriptor)
+
+
+def _summary(descriptor: Plugin) -> str:
     stands_for = descriptor.alias_of or (f"the best {descriptor.best_of} here" if descriptor.best_of else "")
+    if not stands_for:
+        return descriptor.summary
     implied = " and ".join(f"{kind} {name}" for kind, name in descriptor.implies.items())
-    alias = f"= {stands_for}{' with ' if implied else ''}{implied}" if stands_for else ""
-    summary = f"{descriptor.summary} ({alias})" if descriptor.summary and alias else descriptor.summary or alias
-    return (f"missing {absent}" if absent else None), summary
+    alias = f"= {stands_for} with {implied}" if implied else f"= {stands_for}"
+    return f"{alias}: {descriptor.summary}" if descriptor.summary else alias
 
 
 def _show(rows: list[Row], *, check: bool) -> None:

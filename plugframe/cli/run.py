@@ -1,0 +1,156 @@
+"""``plugframe run``: resolve the settings, then start the script on every rank."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from plugframe.cli.arguments import Words, split
+from plugframe.cli.target import check
+from plugframe.errors import PlugframeWarning, SettingError, UsageError
+
+
+class RunCommand(click.Command):
+    """A command whose options may also stand after the script."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = Words(own=()) if ctx.resilient_parsing else split(args, self._long_options())
+        rest = super().parse_args(ctx, list(words.own))
+        ctx.params["words"] = words
+        return rest
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return ["[model]", "[OPTIONS]", "SCRIPT | -m MODULE", "[ARGS]..."]
+
+    def _long_options(self) -> dict[str, click.Option]:
+        options = [p for p in self.params if isinstance(p, click.Option)]
+        return {name: option for option in options for name in option.opts if name.startswith("--")}
+
+
+@click.command("run", cls=RunCommand, short_help="Run a script on every rank.")
+@click.option("--accelerator", metavar="NAME", help="Kind of device: auto, cpu, cuda, …")
+@click.option("--strategy", metavar="NAME", help="How the ranks work together: auto, ddp, …")
+@click.option("--devices", metavar="N|LIST", help="Devices on each node: 8, -1 or auto for all, 0,2 for these two.")
+@click.option("--precision", metavar="NAME", help="Precision of the arithmetic: 32, bf16, 16, …")
+@click.option("--collective", metavar="NAME", help="Who carries messages between the ranks.")
+@click.option("--checkpoint", metavar="NAME", help="Format of checkpoints.")
+@click.option("--environment", metavar="NAME", help="Who has started the processes; found out unless given.")
+@click.option("--launcher", metavar="NAME", help="Who starts the ranks.")
+@click.option("--plugins", "--plugin", metavar="NAMES", multiple=True, help="Extensions; repeatable or a,b.")
+@click.option("--loggers", "--logger", metavar="NAMES", multiple=True, help="Loggers; repeatable or a,b.")
+@click.option("--callbacks", "--callback", metavar="CLASSES", multiple=True, help="As package.module:Class.")
+@click.option("--timeout", "timeout_s", metavar="SECONDS", help="How long one collective may take.")
+@click.option("--num-nodes", metavar="N", help="Machines of the job; run the command on each of them.")
+@click.option("--node-rank", metavar="K", type=click.IntRange(min=0), help="Which of the nodes this is: 0, 1, …")
+@click.option("--main-address", metavar="HOST", help="Address of node 0, for several nodes.")
+@click.option(
+    "--main-port",
+    metavar="PORT",
+    type=click.IntRange(1, 65535),
+    help="Port of node 0, for several nodes; 29500.",
+)
+@click.option("--max-restarts", metavar="N", type=click.IntRange(min=0), help="Start failed ranks again this often.")
+@click.option("--config", metavar="FILE", help="A settings file, instead of the one found from here upward.")
+@click.option("--dry-run", is_flag=True, help="Show what would run and why, and start nothing.")
+def command(
+    words: Words,
+    dry_run: bool,
+    config: str | None,
+    node_rank: int | None,
+    main_address: str | None,
+    main_port: int | None,
+    max_restarts: int | None,
+    **settings: Any,
+) -> None:
+    """Run SCRIPT on every rank, with the plugins asked for by name.
+
+    Options may stand before or after SCRIPT. After it, those that are not listed here go to the script, and
+    everything after a bare -- does. `plugframe list-plugins` shows the names that are installed.
+
+    \b
+    Examples:
+      plugframe run train.py --devices=8 --strategy=ddp --precision=bf16
+      plugframe run --devices=auto train.py --epochs 3
+      plugframe run -m package.train --dry-run
+      plugframe run train.py --devices=2 -- --devices is for the script
+    """
+    check(words.command)
+    variables = _variables(settings, config)
+    environ = {**os.environ, **variables}
+    # Resolving imports what it needs; a wrong script or a wrong option is told without it.
+    from plugframe.cli.start import Nodes, decide
+    from plugframe.registry import Registry
+    from plugframe.request import gather
+    from plugframe.resolve import resolve
+
+    nodes = Nodes(node_rank=node_rank, main_address=main_address, main_port=main_port, max_restarts=max_restarts)
+    with _told(words, config) as told:
+        registry = Registry.discover()
+        request = gather({}, environ=environ)
+        plan = resolve(request, registry, environ)
+        start = decide(plan, request, registry, command=words.command, variables=variables, nodes=nodes)
+    if not dry_run:
+        start.go(registry)
+        return
+    from plugframe.cli.table import show
+
+    show(("what", "value", "why"), plan.rows())
+    for line in [*(f"note: {note}" for note in plan.notes if note not in told), *start.lines()]:
+        click.echo(line)
+
+
+def _variables(settings: Mapping[str, Any], config: str | None) -> dict[str, str]:
+    """Return the variables that hand to the ranks what was typed, and nothing else."""
+    from plugframe.request import FROM_COMMAND_LINE, LISTS, variable
+
+    typed = {field: value for field, value in settings.items() if value not in (None, ())}
+    texts = {field: ",".join(value) if field in LISTS else str(value) for field, value in typed.items()}
+    for callback in filter(None, texts.get("callbacks", "").split(",")):
+        if not re.fullmatch(r"[\w.]+:[\w.]+", callback):
+            raise SettingError(f"--callbacks={callback!r} does not name a class: type package.module:Class.")
+    variables = {variable(field): text for field, text in texts.items()}
+    variables[FROM_COMMAND_LINE] = ",".join(texts)
+    if config is not None:
+        variables["PLUGFRAME_CONFIG"] = str(Path(config).resolve())
+    return variables
+
+
+@contextmanager
+def _told(words: Words, config: str | None) -> Iterator[list[str]]:
+    """Turn warnings into lines, and say in an error how an option after the script is kept for the script."""
+    told: list[str] = []
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, PlugframeWarning):
+                others(message, category, *where, **more)
+            elif str(message) not in told:
+                told.append(str(message))
+                click.echo(f"plugframe: warning: {' '.join(str(message).split())}", err=True)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", PlugframeWarning)
+        try:
+            yield told
+        except UsageError as error:
+            hint = _for_the_script(str(error), words.late, config)
+            if not hint:
+                raise
+            raise SettingError(f"{error} {hint}") from error
+
+
+def _for_the_script(message: str, late: Sequence[str], config: str | None) -> str:
+    for option in late:
+        field = option.removeprefix("--").replace("-", "_")
+        of_file = field == "config" and config is not None and Path(config).name in message
+        if f"{field}=" in message or option in message or of_file:
+            return f"If {option} is meant for the script, write it after a bare --."
+    return ""

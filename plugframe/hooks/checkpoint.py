@@ -43,7 +43,9 @@ class CheckpointSpec(Protocol):
         ...
 
     @provider
-    def checkpoint_save(self, path: str, state: Mapping[str, Any], info: Mapping[str, Any], wait: bool) -> SaveHandle | None:
+    def checkpoint_save(
+        self, path: str, state: Mapping[str, Any], info: Mapping[str, Any], wait: bool
+    ) -> SaveHandle | None:
         """Write `state` at `path`, so that a crash at any instant leaves what was there before whole.
 
         Called on every rank. `info` holds plain values for the manifest: format version, world size, plugins.

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
-from plugframe.base import Collective
-from plugframe.context import Context
-from plugframe.errors import PlugframeWarning, SettingError, UnsupportedError
-from plugframe.hooks import ReduceOp, hookimpl
 from plugframe_builtins.torch_collective.agreement import agree
 from plugframe_builtins.torch_collective.compat import all_gather_single, reduce_scatter_single
 from plugframe_builtins.torch_collective.connection import backends, check_existing, connected, loopback_only
 from plugframe_builtins.torch_collective.reduction import Reduction
+from torch import Tensor
+
+from plugframe.base import Collective
+from plugframe.context import Context
+from plugframe.errors import OrderError, PlugframeWarning, SettingError
+from plugframe.hooks import ReduceOp, hookimpl
 
 DEFAULT_TIMEOUT_S = 1800.0
 
@@ -38,7 +38,9 @@ class TorchCollective(Collective):
 
     def __init__(self, *, backend: str | None = None, timeout_s: float | None = None) -> None:
         if timeout_s is not None and not timeout_s > 0:
-            raise SettingError(f"timeout_s={timeout_s!r} of the torch collective must be a number of seconds above 0.")
+            raise SettingError(
+                f"timeout_s={timeout_s!r} of the torch collective must be a number of seconds above 0."
+            )
         self.backend = backend
         self.timeout_s = timeout_s
         self._undo = ExitStack()
@@ -85,7 +87,7 @@ class TorchCollective(Collective):
     def collective_all_gather(self, tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
         peers = self._peers(group)
         self._agree("all_gather", tensor, peers)
-        return _Gather.apply(tensor, self, peers) if sync_grads else self._gather(tensor, peers)
+        return _gather_with_grads(tensor, self, peers) if sync_grads else self._gather(tensor, peers)
 
     def _gather(self, tensor: Tensor, peers: dist.ProcessGroup) -> Tensor:
         mine = self._wire(_flat(tensor))
@@ -143,8 +145,9 @@ class TorchCollective(Collective):
 
     @hookimpl
     def collective_barrier(self, name: str, group: Any) -> None:
+        peers = self._peers(group)
         try:
-            dist.barrier(group=self._peers(group))
+            dist.barrier(group=peers)
         except RuntimeError as error:
             raise RuntimeError(f"The barrier {name!r} failed on rank {dist.get_rank()}: {error}") from error
 
@@ -181,7 +184,7 @@ class TorchCollective(Collective):
         """Return the process group behind `group`, of which this rank and `src` must be members."""
         peers = dist.group.WORLD if group is None else group
         if peers is None:
-            raise UnsupportedError("The torch collective is not set up: call lite.launch() first.")
+            raise OrderError("The torch collective is not set up: call lite.launch() first.")
         if dist.get_rank(peers) < 0:
             raise SettingError(f"Rank {dist.get_rank()} is not in this group: let only its members call.")
         if src is not None and src not in dist.get_process_group_ranks(peers):
@@ -193,7 +196,9 @@ class TorchCollective(Collective):
         # Where the group reaches CPU memory too, reading the answer does not wait for the accelerator's queue.
         agree(call, tensor, peers, torch.device("cpu") if "cpu" in self._types else self.context.device)
         if tensor.layout is not torch.strided:
-            raise SettingError(f"{call} takes dense tensors, got {tensor.layout}: use tensor.to_dense() first.")
+            raise SettingError(
+                f"{call} takes dense tensors, got {tensor.layout}: use tensor.to_dense() first."
+            )
 
     def _wire(self, tensor: Tensor) -> Tensor:
         """Return `tensor` where this backend can read it."""
@@ -203,17 +208,35 @@ class TorchCollective(Collective):
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather whose backward hands every rank the sum of the gradients of its row."""
+    """All-gather; its backward hands every rank the sum of the gradients of its row."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, collective: TorchCollective, peers: dist.ProcessGroup) -> Tensor:
-        ctx.collective, ctx.peers = collective, peers
+        ctx.rest = collective, peers
         return collective._gather(tensor, peers)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.collective.collective_reduce_scatter(tensor=grads[0], op="sum", group=ctx.peers), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, None, None]:
+        return _Scatter.apply(grads[0], *ctx.rest), None, None  # type: ignore[no-untyped-call]
+
+
+class _Scatter(torch.autograd.Function):
+    """Reduce-scatter by sum, the transpose of all-gather: so that gradients of gradients are right too."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, collective: TorchCollective, peers: dist.ProcessGroup) -> Tensor:
+        ctx.rest = collective, peers
+        return collective.collective_reduce_scatter(tensor=rows, op="sum", group=peers)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, None, None]:
+        return _gather_with_grads(grads[0], *ctx.rest), None, None
+
+
+def _gather_with_grads(tensor: Tensor, collective: TorchCollective, peers: dist.ProcessGroup) -> Tensor:
+    result: Tensor = _Gather.apply(tensor, collective, peers)  # type: ignore[no-untyped-call]
+    return result

@@ -27,7 +27,7 @@ def connected(context: Context, *, backend: str, timeout_s: float) -> Iterator[N
     outer_hook = sys.excepthook
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(f"plugframe/{turn}", store),
+        store=dist.PrefixStore(f"plugframe/{turn}", store),  # type: ignore[attr-defined]
         rank=world.global_rank,
         world_size=world.world_size,
         timeout=timedelta(seconds=timeout_s),

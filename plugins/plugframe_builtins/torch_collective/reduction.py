@@ -32,11 +32,15 @@ class Reduction:
     def __init__(self, op: str, tensor: Tensor) -> None:
         check_reduction(op, tensor)
         if tensor.is_complex() and op not in ("sum", "mean", "avg"):
-            raise SettingError(f"reduce_op={op!r} of a {tensor.dtype} tensor is not defined: use 'sum' or 'mean'.")
+            raise SettingError(
+                f"reduce_op={op!r} of a {tensor.dtype} tensor is not defined: use 'sum' or 'mean'."
+            )
         self._mean = op in ("mean", "avg")
         self._dtype = tensor.dtype
         self.op = (_BOOL_OPS if tensor.dtype is torch.bool else _OPS)[op]
-        work = tensor.detach().to(self._wire_dtype(tensor), copy=True).contiguous().resolve_conj().resolve_neg()
+        dtype = self._wire_dtype(tensor)
+        work = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+        work = work.resolve_conj().resolve_neg()
         self.send = (torch.view_as_real(work) if work.is_complex() else work).reshape(-1)
 
     def _wire_dtype(self, tensor: Tensor) -> torch.dtype:

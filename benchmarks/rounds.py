@@ -1,0 +1,95 @@
+"""Interleaved rounds: the candidates take turns, so that a machine that speeds up or slows down does so for all."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+
+def interleave(candidates: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, list[float]]:
+    """Call every candidate once per round, after one round that is not counted; return what each gave."""
+    for measure in candidates.values():
+        measure()
+    results: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(rounds):
+        names = list(candidates)
+        # Whoever goes first after another's garbage pays for it: the order turns.
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            results[name].append(candidates[name]())
+    return results
+
+
+def report(title: str, results: Mapping[str, Sequence[float]], *, unit: str, base: str, digits: int = 1) -> None:
+    """Print medians, and differences and ratios to `base` taken round by round."""
+    print(f"\n{title} ({unit}; medians of {len(results[base])} interleaved rounds, [min … max])")
+    for name, values in results.items():
+        line = f"  {name:32} {statistics.median(values):10.{digits}f}"
+        line += f" [{min(values):.{digits}f} … {max(values):.{digits}f}]"
+        if name != base:
+            differences = [value - other for value, other in zip(values, results[base], strict=True)]
+            ratios = [value / other for value, other in zip(values, results[base], strict=True)]
+            line += f"   {statistics.median(differences):+.{digits}f}   ×{statistics.median(ratios):.3f}"
+        print(line)
+
+
+def machine() -> str:
+    """Describe the machine in one line."""
+    model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "")
+    import torch
+
+    cores = os.cpu_count()
+    return (
+        f"{model or platform.machine()}, {cores} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
+
+
+def cpu_seconds(command: Sequence[str]) -> Callable[[], float]:
+    """Return a measure of the CPU seconds (user and system) a command takes, its children included."""
+
+    def measure() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    return measure
+
+
+def wall_seconds(command: Sequence[str], *, cwd: str | None = None) -> Callable[[], float]:
+    """Return a measure of the seconds a command takes from start to exit."""
+
+    def measure() -> float:
+        start = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=cwd)
+        return time.perf_counter() - start
+
+    return measure
+
+
+def installed(*modules: str) -> bool:
+    """Say whether modules can be imported, without importing them."""
+    import importlib.util
+
+    try:
+        return all(importlib.util.find_spec(module) is not None for module in modules)
+    except ModuleNotFoundError:
+        return False
+
+
+def python(code: str) -> list[str]:
+    """Return the command that runs a piece of Python."""
+    return [sys.executable, "-c", code]

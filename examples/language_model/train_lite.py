@@ -1,0 +1,102 @@
+"""A small GPT learns to write Python, with plugframe: any device, any number of processes."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import chain, repeat
+from math import cos, pi
+from pathlib import Path
+
+import torch
+from model import GPT
+from text import ALPHABET, SourceCode, decode, encode, plot_losses
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from plugframe import Lite
+
+
+def main(args: argparse.Namespace) -> None:
+    lite = Lite()
+    lite.launch()  # starts the processes under plain python; does nothing where they already run
+    lite.seed_everything(args.seed)
+
+    train_text = SourceCode(block=args.block, validation=False)
+    validation_text = SourceCode(block=args.block, validation=True)
+    batch_size = args.batch_size // args.accumulate // lite.world_size
+    train_loader = DataLoader(train_text, batch_size=batch_size, shuffle=True, drop_last=True)
+    validation_loader = DataLoader(validation_text, batch_size=64)
+    train_loader, validation_loader = lite.setup_dataloaders(train_loader, validation_loader)
+
+    model = GPT(alphabet=len(ALPHABET), block=args.block)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    model, optimizer = lite.setup(model, optimizer, forward_methods=("generate",))
+    scheduler = LambdaLR(optimizer, lambda step: warm_up_then_cosine(step, args.warm_up, args.steps))
+
+    training, validation = [], {0: validate(lite, model, validation_loader)}
+    lite.print(f"step   0: validation loss {validation[0]:.3f}")
+    batches = chain.from_iterable(repeat(train_loader))  # epoch after epoch
+    for step in range(1, args.steps + 1):
+        loss_of_step = 0.0
+        optimizer.zero_grad()
+        for part in range(1, args.accumulate + 1):
+            text, following = next(batches)
+            with lite.no_backward_sync(model, enabled=part < args.accumulate):
+                loss = loss_of(model, text, following) / args.accumulate
+                lite.backward(loss)
+            loss_of_step += loss.item()
+        lite.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+        scheduler.step()
+        training.append(float(lite.all_reduce(loss_of_step, reduce_op="mean")))
+
+        if step % args.validate_every == 0 or step == args.steps:
+            validation[step] = validate(lite, model, validation_loader)
+            lite.print(f"step {step:3d}: validation loss {validation[step]:.3f}, training {training[-1]:.3f}")
+
+    start = lite.to_device(encode("def ").unsqueeze(0))
+    lite.print(decode(model.generate(start, length=args.sample)[0]))
+    if args.plot and lite.is_global_zero:
+        plot_losses(args.plot, training, validation)
+
+
+def loss_of(model: nn.Module, text: Tensor, following: Tensor) -> Tensor:
+    """Return how badly the model foresees what follows each character, in nats per character."""
+    return cross_entropy(model(text).flatten(0, 1), following.flatten())
+
+
+@torch.no_grad()
+def validate(lite: Lite, model: nn.Module, loader: DataLoader[tuple[Tensor, Tensor]]) -> float:
+    """Return the mean loss over all of the loader's text."""
+    model.eval()
+    total, count = 0.0, 0
+    for text, following in loader:
+        total += loss_of(model, text, following).item() * len(text)
+        count += len(text)
+    model.train()
+    total, count = lite.all_reduce((total, count), reduce_op="sum")
+    return float(total / count)
+
+
+def warm_up_then_cosine(step: int, warm_up: int, steps: int) -> float:
+    """Return the factor of the learning rate: up from 0 in a line, then down to a twentieth."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.05 + 0.95 * (1 + cos(pi * (step - warm_up) / max(steps - warm_up, 1))) / 2
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch-size", type=int, default=16, help="pieces in a step, over all processes")
+    parser.add_argument("--accumulate", type=int, default=2, help="backward passes in a step")
+    parser.add_argument("--block", type=int, default=64, help="characters in a piece of text")
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--warm-up", type=int, default=30, help="steps until the learning rate is reached")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validate-every", type=int, default=100, help="steps between two validations")
+    parser.add_argument("--sample", type=int, default=300, help="characters to write at the end")
+    parser.add_argument("--plot", type=Path, help="draw the losses here")
+    main(parser.parse_args())

@@ -1,0 +1,171 @@
+"""From a plan to a running script: in this process's place, or by a launcher."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from plugframe.errors import PlugframeWarning, SettingError
+from plugframe.hooks.launcher import Job
+from plugframe.plan import Choice, Plan
+from plugframe.request import Request, variable
+from plugframe.resolve import Catalogue, resolve_launcher
+
+#: Where node 0 listens unless it is told otherwise; the one PyTorch's own launcher uses.
+MAIN_PORT = 29500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nodes:
+    """What was typed about the nodes and the supervision; None where nothing was."""
+
+    node_rank: int | None = None
+    main_address: str | None = None
+    main_port: int | None = None
+    max_restarts: int | None = None
+
+    def typed(self) -> list[str]:
+        """Return the names of the options that were typed."""
+        return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What is about to be started.
+
+    Attributes:
+        command: arguments after the Python executable.
+        variables: what is handed over in the environment.
+        why: why no launcher is needed; empty if one is.
+        launcher: who starts the ranks; None if this process becomes the script.
+        job: what the launcher is given.
+    """
+
+    command: Sequence[str]
+    variables: Mapping[str, str] = field(default_factory=dict)
+    why: str = ""
+    launcher: Choice | None = None
+    job: Job | None = None
+
+    def lines(self) -> list[str]:
+        """Return what would happen, for people."""
+        if self.job is None or self.launcher is None:
+            what = f"this process becomes {shlex.join(['python', '-u', *self.command])} ({self.why})"
+        else:
+            job = self.job
+            ranks = f"{job.num_processes} rank{'s' if job.num_processes > 1 else ''}"
+            node = f", node {job.node_rank} of {job.num_nodes}, main {job.main_address}:{job.main_port}"
+            restarts = f", up to {job.max_restarts} restarts" if job.max_restarts else ""
+            what = (
+                f"{ranks} of {shlex.join(['python', *self.command])} by launcher {self.launcher.origin}"
+                f"{node if job.num_nodes > 1 else ''}{restarts}"
+            )
+        return [
+            f"starts: {what}",
+            *(f"hands over: {k}={shlex.quote(v)}" for k, v in self.variables.items() if v),
+        ]
+
+    def go(self, catalogue: Catalogue) -> None:
+        """Start it. Returns once all ranks have ended well.
+
+        Raises:
+            RankFailedError: if a rank failed.
+        """
+        if self.job is None or self.launcher is None:
+            _become(self.command, self.variables)
+        assert self.launcher.entry is not None
+        catalogue.make(self.launcher.entry).launcher_launch(job=self.job)
+
+
+def decide(
+    plan: Plan,
+    request: Request,
+    catalogue: Catalogue,
+    *,
+    command: Sequence[str],
+    variables: Mapping[str, str],
+    nodes: Nodes,
+) -> Start:
+    """Return what has to be started for `plan`.
+
+    Raises:
+        UsageError: if what was typed about nodes is incomplete, or no launcher can do it.
+    """
+    if plan.launched:
+        who = plan.choices["environment"].name
+        _no_effect(nodes.typed(), f"{who} has started the processes already")
+        return Start(command=command, variables=variables, why=f"{who} has started the processes")
+    several = plan.num_nodes > 1
+    if not several:
+        _check_single(nodes)
+    if plan.world_size == 1 and not nodes.max_restarts and request.get("launcher") is None:
+        return Start(command=command, variables=variables, why="one rank needs no supervision")
+    launcher = resolve_launcher(request, catalogue, "script")
+    if request.get("environment"):
+        # It says who started this process. The ranks are started by the launcher, and shall find that out.
+        variables = {**variables, variable("environment"): "auto"}
+    node_rank, main_address, main_port = _meeting(plan.num_nodes, nodes) if several else (0, None, None)
+    job = Job(
+        num_processes=len(plan.devices),
+        num_nodes=plan.num_nodes,
+        node_rank=node_rank,
+        main_address=main_address,
+        main_port=main_port,
+        max_restarts=nodes.max_restarts or 0,
+        environ=variables,
+        command=tuple(command),
+    )
+    return Start(command=command, variables=variables, launcher=launcher, job=job)
+
+
+def _become(command: Sequence[str], variables: Mapping[str, str]) -> NoReturn:
+    """Replace this process by the script: nothing stands between it, its terminal and its signals."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvpe(sys.executable, [sys.executable, "-u", *command], {**os.environ, **variables})
+
+
+def _no_effect(options: Sequence[str], why: str) -> None:
+    if options:
+        has = "has" if len(options) == 1 else "have"
+        warnings.warn(f"{', '.join(options)} {has} no effect: {why}.", PlugframeWarning, stacklevel=3)
+
+
+def _check_single(nodes: Nodes) -> None:
+    if nodes.node_rank:
+        raise SettingError(f"--node-rank={nodes.node_rank}, but there is one node: add --num-nodes, or leave it out.")
+    useless = [option for option in nodes.typed() if option.startswith("--main")]
+    _no_effect(useless, "one node needs no address; for several add --num-nodes")
+
+
+def _meeting(num_nodes: int, nodes: Nodes) -> tuple[int, str, int]:
+    """Return this node's rank, and host and port of node 0."""
+    address = nodes.main_address or os.environ.get("MASTER_ADDR")
+    if not address:
+        raise SettingError(
+            f"num_nodes={num_nodes} needs the address of node 0, the same on every node: add --main-address=HOST."
+        )
+    node_rank = nodes.node_rank if nodes.node_rank is not None else _read_int("NODE_RANK", "--node-rank")
+    if node_rank is None:
+        raise SettingError(
+            f"num_nodes={num_nodes} needs the rank of this node: add --node-rank=0 on {address}, "
+            f"{'--node-rank=1 on the other' if num_nodes == 2 else f'1 to {num_nodes - 1} on the others'}."
+        )
+    if not 0 <= node_rank < num_nodes:
+        raise SettingError(f"node_rank={node_rank}, but num_nodes={num_nodes}: it is 0 to {num_nodes - 1}.")
+    return node_rank, address, nodes.main_port or _read_int("MASTER_PORT", "--main-port") or MAIN_PORT
+
+
+def _read_int(name: str, option: str) -> int | None:
+    text = os.environ.get(name)
+    if not text:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise SettingError(f"{name}={text!r} in the environment is not a number: mend it, or add {option}.") from None

@@ -1,0 +1,211 @@
+"""What surrounds the user's code in a rank.
+
+The launcher runs this file by its path, so that a rank imports neither the project nor anything heavy before
+the script does, and the working directory cannot shadow what is imported here. The script is run by hand, not
+by ``runpy``: that puts the old ``__main__`` back when the script ends, and threads, exit handlers and
+multiprocessing would then look for the script's objects in vain.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import find_spec
+from types import CodeType, ModuleType, TracebackType
+
+#: Where torch's supervisor looks for a failed rank's last words.
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+#: Name of a file beside the error file: the stack of a rank that crashed.
+CRASH_FILE = "crash.txt"
+#: Exit code of a rank that ended on Ctrl-C (128 + SIGINT).
+INTERRUPTED = 130
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_PACKAGE = os.path.dirname(_HERE) + os.sep
+
+
+def main() -> None:
+    """Run ``rank.py PARENT [-m] SCRIPT ARGUMENT…``."""
+    if sys.path and os.path.abspath(sys.path[0]) == _HERE:
+        del sys.path[0]  # only now: what is imported above is the standard library's, whatever lies elsewhere
+    parent, *command = sys.argv[1:]
+    prepare(int(parent))
+    try:
+        code, module = _load(command)
+        sys.modules["__main__"] = module
+        exec(code, module.__dict__)
+    except SystemExit as leave:
+        if exit_code(leave) != 0:
+            record(leave)
+        raise
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BaseException as error:
+        _call_excepthook(error)
+        if not record(error):
+            sys.__excepthook__(type(error), error, strip(error.__traceback__))
+        sys.exit(1)
+
+
+def prepare(parent: int) -> None:
+    """Tie this process to its launcher, and let it leave a stack if it crashes."""
+    die_with_parent(parent)
+    if os.environ.get(ERROR_FILE):
+        crash = os.path.join(os.path.dirname(os.environ[ERROR_FILE]), CRASH_FILE)
+        # A descriptor, not a file object: it stays open until the very end of the process.
+        faulthandler.enable(os.open(crash, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(line_buffering=True)  # whole lines: with -u those of several ranks are torn
+
+
+def die_with_parent(parent: int) -> None:
+    """See to it that this process ends when the launcher does, however that one ends.
+
+    With SIGKILL: a rank that waits inside a collective would never come to handle anything milder.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+    else:
+        threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:  # it ended before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def record(error: BaseException) -> bool:
+    """Write `error` to the rank's error file, in torch's form with fields of our own beside it.
+
+    Returns:
+        False if there is no such file to write to: the rank was started by hand.
+    """
+    path = os.environ.get(ERROR_FILE)
+    if not path:
+        return False
+    now = time.time()
+    stack, said = traceback.format_exception(type(error), error, strip(error.__traceback__)), ""
+    if isinstance(error, SystemExit):
+        stack, said = [], "" if isinstance(error.code, int | None) else str(error.code)
+    data = {
+        "message": {
+            "message": one_line(error),
+            "extraInfo": {"py_callstack": "".join(stack), "timestamp": str(int(now))},
+        },
+        "rank": int(os.environ.get("RANK", "-1")),
+        "host": os.uname().nodename,
+        "pid": os.getpid(),
+        "time": now,
+        "exit_code": exit_code(error),
+        "said": said,
+        "types": [kind.__name__ for kind in type(error).__mro__],
+    }
+    # At one stroke: the launcher may look at any time, and a rank may be killed at any time.
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        json.dump(data, file)
+    os.replace(f"{path}.new", path)
+    return True
+
+
+def one_line(error: BaseException) -> str:
+    """Return ``ValueError: message``, the first line of it."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return traceback.format_exception_only(type(error), error)[0].splitlines()[0]
+
+
+def strip(stack: TracebackType | None) -> TracebackType | None:
+    """Return `stack` without the frames of this package that come before the user's."""
+    shorter = _after(stack, _HERE + os.sep)
+    return _after(shorter, _PACKAGE) or shorter
+
+
+def _after(stack: TracebackType | None, folder: str) -> TracebackType | None:
+    while stack is not None and stack.tb_frame.f_code.co_filename.startswith(folder):
+        stack = stack.tb_next
+    return stack
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the code Python leaves with when it meets `error`."""
+    if not isinstance(error, SystemExit):
+        return 1
+    if error.code is None:
+        return 0
+    return error.code & 0xFF if isinstance(error.code, int) else 1
+
+
+def _call_excepthook(error: BaseException) -> None:
+    """Call a hook that the script has set, for what it reports elsewhere; the launcher prints the traceback."""
+    hook = sys.excepthook
+    if hook is sys.__excepthook__:
+        return
+    stderr, sys.stderr = sys.stderr, io.StringIO()
+    try:
+        hook(type(error), error, strip(error.__traceback__))
+    except Exception as failure:  # noqa: BLE001 - as Python does, which says so and goes on
+        print(f"sys.excepthook failed: {one_line(failure)}", file=stderr)
+    finally:
+        sys.stderr = stderr
+
+
+def _load(command: list[str]) -> tuple[CodeType, ModuleType]:
+    """Return the code to run and the ``__main__`` to run it in, with ``sys.argv`` and ``sys.path`` as Python sets them."""
+    safe_path = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        sys.path[:0] = [] if safe_path else [os.getcwd()]
+        spec = find_spec(command[1])
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = find_spec(f"{command[1]}.__main__")
+        code, module = _load_spec(spec, command[1])
+        sys.argv[0] = module.__file__ or command[1]
+        return code, module
+    sys.argv = command
+    path = os.path.abspath(command[0])
+    if os.path.isdir(path) or _is_archive(path):
+        sys.path.insert(0, command[0])
+        return _load_spec(PathFinder.find_spec("__main__", [path]), path)
+    sys.path[:0] = [] if safe_path else [os.path.dirname(os.path.realpath(path))]
+    module = ModuleType("__main__")
+    module.__dict__.update(__file__=path, __cached__=None, __loader__=SourceFileLoader("__main__", path))
+    with open(path, "rb") as file:
+        return compile(file.read(), path, "exec", dont_inherit=True), module
+
+
+def _load_spec(spec: ModuleSpec | None, name: str) -> tuple[CodeType, ModuleType]:
+    loader = spec.loader if spec is not None else None
+    code = loader.get_code(spec.name) if spec is not None and hasattr(loader, "get_code") else None
+    if spec is None or code is None:
+        raise ModuleNotFoundError(f"no module {name!r} that can be run")
+    module = ModuleType("__main__")
+    module.__dict__.update(
+        __file__=spec.origin, __cached__=spec.cached, __loader__=loader, __package__=spec.parent, __spec__=spec
+    )
+    return code, module
+
+
+def _is_archive(path: str) -> bool:
+    if path.endswith(".py"):
+        return False
+    import zipfile
+
+    return zipfile.is_zipfile(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Which rank brought the job down, and what is said about it: once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+#: Exceptions with which a rank notices that another one has gone.
+_NETWORK_TYPES = frozenset(
+    {"DistNetworkError", "DistBackendError", "DistStoreError", "ConnectionError", "BrokenPipeError"}
+)
+#: The same, where the type is a plain RuntimeError.
+_NETWORK_TEXTS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Socket closed",
+    "remote process exited",
+    "Timed out waiting",
+    "Read error",
+)
+#: Signals that the launcher itself sends.
+_FROM_LAUNCHER = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
+#: How long after the first failure a cause may still be told, after its consequences were.
+_WINDOW_S = 10.0
+_OUT_OF_MEMORY = ", out of memory: the kernel chose it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How one rank ended.
+
+    Attributes:
+        rank: its global rank.
+        exit_code: as `subprocess` has it, negative for a signal; None where it is not known.
+        time: when, in seconds since the epoch; None where it is not known.
+        words: what its error file holds, if it left one.
+        crash: the stack it left when it crashed.
+        by_launcher: the launcher killed it because it would not leave.
+    """
+
+    rank: int
+    exit_code: int | None = None
+    time: float | None = None
+    words: Mapping[str, Any] | None = None
+    crash: str = ""
+    by_launcher: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What is said about a failure.
+
+    Attributes:
+        line: who failed and of what, in one line.
+        text: `line`, the traceback of that rank, and a line on the others.
+        exit_code: for the launcher to leave with.
+        certain: False if what failed only noticed that somebody else had gone.
+    """
+
+    line: str
+    text: str
+    exit_code: int
+    certain: bool
+
+
+def report(endings: Sequence[Ending], *, host: str, out_of_memory: bool = False) -> Report:
+    """Name the culprit among `endings`, the ranks of this node in the order in which torch noticed their failure."""
+    first = min((e.time for e in endings if e.words is not None and e.time is not None), default=None)
+    culprit = min(endings, key=lambda ending: (_suspicion(ending, first), ending.time or 0.0))
+    line = f"rank {culprit.rank} on {host} {_cause(culprit, out_of_memory)}"
+    parts = [line, _stack(culprit).rstrip(), *_others(endings, culprit)]
+    return Report(
+        line=line,
+        text="\n".join(part for part in parts if part),
+        exit_code=_exit_code(culprit),
+        certain=_suspicion(culprit, first) < 4,
+    )
+
+
+def _suspicion(ending: Ending, first: float | None) -> int:
+    """Rank an ending by how likely it is the cause, 0 first."""
+    if ending.words is not None:
+        if is_consequence(ending.words):
+            return 4
+        late = first is not None and ending.time is not None and ending.time > first + _WINDOW_S
+        return 5 if late else 1
+    code = ending.exit_code
+    if code is None:
+        return 9
+    if ending.by_launcher or code == 0:
+        return 8
+    if code > 0:
+        return 6 if code == 128 + signal.SIGINT else 2
+    if -code in _FROM_LAUNCHER:
+        return 7
+    # A library that notices a dead peer may abort; nobody dies of SIGKILL or SIGSEGV because another rank failed.
+    return 3 if -code == signal.SIGABRT else 0
+
+
+def is_consequence(words: Mapping[str, Any]) -> bool:
+    """Say whether an error only tells that the connection to another rank was lost."""
+    return bool(_NETWORK_TYPES.intersection(words["types"])) or any(text in _told(words) for text in _NETWORK_TEXTS)
+
+
+def summary(ending: Ending) -> str:
+    """Return what is said of a rank between two attempts: ``ValueError: message``."""
+    return _message(ending.words) if ending.words is not None else _cause(ending, False)
+
+
+def _message(words: Mapping[str, Any]) -> str:
+    return str(words["message"]["message"])
+
+
+def _told(words: Mapping[str, Any]) -> str:
+    return str(words["message"]["extraInfo"]["py_callstack"])
+
+
+def _cause(ending: Ending, out_of_memory: bool) -> str:
+    if ending.words is not None:
+        if "SystemExit" in ending.words["types"]:
+            said = f": {ending.words['said']}" if ending.words["said"] else ""
+            return f"left with exit code {ending.words['exit_code']}{said}"
+        return f"failed: {_message(ending.words)}"
+    code = ending.exit_code
+    if code is None:
+        return "ended without a word"
+    if code >= 0:
+        return f"left with exit code {code}"
+    return f"was killed by {_signal_name(-code)}{_OUT_OF_MEMORY if out_of_memory and -code == signal.SIGKILL else ''}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _stack(ending: Ending) -> str:
+    if ending.words is not None:
+        return _told(ending.words)
+    return ending.crash
+
+
+def _exit_code(ending: Ending) -> int:
+    if ending.words is not None:
+        return int(ending.words["exit_code"]) or 1
+    code = ending.exit_code
+    if code is None:
+        return 1
+    return 128 - code if code < 0 else code or 1
+
+
+def _others(endings: Iterable[Ending], culprit: Ending) -> list[str]:
+    """Return one line for each thing that became of other ranks: ``ranks 0, 2-7: ended by the launcher``."""
+    fates: dict[str, list[int]] = {}
+    for ending in endings:
+        if ending is not culprit:
+            fates.setdefault(_fate(ending), []).append(ending.rank)
+    return [f"{_ranks(ranks)}: {fate}" for fate, ranks in fates.items()]
+
+
+def _fate(ending: Ending) -> str:
+    if ending.words is not None:
+        return _cause(ending, False) + (" (a consequence)" if is_consequence(ending.words) else "")
+    code = ending.exit_code
+    if code == 0:
+        return "had ended well"
+    if code is None or ending.by_launcher or -code in _FROM_LAUNCHER or code == 128 + signal.SIGINT:
+        return "ended by the launcher"
+    return _cause(ending, False)
+
+
+def _ranks(ranks: list[int]) -> str:
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    names = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(names)}"

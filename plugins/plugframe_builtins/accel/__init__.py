@@ -1,0 +1,10 @@
+"""Any device that torch itself calls the machine's accelerator."""
+
+from plugframe import Plugin
+
+plugin = Plugin(
+    factory="plugframe_builtins.accel.accelerator:TorchAccelerator",
+    summary="Whatever device torch.accelerator finds: Intel XPU, or one that a torch backend package adds.",
+    tags=("gpu",),
+    priority=50,
+)

@@ -1,0 +1,182 @@
+"""Data parallelism over ``torch.nn.parallel.DistributedDataParallel``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from plugframe_builtins.ddp.batchnorm import sync_batchnorm
+from plugframe_builtins.ddp.compression import check_compression, compress
+from plugframe_builtins.ddp.engine import Engine
+from plugframe_builtins.ddp.sameness import check_same_model
+from torch import nn
+from torch.optim import Optimizer
+
+from plugframe.base import Strategy
+from plugframe.context import Context
+from plugframe.errors import OrderError, SettingError, UnsupportedError
+from plugframe.hooks import Engine as AnyEngine
+from plugframe.hooks import hookimpl
+
+
+class DDP(Strategy):
+    """Hold the whole model on every rank and average the gradients of all ranks in backward.
+
+    Parameters and buffers are made equal to rank 0's when a module is set up. Options without a word here
+    are those of ``torch.nn.parallel.DistributedDataParallel``, with its defaults.
+
+    Args:
+        find_unused_parameters: let forwards leave parameters out; costs a walk through the graph.
+        static_graph: every step uses the same parameters in the same way. Its first backward averages
+            gradients also where `no_backward_sync` is on; the sum over micro-batches is the same.
+        gradient_as_bucket_view: keep gradients in the communication buffers, saving their size in memory.
+        bucket_cap_mb: size in MiB of one communication buffer; by default torch's 25.
+        broadcast_buffers: give every rank rank 0's buffers (running statistics) after each optimizer step,
+            so that all ranks evaluate one model; without, each rank keeps its own.
+        timeout_s: seconds a gradient exchange may take; by default what the collective allows for everything.
+            A value of its own makes a second process group.
+        gradient_compression: ``"fp16"``, ``"bf16"`` or ``"powersgd"``; gradients are then approximate.
+        powersgd: arguments of torch's ``PowerSGDState``, such as ``{"matrix_approximation_rank": 4}``. What
+            it carries from step to step is not in a checkpoint.
+        sync_batchnorm: normalise over the batches of all ranks; on accelerators only.
+    """
+
+    def __init__(
+        self,
+        *,
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        gradient_as_bucket_view: bool = False,
+        bucket_cap_mb: int | None = None,
+        broadcast_buffers: bool = True,
+        timeout_s: float | None = None,
+        gradient_compression: str | None = None,
+        powersgd: Mapping[str, Any] | None = None,
+        sync_batchnorm: bool = False,
+    ) -> None:
+        flags = {
+            "find_unused_parameters": find_unused_parameters,
+            "static_graph": static_graph,
+            "gradient_as_bucket_view": gradient_as_bucket_view,
+            "broadcast_buffers": broadcast_buffers,
+            "sync_batchnorm": sync_batchnorm,
+        }
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise SettingError(f"{name}={flag!r} of strategy 'ddp' must be True or False.")
+        for name, number in {"bucket_cap_mb": bucket_cap_mb, "timeout_s": timeout_s}.items():
+            if number is not None and (
+                isinstance(number, bool) or not isinstance(number, (int, float)) or number <= 0
+            ):
+                raise SettingError(f"{name}={number!r} of strategy 'ddp' must be a number above 0, or None.")
+        check_compression(gradient_compression, powersgd)
+        self.broadcast_buffers = broadcast_buffers
+        self.timeout_s = timeout_s
+        self.gradient_compression = gradient_compression
+        self.powersgd = dict(powersgd or {})
+        self.sync_batchnorm = sync_batchnorm
+        self._engine_options = {
+            "find_unused_parameters": find_unused_parameters,
+            "static_graph": static_graph,
+            "gradient_as_bucket_view": gradient_as_bucket_view,
+            "bucket_cap_mb": bucket_cap_mb,
+        }
+        # In the order of set-up: the ranks must go through them in one order.
+        self._engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+        self._group: Any = None
+        self._undo = ExitStack()
+
+    @hookimpl
+    def strategy_setup(self, context: Context) -> None:
+        super().strategy_setup(context)
+        if self.sync_batchnorm and context.device.type in ("cpu", "mps"):
+            raise UnsupportedError(
+                f"sync_batchnorm=True does not work on {context.device.type}: torch has no SyncBatchNorm there. "
+                "Leave it out, or use an accelerator that has it."
+            )
+        self._group = context.hooks.collective_process_group()
+        if self._group is None:
+            raise UnsupportedError(
+                f"strategy 'ddp' needs a process group, and collective {context.names.get('collective')!r} has "
+                "none: use collective='torch'."
+            )
+        if self.timeout_s is not None:
+            self._group = dist.new_group(timeout=timedelta(seconds=self.timeout_s))
+            self._undo.callback(_destroy, self._group)
+
+    @hookimpl
+    def strategy_teardown(self) -> None:
+        self._group = None
+        self._undo.close()
+
+    @hookimpl
+    def strategy_setup_module(self, module: nn.Module) -> AnyEngine:
+        _check_parameters(module)
+        check_same_model(module, self.context.hooks)
+        if self.sync_batchnorm:
+            self._undo.callback(sync_batchnorm(module, warn=self.context.world.global_rank == 0))
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            self._broadcast(module)
+            return None
+        engine = Engine(module, process_group=self._group, **self._engine_options)
+        # Set afterwards, so that set-up makes buffers equal in any case; torch 2.13 renamed the argument as well.
+        engine.broadcast_buffers = self.broadcast_buffers
+        if self.gradient_compression is not None:
+            compress(engine, self.gradient_compression, self.powersgd)
+        self._engines[id(engine)] = engine
+        return engine
+
+    def _broadcast(self, module: nn.Module) -> None:
+        """Make a frozen module equal to rank 0's: a teacher with random weights is one teacher, not many."""
+        with torch.no_grad():
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.copy_(self.context.hooks.collective_broadcast(tensor=tensor, src=0, group=None))
+
+    @hookimpl
+    def strategy_setup_optimizers(
+        self, module: nn.Module | None, optimizers: Sequence[Optimizer]
+    ) -> Sequence[Optimizer]:
+        for engine in self._engines.values():
+            if any(engine.owns(optimizer) for optimizer in optimizers):
+                # Buffers travel after each step instead of before each forward: once for any number of
+                # micro-batches, and every rank evaluates the same model.
+                engine.broadcast_buffers = False
+        return optimizers
+
+    @hookimpl
+    def strategy_no_sync(
+        self, module: nn.Module, engine: AnyEngine, enabled: bool
+    ) -> AbstractContextManager[Any]:
+        return nullcontext() if engine is None else engine.synchronizing(not enabled)
+
+    @hookimpl
+    def strategy_optimizer_step(
+        self, optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any] | None
+    ) -> Any:
+        result = super().strategy_optimizer_step(optimizer, step, closure)
+        if self.broadcast_buffers:
+            for engine in self._engines.values():
+                if engine.stale_buffers and engine.owns(optimizer):
+                    engine.sync_buffers()
+        return result
+
+
+def _check_parameters(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise OrderError(f"Parameter {name!r} has no shape yet: run one forward before lite.setup().")
+        if parameter.is_meta:
+            raise UnsupportedError(
+                f"Parameter {name!r} is on the meta device, and strategy 'ddp' needs its values: "
+                "use lite.init_module() or module.to_empty(device=lite.device) first."
+            )
+
+
+def _destroy(group: Any) -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group(group)

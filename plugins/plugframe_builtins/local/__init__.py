@@ -1,0 +1,9 @@
+"""A bare shell: this process is the only one so far."""
+
+from plugframe import Plugin
+
+plugin = Plugin(
+    factory="plugframe_builtins.local.environment:Local",
+    summary="This machine, with nothing started yet.",
+    priority=0,
+)

@@ -1,0 +1,29 @@
+"""The environment of a process that nobody but its user started."""
+
+from __future__ import annotations
+
+from plugframe.base import Environment
+from plugframe.hooks import hookimpl
+from plugframe.world import World
+
+
+class Local(Environment):
+    """One process: a launcher starts the others, if more are asked for."""
+
+    name = "this machine"
+
+    @hookimpl
+    def environment_detect(self) -> bool:
+        return True
+
+    @hookimpl
+    def environment_launched(self) -> bool:
+        return False
+
+    @hookimpl
+    def environment_world(self) -> World:
+        return World()
+
+    @hookimpl
+    def environment_validate(self, num_processes: int | None, num_nodes: int | None) -> None:
+        """Find nothing wrong: any number of processes can still be started."""

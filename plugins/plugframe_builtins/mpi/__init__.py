@@ -1,0 +1,10 @@
+"""Ranks started by mpirun or mpiexec."""
+
+from plugframe import Plugin
+
+plugin = Plugin(
+    factory="plugframe_builtins.mpi.environment:MPI",
+    summary="mpirun of Open MPI, MPICH or Intel MPI.",
+    # Above slurm, inside whose jobs it runs; below lsf, whose jsrun sets Open MPI's variables as well.
+    priority=40,
+)

@@ -1,0 +1,146 @@
+"""The precisions: all in one dtype, or parameters in float32 and arithmetic in 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from plugframe.base import Precision, cast_floating, default_dtype
+from plugframe.context import Context
+from plugframe.errors import SettingError, UnsupportedError
+from plugframe.hooks import hookimpl
+from plugframe_builtins.loss_scale import LossScale
+
+
+class FullPrecision(Precision):
+    """Float32, torch's own default: nothing is converted, so a module the script made otherwise stays so."""
+
+
+class TruePrecision(Precision):
+    """Module and inputs in one dtype; outputs in torch's default dtype, so that losses are computed in it.
+
+    Args:
+        dtype: ``"float16"``, ``"bfloat16"`` or ``"float64"``, or torch's dtype of that name.
+    """
+
+    def __init__(self, dtype: str | torch.dtype) -> None:
+        self.parameter = self.compute = _dtype(dtype, torch.float16, torch.bfloat16, torch.float64)
+
+    @hookimpl
+    def precision_convert_module(self, module: nn.Module) -> nn.Module:
+        # Not module.to(dtype): that makes complex parameters real.
+        if self.parameter is torch.float16:
+            return module.half()
+        return module.bfloat16() if self.parameter is torch.bfloat16 else module.double()
+
+    @hookimpl
+    def precision_convert_input(self, data: Any) -> Any:
+        return cast_floating(data, self.compute)
+
+    @hookimpl
+    def precision_convert_output(self, data: Any) -> Any:
+        return cast_floating(data, torch.get_default_dtype())
+
+    @hookimpl
+    def precision_forward_context(self) -> AbstractContextManager[Any]:
+        # A tensor that a forward makes must meet the parameters in their dtype.
+        return default_dtype(self.compute)
+
+
+class MixedPrecision(Precision):
+    """Parameters in float32, forwards under autocast; float16 gradients are kept from vanishing by a loss scaler.
+
+    Args:
+        dtype: of the arithmetic: ``"float16"`` or ``"bfloat16"``, or torch's dtype of that name.
+        scaler: a loss scaler of your own; without, float16 gets one with torch's settings, bfloat16 none.
+    """
+
+    def __init__(self, dtype: str | torch.dtype, *, scaler: GradScaler | None = None) -> None:
+        self.compute = _dtype(dtype, torch.float16, torch.bfloat16)
+        self.scaler = scaler
+        self._autocast_type = ""
+        self._loss_scale: LossScale | None = None
+
+    @hookimpl
+    def precision_setup(self, context: Context) -> None:
+        super().precision_setup(context)
+        self._autocast_type = context.hooks.accelerator_autocast_type()
+        if self.scaler is not None or self.compute is torch.float16:
+            self._loss_scale = LossScale(self.scaler or GradScaler(self._autocast_type))
+
+    @hookimpl
+    def precision_teardown(self) -> None:
+        self._loss_scale = None
+
+    @hookimpl
+    def precision_convert_module(self, module: nn.Module) -> nn.Module:
+        if self._loss_scale is not None:
+            if any(p.requires_grad and p.dtype is torch.float16 for p in module.parameters()):
+                raise UnsupportedError(
+                    f"precision={self._name!r} trains float32 parameters, and this {type(module).__name__} has "
+                    "float16 ones: leave out its .half(), or use precision='16-true'."
+                )
+            self._loss_scale.watch(module)
+        return module
+
+    @hookimpl
+    def precision_convert_output(self, data: Any) -> Any:
+        return cast_floating(data, torch.get_default_dtype())
+
+    @hookimpl
+    def precision_forward_context(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self._autocast_type, self.compute)
+
+    @hookimpl
+    def precision_backward(self, loss: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._loss_scale is not None:
+            loss = self._loss_scale.scale(loss)
+        loss.backward(*args, **kwargs)
+
+    @hookimpl
+    def precision_optimizer_step(
+        self, optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any] | None
+    ) -> Any:
+        if self._loss_scale is None:
+            return super().precision_optimizer_step(optimizer, step, closure)
+        if closure is not None:
+            raise UnsupportedError(
+                f"precision={self._name!r} scales the loss, and the closure {type(optimizer).__name__}.step() was "
+                "given cannot be re-evaluated under a loss scaler: use precision='bf16-mixed' or '32-true'."
+            )
+        return self._loss_scale.step(optimizer, step)
+
+    @hookimpl
+    def precision_unscale(self, optimizer: Optimizer) -> bool:
+        if self._loss_scale is None:
+            return False
+        self._loss_scale.unscale(optimizer)
+        return True
+
+    @hookimpl
+    def precision_state(self) -> dict[str, Any]:
+        return {} if self._loss_scale is None else self._loss_scale.state()
+
+    @hookimpl
+    def precision_load_state(self, state: dict[str, Any]) -> None:
+        # Empty: saved in a precision without a loss scale; this run's own begins where a new one would.
+        if self._loss_scale is not None and state:
+            self._loss_scale.load(state)
+
+    @property
+    def _name(self) -> str:
+        return self.context.names["precision"]
+
+
+def _dtype(dtype: str | torch.dtype, *allowed: torch.dtype) -> torch.dtype:
+    for known in allowed:
+        if dtype in (known, str(known).removeprefix("torch.")):
+            return known
+    names = ", ".join(repr(str(known).removeprefix("torch.")) for known in allowed)
+    raise SettingError(f"dtype={dtype!r} is not a dtype of this precision: use one of {names}.")

@@ -1,0 +1,10 @@
+"""One safetensors file per checkpoint, written by rank 0, with every byte under a checksum."""
+
+from plugframe import Plugin
+
+plugin = Plugin(
+    factory="plugframe_builtins.safetensors_checkpoint.checkpoint:SafetensorsCheckpoint",
+    summary="one safetensors file, verified on load; also reads plain safetensors and torch.save files",
+    requires=("safetensors",),
+    priority=100,
+)

@@ -1,0 +1,33 @@
+"""The names of the package itself."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import plugframe
+from plugframe import errors
+
+
+def test_every_error_is_exported() -> None:
+    """What plugframe raises can be caught by a name of plugframe."""
+    names = [n for n, v in vars(errors).items() if inspect.isclass(v) and issubclass(v, (Exception, Warning))]
+    assert set(names) <= set(plugframe.__all__)
+    assert all(getattr(plugframe, name) is getattr(errors, name) for name in names)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    """A lazy facade answers for its own names only, and lists them."""
+    with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
+        plugframe.Trainer  # noqa: B018
+    assert dir(plugframe) == sorted(plugframe.__all__)
+
+
+def test_importing_the_facade_imports_nothing() -> None:
+    """A descriptor's module says ``from plugframe import Plugin`` and stays light: no torch, no pluggy."""
+    code = "import sys; from plugframe import Plugin; print({'torch', 'pluggy', 'click'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
