@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import pluggy
 
-from plugframe.errors import PluginContractError
+from plugframe.errors import PluginContractError, SettingError, closest
 from plugframe.hooks.kinds import KINDS, Kind
 from plugframe.hooks.markers import PROJECT
+from plugframe.instances import hooks_of
 from plugframe.plan import Choice
 
 
@@ -32,6 +34,7 @@ class Pipeline:
         self._manager = pluggy.PluginManager(PROJECT)
         self._trace = trace
         self._providers: dict[str, tuple[Choice, Any]] = {}
+        self._choices: dict[str, Choice] = {}
         for kind in KINDS.values():
             self._manager.add_hookspecs(kind.spec)
         if trace:
@@ -41,16 +44,43 @@ class Pipeline:
         """Register a plugin object.
 
         Raises:
-            PluginContractError: if a hook of it does not fit its specification.
+            PluginContractError: if a hook of it does not exist, does not fit its specification, or is not marked.
+            SettingError: if the very object is registered already.
         """
-        label = f"{choice.kind} {choice.name} #{len(self._manager.get_plugins())}"
+        origin = _origin(choice)
+        if any(other is plugin for _, other in self._manager.list_name_plugin()):
+            raise SettingError(f"{origin} is given twice: keep one.")
+        unmarked = ", ".join(_unmarked(plugin, choice.kind))
+        if unmarked:
+            raise PluginContractError(f"{origin} overrides {unmarked} without a mark: add {_MARK}.")
+        label = f"{choice.kind} {choice.name} #{len(self._choices)}"
         try:
             self._manager.register(plugin, name=label)
         except pluggy.PluginValidationError as error:
-            reason = str(error).replace("\n", " ")
-            raise PluginContractError(f"{_origin(choice)} breaks the plugin contract: {reason}") from error
+            reason = " ".join(str(error).split())
+            raise PluginContractError(f"{origin} breaks the plugin contract: {reason}") from error
+        except ValueError as error:
+            # pluggy compares plugins with ==, and two equal dataclass objects would be one to it.
+            raise PluginContractError(f"{origin} equals another plugin in use: give its class eq=False.") from error
+        self._check_implementations(origin, plugin)
+        self._choices[label] = choice
         if not KINDS[choice.kind].many:
             self._providers[choice.kind] = (choice, plugin)
+
+    def _check_implementations(self, origin: str, plugin: Any) -> None:
+        known = [name for kind in KINDS.values() for name in hooks_of(kind)]
+        for caller in self._manager.get_hookcallers(plugin) or ():
+            if not caller.has_spec():
+                raise PluginContractError(
+                    f"{origin} implements {caller.name}, which is no hook.{closest(caller.name, known)}"
+                )
+            parameters = inspect.signature(getattr(plugin, caller.name)).parameters.values()
+            for parameter in parameters:
+                if parameter.kind is parameter.KEYWORD_ONLY:
+                    raise PluginContractError(
+                        f"{origin} breaks the plugin contract: {caller.name} takes {parameter.name} by keyword only, "
+                        "which would never be filled: leave out the '*' before it."
+                    )
 
     def bind(self) -> BoundHooks:
         """Check that every provider hook has its one provider, and return the hooks.
@@ -58,20 +88,15 @@ class Pipeline:
         Raises:
             PluginContractError: naming the plugin, the hook and what to write.
         """
-        try:
-            self._manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            owner = next((c for c, p in self._providers.values() if p is error.plugin), None)
-            name = _origin(owner) if owner else type(error.plugin).__name__
-            reason = str(error).splitlines()[0]
-            raise PluginContractError(f"{name} implements a hook that does not exist: {reason}") from error
         bound = BoundHooks()
         for kind in KINDS.values():
-            for name in _hooks_of(kind):
+            for name in hooks_of(kind):
                 if kind.many:
                     self._bind_many(bound, name)
                 elif kind.name in self._providers:
                     self._bind_provider(bound, kind, name)
+                else:
+                    self._check_unused(kind, name)
         return bound
 
     def _bind_many(self, bound: BoundHooks, name: str) -> None:
@@ -86,19 +111,39 @@ class Pipeline:
         for impl in plain:
             if impl.plugin is not plugin:
                 raise PluginContractError(
-                    f"{type(impl.plugin).__name__} implements {name}, which {_origin(choice)} provides: "
-                    "mark it with @hookimpl(wrapper=True) to wrap the provider."
+                    f"{_origin(self._choices[impl.plugin_name])} implements {name}, which {_origin(choice)} provides: "
+                    f"mark it with {_MARK}(wrapper=True) to wrap the provider."
                 )
         if not plain:
-            overridden = callable(getattr(type(plugin), name, None))
-            fix = "mark its method with @plugframe.hookimpl" if overridden else "implement it"
-            raise PluginContractError(f"{_origin(choice)} does not provide the hook {name}: {fix}.")
-        alone = len(impls) == 1 and not self._trace
+            raise PluginContractError(
+                f"{_origin(choice)} does not provide the hook {name}: implement it and mark it with {_MARK}."
+            )
+        # An implementation that leaves arguments out is pluggy's to call: by itself it cannot be given them all.
+        whole = set(plain[0].argnames + plain[0].kwargnames) == set(caller.spec.argnames + caller.spec.kwargnames)
+        alone = whole and len(impls) == 1 and not self._trace
         setattr(bound, name, getattr(plugin, name) if alone else caller)
 
+    def _check_unused(self, kind: Kind, name: str) -> None:
+        for impl in getattr(self._manager.hook, name).get_hookimpls():
+            raise PluginContractError(
+                f"{_origin(self._choices[impl.plugin_name])} implements {name}, and no {kind.name} takes part in a "
+                "running job: it would never be called. Leave it out."
+            )
 
-def _hooks_of(kind: Kind) -> list[str]:
-    return [name for name, value in vars(kind.spec).items() if hasattr(value, f"{PROJECT}_spec")]
+
+_MARK = "@plugframe.hookimpl"
+
+
+def _unmarked(plugin: Any, kind: str) -> list[str]:
+    """Return the hooks of its kind (of all, for a plugin that can wrap any) that a plugin overrides unmarked."""
+    kinds = KINDS.values() if KINDS[kind].many else (KINDS[kind],)
+    found = []
+    for name in (name for each in kinds for name in hooks_of(each)):
+        method = getattr(type(plugin), name, None)
+        marked = hasattr(method, f"{PROJECT}_impl") or hasattr(method, f"{PROJECT}_spec")
+        if callable(method) and not marked:
+            found.append(name)
+    return found
 
 
 def _origin(choice: Choice) -> str:

@@ -13,6 +13,7 @@ from plugframe._compat import metadata
 from plugframe.errors import (
     AmbiguousPluginError,
     MissingDependencyError,
+    PlugframeError,
     PluginLoadError,
     UnknownPluginError,
     closest,
@@ -82,17 +83,19 @@ class Registry:
             for point in found.select(group=group):
                 distribution = point.dist
                 if id(distribution) not in published:
-                    about = distribution.metadata if distribution else {"Name": "unknown", "Version": "unknown"}
-                    published[id(distribution)] = (about["Name"], about["Version"])
+                    about: Any = distribution.metadata if distribution else {}
+                    # What an interrupted install or removal left behind may have no metadata at all.
+                    published[id(distribution)] = (about.get("Name") or "unknown", about.get("Version") or "unknown")
                 name, version = published[id(distribution)]
+                value, _, extras = point.value.partition("[")
                 entries.append(
                     Entry(
                         kind=group[len(PREFIX) :],
                         name=point.name,
-                        value=f"{point.module}:{point.attr}",
+                        value=value.replace(" ", ""),
                         distribution=name,
                         version=version,
-                        extras=tuple(point.extras),
+                        extras=tuple(re.findall(r"[\w.-]+", extras)),
                     )
                 )
         return cls(dict.fromkeys(entries))
@@ -133,9 +136,9 @@ class Registry:
             return UnknownPluginError(f"{kind}={name!r} no longer exists: {instead}")
         names = self.names(kind)
         known = names + [e.qualified for e in self.entries(kind)]
-        return UnknownPluginError(
-            f"{kind}={name!r} is not installed.{closest(name, known)} Installed: {', '.join(names) or 'none'}."
-        )
+        others = [e.kind for e in self.entries() if name in (e.name, e.qualified) and e.kind != kind]
+        hint = f" It is the name of a {others[0]}." if others else closest(name, known)
+        return UnknownPluginError(f"{kind}={name!r} is not installed.{hint} Installed: {', '.join(names) or 'none'}.")
 
     def _retired(self, kind: str) -> dict[str, str]:
         retired: dict[str, str] = {}
@@ -216,14 +219,22 @@ class Registry:
         factory = _import(descriptor.factory, entry, "factory")
         try:
             return factory(**{**descriptor.options, **(options or {})})
-        except Exception as error:
+        except (KeyboardInterrupt, PlugframeError):
+            raise
+        except BaseException as error:
             raise PluginLoadError(
-                f"{entry.origin} is broken: {descriptor.factory} raised {type(error).__name__}: {error}"
+                f"{entry.origin} is broken: {descriptor.factory} raised {type(error).__name__}: {error}. "
+                f"Mend or uninstall {entry.distribution}."
             ) from error
 
 
 def _import(reference: str, entry: Entry, what: str) -> Any:
     module_name, _, attribute = reference.partition(":")
+    if not attribute:
+        raise PluginLoadError(
+            f"{entry.origin} is broken: its {what} {reference!r} names no object; its author has to write "
+            "'package.module:name'."
+        )
     try:
         value: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
@@ -242,7 +253,7 @@ def _import(reference: str, entry: Entry, what: str) -> Any:
 def _importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
+    except Exception:  # noqa: BLE001 - to find "a.b", a is imported, which may raise anything
         return False
 
 

@@ -114,7 +114,7 @@ def _shown(value: Any) -> str:
 
 
 def _canonical(value: Any) -> Any:
-    """Return what a value means: the same for ``2`` and ``"2"`` or ``[0, 2]`` and ``"0,2"``, not for ``2`` and ``[2]``."""
+    """Return what a value means: one thing for ``2`` and ``"2"``, another for ``[2]`` and ``"2,"``."""
     if isinstance(value, (list, tuple)):
         return tuple(map(_canonical, value))
     if not isinstance(value, (str, int, float)):

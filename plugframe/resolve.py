@@ -19,9 +19,9 @@ from plugframe.errors import (
     PluginError,
     SettingError,
     UnsupportedError,
-    closest,
 )
 from plugframe.hooks.launcher import Job
+from plugframe.needs import check_needs, fitting, names_of, needed, pick
 from plugframe.plan import Choice, Plan
 from plugframe.request import Request
 from plugframe.where import Where
@@ -77,7 +77,7 @@ class _Resolver:
         environment = self._environment()
         launched = bool(environment.instance.environment_launched())
         self.world = environment.instance.environment_world() if launched else None
-        self._validate(environment, self._asked_processes())
+        self._validate(environment, _count(self.request.value("devices")))
         strategy = self.candidates.asked("strategy")
         accelerator = self._accelerator(strategy)
         devices, why = self._devices(accelerator, environment, strategy)
@@ -89,12 +89,12 @@ class _Resolver:
         extensions = self.candidates.listed("extension", "plugins")
         loggers = self.candidates.listed("logger", "loggers")
         users = [strategy, accelerator, precision, *extensions, *loggers]
-        checkpoint = self.candidates.asked("checkpoint")
-        collective = self._needed("collective", [*users, checkpoint] if checkpoint else users, where)
-        checkpoint = self._needed("checkpoint", [*users, collective], where)
+        asked = [choice for choice in [self.candidates.asked("checkpoint")] if choice]
+        collective = needed(self.candidates, "collective", where, [*users, *asked])
+        checkpoint = needed(self.candidates, "checkpoint", where, [*users, collective])
         chosen = (accelerator, strategy, precision, collective, checkpoint, environment)
         choices = {choice.kind: choice for choice in chosen}
-        _check_needs([*chosen, *extensions, *loggers], choices, where)
+        check_needs(choices, [*chosen, *extensions, *loggers])
         return Plan(
             choices=choices,
             devices=devices,
@@ -128,18 +128,6 @@ class _Resolver:
                 return replace(made, reason=f"auto: {', '.join(variables)} set" if variables else "auto: detected")
         raise UnsupportedError("No installed environment recognises how this process was started.")
 
-    def _asked_processes(self) -> int | None:
-        """Return how many processes a value of ``devices`` means, None if that depends on the machine."""
-        devices = self.request.value("devices")
-        if isinstance(devices, str):
-            text = devices.strip()
-            if "," in text:
-                return len([part for part in text.split(",") if part.strip()])
-            return int(text) if text.isdigit() else None
-        if isinstance(devices, int):
-            return devices if devices > 0 else None
-        return len(devices) if isinstance(devices, (list, tuple)) else None
-
     def _validate(self, environment: Choice, num_processes: int | None) -> None:
         if self.world is not None:
             num_nodes = self.request.value("num_nodes")
@@ -152,19 +140,17 @@ class _Resolver:
         if asked is None or asked.descriptor.best_of:
             return self._best_accelerator(strategy, asked)
         made = self.candidates.made(asked)
+        problem, cause = "no such device.", None
         try:
-            problem = "there is no such device" if not _ask(made, "accelerator_is_available") else ""
+            if _ask(made, "accelerator_is_available"):
+                return made
         except PluginError as error:
-            problem, cause = str(error).rstrip("."), error
-        else:
-            cause = None
-        if problem:
-            usable = ", ".join(c.name for c in self.candidates.automatic("accelerator") if self._usable(c))
-            raise UnsupportedError(
-                f"accelerator={asked.name!r} is not available on this machine: {problem}. "
-                f"Available here: {usable or 'none'}."
-            ) from cause
-        return made
+            problem, cause = str(error), error
+        usable = ", ".join(c.name for c in self.candidates.automatic("accelerator") if self._usable(c))
+        raise UnsupportedError(
+            f"accelerator={asked.name!r} is not available on this machine: {problem} "
+            f"Available here: {usable or 'none'}."
+        ) from cause
 
     def _best_accelerator(self, strategy: Choice | None, asked: Choice | None) -> Choice:
         passed: list[str] = []
@@ -200,9 +186,10 @@ class _Resolver:
         """Return the device of each local rank, and why these."""
         parse, setting, world = accelerator.instance.accelerator_parse_devices, self.request.get("devices"), self.world
         if setting is not None:
-            asked = list(setting.value) if isinstance(setting.value, Sequence) and not isinstance(setting.value, str) else setting.value
-            devices, why = tuple(parse(devices=asked)), f"asked for in {setting.source}"
-            self._validate(environment, len(devices))
+            value = list(setting.value) if isinstance(setting.value, tuple) else setting.value
+            devices, why = tuple(parse(devices=value)), f"asked for in {setting.source}"
+            if _count(value) is None:
+                self._validate(environment, len(devices))
         elif world is not None:
             try:
                 devices = tuple(parse(devices=world.local_world_size))
@@ -224,12 +211,12 @@ class _Resolver:
 
     def _strategy(self, asked: Choice | None, where: Where) -> Choice:
         if asked is None:
-            return self._auto("strategy", [], where)
+            return pick(self.candidates, "strategy", where)
         problem = where.misfit(asked.descriptor)
         if problem:
-            able = self._able("strategy", [], where)
-            change = "devices=1" if asked.descriptor.ranks == "one" else "another accelerator"
+            able = names_of(fitting(self.candidates, "strategy", where))
             use = f" use strategy={able}, or" if able else ""
+            change = "devices=1" if asked.descriptor.ranks == "one" and where.world_size > 1 else "another accelerator"
             raise UnsupportedError(f"strategy={asked.name!r} {problem}:{use} choose {change}.")
         return asked
 
@@ -237,8 +224,8 @@ class _Resolver:
         choice = self.candidates.asked("precision")
         honoured = strategy.descriptor.precisions
         if choice is None:
-            for candidate in self.candidates.automatic("precision"):
-                if where.misfit(candidate.descriptor) is None and (not honoured or candidate.name in honoured):
+            for candidate in fitting(self.candidates, "precision", where):
+                if not honoured or candidate.name in honoured:
                     return replace(candidate, reason="auto: the first that strategy and device honour")
             raise UnsupportedError(f"No installed precision fits strategy {strategy.name!r} and {where}.")
         if honoured and choice.name not in honoured:
@@ -251,16 +238,31 @@ class _Resolver:
             raise UnsupportedError(f"precision={choice.name!r} {problem}: choose another precision or accelerator.")
         return choice
 
-    def _needed(self, kind: str, users: Sequence[Choice], where: Where) -> Choice:
-        """Return the plugin of a kind that others rely on, with the capabilities they need."""
-        needs = {capability: user for user in reversed(users) for capability in user.descriptor.needs.get(kind, ())}
-        asked = self.candidates.asked(kind)
-        if asked is None:
-            return self._auto(kind, users, where)
-        problem = where.misfit(asked.descriptor, needs)
-        if problem:
-            lacking = next((c for c in needs if c not in asked.descriptor.provides), None)
-            whose = f", which {needs[lacking].kind} {needs[lacking].name!r} needs" if lacking else ""
-            able = self._able(kind, list(needs), where) or "another"
-            raise UnsupportedError(f"{kind}={asked.name!r} {problem}{whose}: choose {able}.")
-        return asked
+
+def _ask(choice: Choice, question: str) -> bool:
+    """Return a plugin's answer to a yes-or-no hook; whatever it raises instead is the plugin's fault."""
+    try:
+        return bool(getattr(choice.instance, question)())
+    except PlugframeError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"{choice.kind} {choice.origin} failed in {question}: {type(error).__name__}: {error}."
+        ) from error
+
+
+def _overlap(first: Sequence[str], second: Sequence[str]) -> bool:
+    """Say whether two lists of device types have one in common; an empty one means any."""
+    return not first or not second or bool(set(first) & set(second))
+
+
+def _count(devices: Any) -> int | None:
+    """Return how many processes a value of ``devices`` means, None if that depends on the machine."""
+    if isinstance(devices, str):
+        text = devices.strip()
+        if "," in text:
+            return len([part for part in text.split(",") if part.strip()])
+        return int(text) if text.isdigit() else None
+    if isinstance(devices, int):
+        return devices if devices > 0 else None
+    return len(devices) if isinstance(devices, (list, tuple)) else None

@@ -42,7 +42,10 @@ DTYPES = (
 
 def bits(tensor: Tensor) -> bytes:
     """The elements' bytes in row-major order, whatever the strides and the device."""
-    flat = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    # Copying complex32 itself warns that it is experimental.
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    flat = tensor.cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
     return bytes(flat.view(torch.uint8).tolist())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -15,6 +16,9 @@ import torch
 
 #: Helper processes of Python's own multiprocessing, which outlive a test by design and end with the session.
 _STANDING = ("forkserver", "resource_tracker")
+
+#: Folders of pytest, and of torch itself, which makes its compiler's cache on first use.
+_KEPT = ("pytest-of-", "torchinductor_")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,11 +45,22 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 _FOLDER = pytest.StashKey[tuple[str, "str | None"]]()
 
 
+@pytest.fixture(scope="session")
+def torch_is_warm() -> None:
+    """The first DDP module of a process keeps its group's socket open for ever, in torch itself: here it is."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))(torch.ones(1, 1))
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
+def nothing_left_behind(torch_is_warm: None) -> Iterator[None]:
     """A test leaves no process, listening port, temporary file, variable, thread setting or process group."""
     before = _traces()
     yield
+    # A module and its engine refer to each other: what they hold goes with the collector.
+    gc.collect()
     after = _traces()
     for what, value in after.items():
         if isinstance(value, set):
@@ -60,7 +75,7 @@ def _traces() -> dict[str, object]:
     return {
         "processes": _children(),
         "listening ports": _listening(),
-        "temporary files": {n for n in os.listdir(tempfile.gettempdir()) if not n.startswith("pytest-of-")},
+        "temporary files": {n for n in os.listdir(tempfile.gettempdir()) if not n.startswith(_KEPT)},
         "the environment": environ,
         "the working folder": os.getcwd(),
         "the default dtype": torch.get_default_dtype(),
@@ -109,9 +124,7 @@ def run_python() -> Callable[[str], str]:
     """Run a piece of Python in a process of its own and return what it printed."""
 
     def run(code: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

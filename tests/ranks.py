@@ -21,6 +21,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import pickle
+import signal
 import socket
 import sys
 import tempfile
@@ -106,7 +107,7 @@ def run_checks(
     ranks has an empty string. After a failure the ranks may be out of step, so the later checks do not run.
     """
     try:
-        reports = run_ranks(num_ranks, _run_checks, make, list(checks), timeout_s=timeout_s, env=env)
+        reports = run_ranks(num_ranks, _run_checks, make, list(checks), timeout_s, timeout_s=timeout_s, env=env)
     except RanksFailed as error:
         return {check.__name__: str(error) for check in checks}
     result = {}
@@ -227,6 +228,8 @@ def _rank_main(
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     # A rank ends by itself, whatever becomes of the process that started it.
     faulthandler.dump_traceback_later(timeout_s, exit=True, file=sys.stderr)
+    # One that hangs and is stopped because another failed shows where it was.
+    faulthandler.register(signal.SIGTERM, file=sys.stderr, chain=True)
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(cwd)
@@ -252,7 +255,8 @@ def _collect(pipes: Sequence[Any], timeout_s: float) -> list[tuple[bool, Any] | 
         for pipe in connection.wait(list(waiting), left_s):
             rank = waiting.pop(pipe)
             try:
-                outcomes[rank] = pickle.loads(pipe.recv_bytes())
+                data = pipe.recv_bytes()
+                outcomes[rank] = pickle.loads(data)
             except EOFError:
                 outcomes[rank] = None
             outcome = outcomes[rank]
@@ -298,10 +302,11 @@ def _results(outcomes: list[tuple[bool, Any] | None], exits: list[int], outputs:
 
 
 def _run_checks(
-    world: World, make: Callable[[World], Any], checks: list[Callable[[Any], None]]
+    world: World, make: Callable[[World], Any], checks: list[Callable[[Any], None]], timeout_s: float
 ) -> dict[str, str]:
     report: dict[str, str] = {}
-    store = dist.PrefixStore("run_checks", rank_store(timeout_s=90.0))
+    # Longer than a rank may take: it is the one that hangs that must say so, not those that wait for it.
+    store = dist.PrefixStore("run_checks", rank_store(timeout_s=10 * timeout_s))
     failed = ""
     with make(world) as made:
         for check in checks:

@@ -168,7 +168,7 @@ def test_closures_reach_the_optimizer(lite: Lite) -> None:
 
     first = optimizer.step(closure)
     assert len(losses) > 1
-    assert float(first) == losses[0]
+    assert first.item() == losses[0]
     assert losses[-1] < losses[0]
 
 

@@ -66,8 +66,8 @@ def test_a_format_of_few_dtypes_holds_every_tree(state: dict[Any, Any]) -> None:
         ({np.int64(3): 1}, {3: 1}),
         (torch.nn.Parameter(torch.ones(2)), torch.ones(2)),
         (torch.ones(2, requires_grad=True) * 2, torch.full((2,), 2.0)),
-        (torch.tensor([1j, 2]).conj(), torch.tensor([-1j, 2])),
-        (torch.tensor([1j, 2]).conj().imag, torch.tensor([-1.0, 0.0])),
+        (torch.tensor([2 + 1j]).conj(), torch.tensor([2 - 1j])),
+        (torch.tensor([2 + 1j]).conj().imag, torch.tensor([-1.0])),
         (np.arange(3, dtype=">i4"), torch.arange(3, dtype=torch.int32)),
         (np.array(2.5), torch.tensor(2.5, dtype=torch.float64)),
         (np.arange(4)[::-1], torch.tensor([3, 2, 1, 0])),
@@ -82,11 +82,10 @@ def test_subclasses_and_numpy_values_become_plain(value: Any, expected: Any) -> 
 
 def test_a_counter_stays_a_counter() -> None:
     """MultiStepLR keeps a Counter in its state and calls its methods later."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    state = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2, 2, 5]).state_dict()
-    back = there_and_back(state)
-    assert back == state
-    assert type(back["milestones"]) is collections.Counter
+    milestones = collections.Counter([2, 2, 5])
+    back = there_and_back({"scheduler": {"milestones": milestones}})["scheduler"]["milestones"]
+    assert back == milestones
+    assert type(back) is collections.Counter
 
 
 def test_numbers_beyond_json_come_back() -> None:

@@ -100,7 +100,7 @@ class Manifest:
         tensors, info = split(self.info, where="the manifest's info")
         if tensors:
             raise CheckpointError(
-                f"the manifest's info holds a tensor, {next(iter(tensors))!r}: put it into the state."
+                f"the manifest's info holds a tensor: put {next(iter(tensors))!r} into the state."
             )
         body = {
             "format": self.format,

@@ -12,6 +12,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 from plugframe.launch.function import DONE_FILE
 from plugframe.launch.rank import CRASH_FILE, ERROR_FILE
+from plugframe.launch.signals import TORCH_SIGNALS
 
 
 class RankFiles(LogsSpecs):
@@ -44,15 +45,20 @@ class RankFiles(LogsSpecs):
         for local_rank, environ in envs.items():
             folder = self._folder(local_rank)
             folder.mkdir(parents=True)
-            error_files[local_rank] = str(folder / "error.json")
+            error_files[local_rank] = str(self.error_file(local_rank))
             environ[ERROR_FILE] = error_files[local_rank]
             environ["TORCHELASTIC_RESTART_COUNT"] = str(self.attempt)
+            environ[TORCH_SIGNALS] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"  # torch's default, for a launcher inside a rank
         quiet = dict.fromkeys(envs, "")
         return LogsDest(stdouts=quiet, stderrs=dict(quiet), error_files=error_files)
 
+    def error_file(self, local_rank: int) -> Path:
+        """Return where a rank of the current attempt leaves its last words."""
+        return self._folder(local_rank) / "error.json"
+
     def words(self, local_rank: int) -> dict[str, Any] | None:
         """Return what a rank of the current attempt said of its failure, None if nothing."""
-        return read_words(self._folder(local_rank) / "error.json")
+        return read_words(self.error_file(local_rank))
 
     def crash(self, local_rank: int) -> str:
         """Return the stack a rank left when it crashed, without what surrounds the user's code."""

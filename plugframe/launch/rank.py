@@ -115,9 +115,10 @@ def record(error: BaseException) -> bool:
         "types": [kind.__name__ for kind in type(error).__mro__],
     }
     # At one stroke: the launcher may look at any time, and a rank may be killed at any time.
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
+    draft = f"{path}.{os.getpid()}"
+    with open(draft, "w", encoding="utf-8") as file:
         json.dump(data, file)
-    os.replace(f"{path}.new", path)
+    os.replace(draft, path)
     return True
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ _NETWORK_TEXTS = (
 _FROM_LAUNCHER = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
 #: How long after the first failure a cause may still be told, after its consequences were.
 _WINDOW_S = 10.0
+#: Steps of `_suspicion`.
+_CONSEQUENCE, _UNKNOWN = 4, 9
 _OUT_OF_MEMORY = ", out of memory: the kernel chose it"
 
 
@@ -59,38 +62,51 @@ class Report:
         text: `line`, the traceback of that rank, and a line on the others.
         exit_code: for the launcher to leave with.
         certain: False if what failed only noticed that somebody else had gone.
+        time: when, in seconds since the epoch.
     """
 
     line: str
     text: str
     exit_code: int
     certain: bool
+    time: float
 
 
 def report(endings: Sequence[Ending], *, host: str, out_of_memory: bool = False) -> Report:
-    """Name the culprit among `endings`, the ranks of this node in the order in which torch noticed their failure."""
-    first = min((e.time for e in endings if e.words is not None and e.time is not None), default=None)
-    culprit = min(endings, key=lambda ending: (_suspicion(ending, first), ending.time or 0.0))
+    """Name the culprit among `endings`: all ranks of this node, first those whose failure torch noticed first."""
+    culprit = min(endings, key=_order(endings))
     line = f"rank {culprit.rank} on {host} {_cause(culprit, out_of_memory)}"
     parts = [line, _stack(culprit).rstrip(), *_others(endings, culprit)]
     return Report(
         line=line,
         text="\n".join(part for part in parts if part),
         exit_code=_exit_code(culprit),
-        certain=_suspicion(culprit, first) < 4,
+        certain=_order(endings)(culprit)[0] < _CONSEQUENCE,
+        time=culprit.time or time.time(),
     )
+
+
+def culprit_of(endings: Sequence[Ending]) -> Ending | None:
+    """Return the rank that brought the others down, None if none of these did."""
+    culprit = min(endings, key=_order(endings), default=None)
+    return culprit if culprit is not None and _order(endings)(culprit)[0] < _UNKNOWN else None
+
+
+def _order(endings: Sequence[Ending]) -> Callable[[Ending], tuple[int, float]]:
+    first = min((e.time for e in endings if e.words is not None and e.time is not None), default=None)
+    return lambda ending: (_suspicion(ending, first), ending.time or 0.0)
 
 
 def _suspicion(ending: Ending, first: float | None) -> int:
     """Rank an ending by how likely it is the cause, 0 first."""
     if ending.words is not None:
         if is_consequence(ending.words):
-            return 4
+            return _CONSEQUENCE
         late = first is not None and ending.time is not None and ending.time > first + _WINDOW_S
-        return 5 if late else 1
+        return _CONSEQUENCE + 1 if late else 1
     code = ending.exit_code
     if code is None:
-        return 9
+        return _UNKNOWN
     if ending.by_launcher or code == 0:
         return 8
     if code > 0:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from plugframe_builtins.loss_scale import LossScale
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
@@ -15,7 +16,6 @@ from plugframe.base import Precision, cast_floating, default_dtype
 from plugframe.context import Context
 from plugframe.errors import SettingError, UnsupportedError
 from plugframe.hooks import hookimpl
-from plugframe_builtins.loss_scale import LossScale
 
 
 class FullPrecision(Precision):
@@ -101,7 +101,7 @@ class MixedPrecision(Precision):
     def precision_backward(self, loss: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._loss_scale is not None:
             loss = self._loss_scale.scale(loss)
-        loss.backward(*args, **kwargs)
+        super().precision_backward(loss, args, kwargs)
 
     @hookimpl
     def precision_optimizer_step(

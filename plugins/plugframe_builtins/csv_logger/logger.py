@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+
+from plugframe_builtins.csv_logger.table import STEP, Table
+from plugframe_builtins.versions import new_version
 
 from plugframe.base import Logger
 from plugframe.context import Context
 from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
-from plugframe_builtins.versions import new_version
-
-_STEP = "step"
 
 
 class CSVLogger(Logger):
@@ -22,7 +21,7 @@ class CSVLogger(Logger):
     What is logged for one step comes together in one row; a value logged twice is the later one.
 
     Args:
-        folder: where the folders of the runs are; no earlier one is ever written to.
+        folder: where the folders of the runs are; no earlier run's is ever written to.
         flush_rows: rows kept in memory before they are written.
 
     Attributes:
@@ -35,25 +34,30 @@ class CSVLogger(Logger):
         self.folder = Path(folder)
         self.flush_rows = flush_rows
         self.path: Path | None = None
-        self._columns = [_STEP]
-        self._pending: dict[int, dict[str, float]] = {}
-        self._written: set[int] = set()
-        self._stale = True
+        self._table: Table | None = None
 
     @hookimpl
     def logger_setup(self, context: Context) -> None:
         if context.world.global_rank == 0:
-            self.__init__(self.folder, flush_rows=self.flush_rows)  # type: ignore[misc]
+            self.calls = 0
             self.path = new_version(self.folder) / "metrics.csv"
+            self._table = Table(self.path)
 
     @hookimpl
     def logger_log(self, metrics: Mapping[str, float], step: int | None) -> None:
-        if _STEP in metrics:
-            raise SettingError(f"log({_STEP!r}): the column {_STEP!r} holds the number of the step; choose another name.")
-        self._pending.setdefault(self.next_step(step), {}).update(metrics)
-        new = [name for name in metrics if name not in self._columns]
-        self._columns += new
-        self._stale |= bool(new)
-        # The row of this step may still grow.
-        if len(self._pending) > self.flush_rows:
-            self._flush()
+        if self._table is None:
+            return
+        if STEP in metrics:
+            raise SettingError(
+                f"log({STEP!r}): the column {STEP!r} holds the step's number; choose another name."
+            )
+        number = self.next_step(step)
+        self._table.add(number, metrics)
+        if len(self._table.pending) > self.flush_rows:
+            self._table.flush(but=number)  # which may still grow
+
+    @hookimpl
+    def logger_teardown(self) -> None:
+        table, self._table = self._table, None
+        if table is not None:
+            table.flush()

@@ -50,7 +50,7 @@ class CUDA(Accelerator):
         if dtype is not torch.bfloat16:
             return True
         with torch.cuda.device(device):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
     @hookimpl
     def accelerator_seed(self, seed: int) -> None:

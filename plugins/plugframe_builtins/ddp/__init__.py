@@ -2,7 +2,7 @@
 
 from plugframe import Plugin
 
-_FSDP = "is gone: use strategy='fsdp', which shards parameters, gradients and optimizer states."
+_FSDP = "use strategy='fsdp', which shards parameters, gradients and optimizer states."
 
 plugin = Plugin(
     factory="plugframe_builtins.ddp.strategy:DDP",
@@ -10,9 +10,9 @@ plugin = Plugin(
     priority=10,
     needs={"collective": ("process-group",)},
     retired={
-        "dp": "ran threads of one process and is gone: use strategy='ddp'.",
-        "ddp2": "is gone: use strategy='ddp'.",
-        "ddp_find_unused_parameters_true": "is an option here: use strategy=DDP(find_unused_parameters=True).",
+        "dp": "its ranks were threads of one process; use strategy='ddp'.",
+        "ddp2": "use strategy='ddp'.",
+        "ddp_find_unused_parameters_true": "it is an option; use strategy=DDP(find_unused_parameters=True).",
         **dict.fromkeys(("ddp_sharded", "ddp_sharded_spawn", "ddp_fully_sharded"), _FSDP),
     },
 )

@@ -80,7 +80,7 @@ class DDP(Strategy):
         self.gradient_compression = gradient_compression
         self.powersgd = dict(powersgd or {})
         self.sync_batchnorm = sync_batchnorm
-        self._engine_options = {
+        self._engine_options: dict[str, Any] = {
             "find_unused_parameters": find_unused_parameters,
             "static_graph": static_graph,
             "gradient_as_bucket_view": gradient_as_bucket_view,

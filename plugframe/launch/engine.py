@@ -1,0 +1,269 @@
+"""Start the ranks with torch's elastic agent, wait, and make one report of what went wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch.distributed.elastic.agent.server import RunResult, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
+
+from plugframe.errors import OrderError, RankFailedError, UsageError
+from plugframe.hooks.launcher import Job
+from plugframe.launch import rank as rank_script
+from plugframe.launch.files import RankFiles, read_words
+from plugframe.launch.function import importing_main, run_function
+from plugframe.launch.memory import out_of_memory_kills
+from plugframe.launch.nodes import ElsewhereError, Nodes
+from plugframe.launch.rendezvous import Loopback
+from plugframe.launch.report import Ending, Report, culprit_of, report, summary
+from plugframe.launch.signals import Signals
+from plugframe.launch.watch import TERMINATE_S, Rank, Watch, is_child
+
+_MONITOR_S = 0.05
+#: Beats between two looks for ranks that have vanished, and how many such looks are proof.
+_VANISHED_BEATS, _VANISHED_LOOKS = 10, 3
+_UNGUARDED = (
+    "The script starts ranks while a rank imports it: put what starts them under `if __name__ == '__main__':`."
+)
+
+
+def supervise(job: Job, *, start_method: str | None = None) -> Any:
+    """See `plugframe.launch.supervise`."""
+    if importing_main():
+        rank_script.record(OrderError(_UNGUARDED))
+        raise SystemExit(1)
+    _check(job, start_method)
+    with contextlib.ExitStack() as stack:
+        root = stack.enter_context(tempfile.TemporaryDirectory(prefix="plugframe-", ignore_cleanup_errors=True))
+        stack.enter_context(_environment(job, {rank_script.ERROR_FILE: os.path.join(root, "start.json")}))
+        stack.enter_context(_silence())
+        outcome = _Supervision(job, start_method, root).run()
+    if isinstance(outcome, Exception):
+        raise outcome  # here, where no frame keeps the store, and its port, alive
+    return outcome
+
+
+def _check(job: Job, start_method: str | None) -> None:
+    if bool(job.command) == (job.function is not None):
+        raise UsageError("A job is either a script (command=) or a function (function=).")
+    if job.function is not None and start_method is None:
+        raise UsageError("supervise() starts a function by multiprocessing: say how (start_method=).")
+    if job.command and job.command[0] != "-m" and not os.path.exists(job.command[0]):
+        raise UsageError(f"There is no script {job.command[0]!r} in {os.getcwd()}.")
+    if job.num_processes < 1:
+        raise UsageError(f"num_processes={job.num_processes}: a job has at least one process on each node.")
+    if job.num_nodes > 1 and (job.main_address is None or job.main_port is None):
+        raise UsageError(f"{job.num_nodes} nodes meet at node 0: say where (--main-address and --main-port).")
+    if not 0 <= job.node_rank < job.num_nodes:
+        raise UsageError(f"node_rank={job.node_rank} with {job.num_nodes} nodes: the first is 0, the last {job.num_nodes - 1}.")
+
+
+class _Supervision:
+    """One run of a job's ranks on this node, restarts included."""
+
+    def __init__(self, job: Job, start_method: str | None, root: str) -> None:
+        self.job = job
+        self.files = RankFiles(root, self._on_attempt)
+        self.signals = Signals(lambda: self.watch.kill_all())
+        self.handler = self._rendezvous()
+        self.agent = self._agent(start_method)
+        self.watch = Watch(
+            ranks=self._ranks,
+            received=lambda: self.signals.received,
+            done=self.files.done,
+            error_file=self.files.error_file,
+            groups=job.function is None,
+        )
+        self._last_ranks: list[Rank] = []
+        self._beats = self._looks = 0
+        self._oom_kills = out_of_memory_kills()
+
+    def run(self) -> Any:
+        """Return what the function returned on rank 0, or the error to raise."""
+        with self.signals:
+            try:
+                if self.job.function is None:
+                    self.watch.start()
+                return self._outcome(self.agent.run())
+            except SignalException as error:
+                self.watch.kill_all()
+                signum = error.sigval
+                return RankFailedError(f"{signum.name}: every rank has been ended.", exit_code=128 + signum)
+            except ElsewhereError as error:
+                self.watch.kill_all()
+                return self._elsewhere(str(error))
+            except _VanishedError as error:
+                self.watch.kill_all()
+                return RankFailedError(str(error), exit_code=1)
+            finally:
+                self.watch.end()
+                self.handler.shutdown()
+
+    def _rendezvous(self) -> Loopback:
+        job = self.job
+        if job.num_nodes == 1:
+            return Loopback(self._on_beat)
+        assert job.main_address is not None
+        assert job.main_port is not None
+        return Nodes(
+            self._on_beat,
+            address=job.main_address,
+            port=job.main_port,
+            num_nodes=job.num_nodes,
+            node_rank=job.node_rank,
+            timeout_s=job.timeout_s,
+        )
+
+    def _agent(self, start_method: str | None) -> LocalElasticAgent:
+        job = self.job
+        entrypoint: Any = run_function
+        args: tuple[Any, ...] = (os.getpid(), job.function, job.args)
+        if job.function is None:
+            entrypoint = sys.executable
+            script = os.path.abspath(rank_script.__file__)
+            words = (*job.interpreter_options, script, str(os.getpid()), *job.command)
+            args = tuple(word.replace("$", "$$") for word in words)  # torch fills in ${local_rank}
+        spec = WorkerSpec(
+            role="default",
+            local_world_size=job.num_processes,
+            entrypoint=entrypoint,
+            args=args,
+            rdzv_handler=self.handler,
+            max_restarts=job.max_restarts,
+            monitor_interval=_MONITOR_S,
+        )
+        options: dict[str, Any] = {}
+        if "shutdown_timeout" in inspect.signature(LocalElasticAgent).parameters:  # not in every torch
+            options["shutdown_timeout"] = int(TERMINATE_S)
+        return LocalElasticAgent(spec, self.files, start_method=start_method or "", **options)
+
+    def _ranks(self) -> list[Rank]:
+        """Return the processes of the current attempt, none while they are being started."""
+        workers = self.agent.get_worker_group().workers
+        ranks = [Rank(worker.id, worker.global_rank, worker.local_rank) for worker in workers if worker.id]
+        if ranks:
+            self._last_ranks = ranks
+        return ranks
+
+    def _on_beat(self) -> None:
+        self.watch.beat()
+        self._beats += 1
+        if self._beats == 1:
+            self._ranks()
+        if self.job.function is not None and self._beats % _VANISHED_BEATS == 0:
+            self._look_for_vanished()
+
+    def _look_for_vanished(self) -> None:
+        """Raise if ranks have left in the middle of the function with exit code 0: torch would wait for ever."""
+        waiting = [rank for rank in self._ranks() if not self.files.done(rank.local_rank)]
+        gone = [rank for rank in waiting if not is_child(rank.pid)]
+        self._looks = self._looks + 1 if gone and len(gone) == len(waiting) else 0
+        if self._looks == _VANISHED_LOOKS:
+            raise _VanishedError(f"rank {gone[0].global_rank} on {socket.gethostname()} left before the function returned")
+
+    def _on_attempt(self, attempt: int) -> None:
+        """Say why the ranks start again."""
+        culprit = culprit_of(self._endings(None))
+        what = f"rank {culprit.rank} failed ({summary(culprit)})" if culprit else "ranks of another node failed"
+        print(f"{what}; restart {attempt} of {self.job.max_restarts}", file=sys.stderr, flush=True)
+
+    def _endings(self, result: RunResult | None) -> list[Ending]:
+        failures = result.failures if result is not None else {}
+        endings = {}
+        for rank in self._last_ranks:
+            death = self.watch.deaths.get(rank.pid)
+            failure = failures.get(rank.global_rank)
+            words = self.files.words(rank.local_rank)
+            endings[rank.global_rank] = Ending(
+                rank=rank.global_rank,
+                exit_code=failure.exitcode if failure is not None else death.exit_code if death is not None else None,
+                time=words["time"] if words is not None else death.time if death is not None else None,
+                words=words,
+                crash=self.files.crash(rank.local_rank),
+                by_launcher=rank.pid in self.watch.killed,
+            )
+        noticed = [number for number in failures if number in endings]
+        return [endings.pop(number) for number in noticed] + list(endings.values())
+
+    def _outcome(self, result: RunResult) -> Any:
+        if not result.is_failed():
+            if self.handler.failures():
+                return self._elsewhere("")
+            payload = result.return_values.get(0)
+            return pickle.loads(payload) if payload is not None else None
+        self._ranks()
+        self.watch.kill_all()
+        if read_words(self.files.start_file) is not None:
+            return OrderError(_UNGUARDED)
+        oom = out_of_memory_kills() > self._oom_kills
+        return self._told(report(self._endings(result), host=socket.gethostname(), out_of_memory=oom))
+
+    def _told(self, here: Report) -> RankFailedError:
+        """Return the error for a failure here, or on another node if that one was the cause."""
+        mine = {"text": here.text, "exit_code": here.exit_code, "certain": here.certain, "time": here.time}
+        told = self.handler.tell_failure(mine)
+        cause = min(told, key=lambda other: (not other["certain"], other["time"]))
+        return RankFailedError(cause["text"], exit_code=cause["exit_code"])
+
+    def _elsewhere(self, otherwise: str) -> RankFailedError:
+        """Return the error for a failure of another node: its words, or `otherwise` if it has left none."""
+        seen = Report(line="", text=otherwise, exit_code=1, certain=False, time=float("inf"))
+        return self._told(seen)
+
+
+class _VanishedError(Exception):
+    """A rank left with exit code 0 before its function returned."""
+
+
+@contextlib.contextmanager
+def _environment(job: Job, extra: Mapping[str, str]) -> Iterator[None]:
+    """Set the ranks' variables in this process, from which they inherit them; put back what was there."""
+    wanted = {**job.environ, **extra}
+    if "OMP_NUM_THREADS" not in os.environ:
+        # One process for each core's worth of threads: the default, all cores in every rank, is many times slower.
+        wanted.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // job.num_processes)))
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep torch's own account of a failure from the terminal: ours says it once."""
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing")]
+    before = [logger.propagate for logger in loggers]
+    handler = logging.NullHandler()
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = False
+    try:
+        with warnings.catch_warnings():
+            # Python's, when it forks beside the store's thread, which the ranks have no use for.
+            warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+            yield
+    finally:
+        for logger, propagate in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.propagate = propagate

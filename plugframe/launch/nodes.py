@@ -1,0 +1,227 @@
+"""Where the launchers of several nodes meet: at node 0's address."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
+
+from plugframe.errors import UsageError
+from plugframe.launch.rendezvous import STORE_TIMEOUT_S, Loopback, listening, serve
+
+_POLL_S = 0.1
+#: How often a launcher asks whether another one has failed or starts again.
+_LOOK_S = 0.5
+#: How long to wait in silence for the other nodes.
+_SILENCE_S = 3.0
+#: How long a failed node waits for the others to tell what they know.
+_FAREWELL_S = 5.0
+_FAILED = "plugframe/failed"
+
+
+class ElsewhereError(Exception):
+    """A rank of another node failed, or that node cannot be reached any more."""
+
+
+class Nodes(Loopback):
+    """Several nodes, their number and ranks known beforehand.
+
+    Their launchers agree on attempts in a store on node 0, and tell each other there which rank failed. The
+    first attempt's ranks use that store too; those of a later one get a fresh one at another port.
+    """
+
+    def __init__(
+        self, on_beat: Callable[[], None], *, address: str, port: int, num_nodes: int, node_rank: int, timeout_s: float
+    ) -> None:
+        super().__init__(on_beat)
+        self._address, self._port = address, port
+        self._num_nodes, self._node_rank = num_nodes, node_rank
+        self._timeout_s = timeout_s
+        self._control: TCPStore | None = None
+        self._attempt = -1
+        self._next_look = 0.0
+
+    @property
+    def control(self) -> TCPStore:
+        """The store at which the launchers meet."""
+        assert self._control is not None
+        return self._control
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        self._attempt += 1
+        if self._control is None:
+            self._control = self._connect()
+        self.control.set(self._key("begun"), "1")
+        self._meet()
+        port = self._port if self._attempt == 0 else self._fresh_port()
+        store = Patient(self._key("agents"), self.control)
+        return RendezvousInfo(store, self._node_rank, self._num_nodes, RendezvousStoreInfo(self._address, port))
+
+    def num_nodes_waiting(self) -> int:
+        self._on_beat()
+        if time.monotonic() < self._next_look:
+            return 0
+        self._next_look = time.monotonic() + _LOOK_S
+        try:
+            if self.control.check([_FAILED]):
+                raise ElsewhereError
+            return int(self.control.check([f"plugframe/{self._attempt + 1}/begun"]))
+        except DistError as error:
+            raise ElsewhereError(f"node 0 at {self._address}:{self._port} cannot be reached any more") from error
+
+    def tell_failure(self, told: dict[str, Any]) -> list[dict[str, Any]]:
+        until = time.monotonic() + _FAREWELL_S
+        try:
+            if self._node_rank == 0:  # the store goes with it: not before the others have told, and read, theirs
+                self._tell(told)
+                for _ in self._polls(until):
+                    if len(self.failures()) == self._num_nodes:
+                        break
+                return self.failures()
+            if not told["certain"]:
+                for _ in self._polls(until):
+                    if any(other["certain"] for other in self.failures()):
+                        break
+            known = self.failures()
+            self._tell(told)
+            return [*known, told]
+        except DistError:
+            return [told]
+
+    def failures(self) -> list[dict[str, Any]]:
+        keys = [f"{_FAILED}/{node}" for node in range(self._num_nodes)]
+        return [json.loads(self.control.get(key)) for key in keys if self.control.check([key])]
+
+    def get_run_id(self) -> str:
+        return f"{self._address}:{self._port}"
+
+    def shutdown(self) -> bool:
+        self._control = None
+        return super().shutdown()
+
+    def _tell(self, told: dict[str, Any]) -> None:
+        self.control.set(f"{_FAILED}/{self._node_rank}", json.dumps(told))
+        self.control.set(_FAILED, "1")
+
+    def _key(self, name: str) -> str:
+        return f"plugframe/{self._attempt}/{name}"
+
+    def _connect(self) -> TCPStore:
+        if self._node_rank == 0:
+            store = serve(self._listen(), self._address)
+        else:
+            self._wait_for_main()
+            try:
+                timeout = timedelta(seconds=STORE_TIMEOUT_S)
+                store = TCPStore(self._address, self._port, None, False, timeout, False)
+            except DistError as error:
+                raise UsageError(f"{self._where()} answers, but not as node 0 of a job does ({error}).") from None
+        count = store.compare_set("plugframe/nodes", "", str(self._num_nodes)).decode()
+        if count != str(self._num_nodes):
+            raise UsageError(f"Node {self._node_rank} was started as one of {self._num_nodes} nodes, another of {count}.")
+        return store
+
+    def _listen(self) -> socket.socket:
+        """Listen at the main address alone, or, where that leads here by way of another, at all."""
+        try:
+            try:
+                return listening(self._address, self._port)
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise
+            server = listening("0.0.0.0", self._port)
+            try:
+                socket.create_connection((self._address, self._port), timeout=_FAREWELL_S).close()
+            except OSError:
+                server.close()
+                raise
+            return server
+        except OSError as error:
+            hint = "choose another --main-port" if error.errno == errno.EADDRINUSE else "--main-address is node 0's own"
+            raise UsageError(f"Node 0 cannot listen at {self._where()} ({error.strerror or error}): {hint}.") from None
+
+    def _wait_for_main(self) -> None:
+        for _ in self._patiently(f"node 0 at {self._where()}"):
+            try:
+                socket.create_connection((self._address, self._port), timeout=_FAREWELL_S).close()
+                return
+            except OSError as error:
+                last = error.strerror or error
+        raise UsageError(
+            f"Node 0 did not answer at {self._where()} within {self._timeout_s:g} s ({last}): start it, "
+            "or correct --main-address and --main-port."
+        )
+
+    def _meet(self) -> None:
+        """Wait until every node has come to this attempt."""
+        me = f"process {os.getpid()} on {socket.gethostname()}"
+        holder = self.control.compare_set(self._key(f"node/{self._node_rank}"), "", me).decode()
+        if holder != me:
+            raise UsageError(f"Node rank {self._node_rank} was given twice: to {me}, and to {holder}.")
+        missing = list(range(self._num_nodes))
+        for _ in self._patiently(f"the other nodes, {self._num_nodes} in all, at {self._where()}"):
+            if self.control.check([_FAILED]):
+                raise ElsewhereError
+            missing = [node for node in missing if not self.control.check([self._key(f"node/{node}")])]
+            if not missing:
+                return
+        raise UsageError(
+            f"{len(missing)} of {self._num_nodes} nodes did not come to {self._where()} within {self._timeout_s:g} s "
+            f"(node rank {', '.join(map(str, missing))}): start them with this --main-address and --main-port."
+        )
+
+    def _fresh_port(self) -> int:
+        if self._node_rank == 0:
+            host = self._address
+            try:
+                server = listening(host, 0)
+            except OSError:
+                server = listening("0.0.0.0", 0)
+            self._store = serve(server, host)
+            self.control.set(self._key("port"), str(self._store.port))
+        return int(self.control.get(self._key("port")))
+
+    def _where(self) -> str:
+        return f"{self._address}:{self._port}"
+
+    def _patiently(self, whom: str) -> Iterator[None]:
+        """Iterate until the job's timeout; say once for whom, should it take a while.
+
+        In Python, not inside the store, so that Ctrl-C works.
+        """
+        start = time.monotonic()
+        said = False
+        for _ in self._polls(start + self._timeout_s):
+            yield
+            if not said and time.monotonic() - start > _SILENCE_S:
+                print(f"node {self._node_rank}: waiting for {whom}, {self._timeout_s:g} s at most", file=sys.stderr)
+                said = True
+
+    def _polls(self, until: float) -> Iterator[None]:
+        yield
+        while time.monotonic() < until:
+            time.sleep(_POLL_S)
+            yield
+
+
+class Patient(PrefixStore):
+    """A store for torch's agents: waiting in it ends on Ctrl-C, and when a node has failed."""
+
+    def __init__(self, prefix: str, store: Store) -> None:
+        super().__init__(prefix, store)
+        self._whole = store
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+        while not self.check(list(keys)):
+            if self._whole.check([_FAILED]):
+                raise ElsewhereError
+            time.sleep(_POLL_S)

@@ -1,0 +1,59 @@
+"""Signals to the launcher: the first is passed on to the ranks, a second one ends them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing import SignalException
+
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+#: The signals that torch handles itself. It takes a name it does not know for one less.
+TORCH_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+
+
+class Signals:
+    """Handles signals for as long as it is entered, and puts back what was there.
+
+    Signals that are ignored stay so (``nohup``). Outside the main thread it does nothing.
+
+    Attributes:
+        received: the first signal that came, None before.
+    """
+
+    def __init__(self, on_second: Callable[[], None]) -> None:
+        self.received: signal.Signals | None = None
+        self._on_second = on_second
+        self._process = os.getpid()
+        self._before: dict[signal.Signals, Any] = {}
+        self._variable = os.environ.get(TORCH_SIGNALS)
+
+    def __enter__(self) -> Signals:
+        os.environ[TORCH_SIGNALS] = "NONE"
+        if threading.current_thread() is threading.main_thread():
+            for number in _HANDLED:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        if self._variable is None:
+            os.environ.pop(TORCH_SIGNALS, None)
+        else:
+            os.environ[TORCH_SIGNALS] = self._variable
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked rank that has not begun its work
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif self.received is None:
+            self.received = signal.Signals(number)
+            raise SignalException(f"received {self.received.name}", self.received)
+        else:
+            self._on_second()

@@ -1,0 +1,160 @@
+"""A second pair of eyes on the ranks: how each one died, and who would not leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+#: How long ranks may take to leave once another one has failed, or on Ctrl-C. Torch would wait 30 s.
+LEAVE_S = 5.0
+#: The same for other signals to the launcher: what schedulers give, so that a script can save.
+TERMINATE_S = 30.0
+#: How long a rank that has told its failure may take to end.
+LAST_WORDS_S = 10.0
+_LOOK_S = 0.1
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A process of the current attempt."""
+
+    pid: int
+    global_rank: int
+    local_rank: int
+
+
+@dataclass(frozen=True)
+class Death:
+    """When a rank's process ended, and with which exit code (negative for a signal)."""
+
+    time: float
+    exit_code: int
+
+
+class Watch(threading.Thread):
+    """Ends ranks that outstay a failure or a signal.
+
+    Torch looks at the ranks a few times a second and calls `beat` while all are well. It stops looking once it
+    ends them, and waits long for those that ignore it. This thread then sees no beats, and ranks that are left.
+
+    Attributes:
+        deaths: by process id; not complete where the system does not tell, or torch was faster.
+        killed: process ids of those this thread has ended.
+    """
+
+    def __init__(
+        self,
+        *,
+        ranks: Callable[[], list[Rank]],
+        received: Callable[[], signal.Signals | None],
+        done: Callable[[int], bool],
+        error_file: Callable[[int], Path],
+        groups: bool,
+    ) -> None:
+        super().__init__(name="plugframe-watch", daemon=True)
+        self.deaths: dict[int, Death] = {}
+        self.killed: set[int] = set()
+        self._ranks, self._received, self._done, self._error_file = ranks, received, done, error_file
+        self._groups = groups
+        self._beats = 0
+        self._ended = threading.Event()
+        self._waiters: dict[int, threading.Thread] = {}
+
+    def beat(self) -> None:
+        """Note that torch has found every rank alive."""
+        self._beats += 1
+        if self.ident is None:
+            self.start()  # not before: a rank that is forked should find one thread
+
+    def end(self) -> None:
+        """Stop watching."""
+        self._ended.set()
+        if self.ident is not None:
+            self.join()
+        for waiter in self._waiters.values():
+            waiter.join(_LOOK_S)
+
+    def kill_all(self) -> None:
+        """End every rank of the current attempt that is alive, at once, and what a script's rank has started."""
+        for rank in self._ranks():
+            self._kill(rank)
+
+    def run(self) -> None:
+        seen, silent_s = 0, 0.0
+        while not self._ended.wait(_LOOK_S):
+            self._await_deaths()
+            silent_s = 0.0 if self._beats != seen else silent_s + _LOOK_S
+            seen = self._beats
+            for rank in self._overstaying(silent_s):
+                self.killed.add(rank.pid)
+                self._kill(rank)
+
+    def _overstaying(self, silent_s: float) -> list[Rank]:
+        """Return the ranks whose time is up.
+
+        Counted in looks, not by the clock: a launcher that was stopped and goes on (Ctrl-Z, fg) has not waited.
+        """
+        ranks = self._ranks()
+        alive = [rank for rank in ranks if is_child(rank.pid)]
+        signum = self._received()
+        if signum is not None:
+            return alive if silent_s >= (LEAVE_S if signum is signal.SIGINT else TERMINATE_S) else []
+        if silent_s >= LEAVE_S and len(alive) < len(ranks):
+            return [rank for rank in alive if not self._done(rank.local_rank)]
+        return [rank for rank in alive if self._age_of_last_words(rank) > LAST_WORDS_S]
+
+    def _age_of_last_words(self, rank: Rank) -> float:
+        try:
+            return time.time() - self._error_file(rank.local_rank).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def _kill(self, rank: Rank) -> None:
+        try:
+            if self._groups:
+                os.killpg(rank.pid, signal.SIGKILL)
+            elif is_child(rank.pid):
+                os.kill(rank.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            return  # it has gone by itself
+
+    def _await_deaths(self) -> None:
+        if not hasattr(os, "waitid"):
+            return
+        for rank in self._ranks():
+            if rank.pid not in self._waiters:
+                waiter = threading.Thread(target=self._await_death, args=(rank.pid,), daemon=True)
+                self._waiters[rank.pid] = waiter
+                waiter.start()
+
+    def _await_death(self, pid: int) -> None:
+        """Learn how a process ended without taking that from torch, which waits for it too."""
+        try:
+            end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        except ChildProcessError:
+            return  # torch was faster
+        if end is not None:
+            code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+            self.deaths[pid] = Death(time.time(), code)
+
+
+def is_child(pid: int) -> bool:
+    """Say whether `pid` is a living child of this process, and not another that has got its number."""
+    if sys.platform != "linux":
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+    try:
+        # The name, in parentheses, may hold anything: state and parent come after the last one.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return fields[0] not in "ZX" and int(fields[1]) == os.getpid()

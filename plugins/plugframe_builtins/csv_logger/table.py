@@ -1,0 +1,69 @@
+"""A CSV file of rows by step, that grows in both directions."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+STEP = "step"
+
+
+class Table:
+    """Rows by step, held back until `flush`.
+
+    Rows are appended. Only where that does not do, for a new column or more values of a step that is in the file
+    already, is the file written anew, beside the old one and then in its place.
+
+    Attributes:
+        pending: rows that are not in the file yet, or values to be added to rows that are.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.pending: dict[int, dict[str, float]] = {}
+        self._columns = [STEP]
+        self._written: set[int] = set()
+        self._in_file: list[str] = []
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Add values to the row of a step."""
+        self.pending.setdefault(step, {}).update(values)
+        self._columns += [name for name in values if name not in self._columns]
+
+    def flush(self, *, but: int | None = None) -> None:
+        """Write all pending rows, except that of the step `but`."""
+        kept = {step: values for step, values in self.pending.items() if step == but}
+        rows = {step: values for step, values in self.pending.items() if step != but}
+        if not rows:
+            return
+        if self._in_file == self._columns and self._written.isdisjoint(rows):
+            self._write(self.path, "a", _as_rows(rows))
+        else:
+            beside = self.path.with_name(f"{self.path.name}.part")
+            self._write(beside, "w", self._merged(dict(rows)))
+            os.replace(beside, self.path)
+        self._written |= rows.keys()
+        self._in_file = list(self._columns)
+        self.pending = kept
+
+    def _write(self, path: Path, mode: str, rows: Iterator[dict[str, Any]]) -> None:
+        with open(path, mode, newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns)
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+
+    def _merged(self, rows: dict[int, dict[str, float]]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of the file, each with what is new of it, then the new rows."""
+        if self._written:
+            with open(self.path, newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    yield {**row, **rows.pop(int(row[STEP]), {})}
+        yield from _as_rows(rows)
+
+
+def _as_rows(rows: Mapping[int, Mapping[str, float]]) -> Iterator[dict[str, Any]]:
+    return ({STEP: step, **values} for step, values in rows.items())

@@ -1,0 +1,189 @@
+"""Files of torch.save are read, and no file runs its code unasked."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_trees import plugin, same
+from plugframe_builtins.safetensors_checkpoint import writer
+from safetensors.torch import save_file
+
+from plugframe.errors import CheckpointCorruptError, CheckpointError
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.marker,)
+
+
+class Built:
+    """A harmless class, but still code to import."""
+
+
+def load(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
+    return plugin().checkpoint_load(path=str(path), weights_only=weights_only)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("weights_only", [None, True, False])
+def test_a_torch_save_file_of_tensors_loads(tmp_path: Path, zipped: bool, weights_only: bool | None) -> None:
+    """Both formats of torch.save are read, onto the CPU."""
+    state = {"w": torch.arange(3.0), "epoch": 2, "nested": [{"a": torch.tensor(True)}]}
+    torch.save(state, tmp_path / "last.pt", _use_new_zipfile_serialization=zipped)
+    assert same(load(tmp_path / "last.pt", weights_only), state)
+
+
+def test_trusting_a_torch_save_file_runs_its_code(tmp_path: Path) -> None:
+    """Only weights_only=False, said outright, lets the file run code."""
+    torch.save({"a": Payload(tmp_path / "ran")}, tmp_path / "last.pt")
+    text = r"last\.pt is a torch.save file that holds code \(\w+\.mkdir\), and none of it was run: pass weights_only=False"
+    with pytest.raises(CheckpointError, match=text):
+        load(tmp_path / "last.pt")
+    assert load(tmp_path / "last.pt", weights_only=False) == {"a": None}
+    assert (tmp_path / "ran").exists()
+
+
+def test_what_is_no_state_in_a_torch_save_file_is_refused(tmp_path: Path) -> None:
+    """A bare tensor, a cut file and a class that is gone are errors of ours that name the file."""
+    path = tmp_path / "last.pt"
+    torch.save(torch.ones(2), path)
+    with pytest.raises(CheckpointError, match=r"holds a Tensor, not a dict: read it with torch\.load"):
+        load(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointCorruptError, match=r"last\.pt is no whole torch\.save file: .*zip"):
+        load(path)
+    torch.save({"a": torch.ones(1000)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointCorruptError, match=r"last\.pt is no whole torch\.save file: "):
+        load(path)
+    buffer = io.BytesIO()
+    torch.save({"a": Built()}, buffer)
+    path.write_bytes(buffer.getvalue().replace(b"Built", b"Burnt"))
+    with pytest.raises(CheckpointError, match=r"holds code \([\w.]*Burnt\)"):
+        load(path)
+    with pytest.raises(CheckpointCorruptError, match="Burnt"):
+        load(path, weights_only=False)
+
+
+def zip_of(path: Path, names: list[str], payload: Payload) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, pickle.dumps({"a": payload}))
+
+
+def tar_of(path: Path, payload: Payload) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            content = pickle.dumps(payload, protocol=2)
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def state_class(payload: Payload) -> Any:
+    class Holder(dict):  # type: ignore[type-arg]
+        def __reduce__(self) -> Any:
+            return payload.__reduce__()
+
+    return Holder(a=1)
+
+
+WAYS: dict[str, Callable[[Path, Payload], object]] = {
+    "torch.save": lambda path, code: torch.save({"a": code}, path),
+    "torch.save, legacy": lambda path, code: torch.save({"a": code}, path, _use_new_zipfile_serialization=False),
+    "torch.save, protocol 4": lambda path, code: torch.save({"a": code}, path, pickle_protocol=4),
+    "torch.save, as a key": lambda path, code: torch.save({"a": {1: [(code,)]}}, path),
+    "torch.save, as a mapping": lambda path, code: torch.save({"state_dict": state_class(code)}, path),
+    "torch.save, not at the top": lambda path, code: torch.save([code], path),
+    "pickle 0": lambda path, code: path.write_bytes(pickle.dumps({"a": code}, protocol=0)),
+    "pickle 2": lambda path, code: path.write_bytes(pickle.dumps({"a": code}, protocol=2)),
+    "pickle 5": lambda path, code: path.write_bytes(pickle.dumps({"a": code}, protocol=5)),
+    "pickle after the legacy magic": lambda path, code: path.write_bytes(
+        b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + pickle.dumps(code, protocol=2) * 4
+    ),
+    "gzip of a pickle": lambda path, code: path.write_bytes(gzip.compress(pickle.dumps(code))),
+    "TorchScript": lambda path, code: zip_of(path, ["a/data.pkl", "a/constants.pkl", "a/code/__torch__.py"], code),
+    "torch package": lambda path, code: zip_of(path, ["a/.data/extern_modules", "a/model.pkl"], code),
+    "npz": lambda path, code: zip_of(path, ["a.npy"], code),
+    "npy of objects": lambda path, code: np.save(path.open("wb"), np.array([code], dtype=object), allow_pickle=True),
+    "tar": tar_of,
+    "Python": lambda path, code: path.write_text(f"import os\nos.mkdir({code.marker!r})\n"),
+}
+
+
+@pytest.mark.parametrize("weights_only", [None, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_no_code_in_a_file_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, weights_only: bool | None
+) -> None:
+    """Code hidden in a file, in any of these ways and under any name, is refused and never run."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    marker = tmp_path / "ran"
+    path = tmp_path / "last.safetensors"
+    WAYS[way](path, Payload(marker))
+    with pytest.warns(UserWarning) if "protocol 4" in way else pytest.MonkeyPatch.context():
+        with pytest.raises(CheckpointError, match="last.safetensors"):
+            load(path, weights_only)
+    assert not marker.exists()
+
+
+def test_code_in_metadata_and_bytes_stays_data(tmp_path: Path) -> None:
+    """A pickle in the metadata or the bytes of a safetensors file, or in a state, is bytes and no more."""
+    marker = tmp_path / "ran"
+    code = pickle.dumps(Payload(marker))
+    tensor = torch.frombuffer(bytearray(code), dtype=torch.uint8)
+    save_file({"a": tensor}, str(tmp_path / "plain"), metadata={"a": code.hex(), "__reduce__": "os.mkdir"})
+    plugin().checkpoint_save(path=str(tmp_path / "own"), state={"a": code, "b": tensor}, info={"a": code}, wait=True)
+    assert bytes(load(tmp_path / "plain")["a"].tolist()) == code
+    assert load(tmp_path / "own")["a"] == code
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        '{"reduce":["os.mkdir",["MARK"]]}',
+        '{"py/object":"os.mkdir"}',
+        '{"__reduce__":"MARK"}',
+        '{"dtype":"load"}',
+        '{"dtype":"os"}',
+        '{"bits":["__dict__","a"]}',
+        '{"float":"__import__(\'os\').mkdir(\'MARK\')"}',
+        '{"eval":"1"}',
+    ],
+)
+def test_a_forged_structure_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
+    """A file of ours, all its checksums right, that asks for a call is corrupt."""
+    marker = tmp_path / "ran"
+    forged = ('{"dict":{"a":{"tensor":"a"},"b":' + entry + "}}").replace("MARK", str(marker))
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "dump_structure", lambda structure: forged.encode())
+        plugin().checkpoint_save(path=str(tmp_path / "last.ckpt"), state={"a": torch.ones(1)}, info={}, wait=True)
+    with pytest.raises(CheckpointCorruptError, match=r"last\.ckpt: its structure is not what was written"):
+        load(tmp_path / "last.ckpt")
+    assert not marker.exists()
+
+
+def test_a_folder_of_files_with_pickled_metadata_is_refused(tmp_path: Path) -> None:
+    """A sharded checkpoint of another tool keeps pickles in its metadata: a folder is not read at all."""
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    with pytest.raises(CheckpointError, match=r"is a folder, not a checkpoint file: .* It holds: \.metadata"):
+        load(tmp_path / "dcp", weights_only=False)
+    assert not (tmp_path / "ran").exists()

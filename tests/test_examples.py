@@ -1,0 +1,146 @@
+"""The examples run, print what they promise, and their diff in the README is the true one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TWO_RANKS = ("-m", "plugframe", "run", "--devices", "2")
+SHORT = tuple(
+    [
+        "--steps",
+        "4",
+        "--batch-size",
+        "8",
+        "--block",
+        "16",
+        "--warm-up",
+        "1",
+        "--validate-every",
+        "2",
+        "--sample",
+        "20",
+    ]
+)
+
+
+def run(folder: str, *command: str | Path, cwd: Path) -> str:
+    """Run python with `command`, whose script is taken from an example's folder, and return what it printed."""
+    scripts = {name: str(EXAMPLES / folder / name) for name in ("train_torch.py", "train_lite.py")}
+    started_by = re.compile("PLUGFRAME_|TORCHELASTIC_|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
+    environment = {name: value for name, value in os.environ.items() if not started_by.match(name)}
+    result = subprocess.run(
+        [sys.executable, *(scripts.get(str(part), str(part)) for part in command)],
+        cwd=cwd,
+        env={**environment, "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(cwd / "matplotlib")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr
+    return result.stdout
+
+
+def losses_of(path: Path) -> list[float]:
+    """Return the losses an image classifier wrote, in the order of its steps."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def validation_of(output: str) -> list[float]:
+    """Return the validation losses a language model printed."""
+    return [float(loss) for loss in re.findall(r"^step +\d+: validation loss ([\d.]+)", output, re.MULTILINE)]
+
+
+def test_image_classifier_in_plain_torch_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """The torch twin goes on where it stopped, and writes and draws the losses of both parts."""
+    pytest.importorskip("sklearn")
+    run("image_classifier", "train_torch.py", "--epochs", "1", "--checkpoint", "saved.pt", cwd=tmp_path)
+    options = (
+        "--epochs",
+        "2",
+        "--checkpoint",
+        "saved.pt",
+        "--losses",
+        "losses.jsonl",
+        "--plot",
+        "losses.png",
+    )
+    output = run("image_classifier", "train_torch.py", *options, cwd=tmp_path)
+    assert output.startswith("epoch  2: loss ")
+    losses = losses_of(tmp_path / "losses.jsonl")
+    assert len(losses) == 90
+    assert losses[-1] < 1 < losses[0]
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_image_classifier_is_the_same_on_one_rank_and_on_two_that_were_stopped(tmp_path: Path) -> None:
+    """One process reads 97 % of the digits; two ranks, stopped and resumed, have its loss in every step."""
+    pytest.importorskip("sklearn")
+    output = run("image_classifier", "train_lite.py", "--losses", "one.jsonl", cwd=tmp_path)
+    accuracy = re.search(r"^test accuracy: ([\d.]+) %$", output, re.MULTILINE)
+    assert accuracy
+    assert float(accuracy[1]) >= 97
+    for epochs in ("1", "3"):
+        options = ("--epochs", epochs, "--checkpoint", "saved", "--losses", "two.jsonl")
+        output_of_two = run("image_classifier", *TWO_RANKS, "train_lite.py", *options, cwd=tmp_path)
+    assert output_of_two.splitlines()[:2] == output.splitlines()[1:3]
+    two = losses_of(tmp_path / "two.jsonl")
+    assert two == pytest.approx(losses_of(tmp_path / "one.jsonl")[: len(two)], abs=1e-5)
+    assert len(two) == 135
+
+
+def test_language_model_in_plain_torch_learns(tmp_path: Path) -> None:
+    """The torch twin's validation loss falls, it writes some text and draws its losses."""
+    output = run("language_model", "train_torch.py", *SHORT, cwd=tmp_path)
+    first, *_, last = validation_of(output)
+    assert last < first
+    assert "\ndef " in output
+
+
+def test_language_model_learns_the_same_on_one_rank_and_on_two(tmp_path: Path) -> None:
+    """Accumulated, clipped and validated on two ranks, the losses are those of one process."""
+    one = run("language_model", "train_lite.py", *SHORT, "--plot", "losses.png", cwd=tmp_path)
+    two = run("language_model", *TWO_RANKS, "train_lite.py", *SHORT, cwd=tmp_path)
+    assert len(validation_of(one)) == 3
+    assert validation_of(one)[-1] < validation_of(one)[0]
+    assert validation_of(two) == pytest.approx(validation_of(one), abs=2e-3)
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("folder", ["image_classifier", "language_model"])
+def test_readme_shows_the_true_diff(folder: str) -> None:
+    """The diff in the examples' README is a patch that turns the one twin into the other."""
+    readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    head = rf"--- {folder}/train_torch.py\n\+\+\+ {folder}/train_lite.py\n"
+    [shown] = re.findall(rf"```diff\n{head}(.*?)```", readme, re.DOTALL)
+    twins = [EXAMPLES / folder / name for name in ("train_torch.py", "train_lite.py")]
+    old, new = (twin.read_text(encoding="utf-8").splitlines() for twin in twins)
+    assert patched(old, shown.splitlines()) == new
+
+
+def patched(old: list[str], diff: list[str]) -> list[str]:
+    """Return `old` with the hunks of a unified diff applied; what they say of `old` must be so."""
+    new: list[str] = []
+    position = 0
+    for line in diff:
+        if line.startswith("@@"):
+            start = int(line.split()[1].split(",")[0].lstrip("-")) - 1
+            new += old[position:start]
+            position = start
+        elif line.startswith("+"):
+            new.append(line[1:])
+        else:
+            assert old[position] == line[1:]
+            new += [line[1:]] if line[:1] != "-" else []
+            position += 1
+    return new + old[position:]
