@@ -223,7 +223,7 @@ class Registry:
             raise
         except BaseException as error:
             raise PluginLoadError(
-                f"{entry.origin} is broken: {descriptor.factory} raised {type(error).__name__}: {error}. "
+                f"{entry.origin} is broken: {descriptor.factory} raised {_words(error)}. "
                 f"Mend or uninstall {entry.distribution}."
             ) from error
 
@@ -244,10 +244,15 @@ def _import(reference: str, entry: Entry, what: str) -> Any:
     except BaseException as error:
         # SystemExit and pytest.skip are BaseExceptions too: one broken package must not end the program.
         raise PluginLoadError(
-            f"{entry.origin} is broken: its {what} {reference} failed to import with {type(error).__name__}: "
-            f"{error}. Mend or uninstall {entry.distribution}."
+            f"{entry.origin} is broken: its {what} {reference} failed to import with "
+            f"{_words(error)}. Mend or uninstall {entry.distribution}."
         ) from error
     return value
+
+
+def _words(error: BaseException) -> str:
+    """Return an exception in one line, without the full stop that would double that of the message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
 
 
 def _importable(module: str) -> bool:

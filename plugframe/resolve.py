@@ -7,7 +7,7 @@ of this machine it asks of the plugin objects the catalogue makes (is there such
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,14 +42,20 @@ def resolve(request: Request, catalogue: Catalogue, environ: Mapping[str, str]) 
         return resolver.plan()
     finally:
         if resolver.world is None or resolver.world.global_rank == 0:
-            for note in resolver.candidates.notes:
-                warnings.warn(note, PlugframeWarning, stacklevel=2)
+            _tell(resolver.candidates.notes)
 
 
 def resolve_launcher(request: Request, catalogue: Catalogue, wants: str) -> Choice:
     """Return the launcher for a job that needs the capability `wants`: ``"script"``, ``"function"`` or
     ``"interactive"`` (a function that cannot be imported by name)."""
     candidates = Candidates(request, catalogue)
+    try:
+        return _launcher(candidates, wants)
+    finally:
+        _tell(note for note in candidates.notes if note not in request.notes)
+
+
+def _launcher(candidates: Candidates, wants: str) -> Choice:
     asked = candidates.asked("launcher")
     if asked is not None and wants in asked.descriptor.provides:
         return asked
@@ -60,8 +66,13 @@ def resolve_launcher(request: Request, catalogue: Catalogue, wants: str) -> Choi
         return able[0]
     what = {"script": "start a script again: call launch(fn) with a function", "function": "run a function"}
     detail = what.get(wants, "run a function that is typed at a prompt")
-    instead = f", or use launcher={' or '.join(repr(c.name) for c in able)}" if able else ""
+    instead = f", or use launcher={names_of(able)}" if able else ""
     raise UnsupportedError(f"launcher={asked.name!r} cannot {detail}{instead}.")
+
+
+def _tell(notes: Iterable[str]) -> None:
+    for note in notes:
+        warnings.warn(note, PlugframeWarning, stacklevel=3)
 
 
 class _Resolver:

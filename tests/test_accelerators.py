@@ -11,20 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-
-from plugframe import Plugin, SettingError
-from plugframe.context import Context
-from plugframe.world import World
 from plugframe_builtins import accel, cpu, cuda, gpu, mps
 from plugframe_builtins.accel.accelerator import TorchAccelerator
 from plugframe_builtins.cpu.accelerator import CPU
 from plugframe_builtins.cuda.accelerator import CUDA
 from plugframe_builtins.mps.accelerator import MPS
 
+from plugframe import Plugin, SettingError
+from plugframe.context import Context
+from plugframe.world import World
+
 ACCELERATORS = {"cpu": cpu.plugin, "cuda": cuda.plugin, "mps": mps.plugin, "accel": accel.plugin}
 LIGHT = (
-    "accel bf16 cpu csv_logger cuda fp16 fp32 fp64 gpu mps profiler tensorboard_logger".split()
-)  # fmt: skip
+    *("accel", "bf16", "cpu", "csv_logger", "cuda", "fp16", "fp32", "fp64", "gpu", "mps", "profiler"),
+    "tensorboard_logger",
+)
 
 
 def context_of(device: torch.device) -> Context:
@@ -197,7 +198,9 @@ class TestRealCUDA:
         del tensor
         accelerator.accelerator_teardown()
         assert torch.cuda.current_device() == before
-        assert accelerator.accelerator_memory_stats(device)["reserved_bytes"] == torch.cuda.memory_reserved(device)
+        assert accelerator.accelerator_memory_stats(device)["reserved_bytes"] == torch.cuda.memory_reserved(
+            device
+        )
 
     def test_random_state(self) -> None:
         """What was drawn comes again after the state is put back, and after the same seed."""

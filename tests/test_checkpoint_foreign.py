@@ -96,6 +96,11 @@ def tar_of(path: Path, payload: Payload) -> None:
             archive.addfile(info, io.BytesIO(content))
 
 
+def npy_of(path: Path, payload: Payload) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.array([payload], dtype=object), allow_pickle=True)
+
+
 def state_class(payload: Payload) -> Any:
     class Holder(dict):  # type: ignore[type-arg]
         def __reduce__(self) -> Any:
@@ -121,7 +126,7 @@ WAYS: dict[str, Callable[[Path, Payload], object]] = {
     "TorchScript": lambda path, code: zip_of(path, ["a/data.pkl", "a/constants.pkl", "a/code/__torch__.py"], code),
     "torch package": lambda path, code: zip_of(path, ["a/.data/extern_modules", "a/model.pkl"], code),
     "npz": lambda path, code: zip_of(path, ["a.npy"], code),
-    "npy of objects": lambda path, code: np.save(path.open("wb"), np.array([code], dtype=object), allow_pickle=True),
+    "npy of objects": npy_of,
     "tar": tar_of,
     "Python": lambda path, code: path.write_text(f"import os\nos.mkdir({code.marker!r})\n"),
 }

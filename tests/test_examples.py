@@ -5,41 +5,29 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-TWO_RANKS = ("-m", "plugframe", "run", "--devices", "2")
-SHORT = tuple(
-    [
-        "--steps",
-        "4",
-        "--batch-size",
-        "8",
-        "--block",
-        "16",
-        "--warm-up",
-        "1",
-        "--validate-every",
-        "2",
-        "--sample",
-        "20",
-    ]
-)
+TWO_RANKS = ("-m", "plugframe", "run", "--devices", "2")  # and then the script, a bare --, its options
+SHORT = ("--steps", "4", "--warm-up", "1", "--batch-size", "8", "--block", "16", "--validate-every", "2")
 
 
-def run(folder: str, *command: str | Path, cwd: Path) -> str:
-    """Run python with `command`, whose script is taken from an example's folder, and return what it printed."""
-    scripts = {name: str(EXAMPLES / folder / name) for name in ("train_torch.py", "train_lite.py")}
+def run(folder: str, *command: str, cwd: Path) -> str:
+    """Run python with `command`, in which train_lite.py is the one in `folder`, and return what it printed."""
     started_by = re.compile("PLUGFRAME_|TORCHELASTIC_|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
     environment = {name: value for name, value in os.environ.items() if not started_by.match(name)}
+    script = str(EXAMPLES / folder / "train_lite.py")
     result = subprocess.run(
-        [sys.executable, *(scripts.get(str(part), str(part)) for part in command)],
+        [sys.executable, *(script if part == "train_lite.py" else part for part in command)],
         cwd=cwd,
-        env={**environment, "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(cwd / "matplotlib")},
+        env={**environment, "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(cwd)},
         capture_output=True,
         text=True,
         timeout=120,
@@ -47,6 +35,26 @@ def run(folder: str, *command: str | Path, cwd: Path) -> str:
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr
     return result.stdout
+
+
+@pytest.fixture
+def run_twin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
+    """Run an example's train_torch.py in this process, and return what it printed."""
+    modules, variables, state = set(sys.modules), set(os.environ), torch.get_rng_state()
+
+    def run(folder: str, *options: str) -> str:
+        monkeypatch.syspath_prepend(EXAMPLES / folder)
+        monkeypatch.setattr(sys, "argv", ["train_torch.py", *options])
+        runpy.run_path(str(EXAMPLES / folder / "train_torch.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    yield run
+    torch.set_rng_state(state)
+    for name in set(os.environ) - variables:
+        del os.environ[name]  # scikit-learn sets some when it is imported
+    for name in set(sys.modules) - modules:
+        if str(EXAMPLES) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
 
 
 def losses_of(path: Path) -> list[float]:
@@ -61,60 +69,56 @@ def validation_of(output: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"^step +\d+: validation loss ([\d.]+)", output, re.MULTILINE)]
 
 
-def test_image_classifier_in_plain_torch_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    """The torch twin goes on where it stopped, and writes and draws the losses of both parts."""
+def test_image_classifier_in_plain_torch_goes_on_from_its_checkpoint(
+    tmp_path: Path, run_twin: Callable[..., str]
+) -> None:
+    """The torch twin, stopped and resumed, has the losses of the twin that was not."""
     pytest.importorskip("sklearn")
-    run("image_classifier", "train_torch.py", "--epochs", "1", "--checkpoint", "saved.pt", cwd=tmp_path)
-    options = (
-        "--epochs",
-        "2",
-        "--checkpoint",
-        "saved.pt",
-        "--losses",
-        "losses.jsonl",
-        "--plot",
-        "losses.png",
-    )
-    output = run("image_classifier", "train_torch.py", *options, cwd=tmp_path)
+    saved, resumed, straight = (str(tmp_path / name) for name in ("saved.pt", "resumed", "straight"))
+    run_twin("image_classifier", "--epochs", "1", "--checkpoint", saved)
+    output = run_twin("image_classifier", "--epochs", "2", "--checkpoint", saved, "--losses", resumed)
     assert output.startswith("epoch  2: loss ")
-    losses = losses_of(tmp_path / "losses.jsonl")
+    run_twin("image_classifier", "--epochs", "2", "--losses", straight)
+    losses = losses_of(Path(resumed))
+    assert losses == losses_of(Path(straight))
     assert len(losses) == 90
     assert losses[-1] < 1 < losses[0]
-    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_image_classifier_is_the_same_on_one_rank_and_on_two_that_were_stopped(tmp_path: Path) -> None:
     """One process reads 97 % of the digits; two ranks, stopped and resumed, have its loss in every step."""
     pytest.importorskip("sklearn")
-    output = run("image_classifier", "train_lite.py", "--losses", "one.jsonl", cwd=tmp_path)
+    options = ("--losses", "one.jsonl", "--plot", "losses.png")
+    output = run("image_classifier", "train_lite.py", *options, cwd=tmp_path)
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     accuracy = re.search(r"^test accuracy: ([\d.]+) %$", output, re.MULTILINE)
     assert accuracy
     assert float(accuracy[1]) >= 97
     for epochs in ("1", "3"):
         options = ("--epochs", epochs, "--checkpoint", "saved", "--losses", "two.jsonl")
-        output_of_two = run("image_classifier", *TWO_RANKS, "train_lite.py", *options, cwd=tmp_path)
+        output_of_two = run("image_classifier", *TWO_RANKS, "train_lite.py", "--", *options, cwd=tmp_path)
     assert output_of_two.splitlines()[:2] == output.splitlines()[1:3]
     two = losses_of(tmp_path / "two.jsonl")
     assert two == pytest.approx(losses_of(tmp_path / "one.jsonl")[: len(two)], abs=1e-5)
     assert len(two) == 135
 
 
-def test_language_model_in_plain_torch_learns(tmp_path: Path) -> None:
-    """The torch twin's validation loss falls, it writes some text and draws its losses."""
-    output = run("language_model", "train_torch.py", *SHORT, cwd=tmp_path)
+def test_language_model_in_plain_torch_learns(tmp_path: Path, run_twin: Callable[..., str]) -> None:
+    """The torch twin's validation loss falls; it writes some text and draws its losses."""
+    output = run_twin("language_model", *SHORT, "--plot", str(tmp_path / "losses.png"))
     first, *_, last = validation_of(output)
     assert last < first
     assert "\ndef " in output
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_language_model_learns_the_same_on_one_rank_and_on_two(tmp_path: Path) -> None:
     """Accumulated, clipped and validated on two ranks, the losses are those of one process."""
-    one = run("language_model", "train_lite.py", *SHORT, "--plot", "losses.png", cwd=tmp_path)
-    two = run("language_model", *TWO_RANKS, "train_lite.py", *SHORT, cwd=tmp_path)
+    one = run("language_model", "train_lite.py", *SHORT, cwd=tmp_path)
+    two = run("language_model", *TWO_RANKS, "train_lite.py", "--", *SHORT, cwd=tmp_path)
     assert len(validation_of(one)) == 3
     assert validation_of(one)[-1] < validation_of(one)[0]
     assert validation_of(two) == pytest.approx(validation_of(one), abs=2e-3)
-    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("folder", ["image_classifier", "language_model"])

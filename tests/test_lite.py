@@ -381,7 +381,7 @@ def test_seeds_repeat_and_are_checked() -> None:
         ({"precision": "16-mxed"}, "Did you mean '16-mixed'"),
         ({"accelerator": "cud"}, "Did you mean 'cuda'"),
         ({"accelerator": "mps"}, "accelerator='mps' is not available on this machine.*Available here: .*cpu"),
-        ({"collective": "single", "strategy": "ddp"}, "collective='single' does not provide process-group.*'torch'"),
+        ({"collective": "single", "strategy": "ddp"}, "collective='single' does not provide 'process-group'.*'torch'"),
         ({"loggers": "cvs"}, "Did you mean 'csv'"),
         ({"plugins": ["profile"]}, "Did you mean 'profiler'"),
         ({"plugins": ["profiler", "profiler"]}, "given twice"),

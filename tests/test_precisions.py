@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from plugframe_builtins import bf16, fp16, fp32, fp64
+from plugframe_builtins.precisions import FullPrecision, MixedPrecision, TruePrecision
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
@@ -18,8 +20,6 @@ from plugframe.adopt.optimizer import adopt_optimizer, release_optimizer
 from plugframe.base import Precision
 from plugframe.context import Context
 from plugframe.world import World
-from plugframe_builtins import bf16, fp16, fp32, fp64
-from plugframe_builtins.precisions import FullPrecision, MixedPrecision, TruePrecision
 
 
 @dataclasses.dataclass
@@ -93,7 +93,9 @@ def test_names_stand_for_precisions() -> None:
 
 def test_unknown_dtypes_are_refused() -> None:
     """A dtype a precision cannot be made of is refused, with those it can."""
-    with pytest.raises(SettingError, match="dtype='int8' is not .* use one of 'float16', 'bfloat16', 'float64'"):
+    with pytest.raises(
+        SettingError, match="dtype='int8' is not .* use one of 'float16', 'bfloat16', 'float64'"
+    ):
         TruePrecision("int8")
     with pytest.raises(SettingError, match=r"dtype=torch.float64 .* use one of 'float16', 'bfloat16'\."):
         MixedPrecision(torch.float64)
@@ -302,7 +304,9 @@ def test_two_optimizers_share_the_scale(order: str) -> None:
 def test_waiting_gradients_follow_the_scale(change: str) -> None:
     """Gradients accumulated for one optimizer stay right while the steps of another change the scale."""
     precision, scaler = scaled(growth_interval=1)
-    (often, often_optimizer), (rare, rare_optimizer) = (model_and_optimizer(precision, seed) for seed in (0, 1))
+    (often, often_optimizer), (rare, rare_optimizer) = (
+        model_and_optimizer(precision, seed) for seed in (0, 1)
+    )
     start = rare.bias.detach().clone()
     for _ in range(4):
         often_optimizer.zero_grad()
@@ -368,7 +372,9 @@ def test_an_adopted_optimizer_runs_the_users_step() -> None:
     precision, _ = scaled()
     module, _ = model_and_optimizer(precision)
     optimizer = Loud(module.parameters(), lr=0.125)
-    hooks = SimpleNamespace(strategy_optimizer_step=precision.precision_optimizer_step, on_optimizer_step=None)
+    hooks = SimpleNamespace(
+        strategy_optimizer_step=precision.precision_optimizer_step, on_optimizer_step=None
+    )
     adopt_optimizer(optimizer, hooks=hooks)
     start = module.bias.detach().clone()
     backward(precision, linear_loss(module))

@@ -214,12 +214,13 @@ class _Supervision:
         mine = {"text": here.text, "exit_code": here.exit_code, "certain": here.certain, "time": here.time}
         told = self.handler.tell_failure(mine)
         cause = min(told, key=lambda other: (not other["certain"], other["time"]))
-        return RankFailedError(cause["text"], exit_code=cause["exit_code"])
+        text = cause["text"] if cause == mine else f"{cause['text']}\nnode {self.job.node_rank}: ended by the launcher"
+        return RankFailedError(text, exit_code=cause["exit_code"])
 
-    def _elsewhere(self, otherwise: str) -> RankFailedError:
-        """Return the error for a failure of another node: its words, or `otherwise` if it has left none."""
-        seen = Report(line="", text=otherwise, exit_code=1, certain=False, time=float("inf"))
-        return self._told(seen)
+    def _elsewhere(self, text: str) -> RankFailedError:
+        """Return the error for a failure of another node: its words, or `text` if it has left none."""
+        text = text or "A rank of another node failed."
+        return self._told(Report(text=text, exit_code=1, certain=False, time=float("inf")))
 
 
 class _VanishedError(Exception):

@@ -58,14 +58,12 @@ class Report:
     """What is said about a failure.
 
     Attributes:
-        line: who failed and of what, in one line.
-        text: `line`, the traceback of that rank, and a line on the others.
+        text: who failed and of what in one line, the traceback of that rank, and a line on the others.
         exit_code: for the launcher to leave with.
         certain: False if what failed only noticed that somebody else had gone.
         time: when, in seconds since the epoch.
     """
 
-    line: str
     text: str
     exit_code: int
     certain: bool
@@ -78,7 +76,6 @@ def report(endings: Sequence[Ending], *, host: str, out_of_memory: bool = False)
     line = f"rank {culprit.rank} on {host} {_cause(culprit, out_of_memory)}"
     parts = [line, _stack(culprit).rstrip(), *_others(endings, culprit)]
     return Report(
-        line=line,
         text="\n".join(part for part in parts if part),
         exit_code=_exit_code(culprit),
         certain=_order(endings)(culprit)[0] < _CONSEQUENCE,

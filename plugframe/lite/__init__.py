@@ -1,0 +1,5 @@
+"""The user's object, in parts by what they are for: it delegates, and decides nothing."""
+
+from plugframe.lite.launching import Lite
+
+__all__ = ["Lite"]

@@ -1,0 +1,217 @@
+"""The part of `Lite` that all others stand on: settings, plan, session, and where this rank stands."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import weakref
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from plugframe import starting
+from plugframe.adopt.loader import LoaderState
+from plugframe.context import Context
+from plugframe.errors import SettingError, closest
+from plugframe.registry import Registry
+from plugframe.request import gather
+from plugframe.resolve import resolve
+from plugframe.session import Session
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Devices = int | str | list[int] | tuple[int, ...]
+
+
+class Core:
+    """Runs a raw PyTorch loop on any device, any number of ranks, in any precision.
+
+    Every plugin argument takes a name (``"ddp"``), a name qualified by its package (``"acme-ddp:ddp"``) or a
+    plugin object. ``"auto"`` is chosen from what is installed and what this machine has; ``lite.plan`` says why.
+
+    Args:
+        accelerator: kind of device.
+        strategy: how the model is spread over the ranks.
+        devices: a count, a list of indices, ``"0,2"``, or ``-1`` or ``"auto"`` for all; on each node.
+        num_nodes: nodes of the job.
+        precision: ``"32-true"``, ``"16-mixed"``, ``"bf16"``, …; None means ``"auto"``.
+        collective: how ranks communicate.
+        checkpoint: format of saved states.
+        environment: who started the processes.
+        launcher: who starts them, if nobody did.
+        plugins: extensions by name, and plugin objects of any kind.
+        callbacks: objects whose methods `call` calls, and whose ``on_…`` hooks are called.
+        loggers: loggers by name, or objects.
+
+    Raises:
+        UsageError: (and its subclasses) for a wrong setting; one that contradicts the command line included.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Any = "auto",
+        strategy: Any = "auto",
+        devices: Devices = "auto",
+        num_nodes: int = 1,
+        precision: Any = None,
+        collective: Any = "auto",
+        checkpoint: Any = "auto",
+        environment: Any = "auto",
+        launcher: Any = "auto",
+        plugins: Any = (),
+        callbacks: Any = (),
+        loggers: Any = (),
+    ) -> None:
+        self._settings = {
+            "accelerator": accelerator,
+            "strategy": strategy,
+            "devices": devices,
+            "num_nodes": None if num_nodes == 1 and not isinstance(num_nodes, bool) else num_nodes,
+            "precision": precision,
+            "collective": collective,
+            "checkpoint": checkpoint,
+            "environment": environment,
+            "launcher": launcher,
+            "plugins": _as_tuple(plugins),
+            "callbacks": _as_tuple(callbacks),
+            "loggers": _as_tuple(loggers),
+        }
+        self._resolve()
+
+    def _resolve(self) -> None:
+        self._request = gather(self._settings)
+        self._registry = Registry.discover()
+        self.plan = resolve(self._request, self._registry, os.environ)
+        self._callbacks = [_callback(c) for c in self._request.value("callbacks", ())]
+        self._session = Session(self.plan, self._registry, self._callbacks)
+        self._hooks = self._session.hooks
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self._loader_states: list[LoaderState] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel to another process as settings and the subclass's own attributes; there the plan is made anew."""
+        own = (
+            "_request",
+            "_registry",
+            "plan",
+            "_callbacks",
+            "_session",
+            "_hooks",
+            "_modules",
+            "_loader_states",
+        )
+        return {key: value for key, value in self.__dict__.items() if key not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._resolve()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.teardown()
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return cast(torch.device, self._session.device)
+
+    @property
+    def global_rank(self) -> int:
+        """This rank among all, from 0."""
+        return self._session.world.global_rank
+
+    @property
+    def local_rank(self) -> int:
+        """This rank among those of its node, from 0."""
+        return self._session.world.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """This node among all, from 0."""
+        return self._session.world.node_rank
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.plan.world_size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is global rank 0."""
+        return self.global_rank == 0
+
+    @property
+    def strategy(self) -> Any:
+        """The strategy plugin in use."""
+        return self._session.plugins["strategy"]
+
+    @property
+    def accelerator(self) -> Any:
+        """The accelerator plugin in use."""
+        return self._session.plugins["accelerator"]
+
+    @property
+    def loggers(self) -> list[Any]:
+        """The logger plugins in use."""
+        return self._session.loggers
+
+    @property
+    def logger(self) -> Any:
+        """The first logger plugin in use.
+
+        Raises:
+            SettingError: if there is none.
+        """
+        if not self.loggers:
+            raise SettingError("There is no logger: pass one, as in Lite(loggers='csv').")
+        return self.loggers[0]
+
+    def teardown(self) -> None:
+        """End the job on this rank and give every object back as it was. It may be called twice."""
+        self._session.close()
+        self._modules.clear()
+        self._loader_states.clear()
+        atexit.unregister(self._session.close)
+
+    def _alone(self) -> bool:
+        return self._session.context is not None or self.plan.launched or self.plan.world_size == 1
+
+    def _started(self, call: str) -> Context:
+        """Return the context, starting this rank if it is the first call that needs it."""
+        session = self._session
+        if session.context is None:
+            if not self._alone():
+                raise starting.not_launched(self.plan, call)
+            session.start()
+            atexit.register(session.close)
+        return session.started()
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _callback(callback: Any) -> Any:
+    """Return a callback object; on a command line it is written ``package.module:Class``."""
+    if not isinstance(callback, str):
+        return callback() if isinstance(callback, type) else callback
+    module_name, colon, attribute = callback.partition(":")
+    if not colon:
+        raise SettingError(f"callbacks={callback!r}: write 'package.module:Class'.")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise SettingError(f"callbacks={callback!r}: {error}.") from error
+    if not hasattr(module, attribute):
+        raise SettingError(
+            f"callbacks={callback!r}: {module_name} has no {attribute!r}.{closest(attribute, dir(module))}"
+        )
+    return getattr(module, attribute)()

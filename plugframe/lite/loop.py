@@ -1,0 +1,133 @@
+"""Inside the loop: backward, accumulation, clipping, and where tensors are made."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, TypeVar, cast
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from plugframe import checks
+from plugframe.adopt import state_of
+from plugframe.errors import PlugframeWarning
+from plugframe.lite.core import Core
+
+T = TypeVar("T")
+
+
+class Loop(Core):
+    """What a training step calls."""
+
+    def backward(self, tensor: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        """Compute gradients, in place of ``tensor.backward(*args, **kwargs)``. Every rank must call it.
+
+        Args:
+            tensor: the loss, a mean over this rank's batch; 0-d, or any shape with ``gradient=``.
+            model: the module the loss belongs to, where several were set up and the strategy wants to know.
+        """
+        checks.check_loss(tensor, set_up=bool(self._modules))
+        weight = self._weight()
+        if weight != 1.0:
+            tensor = tensor * weight
+        self._hooks.strategy_backward(loss=tensor, module=model, args=args, kwargs=kwargs)
+        if self._hooks.on_backward is not None:
+            self._hooks.on_backward(loss=tensor)
+
+    def _weight(self) -> float:
+        weights = [state.weight for state in self._loader_states if state.weight is not None]
+        if len(weights) > 1 and any(weight != weights[0] for weight in weights):
+            warnings.warn(
+                "Several loaders are being read, and their last batches are uneven in different ways: this loss is "
+                "not weighed. Set them up with weigh_uneven=False to say so.",
+                PlugframeWarning,
+                stacklevel=3,
+            )
+            return 1.0
+        return weights[0] if weights else 1.0
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Return a context in which gradients are accumulated but not exchanged: for all but the last micro-batch.
+
+        Forward and backward of the micro-batch both belong inside.
+        """
+        checks.check_set_up(module, "no_backward_sync")
+        engine = state_of(module).engine
+        return cast(
+            "AbstractContextManager[Any]",
+            self._hooks.strategy_no_sync(module=module, engine=engine, enabled=bool(enabled)),
+        )
+
+    def clip_gradients(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        clip_val: float | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor | None:
+        """Clip the gradients of `optimizer`'s parameters, by value or by total norm. Every rank must call it.
+
+        Under a loss scaler gradients are unscaled first, and a step with non-finite ones is skipped by itself.
+
+        Returns:
+            For ``max_norm`` the total norm before clipping, a 0-d tensor, equal on all ranks; else None.
+
+        Raises:
+            RuntimeError: if the norm is not finite and `error_if_nonfinite`, on all ranks.
+        """
+        checks.check_limits(clip_val, max_norm)
+        checks.check_set_up(module, "clip_gradients")
+        checks.check_set_up(optimizer, "clip_gradients")
+        skips = self._hooks.precision_unscale(optimizer=optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return cast(
+            "Tensor | None",
+            self._hooks.strategy_clip_gradients(
+                module=module,
+                parameters=parameters,
+                clip_value=clip_val,
+                max_norm=max_norm,
+                norm_type=float(norm_type),
+                error_if_nonfinite=error_if_nonfinite and not skips,
+            ),
+        )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context the precision runs a forward in, for code outside of a module."""
+        self._started("autocast")
+        return cast("AbstractContextManager[Any]", self._hooks.precision_forward_context())
+
+    def to_device(self, obj: T) -> T:
+        """Return `obj` (a module, a tensor, or any nesting of tensors) on this rank's device."""
+        context = self._started("to_device")
+        if isinstance(obj, nn.Module):
+            return obj.to(context.device)
+        return cast("T", self._hooks.accelerator_move_batch(batch=obj, device=context.device))
+
+    def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        """Return a context in which a module is built on this rank's device, in the precision's dtype.
+
+        Args:
+            empty_init: True leaves parameters without initial values, for a model that is loaded.
+        """
+        self._started("init_module")
+        stack = ExitStack()
+        stack.enter_context(self._hooks.precision_init_context())
+        return _entered_last(stack, self._hooks.strategy_init_context(empty_init=empty_init))
+
+    def init_tensor(self) -> AbstractContextManager[Any]:
+        """Return a context in which tensors are created on this rank's device, in the precision's dtype."""
+        context = self._started("init_tensor")
+        stack = ExitStack()
+        stack.enter_context(self._hooks.precision_init_context())
+        return _entered_last(stack, context.device)
+
+
+@contextmanager
+def _entered_last(stack: ExitStack, context: AbstractContextManager[Any]) -> Iterator[None]:
+    with stack, context:
+        yield

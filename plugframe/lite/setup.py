@@ -1,0 +1,161 @@
+"""Setting up: the user's objects, adopted in place."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from plugframe import checks
+from plugframe.adopt import (
+    Order,
+    adopt_loader,
+    adopt_module,
+    adopt_optimizer,
+    release_loader,
+    release_module,
+    release_optimizer,
+    state_of,
+)
+from plugframe.adopt.loader import random_sources
+from plugframe.errors import SettingError
+from plugframe.lite.core import Core
+
+
+class SetUp(Core):
+    """Prepares modules, optimizers and loaders."""
+
+    def setup(
+        self,
+        module: nn.Module,
+        *optimizers: Optimizer,
+        scheduler: Any = None,
+        move_to_device: bool = True,
+        forward_methods: Iterable[str | Callable[..., Any]] = (),
+    ) -> Any:
+        """Prepare a module and its optimizers, in place, and return them. Every rank must call it.
+
+        Args:
+            scheduler: returned as it is; schedulers need no set-up.
+            move_to_device: whether to move the module to this rank's device.
+            forward_methods: methods besides ``forward`` that run the module's parts and so must run under
+                precision and strategy.
+
+        Returns:
+            The module alone, or a tuple of module, optimizers and scheduler, as they were given.
+        """
+        checks.check_module(module)
+        checks.check_optimizers(optimizers)
+        checks.check_ownership(module, optimizers)
+        module = self._prepare(module, move_to_device, "setup")
+        setup = self._hooks.strategy_setup_module_and_optimizers
+        engine, prepared = setup(module=module, optimizers=optimizers)
+        self._adopt(module, engine, forward_methods)
+        for optimizer in prepared:
+            self._adopt_optimizer(optimizer)
+        extra = () if scheduler is None else (scheduler,)
+        return (module, *prepared, *extra) if optimizers or extra else module
+
+    def setup_module(
+        self,
+        module: nn.Module,
+        move_to_device: bool = True,
+        forward_methods: Iterable[str | Callable[..., Any]] = (),
+    ) -> Any:
+        """Prepare a module alone, in place, and return it. Every rank must call it."""
+        checks.check_module(module)
+        module = self._prepare(module, move_to_device, "setup_module")
+        engine = self._hooks.strategy_setup_module(module=module)
+        self._adopt(module, engine, forward_methods)
+        return module
+
+    def setup_optimizers(self, *optimizers: Optimizer) -> Any:
+        """Prepare optimizers alone, after their module, and return them. Every rank must call it."""
+        if not optimizers:
+            raise SettingError("setup_optimizers() takes at least one optimizer, got none.")
+        checks.check_optimizers(optimizers)
+        self._started("setup_optimizers")
+        prepared = self._hooks.strategy_setup_optimizers(module=None, optimizers=optimizers)
+        for optimizer in prepared:
+            self._adopt_optimizer(optimizer)
+        return prepared[0] if len(prepared) == 1 else tuple(prepared)
+
+    def setup_dataloaders(
+        self,
+        *dataloaders: DataLoader[Any],
+        use_distributed_sampler: bool = True,
+        move_to_device: bool = True,
+        weigh_uneven: bool = True,
+    ) -> Any:
+        """Divide the samples of loaders between the ranks, in place, and return the loaders. Every rank must call it.
+
+        The order of samples depends on the seed, the loader and the epoch alone: it is the same for any number
+        of ranks. While training, all ranks take the same number of steps. While evaluating (gradients off, or
+        every model in eval mode) every sample is read exactly once.
+
+        Args:
+            use_distributed_sampler: False leaves the samples undivided.
+            move_to_device: whether batches come on this rank's device.
+            weigh_uneven: whether `backward` weighs a last batch that is smaller on some ranks, so that the mean
+                over ranks stays the mean over samples; it is meant for losses that are means.
+        """
+        checks.check_loaders(dataloaders)
+        context = self._started("setup_dataloaders")
+        shard = self._hooks.strategy_data_shard()
+        seed = self._agree(dataloaders)
+        for loader in dataloaders:
+            order = Order(seed, len(self._loader_states))
+            adopt_loader(
+                loader,
+                hooks=self._hooks,
+                device=context.device if move_to_device else None,
+                order=order,
+                shard=shard,
+                training=self._training,
+                split=use_distributed_sampler,
+                weigh=weigh_uneven,
+            )
+            self._loader_states.append(state_of(loader))
+            self._session.on_close(_release, weakref.ref(loader), release_loader)
+        return dataloaders[0] if len(dataloaders) == 1 else list(dataloaders)
+
+    def _prepare(self, module: nn.Module, move_to_device: bool, call: str) -> nn.Module:
+        context = self._started(call)
+        module = self._hooks.precision_convert_module(module=module)
+        return module.to(context.device) if move_to_device else module
+
+    def _adopt(self, module: nn.Module, engine: Any, forward_methods: Iterable[Any]) -> None:
+        names = (forward_methods,) if isinstance(forward_methods, str) else tuple(forward_methods)
+        adopt_module(module, hooks=self._hooks, engine=engine, forward_methods=names)
+        self._modules.append(weakref.ref(module))
+        self._session.on_close(_release, self._modules[-1], release_module)
+        if self._hooks.on_setup is not None:
+            self._hooks.on_setup(module=module)
+
+    def _adopt_optimizer(self, optimizer: Optimizer) -> None:
+        adopt_optimizer(optimizer, hooks=self._hooks)
+        self._session.on_close(_release, weakref.ref(optimizer), release_optimizer)
+
+    def _agree(self, loaders: tuple[DataLoader[Any], ...]) -> int:
+        """Return rank 0's seed, and give the users' own generators rank 0's state: all ranks draw alike."""
+        sources = [source for loader in loaders for source in random_sources(loader)]
+        mine = (torch.initial_seed(), [source.get_state() for source in sources])
+        seed, states = self._hooks.collective_broadcast_object(obj=mine, src=0, group=None)
+        for source, state in zip(sources, states, strict=True):
+            source.set_state(state)
+        return int(seed)
+
+    def _training(self) -> bool:
+        modules = (reference() for reference in self._modules)
+        return torch.is_grad_enabled() and any(m is not None and m.training for m in modules)
+
+
+def _release(reference: weakref.ref[Any], release: Callable[[Any], Any]) -> None:
+    obj = reference()
+    if obj is not None and state_of(obj) is not None:
+        release(obj)

@@ -1,0 +1,62 @@
+"""Telling: callbacks, metrics, seeds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from plugframe import seed as seeds
+from plugframe.errors import PlugframeWarning, SettingError
+from plugframe.lite.core import Core
+
+
+class Telling(Core):
+    """What goes to callbacks and loggers."""
+
+    def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
+        """Call the method `hook_name` of every callback that has it, in the order they were passed.
+
+        Raises:
+            SettingError: if a callback has an attribute of that name that cannot be called.
+        """
+        for callback in self._callbacks:
+            method = getattr(callback, hook_name, None)
+            if method is None:
+                continue
+            if not callable(method):
+                raise SettingError(f"{type(callback).__name__}.{hook_name} is no method: call() cannot call it.")
+            method(*args, **kwargs)
+
+    def log(self, name: str, value: Any, step: int | None = None) -> None:
+        """Hand one metric to every logger."""
+        self.log_dict({name: value}, step=step)
+
+    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Hand metrics (numbers, or tensors of one element) to every logger, on global rank 0."""
+        self._started("log")
+        if not self.loggers:
+            warnings.warn(
+                "log() has no effect: there is no logger. Pass one: Lite(loggers='csv').",
+                PlugframeWarning,
+                stacklevel=3,
+            )
+            return
+        if self.is_global_zero:
+            self._hooks.logger_log(metrics={k: _number(k, v) for k, v in metrics.items()}, step=step)
+
+    @staticmethod
+    def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
+        """Seed every generator, on every device; see `plugframe.seed_everything`."""
+        return seeds.seed_everything(seed, workers, verbose)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise SettingError(f"log({name!r}): a metric is one number, got a tensor of shape {tuple(value.shape)}.")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise SettingError(f"log({name!r}): a metric is one number, got {value!r}.") from None

@@ -1,0 +1,17 @@
+"""Four plugins, described; each implementation is a module of its own."""
+
+from plugframe import Plugin
+
+strategy = Plugin(
+    factory="plugframe_acme.strategy:Acme",
+    summary="Gradients averaged one by one after backward.",
+    needs={"collective": ("process-group",)},
+)
+accelerator = Plugin(
+    factory="plugframe_acme.accelerator:AcmeChip",
+    summary="The processor under another name.",
+    devices=("cpu",),
+    tags=("acme",),
+)
+extension = Plugin(factory="plugframe_acme.extension:Counter", summary="Counts backwards.")
+logger = Plugin(factory="plugframe_acme.logger:AcmeLogger", summary="Prints metrics.")
