@@ -17,10 +17,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from plugframe_builtins.safetensors_checkpoint.checkpoint import SafetensorsCheckpoint
 
 from plugframe.context import Context
 from plugframe.world import World
+from plugframe_builtins.safetensors_checkpoint.checkpoint import SafetensorsCheckpoint
 
 
 def make_plugin() -> SafetensorsCheckpoint:
@@ -46,16 +46,12 @@ def timed(fn: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-mb", type=int, default=256)
     parser.add_argument("--tensors", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=3, help="rounds that do not count")
-    parser.add_argument(
-        "--folder", default=None, help="where to write; the system's temporary folder by default"
-    )
+    parser.add_argument("--folder", default=None, help="where to write; the system's temporary folder by default")
     args = parser.parse_args()
 
     numel = args.size_mb * 1024 * 1024 // 4 // args.tensors
@@ -80,9 +76,7 @@ def main() -> None:
                 if number >= args.warmup:
                     times[name].append(spent_s)
     medians = {name: statistics.median(spent) for name, spent in times.items()}
-    print(
-        f"{args.size_mb} MB in {args.tensors} tensors, {args.rounds} rounds, {os.cpu_count()} cores; seconds"
-    )
+    print(f"{args.size_mb} MB in {args.tensors} tensors, {args.rounds} rounds, {os.cpu_count()} cores; seconds")
     for name, spent in times.items():
         print(f"{name:20s} median {medians[name]:.3f}   {' '.join(f'{each:.3f}' for each in spent)}")
     print(f"save ratio {medians['plugframe save'] / medians['torch.save + fsync']:.2f}")

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rounds import installed, machine
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from plugframe import Lite
+from rounds import installed, machine
 
 
 def make() -> tuple[nn.Module, torch.optim.Optimizer]:

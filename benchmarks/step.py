@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rounds import installed, interleave, machine, report
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from rounds import installed, interleave, machine, report
 
 Step = Callable[[Any], None]
 

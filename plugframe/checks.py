@@ -22,19 +22,13 @@ def check_module(module: Any) -> None:
         OrderError: for a module, or a part of it, that was set up.
     """
     if isinstance(module, DataLoader):
-        raise SettingError(
-            "setup() takes a module first, got a DataLoader: use lite.setup_dataloaders(loader)."
-        )
+        raise SettingError("setup() takes a module first, got a DataLoader: use lite.setup_dataloaders(loader).")
     if isinstance(module, Optimizer):
-        raise SettingError(
-            "setup() takes the module first, then its optimizers: lite.setup(model, optimizer)."
-        )
+        raise SettingError("setup() takes the module first, then its optimizers: lite.setup(model, optimizer).")
     if not isinstance(module, nn.Module):
         raise SettingError(f"setup() takes a torch.nn.Module first, got {type(module).__name__}.")
     if isinstance(module, (DataParallel, DistributedDataParallel)):
-        raise SettingError(
-            f"The module is wrapped in {type(module).__name__} already: pass the module itself."
-        )
+        raise SettingError(f"The module is wrapped in {type(module).__name__} already: pass the module itself.")
     if state_of(module) is not None:
         raise OrderError(f"This {type(module).__name__} was set up already: set a module up once.")
     for name, part in module.named_modules():
@@ -55,14 +49,10 @@ def check_optimizers(optimizers: Sequence[Any]) -> None:
         if isinstance(optimizer, DataLoader):
             raise SettingError("A DataLoader was passed as an optimizer: use lite.setup_dataloaders(loader).")
         if isinstance(optimizer, nn.Module):
-            raise SettingError(
-                "A second module was passed as an optimizer: call lite.setup() for each module."
-            )
+            raise SettingError("A second module was passed as an optimizer: call lite.setup() for each module.")
         if not isinstance(optimizer, Optimizer):
             what = type(optimizer).__name__
-            raise SettingError(
-                f"{what} was passed as an optimizer: pass torch optimizers; schedulers need no set-up."
-            )
+            raise SettingError(f"{what} was passed as an optimizer: pass torch optimizers; schedulers need no set-up.")
         if state_of(optimizer) is not None:
             raise OrderError(f"This {type(optimizer).__name__} was set up already: set an optimizer up once.")
 
@@ -122,9 +112,7 @@ def check_set_up(module: Any, call: str) -> None:
     """
     if state_of(module) is None:
         what = type(module).__name__
-        raise OrderError(
-            f"{call}() takes a module that was set up, and this {what} was not: call lite.setup() first."
-        )
+        raise OrderError(f"{call}() takes a module that was set up, and this {what} was not: call lite.setup() first.")
 
 
 def check_limits(clip_val: Any, max_norm: Any) -> None:

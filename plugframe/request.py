@@ -138,7 +138,7 @@ def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Setting], list[
         field = name[len(PREFIX) :].lower()
         if field not in FIELDS or name != variable(field):
             known = [*map(variable, FIELDS), *OTHER_VARIABLES]
-            notes.append(f"The environment variable {name} is not a setting.{closest(name, known)}")
+            notes.append(f"The environment variable {name} is not a setting.{closest(name.upper(), known)}")
             continue
         if field in by_command:
             source = f"the command line (--{field.removesuffix('_s').replace('_', '-')})"

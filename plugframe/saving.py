@@ -44,20 +44,14 @@ def save(
         path, state = state, path  # torch.save's order
     target = checked_path(path)
     if not isinstance(state, Mapping):
-        raise SettingError(
-            f"save() takes the state as a dict such as {{'model': model}}, got {type(state).__name__}."
-        )
+        raise SettingError(f"save() takes the state as a dict such as {{'model': model}}, got {type(state).__name__}.")
     if RUN in state:
-        raise CheckpointError(
-            f"The key {RUN!r} of the state is taken by plugframe itself: choose another name."
-        )
+        raise CheckpointError(f"The key {RUN!r} of the state is taken by plugframe itself: choose another name.")
     provides = session.plan.choices["checkpoint"].descriptor.provides
     rank = session.world.global_rank
     if not wait and "async" not in provides and rank == 0:
         name = session.plan.choices["checkpoint"].name
-        warnings.warn(
-            f"wait=False has no effect: checkpoint {name!r} saves at once.", PlugframeWarning, stacklevel=3
-        )
+        warnings.warn(f"wait=False has no effect: checkpoint {name!r} saves at once.", PlugframeWarning, stacklevel=3)
     hooks = session.hooks
     tree = collect(state, hooks, sharded="sharded" in provides, filters=filters)
     tree[RUN] = _run_state(session, loaders)
@@ -131,12 +125,12 @@ def _restore_run(session: Session, run: Mapping[str, Any], loaders: list[LoaderS
             loader.order.seed = kept["seed"]
     elif loaders and world.global_rank == 0:
         counts = f"{len(run['loaders'])} loaders were set up when it was saved, {len(loaders)} are now"
-        warnings.warn(
-            f"The epochs of the loaders were not restored: {counts}.", PlugframeWarning, stacklevel=4
-        )
+        warnings.warn(f"The epochs of the loaders were not restored: {counts}.", PlugframeWarning, stacklevel=4)
     if len(run["rng"]) != world.world_size:
         if world.global_rank == 0:
-            message = f"The random generators were not restored: {len(run['rng'])} ranks saved, {world.world_size} load."
+            message = (
+                f"The random generators were not restored: {len(run['rng'])} ranks saved, {world.world_size} load."
+            )
             warnings.warn(message, PlugframeWarning, stacklevel=4)
         return
     mine = run["rng"][world.global_rank]

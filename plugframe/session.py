@@ -128,6 +128,4 @@ def _as_choice(callback: Any) -> Choice:
 
     cls = type(callback)
     descriptor = Plugin(factory=f"{cls.__module__}:{cls.__qualname__}")
-    return Choice(
-        kind="extension", name=cls.__name__, reason="a callback", descriptor=descriptor, instance=callback
-    )
+    return Choice(kind="extension", name=cls.__name__, reason="a callback", descriptor=descriptor, instance=callback)

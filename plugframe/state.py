@@ -30,9 +30,7 @@ def collect(
     tree = {key: _collect(value, hooks, sharded) for key, value in state.items()}
     for key, keep in (filters or {}).items():
         if key not in tree or not isinstance(tree[key], Mapping):
-            raise CheckpointError(
-                f"filter names {key!r}, which is no object in the state: {', '.join(state)}."
-            )
+            raise CheckpointError(f"filter names {key!r}, which is no object in the state: {', '.join(state)}.")
         tree[key] = {name: value for name, value in tree[key].items() if keep(name, value)}
     return tree
 
@@ -129,9 +127,7 @@ class Restore:
             self.problems.append(
                 f"{where} has parameter groups of {own} parameters, the checkpoint has groups of {other}"
             )
-        self._writes.append(
-            lambda: self.hooks.strategy_load_optimizer_state(optimizer=optimizer, state=dict(loaded))
-        )
+        self._writes.append(lambda: self.hooks.strategy_load_optimizer_state(optimizer=optimizer, state=dict(loaded)))
 
     def apply(self) -> None:
         """Write everything.
@@ -154,6 +150,4 @@ def _shapes(where: str, value: Tensor, loaded: Tensor) -> str:
 
 def _holds_objects(value: Any) -> bool:
     items = value.values() if isinstance(value, Mapping) else value
-    return any(
-        has_state(item) or (isinstance(item, (dict, list, tuple)) and _holds_objects(item)) for item in items
-    )
+    return any(has_state(item) or (isinstance(item, (dict, list, tuple)) and _holds_objects(item)) for item in items)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from plugframe_builtins.safetensors_checkpoint.checkpoint import SafetensorsCheckpoint
 from torch import Tensor
 
 from plugframe.context import Context
 from plugframe.world import World
+from plugframe_builtins.safetensors_checkpoint.checkpoint import SafetensorsCheckpoint
 
 DTYPES = (
     torch.float64,
@@ -56,7 +56,11 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b)
     if isinstance(a, dict):
-        return list(a) == list(b) and all(same(*pair) for pair in zip(a, b, strict=True)) and same([*a.values()], [*b.values()])
+        return (
+            list(a) == list(b)
+            and all(same(*pair) for pair in zip(a, b, strict=True))
+            and same([*a.values()], [*b.values()])
+        )
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, float):
@@ -110,7 +114,11 @@ def trees() -> st.SearchStrategy[dict[Any, Any]]:
     keys = texts | st.integers() | st.sampled_from(["a", "b", "a.b", "a/b", "__metadata__", "__plugframe__.manifest"])
     nested = st.recursive(
         leaves,
-        lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple) | st.dictionaries(keys, inner, max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.lists(inner, max_size=3).map(tuple)
+            | st.dictionaries(keys, inner, max_size=3)
+        ),
         max_leaves=8,
     )
     return st.dictionaries(keys, nested, max_size=4)

@@ -155,9 +155,7 @@ def _store() -> Iterator[int]:
     listener.bind(("127.0.0.1", 0))
     listener.listen(128)
     port = listener.getsockname()[1]
-    store = dist.TCPStore(
-        "127.0.0.1", port, None, True, master_listen_fd=listener.detach(), wait_for_workers=False
-    )
+    store = dist.TCPStore("127.0.0.1", port, None, True, master_listen_fd=listener.detach(), wait_for_workers=False)
     try:
         yield port
     finally:
@@ -218,9 +216,7 @@ def _variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
-def _rank_main(
-    call: bytes, variables: dict[str, str], cwd: str, output: str, timeout_s: float, results: Any
-) -> None:
+def _rank_main(call: bytes, variables: dict[str, str], cwd: str, output: str, timeout_s: float, results: Any) -> None:
     with open(output, "w", buffering=1) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

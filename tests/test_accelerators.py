@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+
+from plugframe import Plugin, SettingError
+from plugframe.context import Context
+from plugframe.world import World
 from plugframe_builtins import accel, cpu, cuda, gpu, mps
 from plugframe_builtins.accel.accelerator import TorchAccelerator
 from plugframe_builtins.cpu.accelerator import CPU
 from plugframe_builtins.cuda.accelerator import CUDA
 from plugframe_builtins.mps.accelerator import MPS
-
-from plugframe import Plugin, SettingError
-from plugframe.context import Context
-from plugframe.world import World
 
 ACCELERATORS = {"cpu": cpu.plugin, "cuda": cuda.plugin, "mps": mps.plugin, "accel": accel.plugin}
 LIGHT = (
@@ -198,9 +198,7 @@ class TestRealCUDA:
         del tensor
         accelerator.accelerator_teardown()
         assert torch.cuda.current_device() == before
-        assert accelerator.accelerator_memory_stats(device)["reserved_bytes"] == torch.cuda.memory_reserved(
-            device
-        )
+        assert accelerator.accelerator_memory_stats(device)["reserved_bytes"] == torch.cuda.memory_reserved(device)
 
     def test_random_state(self) -> None:
         """What was drawn comes again after the state is put back, and after the same seed."""
@@ -324,9 +322,7 @@ class TestAccel:
         assert not accelerator.accelerator_supports_dtype(torch.float64, device)
         assert calls == []
 
-    def test_every_dtype_where_torch_does_not_know(
-        self, calls: list[Any], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_every_dtype_where_torch_does_not_know(self, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         """In a torch that cannot be asked about dtypes, none is refused."""
         monkeypatch.delattr(torch.accelerator, "get_device_capability")
         assert TorchAccelerator().accelerator_supports_dtype(torch.float64, torch.device("privateuseone", 0))

@@ -80,9 +80,7 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path, error: BaseE
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_an_error_at_the_end_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
+def test_an_error_at_the_end_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """A disk that fails when the file is forced to it, or renamed, costs the new file only."""
     path = tmp_path / "last.ckpt"
     put(path, b"old")
@@ -95,9 +93,13 @@ def test_an_error_at_the_end_leaves_the_old_file(
 
 def test_a_disk_that_fills_up_says_how_much_is_missing(tmp_path: Path) -> None:
     """When the disk runs full in the middle, the error has the bytes needed and the bytes free."""
-    with pytest.raises(CheckpointError, match=r"No space left on device \(it needs 12345 bytes and .* has \d+ bytes free"):
-        with replacing(str(tmp_path / "last.ckpt"), size_bytes=12345):
-            failing(errno.ENOSPC)()
+    with (
+        pytest.raises(
+            CheckpointError, match=r"No space left on device \(it needs 12345 bytes and .* has \d+ bytes free"
+        ),
+        replacing(str(tmp_path / "last.ckpt"), size_bytes=12345),
+    ):
+        failing(errno.ENOSPC)()
     assert os.listdir(tmp_path) == []
 
 
@@ -132,7 +134,12 @@ def test_leftovers_of_dead_writers_are_cleared_and_of_live_ones_not(tmp_path: Pa
     path = tmp_path / "last.ckpt"
     dead = tmp_path / (".last.ckpt.tmp-" + "0" * 16)
     live = tmp_path / (".last.ckpt.tmp-" + "1" * 16)
-    others = [".best.ckpt.tmp-" + "0" * 16, ".last.ckpt.tmp-xyz", "last.ckpt.tmp-" + "0" * 16, ".lastXckpt.tmp-" + "0" * 16]
+    others = [
+        ".best.ckpt.tmp-" + "0" * 16,
+        ".last.ckpt.tmp-xyz",
+        "last.ckpt.tmp-" + "0" * 16,
+        ".lastXckpt.tmp-" + "0" * 16,
+    ]
     for other in [dead, live, *(tmp_path / name for name in others)]:
         other.write_bytes(b"half")
     (tmp_path / (".last.ckpt.tmp-" + "2" * 16)).mkdir()
@@ -159,7 +166,9 @@ def test_writers_of_one_path_do_not_clear_each_other(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
-def test_a_writer_whose_file_is_cleared_too_early_takes_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_whose_file_is_cleared_too_early_takes_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between making the file and locking it another process may take it for a dead writer's."""
     real, seen = fcntl.flock, []
 

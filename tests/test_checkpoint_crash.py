@@ -8,7 +8,7 @@ from pathlib import Path
 
 # One process imports torch and forks the victims: starting one for each kill would cost seconds each.
 _VICTIMS = """
-import json, os, random, select, signal, sys
+import itertools, json, os, random, select, signal, sys
 sys.path.insert(0, TESTS)
 import torch
 from checkpoint_trees import plugin
@@ -41,7 +41,7 @@ def killed_at_random():
     os.waitpid(victim, 0)
     return version()
 
-def at_line(wanted):
+def die_at_line(wanted):
     seen = 0
     def trace(frame, event, argument):
         nonlocal seen
@@ -53,22 +53,21 @@ def at_line(wanted):
         return trace
     sys.settrace(trace)
     save(1, 100)
-    sys.settrace(None)
-    return seen
+    os._exit(0)
 
-def killed_at_line(wanted):
-    save(0, 100)
-    victim = os.fork()
-    if victim == 0:
-        at_line(wanted)
-        os._exit(0)
-    assert os.waitpid(victim, 0)[1] == signal.SIGKILL
-    return version(), len(os.listdir(FOLDER)) - 1
+def killed_at_lines(step):
+    for wanted in itertools.count(1, step):
+        save(0, 100)
+        victim = os.fork()
+        if victim == 0:
+            die_at_line(wanted)
+        if os.waitpid(victim, 0)[1] == 0:
+            return
+        yield version(), len(os.listdir(FOLDER)) - 1
 
 save(0, 100)
 random_kills = [killed_at_random() for _ in range(5)]
-lines = at_line(0)
-line_kills = [killed_at_line(line) for line in range(1, lines, 3)]
+line_kills = list(killed_at_lines(5))
 save(0, 100)
 print(json.dumps({"random": random_kills, "lines": line_kills, "left": os.listdir(FOLDER)}))
 """
@@ -80,6 +79,7 @@ def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(tmp_path: Path, run_
     found = json.loads(run_python(code))
     assert len(found["random"]) == 5
     assert set(found["random"]) <= {0, 1}
+    assert len(found["lines"]) > 30
     # The old one until the rename, the new one from then on; at most one half-written file at a time.
     versions = [version for version, _ in found["lines"]]
     assert versions == sorted(versions)

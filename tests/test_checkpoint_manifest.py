@@ -17,7 +17,10 @@ def example() -> Manifest:
         format="example",
         version=3,
         structure=Entry(dtype="uint8", shape=(5,), size_bytes=5, crc32=("0000000a",)),
-        tensors={"a.b": Entry(dtype="float32", shape=(2, 3), size_bytes=24, crc32=("deadbeef",)), "é": Entry.blank(dtype="bool", shape=(0,), size_bytes=0)},
+        tensors={
+            "a.b": Entry(dtype="float32", shape=(2, 3), size_bytes=24, crc32=("deadbeef",)),
+            "é": Entry.blank(dtype="bool", shape=(0,), size_bytes=0),
+        },
         info={"world_size": 2, "ratio": float("nan"), "names": ("x", {3: None})},
     )
 
@@ -26,7 +29,12 @@ def test_a_manifest_comes_back() -> None:
     """What was written is read again: entries, version and the plain values of the run."""
     manifest = example()
     back = Manifest.from_bytes(manifest.to_bytes(), where="f")
-    assert (back.format, back.version, back.structure, back.tensors) == ("example", 3, manifest.structure, manifest.tensors)
+    assert (back.format, back.version, back.structure, back.tensors) == (
+        "example",
+        3,
+        manifest.structure,
+        manifest.tensors,
+    )
     assert back.info["names"] == ("x", {3: None})
     assert back.info["ratio"] != back.info["ratio"]
 
@@ -46,7 +54,12 @@ def test_every_flipped_bit_of_a_manifest_is_found() -> None:
 
 def test_a_manifest_of_something_else_is_refused() -> None:
     """JSON that is no manifest, though its checksum is right, is refused."""
-    for body in (b"{", b'{"format":1', b'{"structure":[1],"tensors":{},"format":"","version":1,"info":{}', b"[[[["):
+    for body in (
+        b"{",
+        b'{"format":1',
+        b'{"structure":[1],"tensors":{},"format":"","version":1,"info":{}',
+        b"[[[[",
+    ):
         data = body + b',"crc32":"%08x"}' % zlib.crc32(body)
         with pytest.raises(CheckpointCorruptError, match="its manifest is not one"):
             Manifest.from_bytes(data, where="f")
@@ -57,7 +70,9 @@ def test_checksums_do_not_change_the_length() -> None:
     size = 2 * SEGMENT_BYTES + 1
     entries = [Entry.blank(dtype="uint8", shape=(size,), size_bytes=size)]
     entries.append(Entry(dtype="uint8", shape=(size,), size_bytes=size, crc32=("00000001", "ffffffff", "12345678")))
-    lengths = {len(Manifest(format="f", version=1, structure=entry, tensors={"a": entry}).to_bytes()) for entry in entries}
+    lengths = {
+        len(Manifest(format="f", version=1, structure=entry, tensors={"a": entry}).to_bytes()) for entry in entries
+    }
     assert len(lengths) == 1
 
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_trees import DTYPES, plugin, random_tensor, same, trees
 from hypothesis import given, settings
-from plugframe_builtins import safetensors_checkpoint
-from plugframe_builtins.safetensors_checkpoint import layout, writer
 from safetensors import safe_open
 
+from checkpoint_trees import DTYPES, plugin, random_tensor, same, trees
 from plugframe.checkpoint import SEGMENT_BYTES
 from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe_builtins import safetensors_checkpoint
+from plugframe_builtins.safetensors_checkpoint import layout, writer
 
 
 def save(path: Path | str, state: Any, **info: Any) -> None:
@@ -34,7 +34,10 @@ def load(path: Path | str, weights_only: bool | None = None) -> dict[str, Any]:
 def small() -> dict[str, Any]:
     return {
         "model": {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([True, False])},
-        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0)}},
+            "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}],
+        },
         "epoch": 3,
         "best": float("-inf"),
     }
@@ -59,7 +62,9 @@ def test_any_state_comes_back_from_the_file(tmp_path_factory: pytest.TempPathFac
 def test_every_dtype_comes_back(tmp_path: Path) -> None:
     """All dtypes, in all bit patterns, also scalar and empty, contiguous or not."""
     state = {
-        f"{dtype}{shape}": random_tensor(dtype, shape, seed=1).t() if len(shape) == 2 else random_tensor(dtype, shape, seed=1)
+        f"{dtype}{shape}": random_tensor(dtype, shape, seed=1).t()
+        if len(shape) == 2
+        else random_tensor(dtype, shape, seed=1)
         for dtype in DTYPES
         for shape in ((), (0,), (3, 5), (2, 0, 1))
     }
@@ -220,7 +225,9 @@ def test_no_shortened_or_lengthened_file_loads(tmp_path: Path) -> None:
         with pytest.raises(CheckpointCorruptError, match="truncated|not what was written"):
             load(path)
     path.write_bytes(whole + b"\0")
-    with pytest.raises(CheckpointCorruptError, match=rf"longer than .*expected {len(whole)} bytes, found {len(whole) + 1}"):
+    with pytest.raises(
+        CheckpointCorruptError, match=rf"longer than .*expected {len(whole)} bytes, found {len(whole) + 1}"
+    ):
         load(path)
 
 
@@ -358,7 +365,11 @@ def test_a_plain_safetensors_file_loads_as_its_tensors(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     path = tmp_path / "model.safetensors"
-    save_file({"a.weight": torch.ones(2, 3), "b": torch.zeros(0, dtype=torch.bfloat16)}, str(path), metadata={"by": "__plugframe__"})
+    save_file(
+        {"a.weight": torch.ones(2, 3), "b": torch.zeros(0, dtype=torch.bfloat16)},
+        str(path),
+        metadata={"by": "__plugframe__"},
+    )
     state = load(path)
     path.write_bytes(path.read_bytes()[:-1])
     state["a.weight"].add_(1)

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_trees import bits, same, trees
 from hypothesis import given, settings
 
+from checkpoint_trees import bits, same, trees
 from plugframe.checkpoint import as_bytes, dump_structure, join, parse_structure, pieces, split
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 
@@ -90,7 +90,11 @@ def test_a_counter_stays_a_counter() -> None:
 
 def test_numbers_beyond_json_come_back() -> None:
     """Integers of any length and floats of any value survive; JSON itself holds no NaN and no Infinity."""
-    state = {"big": 1 << 100_000, "small": -(7**300), "floats": [float("nan"), float("-inf"), -0.0, 5e-324, 0.1]}
+    state = {
+        "big": 1 << 100_000,
+        "small": -(7**300),
+        "floats": [float("nan"), float("-inf"), -0.0, 5e-324, 0.1],
+    }
     _, structure = split(state)
     json.loads(dump_structure(structure), parse_constant=lambda name: pytest.fail(name))
     assert same(there_and_back(state), state)
@@ -99,7 +103,12 @@ def test_numbers_beyond_json_come_back() -> None:
 def test_a_tensor_that_occurs_twice_is_stored_once() -> None:
     """Tied weights are listed once and come back as one tensor; a view of the same memory is another tensor."""
     weight = torch.nn.Parameter(torch.randn(3, 3))
-    state = {"encoder": weight, "decoder": weight.data, "view": weight.detach().t(), "copy": weight.detach().clone()}
+    state = {
+        "encoder": weight,
+        "decoder": weight.data,
+        "view": weight.detach().t(),
+        "copy": weight.detach().clone(),
+    }
     tensors, _ = split(state)
     assert list(tensors) == ["encoder", "view", "copy"]
     back = there_and_back(state)
@@ -169,7 +178,10 @@ REFUSED = {
     "deque": (collections.deque([1]), "is a collections.deque: save list(state['key']) instead"),
     "bytearray": (bytearray(b"a"), "is a bytearray: save bytes(state['key']) instead"),
     "enum": (enum.Enum("Colour", "RED")(1), "save state['key'].value instead"),
-    "module": (torch.nn.Linear(1, 1), "is a torch.nn.modules.linear.Linear: save state['key'].state_dict() instead"),
+    "module": (
+        torch.nn.Linear(1, 1),
+        "is a torch.nn.modules.linear.Linear: save state['key'].state_dict() instead",
+    ),
     "generator": (torch.Generator(), "save state['key'].get_state() instead"),
     "path": (pathlib.PurePosixPath("a"), "save str(state['key']) instead"),
     "device": (torch.device("cpu"), "is a torch.device: save str(state['key']) instead"),
@@ -183,7 +195,10 @@ REFUSED = {
     "meta": (torch.empty(2, device="meta"), "is on the meta device and has no values"),
     "sparse": (torch.eye(2).to_sparse(), "is a sparse_coo tensor: save state['key'].to_dense() instead"),
     "freed": (freed(), "has no storage: its memory was freed"),
-    "object array": (np.array([{}], dtype=object), "is a numpy.ndarray of object: save state['key'].tolist() instead"),
+    "object array": (
+        np.array([{}], dtype=object),
+        "is a numpy.ndarray of object: save state['key'].tolist() instead",
+    ),
     "masked array": (np.ma.masked_array([1.0], mask=[1]), "numpy.ma.MaskedArray of float64"),
     "numpy date": (np.datetime64("2020-01-01"), "is a numpy.datetime64"),
     "tuple key": ({(1, 2): 3}, "has the key (1, 2), a tuple: keys must be str or int"),

@@ -14,10 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from plugframe_builtins import single, torch_collective
-from plugframe_builtins.single.one_rank import OneRank
-from plugframe_builtins.torch_collective.collective import TorchCollective
-from ranks import hooks_of, rank_store, run_checks
 from torch import Tensor
 
 from plugframe.context import Context
@@ -31,6 +27,10 @@ from plugframe.errors import (
 )
 from plugframe.hooks import Plugin
 from plugframe.world import World
+from plugframe_builtins import single, torch_collective
+from plugframe_builtins.single.one_rank import OneRank
+from plugframe_builtins.torch_collective.collective import TorchCollective
+from ranks import hooks_of, rank_store, run_checks
 
 DTYPES = (
     torch.float32,
@@ -50,9 +50,7 @@ def context_of(world: World, **hooks: Any) -> Context:
     """Return a context on the CPU whose environment is the store of the test's ranks."""
     hooks.setdefault("environment_store", lambda context, timeout_s: rank_store(timeout_s))
     hooks.setdefault("accelerator_collective_backend", lambda: "gloo")
-    return Context(
-        world=world, device=torch.device("cpu"), hooks=SimpleNamespace(**hooks), names={}, timeout_s=20.0
-    )
+    return Context(world=world, device=torch.device("cpu"), hooks=SimpleNamespace(**hooks), names={}, timeout_s=20.0)
 
 
 @contextmanager
@@ -155,12 +153,8 @@ def complex_numbers_are_summed_and_averaged(c: Any) -> None:
     assert torch.equal(reduced(c, mine.conj(), "mean"), torch.tensor([1 - 2j, -1.5j]))
     assert torch.equal(gathered(c, mine.conj())[1], torch.tensor([1 - 2j, -3j]))
     rows = torch.stack([mine, mine])
-    assert torch.equal(
-        c.collective_reduce_scatter(tensor=rows, op="sum", group=None), torch.tensor([2 + 4j, 3j])
-    )
-    with pytest.raises(
-        SettingError, match=r"'max' of a torch.complex64 tensor is not defined: use 'sum' or 'mean'"
-    ):
+    assert torch.equal(c.collective_reduce_scatter(tensor=rows, op="sum", group=None), torch.tensor([2 + 4j, 3j]))
+    with pytest.raises(SettingError, match=r"'max' of a torch.complex64 tensor is not defined: use 'sum' or 'mean'"):
         reduced(c, mine, "max")
 
 
@@ -203,9 +197,7 @@ def a_wrong_reduction_is_refused_on_every_rank(c: Any) -> None:
         reduced(c, torch.ones(1), "average")
     with pytest.raises(SettingError, match=r"'mean' of a tensor of torch.int64 .* use reduce_op='sum'"):
         reduced(c, torch.ones(1, dtype=torch.int64), "mean")
-    with pytest.raises(
-        SettingError, match=r"takes dense tensors, got torch.sparse_coo: use tensor.to_dense\(\)"
-    ):
+    with pytest.raises(SettingError, match=r"takes dense tensors, got torch.sparse_coo: use tensor.to_dense\(\)"):
         gathered(c, torch.eye(2).to_sparse())
 
 
@@ -418,9 +410,7 @@ def a_users_process_group_is_used_and_left_alone(world: World) -> None:
     collective.collective_teardown()
     assert dist.is_initialized()
     other = World(global_rank=world.global_rank, world_size=4)
-    expected_error = (
-        rf"initialised as rank {world.global_rank} of 2, but this process is rank {world.global_rank} of 4"
-    )
+    expected_error = rf"initialised as rank {world.global_rank} of 2, but this process is rank {world.global_rank} of 4"
     with pytest.raises(EnvironmentMismatchError, match=expected_error):
         collective.collective_setup(context=context_of(other))
     dist.destroy_process_group()
@@ -476,9 +466,7 @@ def test_an_unknown_backend_is_refused_with_the_closest_match() -> None:
 @pytest.mark.skipif(dist.is_nccl_available(), reason="this torch has NCCL")
 def test_a_backend_torch_was_built_without_is_refused() -> None:
     """A backend this build lacks is an error before any rank is waited for."""
-    with pytest.raises(
-        UnsupportedError, match="backend='cpu:gloo,cuda:nccl' needs 'nccl', which this build of torch"
-    ):
+    with pytest.raises(UnsupportedError, match="backend='cpu:gloo,cuda:nccl' needs 'nccl', which this build of torch"):
         TorchCollective(backend="cpu:gloo,cuda:nccl").collective_setup(context=context_of(World()))
 
 
@@ -507,9 +495,7 @@ def test_descriptors_say_where_they_work() -> None:
 
 def test_the_single_collective_refuses_more_than_one_rank() -> None:
     """Two ranks under collective='single' would each compute alone: it is refused."""
-    with pytest.raises(
-        UnsupportedError, match="connects no ranks, and this job has 2: use collective='torch'"
-    ):
+    with pytest.raises(UnsupportedError, match="connects no ranks, and this job has 2: use collective='torch'"):
         OneRank().collective_setup(context=context_of(World(world_size=2)))
 
 

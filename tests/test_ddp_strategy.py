@@ -13,12 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from plugframe_builtins import ddp, single
-from plugframe_builtins.ddp.batchnorm import sync_batchnorm
-from plugframe_builtins.ddp.strategy import DDP
-from plugframe_builtins.single.strategy import SingleRank
-from plugframe_builtins.torch_collective.collective import TorchCollective
-from ranks import hooks_of, rank_store, run_checks
 from torch import Tensor, nn
 
 from plugframe.context import Context
@@ -30,6 +24,12 @@ from plugframe.errors import (
     UnsupportedError,
 )
 from plugframe.world import World
+from plugframe_builtins import ddp, single
+from plugframe_builtins.ddp.batchnorm import sync_batchnorm
+from plugframe_builtins.ddp.strategy import DDP
+from plugframe_builtins.single.strategy import SingleRank
+from plugframe_builtins.torch_collective.collective import TorchCollective
+from ranks import hooks_of, rank_store, run_checks
 
 
 def context_of(world: World, **hooks: Any) -> Context:
@@ -64,9 +64,7 @@ class Training:
         self.hooks = hooks_of(strategy)
         self.module = module
         self.optimizer = torch.optim.SGD(module.parameters(), lr=lr)
-        self.engine, _ = self.hooks.strategy_setup_module_and_optimizers(
-            module=module, optimizers=[self.optimizer]
-        )
+        self.engine, _ = self.hooks.strategy_setup_module_and_optimizers(module=module, optimizers=[self.optimizer])
 
     def __call__(self, *args: Any) -> Any:
         return self.module(*args) if self.engine is None else self.engine(self.module.forward, *args)
@@ -162,9 +160,7 @@ def the_module_stays_the_users(context: Context) -> None:
         engine = strategy.strategy_setup_module(module=module)
         assert list(module.state_dict()) == keys
         assert all(a is b for a, b in zip(module.modules(), children, strict=True))
-        assert all(
-            torch.equal(a, b) for a, b in zip(module.parameters(), normed(0).parameters(), strict=True)
-        )
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), normed(0).parameters(), strict=True))
         assert module[1].running_mean.sum() == 0
         module.eval()
         assert engine(module.forward, torch.ones(2, 3)).shape == (2, 1)
@@ -257,9 +253,7 @@ def every_rank_evaluates_one_model(context: Context) -> None:
                 loss = training(torch.randn(4, 3) + rank) - training(torch.randn(4, 3) + 10 * rank)
                 training.backward(loss.sum())
                 training.step()
-            means = context.hooks.collective_all_gather(
-                tensor=module[1].running_mean, group=None, sync_grads=False
-            )
+            means = context.hooks.collective_all_gather(tensor=module[1].running_mean, group=None, sync_grads=False)
             assert torch.equal(means[0], means[1]) is wanted
             assert module.flag.item()
             assert module[1].num_batches_tracked.item() == 6
@@ -279,9 +273,7 @@ def buffers_follow_the_optimizer_that_owns_the_module(context: Context) -> None:
         sum(losses[:3]).backward()
         strategy.strategy_optimizer_step(optimizer=optimizers[0], step=optimizers[0].step, closure=None)
         for index, module in enumerate(modules):
-            means = context.hooks.collective_all_gather(
-                tensor=module[1].running_mean, group=None, sync_grads=False
-            )
+            means = context.hooks.collective_all_gather(tensor=module[1].running_mean, group=None, sync_grads=False)
             assert torch.equal(means[0], means[1]) is (index < 3)
         losses[3].backward()
         strategy.strategy_optimizer_step(optimizer=optimizers[1], step=optimizers[1].step, closure=None)
@@ -334,9 +326,7 @@ def bf16_compression_says_which_backend_cannot(context: Context) -> None:
     """Where torch refuses bf16 compression, the error names the backend."""
     with strategy_of(context, gradient_compression="bf16") as strategy:
         if torch.version.cuda is None and torch.version.hip is None:
-            with pytest.raises(
-                UnsupportedError, match=r"'bf16' does not work over backend 'gloo' here: .*NCCL"
-            ):
+            with pytest.raises(UnsupportedError, match=r"'bf16' does not work over backend 'gloo' here: .*NCCL"):
                 strategy.strategy_setup_module(module=network())
 
 
@@ -354,9 +344,7 @@ def clipping_agrees_with_one_process(context: Context) -> None:
         assert_same_gradients(training.module, single)
         training.optimizer.zero_grad()
         x = torch.full((1, 3), float("inf") if context.world.global_rank == 1 else 1.0)
-        training.backward(
-            training.engine(training.module[0].forward, x).sum() + 0 * training(x.clamp(max=1)).sum()
-        )
+        training.backward(training.engine(training.module[0].forward, x).sum() + 0 * training(x.clamp(max=1)).sum())
         with pytest.raises(RuntimeError, match="non-finite"):
             clip(module=training.module, parameters=parameters, **limits)
 
@@ -366,9 +354,7 @@ def models_that_differ_are_refused(context: Context) -> None:
     rank = context.world.global_rank
     with strategy_of(context) as strategy:
         module = nn.Linear(2 + rank, 1)
-        shapes = (
-            r"Linear has parameter 'weight' \(1, 2\) torch.float32 on rank 0, and .* \(1, 3\) .* on rank 1"
-        )
+        shapes = r"Linear has parameter 'weight' \(1, 2\) torch.float32 on rank 0, and .* \(1, 3\) .* on rank 1"
         with pytest.raises(CollectiveMismatchError, match=shapes):
             strategy.strategy_setup_module(module=module)
         module = nn.Sequential(*[nn.Linear(2, 2, bias=False) for _ in range(1 + rank)])
@@ -376,9 +362,7 @@ def models_that_differ_are_refused(context: Context) -> None:
         with pytest.raises(CollectiveMismatchError, match=missing):
             strategy.strategy_setup_module(module=module)
         module = nn.Linear(2, 2, bias=False).requires_grad_(rank == 0)
-        with pytest.raises(
-            CollectiveMismatchError, match="has parameter 'weight' .*, and frozen parameter 'weight'"
-        ):
+        with pytest.raises(CollectiveMismatchError, match="has parameter 'weight' .*, and frozen parameter 'weight'"):
             strategy.strategy_setup_module(module=module)
         assert strategy.strategy_setup_module(module=network()) is not None
 
@@ -434,6 +418,27 @@ def on_two_ranks() -> dict[str, str]:
 def test_two_ranks(check: Callable[[Context], None], on_two_ranks: dict[str, str]) -> None:
     """The rule in the check's docstring holds on both of two gloo ranks."""
     assert not on_two_ranks[check.__name__], on_two_ranks[check.__name__]
+
+
+@contextmanager
+def no_job(world: World) -> Iterator[World]:
+    """Yield the world, with nothing set up."""
+    yield world
+
+
+def engines_may_outlive_their_group(world: World) -> None:
+    """Tear-down while the user still holds a trained module ends, every time."""
+    for _ in range(20):
+        with job(world) as context, strategy_of(context) as strategy:
+            training = Training(strategy, network())
+            accumulate(training, world, 1)
+        del training
+
+
+def test_tear_down_does_not_wait_for_engines() -> None:
+    """The process group can be destroyed before the engines that use it, without a deadlock."""
+    results = run_checks(2, no_job, [engines_may_outlive_their_group])
+    assert not any(results.values()), results
 
 
 def test_one_rank_is_a_job_too() -> None:

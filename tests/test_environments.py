@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plugframe_builtins.slurm.lists import expand_hosts, expand_tasks
-from plugframe_builtins.torchelastic.attempt import only_this_attempt
 
 from plugframe import Plugin
 from plugframe.context import Context
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.world import World
+from plugframe_builtins.slurm.lists import expand_hosts, expand_tasks
+from plugframe_builtins.torchelastic.attempt import only_this_attempt
 
 NAMES = ("torchelastic", "slurm", "mpi", "lsf", "kubeflow", "local")
 #: What the variables of all environments, and of the launchers around them, begin with.

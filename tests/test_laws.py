@@ -11,12 +11,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from ranks import run_checks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from plugframe import CollectiveMismatchError, Lite, SettingError, UnsupportedError
 from plugframe.world import World
+from ranks import run_checks
 
 #: What can run on any number of CPU ranks; "auto" is single on one and ddp on several.
 STRATEGIES = ("auto", "ddp")

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from plugframe_builtins import csv_logger, tensorboard_logger
-from plugframe_builtins.csv_logger.logger import CSVLogger
-from plugframe_builtins.tensorboard_logger.logger import TensorBoardLogger
 
 from plugframe import Lite, MissingDependencyError, SettingError
 from plugframe.context import Context
 from plugframe.world import World
+from plugframe_builtins import csv_logger, tensorboard_logger
+from plugframe_builtins.csv_logger.logger import CSVLogger
+from plugframe_builtins.tensorboard_logger.logger import TensorBoardLogger
 
 
 def context_of(rank: int = 0, world_size: int = 1) -> Context:

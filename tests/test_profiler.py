@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from plugframe_builtins.cpu.accelerator import CPU
-from plugframe_builtins.profiler.profiler import Profiler
 from torch import nn
 
 from plugframe import Lite, PlugframeWarning, SettingError
@@ -22,6 +20,8 @@ from plugframe.hooks import KINDS, Plugin, hookimpl
 from plugframe.pipeline import Pipeline
 from plugframe.plan import Choice
 from plugframe.world import World
+from plugframe_builtins.cpu.accelerator import CPU
+from plugframe_builtins.profiler.profiler import Profiler
 
 
 class Nested(Strategy):
@@ -87,9 +87,7 @@ def hooks_with(profiler: Profiler) -> Any:
     }
     for kind, plugin in plugins.items():
         name = type(plugin).__name__
-        choice = Choice(
-            kind=kind, name=name, reason="", descriptor=Plugin(factory=f"x:{name}"), instance=plugin
-        )
+        choice = Choice(kind=kind, name=name, reason="", descriptor=Plugin(factory=f"x:{name}"), instance=plugin)
         pipeline.add(choice, plugin)
     strategy.hooks = pipeline.bind()
     return SimpleNamespace(all=strategy.hooks, strategy=strategy, precision=precision)

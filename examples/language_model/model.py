@@ -56,7 +56,7 @@ class GPT(nn.Module):
         return logits
 
     @torch.no_grad()
-    def generate(self, text: Tensor, *, length: int, temperature: float = 0.6) -> Tensor:
+    def generate(self, text: Tensor, *, length: int, temperature: float = 0.8) -> Tensor:
         """Return `text` (batch, time) and `length` more characters: (batch, time + length)."""
         for _ in range(length):
             logits = self(text[:, -self.block :])[:, -1]

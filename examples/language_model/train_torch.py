@@ -80,14 +80,14 @@ def warm_up_then_cosine(step: int, warm_up: int, steps: int) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=16, help="pieces in a step")
     parser.add_argument("--accumulate", type=int, default=2, help="backward passes in a step")
     parser.add_argument("--block", type=int, default=64, help="characters in a piece of text")
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--warm-up", type=int, default=30, help="steps until the learning rate is reached")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--validate-every", type=int, default=100, help="steps between two validations")
+    parser.add_argument("--validate-every", type=int, default=50, help="steps between two validations")
     parser.add_argument("--sample", type=int, default=300, help="characters to write at the end")
     parser.add_argument("--plot", type=Path, help="draw the losses here")
     main(parser.parse_args())

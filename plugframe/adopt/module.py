@@ -28,9 +28,7 @@ class ModuleState:
 
     original: Any
 
-    def __init__(
-        self, hooks: Any, engine: Any, plain_call: Callable[..., Any], forward_methods: set[str]
-    ) -> None:
+    def __init__(self, hooks: Any, engine: Any, plain_call: Callable[..., Any], forward_methods: set[str]) -> None:
         self.hooks = hooks
         self.engine = engine
         self.plain_call = plain_call
@@ -144,9 +142,7 @@ def _guarded(name: str, method: FunctionType) -> Callable[..., Any]:
 @contextmanager
 def _watched(module: nn.Module, name: str, state: ModuleState) -> Iterator[None]:
     """Refuse a forward of a part with parameters: it would compute without precision and strategy."""
-    parts = {
-        id(part): path for path, part in module.named_modules() if part._parameters and part is not module
-    }
+    parts = {id(part): path for path, part in module.named_modules() if part._parameters and part is not module}
 
     def refuse(part: nn.Module, _: Any) -> None:
         if id(part) in parts and not state.inside:

@@ -69,9 +69,7 @@ class ShardedIndices:
     Everything else is asked of the user's own sampler.
     """
 
-    def __init__(
-        self, inner: Any, *, index: int, count: int, start: Callable[[], tuple[Draws | None, bool]]
-    ) -> None:
+    def __init__(self, inner: Any, *, index: int, count: int, start: Callable[[], tuple[Draws | None, bool]]) -> None:
         self._inner = inner
         self._index = index
         self._count = count
@@ -140,9 +138,7 @@ class ShardedIterable(IterableDataset[Any]):
 
     _own = ("_inner", "_size", "_drop_last", "_index", "_count", "_weighed", "_even")
 
-    def __init__(
-        self, inner: Any, *, size: int, drop_last: bool, index: int, count: int, weighed: bool
-    ) -> None:
+    def __init__(self, inner: Any, *, size: int, drop_last: bool, index: int, count: int, weighed: bool) -> None:
         values = (inner, size, drop_last, index, count, weighed, False)
         for name, value in zip(self._own, values, strict=True):
             object.__setattr__(self, name, value)

@@ -28,9 +28,7 @@ def adopt(obj: Any, state: Any, namespace: dict[str, Any]) -> None:
     }
     copying: dict[str, Any] = {"__reduce_ex__": _reduce_ex}
     # Only where the class copies in its own way: Python's own copying goes through __reduce_ex__.
-    copying.update(
-        {n: f for n, f in (("__deepcopy__", _deepcopy), ("__copy__", _copy)) if hasattr(original, n)}
-    )
+    copying.update({n: f for n, f in (("__deepcopy__", _deepcopy), ("__copy__", _copy)) if hasattr(original, n)})
     metaclass: Any = type(original)
     adopted = metaclass(original.__name__, (original,), {**about, **copying, **namespace})
     object.__setattr__(obj, "__class__", adopted)

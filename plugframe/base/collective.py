@@ -21,9 +21,7 @@ def check_reduction(op: str, tensor: Tensor) -> None:
         SettingError: saying what is allowed.
     """
     if op not in REDUCTIONS:
-        raise SettingError(
-            f"reduce_op={op!r} is not a reduction: use one of {', '.join(map(repr, REDUCTIONS))}."
-        )
+        raise SettingError(f"reduce_op={op!r} is not a reduction: use one of {', '.join(map(repr, REDUCTIONS))}.")
     if op in ("mean", "avg") and not (tensor.is_floating_point() or tensor.is_complex()):
         raise SettingError(
             f"reduce_op={op!r} of a tensor of {tensor.dtype} has no exact result: use reduce_op='sum', "

@@ -87,9 +87,7 @@ class Strategy(StrategySpec):
         self.context.hooks.precision_backward(loss=loss, args=args, kwargs=kwargs)
 
     @hookimpl
-    def strategy_no_sync(
-        self, module: nn.Module, engine: Engine, enabled: bool
-    ) -> AbstractContextManager[Any]:
+    def strategy_no_sync(self, module: nn.Module, engine: Engine, enabled: bool) -> AbstractContextManager[Any]:
         return nullcontext()
 
     @hookimpl

@@ -99,9 +99,7 @@ class Manifest:
         """
         tensors, info = split(self.info, where="the manifest's info")
         if tensors:
-            raise CheckpointError(
-                f"the manifest's info holds a tensor: put {next(iter(tensors))!r} into the state."
-            )
+            raise CheckpointError(f"the manifest's info holds a tensor: put {next(iter(tensors))!r} into the state.")
         body = {
             "format": self.format,
             "version": self.version,

@@ -152,9 +152,7 @@ class _Splitter:
             if tensor is not None:
                 return self._tensor(tensor, path)
             name = _spell(path)
-            return self._problem(
-                f"{name} is {describe(value)} of {value.dtype}: save {name}.tolist() instead"
-            )
+            return self._problem(f"{name} is {describe(value)} of {value.dtype}: save {name}.tolist() instead")
         return self._problem(refuse(value, _spell(path)))
 
     def _tensor(self, value: Tensor, path: tuple[Any, ...]) -> Any:
@@ -179,9 +177,7 @@ class _Splitter:
         try:
             self.tensors[name] = _as_uint8(plain)
         except (RuntimeError, ValueError):
-            return self._problem(
-                f"{_spell(path)} is a tensor of {plain.dtype}, which this format cannot hold"
-            )
+            return self._problem(f"{_spell(path)} is a tensor of {plain.dtype}, which this format cannot hold")
         return {"bits": [dtype_name(plain.dtype), name]}
 
     def _name(self, path: tuple[Any, ...]) -> str:

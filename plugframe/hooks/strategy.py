@@ -113,9 +113,7 @@ class StrategySpec(Protocol):
         ...
 
     @provider
-    def strategy_no_sync(
-        self, module: torch.nn.Module, engine: Engine, enabled: bool
-    ) -> AbstractContextManager[Any]:
+    def strategy_no_sync(self, module: torch.nn.Module, engine: Engine, enabled: bool) -> AbstractContextManager[Any]:
         """Return a context in which gradients only accumulate locally (`enabled`) or are synchronised (not).
 
         Called on every rank around forward and backward of a micro-batch. It nests in any way; on leaving,

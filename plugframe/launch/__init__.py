@@ -9,6 +9,7 @@ from typing import Any
 
 from plugframe.hooks.launcher import Job
 from plugframe.launch.command import script_command
+from plugframe.launch.function import refuse_while_importing
 
 __all__ = ["Job", "script_command", "supervise"]
 
@@ -24,6 +25,7 @@ def supervise(job: Job, *, start_method: str | None = None) -> Any:
         RankFailedError: if a rank failed, or a signal ended the job (exit code 128 + its number).
         UsageError: if the job cannot be started like this.
     """
+    refuse_while_importing()
     from plugframe.launch.engine import supervise as run
 
     return run(job, start_method=start_method)

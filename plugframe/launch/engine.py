@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch.distributed.elastic.agent.server import RunResult, WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 
@@ -22,7 +22,7 @@ from plugframe.errors import OrderError, RankFailedError, UsageError
 from plugframe.hooks.launcher import Job
 from plugframe.launch import rank as rank_script
 from plugframe.launch.files import RankFiles, read_words
-from plugframe.launch.function import importing_main, run_function
+from plugframe.launch.function import UNGUARDED, run_function
 from plugframe.launch.memory import out_of_memory_kills
 from plugframe.launch.nodes import ElsewhereError, Nodes
 from plugframe.launch.rendezvous import Loopback
@@ -33,16 +33,10 @@ from plugframe.launch.watch import TERMINATE_S, Rank, Watch, is_child
 _MONITOR_S = 0.05
 #: Beats between two looks for ranks that have vanished, and how many such looks are proof.
 _VANISHED_BEATS, _VANISHED_LOOKS = 10, 3
-_UNGUARDED = (
-    "The script starts ranks while a rank imports it: put what starts them under `if __name__ == '__main__':`."
-)
 
 
 def supervise(job: Job, *, start_method: str | None = None) -> Any:
     """See `plugframe.launch.supervise`."""
-    if importing_main():
-        rank_script.record(OrderError(_UNGUARDED))
-        raise SystemExit(1)
     _check(job, start_method)
     with contextlib.ExitStack() as stack:
         root = stack.enter_context(tempfile.TemporaryDirectory(prefix="plugframe-", ignore_cleanup_errors=True))
@@ -66,7 +60,7 @@ def _check(job: Job, start_method: str | None) -> None:
     if job.num_nodes > 1 and (job.main_address is None or job.main_port is None):
         raise UsageError(f"{job.num_nodes} nodes meet at node 0: say where (--main-address and --main-port).")
     if not 0 <= job.node_rank < job.num_nodes:
-        raise UsageError(f"node_rank={job.node_rank} with {job.num_nodes} nodes: the first is 0, the last {job.num_nodes - 1}.")
+        raise UsageError(f"node_rank={job.node_rank}: node ranks go from 0 to {job.num_nodes - 1} here.")
 
 
 class _Supervision:
@@ -170,7 +164,9 @@ class _Supervision:
         gone = [rank for rank in waiting if not is_child(rank.pid)]
         self._looks = self._looks + 1 if gone and len(gone) == len(waiting) else 0
         if self._looks == _VANISHED_LOOKS:
-            raise _VanishedError(f"rank {gone[0].global_rank} on {socket.gethostname()} left before the function returned")
+            raise _VanishedError(
+                f"rank {gone[0].global_rank} on {socket.gethostname()} left before the function returned"
+            )
 
     def _on_attempt(self, attempt: int) -> None:
         """Say why the ranks start again."""
@@ -205,7 +201,7 @@ class _Supervision:
         self._ranks()
         self.watch.kill_all()
         if read_words(self.files.start_file) is not None:
-            return OrderError(_UNGUARDED)
+            return OrderError(UNGUARDED)
         oom = out_of_memory_kills() > self._oom_kills
         return self._told(report(self._endings(result), host=socket.gethostname(), out_of_memory=oom))
 

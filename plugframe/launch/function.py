@@ -9,8 +9,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from plugframe.errors import OrderError
 from plugframe.launch import rank
 
+UNGUARDED = "The script starts ranks while a rank imports it: put what starts them under `if __name__ == '__main__':`."
 #: Name of a file beside the error file, there once the function has returned.
 DONE_FILE = "done"
 
@@ -34,7 +36,7 @@ def run_function(parent: int, function: Callable[..., Any], args: tuple[Any, ...
         raise
     except KeyboardInterrupt:
         sys.exit(rank.INTERRUPTED)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the launcher tells it
         rank.record(error)
         sys.exit(1)
     with open(os.path.join(os.path.dirname(os.environ[rank.ERROR_FILE]), DONE_FILE), "w", encoding="utf-8"):
@@ -59,16 +61,19 @@ def _pickled(result: Any) -> bytes:
 
 def _limit_threads() -> None:
     """Honour OMP_NUM_THREADS in a forked rank too, where torch has read its own environment long ago."""
+    import torch
+
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    torch = sys.modules.get("torch")
-    if torch is not None and threads.isdigit():
+    if threads.isdigit():
         torch.set_num_threads(int(threads))
 
 
-def importing_main() -> bool:
-    """Say whether this process is a rank about to be started that still imports its script.
+def refuse_while_importing() -> None:
+    """End this process if it is a rank about to be started that still imports its script.
 
-    multiprocessing imports the script as ``__mp_main__`` and makes it ``__main__`` only afterwards.
+    multiprocessing imports the script as ``__mp_main__``, and makes that ``__main__`` only afterwards.
     """
     spawned = sys.modules.get("__mp_main__")
-    return spawned is not None and spawned is not sys.modules["__main__"]
+    if spawned is not None and spawned is not sys.modules["__main__"]:
+        rank.record(OrderError(UNGUARDED))
+        raise SystemExit(1)

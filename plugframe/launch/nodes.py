@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
 from plugframe.errors import UsageError
@@ -40,7 +40,14 @@ class Nodes(Loopback):
     """
 
     def __init__(
-        self, on_beat: Callable[[], None], *, address: str, port: int, num_nodes: int, node_rank: int, timeout_s: float
+        self,
+        on_beat: Callable[[], None],
+        *,
+        address: str,
+        port: int,
+        num_nodes: int,
+        node_rank: int,
+        timeout_s: float,
     ) -> None:
         super().__init__(on_beat)
         self._address, self._port = address, port
@@ -127,7 +134,9 @@ class Nodes(Loopback):
                 raise UsageError(f"{self._where()} answers, but not as node 0 of a job does ({error}).") from None
         count = store.compare_set("plugframe/nodes", "", str(self._num_nodes)).decode()
         if count != str(self._num_nodes):
-            raise UsageError(f"Node {self._node_rank} was started as one of {self._num_nodes} nodes, another of {count}.")
+            raise UsageError(
+                f"Node {self._node_rank} was started as one of {self._num_nodes} nodes, another of {count}."
+            )
         return store
 
     def _listen(self) -> socket.socket:
@@ -203,7 +212,10 @@ class Nodes(Loopback):
         for _ in self._polls(start + self._timeout_s):
             yield
             if not said and time.monotonic() - start > _SILENCE_S:
-                print(f"node {self._node_rank}: waiting for {whom}, {self._timeout_s:g} s at most", file=sys.stderr)
+                print(
+                    f"node {self._node_rank}: waiting for {whom}, {self._timeout_s:g} s at most",
+                    file=sys.stderr,
+                )
                 said = True
 
     def _polls(self, until: float) -> Iterator[None]:
@@ -220,7 +232,7 @@ class Patient(PrefixStore):
         super().__init__(prefix, store)
         self._whole = store
 
-    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         while not self.check(list(keys)):
             if self._whole.check([_FAILED]):
                 raise ElsewhereError

@@ -48,7 +48,7 @@ def main() -> None:
         raise
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the launcher tells it
         _call_excepthook(error)
         if not record(error):
             sys.__excepthook__(type(error), error, strip(error.__traceback__))
@@ -165,7 +165,7 @@ def _call_excepthook(error: BaseException) -> None:
 
 
 def _load(command: list[str]) -> tuple[CodeType, ModuleType]:
-    """Return the code to run and the ``__main__`` to run it in, with ``sys.argv`` and ``sys.path`` as Python sets them."""
+    """Return the code to run and the ``__main__`` to run it in, with the arguments and path that Python gives."""
     safe_path = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
     if command[0] == "-m":
         sys.argv = command[1:]
@@ -189,13 +189,17 @@ def _load(command: list[str]) -> tuple[CodeType, ModuleType]:
 
 
 def _load_spec(spec: ModuleSpec | None, name: str) -> tuple[CodeType, ModuleType]:
-    loader = spec.loader if spec is not None else None
-    code = loader.get_code(spec.name) if spec is not None and hasattr(loader, "get_code") else None
+    get_code = getattr(spec.loader, "get_code", None) if spec is not None else None
+    code = get_code(spec.name) if spec is not None and get_code is not None else None
     if spec is None or code is None:
         raise ModuleNotFoundError(f"no module {name!r} that can be run")
     module = ModuleType("__main__")
     module.__dict__.update(
-        __file__=spec.origin, __cached__=spec.cached, __loader__=loader, __package__=spec.parent, __spec__=spec
+        __file__=spec.origin,
+        __cached__=spec.cached,
+        __loader__=spec.loader,
+        __package__=spec.parent,
+        __spec__=spec,
     )
     return code, module
 

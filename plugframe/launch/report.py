@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ _FROM_LAUNCHER = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal
 _WINDOW_S = 10.0
 #: Steps of `_suspicion`.
 _CONSEQUENCE, _UNKNOWN = 4, 9
+#: Characters of what is said of a rank that is not the culprit.
+_MAX_FATE = 120
 _OUT_OF_MEMORY = ", out of memory: the kernel chose it"
 
 
@@ -179,7 +182,9 @@ def _others(endings: Iterable[Ending], culprit: Ending) -> list[str]:
 
 def _fate(ending: Ending) -> str:
     if ending.words is not None:
-        return _cause(ending, False) + (" (a consequence)" if is_consequence(ending.words) else "")
+        if is_consequence(ending.words):
+            return f"{textwrap.shorten(_message(ending.words), _MAX_FATE)} (a consequence)"
+        return _cause(ending, False)
     code = ending.exit_code
     if code == 0:
         return "had ended well"

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plugframe import checks
+from plugframe import checks, exchange
 from plugframe.adopt import state_of
 from plugframe.errors import PlugframeWarning
 from plugframe.lite.core import Core
@@ -29,14 +29,21 @@ class Loop(Core):
             model: the module the loss belongs to, where several were set up and the strategy wants to know.
         """
         checks.check_loss(tensor, set_up=bool(self._modules))
-        weight = self._weight()
+        weight = self.batch_weight
         if weight != 1.0:
             tensor = tensor * weight
         self._hooks.strategy_backward(loss=tensor, module=model, args=args, kwargs=kwargs)
         if self._hooks.on_backward is not None:
             self._hooks.on_backward(loss=tensor)
 
-    def _weight(self) -> float:
+    @property
+    def batch_weight(self) -> float:
+        """What the batch that was read last weighs against those of the other ranks: samples × ranks / all samples.
+
+        It is 1 but for a last batch that ranks share unevenly, and 0 for one a rank was given only to keep step.
+        `backward` multiplies the loss by it; the mean over ranks of ``loss * lite.batch_weight`` is the mean over
+        all samples.
+        """
         weights = [state.weight for state in self._loader_states if state.weight is not None]
         if len(weights) > 1 and any(weight != weights[0] for weight in weights):
             warnings.warn(
@@ -106,7 +113,9 @@ class Loop(Core):
         context = self._started("to_device")
         if isinstance(obj, nn.Module):
             return obj.to(context.device)
-        return cast("T", self._hooks.accelerator_move_batch(batch=obj, device=context.device))
+        moved = self._hooks.accelerator_move_batch(batch=obj, device=context.device)
+        # An accelerator may trust batches to be where they belong; here anything can come from anywhere.
+        return cast("T", exchange.on_device(moved, context.device))
 
     def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
         """Return a context in which a module is built on this rank's device, in the precision's dtype.

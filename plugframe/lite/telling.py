@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,20 @@ from torch import Tensor
 from plugframe import seed as seeds
 from plugframe.errors import PlugframeWarning, SettingError
 from plugframe.lite.core import Core
+
+
+class _Seeding:
+    """``seed_everything`` of the class and of an object: ``Lite.seed_everything(1)`` and ``lite.seed_everything(1)``."""
+
+    def __get__(self, lite: Core | None, owner: type) -> Callable[..., int]:
+        def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
+            """Seed every generator, on every device; see `plugframe.seed_everything`."""
+            number = seeds.seed_everything(seed, workers, verbose)
+            if lite is not None:
+                lite._hooks.accelerator_seed(seed=number)
+            return number
+
+        return seed_everything
 
 
 class Telling(Core):
@@ -47,10 +61,7 @@ class Telling(Core):
         if self.is_global_zero:
             self._hooks.logger_log(metrics={k: _number(k, v) for k, v in metrics.items()}, step=step)
 
-    @staticmethod
-    def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
-        """Seed every generator, on every device; see `plugframe.seed_everything`."""
-        return seeds.seed_everything(seed, workers, verbose)
+    seed_everything = _Seeding()
 
 
 def _number(name: str, value: Any) -> float:

@@ -105,13 +105,10 @@ class LossScale:
 
     def _waiting(self) -> list[Tensor]:
         """Return the gradients that are still scaled."""
-        done = {
-            id(gradient)
-            for optimizer in (*self._stepped.values(), *self._unscaled.values())
-            for gradient in _gradients(optimizer)
-        }
+        optimizers = (*self._stepped.values(), *self._unscaled.values())
+        done = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         modules = [module for module in (reference() for reference in self._modules) if module is not None]
-        found = {id(p.grad): p.grad for module in modules for p in module.parameters() if p.grad is not None}
+        found = {id(p): p.grad for module in modules for p in module.parameters() if p.grad is not None}
         return [gradient for key, gradient in found.items() if key not in done]
 
 

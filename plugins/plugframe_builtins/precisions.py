@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from plugframe_builtins.loss_scale import LossScale
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
@@ -16,6 +15,7 @@ from plugframe.base import Precision, cast_floating, default_dtype
 from plugframe.context import Context
 from plugframe.errors import SettingError, UnsupportedError
 from plugframe.hooks import hookimpl
+from plugframe_builtins.loss_scale import LossScale
 
 
 class FullPrecision(Precision):

@@ -6,13 +6,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from plugframe_builtins.csv_logger.table import STEP, Table
-from plugframe_builtins.versions import new_version
-
 from plugframe.base import Logger
 from plugframe.context import Context
 from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
+from plugframe_builtins.csv_logger.table import STEP, Table
+from plugframe_builtins.versions import new_version
 
 
 class CSVLogger(Logger):
@@ -48,9 +47,7 @@ class CSVLogger(Logger):
         if self._table is None:
             return
         if STEP in metrics:
-            raise SettingError(
-                f"log({STEP!r}): the column {STEP!r} holds the step's number; choose another name."
-            )
+            raise SettingError(f"log({STEP!r}): the column {STEP!r} holds the step's number; choose another name.")
         number = self.next_step(step)
         self._table.add(number, metrics)
         if len(self._table.pending) > self.flush_rows:

@@ -34,9 +34,7 @@ class _Synced3d(_Synced, nn.BatchNorm3d):
     plain = nn.BatchNorm3d
 
 
-_SYNCED: dict[type[nn.Module], type[_Synced]] = {
-    synced.plain: synced for synced in (_Synced1d, _Synced2d, _Synced3d)
-}
+_SYNCED: dict[type[nn.Module], type[_Synced]] = {synced.plain: synced for synced in (_Synced1d, _Synced2d, _Synced3d)}
 
 
 def sync_batchnorm(module: nn.Module, *, warn: bool) -> Callable[[], None]:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
-from plugframe_builtins.ddp.engine import Engine
 
 from plugframe.errors import MissingDependencyError, SettingError, UnsupportedError, closest
+from plugframe_builtins.ddp.engine import Engine
 
 KINDS = ("fp16", "bf16", "powersgd")
 
@@ -27,9 +27,7 @@ def check_compression(kind: str | None, powersgd: Mapping[str, Any] | None) -> N
             f"{closest(kind, KINDS)}"
         )
     if powersgd is not None and kind != "powersgd":
-        raise SettingError(
-            f"powersgd={dict(powersgd)!r} has no effect: it goes with gradient_compression='powersgd'."
-        )
+        raise SettingError(f"powersgd={dict(powersgd)!r} has no effect: it goes with gradient_compression='powersgd'.")
     if kind == "powersgd" and importlib.util.find_spec("numpy") is None:
         raise MissingDependencyError("gradient_compression='powersgd' needs NumPy: pip install numpy.")
 
@@ -50,9 +48,7 @@ def compress(engine: Engine, kind: str, powersgd: Mapping[str, Any]) -> None:
         try:
             state = powerSGD_hook.PowerSGDState(engine.process_group, **powersgd)
         except (TypeError, ValueError) as error:
-            raise SettingError(
-                f"powersgd={dict(powersgd)!r} does not fit torch's PowerSGDState: {error}"
-            ) from error
+            raise SettingError(f"powersgd={dict(powersgd)!r} does not fit torch's PowerSGDState: {error}") from error
     try:
         engine.register_comm_hook(state, hook)
     except (TypeError, RuntimeError) as error:

@@ -37,7 +37,5 @@ def _describe(module: nn.Module) -> list[str]:
     for name, parameter in module.named_parameters():
         kind = "parameter" if parameter.requires_grad else "frozen parameter"
         lines.append(f"{kind} {name!r} {tuple(parameter.shape)} {parameter.dtype}")
-    lines += [
-        f"buffer {name!r} {tuple(buffer.shape)} {buffer.dtype}" for name, buffer in module.named_buffers()
-    ]
+    lines += [f"buffer {name!r} {tuple(buffer.shape)} {buffer.dtype}" for name, buffer in module.named_buffers()]
     return lines

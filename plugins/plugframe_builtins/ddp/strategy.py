@@ -10,10 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from plugframe_builtins.ddp.batchnorm import sync_batchnorm
-from plugframe_builtins.ddp.compression import check_compression, compress
-from plugframe_builtins.ddp.engine import Engine
-from plugframe_builtins.ddp.sameness import check_same_model
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,6 +18,10 @@ from plugframe.context import Context
 from plugframe.errors import OrderError, SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
+from plugframe_builtins.ddp.batchnorm import sync_batchnorm
+from plugframe_builtins.ddp.compression import check_compression, compress
+from plugframe_builtins.ddp.engine import Engine
+from plugframe_builtins.ddp.sameness import check_same_model
 
 
 class DDP(Strategy):
@@ -70,9 +70,7 @@ class DDP(Strategy):
             if not isinstance(flag, bool):
                 raise SettingError(f"{name}={flag!r} of strategy 'ddp' must be True or False.")
         for name, number in {"bucket_cap_mb": bucket_cap_mb, "timeout_s": timeout_s}.items():
-            if number is not None and (
-                isinstance(number, bool) or not isinstance(number, (int, float)) or number <= 0
-            ):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float)) or number <= 0):
                 raise SettingError(f"{name}={number!r} of strategy 'ddp' must be a number above 0, or None.")
         check_compression(gradient_compression, powersgd)
         self.broadcast_buffers = broadcast_buffers
@@ -149,9 +147,7 @@ class DDP(Strategy):
         return optimizers
 
     @hookimpl
-    def strategy_no_sync(
-        self, module: nn.Module, engine: AnyEngine, enabled: bool
-    ) -> AbstractContextManager[Any]:
+    def strategy_no_sync(self, module: nn.Module, engine: AnyEngine, enabled: bool) -> AbstractContextManager[Any]:
         return nullcontext() if engine is None else engine.synchronizing(not enabled)
 
     @hookimpl

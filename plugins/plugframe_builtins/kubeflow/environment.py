@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 
-from plugframe_builtins.kubeflow import plugin
-
 from plugframe.base import Environment
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks import hookimpl
 from plugframe.world import World
+from plugframe_builtins.kubeflow import plugin
 
 
 class Kubeflow(Environment):

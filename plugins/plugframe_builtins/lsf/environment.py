@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from plugframe_builtins.lsf import plugin
-
 from plugframe.base import Environment
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks import hookimpl
 from plugframe.world import World
+from plugframe_builtins.lsf import plugin
 
 
 class LSF(Environment):

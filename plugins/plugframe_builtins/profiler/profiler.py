@@ -10,12 +10,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from plugframe_builtins.profiler.trace import Trace
-
 from plugframe.base import Extension
 from plugframe.context import Context
 from plugframe.errors import PlugframeWarning, SettingError
 from plugframe.hooks import hookimpl
+from plugframe_builtins.profiler.trace import Trace
 
 
 def _timed(hook: str) -> Any:

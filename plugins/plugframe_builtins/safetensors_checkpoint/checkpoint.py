@@ -6,11 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from plugframe_builtins.safetensors_checkpoint import foreign, layout, reader, writer
-
 from plugframe.base import Checkpoint
 from plugframe.errors import CheckpointCorruptError, CheckpointError, closest
 from plugframe.hooks import SaveHandle, hookimpl
+from plugframe_builtins.safetensors_checkpoint import foreign, layout, reader, writer
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -23,9 +22,7 @@ class SafetensorsCheckpoint(Checkpoint):
         failure: CheckpointError | None = None
         if self.context.world.global_rank == 0:
             failure = _try_write(path, state, info)
-        text = self.context.hooks.collective_broadcast_object(
-            obj=str(failure) if failure else None, src=0, group=None
-        )
+        text = self.context.hooks.collective_broadcast_object(obj=str(failure) if failure else None, src=0, group=None)
         if text is not None:
             # On rank 0 with its cause.
             raise failure or CheckpointError(text)
@@ -61,9 +58,7 @@ def _try_write(path: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> 
 def _check_present(path: str) -> None:
     if os.path.isdir(path):
         names = ", ".join(sorted(os.listdir(path))[:5])
-        raise CheckpointError(
-            f"{path} is a folder, not a checkpoint file: give the file's name. It holds: {names}."
-        )
+        raise CheckpointError(f"{path} is a folder, not a checkpoint file: give the file's name. It holds: {names}.")
     if os.path.isfile(path):
         return
     if os.path.lexists(path):
@@ -85,9 +80,7 @@ def _sniff(file: BinaryIO, path: str) -> str:
     length = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and length <= layout.MAX_HEADER_BYTES:
         if length > size - 8:
-            raise CheckpointCorruptError(
-                f"{path} is truncated: its header has {length} bytes, found {size - 8}."
-            )
+            raise CheckpointCorruptError(f"{path} is truncated: its header has {length} bytes, found {size - 8}.")
         # The mark is there several times, so that damage to one cannot make a plain file of ours.
         file.seek(8)
         return "own" if layout.MARK in file.read(length) else "plain"

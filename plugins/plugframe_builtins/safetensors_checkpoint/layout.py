@@ -119,9 +119,7 @@ def parse_header(header: bytes, *, where: str) -> dict[str, Slot]:
     """
     opening = _OPENING_FOUND.match(header)
     if opening is None:
-        raise CheckpointCorruptError(
-            f"{where}: its header is not what was written: it opens with {header[:40]!r}."
-        )
+        raise CheckpointCorruptError(f"{where}: its header is not what was written: it opens with {header[:40]!r}.")
     written = int(opening[2], 16)
     crc32 = zlib.crc32(header[: opening.start(2)] + b"0" * 8 + header[opening.end(2) :])
     if written != crc32:

@@ -9,13 +9,6 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
-from plugframe_builtins.safetensors_checkpoint.layout import (
-    MANIFEST,
-    MAX_HEADER_BYTES,
-    STRUCTURE,
-    Slot,
-    parse_header,
-)
 from torch import Tensor
 
 from plugframe.checkpoint import (
@@ -29,6 +22,13 @@ from plugframe.checkpoint import (
     parse_structure,
 )
 from plugframe.errors import CheckpointCorruptError
+from plugframe_builtins.safetensors_checkpoint.layout import (
+    MANIFEST,
+    MAX_HEADER_BYTES,
+    STRUCTURE,
+    Slot,
+    parse_header,
+)
 
 #: Small tensors share a thread's turn.
 _TURN_BYTES = 4 * 1024 * 1024
@@ -50,10 +50,7 @@ def read(file: BinaryIO, path: str) -> dict[str, Any]:
     _check_slots(slots, entries, path)
 
     structure_bytes = torch.empty(slots[STRUCTURE].shape, dtype=torch.uint8, device="cpu")
-    tensors = {
-        name: torch.empty(slots[name].shape, dtype=slots[name].dtype, device="cpu")
-        for name in manifest.tensors
-    }
+    tensors = {name: torch.empty(slots[name].shape, dtype=slots[name].dtype, device="cpu") for name in manifest.tensors}
     parts = [Part(STRUCTURE, structure_bytes, slots[STRUCTURE].start, manifest.structure)]
     parts += [Part(name, tensor, slots[name].start, entries[name]) for name, tensor in tensors.items()]
     _read_parts(source, parts)
@@ -137,9 +134,7 @@ def _read_parts(source: _Source, parts: list[Part]) -> None:
         damaged = _read_turn(source, turns[0])
     else:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            damaged = [
-                text for texts in pool.map(lambda turn: _read_turn(source, turn), turns) for text in texts
-            ]
+            damaged = [text for texts in pool.map(lambda turn: _read_turn(source, turn), turns) for text in texts]
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
         raise CheckpointCorruptError(

@@ -9,16 +9,6 @@ from dataclasses import replace
 from typing import Any, BinaryIO
 
 import torch
-from plugframe_builtins.safetensors_checkpoint.layout import (
-    CODES,
-    FORMAT,
-    MANIFEST,
-    STRUCTURE,
-    VERSION,
-    Slot,
-    build_header,
-    place,
-)
 from torch import Tensor
 
 from plugframe.checkpoint import (
@@ -32,6 +22,16 @@ from plugframe.checkpoint import (
     pieces,
     replacing,
     split,
+)
+from plugframe_builtins.safetensors_checkpoint.layout import (
+    CODES,
+    FORMAT,
+    MANIFEST,
+    STRUCTURE,
+    VERSION,
+    Slot,
+    build_header,
+    place,
 )
 
 #: Below this, handing a checksum to another thread costs more than taking it.
@@ -70,9 +70,7 @@ def write(path: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
 
 def _manifest(entries: Mapping[str, Entry], info: Mapping[str, Any]) -> bytes:
     tensors = {name: entry for name, entry in entries.items() if name != STRUCTURE}
-    return Manifest(
-        format=FORMAT, version=VERSION, structure=entries[STRUCTURE], tensors=tensors, info=info
-    ).to_bytes()
+    return Manifest(format=FORMAT, version=VERSION, structure=entries[STRUCTURE], tensors=tensors, info=info).to_bytes()
 
 
 def _blank(slot: Slot, crc32: tuple[str, ...] | None = None) -> Entry:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 
-from plugframe_builtins.slurm.lists import expand_hosts, expand_tasks
-
 from plugframe.base import Environment
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks import hookimpl
 from plugframe.world import World
+from plugframe_builtins.slurm.lists import expand_hosts, expand_tasks
 
 #: From here on SLURM numbers what is no step of srun's: a batch script, or the shell that salloc opens.
 SPECIAL_STEPS = 0xFFFF_FFF0

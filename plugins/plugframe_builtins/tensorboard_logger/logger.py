@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plugframe_builtins.versions import new_version
-
 from plugframe.base import Logger
 from plugframe.context import Context
 from plugframe.errors import MissingDependencyError
 from plugframe.hooks import hookimpl
+from plugframe_builtins.versions import new_version
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

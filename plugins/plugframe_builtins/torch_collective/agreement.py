@@ -6,10 +6,10 @@ import zlib
 
 import torch
 import torch.distributed as dist
-from plugframe_builtins.torch_collective.compat import all_gather_single
 from torch import Tensor
 
 from plugframe.errors import CollectiveMismatchError
+from plugframe_builtins.torch_collective.compat import all_gather_single
 
 #: Bytes of a description on the wire: the same on every rank, whatever it is about to send.
 WIDTH = 192
@@ -41,9 +41,7 @@ def agree(call: str, tensor: Tensor, group: dist.ProcessGroup, device: torch.dev
 
 
 def _describe(call: str, tensor: Tensor) -> str:
-    return (
-        f"{call} of {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
-    )
+    return f"{call} of {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
 
 
 def _encode(text: str) -> Tensor:

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from plugframe_builtins.torch_collective.agreement import agree
-from plugframe_builtins.torch_collective.compat import all_gather_single, reduce_scatter_single
-from plugframe_builtins.torch_collective.connection import backends, check_existing, connected, loopback_only
-from plugframe_builtins.torch_collective.reduction import Reduction
 from torch import Tensor
 
 from plugframe.base import Collective
 from plugframe.context import Context
 from plugframe.errors import OrderError, PlugframeWarning, SettingError
 from plugframe.hooks import ReduceOp, hookimpl
+from plugframe_builtins.torch_collective.agreement import agree
+from plugframe_builtins.torch_collective.compat import all_gather_single, reduce_scatter_single
+from plugframe_builtins.torch_collective.connection import backends, check_existing, connected, loopback_only
+from plugframe_builtins.torch_collective.reduction import Reduction
 
 DEFAULT_TIMEOUT_S = 1800.0
 
@@ -38,9 +38,7 @@ class TorchCollective(Collective):
 
     def __init__(self, *, backend: str | None = None, timeout_s: float | None = None) -> None:
         if timeout_s is not None and not timeout_s > 0:
-            raise SettingError(
-                f"timeout_s={timeout_s!r} of the torch collective must be a number of seconds above 0."
-            )
+            raise SettingError(f"timeout_s={timeout_s!r} of the torch collective must be a number of seconds above 0.")
         self.backend = backend
         self.timeout_s = timeout_s
         self._undo = ExitStack()
@@ -196,9 +194,7 @@ class TorchCollective(Collective):
         # Where the group reaches CPU memory too, reading the answer does not wait for the accelerator's queue.
         agree(call, tensor, peers, torch.device("cpu") if "cpu" in self._types else self.context.device)
         if tensor.layout is not torch.strided:
-            raise SettingError(
-                f"{call} takes dense tensors, got {tensor.layout}: use tensor.to_dense() first."
-            )
+            raise SettingError(f"{call} takes dense tensors, got {tensor.layout}: use tensor.to_dense() first.")
 
     def _wire(self, tensor: Tensor) -> Tensor:
         """Return `tensor` where this backend can read it."""

@@ -6,14 +6,13 @@ import os
 from datetime import timedelta
 from typing import Any
 
-from plugframe_builtins.torchelastic import plugin
-from plugframe_builtins.torchelastic.attempt import only_this_attempt
-
 from plugframe.base import Environment
 from plugframe.context import Context
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks import hookimpl
 from plugframe.world import World
+from plugframe_builtins.torchelastic import plugin
+from plugframe_builtins.torchelastic.attempt import only_this_attempt
 
 
 class TorchElastic(Environment):

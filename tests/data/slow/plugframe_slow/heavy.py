@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from plugframe_slow import trace
-
 from plugframe.base import Logger, Strategy
 from plugframe.hooks import hookimpl
+from plugframe_slow import trace
 
 trace("implementations")
 

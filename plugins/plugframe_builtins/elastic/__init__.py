@@ -1,0 +1,28 @@
+"""Starts and supervises ranks with torch's elastic agent, the engine behind ``torchrun``."""
+
+from __future__ import annotations
+
+from plugframe import Plugin
+
+_FACTORY = "plugframe_builtins.elastic.launcher:Elastic"
+
+plugin = Plugin(
+    factory=_FACTORY,
+    summary="Starts scripts and functions, on one node or several; restarts them on request.",
+    provides=("script", "function"),
+    priority=100,
+)
+spawn = Plugin(
+    factory=_FACTORY,
+    summary="Starts a function in fresh interpreters: it must be importable.",
+    provides=("function",),
+    priority=50,
+    options={"start_method": "spawn"},
+)
+fork = Plugin(
+    factory=_FACTORY,
+    summary="Starts a function in copies of this process: any function will do, also in a notebook.",
+    provides=("function", "interactive"),
+    priority=40,
+    options={"start_method": "fork"},
+)

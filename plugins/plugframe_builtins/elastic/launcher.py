@@ -1,0 +1,120 @@
+"""Start ranks by running the script again, or by multiprocessing."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, Literal
+
+import torch
+
+from plugframe.base import Launcher
+from plugframe.errors import UnsupportedError, UsageError
+from plugframe.hooks import Job, hookimpl
+from plugframe.launch import supervise
+
+#: What keeps each communication library off the network, where all ranks are on one host.
+_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_LOOPBACK_NAMES = ("lo", "lo0")
+
+
+class Elastic(Launcher):
+    """Launches with torch's elastic agent.
+
+    Args:
+        start_method: how multiprocessing starts the processes of a function.
+    """
+
+    def __init__(self, *, start_method: Literal["spawn", "fork"] = "spawn") -> None:
+        if start_method not in ("spawn", "fork"):
+            raise UsageError(f"start_method={start_method!r}: 'spawn' and 'fork' are possible.")
+        self.start_method = start_method
+
+    @hookimpl
+    def launcher_launch(self, job: Job) -> Any:
+        if job.function is not None:
+            if self.start_method == "spawn":
+                check_sendable(job.function, job.args)
+            else:
+                check_forkable()
+        if job.num_nodes == 1:
+            job = replace(job, environ={**on_loopback(), **job.environ})
+        return supervise(job, start_method=self.start_method)
+
+
+def on_loopback() -> dict[str, str]:
+    """Return the variables that keep the ranks' own sockets on loopback, but for those the user has set."""
+    names = [name for _, name in socket.if_nameindex() if name in _LOOPBACK_NAMES]
+    return {variable: names[0] for variable in _INTERFACE_VARIABLES if names and variable not in os.environ}
+
+
+def check_sendable(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Find out now, and not in a traceback of every rank, whether fresh interpreters can be sent a call.
+
+    Raises:
+        UsageError: naming what cannot be sent, and why.
+    """
+    things = [(f"the function {_name(function)}", function)]
+    things += [(f"argument {number} ({type(arg).__name__})", arg) for number, arg in enumerate(args, 1)]
+    for what, thing in things:
+        sink = _Sink()
+        try:
+            ForkingPickler(sink).dump(thing)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UsageError(_refusal(what, str(error).splitlines()[0])) from None
+        except RuntimeError:
+            continue  # a lock or a queue: it can be sent, but only once the processes are being started
+        if sink.names_main and not _main_is_importable():
+            raise UsageError(_refusal(what, "it was typed at a prompt or in a notebook"))
+
+
+def check_forkable() -> None:
+    """Refuse to fork once a device is in use: the copies could not use it.
+
+    Raises:
+        UnsupportedError: naming the device.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return
+    is_initialized = getattr(torch.get_device_module(accelerator), "is_initialized", None)
+    if is_initialized is not None and is_initialized():
+        raise UnsupportedError(
+            f"launcher='fork' cannot start ranks after this process has used a {accelerator.type} device: restart "
+            "it and use the device only in the launched function, or use launcher='spawn'."
+        )
+
+
+class _Sink:
+    """A file that keeps nothing but whether ``__main__`` was named in it."""
+
+    def __init__(self) -> None:
+        self.names_main = False
+
+    def write(self, data: Any) -> int:
+        chunk = bytes(data) if len(data) < 1 << 20 else b""  # names are short, tensors are not
+        self.names_main = self.names_main or b"__main__" in chunk
+        return len(data)
+
+
+def _main_is_importable() -> bool:
+    main = sys.modules["__main__"]
+    return getattr(main, "__spec__", None) is not None or os.path.exists(getattr(main, "__file__", None) or "")
+
+
+def _refusal(what: str, why: str) -> str:
+    return (
+        f"launcher='spawn' cannot send {what} to the ranks ({why}): "
+        "define it at the top level of a module, or use launcher='fork'."
+    )
+
+
+def _name(function: Callable[..., Any]) -> str:
+    inner = function.func if isinstance(function, functools.partial) else function
+    return str(getattr(inner, "__qualname__", type(inner).__name__))
