@@ -42,10 +42,8 @@ class ModuleState:
         try:
             args, kwargs = hooks.precision_convert_input(data=(args, kwargs))
             with hooks.precision_forward_context():
-                if self.engine is None:
-                    result = call(*args, **kwargs)
-                else:
-                    result = self.engine(call, *args, **kwargs)
+                engine = self.engine
+                result = call(*args, **kwargs) if engine is None else engine(call, *args, **kwargs)
             return hooks.precision_convert_output(data=result)
         finally:
             self.inside = False

@@ -88,7 +88,7 @@ class Precision(PrecisionSpec):
 
     @hookimpl
     def precision_backward(self, loss: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        loss.backward(*args, **kwargs)
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     @hookimpl
     def precision_optimizer_step(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import click
 
@@ -13,8 +13,7 @@ from plugframe.hooks.descriptor import Plugin
 from plugframe.registry import Entry, Registry
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One line of the listing.
 
     Attributes:
@@ -60,7 +59,7 @@ def command(kind: str | None, as_json: bool, check: bool) -> int:
         import json
 
         hidden = () if check else ("summary",)
-        objects = [{key: value for key, value in asdict(row).items() if key not in hidden} for row in rows]
+        objects = [{key: value for key, value in row._asdict().items() if key not in hidden} for row in rows]
         click.echo(json.dumps(objects, indent=2))
     elif not rows:
         click.echo(f"No plugin of the kind {kind} is installed." if kind else "No plugin is installed.")

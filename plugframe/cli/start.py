@@ -13,7 +13,7 @@ from typing import NoReturn
 from plugframe.errors import PlugframeWarning, SettingError
 from plugframe.hooks.launcher import Job
 from plugframe.plan import Choice, Plan
-from plugframe.request import Request, variable
+from plugframe.request import FROM_COMMAND_LINE, Request, variable
 from plugframe.resolve import Catalogue, resolve_launcher
 
 #: Where node 0 listens unless it is told otherwise; the one PyTorch's own launcher uses.
@@ -65,10 +65,8 @@ class Start:
                 f"{ranks} of {shlex.join(['python', *self.command])} by launcher {self.launcher.origin}"
                 f"{node if job.num_nodes > 1 else ''}{restarts}"
             )
-        return [
-            f"starts: {what}",
-            *(f"hands over: {k}={shlex.quote(v)}" for k, v in self.variables.items() if v),
-        ]
+        shown = {name: text for name, text in self.variables.items() if text and name != FROM_COMMAND_LINE}
+        return [f"starts: {what}", *(f"hands over: {name}={shlex.quote(text)}" for name, text in shown.items())]
 
     def go(self, catalogue: Catalogue) -> None:
         """Start it. Returns once all ranks have ended well.

@@ -14,7 +14,7 @@ from plugframe.lite.core import Core
 
 
 class _Seeding:
-    """``seed_everything`` of the class and of an object: ``Lite.seed_everything(1)`` and ``lite.seed_everything(1)``."""
+    """``seed_everything`` of the class and of an object, which knows its device."""
 
     def __get__(self, lite: Core | None, owner: type) -> Callable[..., int]:
         def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
