@@ -10,7 +10,7 @@ from plugframe.errors import PluginError, PluginLoadError, SettingError
 from plugframe.hooks.descriptor import Plugin
 from plugframe.instances import by_kind, is_kind, kind_of, made_by
 from plugframe.plan import Choice
-from plugframe.registry import Entry
+from plugframe.registry import Entry, article
 from plugframe.request import CODE, NAMES, Request, Setting, contradiction
 
 
@@ -105,7 +105,7 @@ class Candidates:
         """Return the choice for an object, with the descriptor its class is published under, if it is."""
         if isinstance(instance, type) or not is_kind(instance, kind):
             hint = f" Pass an instance: {instance.__name__}()." if isinstance(instance, type) else ""
-            raise SettingError(f"{kind}={instance!r} is neither the name of a plugin nor a {kind} object.{hint}")
+            raise SettingError(f"{kind}={instance!r} is neither the name of a plugin nor {article(kind)} object.{hint}")
         for entry in self.catalogue.entries(kind):
             try:
                 descriptor = self.catalogue.describe(entry)

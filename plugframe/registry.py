@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -137,7 +138,7 @@ class Registry:
         names = self.names(kind)
         known = names + [e.qualified for e in self.entries(kind)]
         others = [e.kind for e in self.entries() if name in (e.name, e.qualified) and e.kind != kind]
-        hint = f" It is the name of a {others[0]}." if others else closest(name, known)
+        hint = f" It is the name of {article(others[0])}." if others else closest(name, known)
         return UnknownPluginError(f"{kind}={name!r} is not installed.{hint} Installed: {', '.join(names) or 'none'}.")
 
     def _retired(self, kind: str) -> dict[str, str]:
@@ -161,6 +162,13 @@ class Registry:
 
     def _load(self, entry: Entry) -> Plugin:
         descriptor = _import(entry.value, entry, "descriptor")
+        module, _, name = entry.value.partition(":")
+        if hasattr(sys.modules[module], "__path__") and _importable(f"{module}.{name}"):
+            # Python puts a submodule into its package under its name: the second look would find the module.
+            raise PluginLoadError(
+                f"{entry.origin} is broken: {entry.value} has the name of the module {module}.{name}, which takes its "
+                "place once it is imported. Its author has to rename one of them."
+            )
         if not isinstance(descriptor, Plugin):
             raise PluginLoadError(
                 f"{entry.origin} is broken: {entry.value} is a {type(descriptor).__name__}, not a plugframe.Plugin. "
@@ -248,6 +256,11 @@ def _import(reference: str, entry: Entry, what: str) -> Any:
             f"{_words(error)}. Mend or uninstall {entry.distribution}."
         ) from error
     return value
+
+
+def article(noun: str) -> str:
+    """Return a noun with its article."""
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def _words(error: BaseException) -> str:

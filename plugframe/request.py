@@ -25,7 +25,9 @@ PYPROJECT = "pyproject.toml"
 SECTION = "tool.plugframe"
 #: Names the fields a command line set, so that a message can tell it from a variable set by hand.
 FROM_COMMAND_LINE = "PLUGFRAME_FROM_COMMAND_LINE"
-OTHER_VARIABLES = (FROM_COMMAND_LINE, "PLUGFRAME_TRACE", "PLUGFRAME_CONFIG")
+#: Set for ranks by what launched them.
+LAUNCHED = "PLUGFRAME_LAUNCHED"
+OTHER_VARIABLES = (FROM_COMMAND_LINE, LAUNCHED, "PLUGFRAME_TRACE", "PLUGFRAME_CONFIG")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from plugframe.errors import OrderError, RankFailedError, UnsupportedError
 from plugframe.hooks.launcher import Job
 from plugframe.plan import Plan
 from plugframe.registry import Registry
-from plugframe.request import Request
+from plugframe.request import LAUNCHED, Request
 from plugframe.resolve import resolve_launcher
 
 
@@ -49,6 +50,10 @@ def not_launched(plan: Plan, call: str) -> OrderError:
 
 
 def _launcher(request: Request, registry: Registry, wants: str) -> Any:
+    if os.environ.get(LAUNCHED):
+        setting = request.get("environment")
+        why = f"environment={setting.value!r} in {setting.source}" if setting else "the environment that was found"
+        raise OrderError(f"This process is a rank of a job already, and {why} does not say so: leave environment= out.")
     choice = resolve_launcher(request, registry, wants)
     if choice.instance is not None:
         return choice.instance

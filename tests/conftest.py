@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from plugins_env import installed, packages  # noqa: F401 - fixtures
+
 #: Helper processes of Python's own multiprocessing, which outlive a test by design and end with the session.
 _STANDING = ("forkserver", "resource_tracker")
 

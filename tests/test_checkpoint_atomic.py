@@ -70,10 +70,14 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path, error: BaseE
     """Whatever goes wrong in the middle, the old file is untouched and the half-written one is gone."""
     path = tmp_path / "last.ckpt"
     put(path, b"old")
-    with pytest.raises((CheckpointError, ZeroDivisionError, KeyboardInterrupt)) as caught:
+
+    def interrupted() -> None:
         with replacing(str(path), size_bytes=100) as file:
             file.write(b"half")
             raise error
+
+    with pytest.raises((CheckpointError, ZeroDivisionError, KeyboardInterrupt)) as caught:
+        interrupted()
     assert caught.value is error or caught.value.__cause__ is error
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["last.ckpt"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from safetensors import safe_open
 
 from checkpoint_trees import DTYPES, plugin, random_tensor, same, trees
@@ -50,7 +50,7 @@ def test_the_descriptor_is_the_default_and_claims_no_more_than_it_does() -> None
     assert descriptor.provides == ()
 
 
-@settings(deadline=None, database=None, max_examples=40)
+@settings(deadline=None, database=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(state=trees())
 def test_any_state_comes_back_from_the_file(tmp_path_factory: pytest.TempPathFactory, state: dict[Any, Any]) -> None:
     """Whatever tree is saved is loaded again to the last bit."""

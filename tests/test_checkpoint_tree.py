@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 
 from checkpoint_trees import bits, same, trees
 from plugframe.checkpoint import as_bytes, dump_structure, join, parse_structure, pieces, split
@@ -29,14 +29,14 @@ def there_and_back(state: dict[Any, Any], **kwargs: Any) -> Any:
     return join(tensors, parse_structure(dump_structure(structure)))
 
 
-@settings(deadline=None, database=None, max_examples=100)
+@settings(deadline=None, database=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(trees())
 def test_a_tree_comes_back_to_the_last_bit(state: dict[Any, Any]) -> None:
     """Any tree of what can be saved comes back with the same types, keys, order and bits."""
     assert same(there_and_back(state), state)
 
 
-@settings(deadline=None, database=None, max_examples=50)
+@settings(deadline=None, database=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(trees())
 def test_a_format_of_few_dtypes_holds_every_tree(state: dict[Any, Any]) -> None:
     """One-byte dtypes a format does not know are listed as uint8, complex ones as real pairs."""

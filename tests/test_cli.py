@@ -619,7 +619,7 @@ def test_env(world: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLUGFRAME_TOKEN", "abc123")
     found = json.loads(plug("env", "--json").out)
     assert found["system"]["plugframe"] == plugframe.__version__
-    assert found["system"]["torch"].startswith("2.")
+    assert found["system"]["pytorch"].startswith("2.")
     assert found["devices"]["fake"] == "3"
     assert "best" not in found["devices"]
     assert found["devices"]["sick"] == "RuntimeError: driver too old"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from plugframe.hooks import Plugin
 from plugframe.world import World
 from plugframe_builtins import single, torch_collective
 from plugframe_builtins.single.one_rank import OneRank
+from plugframe_builtins.torch_collective import compat
 from plugframe_builtins.torch_collective.collective import TorchCollective
 from ranks import hooks_of, rank_store, run_checks
 
@@ -475,6 +477,15 @@ def test_a_timeout_must_be_a_time(timeout_s: float) -> None:
     """timeout_s must be above 0."""
     with pytest.raises(SettingError, match="must be a number of seconds above 0"):
         TorchCollective(timeout_s=timeout_s)
+
+
+def test_older_torch_is_reached_by_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch lacks the names of 2.13, the shim stands for the ones it had."""
+    for name in ("all_gather_single", "reduce_scatter_single"):
+        monkeypatch.delattr(dist, name, raising=False)
+    names = runpy.run_path(str(compat.__file__))
+    assert names["all_gather_single"] is dist.all_gather_into_tensor
+    assert names["reduce_scatter_single"] is dist.reduce_scatter_tensor
 
 
 def test_a_collective_that_is_not_set_up_says_so() -> None:

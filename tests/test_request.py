@@ -158,8 +158,6 @@ def test_saying_the_same_twice_is_fine(empty: Path, code: dict[str, Any], enviro
 
 # ---------------------------------------------------------------------- wrong values
 
-COMMAND = "the command line"
-
 
 @pytest.mark.parametrize(
     ("field", "value", "said"),

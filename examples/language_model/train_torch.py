@@ -81,7 +81,7 @@ def warm_up_then_cosine(step: int, warm_up: int, steps: int) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=24, help="pieces in a step")
+    parser.add_argument("--batch-size", type=int, default=16, help="pieces in a step")
     parser.add_argument("--accumulate", type=int, default=2, help="backward passes in a step")
     parser.add_argument("--block", type=int, default=64, help="characters in a piece of text")
     parser.add_argument("--lr", type=float, default=5e-3)

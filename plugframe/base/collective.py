@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from plugframe.context import Context
@@ -27,6 +28,14 @@ def check_reduction(op: str, tensor: Tensor) -> None:
             f"reduce_op={op!r} of a tensor of {tensor.dtype} has no exact result: use reduce_op='sum', "
             "or convert the tensor with .float() first."
         )
+    if op in ("min", "max") and tensor.is_complex():
+        raise SettingError(
+            f"reduce_op={op!r} of a tensor of {tensor.dtype} has no meaning: complex numbers have no order."
+        )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 class Collective(CollectiveSpec):
@@ -45,23 +54,23 @@ class Collective(CollectiveSpec):
     @hookimpl
     def collective_all_gather(self, tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
         tensor = tensor if sync_grads else tensor.detach()
-        return tensor.unsqueeze(0).clone()
+        return tensor.unsqueeze(0).clone(memory_format=torch.contiguous_format)
 
     @hookimpl
     def collective_all_reduce(self, tensor: Tensor, op: ReduceOp, group: Any) -> Tensor:
         check_reduction(op, tensor)
-        return tensor.detach().clone()
+        return _copy(tensor)
 
     @hookimpl
     def collective_reduce_scatter(self, tensor: Tensor, op: ReduceOp, group: Any) -> Tensor:
         check_reduction(op, tensor)
         if tensor.shape[:1] != (1,):
             raise SettingError(f"reduce_scatter over 1 rank takes shape (1, …), got {tuple(tensor.shape)}.")
-        return tensor.detach()[0].clone()
+        return _copy(tensor[0])
 
     @hookimpl
     def collective_broadcast(self, tensor: Tensor, src: int, group: Any) -> Tensor:
-        return tensor.detach().clone()
+        return _copy(tensor)
 
     @hookimpl
     def collective_all_gather_object(self, obj: Any, group: Any) -> list[Any]:

@@ -67,13 +67,13 @@ def _torch() -> dict[str, str]:
     try:
         import torch
     except Exception as error:  # noqa: BLE001  a broken torch is what the bug report may be about
-        return {"torch": f"does not import: {type(error).__name__}: {error}"}
+        return {"pytorch": f"does not import: {type(error).__name__}: {error}"}
     # What it is built for: versions of vendors' toolkits, each under its own name, None where it is not.
     build = {name: value for name, value in vars(torch.version).items() if isinstance(value, str)}
     known = ("__name__", "__doc__", "__package__", "__file__", "__cached__", "__version__")
     return {
-        "torch": torch.__version__,
-        **{f"torch {name}": value for name, value in build.items() if name not in known},
+        "pytorch": torch.__version__,
+        **{f"pytorch {name}": value for name, value in build.items() if name not in known},
     }
 
 

@@ -29,6 +29,7 @@ from plugframe.launch.rendezvous import Loopback
 from plugframe.launch.report import Ending, Report, culprit_of, report, summary
 from plugframe.launch.signals import Signals
 from plugframe.launch.watch import TERMINATE_S, Rank, Watch, is_child
+from plugframe.request import LAUNCHED
 
 _MONITOR_S = 0.05
 #: Beats between two looks for ranks that have vanished, and how many such looks are proof.
@@ -171,7 +172,9 @@ class _Supervision:
     def _on_attempt(self, attempt: int) -> None:
         """Say why the ranks start again."""
         culprit = culprit_of(self._endings(None))
-        what = f"rank {culprit.rank} failed ({summary(culprit)})" if culprit else "ranks of another node failed"
+        what = f"rank {culprit.rank} failed ({summary(culprit)})" if culprit else "a rank failed"
+        if self.handler.invited:
+            what = "another node starts again"
         print(f"{what}; restart {attempt} of {self.job.max_restarts}", file=sys.stderr, flush=True)
 
     def _endings(self, result: RunResult | None) -> list[Ending]:
@@ -226,7 +229,7 @@ class _VanishedError(Exception):
 @contextlib.contextmanager
 def _environment(job: Job, extra: Mapping[str, str]) -> Iterator[None]:
     """Set the ranks' variables in this process, from which they inherit them; put back what was there."""
-    wanted = {**job.environ, **extra}
+    wanted = {**job.environ, **extra, LAUNCHED: "1"}
     if "OMP_NUM_THREADS" not in os.environ:
         # One process for each core's worth of threads: the default, all cores in every rank, is many times slower.
         wanted.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // job.num_processes)))

@@ -22,7 +22,7 @@ _POLL_S = 0.1
 #: How often a launcher asks whether another one has failed or starts again.
 _LOOK_S = 0.5
 #: How long to wait in silence for the other nodes.
-_SILENCE_S = 3.0
+_SILENCE_S = 5.0
 #: How long a failed node waits for the others to tell what they know.
 _FAREWELL_S = 5.0
 _FAILED = "plugframe/failed"
@@ -54,6 +54,7 @@ class Nodes(Loopback):
         self._num_nodes, self._node_rank = num_nodes, node_rank
         self._timeout_s = timeout_s
         self._control: TCPStore | None = None
+        self._line: socket.socket | None = None
         self._attempt = -1
         self._next_look = 0.0
 
@@ -70,7 +71,7 @@ class Nodes(Loopback):
         self.control.set(self._key("begun"), "1")
         self._meet()
         port = self._port if self._attempt == 0 else self._fresh_port()
-        store = Patient(self._key("agents"), self.control)
+        store = Patient(self._key("agents"), self.control, self._look)
         return RendezvousInfo(store, self._node_rank, self._num_nodes, RendezvousStoreInfo(self._address, port))
 
     def num_nodes_waiting(self) -> int:
@@ -78,15 +79,14 @@ class Nodes(Loopback):
         if time.monotonic() < self._next_look:
             return 0
         self._next_look = time.monotonic() + _LOOK_S
-        try:
-            if self.control.check([_FAILED]):
-                raise ElsewhereError
-            return int(self.control.check([f"plugframe/{self._attempt + 1}/begun"]))
-        except DistError as error:
-            raise ElsewhereError(f"node 0 at {self._address}:{self._port} cannot be reached any more") from error
+        self._look()
+        self.invited = self.control.check([f"plugframe/{self._attempt + 1}/begun"])
+        return int(self.invited)
 
     def tell_failure(self, told: dict[str, Any]) -> list[dict[str, Any]]:
         until = time.monotonic() + _FAREWELL_S
+        if self._main_has_gone():
+            return [told]
         try:
             if self._node_rank == 0:  # the store goes with it: not before the others have told, and read, theirs
                 self._tell(told)
@@ -113,7 +113,31 @@ class Nodes(Loopback):
 
     def shutdown(self) -> bool:
         self._control = None
+        if self._line is not None:
+            self._line.close()
+            self._line = None
         return super().shutdown()
+
+    def _look(self) -> None:
+        """Raise if another node has failed, or node 0 has gone."""
+        if self._main_has_gone():
+            raise ElsewhereError(f"Node 0 at {self._where()} has gone without a word.")
+        if self.control.check([_FAILED]):
+            raise ElsewhereError
+
+    def _main_has_gone(self) -> bool:
+        """Say whether node 0 has closed its end of a connection on which nothing is ever sent.
+
+        The store itself would say so too, with two pages of C++ frames on the terminal.
+        """
+        if self._line is None:
+            return False
+        try:
+            return not self._line.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _tell(self, told: dict[str, Any]) -> None:
         self.control.set(f"{_FAILED}/{self._node_rank}", json.dumps(told))
@@ -126,7 +150,7 @@ class Nodes(Loopback):
         if self._node_rank == 0:
             store = serve(self._listen(), self._address)
         else:
-            self._wait_for_main()
+            self._line = self._wait_for_main()
             try:
                 timeout = timedelta(seconds=STORE_TIMEOUT_S)
                 store = TCPStore(self._address, self._port, None, False, timeout, False)
@@ -158,11 +182,10 @@ class Nodes(Loopback):
             hint = "choose another --main-port" if error.errno == errno.EADDRINUSE else "--main-address is node 0's own"
             raise UsageError(f"Node 0 cannot listen at {self._where()} ({error.strerror or error}): {hint}.") from None
 
-    def _wait_for_main(self) -> None:
+    def _wait_for_main(self) -> socket.socket:
         for _ in self._patiently(f"node 0 at {self._where()}"):
             try:
-                socket.create_connection((self._address, self._port), timeout=_FAREWELL_S).close()
-                return
+                return socket.create_connection((self._address, self._port), timeout=_FAREWELL_S)
             except OSError as error:
                 last = error.strerror or error
         raise UsageError(
@@ -178,8 +201,7 @@ class Nodes(Loopback):
             raise UsageError(f"Node rank {self._node_rank} was given twice: to {me}, and to {holder}.")
         missing = list(range(self._num_nodes))
         for _ in self._patiently(f"the other nodes, {self._num_nodes} in all, at {self._where()}"):
-            if self.control.check([_FAILED]):
-                raise ElsewhereError
+            self._look()
             missing = [node for node in missing if not self.control.check([self._key(f"node/{node}")])]
             if not missing:
                 return
@@ -228,12 +250,11 @@ class Nodes(Loopback):
 class Patient(PrefixStore):
     """A store for torch's agents: waiting in it ends on Ctrl-C, and when a node has failed."""
 
-    def __init__(self, prefix: str, store: Store) -> None:
+    def __init__(self, prefix: str, store: Store, look: Callable[[], None]) -> None:
         super().__init__(prefix, store)
-        self._whole = store
+        self._look = look
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         while not self.check(list(keys)):
-            if self._whole.check([_FAILED]):
-                raise ElsewhereError
+            self._look()
             time.sleep(_POLL_S)

@@ -21,9 +21,13 @@ class Loopback(RendezvousHandler):
 
     The socket is bound before the store is made and handed to it, so no other process can take the port
     between; and ranks of a new attempt never read the addresses of those that have gone.
+
+    Attributes:
+        invited: the current attempt was begun by another node.
     """
 
     def __init__(self, on_beat: Callable[[], None]) -> None:
+        self.invited = False
         self._on_beat = on_beat
         self._store: TCPStore | None = None
 

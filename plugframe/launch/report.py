@@ -124,7 +124,7 @@ def is_consequence(words: Mapping[str, Any]) -> bool:
 
 def summary(ending: Ending) -> str:
     """Return what is said of a rank between two attempts: ``ValueError: message``."""
-    return _message(ending.words) if ending.words is not None else _cause(ending, False)
+    return _cause(ending, False).removeprefix("failed: ")
 
 
 def _message(words: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ class Engine(DistributedDataParallel):
         # The reducer must not be the last to hold the process group: it would destroy it without releasing the
         # GIL, and wait for gloo's threads, which may be waiting for the GIL (seen in 1 of 20 tear-downs).
         for name in ("logger", "reducer"):
-            self.__dict__.pop(name, None)
+            vars(self).pop(name, None)
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -2,16 +2,16 @@
 
 from plugframe import Plugin
 
-strategy = Plugin(
+acme = Plugin(
     factory="plugframe_acme.strategy:Acme",
     summary="Gradients averaged one by one after backward.",
     needs={"collective": ("process-group",)},
 )
-accelerator = Plugin(
+acmechip = Plugin(
     factory="plugframe_acme.accelerator:AcmeChip",
     summary="The processor under another name.",
     devices=("cpu",),
     tags=("acme",),
 )
-extension = Plugin(factory="plugframe_acme.extension:Counter", summary="Counts backwards.")
-logger = Plugin(factory="plugframe_acme.logger:AcmeLogger", summary="Prints metrics.")
+acme_counter = Plugin(factory="plugframe_acme.extension:Counter", summary="Counts backwards.")
+acme_logger = Plugin(factory="plugframe_acme.logger:AcmeLogger", summary="Prints metrics.")

@@ -12,5 +12,6 @@ raising = Plugin(factory=f"{_STRATEGIES}:Raising")
 needy = Plugin(
     factory=f"{_STRATEGIES}:Usurper", requires=("acme_vendor_sdk",), extra="plugframe-broken[sdk]", priority=999
 )
+strategies = Plugin(factory=f"{_STRATEGIES}:Usurper")
 usurper = Plugin(factory=f"{_STRATEGIES}:Usurper", priority=1000)
-chip = Plugin(factory="plugframe_broken.chip:Chip", priority=1000)
+broken_chip = Plugin(factory="plugframe_broken.chip:Chip", priority=1000)

@@ -1,0 +1,175 @@
+"""Two nodes, both of them this host: the second launcher runs in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plugframe.errors import RankFailedError, UsageError
+from plugframe.hooks.launcher import Job
+from plugframe.launch import supervise
+
+#: Runs jobs, one for each line it reads, and prints how each one went.
+OTHER_NODE = """
+import json, sys
+from plugframe.errors import RankFailedError
+from plugframe.hooks.launcher import Job
+from plugframe.launch import engine, supervise
+print("ready", flush=True)
+for line in sys.stdin:
+    try:
+        supervise(Job(**json.loads(line)))
+        print(json.dumps(["", 0]), flush=True)
+    except RankFailedError as error:
+        print(json.dumps([error.report, error.exit_code]), flush=True)
+"""
+
+
+class TwoNodes:
+    """Runs a script on two nodes with one rank each."""
+
+    def __init__(self, other: subprocess.Popen[str]) -> None:
+        self.other = other
+        self.port = 0
+
+    def run(self, script: str, **settings: Any) -> list[tuple[str, int]]:
+        """Return the report and exit code of each node."""
+        assert self.other.stdin is not None
+        assert self.other.stdout is not None
+        self.port = free_port()
+        Path("train.py").write_text("import os, signal, sys\n" + textwrap.dedent(script))
+        job = {
+            "num_processes": 1,
+            "num_nodes": 2,
+            "main_address": "127.0.0.1",
+            "main_port": self.port,
+            "command": ("train.py",),
+            "timeout_s": 60.0,
+            **settings,
+        }
+        self.other.stdin.write(json.dumps({**job, "node_rank": 1}) + "\n")
+        self.other.stdin.flush()
+        try:
+            supervise(Job(**job))
+            here = ("", 0)
+        except RankFailedError as error:
+            here = (error.report, error.exit_code)
+        there = json.loads(self.other.stdout.readline())
+        return [here, (there[0], there[1])]
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
+    monkeypatch.chdir(tmp_path)
+    with Path("stderr").open("w") as stderr:
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-c", OTHER_NODE]
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=stderr, text=True) as other:
+            assert other.stdin is not None
+            assert other.stdout is not None
+            assert other.stdout.readline() == "ready\n"
+            yield TwoNodes(other)
+            other.stdin.close()
+            assert other.wait(60) == 0
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def test_two_nodes_run_restart_and_fail_as_one_job(two_nodes: TwoNodes, capfd: pytest.CaptureFixture[str]) -> None:
+    """Ranks count through all nodes; a failure on one node starts all again, or is told on all."""
+    place = """
+    import json
+    names = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    json.dump([os.environ[name] for name in names], open(f"place{os.environ['RANK']}", "w"))
+    """
+    assert two_nodes.run(place) == [("", 0), ("", 0)]
+    for rank in "01":
+        found = json.loads(Path(f"place{rank}").read_text())
+        assert found == [rank, "0", rank, "2", "1", "127.0.0.1", str(two_nodes.port)]
+
+    again = """
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    open(f"port{attempt}{os.environ['RANK']}", "w").write(os.environ["MASTER_PORT"])
+    if attempt == "0":
+        while not (os.path.exists("port00") and os.path.exists("port01")):
+            pass
+        if os.environ["RANK"] == "1":
+            sys.exit(5)
+        signal.pause()
+    """
+    assert two_nodes.run(again, max_restarts=1) == [("", 0), ("", 0)]
+    assert Path("port00").read_text() == Path("port01").read_text() == str(two_nodes.port)
+    assert Path("port10").read_text() == Path("port11").read_text() != str(two_nodes.port)
+    assert capfd.readouterr().err == "another node starts again; restart 1 of 1\n"
+    assert Path("stderr").read_text() == "rank 1 failed (left with exit code 5); restart 1 of 1\n"
+
+    fail = """
+    if os.environ["RANK"] == "1":
+        raise ValueError("on node 1")
+    signal.pause()
+    """
+    (here, here_code), (there, there_code) = two_nodes.run(fail)
+    assert there.startswith(f"rank 1 on {socket.gethostname()} failed: ValueError: on node 1\nTraceback")
+    assert here == f"{there}\nnode 0: ended by the launcher"
+    assert (here_code, there_code) == (1, 1)
+
+    lost = """
+    if os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ConnectionResetError("Connection reset by peer")
+    """
+    reports = two_nodes.run(lost)
+    assert [code for _, code in reports] == [137, 137]
+    assert all(report.startswith(f"rank 0 on {socket.gethostname()} was killed by SIGKILL") for report, _ in reports)
+    assert capfd.readouterr() == ("", "")
+    assert Path("stderr").read_text().count("\n") == 1
+
+
+def refused(**settings: Any) -> str:
+    job = {
+        "num_processes": 1,
+        "num_nodes": 2,
+        "main_address": "127.0.0.1",
+        "command": ("train.py",),
+        "timeout_s": 0.2,
+        "main_port": free_port(),
+    }
+    with pytest.raises(UsageError) as caught:
+        supervise(Job(**{**job, **settings}))
+    return str(caught.value)
+
+
+def test_nodes_that_do_not_find_each_other_say_where_they_looked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error has address, port, how long it was tried, and who is missing."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").touch()
+    port = free_port()
+    assert refused(node_rank=1, main_port=port) == (
+        f"Node 0 did not answer at 127.0.0.1:{port} within 0.2 s (Connection refused): start it, "
+        "or correct --main-address and --main-port."
+    )
+    assert refused(main_port=port, num_nodes=3) == (
+        f"2 of 3 nodes did not come to 127.0.0.1:{port} within 0.2 s (node rank 1, 2): start them with this "
+        "--main-address and --main-port."
+    )
+    assert refused(main_address="nowhere.invalid").startswith("Node 0 cannot listen at nowhere.invalid:")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert refused(main_port=port) == (
+            f"Node 0 cannot listen at 127.0.0.1:{port} (Address already in use): choose another --main-port."
+        )
+    assert os.listdir() == ["train.py"]
