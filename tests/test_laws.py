@@ -288,7 +288,7 @@ def precisions_train(world: World) -> None:
 @each_strategy
 def states_come_back(lite: Lite) -> None:
     """What was saved on N ranks is loaded on N ranks, model, optimizer, scheduler, plain values and generators."""
-    folder = os.environ["PLUGFRAME_TEST_FOLDER"]
+    folder = os.environ["LAWS_TEST_FOLDER"]
     path = os.path.join(folder, f"{type(lite.strategy).__name__}-{lite.world_size}.safetensors")
     model, x, y = model_and_data(8)
     model, optimizer = lite.setup(model, torch.optim.AdamW(model.parameters(), lr=0.1))
@@ -325,7 +325,7 @@ def single_refuses_several_ranks(world: World) -> None:
 @each_strategy
 def rank_zero_goes_first(lite: Lite) -> None:
     """Inside rank_zero_first rank 0 is done before the others begin; print speaks once."""
-    path = os.path.join(os.environ["PLUGFRAME_TEST_FOLDER"], f"first-{lite.world_size}-{type(lite.strategy).__name__}")
+    path = os.path.join(os.environ["LAWS_TEST_FOLDER"], f"first-{lite.world_size}-{type(lite.strategy).__name__}")
     with lite.rank_zero_first():
         if lite.is_global_zero:
             open(path, "w").close()
@@ -353,7 +353,7 @@ CHECKS = [
 @pytest.fixture(scope="module", params=[1, 2])
 def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("laws")
-    return run_checks(request.param, ranks, CHECKS, timeout_s=300, env={"PLUGFRAME_TEST_FOLDER": str(folder)})
+    return run_checks(request.param, ranks, CHECKS, timeout_s=300, env={"LAWS_TEST_FOLDER": str(folder)})
 
 
 @pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])

@@ -39,11 +39,15 @@ ACME = {"strategy": "acme", "accelerator": "acmechip", "plugins": "acme-counter"
 SAYINGS: dict[str, tuple[type[PluginError], str]] = {
     "broken-import": (
         PluginLoadError,
-        r"failed to import with ImportError: libacme.*Mend or uninstall plugframe-broken",
+        r"with ImportError: libacme.*Mend or uninstall plugframe-broken",
     ),
     "broken-exit": (PluginLoadError, r"SystemExit: This chip needs a licence\. Mend or uninstall plugframe-broken"),
     "broken-type": (PluginLoadError, r"is a dict, not a plugframe\.Plugin\. .* uninstall plugframe-broken"),
     "broken-api": (PluginLoadError, r"version 99 of the plugin contract.*'pip install --upgrade plugframe'"),
+    "broken-beside": (
+        PluginLoadError,
+        r"strategies has the name of the module .* Its author has to rename one of them",
+    ),
     "broken-name": (PluginLoadError, r"has no attribute 'nothing_of_that_name'\. Mend or uninstall plugframe-broken"),
     "broken-factory": (PluginLoadError, r"raised OSError: no chip on the bus\. Mend or uninstall plugframe-broken"),
     "broken-needs": (MissingDependencyError, r"needs acme_vendor_sdk: type \"pip install 'plugframe-broken\[sdk\]'\""),
@@ -92,12 +96,7 @@ def test_all_of_them_are_listed(packages: Use, monkeypatch: pytest.MonkeyPatch, 
     rows = {f"{row['package']}:{row['name']}": row for row in json.loads(done.stdout)}
     theirs = {name: row for name, row in rows.items() if row["package"] != "plugframe"}
     expected = {
-        *(
-            "plugframe-acme:acme",
-            "plugframe-acme:acmechip",
-            "plugframe-acme:acme-counter",
-            "plugframe-acme:acme-logger",
-        ),
+        *(f"plugframe-acme:{name}" for name in ("acme", "acmechip", "acme-counter", "acme-logger")),
         *(f"plugframe-broken:{name}" for name in (*SAYINGS, "ddp", "broken-chip")),
         *("plugframe-slow:slow", "plugframe-slow:slow-logger", "plugframe-twin:acme"),
     }
@@ -119,7 +118,7 @@ def test_checking_tells_the_broken_from_the_others(
     result = CliRunner().invoke(cli, ["list-plugins", "--check", "--json"])
     assert result.exit_code == 1
     status = {row["name"]: row["status"] for row in json.loads(result.stdout) if row["package"] != "plugframe"}
-    for name in ("broken-import", "broken-exit", "broken-type", "broken-name"):
+    for name in ("broken-import", "broken-exit", "broken-type", "broken-name", "broken-beside"):
         assert status[name].startswith("broken: ")
     assert status["broken-api"].startswith("incompatible: ")
     assert status["broken-needs"].startswith("missing acme_vendor_sdk: type")
@@ -222,9 +221,7 @@ def test_a_name_with_a_slip(packages: Use) -> None:
     packages("acme")
     with pytest.raises(UnknownPluginError, match=r"strategy='acm' is not installed. Did you mean 'acme'\?"):
         cpu(strategy="acm")
-    with pytest.raises(
-        UnknownPluginError, match="strategy='acmechip' is not installed. It is the name of a accelerator"
-    ):
+    with pytest.raises(UnknownPluginError, match="strategy='acmechip' is not installed. It is the name of an acc"):
         cpu(strategy="acmechip")
 
 
@@ -284,7 +281,15 @@ def test_the_broken_change_nothing_for_the_others(packages: Use) -> None:
         made = cpu().plan
     assert made.choices["strategy"].qualified == "plugframe:single"
     mentioned = re.findall(r"strategy '([\w-]+)' \(plugframe-broken 0\.3\.0\)", "\n".join(map(str, made.notes)))
-    unloadable = ["broken-api", "broken-exit", "broken-import", "broken-name", "broken-needs", "broken-type"]
+    unloadable = [
+        "broken-api",
+        "broken-beside",
+        "broken-exit",
+        "broken-import",
+        "broken-name",
+        "broken-needs",
+        "broken-type",
+    ]
     assert sorted(mentioned) == unloadable
     assert len(caught) == len(made.notes) == len(unloadable)
 
