@@ -104,8 +104,12 @@ class Candidates:
     def _object(self, kind: str, instance: Any, reason: str) -> Choice:
         """Return the choice for an object, with the descriptor its class is published under, if it is."""
         if isinstance(instance, type) or not is_kind(instance, kind):
-            hint = f" Pass an instance: {instance.__name__}()." if isinstance(instance, type) else ""
-            raise SettingError(f"{kind}={instance!r} is neither the name of a plugin nor {article(kind)} object.{hint}")
+            hint = " No method of it is marked with @plugframe.hookimpl." if kind == "extension" else ""
+            if isinstance(instance, type):
+                hint = f" Pass an instance: {instance.__name__}()."
+            raise SettingError(
+                f"{kind}={_shown(instance)} is neither the name of a plugin nor {article(kind)} object.{hint}"
+            )
         for entry in self.catalogue.entries(kind):
             try:
                 descriptor = self.catalogue.describe(entry)
@@ -187,7 +191,10 @@ def _is_name(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return repr(value) if _is_name(value) else type(value).__name__
+    """Return the text of a value in a message, which is one line: an object by its class."""
+    if isinstance(value, (str, int, float, list, tuple)):
+        return repr(value)
+    return value.__name__ if isinstance(value, type) else type(value).__name__
 
 
 def _agreed(first: Choice, second: Choice) -> Choice | None:

@@ -24,13 +24,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
             # Offline, with the build backend that is here, into a folder of its own.
             options = ["--no-deps", "--no-index", "--no-build-isolation", "--no-cache-dir", "--no-compile"]
             words = ["install", "--quiet", "--disable-pip-version-check", *options, "--target", folder, DATA / name]
-            done = subprocess.run(
-                [sys.executable, "-m", "pip", *map(str, words)],
-                capture_output=True,
-                text=True,
-                timeout=120,
-                check=False,
-            )
+            command = [sys.executable, "-m", "pip", *map(str, words)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
             assert done.returncode == 0, done.stderr
         return folder
 

@@ -219,7 +219,7 @@ class KeywordOnly(Strategy):
     """Takes its arguments by keyword only."""
 
     @hookimpl
-    def strategy_next_batch(self, *, iterator: Any, exhausted: Any) -> Any:
+    def strategy_next_batch(self, *, iterator: Any, exhausted: Any) -> Any:  # type: ignore[override]
         return next(iterator, exhausted)
 
 
@@ -314,7 +314,7 @@ def test_a_hook_the_base_has_no_default_for_must_be_provided() -> None:
         device_type = "cpu"
 
     pipeline = Pipeline()
-    add(pipeline, "accelerator", Half(), published=True)
+    add(pipeline, "accelerator", Half(), published=True)  # type: ignore[abstract]
     with pytest.raises(
         PluginContractError,
         match=r"accelerator 'half' \(acme-plugins 1.2\) does not provide the hook accelerator_is_available: implement",

@@ -23,7 +23,7 @@ def empty(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def ask(folder: Path, code: Mapping[str, Any] | None = None, **environ: str) -> Request:
+def ask(folder: Path, code: Mapping[str, Any] | None = None, /, **environ: str) -> Request:
     """Gather from `code` and variables, named without their prefix."""
     return gather(code or {}, environ={f"PLUGFRAME_{k}": v for k, v in environ.items()}, folder=folder)
 

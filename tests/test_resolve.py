@@ -89,7 +89,7 @@ class Idle:
 def plugin(**words: Any) -> Plugin:
     """Return a descriptor with a factory that is never imported, unless it is an alias or a tag."""
     alone = "alias_of" in words or "best_of" in words
-    return Plugin(**({} if alone else {"factory": "somewhere:Thing"}), **words)
+    return Plugin(**words if alone else {"factory": "somewhere:Thing", **words})
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Shelf:
         return self._registry().shadowed(entry)
 
     def describe(self, entry: Entry) -> Plugin:
-        descriptor = self._of(entry)[0]
+        descriptor: Plugin | Exception = self._of(entry)[0]
         if isinstance(descriptor, Exception):
             raise descriptor
         return descriptor
@@ -440,7 +440,11 @@ def test_extensions_of_code_and_command_line(code: tuple[Any, ...], typed: tuple
         ({"strategy": Chip("x", 1)}, SettingError, "neither the name of a plugin nor a strategy object"),
         ({"strategy": "mny"}, UnknownPluginError, r"Did you mean 'many'\?"),
         ({"plugins": ("paper",)}, UnknownPluginError, "extension='paper' is not installed. It is the name of a logger"),
-        ({"plugins": (Idle(),)}, SettingError, "is neither the name of a plugin nor an extension object"),
+        (
+            {"plugins": (Idle(),)},
+            SettingError,
+            "is neither the name of a plugin nor an extension object. No method of it is marked",
+        ),
         ({"plugins": ("guard", "guard")}, SettingError, "extension 'guard' is given twice in the code: keep one"),
         ({"plugins": (Starter(), Starter())}, SettingError, "holds 2 objects of the kind environment: one can be"),
         (

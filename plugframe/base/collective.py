@@ -28,10 +28,8 @@ def check_reduction(op: str, tensor: Tensor) -> None:
             f"reduce_op={op!r} of a tensor of {tensor.dtype} has no exact result: use reduce_op='sum', "
             "or convert the tensor with .float() first."
         )
-    if op in ("min", "max") and tensor.is_complex():
-        raise SettingError(
-            f"reduce_op={op!r} of a tensor of {tensor.dtype} has no meaning: complex numbers have no order."
-        )
+    if tensor.is_complex() and op not in ("sum", "mean", "avg"):
+        raise SettingError(f"reduce_op={op!r} of a {tensor.dtype} tensor is not defined: use 'sum' or 'mean'.")
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class Nodes(Loopback):
         if self._line is None:
             return False
         try:
-            return not self._line.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return not self._line.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
         except OSError:
@@ -185,7 +185,9 @@ class Nodes(Loopback):
     def _wait_for_main(self) -> socket.socket:
         for _ in self._patiently(f"node 0 at {self._where()}"):
             try:
-                return socket.create_connection((self._address, self._port), timeout=_FAREWELL_S)
+                line = socket.create_connection((self._address, self._port), timeout=_FAREWELL_S)
+                line.setblocking(False)
+                return line
             except OSError as error:
                 last = error.strerror or error
         raise UsageError(
@@ -255,6 +257,23 @@ class Patient(PrefixStore):
         self._look = look
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        """Wait as long as it takes: for other nodes' ranks, when those of this one have ended."""
         while not self.check(list(keys)):
             self._look()
+            time.sleep(_POLL_S)
+
+    def get(self, key: str) -> bytes:
+        self._expect([key])
+        return super().get(key)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self._expect(keys)
+        return super().multi_get(keys)
+
+    def _expect(self, keys: list[str]) -> None:
+        until = time.monotonic() + STORE_TIMEOUT_S
+        while not self.check(keys):
+            self._look()
+            if time.monotonic() > until:
+                raise ElsewhereError("A node came, and left before the ranks were started.")
             time.sleep(_POLL_S)

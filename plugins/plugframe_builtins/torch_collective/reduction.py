@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plugframe.base.collective import check_reduction
-from plugframe.errors import SettingError
 
 _OPS = {
     "sum": dist.ReduceOp.SUM,
@@ -31,8 +30,6 @@ class Reduction:
 
     def __init__(self, op: str, tensor: Tensor) -> None:
         check_reduction(op, tensor)
-        if tensor.is_complex() and op not in ("sum", "mean", "avg"):
-            raise SettingError(f"reduce_op={op!r} of a {tensor.dtype} tensor is not defined: use 'sum' or 'mean'.")
         self._mean = op in ("mean", "avg")
         self._dtype = tensor.dtype
         self.op = (_BOOL_OPS if tensor.dtype is torch.bool else _OPS)[op]
