@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from plugframe._compat import metadata
 from plugframe.errors import (
@@ -61,6 +61,49 @@ class Entry:
         return f"{self.kind} {self.name!r} ({self.distribution} {self.version})"
 
 
+def _points() -> list[tuple[Any, Any]]:
+    """Return every entry point of ours with its distribution."""
+    try:
+        found = metadata.entry_points()
+    except ValueError:
+        # Newer readers refuse all points for the sake of a malformed one, which is listed as broken here.
+        return _points_one_by_one()
+    groups = sorted(group for group in found.groups if group.startswith(PREFIX))
+    return [(point, point.dist) for group in groups for point in found.select(group=group)]
+
+
+def _points_one_by_one() -> list[tuple[Any, Any]]:
+    import configparser  # for the rare malformed package alone: a listing is to be quick
+
+    found: list[tuple[Any, Any]] = []
+    for distribution in metadata.distributions():
+        text = distribution.read_text("entry_points.txt") or ""
+        if PREFIX in text:
+            parser = configparser.ConfigParser(delimiters=("=",), interpolation=None, strict=False)
+            parser.optionxform = str  # type: ignore[assignment]  # names keep their case
+            parser.read_string(text)
+            groups = [group for group in parser.sections() if group.startswith(PREFIX)]
+            found += [(_Point(g, name, value), distribution) for g in groups for name, value in parser.items(g)]
+    return found
+
+
+def _name_and_version(distribution: Any) -> tuple[str, str]:
+    try:
+        about: Any = distribution.metadata if distribution else {}
+    except FileNotFoundError:
+        about = {}
+    # What an interrupted install or removal left behind may have no metadata at all.
+    return about.get("Name") or "unknown", about.get("Version") or "unknown"
+
+
+class _Point(NamedTuple):
+    """An entry point as it is written, well-formed or not."""
+
+    group: str
+    name: str
+    value: str
+
+
 def normalize(distribution: str) -> str:
     """Return a distribution's name in its normal form (PEP 503)."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
@@ -77,28 +120,23 @@ class Registry:
     @classmethod
     def discover(cls) -> Registry:
         """Read the metadata of every installed distribution."""
-        found = metadata.entry_points()
         entries = []
         published: dict[int, tuple[str, str]] = {}  # a distribution parses its metadata at each access
-        for group in sorted(g for g in found.groups if g.startswith(PREFIX)):
-            for point in found.select(group=group):
-                distribution = point.dist
-                if id(distribution) not in published:
-                    about: Any = distribution.metadata if distribution else {}
-                    # What an interrupted install or removal left behind may have no metadata at all.
-                    published[id(distribution)] = (about.get("Name") or "unknown", about.get("Version") or "unknown")
-                name, version = published[id(distribution)]
-                value, _, extras = point.value.partition("[")
-                entries.append(
-                    Entry(
-                        kind=group[len(PREFIX) :],
-                        name=point.name,
-                        value=value.replace(" ", ""),
-                        distribution=name,
-                        version=version,
-                        extras=tuple(re.findall(r"[\w.-]+", extras)),
-                    )
+        for point, distribution in _points():
+            if id(distribution) not in published:
+                published[id(distribution)] = _name_and_version(distribution)
+            name, version = published[id(distribution)]
+            value, _, extras = point.value.partition("[")
+            entries.append(
+                Entry(
+                    kind=point.group[len(PREFIX) :],
+                    name=point.name,
+                    value=value.replace(" ", ""),
+                    distribution=name,
+                    version=version,
+                    extras=tuple(re.findall(r"[\w.-]+", extras)),
                 )
+            )
         return cls(dict.fromkeys(entries))
 
     def entries(self, kind: str | None = None) -> list[Entry]:
@@ -163,7 +201,7 @@ class Registry:
     def _load(self, entry: Entry) -> Plugin:
         descriptor = _import(entry.value, entry, "descriptor")
         module, _, name = entry.value.partition(":")
-        if hasattr(sys.modules[module], "__path__") and _importable(f"{module}.{name}"):
+        if hasattr(sys.modules.get(module), "__path__") and _importable(f"{module}.{name}"):
             # Python puts a submodule into its package under its name: the second look would find the module.
             raise PluginLoadError(
                 f"{entry.origin} is broken: {entry.value} has the name of the module {module}.{name}, which takes its "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -17,6 +18,8 @@ import torch
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TWO_RANKS = ("-m", "plugframe", "run", "--devices", "2")  # and then the script, a bare --, its options
 SHORT = ("--steps", "4", "--warm-up", "1", "--batch-size", "8", "--block", "16", "--validate-every", "4")
+
+needs_digits = pytest.mark.skipif(not importlib.util.find_spec("sklearn"), reason="needs scikit-learn")
 
 
 def run(folder: str, *command: str, cwd: Path) -> str:
@@ -78,11 +81,11 @@ def validation_of(output: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"^step +\d+: validation loss ([\d.]+)", output, re.MULTILINE)]
 
 
+@needs_digits
 def test_image_classifier_in_plain_torch_goes_on_from_its_checkpoint(
     tmp_path: Path, run_twin: Callable[..., str]
 ) -> None:
     """The torch twin, stopped and resumed, has the losses of the twin that was not."""
-    pytest.importorskip("sklearn")
     saved, resumed, straight = (str(tmp_path / name) for name in ("saved.pt", "resumed", "straight"))
     run_twin("image_classifier", "--epochs", "1", "--checkpoint", saved)
     output = run_twin("image_classifier", "--epochs", "2", "--checkpoint", saved, "--losses", resumed)
@@ -94,9 +97,9 @@ def test_image_classifier_in_plain_torch_goes_on_from_its_checkpoint(
     assert losses[-1] < 1 < losses[0]
 
 
+@needs_digits
 def test_image_classifier_is_the_same_on_two_ranks_as_on_one_that_was_stopped(tmp_path: Path) -> None:
     """One process, stopped and resumed, reads 97 % of the digits; two ranks have its loss in every step."""
-    pytest.importorskip("sklearn")
     options = ("--checkpoint", "saved", "--losses", "one.jsonl")
     first = run("image_classifier", "train_lite.py", "--epochs", "1", *options, cwd=tmp_path)
     one = run("image_classifier", "train_lite.py", *options, cwd=tmp_path)

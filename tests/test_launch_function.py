@@ -56,6 +56,7 @@ def test_forked_ranks_run_any_function_and_return_the_result_of_rank_0() -> None
     assert launch("fork", lambda extra: (here.name, extra, os.environ["RANK"]), 5) == (os.devnull, 5, "0")
     here.close()
     assert launch("fork", lambda: sys.exit()) is None
+    assert launch("fork", lambda: ValueError("is a result too")).args == ("is a result too",)
     assert launch("fork", lambda: torch.get_num_threads()) == max(1, len(os.sched_getaffinity(0)) // 2) or (
         "OMP_NUM_THREADS" in os.environ
     )

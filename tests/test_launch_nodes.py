@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from plugframe.errors import RankFailedError, UsageError
 from plugframe.hooks.launcher import Job
-from plugframe.launch import supervise
+from plugframe.launch import nodes, supervise
 
 #: Runs jobs, one for each line it reads, and prints how each one went.
 OTHER_NODE = """
@@ -41,7 +42,12 @@ class TwoNodes:
         self.other = other
         self.port = 0
 
-    def run(self, script: str, **settings: Any) -> list[tuple[str, int]]:
+    def resume(self) -> None:
+        self.other.send_signal(signal.SIGCONT)
+
+    def run(
+        self, script: str, *, on_failure: Callable[[], None] = lambda: None, **settings: Any
+    ) -> list[tuple[str, int]]:
         """Return the report and exit code of each node."""
         assert self.other.stdin is not None
         assert self.other.stdout is not None
@@ -63,6 +69,7 @@ class TwoNodes:
             here = ("", 0)
         except RankFailedError as error:
             here = (error.report, error.exit_code)
+            on_failure()
         there = json.loads(self.other.stdout.readline())
         return [here, (there[0], there[1])]
 
@@ -135,6 +142,24 @@ def test_two_nodes_run_restart_and_fail_as_one_job(two_nodes: TwoNodes, capfd: p
     assert all(report.startswith(f"rank 0 on {socket.gethostname()} was killed by SIGKILL") for report, _ in reports)
     assert capfd.readouterr() == ("", "")
     assert Path("stderr").read_text().count("\n") == 1
+
+
+def test_a_node_that_falls_silent_is_told_on_all_others(
+    two_nodes: TwoNodes, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher whose machine has stopped is named by node 0, and gives up when it goes on alone."""
+    monkeypatch.setattr(nodes, "LOST_S", 1.0)
+    stop = """
+    if os.environ["RANK"] == "1":
+        os.kill(os.getppid(), signal.SIGSTOP)
+    signal.pause()
+    """
+    here, there = two_nodes.run(stop, on_failure=two_nodes.resume)
+    assert here == ("Node 1 has not been heard of for 1 s.", 1)
+    assert there[0].startswith(("Node 0 at 127.0.0.1", "Node 1 has not been heard of"))
+    assert there[1] == 1
+    assert capfd.readouterr() == ("", "")
+    assert Path("stderr").read_text() == ""
 
 
 def refused(**settings: Any) -> str:

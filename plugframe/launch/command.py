@@ -71,13 +71,10 @@ def split_interpreter_options(arguments: Sequence[str]) -> tuple[tuple[str, ...]
 def _arguments(typed: Sequence[str], command: Sequence[str]) -> Sequence[str]:
     """Return the script's arguments: those that were typed, even if it has changed ``sys.argv`` since."""
     head, tail = tuple(typed[: len(command)]), typed[len(command) :]
-    if head == tuple(command) or (len(command) == 1 and head and _same_file(head[0], command[0])):
+    # By name only: a relative path leads nowhere once the script has gone to another folder.
+    if len(head) == len(command) and os.path.basename(head[-1]) == os.path.basename(command[-1]):
         return tail
     return sys.argv[1:]  # another program runs the script
-
-
-def _same_file(typed: str, file: str) -> bool:
-    return os.path.exists(typed) and os.path.samefile(typed, file)
 
 
 def _what_runs(typed: Sequence[str]) -> str:

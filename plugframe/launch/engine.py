@@ -10,6 +10,7 @@ import pickle
 import socket
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -43,10 +44,10 @@ def supervise(job: Job, *, start_method: str | None = None) -> Any:
         root = stack.enter_context(tempfile.TemporaryDirectory(prefix="plugframe-", ignore_cleanup_errors=True))
         stack.enter_context(_environment(job, {rank_script.ERROR_FILE: os.path.join(root, "start.json")}))
         stack.enter_context(_silence())
-        outcome = _Supervision(job, start_method, root).run()
-    if isinstance(outcome, Exception):
-        raise outcome  # here, where no frame keeps the store, and its port, alive
-    return outcome
+        result, error = _Supervision(job, start_method, root).run()
+    if error is not None:
+        raise error  # here, where no frame keeps the store, and its port, alive
+    return result
 
 
 def _check(job: Job, start_method: str | None) -> None:
@@ -78,32 +79,40 @@ class _Supervision:
             received=lambda: self.signals.received,
             done=self.files.done,
             error_file=self.files.error_file,
+            recalled=lambda: self.handler.recalled,
             groups=job.function is None,
         )
         self._last_ranks: list[Rank] = []
         self._beats = self._looks = 0
         self._oom_kills = out_of_memory_kills()
 
-    def run(self) -> Any:
-        """Return what the function returned on rank 0, or the error to raise."""
-        with self.signals:
-            try:
-                if self.job.function is None:
-                    self.watch.start()
-                return self._outcome(self.agent.run())
-            except SignalException as error:
-                self.watch.kill_all()
-                signum = error.sigval
-                return RankFailedError(f"{signum.name}: every rank has been ended.", exit_code=128 + signum)
-            except ElsewhereError as error:
-                self.watch.kill_all()
-                return self._elsewhere(str(error))
-            except _VanishedError as error:
-                self.watch.kill_all()
-                return RankFailedError(str(error), exit_code=1)
-            finally:
-                self.watch.end()
-                self.handler.shutdown()
+    def run(self) -> tuple[Any, Exception | None]:
+        """Return what the function returned on rank 0, and the error to raise."""
+        try:
+            with self.signals:
+                return self._run()
+        finally:
+            del self.agent  # and with it the store and its port: the rest of this object is a cycle, and stays a while
+
+    def _run(self) -> tuple[Any, Exception | None]:
+        try:
+            if self.job.function is None:
+                self.watch.start()
+            result: Any = self.agent.run()
+            return self._outcome(result)
+        except SignalException as error:
+            self.watch.kill_all()
+            signum = error.sigval
+            return None, RankFailedError(f"{signum.name}: every rank has been ended.", exit_code=128 + signum)
+        except ElsewhereError as error:
+            self.watch.kill_all()
+            return None, self._elsewhere(str(error))
+        except _VanishedError as error:
+            self.watch.kill_all()
+            return None, RankFailedError(str(error), exit_code=1)
+        finally:
+            self.watch.end()
+            self.handler.shutdown()
 
     def _rendezvous(self) -> Loopback:
         job = self.job
@@ -173,8 +182,8 @@ class _Supervision:
         """Say why the ranks start again."""
         culprit = culprit_of(self._endings(None))
         what = f"rank {culprit.rank} failed ({summary(culprit)})" if culprit else "a rank failed"
-        if self.handler.invited:
-            what = "another node starts again"
+        if self.handler.recalled:
+            what, self.handler.recalled = "another node starts again", False
         print(f"{what}; restart {attempt} of {self.job.max_restarts}", file=sys.stderr, flush=True)
 
     def _endings(self, result: RunResult | None) -> list[Ending]:
@@ -195,18 +204,18 @@ class _Supervision:
         noticed = [number for number in failures if number in endings]
         return [endings.pop(number) for number in noticed] + list(endings.values())
 
-    def _outcome(self, result: RunResult) -> Any:
+    def _outcome(self, result: RunResult) -> tuple[Any, Exception | None]:
         if not result.is_failed():
-            if self.handler.failures():
-                return self._elsewhere("")
+            if self.handler.recalled:  # while this node waited for the others to end
+                return None, self._elsewhere("")
             payload = result.return_values.get(0)
-            return pickle.loads(payload) if payload is not None else None
+            return pickle.loads(payload) if payload is not None else None, None
         self._ranks()
         self.watch.kill_all()
         if read_words(self.files.start_file) is not None:
-            return OrderError(UNGUARDED)
+            return None, OrderError(UNGUARDED)
         oom = out_of_memory_kills() > self._oom_kills
-        return self._told(report(self._endings(result), host=socket.gethostname(), out_of_memory=oom))
+        return None, self._told(report(self._endings(result), host=socket.gethostname(), out_of_memory=oom))
 
     def _told(self, here: Report) -> RankFailedError:
         """Return the error for a failure here, or on another node if that one was the cause."""
@@ -217,9 +226,9 @@ class _Supervision:
         return RankFailedError(text, exit_code=cause["exit_code"])
 
     def _elsewhere(self, text: str) -> RankFailedError:
-        """Return the error for a failure of another node: its words, or `text` if it has left none."""
-        text = text or "A rank of another node failed."
-        return self._told(Report(text=text, exit_code=1, certain=False, time=float("inf")))
+        """Return the error for a failure of another node: `text`, or what that one tells."""
+        found = Report(text=text or "A rank of another node failed.", exit_code=1, certain=bool(text), time=time.time())
+        return self._told(found)
 
 
 class _VanishedError(Exception):

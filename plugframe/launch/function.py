@@ -35,7 +35,7 @@ def run_function(parent: int, function: Callable[..., Any], args: tuple[Any, ...
         rank.record(leave)
         raise
     except KeyboardInterrupt:
-        sys.exit(rank.INTERRUPTED)
+        rank.leave_interrupted()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the launcher tells it
         rank.record(error)
         sys.exit(1)

@@ -21,6 +21,8 @@ from plugframe.launch.rendezvous import STORE_TIMEOUT_S, Loopback, listening, se
 _POLL_S = 0.1
 #: How often a launcher asks whether another one has failed or starts again.
 _LOOK_S = 0.5
+#: How long a launcher may be silent before it is taken for lost, with its machine perhaps.
+LOST_S = 60.0
 #: How long to wait in silence for the other nodes.
 _SILENCE_S = 5.0
 #: How long a failed node waits for the others to tell what they know.
@@ -55,6 +57,7 @@ class Nodes(Loopback):
         self._timeout_s = timeout_s
         self._control: TCPStore | None = None
         self._line: socket.socket | None = None
+        self._heard: dict[int, tuple[int, float]] = {}
         self._attempt = -1
         self._next_look = 0.0
 
@@ -80,8 +83,8 @@ class Nodes(Loopback):
             return 0
         self._next_look = time.monotonic() + _LOOK_S
         self._look()
-        self.invited = self.control.check([f"plugframe/{self._attempt + 1}/begun"])
-        return int(self.invited)
+        self.recalled = self._check(f"plugframe/{self._attempt + 1}/begun")
+        return int(self.recalled)
 
     def tell_failure(self, told: dict[str, Any]) -> list[dict[str, Any]]:
         until = time.monotonic() + _FAREWELL_S
@@ -91,20 +94,20 @@ class Nodes(Loopback):
             if self._node_rank == 0:  # the store goes with it: not before the others have told, and read, theirs
                 self._tell(told)
                 for _ in self._polls(until):
-                    if len(self.failures()) == self._num_nodes:
+                    if len(self._failures()) == self._num_nodes:
                         break
-                return self.failures()
+                return self._failures()
             if not told["certain"]:
                 for _ in self._polls(until):
-                    if any(other["certain"] for other in self.failures()):
+                    if any(other["certain"] for other in self._failures()):
                         break
-            known = self.failures()
+            known = self._failures()
             self._tell(told)
             return [*known, told]
         except DistError:
             return [told]
 
-    def failures(self) -> list[dict[str, Any]]:
+    def _failures(self) -> list[dict[str, Any]]:
         keys = [f"{_FAILED}/{node}" for node in range(self._num_nodes)]
         return [json.loads(self.control.get(key)) for key in keys if self.control.check([key])]
 
@@ -119,11 +122,38 @@ class Nodes(Loopback):
         return super().shutdown()
 
     def _look(self) -> None:
-        """Raise if another node has failed, or node 0 has gone."""
+        """Tell that this launcher lives; raise if another node has failed, or cannot be heard any more."""
         if self._main_has_gone():
-            raise ElsewhereError(f"Node 0 at {self._where()} has gone without a word.")
-        if self.control.check([_FAILED]):
-            raise ElsewhereError
+            raise self._without_main()
+        try:
+            failed = self.control.check([_FAILED])
+            self.control.add(f"plugframe/alive/{self._node_rank}", 1)
+            lost = self._lost_node() if self._node_rank == 0 and not failed else None
+        except DistError as error:
+            raise self._without_main() from error
+        if failed or lost is not None:
+            self.recalled = True
+            raise ElsewhereError("" if lost is None else f"Node {lost} has not been heard of for {LOST_S:g} s.")
+
+    def _lost_node(self) -> int | None:
+        now = time.monotonic()
+        for node in range(self._num_nodes):
+            count = self.control.add(f"plugframe/alive/{node}", 0)
+            before, since = self._heard.get(node, (-1, now))
+            self._heard[node] = (count, now if count != before else since)
+            if count and now - self._heard[node][1] > LOST_S:  # those that have never come are waited for elsewhere
+                return node
+        return None
+
+    def _check(self, key: str) -> bool:
+        try:
+            return self.control.check([key])
+        except DistError as error:
+            raise self._without_main() from error
+
+    def _without_main(self) -> ElsewhereError:
+        self.recalled = True
+        return ElsewhereError(f"Node 0 at {self._where()} has gone without a word.")
 
     def _main_has_gone(self) -> bool:
         """Say whether node 0 has closed its end of a connection on which nothing is ever sent.
@@ -183,6 +213,7 @@ class Nodes(Loopback):
             raise UsageError(f"Node 0 cannot listen at {self._where()} ({error.strerror or error}): {hint}.") from None
 
     def _wait_for_main(self) -> socket.socket:
+        last: object = None
         for _ in self._patiently(f"node 0 at {self._where()}"):
             try:
                 line = socket.create_connection((self._address, self._port), timeout=_FAREWELL_S)
@@ -204,7 +235,7 @@ class Nodes(Loopback):
         missing = list(range(self._num_nodes))
         for _ in self._patiently(f"the other nodes, {self._num_nodes} in all, at {self._where()}"):
             self._look()
-            missing = [node for node in missing if not self.control.check([self._key(f"node/{node}")])]
+            missing = [node for node in missing if not self._check(self._key(f"node/{node}"))]
             if not missing:
                 return
         raise UsageError(
@@ -219,8 +250,8 @@ class Nodes(Loopback):
                 server = listening(host, 0)
             except OSError:
                 server = listening("0.0.0.0", 0)
-            self._store = serve(server, host)
-            self.control.set(self._key("port"), str(self._store.port))
+            store = self._store = serve(server, host)
+            self.control.set(self._key("port"), str(store.port))
         return int(self.control.get(self._key("port")))
 
     def _where(self) -> str:

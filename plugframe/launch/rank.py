@@ -20,6 +20,7 @@ import traceback
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec
 from types import CodeType, ModuleType, TracebackType
+from typing import NoReturn
 
 #: Where torch's supervisor looks for a failed rank's last words.
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -47,12 +48,18 @@ def main() -> None:
             record(leave)
         raise
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        leave_interrupted()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the launcher tells it
         _call_excepthook(error)
         if not record(error):
             sys.__excepthook__(type(error), error, strip(error.__traceback__))
         sys.exit(1)
+
+
+def leave_interrupted() -> NoReturn:
+    """End without a word: the launcher has one for all ranks. Ctrl-C may come twice, from it and the terminal."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(INTERRUPTED)
 
 
 def prepare(parent: int) -> None:

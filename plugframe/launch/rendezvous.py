@@ -23,11 +23,11 @@ class Loopback(RendezvousHandler):
     between; and ranks of a new attempt never read the addresses of those that have gone.
 
     Attributes:
-        invited: the current attempt was begun by another node.
+        recalled: the ranks here are to leave because of what happened on another node.
     """
 
     def __init__(self, on_beat: Callable[[], None]) -> None:
-        self.invited = False
+        self.recalled = False
         self._on_beat = on_beat
         self._store: TCPStore | None = None
 
@@ -36,8 +36,8 @@ class Loopback(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        self._store = serve(listening(LOOPBACK, 0), LOOPBACK)
-        return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo(LOOPBACK, self._store.port))
+        store = self._store = serve(listening(LOOPBACK, 0), LOOPBACK)
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(LOOPBACK, store.port))
 
     def num_nodes_waiting(self) -> int:
         """Say how many nodes wait to join. Torch asks whenever it has found every rank alive."""
@@ -47,10 +47,6 @@ class Loopback(RendezvousHandler):
     def tell_failure(self, told: dict[str, Any]) -> list[dict[str, Any]]:
         """Tell the other nodes of a failure here, and return what all have told."""
         return [told]
-
-    def failures(self) -> list[dict[str, Any]]:
-        """Return what the nodes have told of failures so far."""
-        return []
 
     def get_backend(self) -> str:
         return "plugframe"

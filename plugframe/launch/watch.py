@@ -55,13 +55,14 @@ class Watch(threading.Thread):
         received: Callable[[], signal.Signals | None],
         done: Callable[[int], bool],
         error_file: Callable[[int], Path],
+        recalled: Callable[[], bool],
         groups: bool,
     ) -> None:
         super().__init__(name="plugframe-watch", daemon=True)
         self.deaths: dict[int, Death] = {}
         self.killed: set[int] = set()
         self._ranks, self._received, self._done, self._error_file = ranks, received, done, error_file
-        self._groups = groups
+        self._recalled, self._groups = recalled, groups
         self._beats = 0
         self._ended = threading.Event()
         self._waiters: dict[int, threading.Thread] = {}
@@ -105,7 +106,7 @@ class Watch(threading.Thread):
         signum = self._received()
         if signum is not None:
             return alive if silent_s >= (LEAVE_S if signum is signal.SIGINT else TERMINATE_S) else []
-        if silent_s >= LEAVE_S and len(alive) < len(ranks):
+        if silent_s >= LEAVE_S and (len(alive) < len(ranks) or self._recalled()):
             return [rank for rank in alive if not self._done(rank.local_rank)]
         return [rank for rank in alive if self._age_of_last_words(rank) > LAST_WORDS_S]
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 class Ranks(Core):
     """What ranks say to each other."""
 
-    def all_gather(self, data: T, group: Any = None, sync_grads: bool = False) -> T:
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """Return `data` with every tensor of shape S stacked over ranks: shape (ranks, *S), for one rank too.
 
         Every rank of the group must call it, with equal shapes and dtypes. Numbers and arrays become tensors.
@@ -32,9 +32,9 @@ class Ranks(Core):
         def one(tensor: Tensor) -> Tensor:
             return cast(Tensor, gather_one(tensor=tensor, group=group, sync_grads=sync_grads))
 
-        return cast("T", exchange.each(one, data, context.device, "all_gather"))
+        return exchange.each(one, data, context.device, "all_gather")
 
-    def all_reduce(self, data: T, group: Any = None, reduce_op: str = "mean") -> T:
+    def all_reduce(self, data: Any, group: Any = None, reduce_op: str = "mean") -> Any:
         """Return `data` with every tensor reduced over ranks, of the same shape, for one rank too.
 
         Every rank of the group must call it, with equal shapes and dtypes. Numbers and arrays become tensors.
@@ -51,7 +51,7 @@ class Ranks(Core):
         def one(tensor: Tensor) -> Tensor:
             return cast(Tensor, reduce_one(tensor=tensor, op=reduce_op.lower(), group=group))
 
-        return cast("T", exchange.each(one, data, context.device, "all_reduce"))
+        return exchange.each(one, data, context.device, "all_reduce")
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """Return global rank `src`'s object, its tensors on this rank's device. Every rank must call it."""

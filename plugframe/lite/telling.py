@@ -51,22 +51,22 @@ class Telling(Core):
     def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Hand metrics (numbers, or tensors of one element) to every logger, on global rank 0."""
         self._started("log")
-        if not self.loggers:
-            warnings.warn(
-                "log() has no effect: there is no logger. Pass one: Lite(loggers='csv').",
-                PlugframeWarning,
-                stacklevel=3,
-            )
+        if not self.is_global_zero:
             return
-        if self.is_global_zero:
+        if self.loggers:
             self._hooks.logger_log(metrics={k: _number(k, v) for k, v in metrics.items()}, step=step)
+        else:
+            message = "log() has no effect: there is no logger. Pass one: Lite(loggers='csv')."
+            warnings.warn(message, PlugframeWarning, stacklevel=3)
 
     seed_everything = _Seeding()
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise SettingError(f"log({name!r}): a metric is one number, got a tensor of shape {tuple(value.shape)}.")
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise SettingError(f"log({name!r}): a metric is one number, got a tensor of shape {tuple(value.shape)}.")
+        value = value.detach()
     try:
         return float(value)
     except (TypeError, ValueError):
