@@ -47,6 +47,7 @@ def run_twin(
 ) -> Iterator[Callable[..., str]]:
     """Run an example's train_torch.py in this process, and return what it printed."""
     modules, variables, state = set(sys.modules), set(os.environ), torch.get_rng_state()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path))
 
     def run(folder: str, *options: str) -> str:

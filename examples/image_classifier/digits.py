@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -40,6 +42,15 @@ def convnet() -> nn.Sequential:
         nn.GELU(),
         nn.Linear(64, 10),
     )
+
+
+def progress(batches: Collection[Any], text: str, *, show: bool = True) -> Iterable[Any]:
+    """Return the batches, with a progress bar where somebody watches: in a terminal that can draw one."""
+    if not show or not sys.stdout.isatty() or not importlib.util.find_spec("rich"):
+        return batches
+    from rich.progress import track
+
+    return track(batches, description=text, transient=True)
 
 
 def write_losses(path: Path, losses: Sequence[float]) -> None:

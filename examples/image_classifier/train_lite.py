@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from digits import convnet, digits, plot_losses, write_losses
+from digits import convnet, digits, plot_losses, progress, write_losses
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import ExponentialLR
@@ -38,19 +38,17 @@ def main(args: argparse.Namespace) -> None:
 
     while epoch < args.epochs:
         model.train()
-        sums = []
-        for images, labels in train_loader:
+        parts = []
+        for images, labels in progress(train_loader, f"epoch {epoch + 1:2d}", show=lite.is_global_zero):
             optimizer.zero_grad()
             loss = cross_entropy(model(images), labels)
             lite.backward(loss)
             optimizer.step()
-            sums.append((loss.item() * len(labels), len(labels)))
+            parts.append(loss.item() * lite.batch_weight)
         scheduler.step()
         epoch += 1
 
-        # The last batches of an epoch may differ in size: the mean over all samples, not over ranks.
-        total, count = lite.all_reduce(torch.tensor(sums, device=lite.device), reduce_op="sum").unbind(dim=1)
-        losses += (total / count).tolist()
+        losses += lite.all_reduce(torch.tensor(parts, device=lite.device), reduce_op="mean").tolist()
         loss_of_epoch = mean(losses[-len(train_loader) :])
         correct, seen = evaluate(lite, model, test_loader)
         lite.print(f"epoch {epoch:2d}: loss {loss_of_epoch:.4f}, test accuracy {100 * correct / seen:.1f} %")
@@ -86,5 +84,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="saved after each epoch; training goes on from it")
     parser.add_argument("--losses", type=Path, help="write the loss of every step here, as lines of JSON")
-    parser.add_argument("--plot", type=Path, help="draw the loss of every step here")
+    parser.add_argument("--plot", type=Path, default=Path("losses.png"), help="draw the loss of every step here")
     main(parser.parse_args())

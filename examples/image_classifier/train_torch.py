@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from digits import convnet, digits, plot_losses, write_losses
+from digits import convnet, digits, plot_losses, progress, write_losses
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import ExponentialLR
@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
 
     while epoch < args.epochs:
         model.train()
-        for images, labels in train_loader:
+        for images, labels in progress(train_loader, f"epoch {epoch + 1:2d}"):
             optimizer.zero_grad()
             loss = cross_entropy(model(images), labels)
             loss.backward()
@@ -87,5 +87,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="saved after each epoch; training goes on from it")
     parser.add_argument("--losses", type=Path, help="write the loss of every step here, as lines of JSON")
-    parser.add_argument("--plot", type=Path, help="draw the loss of every step here")
+    parser.add_argument("--plot", type=Path, default=Path("losses.png"), help="draw the loss of every step here")
     main(parser.parse_args())

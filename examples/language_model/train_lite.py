@@ -98,5 +98,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validate-every", type=int, default=50, help="steps between two validations")
     parser.add_argument("--sample", type=int, default=300, help="characters to write at the end")
-    parser.add_argument("--plot", type=Path, help="draw the losses here")
+    parser.add_argument("--plot", type=Path, default=Path("losses.png"), help="draw the losses here")
     main(parser.parse_args())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import signal
 import textwrap
 import time
@@ -28,8 +29,6 @@ _NETWORK_TEXTS = (
 _FROM_LAUNCHER = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
 #: How long after the first failure a cause may still be told, after its consequences were.
 _WINDOW_S = 10.0
-#: Steps of `_suspicion`.
-_CONSEQUENCE, _UNKNOWN = 4, 9
 #: Characters of what is said of a rank that is not the culprit.
 _MAX_FATE = 120
 _OUT_OF_MEMORY = ", out of memory: the kernel chose it"
@@ -81,7 +80,7 @@ def report(endings: Sequence[Ending], *, host: str, out_of_memory: bool = False)
     return Report(
         text="\n".join(part for part in parts if part),
         exit_code=_exit_code(culprit),
-        certain=_order(endings)(culprit)[0] < _CONSEQUENCE,
+        certain=_order(endings)(culprit)[0] < _Suspicion.NOTICED,
         time=culprit.time or time.time(),
     )
 
@@ -89,32 +88,45 @@ def report(endings: Sequence[Ending], *, host: str, out_of_memory: bool = False)
 def culprit_of(endings: Sequence[Ending]) -> Ending | None:
     """Return the rank that brought the others down, None if none of these did."""
     culprit = min(endings, key=_order(endings), default=None)
-    return culprit if culprit is not None and _order(endings)(culprit)[0] < _UNKNOWN else None
+    return culprit if culprit is not None and _order(endings)(culprit)[0] < _Suspicion.UNKNOWN else None
 
 
-def _order(endings: Sequence[Ending]) -> Callable[[Ending], tuple[int, float]]:
+def _order(endings: Sequence[Ending]) -> Callable[[Ending], tuple[_Suspicion, float]]:
     first = min((e.time for e in endings if e.words is not None and e.time is not None), default=None)
     return lambda ending: (_suspicion(ending, first), ending.time or 0.0)
 
 
-def _suspicion(ending: Ending, first: float | None) -> int:
-    """Rank an ending by how likely it is the cause, 0 first."""
+class _Suspicion(enum.IntEnum):
+    """How likely an ending is the cause of the others, the likeliest first."""
+
+    CRASHED = 0  # nobody dies of SIGKILL or SIGSEGV because another rank failed
+    RAISED = 1
+    LEFT = 2
+    ABORTED = 3  # a library may do so when it notices a dead peer
+    NOTICED = 4
+    LATE = 5
+    INTERRUPTED = 6
+    TERMINATED = 7
+    ENDED = 8
+    UNKNOWN = 9
+
+
+def _suspicion(ending: Ending, first: float | None) -> _Suspicion:
     if ending.words is not None:
         if is_consequence(ending.words):
-            return _CONSEQUENCE
+            return _Suspicion.NOTICED
         late = first is not None and ending.time is not None and ending.time > first + _WINDOW_S
-        return _CONSEQUENCE + 1 if late else 1
+        return _Suspicion.LATE if late else _Suspicion.RAISED
     code = ending.exit_code
     if code is None:
-        return _UNKNOWN
+        return _Suspicion.UNKNOWN
     if ending.by_launcher or code == 0:
-        return 8
+        return _Suspicion.ENDED
     if code > 0:
-        return 6 if code == 128 + signal.SIGINT else 2
+        return _Suspicion.INTERRUPTED if code == 128 + signal.SIGINT else _Suspicion.LEFT
     if -code in _FROM_LAUNCHER:
-        return 7
-    # A library that notices a dead peer may abort; nobody dies of SIGKILL or SIGSEGV because another rank failed.
-    return 3 if -code == signal.SIGABRT else 0
+        return _Suspicion.TERMINATED
+    return _Suspicion.ABORTED if -code == signal.SIGABRT else _Suspicion.CRASHED
 
 
 def is_consequence(words: Mapping[str, Any]) -> bool:
