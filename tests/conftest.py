@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,9 @@ _KEPT = ("pytest-of-", "torchinductor_")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Give the session a temporary folder of its own, so that what a test leaves in it is seen."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell's background job ignores SIGINT, and so would every process that a test starts to interrupt it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tempfile.mkdtemp(prefix="plugframe-tests-")
     config.stash[_FOLDER] = (folder, os.environ.get("TMPDIR"))
     os.environ["TMPDIR"] = folder
