@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -14,12 +15,15 @@ from plugframe.adopt import state_of
 from plugframe.errors import OrderError, SettingError
 
 
-def check_module(module: Any) -> None:
-    """Refuse what is no plain module, and one that was set up before.
+def check_module(module: Any, set_up: Sequence[nn.Module] = ()) -> None:
+    """Refuse what is no plain module, one whose parameters have no shape yet, and one that was set up before.
+
+    Args:
+        set_up: the modules that were.
 
     Raises:
         SettingError: for another type.
-        OrderError: for a module, or a part of it, that was set up.
+        OrderError: for a module that was set up, or that has or is a part that was.
     """
     if isinstance(module, DataLoader):
         raise SettingError("setup() takes a module first, got a DataLoader: use lite.setup_dataloaders(loader).")
@@ -36,6 +40,18 @@ def check_module(module: Any) -> None:
             raise OrderError(
                 f"Part {name!r} of this {type(module).__name__} was set up already: set up the whole, or its parts."
             )
+    for whole in set_up:
+        for name, part in whole.named_modules():
+            if part is module:
+                raise OrderError(
+                    f"This {type(module).__name__} is part {name!r} of a {type(whole).__name__} that was set up "
+                    "already: set up the whole, or its parts."
+                )
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise OrderError(
+                f"{name!r} of this {type(module).__name__} has no shape yet: run one forward before lite.setup()."
+            )
 
 
 def check_optimizers(optimizers: Sequence[Any]) -> None:
@@ -45,6 +61,7 @@ def check_optimizers(optimizers: Sequence[Any]) -> None:
         SettingError: for another type.
         OrderError: for an optimizer that was set up.
     """
+    _refuse_twice(optimizers)
     for optimizer in optimizers:
         if isinstance(optimizer, DataLoader):
             raise SettingError("A DataLoader was passed as an optimizer: use lite.setup_dataloaders(loader).")
@@ -84,11 +101,18 @@ def check_loaders(loaders: Sequence[Any]) -> None:
     """
     if not loaders:
         raise SettingError("setup_dataloaders() takes at least one DataLoader, got none.")
+    _refuse_twice(loaders)
     for loader in loaders:
         if not isinstance(loader, DataLoader):
             raise SettingError(f"setup_dataloaders() takes torch DataLoaders, got {type(loader).__name__}.")
         if state_of(loader) is not None:
             raise OrderError("This DataLoader was set up already: set a loader up once.")
+
+
+def _refuse_twice(objects: Sequence[Any]) -> None:
+    if len({id(obj) for obj in objects}) < len(objects):
+        names = ", ".join(type(obj).__name__ for obj in objects)
+        raise SettingError(f"One object was passed twice among {names}: pass each once.")
 
 
 def check_loss(loss: Any, *, set_up: bool) -> None:
@@ -104,15 +128,35 @@ def check_loss(loss: Any, *, set_up: bool) -> None:
         raise SettingError(f"backward() takes the loss as a tensor, got {type(loss).__name__}.")
 
 
-def check_set_up(module: Any, call: str) -> None:
-    """Refuse a module that was not set up.
+def check_set_up(module: Any, call: str, hooks: Any) -> None:
+    """Refuse a module or optimizer that was not set up, or not by the `Lite` with these hooks.
 
     Raises:
         OrderError: saying what to call.
     """
-    if state_of(module) is None:
-        what = type(module).__name__
+    state = state_of(module)
+    what = type(module).__name__
+    if state is not None and getattr(state, "hooks", hooks) is not hooks:
+        raise OrderError(f"{call}() takes what this Lite has set up, and this {what} was set up by another one.")
+    if state is None:
         raise OrderError(f"{call}() takes a module that was set up, and this {what} was not: call lite.setup() first.")
+
+
+def check_holds(module: nn.Module, optimizer: Optimizer, call: str) -> None:
+    """Refuse an optimizer that holds no parameter of the module.
+
+    Raises:
+        SettingError: naming both.
+    """
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    # It is in the hot path, and the first parameter of the one is nearly always that of the other.
+    if held and not any(p is held[0] for p in module.parameters()):
+        own = {id(p) for p in module.parameters()}
+        if not any(id(p) in own for p in held):
+            raise SettingError(
+                f"{call}() takes a module and its optimizer, and this {type(optimizer).__name__} holds no parameter of "
+                f"this {type(module).__name__}."
+            )
 
 
 def check_limits(clip_val: Any, max_norm: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,15 +29,29 @@ def to_tensors(data: Any, device: torch.device, call: str) -> Any:
     if numpy is not None and isinstance(data, (numpy.ndarray, numpy.generic)):
         return torch.as_tensor(data, device=device)
     if isinstance(data, Mapping):
-        return {key: to_tensors(value, device, call) for key, value in data.items()}
+        values = {key: to_tensors(value, device, call) for key, value in data.items()}
+        return values if type(data) is dict else _like(data, values)
     if isinstance(data, tuple) and hasattr(data, "_fields"):
         return type(data)(*(to_tensors(value, device, call) for value in data))
     if isinstance(data, (list, tuple)):
         return type(data)(to_tensors(value, device, call) for value in data)
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        made = copy.copy(data)
+        for field in dataclasses.fields(data):
+            object.__setattr__(made, field.name, to_tensors(getattr(data, field.name), device, call))
+        return made
     raise SettingError(
         f"{call}() takes tensors, numbers, arrays, and dicts, lists and tuples of them, got {type(data).__name__}; "
         "for other objects use lite.broadcast()."
     )
+
+
+def _like(data: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
+    """Return a mapping of the user's own class, with what else it holds, and `values`."""
+    made: Any = copy.copy(data)
+    for key, value in values.items():
+        made[key] = value
+    return made
 
 
 def each(fn: Callable[[Tensor], Tensor], data: Any, device: torch.device, call: str) -> Any:

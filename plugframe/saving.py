@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from plugframe import __version__
-from plugframe.adopt.loader import LoaderState
+from plugframe.adopt.reading import Loaders
 from plugframe.errors import CheckpointError, PlugframeWarning, SettingError
 from plugframe.hooks.checkpoint import SaveHandle
 from plugframe.seed import rng_state, set_rng_state
@@ -36,7 +36,7 @@ def save(
     state: Any,
     *,
     filters: Mapping[str, Filter] | None,
-    loaders: list[LoaderState],
+    loaders: Loaders,
     wait: bool,
 ) -> SaveHandle | None:
     """Write `state` and what belongs to the run. Called on every rank."""
@@ -67,7 +67,7 @@ def load(
     state: Any,
     *,
     strict: bool,
-    loaders: list[LoaderState],
+    loaders: Loaders,
     weights_only: bool | None,
 ) -> dict[str, Any]:
     """Read a checkpoint into `state` and return what has no place in it. Called on every rank."""
@@ -103,37 +103,40 @@ def load_raw(session: Session, path: Any, obj: Any, *, strict: bool, weights_onl
     restore.apply()
 
 
-def _run_state(session: Session, loaders: list[LoaderState]) -> dict[str, Any]:
+def _run_state(session: Session, loaders: Loaders) -> dict[str, Any]:
     hooks = session.hooks
-    mine = rng_state()
+    common, own = loaders.where()
+    mine = {**rng_state(), "loaders": own}
     device = hooks.accelerator_rng_state(device=session.device)
     if device is not None:
         mine["device"] = device
-    return {
-        "precision": hooks.precision_state(),
-        "rng": hooks.collective_all_gather_object(obj=mine, group=None),
-        "loaders": [{"epoch": loader.epoch, "seed": loader.order.seed} for loader in loaders],
-    }
+    epochs = [kept["epoch"] for kept in common["known"]]
+    ranks = hooks.collective_all_gather_object(obj=(mine, epochs), group=None)
+    if session.world.global_rank == 0 and any(others != epochs for _, others in ranks):
+        warnings.warn(
+            f"The ranks have begun different numbers of epochs of their loaders ({[each for _, each in ranks]}), and "
+            "now read the data in different orders: begin to read a loader on all ranks or on none.",
+            PlugframeWarning,
+            stacklevel=4,
+        )
+    return {"precision": hooks.precision_state(), "rng": [each for each, _ in ranks], "loaders": common}
 
 
-def _restore_run(session: Session, run: Mapping[str, Any], loaders: list[LoaderState]) -> None:
+def _restore_run(session: Session, run: Mapping[str, Any], loaders: Loaders) -> None:
     hooks, world = session.hooks, session.world
     hooks.precision_load_state(state=run["precision"])
-    if len(run["loaders"]) == len(loaders):
-        for loader, kept in zip(loaders, run["loaders"], strict=True):
-            loader.epoch = kept["epoch"]
-            loader.order.seed = kept["seed"]
-    elif loaders and world.global_rank == 0:
-        counts = f"{len(run['loaders'])} loaders were set up when it was saved, {len(loaders)} are now"
-        warnings.warn(f"The epochs of the loaders were not restored: {counts}.", PlugframeWarning, stacklevel=4)
     if len(run["rng"]) != world.world_size:
+        loaders.go_on(run["loaders"], None)
         if world.global_rank == 0:
+            begun = any(kept["position"] for kept in run["loaders"]["known"])
+            what = " An epoch that had begun begins anew." if begun else ""
             message = (
                 f"The random generators were not restored: {len(run['rng'])} ranks saved, {world.world_size} load."
             )
-            warnings.warn(message, PlugframeWarning, stacklevel=4)
+            warnings.warn(message + what, PlugframeWarning, stacklevel=4)
         return
     mine = run["rng"][world.global_rank]
+    loaders.go_on(run["loaders"], mine["loaders"])
     if "device" in mine:
         hooks.accelerator_set_rng_state(state=mine["device"], device=session.device)
     set_rng_state(mine)

@@ -48,16 +48,21 @@ def _numpy() -> Any:
     return importlib.import_module("numpy.random") if importlib.util.find_spec("numpy") else None
 
 
-def rng_state() -> dict[str, Any]:
-    """Return the state of this process's CPU generators, as tensors and plain values."""
-    version, words, gauss = random.getstate()
+def take_rng() -> tuple[Any, Any, Any]:
+    """Return the states of this process's CPU generators as they are; NumPy's only if the program uses it."""
+    numpy = sys.modules.get("numpy.random")
+    return torch.get_rng_state(), random.getstate(), numpy.get_state() if numpy else None
+
+
+def rng_state(taken: tuple[Any, Any, Any] | None = None) -> dict[str, Any]:
+    """Return the states of this process's CPU generators, or those that were taken, as tensors and plain values."""
+    of_torch, (version, words, gauss), of_numpy = taken or take_rng()
     state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
+        "torch": of_torch,
         "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
     }
-    numpy = sys.modules.get("numpy.random")
-    if numpy:
-        name, keys, position, has_gauss, cached = numpy.get_state()
+    if of_numpy is not None:
+        name, keys, position, has_gauss, cached = of_numpy
         keys_tensor = torch.tensor(keys.tolist(), dtype=torch.int64)
         state["numpy"] = {"name": name, "keys": keys_tensor, "rest": [position, has_gauss, cached]}
     return state

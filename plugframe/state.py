@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from plugframe.adopt.module import COMPILED, compiled_from
 from plugframe.errors import CheckpointError, CheckpointMismatchError
 
 Filter = Callable[[str, Any], bool]
@@ -37,7 +39,7 @@ def collect(
 
 def _collect(value: Any, hooks: Any, sharded: bool) -> Any:
     if isinstance(value, nn.Module):
-        return hooks.strategy_module_state(module=value, sharded=sharded)
+        return _module_state(value, hooks, sharded)
     if isinstance(value, Optimizer):
         return hooks.strategy_optimizer_state(optimizer=value, sharded=sharded)
     if has_state(value):
@@ -49,6 +51,16 @@ def _collect(value: Any, hooks: Any, sharded: bool) -> Any:
     return value
 
 
+def _module_state(module: nn.Module, hooks: Any, sharded: bool) -> dict[str, Any]:
+    """Return the module's state, under the same keys whether it is compiled or not."""
+    state: dict[str, Any] = hooks.strategy_module_state(module=module, sharded=sharded)
+    return state if compiled_from(module) is None else _without_prefix(state)
+
+
+def _without_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(COMPILED): value for key, value in state.items()}
+
+
 class Restore:
     """Puts a loaded tree into the user's objects: everything is checked before the first value is written."""
 
@@ -57,7 +69,10 @@ class Restore:
         self.path = path
         self.strict = strict
         self.problems: list[str] = []
-        self._writes: list[Callable[[], object]] = []
+        # What may yet refuse comes first, so that nothing else has been written then.
+        self._writes: dict[str, list[Callable[[], object]]] = {
+            kind: [] for kind in ("object", "optimizer", "module", "tensor", "value")
+        }
 
     def into(self, state: Any, loaded: Mapping[str, Any]) -> dict[str, Any]:
         """Plan to put `loaded` into `state`, whose plain values are replaced, and return what has no place in it."""
@@ -75,34 +90,53 @@ class Restore:
         elif isinstance(value, Optimizer):
             self._optimizer(value, loaded, where)
         elif has_state(value):
-            self._writes.append(lambda: value.load_state_dict(loaded))
+            self._writes["object"].append(lambda: value.load_state_dict(loaded))
         elif isinstance(value, dict) and isinstance(loaded, Mapping) and _holds_objects(value):
-            for name in value:
-                if name in loaded:
-                    self._put(value, name, value[name], loaded[name], f"{where}.{name}")
-                elif self.strict:
-                    self.problems.append(f"missing: '{where}.{name}'")
+            self._dict(value, loaded, where)
         elif isinstance(value, (list, tuple)) and isinstance(loaded, (list, tuple)) and _holds_objects(value):
-            if len(value) != len(loaded):
-                self.problems.append(f"{where} has {len(value)} elements, the checkpoint has {len(loaded)}")
-            for index, (item, other) in enumerate(zip(value, loaded, strict=False)):
-                self._put(value, index, item, other, f"{where}[{index}]")
-        elif isinstance(value, Tensor) and isinstance(loaded, Tensor):
+            self._sequence(container, key, value, loaded, where)
+        elif isinstance(value, Tensor):
             self._tensor(value, loaded, where)
         else:
-            self._writes.append(lambda: container.__setitem__(key, loaded))
+            self._writes["value"].append(lambda: container.__setitem__(key, loaded))
 
-    def _tensor(self, value: Tensor, loaded: Tensor, where: str) -> None:
-        if value.shape != loaded.shape:
+    def _dict(self, value: dict[Any, Any], loaded: Mapping[Any, Any], where: str) -> None:
+        for name in value:
+            if name in loaded:
+                self._put(value, name, value[name], loaded[name], f"{where}.{name}")
+            elif self.strict:
+                self.problems.append(f"missing: '{where}.{name}'")
+        if self.strict:
+            self.problems += [f"unexpected: '{where}.{name}'" for name in loaded if name not in value]
+
+    def _sequence(self, container: Any, key: Any, value: Any, loaded: Sequence[Any], where: str) -> None:
+        if len(value) != len(loaded):
+            self.problems.append(f"{where} has {len(value)} elements, the checkpoint has {len(loaded)}")
+        items = value if isinstance(value, list) else list(value)
+        for index, (item, other) in enumerate(zip(value, loaded, strict=False)):
+            self._put(items, index, item, other, f"{where}[{index}]")
+        if items is not value:
+            # A tuple keeps its objects; for its plain values there must be another tuple.
+            make = getattr(type(value), "_make", type(value))
+            self._writes["value"].append(lambda: container.__setitem__(key, make(items)))
+
+    def _tensor(self, value: Tensor, loaded: Any, where: str) -> None:
+        if not isinstance(loaded, Tensor):
+            self.problems.append(f"{where} is a tensor, the checkpoint has {loaded!r:.60}")
+        elif value.shape != loaded.shape:
             self.problems.append(_shapes(where, value, loaded))
+        elif not torch.can_cast(loaded.dtype, value.dtype):
+            self.problems.append(f"{where} is of {value.dtype}, which cannot hold the checkpoint's {loaded.dtype}")
         else:
-            self._writes.append(lambda: value.data.copy_(loaded))
+            self._writes["tensor"].append(lambda: value.data.copy_(loaded))
 
     def _module(self, module: nn.Module, loaded: Any, where: str) -> None:
         if not isinstance(loaded, Mapping):
             self.problems.append(f"{where} is a {type(loaded).__name__}, not the state of a module")
             return
-        own = self.hooks.strategy_module_state(module=module, sharded=False)
+        own = _module_state(module, self.hooks, sharded=False)
+        if loaded and all(str(key).startswith(COMPILED) for key in loaded):
+            loaded = _without_prefix(loaded)  # saved by torch itself from a compiled module
         missing = [key for key in own if key not in loaded]
         unexpected = [key for key in loaded if key not in own]
         if self.strict:
@@ -112,8 +146,9 @@ class Restore:
             other = loaded.get(key)
             if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape != other.shape:
                 self.problems.append(_shapes(f"{where}.{key}", value, other))
-        fitting = {key: value for key, value in loaded.items() if key in own}
-        self._writes.append(
+        prefix = "" if compiled_from(module) is None else COMPILED
+        fitting = {prefix + key: value for key, value in loaded.items() if key in own}
+        self._writes["module"].append(
             lambda: self.hooks.strategy_load_module_state(module=module, state=fitting, strict=self.strict)
         )
 
@@ -127,7 +162,9 @@ class Restore:
             self.problems.append(
                 f"{where} has parameter groups of {own} parameters, the checkpoint has groups of {other}"
             )
-        self._writes.append(lambda: self.hooks.strategy_load_optimizer_state(optimizer=optimizer, state=dict(loaded)))
+        self._writes["optimizer"].append(
+            lambda: self.hooks.strategy_load_optimizer_state(optimizer=optimizer, state=dict(loaded))
+        )
 
     def apply(self) -> None:
         """Write everything.
@@ -140,8 +177,9 @@ class Restore:
                 f"{self.path} does not fit the objects it is loaded into; nothing was changed. "
                 + "; ".join(self.problems)
             )
-        for write in self._writes:
-            write()
+        for writes in self._writes.values():
+            for write in writes:
+                write()
 
 
 def _shapes(where: str, value: Tensor, loaded: Tensor) -> str:

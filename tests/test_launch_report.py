@@ -115,3 +115,5 @@ def test_nobody_is_blamed_without_evidence() -> None:
     """Between two attempts it may not be known yet how a rank ended."""
     assert culprit_of([]) is None
     assert culprit_of([Ending(rank=0), Ending(rank=1)]) is None
+    assert culprit_of([Ending(rank=0, exit_code=-15), Ending(rank=1)]) is None
+    assert culprit_of([Ending(rank=0, exit_code=-15), Ending(rank=1, exit_code=-9)]) == Ending(rank=1, exit_code=-9)

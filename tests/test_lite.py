@@ -307,7 +307,10 @@ def test_metrics_reach_the_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(files) == 1
     rows = list(csv.DictReader(files[0].read_text().splitlines()))
     assert [row["loss"] for row in rows] == ["0.5", "0.25"]
-    with cpu() as lite, pytest.warns(PlugframeWarning, match=r"no logger. Pass one: Lite\(loggers='csv'\)"):
+    with (
+        cpu() as lite,
+        pytest.warns(PlugframeWarning, match=r"no logger: pass one, as in Lite\(loggers='csv'\), or tensorboard"),
+    ):
         lite.log("loss", 1.0)
 
 

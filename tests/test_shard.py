@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from plugframe.adopt.shard import ShardedIndices, share_batches, share_indices
+from plugframe.adopt.shard import ShardedIndices, Start, share_batches, share_indices
 
 numbers = st.integers(0, 60)
 sizes = st.integers(1, 5)
@@ -27,6 +28,13 @@ def shares(number: int, size: int, count: int, *, drop_last: bool, even: bool) -
         list(share_indices(taker(range(number)), size=size, drop_last=drop_last, index=index, count=count, even=even))
         for index in range(count)
     ]
+
+
+def stand_in(sampler: Any, *, index: int, count: int, even: bool) -> ShardedIndices:
+    def start() -> Start:
+        return Start(draws=None, even=even, weigh=lambda weight: None, skip=0)
+
+    return ShardedIndices(sampler, index=index, count=count, begin=lambda: start, even=lambda: even)
 
 
 @given(numbers, sizes, ranks)
@@ -70,8 +78,8 @@ def test_length_is_the_number_of_batches(number: int, size: int, count: int, dro
     """``len`` of a divided loader is what iterating it yields."""
     for index in range(count):
         sampler = BatchSampler(range(number), size, drop_last)
-        sharded = ShardedIndices(sampler, index=index, count=count, start=lambda: (None, even))
-        assert sharded.length(even) == len(list(sharded))
+        sharded = stand_in(sampler, index=index, count=count, even=even)
+        assert len(sharded) == len(list(sharded))
 
 
 @given(st.lists(st.lists(st.integers(), min_size=1, max_size=4), max_size=20), ranks)
@@ -89,6 +97,11 @@ def test_batches_of_a_sampler_of_the_users_own_stay_whole(batches: list[list[int
 def test_other_attributes_are_the_users_sampler() -> None:
     """What stands in for a batch sampler answers as the user's own does."""
     sampler = BatchSampler(range(10), 2, False)
-    sharded = ShardedIndices(sampler, index=0, count=2, start=lambda: (None, True))
+    sharded = stand_in(sampler, index=0, count=2, even=True)
+    assert isinstance(sharded, BatchSampler)
     assert sharded.batch_size == 2
+    sharded.batch_size = 5
+    assert sampler.batch_size == 5
+    assert len(sharded) == 1
+    assert type(copy.deepcopy(sharded)) is BatchSampler
     assert sharded.sampler == range(10)

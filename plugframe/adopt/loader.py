@@ -9,112 +9,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import (
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    SequentialSampler,
-    get_worker_info,
-)
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler, get_worker_info
+from torch.utils.data import sampler as torch_samplers
 
-from plugframe.adopt.order import Draws, Order, owns_generator
-from plugframe.adopt.shard import ShardedIndices, ShardedIterable, WeighedCollate
-from plugframe.adopt.swap import KEY, adopt, release
+from plugframe.adopt.epochs import epoch_targets
+from plugframe.adopt.order import Draws, Order
+from plugframe.adopt.reading import LoaderState, Reading
+from plugframe.adopt.shard import (
+    ShardedIndices,
+    ShardedIterable,
+    SizedShardedIterable,
+    Weighed,
+    WeighedCollate,
+    is_flat,
+)
+from plugframe.adopt.sources import random_sources
+from plugframe.adopt.swap import KEY, adopt, plain_class, release
+from plugframe.errors import OrderError, SettingError
 
 _EXHAUSTED = object()
-
-
-class LoaderState:
-    """What an adopted loader knows.
-
-    Attributes:
-        original: the user's class.
-        epoch: how many epochs were started.
-        training: whether the epoch that starts now trains: every rank must then take part in every step.
-        replaced: attributes of the loader that something stands in for, to be put back.
-        weight: what the last batch weighs against those of the other ranks; None outside of an epoch.
-    """
-
-    original: Any
-
-    def __init__(self, *, hooks: Any, device: Any, order: Order, index: int, count: int, weigh: bool) -> None:
-        self.hooks = hooks
-        self.device = device
-        self.order = order
-        self.index = index
-        self.count = count
-        self.weigh = weigh
-        self.epoch = 0
-        self.training: Callable[[], bool] = lambda: False
-        self.replaced: dict[str, Any] = {}
-        self.epochs: list[EpochOf] = []
-        self.indices: ShardedIndices | None = None
-        self.iterable: ShardedIterable | None = None
-        self.unwrap = False
-        self.weight: float | None = None
-
-    def plain_dict(self, obj: Any) -> dict[str, Any]:
-        """Return the attributes of the plain object."""
-        return {**{k: v for k, v in obj.__dict__.items() if k != KEY}, **self.replaced}
-
-    def start_indices(self) -> tuple[Draws | None, bool]:
-        """Return random numbers for the sampler of the epoch that starts, and whether steps must be even."""
-        sampler = _sampler_of(self.indices)
-        seeded = None if owns_generator(sampler) or type(sampler) is SequentialSampler else sampler
-        draws = self.order.start(seeded, self.epoch - 1) if seeded is not None else None
-        return draws, self.training()
-
-    def start_epoch(self) -> None:
-        """Count the epoch and tell it to what wants to know."""
-        for target in self.epochs:
-            target.tell(self.epoch)
-        self.epoch += 1
-        if self.iterable is not None:
-            self.iterable._even = self.training()
-
-    def next_weight(self) -> float:
-        """Return the weight of the batch that was just read."""
-        weights = self.indices.weights if self.indices is not None else None
-        return weights.popleft() if weights and self.weigh else 1.0
-
-
-class EpochOf:
-    """Tells a sampler or dataset the epoch, unless the user does."""
-
-    def __init__(self, target: Any, *, record: bool) -> None:
-        self.target = target
-        self.by_user = False
-        self.told: int | None = None
-        self._recorded = record
-        if record:
-            self._record()
-
-    def _record(self) -> None:
-        own = self.target.set_epoch
-
-        @functools.wraps(own)
-        def set_epoch(*args: Any, **kwargs: Any) -> Any:
-            self.by_user = True
-            return own(*args, **kwargs)
-
-        self._own = own
-        try:
-            self.target.__dict__["set_epoch"] = set_epoch
-        except AttributeError:
-            self._recorded = False
-
-    def tell(self, epoch: int) -> None:
-        """Set the epoch, unless the user ever did."""
-        current = getattr(self.target, "epoch", None)
-        if self.by_user or (isinstance(current, int) and current != (self.told or 0)):
-            return
-        self.told = epoch
-        (self._own if self._recorded else self.target.set_epoch)(epoch)
-
-    def release(self) -> None:
-        """Take the recording away."""
-        if self._recorded:
-            self.target.__dict__.pop("set_epoch", None)
 
 
 class RankedWorker:
@@ -138,34 +51,54 @@ class RankedWorker:
 
 
 def _iter(self: Any) -> Iterator[Any]:
-    state: LoaderState = self.__dict__[KEY]
-    state.start_epoch()
-    return _batches(state, state.original.__iter__(self))
+    state: LoaderState | None = self.__dict__.get(KEY)
+    original = plain_class(self).__iter__
+    if state is None:
+        return original(self)  # type: ignore[no-any-return]
+    reading = state.begin()
+    if state.kept is None:
+        return _batches(state, reading, original(self))
+    kept, state.kept = state.kept, None
+    reading.position = kept["position"]
+    # Where batches are made in this process, from indices, those that were read need not be made again. Worker
+    # processes are to draw the numbers they drew then, and a stream can only be read.
+    if state.divided and self.num_workers == 0 and original is DataLoader.__iter__:
+        reading.skip = reading.position
+    again = reading.position - reading.skip
+    with state.replaying(kept):
+        iterator = original(self)
+        for _ in range(again):
+            state.hooks.strategy_next_batch(iterator=iterator, exhausted=_EXHAUSTED)
+            if reading.weights:
+                reading.weights.popleft()
+    return _batches(state, reading, iterator)
 
 
 def _len(self: Any) -> int:
-    state: LoaderState = self.__dict__[KEY]
-    if state.indices is not None:
-        return state.indices.length(even=state.training())
-    return int(state.original.__len__(self))
+    state: LoaderState | None = self.__dict__.get(KEY)
+    count = functools.partial(plain_class(self).__len__, self)
+    if state is None or state.iterable is None:
+        return int(count())
+    return int(state.iterable.length(state.training(), count))
 
 
-def _batches(state: LoaderState, iterator: Iterator[Any]) -> Iterator[Any]:
+def _batches(state: LoaderState, reading: Reading, iterator: Iterator[Any]) -> Iterator[Any]:
     next_batch = state.hooks.strategy_next_batch
     move = state.hooks.accelerator_move_batch if state.device is not None else None
+    state.open(reading)
+    state.beginning = reading  # a loader class may ask for its indices only now
     try:
         while True:
             batch = next_batch(iterator=iterator, exhausted=_EXHAUSTED)
             if batch is _EXHAUSTED:
                 return
-            if state.unwrap:
+            if type(batch) is Weighed:
                 batch, weight = batch
-                state.weight = float(weight) if state.weigh else 1.0
-            else:
-                state.weight = state.next_weight()
+                reading.weights.append(float(weight))
+            state.hand_over(reading)
             yield batch if move is None else move(batch=batch, device=state.device)
     finally:
-        state.weight = None
+        state.close(reading)
 
 
 def adopt_loader(
@@ -178,8 +111,8 @@ def adopt_loader(
     training: Callable[[], bool],
     split: bool,
     weigh: bool,
-) -> None:
-    """Adopt `loader` in place.
+) -> LoaderState:
+    """Adopt `loader` in place, and return what it knows.
 
     Args:
         device: where batches go; None leaves them where they are.
@@ -187,22 +120,36 @@ def adopt_loader(
         training: asked when an epoch starts.
         split: whether to divide the samples between the ranks; False leaves the sampler alone.
         weigh: whether uneven last batches weigh by their number of samples.
+
+    Raises:
+        OrderError: if it is being read already.
+        SettingError: if its sampler divides the data between other ranks than these.
     """
     index, count = shard
-    state = LoaderState(hooks=hooks, device=device, order=order, index=index, count=count, weigh=weigh)
-    state.training = training
+    check_unread(loader)
+    state = LoaderState(hooks=hooks, device=device, order=order, training=training, weigh=weigh)
+    state.sources = sources_of(loader)
+    # A loader that keeps its own position is not to be moved on twice.
+    state.resumes = not hasattr(loader, "load_state_dict")
+    state.targets = epoch_targets(_epoch_candidates(loader))
     if isinstance(loader.dataset, IterableDataset):
-        if split and count > 1:
-            _shard_iterable(loader, state)
-    elif split and not isinstance(_sampler_of(_index_sampler(loader)), DistributedSampler):
+        if split:
+            _shard_iterable(loader, state, index, count)
+    elif split and not divides_itself(loader, index, count):
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         inner = getattr(loader, name)
-        state.indices = ShardedIndices(inner, index=index, count=count, start=state.start_indices)
-        _stand_in(loader, state, name, state.indices)
+        state.draws = functools.partial(_draws, inner, order)
+        state.divided = True
+        begin = state.begin_indices
+        _stand_in(loader, state, name, ShardedIndices(inner, index=index, count=count, begin=begin, even=training))
     if count > 1 and loader.num_workers > 0:
         _stand_in(loader, state, "worker_init_fn", RankedWorker(loader.worker_init_fn, index))
-    state.epochs = _epoch_targets(loader)
-    adopt(loader, state, {"__iter__": _iter, "__len__": _len})
+    namespace: dict[str, Any] = {"__iter__": _iter}
+    if type(state.iterable) is SizedShardedIterable:
+        namespace["__len__"] = _len
+    _forget_workers(loader)
+    adopt(loader, state, namespace)
+    return state
 
 
 def release_loader(loader: DataLoader[Any]) -> None:
@@ -210,8 +157,9 @@ def release_loader(loader: DataLoader[Any]) -> None:
     state = release(loader)
     for name, value in state.replaced.items():
         object.__setattr__(loader, name, value)
-    for target in state.epochs:
+    for target in state.targets:
         target.release()
+    _forget_workers(loader)
 
 
 def _stand_in(loader: Any, state: LoaderState, name: str, value: Any) -> None:
@@ -220,47 +168,100 @@ def _stand_in(loader: Any, state: LoaderState, name: str, value: Any) -> None:
     object.__setattr__(loader, name, value)
 
 
-def _shard_iterable(loader: DataLoader[Any], state: LoaderState) -> None:
+def _forget_workers(loader: Any) -> None:
+    """End worker processes that outlive an epoch: they know the sampler and the dataset of before."""
+    if vars(loader).get("_iterator") is not None:
+        object.__setattr__(loader, "_iterator", None)
+
+
+def check_unread(loader: DataLoader[Any]) -> None:
+    """Refuse a loader class that holds a pass over undivided data.
+
+    Raises:
+        OrderError: naming the attribute.
+    """
+    for name, value in vars(loader).items():
+        ours = any(klass.__module__ == DataLoader.__module__ for klass in type(value).__mro__)
+        if name != "_iterator" and ours and isinstance(value, Iterator):
+            raise OrderError(
+                f"This {type(loader).__name__} holds in .{name} a pass over its data that began before set-up and is "
+                "not divided between ranks: begin it after lite.setup_dataloaders()."
+            )
+
+
+def _shard_iterable(loader: DataLoader[Any], state: LoaderState, index: int, count: int) -> None:
     batched = loader.batch_size is not None
     # A loader class with an __iter__ of its own would see the weights, which are ours.
-    weighed = type(loader).__iter__ is DataLoader.__iter__
-    state.iterable = ShardedIterable(
+    weighed = count > 1 and type(loader).__iter__ is DataLoader.__iter__
+    kind = SizedShardedIterable if hasattr(type(loader.dataset), "__len__") else ShardedIterable
+    state.iterable = kind(
         loader.dataset,
         size=loader.batch_size or 1,
         drop_last=bool(loader.drop_last),
-        index=state.index,
-        count=state.count,
+        index=index,
+        count=count,
         weighed=weighed,
+        order=state.order,
     )
+    if loader.num_workers > 0 and loader.persistent_workers:
+        state.iterable.share_memory()
     _stand_in(loader, state, "dataset", state.iterable)
     if weighed:
         _stand_in(loader, state, "collate_fn", WeighedCollate(loader.collate_fn, batched=batched))
-        state.unwrap = True
+
+
+def _draws(batches: Any, order: Order, epoch: int) -> Draws | None:
+    """Return random numbers for a sampler that draws from the process's generators, as far as can be known."""
+    source = batches.sampler if is_flat(batches) else batches
+    if isinstance(source, (list, tuple, range)) or type(source) is SequentialSampler:
+        return None
+    torchs = type(source).__module__ == torch_samplers.__name__
+    if torchs and isinstance(getattr(source, "generator", None), torch.Generator):
+        return None
+    # torch's own samplers draw whatever they draw before they give the first index.
+    return order.draws(epoch, every=not torchs)
 
 
 def _index_sampler(loader: DataLoader[Any]) -> Any:
     return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
 
 
-def _sampler_of(batches: Any) -> Any:
-    """Return what draws: the sampler inside a batch sampler, or the sampler itself."""
-    return getattr(batches, "sampler", None) or getattr(batches, "_inner", batches)
+def _samplers(loader: DataLoader[Any]) -> list[Any]:
+    """Return what gives the indices: a sampler, or a batch sampler and the sampler in it."""
+    if isinstance(loader.dataset, IterableDataset):
+        return []
+    outer = _index_sampler(loader)
+    inner = getattr(outer, "sampler", None)
+    return [outer] if inner is None else [outer, inner]
 
 
-def _epoch_targets(loader: DataLoader[Any]) -> list[EpochOf]:
-    sampler = _index_sampler(loader)
-    samplers = [getattr(sampler, "_inner", sampler), _sampler_of(sampler)]
-    dataset = getattr(loader.dataset, "_inner", loader.dataset)
-    found: dict[int, EpochOf] = {}
-    for target, record in [*((s, True) for s in samplers), (dataset, False)]:
-        if callable(getattr(target, "set_epoch", None)) and id(target) not in found:
-            # A recording on the dataset would have to travel into worker processes.
-            found[id(target)] = EpochOf(target, record=record)
-    return list(found.values())
+def divides_itself(loader: DataLoader[Any], index: int, count: int) -> bool:
+    """Say whether a sampler of the loader divides the data between the ranks, as a ``DistributedSampler`` does.
+
+    Raises:
+        SettingError: if it divides it between other ranks than these.
+    """
+    for sampler in _samplers(loader):
+        rank, ranks = getattr(sampler, "rank", None), getattr(sampler, "num_replicas", None)
+        if not isinstance(sampler, DistributedSampler) and not (isinstance(rank, int) and isinstance(ranks, int)):
+            continue
+        if (rank, ranks) != (index, count):
+            raise SettingError(
+                f"This {type(sampler).__name__} reads share {rank} of {ranks}, and this rank is to read share {index} "
+                f"of {count}: make it with num_replicas={count} and this rank's rank=, or pass a sampler that knows "
+                "of no ranks."
+            )
+        return True
+    return False
 
 
-def random_sources(loader: DataLoader[Any]) -> list[torch.Generator]:
-    """Return the generators the user gave the loader and its sampler."""
-    sampler = _sampler_of(_index_sampler(loader)) if not isinstance(loader.dataset, IterableDataset) else None
-    found = [getattr(loader, "generator", None), getattr(sampler, "generator", None)]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+def _epoch_candidates(loader: DataLoader[Any]) -> list[Any]:
+    return [*_samplers(loader), loader.dataset]
+
+
+def sources_of(loader: DataLoader[Any]) -> list[Any]:
+    """Return the user's own generators that the samples of a loader are drawn from."""
+    streams = [loader.dataset] if isinstance(loader.dataset, IterableDataset) else []
+    generator = [loader.generator] if isinstance(loader.generator, torch.Generator) else []
+    found = [*generator, *random_sources(*_samplers(loader), *streams)]
+    return list({id(source): source for source in found}.values())

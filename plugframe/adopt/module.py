@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -11,53 +12,76 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from plugframe.adopt.swap import KEY, adopt, release, state_of
+from plugframe.adopt.swap import KEY, State, adopt, plain_class, release
+from plugframe.base.precision import Precision
 from plugframe.errors import SettingError, UsageError, closest
 
+#: What ``torch.compile(module)`` puts before every key of the module's state.
+COMPILED = "_orig_mod."
 
-class ModuleState:
+
+class Phase:
+    """What a job is doing now.
+
+    Attributes:
+        backward: whether gradients are being computed: a forward that runs then is one run again, by activation
+            checkpointing, in the middle of a call that is over.
+    """
+
+    backward = False
+
+
+class ModuleState(State):
     """What an adopted module knows.
 
     Attributes:
-        original: the user's class.
-        plain_call: calls the module as its own class does.
         engine: what the strategy keeps beside the module, called as ``engine(call, *args, **kwargs)``; or None.
         forward_methods: methods that run under the strategy.
         inside: whether a call is running under the strategy now, so that everything below runs as it is.
     """
 
-    original: Any
-
-    def __init__(self, hooks: Any, engine: Any, plain_call: Callable[..., Any], forward_methods: set[str]) -> None:
+    def __init__(self, hooks: Any, engine: Any, phase: Phase, forward_methods: set[str]) -> None:
         self.hooks = hooks
         self.engine = engine
-        self.plain_call = plain_call
+        self.phase = phase
         self.forward_methods = forward_methods
         self.inside = False
+        # What the precision leaves as it is costs nothing: three calls for each forward would.
+        self._convert_input = _own(hooks, "precision_convert_input")
+        self._convert_output = _own(hooks, "precision_convert_output")
+        self._context = _own(hooks, "precision_forward_context")
 
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``call(*args, **kwargs)`` under precision and strategy."""
-        hooks = self.hooks
+        engine = self.engine
         self.inside = True
         try:
-            args, kwargs = hooks.precision_convert_input(data=(args, kwargs))
-            with hooks.precision_forward_context():
-                engine = self.engine
+            if self._convert_input is not None:
+                args, kwargs = self._convert_input(data=(args, kwargs))
+            if self._context is None:
                 result = call(*args, **kwargs) if engine is None else engine(call, *args, **kwargs)
-            return hooks.precision_convert_output(data=result)
+            else:
+                with self._context():
+                    result = call(*args, **kwargs) if engine is None else engine(call, *args, **kwargs)
+            return result if self._convert_output is None else self._convert_output(data=result)
         finally:
             self.inside = False
 
-    def plain_dict(self, obj: Any) -> dict[str, Any]:
-        """Return the attributes of the plain object."""
-        return {key: value for key, value in obj.__dict__.items() if key != KEY}
+
+def _own(hooks: Any, name: str) -> Callable[..., Any] | None:
+    """Return a hook of the precision, None if it is the base's, which does nothing, and nothing wraps it."""
+    hook = getattr(hooks, name)
+    return None if getattr(hook, "__func__", None) is getattr(Precision, name) else hook
 
 
-def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    state: ModuleState = self.__dict__[KEY]
-    if state.inside:
-        return state.original.__call__(self, *args, **kwargs)
-    return state.run(state.plain_call, args, kwargs)
+def _calling(plain_call: Callable[..., Any]) -> Callable[..., Any]:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state: ModuleState | None = self.__dict__.get(KEY)
+        if state is None or state.inside:
+            return plain_call(self, *args, **kwargs)
+        return state.run(functools.partial(plain_call, self), args, kwargs)
+
+    return __call__
 
 
 def _mark_forward_method(self: Any, method: str | Callable[..., Any]) -> None:
@@ -66,8 +90,12 @@ def _mark_forward_method(self: Any, method: str | Callable[..., Any]) -> None:
     Raises:
         SettingError: if the module has no such method.
     """
-    state: ModuleState = self.__dict__[KEY]
-    state.forward_methods.add(checked_name(self, method))
+    name = checked_name(self, method)
+    for part in _both(self):
+        # Private methods are watched only once they are marked.
+        for own, function in _own_methods(plain_class(part), name).items():
+            setattr(type(part), own, _guarded(own, function))
+    self.__dict__[KEY].forward_methods.add(name)
 
 
 def _itself(self: Any) -> Any:
@@ -75,20 +103,34 @@ def _itself(self: Any) -> Any:
     return self
 
 
-def adopt_module(module: nn.Module, *, hooks: Any, engine: Any, forward_methods: tuple[Any, ...]) -> None:
+def adopt_module(module: nn.Module, *, hooks: Any, engine: Any, phase: Phase, forward_methods: tuple[Any, ...]) -> None:
     """Adopt `module` in place."""
     names = {checked_name(module, method) for method in forward_methods}
-    namespace: dict[str, Any] = {name: _guarded(name, fn) for name, fn in _own_methods(type(module)).items()}
-    namespace.update(__call__=_call, mark_forward_method=_mark_forward_method)
-    if not hasattr(module, "module"):
-        namespace["module"] = property(_itself)
-    plain_call = functools.partial(type(module).__call__, module)
-    adopt(module, ModuleState(hooks, engine, plain_call, names | {"forward"}), namespace)
+    state = ModuleState(hooks, engine, phase, names | {"forward"})
+    for part in _both(module):
+        cls = type(part)
+        namespace: dict[str, Any] = {name: _guarded(name, fn) for name, fn in _own_methods(cls, *names).items()}
+        namespace.update(__call__=_calling(cls.__call__), mark_forward_method=_mark_forward_method)
+        if not hasattr(part, "module"):
+            namespace["module"] = property(_itself)
+        adopt(part, state, namespace)
 
 
 def release_module(module: nn.Module) -> None:
     """Give the module back as it was. The engine goes, and with it its gradient hooks."""
-    release(module)
+    for part in _both(module):
+        release(part)
+
+
+def compiled_from(module: nn.Module) -> nn.Module | None:
+    """Return the module that ``torch.compile(module)`` made this one of, None for any other."""
+    return dict(module.named_children()).get(COMPILED.rstrip("."))
+
+
+def _both(module: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the module and, of a compiled one, the module it was made of: they are one to the strategy."""
+    inner = compiled_from(module)
+    return (module,) if inner is None else (module, inner)
 
 
 def checked_name(module: Any, method: str | Callable[..., Any]) -> str:
@@ -98,52 +140,86 @@ def checked_name(module: Any, method: str | Callable[..., Any]) -> str:
         SettingError: if it has no such method, with the closest one.
     """
     name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
-    original = getattr(state_of(module), "original", type(module))
-    methods = _own_methods(original)
+    methods: dict[str, FunctionType] = {}
+    for part in _both(module):
+        methods.update(_own_methods(plain_class(part), name))
     if name not in methods:
         raise SettingError(
-            f"{original.__name__} has no method {name!r} to run under the strategy.{closest(name, methods)} "
-            f"Methods: {', '.join(sorted(methods))}."
+            f"{plain_class(module).__name__} has no method {name!r} to run under the strategy."
+            f"{closest(name, methods)} Methods: {', '.join(sorted(methods))}."
         )
     return name
 
 
-def _own_methods(cls: type) -> dict[str, FunctionType]:
-    """Return the public methods the user's classes add to ``nn.Module``, and ``forward``."""
-    found: dict[str, FunctionType] = {}
+def _own_methods(cls: type, *private: str) -> dict[str, FunctionType]:
+    """Return the public methods the user's classes have besides those of ``nn.Module``, `private` and ``forward``."""
+    found: dict[str, Any] = {}
     for klass in cls.__mro__:
-        if klass in (nn.Module, object) or not issubclass(klass, nn.Module):
+        if klass in (nn.Module, object):
             continue
         for name, value in vars(klass).items():
             new = name == "forward" or not hasattr(nn.Module, name)
-            if isinstance(value, FunctionType) and not name.startswith("_") and new:
-                found.setdefault(name, value)
-    return found
+            if new and (not name.startswith("_") or name in private):
+                found.setdefault(name, value)  # what a derived class put in its place, whatever it is, hides it
+    return {name: value for name, value in found.items() if isinstance(value, FunctionType)}
 
 
 def _guarded(name: str, method: FunctionType) -> Callable[..., Any]:
     """Return `method` so that, called from outside, it runs under the strategy or is watched."""
+    yields = inspect.isgeneratorfunction(method)
 
     @functools.wraps(method)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state = self.__dict__.get(KEY)
-        if state is None or state.inside:
+        state: ModuleState | None = self.__dict__.get(KEY)
+        if state is None or state.inside or state.phase.backward:
             return method(self, *args, **kwargs)
-        if name in state.forward_methods:
-            return state.run(functools.partial(method, self), args, kwargs)
-        with _watched(self, name, state):
-            return method(self, *args, **kwargs)
+        call = functools.partial(method, self)
+        marked = name in state.forward_methods
+        run = state.run if marked else functools.partial(_run_watched, self, name, state)
+        if not yields:
+            return run(call, args, kwargs)
+        if marked:
+            args, kwargs = state.hooks.precision_convert_input(data=(args, kwargs))
+        return _stepwise(run, call(*args, **kwargs))
 
     return guarded
+
+
+def _stepwise(run: Callable[..., Any], generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """Run every step of a generator as a call of its own: its body runs only then."""
+
+    def advance(value: Any) -> tuple[bool, Any]:
+        try:
+            return False, generator.send(value)
+        except StopIteration as stop:
+            return True, stop.value
+
+    value = None
+    while True:
+        done, item = run(advance, (value,), {})
+        if done:
+            return item
+        value = yield item
+
+
+def _run_watched(
+    module: nn.Module, name: str, state: ModuleState, call: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    with _watched(module, name, state):
+        return call(*args, **kwargs)
 
 
 @contextmanager
 def _watched(module: nn.Module, name: str, state: ModuleState) -> Iterator[None]:
     """Refuse a forward of a part with parameters: it would compute without precision and strategy."""
-    parts = {id(part): path for path, part in module.named_modules() if part._parameters and part is not module}
+    parts: dict[int, str] = {}
 
     def refuse(part: nn.Module, _: Any) -> None:
-        if id(part) in parts and not state.inside:
+        if state.inside or next(part.parameters(recurse=False), None) is None:
+            return
+        if not parts:  # only now: most methods run no part
+            parts.update((id(each), path) for path, each in module.named_modules() if each is not module)
+        if id(part) in parts:
             what = f"{type(part).__name__} {parts[id(part)]!r}"
             raise UsageError(
                 f"{type(module).__name__}.{name}() runs {what} outside of the strategy: set the model up with "

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
 
-from plugframe.adopt.swap import KEY, adopt, release
+from plugframe.adopt.swap import KEY, State, adopt, release
 
 
-class OptimizerState:
+class OptimizerState(State):
     """What an adopted optimizer knows.
 
     Attributes:
-        original: the user's class.
-        inner: the user's own step, with what learning-rate schedulers wrapped around it.
         patched: the ``step`` a scheduler had put on the instance, None if there was none.
         inside: whether a step is running, so that a loss scaler that calls ``step`` gets the inner one.
     """
 
-    original: Any
-
     def __init__(self, optimizer: Optimizer, hooks: Any) -> None:
         self.hooks = hooks
         self.patched: Callable[..., Any] | None = optimizer.__dict__.pop("step", None)
-        self.inner = self.patched or functools.partial(type(optimizer).step, optimizer)
         self.inside = False
 
     def plain_dict(self, obj: Any) -> dict[str, Any]:
@@ -37,7 +33,10 @@ class OptimizerState:
 def adopt_optimizer(optimizer: Optimizer, *, hooks: Any) -> None:
     """Adopt `optimizer` in place."""
     state = OptimizerState(optimizer, hooks)
-    adopt(optimizer, state, {"step": _make_step(type(optimizer).step, state.patched)})
+    namespace: dict[str, Any] = {"step": _make_step(type(optimizer).step, state.patched)}
+    if not hasattr(optimizer, "optimizer"):
+        namespace["optimizer"] = property(_itself)
+    adopt(optimizer, state, namespace)
 
 
 def release_optimizer(optimizer: Optimizer) -> None:
@@ -47,15 +46,22 @@ def release_optimizer(optimizer: Optimizer) -> None:
         optimizer.__dict__["step"] = state.patched
 
 
-def _make_step(original: Any, patched: Any) -> Callable[..., Any]:
+def _itself(self: Any) -> Any:
+    """The optimizer itself: there is nothing to unwrap."""
+    return self
+
+
+def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None) -> Callable[..., Any]:
     @functools.wraps(original)
-    def step(self: Any, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        state = self.__dict__.get(KEY)
-        if state is None:  # given back, but a scheduler still holds this function
-            return original(self, closure, **kwargs)
-        inner = functools.partial(state.inner, **kwargs) if kwargs else state.inner
-        if state.inside:
-            return inner() if closure is None else inner(closure)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state: OptimizerState | None = self.__dict__.get(KEY)
+        # What a scheduler put on the instance holds the optimizer weakly, and so must what is made here.
+        inner = patched or functools.partial(original, self)
+        if state is None or state.inside:  # given back, but a scheduler still holds this function
+            return inner(*args, **kwargs)
+        closure = None
+        if args or kwargs:
+            inner, closure = _bound(inner, args, kwargs)
         state.inside = True
         try:
             result = state.hooks.strategy_optimizer_step(optimizer=self, step=inner, closure=closure)
@@ -71,3 +77,17 @@ def _make_step(original: Any, patched: Any) -> Callable[..., Any]:
     if hasattr(patched, "_wrapped_by_lr_sched"):
         marked._wrapped_by_lr_sched = True
     return step
+
+
+def _bound(
+    inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], Callable[[], Any] | None]:
+    """Return the step with all its arguments but the closure, and the closure."""
+    if len(args) > 1 or (args and ("closure" in kwargs or not (args[0] is None or callable(args[0])))):
+        # A signature of the optimizer's own, as in ``step(loss)``. By keyword: a loss scaler hands on only those.
+        signature = inspect.signature(inner)
+        signature.bind(*args, **kwargs)  # refuses what does not fit
+        named = dict(zip(signature.parameters, args, strict=False))
+        return functools.partial(inner, **named, **kwargs), None
+    closure = args[0] if args else kwargs.pop("closure", None)
+    return (functools.partial(inner, **kwargs) if kwargs else inner), closure

@@ -10,24 +10,28 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import sampler as torch_samplers
 
 
 class Order:
-    """Random numbers for the samplers of one loader, apart from those of the training.
+    """Random numbers for the samples of one loader, apart from those of the training.
 
-    A sampler without a generator of its own draws from the process's global generators, which the ranks of a
-    job advance differently. Here it draws from generators seeded by (seed, loader, epoch) instead, and the
-    global ones are put back after each draw.
+    A sampler or an iterable dataset without a generator of its own draws from the process's global generators,
+    which the ranks of a job advance differently. Here it draws from generators seeded by (seed, loader, epoch)
+    instead, and the global ones are put back after each draw. It is pickled into worker processes.
     """
 
     def __init__(self, seed: int, number: int) -> None:
         self.seed = seed
         self.number = number
 
-    def start(self, sampler: Any, epoch: int) -> Draws:
-        """Return the random numbers for one epoch of `sampler`."""
-        return Draws(_mix(self.seed, self.number, epoch), every=not _draws_at_once(sampler))
+    def draws(self, epoch: int, *, every: bool, part: int = 0) -> Draws:
+        """Return the random numbers for one epoch.
+
+        Args:
+            every: whether they are needed at every draw, or at the first alone.
+            part: which of several that draw in the same epoch.
+        """
+        return Draws(_mix(self.seed, self.number, epoch, part), every=every)
 
 
 class Draws:
@@ -38,61 +42,50 @@ class Draws:
     """
 
     def __init__(self, seed: int, *, every: bool) -> None:
+        self._seed = seed
         self.every = every
-        self._states: tuple[Any, Any, Any] | None = _seeded(seed)
+        self._over = False
+        self._torch = torch.Generator().manual_seed(seed).get_state()
+        self._python = random.Random(seed).getstate()
+        self._numpy: Any = None
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Let what runs inside draw from these numbers."""
-        if self._states is None:
+        if self._over:
             yield
             return
-        outside = _get()
-        _set(self._states)
+        outside = torch.get_rng_state(), random.getstate()
+        torch.set_rng_state(self._torch)
+        random.setstate(self._python)
+        try:
+            with self._drawing_numpy():
+                yield
+        finally:
+            self._over = not self.every
+            self._torch, self._python = torch.get_rng_state(), random.getstate()
+            torch.set_rng_state(outside[0])
+            random.setstate(outside[1])
+
+    @contextmanager
+    def _drawing_numpy(self) -> Iterator[None]:
+        # Only if the program uses it: importing NumPy for its generator would cost more than it protects.
+        numpy = sys.modules.get("numpy.random")
+        if numpy is None:
+            yield
+            return
+        if self._numpy is None:
+            self._numpy = numpy.MT19937(self._seed)
+        # The generator changes places, not its state: that would take 100 µs. What NumPy loses is at most one
+        # normal number, the second of a pair, which it keeps beside the generator.
+        outside = numpy.get_bit_generator()
+        numpy.set_bit_generator(self._numpy)
         try:
             yield
         finally:
-            self._states = _get() if self.every else None
-            _set(outside)
-
-
-def owns_generator(sampler: Any) -> bool:
-    """Say whether the user gave the sampler a generator, whose numbers it then draws."""
-    return isinstance(getattr(sampler, "generator", None), torch.Generator)
-
-
-def _draws_at_once(sampler: Any) -> bool:
-    """torch's own samplers draw whatever they draw before they yield the first index."""
-    return type(sampler).__module__ == torch_samplers.__name__
+            numpy.set_bit_generator(outside)
 
 
 def _mix(*parts: int) -> int:
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _numpy() -> Any:
-    # Only if the program uses it: importing NumPy for its generator would cost more than it protects.
-    return sys.modules.get("numpy.random")
-
-
-def _seeded(seed: int) -> tuple[Any, Any, Any]:
-    numpy = _numpy()
-    return (
-        torch.Generator().manual_seed(seed).get_state(),
-        random.Random(seed).getstate(),
-        numpy.RandomState(seed % 2**32).get_state() if numpy else None,
-    )
-
-
-def _get() -> tuple[Any, Any, Any]:
-    numpy = _numpy()
-    return torch.get_rng_state(), random.getstate(), numpy.get_state() if numpy else None
-
-
-def _set(states: tuple[Any, Any, Any]) -> None:
-    torch.set_rng_state(states[0])
-    random.setstate(states[1])
-    numpy = _numpy()
-    if numpy and states[2] is not None:
-        numpy.set_state(states[2])

@@ -9,13 +9,13 @@ last window of an epoch.
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch.utils.data import BatchSampler, IterableDataset
+import torch
+from torch.utils.data import BatchSampler, IterableDataset, get_worker_info
 
-from plugframe.adopt.order import Draws
+from plugframe.adopt.order import Draws, Order
 
 Share = tuple[Any, float]
 
@@ -35,7 +35,13 @@ def share_indices(
             read exactly once, and the numbers of batches are still equal where that is possible.
     """
     held: list[Any] = []
+    # Only evaluations over several ranks may need the last full batch once more; nothing else is read ahead, since
+    # a sampler or a stream may go by what the training has done with the batch before.
+    ahead = count > 1 and not even
     while len(window := take(size * count)) == size * count:
+        if not ahead:
+            yield window[index::count], 1.0
+            continue
         if held:
             yield held, 1.0
         held = window[index::count]
@@ -56,71 +62,141 @@ def share_indices(
 def share_batches(take: Callable[[int], list[Any]], *, index: int, count: int, even: bool) -> Iterator[Share]:
     """Yield this rank's (batch, weight) for every window of `count` whole batches, of a sampler of the user's own."""
     while window := take(count):
-        sizes = [len(b) if isinstance(b, (list, tuple)) else 1 for b in window]
+        sizes = [_size(batch) for batch in window]
         if index < len(window):
             yield window[index], sizes[index] * count / max(sum(sizes), 1)
         elif even:
             yield window[0], 0.0
 
 
-class ShardedIndices:
-    """Stands in for a loader's sampler: yields this rank's share and remembers the weights, in order.
+def num_batches(number: int, *, size: int, drop_last: bool, index: int, count: int, even: bool) -> int:
+    """Return how many batches `share_indices` yields of `number` indices."""
+    full, rest = divmod(number, size * count)
+    if drop_last or not rest:
+        return full
+    return full + (even or index < rest or (full > 0 and size > 1))
 
-    Everything else is asked of the user's own sampler.
+
+def _size(batch: Any) -> int:
+    """Return how many samples what a batch sampler yields stands for: a key, which may be text, or several."""
+    if isinstance(batch, (str, bytes)) or not hasattr(batch, "__len__") or getattr(batch, "ndim", 1) == 0:
+        return 1
+    return len(batch)
+
+
+class Start(NamedTuple):
+    """What a pass over indices starts with.
+
+    Attributes:
+        draws: random numbers for the sampler; None if it needs none.
+        even: whether every rank gets a batch in every window.
+        weigh: told the weight of every batch, in order.
+        skip: batches to leave out, read before this process was started.
     """
 
-    def __init__(self, inner: Any, *, index: int, count: int, start: Callable[[], tuple[Draws | None, bool]]) -> None:
+    draws: Draws | None
+    even: bool
+    weigh: Callable[[float], None]
+    skip: int
+
+
+class _StandIn:
+    """Stands in for an object of the user's own: whatever it does not do itself, that object does."""
+
+    _inner: Any
+
+    # What isinstance() goes by: a stand-in passes for the user's own.
+    __class__ = property(lambda self: type(self._inner))  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    def __getattr__(self, name: str) -> Any:
+        inner = self.__dict__.get("_inner")
+        if inner is None:  # while it is being unpickled
+            raise AttributeError(name)
+        return getattr(inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(type(self))["_own"]:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._inner, name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle as the user's own."""
+        return self._inner.__reduce_ex__(protocol)
+
+
+class ShardedIndices(_StandIn):
+    """Stands in for a loader's sampler: yields this rank's share."""
+
+    _own = ("_inner", "_index", "_count", "_begin", "_even")
+
+    def __init__(
+        self, inner: Any, *, index: int, count: int, begin: Callable[[], Callable[[], Start]], even: Callable[[], bool]
+    ) -> None:
         self._inner = inner
         self._index = index
         self._count = count
-        self._start = start
-        self.weights: deque[float] = deque()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_inner"], name)
+        self._begin = begin
+        self._even = even
 
     def __iter__(self) -> Iterator[Any]:
-        draws, even = self._start()
-        weights: deque[float] = deque()
-        self.weights = weights
-        flat = self._flat()
-        take = _taker(iter(self._inner.sampler if flat else self._inner), draws)
+        # Here, not at the first index: two passes may be open at once.
+        return self._share(self._begin())
+
+    def _share(self, begun: Callable[[], Start]) -> Iterator[Any]:
+        # And this not there: with worker processes torch asks for an iterator twice, and uses the second.
+        start = begun()
+        if self._count == 1:
+            # One rank reads what the user's own sampler yields; every batch weighs 1.
+            yield from itertools.islice(_drawn(self._inner, start.draws), start.skip, None)
+            return
+        flat = is_flat(self._inner)
+        take = _taker(self._inner.sampler if flat else self._inner, start.draws)
         if flat:
             size, drop_last = self._inner.batch_size, self._inner.drop_last
             shares = share_indices(
-                take, size=size, drop_last=drop_last, index=self._index, count=self._count, even=even
+                take, size=size, drop_last=drop_last, index=self._index, count=self._count, even=start.even
             )
         else:
-            shares = share_batches(take, index=self._index, count=self._count, even=even)
-        for batch, weight in shares:
-            weights.append(weight)
+            shares = share_batches(take, index=self._index, count=self._count, even=start.even)
+        for batch, weight in itertools.islice(shares, start.skip, None):
+            start.weigh(weight)
             yield batch
 
-    def _flat(self) -> bool:
-        # Only torch's own BatchSampler is known to cut its sampler's indices into equal pieces.
-        return type(self._inner) is BatchSampler
-
-    def length(self, even: bool) -> int:
-        """Return how many batches this rank reads in an epoch."""
-        if not self._flat():
-            full, rest = _whole(len(self._inner), self._count)
-            return full + (rest > 0 if even else self._index < rest)
-        size = self._inner.batch_size
-        full, rest = _whole(len(self._inner.sampler), size * self._count)
-        if self._inner.drop_last or not rest:
-            return full
-        reads = even or self._index < rest or (full > 0 and size > 1)
-        return full + int(reads)
-
     def __len__(self) -> int:
-        return self.length(even=True)
+        even = self._even()
+        if not is_flat(self._inner):
+            full, rest = divmod(len(self._inner), self._count)
+            return full + (rest > 0 if even else self._index < rest)
+        size, drop_last = self._inner.batch_size, self._inner.drop_last
+        return num_batches(
+            len(self._inner.sampler), size=size, drop_last=drop_last, index=self._index, count=self._count, even=even
+        )
 
 
-def _whole(number: int, size: int) -> tuple[int, int]:
-    return number // size, number % size
+def is_flat(batches: Any) -> bool:
+    """Say whether a sampler cuts another's indices into equal pieces: only torch's own is known to."""
+    return type(batches) is BatchSampler
 
 
-def _taker(iterator: Iterator[Any], draws: Draws | None) -> Callable[[int], list[Any]]:
+def _drawn(source: Any, draws: Draws | None) -> Iterator[Any]:
+    """Return what `source` yields, drawn from `draws`, at the cost of a plain iterator where that can be."""
+    if draws is None:
+        return iter(source)
+    iterator = _iterate(source)
+
+    def take() -> list[Any]:
+        with draws.drawing():
+            return list(itertools.islice(iterator, 1))
+
+    if draws.every:
+        return itertools.chain.from_iterable(iter(take, []))
+    return itertools.chain(take(), iterator)
+
+
+def _taker(source: Any, draws: Draws | None) -> Callable[[int], list[Any]]:
+    iterator = _iterate(source)
+
     def take(number: int) -> list[Any]:
         if draws is None:
             return list(itertools.islice(iterator, number))
@@ -130,52 +206,112 @@ def _taker(iterator: Iterator[Any], draws: Draws | None) -> Callable[[int], list
     return take
 
 
-class ShardedIterable(IterableDataset[Any]):
-    """Stands in for an iterable dataset: yields this rank's share of every window, as (item, weight) if weighed.
+def _iterate(source: Any) -> Iterator[Any]:
+    yield from source  # begun when the first is taken: what draws may do so as soon as it is begun
 
-    It is pickled into worker processes. Attributes are those of the user's dataset, read and written.
+
+class ShardedIterable(_StandIn, IterableDataset[Any]):
+    """Stands in for an iterable dataset: yields this rank's share of every window, as `Weighed` items if `weighed`.
+
+    It is pickled into worker processes.
     """
 
-    _own = ("_inner", "_size", "_drop_last", "_index", "_count", "_weighed", "_even")
+    _own = (
+        *("_inner", "_size", "_drop_last", "_index", "_count", "_weighed", "_order"),
+        *("_told", "_epoch", "_passes", "_counted"),
+    )
 
-    def __init__(self, inner: Any, *, size: int, drop_last: bool, index: int, count: int, weighed: bool) -> None:
-        values = (inner, size, drop_last, index, count, weighed, False)
-        for name, value in zip(self._own, values, strict=True):
-            object.__setattr__(self, name, value)
+    def __init__(
+        self, inner: Any, *, size: int, drop_last: bool, index: int, count: int, weighed: bool, order: Order
+    ) -> None:
+        self._inner = inner
+        self._size = size
+        self._drop_last = drop_last
+        self._index = index
+        self._count = count
+        self._weighed = weighed
+        self._order = order
+        #: Epoch, and whether steps must be even. A tensor, since workers that stay must hear of it too.
+        self._told = torch.zeros(2, dtype=torch.int64)
+        self._epoch = -1
+        self._passes = 0
+        self._counted: bool | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ShardedIterable._own:
-            raise AttributeError(name)  # while it is being unpickled
-        return getattr(self._inner, name)
+    def share_memory(self) -> None:
+        """Let worker processes that outlive an epoch hear `tell`."""
+        self._told.share_memory_()  # type: ignore[no-untyped-call]
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        target = self if name in self._own else self._inner
-        object.__setattr__(self, name, value) if target is self else setattr(target, name, value)
+    def tell(self, epoch: int, *, even: bool) -> None:
+        """Set the epoch that starts, and whether its steps must be even."""
+        self._told[0], self._told[1] = epoch, even
+
+    def length(self, even: bool, original: Callable[[], int]) -> int:
+        """Return what `original`, which counts the batches of a loader, says for this rank's share."""
+        self._counted = even
+        try:
+            return original()
+        finally:
+            self._counted = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _unpickled, (vars(self),)  # Python's own way goes by __class__
 
     def __iter__(self) -> Iterator[Any]:
-        iterator = iter(self._inner)
+        worker = get_worker_info()
+        epoch, even = (int(value) for value in self._told)
+        self._passes = self._passes + 1 if epoch == self._epoch else 0
+        self._epoch = epoch
+        part = self._passes * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
+        draws = self._order.draws(epoch, every=True, part=part)
+        return self._share(_taker(self._inner, draws), bool(even))
+
+    def _share(self, take: Callable[[int], list[Any]], even: bool) -> Iterator[Any]:
         shares = share_indices(
-            lambda number: list(itertools.islice(iterator, number)),
-            size=self._size,
-            drop_last=self._drop_last,
-            index=self._index,
-            count=self._count,
-            even=self._even,
+            take, size=self._size, drop_last=self._drop_last, index=self._index, count=self._count, even=even
         )
         for batch, weight in shares:
             for item in batch:
-                yield (item, weight) if self._weighed else item
+                yield Weighed(item, weight) if self._weighed else item
+
+
+class SizedShardedIterable(ShardedIterable):
+    """The same for a dataset that knows its length."""
+
+    _own = ShardedIterable._own
+
+    def __len__(self) -> int:
+        number = len(self._inner)
+        if self._counted is None:  # asked by the user, of the data
+            return number
+        batches = num_batches(
+            number, size=self._size, drop_last=self._drop_last, index=self._index, count=self._count, even=self._counted
+        )
+        return batches * self._size
+
+
+class Weighed(NamedTuple):
+    """An item of a stream, and what the batch it belongs to weighs."""
+
+    item: Any
+    weight: float
 
 
 class WeighedCollate:
-    """Collates the items of (item, weight) pairs and hands the weight on. It is pickled into worker processes."""
+    """Collates `Weighed` items and hands the weight on. It is pickled into worker processes."""
 
     def __init__(self, inner: Callable[[Any], Any], *, batched: bool) -> None:
         self.inner = inner
         self.batched = batched
 
-    def __call__(self, data: Any) -> tuple[Any, float]:
-        if not self.batched:
-            item, weight = data
-            return self.inner(item), weight
-        return self.inner([item for item, _ in data]), data[0][1]
+    def __call__(self, data: Any) -> Any:
+        first = data[0] if self.batched and data else data
+        if not isinstance(first, Weighed):  # called by the user
+            return self.inner(data)
+        return Weighed(self.inner([item for item, _ in data] if self.batched else first.item), first.weight)
+
+
+def _unpickled(values: dict[str, Any]) -> ShardedIterable:
+    cls = SizedShardedIterable if hasattr(type(values["_inner"]), "__len__") else ShardedIterable
+    made = object.__new__(cls)
+    vars(made).update(values)
+    return made

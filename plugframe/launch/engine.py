@@ -163,8 +163,6 @@ class _Supervision:
     def _on_beat(self) -> None:
         self.watch.beat()
         self._beats += 1
-        if self._beats == 1:
-            self._ranks()
         if self.job.function is not None and self._beats % _VANISHED_BEATS == 0:
             self._look_for_vanished()
 
@@ -181,6 +179,7 @@ class _Supervision:
     def _on_attempt(self, attempt: int) -> None:
         """Say why the ranks start again."""
         culprit = culprit_of(self._endings(None))
+        self._last_ranks = []
         what = f"rank {culprit.rank} failed ({summary(culprit)})" if culprit else "a rank failed"
         if self.handler.recalled:
             what, self.handler.recalled = "another node starts again", False
@@ -189,7 +188,7 @@ class _Supervision:
     def _endings(self, result: RunResult | None) -> list[Ending]:
         failures = result.failures if result is not None else {}
         endings = {}
-        for rank in self._last_ranks:
+        for rank in self._last_ranks or self._speakers():
             death = self.watch.deaths.get(rank.pid)
             failure = failures.get(rank.global_rank)
             words = self.files.words(rank.local_rank)
@@ -204,10 +203,16 @@ class _Supervision:
         noticed = [number for number in failures if number in endings]
         return [endings.pop(number) for number in noticed] + list(endings.values())
 
+    def _speakers(self) -> list[Rank]:
+        """Return the ranks that failed so early that nobody had seen them, from their last words."""
+        words = {number: self.files.words(number) for number in range(self.job.num_processes)}
+        return [Rank(said["pid"], said["rank"], number) for number, said in words.items() if said is not None]
+
     def _outcome(self, result: RunResult) -> tuple[Any, Exception | None]:
         if not result.is_failed():
             if self.handler.recalled:  # while this node waited for the others to end
                 return None, self._elsewhere("")
+            self.handler.part()
             payload = result.return_values.get(0)
             return pickle.loads(payload) if payload is not None else None, None
         self._ranks()

@@ -107,6 +107,15 @@ class Nodes(Loopback):
         except DistError:
             return [told]
 
+    def part(self) -> None:
+        keys = [f"plugframe/parted/{node}" for node in range(1, self._num_nodes)]
+        if self._node_rank != 0:
+            self.control.set(keys[self._node_rank - 1], "1")  # the last word: node 0 may close the store upon it
+            return
+        for _ in self._polls(time.monotonic() + _FAREWELL_S):
+            if self.control.check(keys):
+                return
+
     def _failures(self) -> list[dict[str, Any]]:
         keys = [f"{_FAILED}/{node}" for node in range(self._num_nodes)]
         return [json.loads(self.control.get(key)) for key in keys if self.control.check([key])]
@@ -170,8 +179,8 @@ class Nodes(Loopback):
             return True
 
     def _tell(self, told: dict[str, Any]) -> None:
-        self.control.set(f"{_FAILED}/{self._node_rank}", json.dumps(told))
         self.control.set(_FAILED, "1")
+        self.control.set(f"{_FAILED}/{self._node_rank}", json.dumps(told))  # last: see `part`
 
     def _key(self, name: str) -> str:
         return f"plugframe/{self._attempt}/{name}"

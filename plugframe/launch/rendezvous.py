@@ -48,6 +48,9 @@ class Loopback(RendezvousHandler):
         """Tell the other nodes of a failure here, and return what all have told."""
         return [told]
 
+    def part(self) -> None:
+        """Take leave of the other nodes, all of whose ranks have ended well."""
+
     def get_backend(self) -> str:
         return "plugframe"
 

@@ -86,9 +86,14 @@ def report(endings: Sequence[Ending], *, host: str, out_of_memory: bool = False)
 
 
 def culprit_of(endings: Sequence[Ending]) -> Ending | None:
-    """Return the rank that brought the others down, None if none of these did."""
-    culprit = min(endings, key=_order(endings), default=None)
-    return culprit if culprit is not None and _order(endings)(culprit)[0] < _Suspicion.UNKNOWN else None
+    """Return the rank that brought the others down, None if that may be one of which nothing is known."""
+    if not endings:
+        return None
+    culprit, *others = sorted(endings, key=_order(endings))
+    if _order(endings)(culprit)[0] is _Suspicion.UNKNOWN:
+        return None
+    certain = _order(endings)(culprit)[0] < _Suspicion.INTERRUPTED
+    return culprit if certain or all(other.exit_code is not None for other in others) else None
 
 
 def _order(endings: Sequence[Ending]) -> Callable[[Ending], tuple[_Suspicion, float]]:

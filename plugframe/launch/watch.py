@@ -71,7 +71,8 @@ class Watch(threading.Thread):
         """Note that torch has found every rank alive."""
         self._beats += 1
         if self.ident is None:
-            self.start()  # not before: a rank that is forked should find one thread
+            self.start()  # not before: a forked rank should find one thread
+        self._await_deaths()
 
     def end(self) -> None:
         """Stop watching."""
@@ -89,7 +90,6 @@ class Watch(threading.Thread):
     def run(self) -> None:
         seen, silent_s = 0, 0.0
         while not self._ended.wait(_LOOK_S):
-            self._await_deaths()
             silent_s = 0.0 if self._beats != seen else silent_s + _LOOK_S
             seen = self._beats
             for rank in self._overstaying(silent_s):
@@ -126,10 +126,8 @@ class Watch(threading.Thread):
             return  # it has gone by itself
 
     def _await_deaths(self) -> None:
-        if not hasattr(os, "waitid"):
-            return
         for rank in self._ranks():
-            if rank.pid not in self._waiters:
+            if rank.pid not in self._waiters and hasattr(os, "waitid"):
                 waiter = threading.Thread(target=self._await_death, args=(rank.pid,), daemon=True)
                 self._waiters[rank.pid] = waiter
                 waiter.start()

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from plugframe import starting
-from plugframe.adopt.loader import LoaderState
+from plugframe.adopt.module import Phase
+from plugframe.adopt.reading import Loaders
 from plugframe.context import Context
 from plugframe.errors import SettingError, closest
 from plugframe.registry import Registry
@@ -90,7 +91,8 @@ class Core:
         self._session = Session(self.plan, self._registry, self._callbacks)
         self._hooks = self._session.hooks
         self._modules: list[weakref.ref[nn.Module]] = []
-        self._loader_states: list[LoaderState] = []
+        self._loaders = Loaders()
+        self._phase = Phase()
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process as settings and the subclass's own attributes; there the plan is made anew."""
@@ -102,7 +104,8 @@ class Core:
             "_session",
             "_hooks",
             "_modules",
-            "_loader_states",
+            "_loaders",
+            "_phase",
         )
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
@@ -169,14 +172,19 @@ class Core:
             SettingError: if there is none.
         """
         if not self.loggers:
-            raise SettingError("There is no logger: pass one, as in Lite(loggers='csv').")
+            raise SettingError(self._no_logger())
         return self.loggers[0]
+
+    def _no_logger(self) -> str:
+        first, *others = self._registry.names("logger") or ["name"]
+        or_others = f", or {', '.join(others)}" if others else ""
+        return f"There is no logger: pass one, as in Lite(loggers={first!r}){or_others}."
 
     def teardown(self) -> None:
         """End the job on this rank and give every object back as it was. It may be called twice."""
         self._session.close()
         self._modules.clear()
-        self._loader_states.clear()
+        self._loaders.clear()
         atexit.unregister(self._session.close)
 
     def _alone(self) -> bool:

@@ -34,7 +34,7 @@ class Keeping(Core):
             CheckpointError: on all ranks; what was at `path` before is still there.
         """
         self._started("save")
-        return saving.save(self._session, path, state, filters=filter, loaders=self._loader_states, wait=wait)
+        return saving.save(self._session, path, state, filters=filter, loaders=self._loaders, wait=wait)
 
     def load(
         self,
@@ -61,9 +61,7 @@ class Keeping(Core):
             CheckpointMismatchError: listing every missing and unexpected key and wrong shape.
         """
         self._started("load")
-        return saving.load(
-            self._session, path, state, strict=strict, loaders=self._loader_states, weights_only=weights_only
-        )
+        return saving.load(self._session, path, state, strict=strict, loaders=self._loaders, weights_only=weights_only)
 
     def load_raw(self, path: Any, obj: Any, strict: bool = True, *, weights_only: bool | None = None) -> None:
         """Put the bare ``state_dict`` that lies at `path` into `obj`. Every rank must call it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
 from plugframe import starting
@@ -17,14 +18,19 @@ from plugframe.lite.telling import Telling
 
 T = TypeVar("T")
 
+#: Marks the ``run`` of a subclass that starts the ranks it needs.
+_WRAPPED = "_plugframe_starts_ranks"
+
 
 class Lite(SetUp, Loop, Ranks, Keeping, Telling):
     __doc__ = Core.__doc__
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "run" in cls.__dict__:
-            setattr(cls, "run", _on_every_rank(cls.__dict__["run"]))  # noqa: B010
+        run = getattr(cls, "run", None)
+        # Its own, or that of a class beside this one which knows nothing of ranks.
+        if isinstance(run, FunctionType) and not hasattr(run, _WRAPPED):
+            setattr(cls, "run", _on_every_rank(run))  # noqa: B010
 
     def launch(self, function: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | None:
         """Make sure that the job's ranks run.
@@ -73,6 +79,7 @@ def _on_every_rank(run: Callable[..., Any]) -> Callable[..., Any]:
             return run(self, *args, **kwargs)
         return self.launch(_call_run, *args, **kwargs)
 
+    setattr(wrapper, _WRAPPED, True)
     return wrapper
 
 

@@ -32,7 +32,11 @@ class Loop(Core):
         weight = self.batch_weight
         if weight != 1.0:
             tensor = tensor * weight
-        self._hooks.strategy_backward(loss=tensor, module=model, args=args, kwargs=kwargs)
+        self._phase.backward = True
+        try:
+            self._hooks.strategy_backward(loss=tensor, module=model, args=args, kwargs=kwargs)
+        finally:
+            self._phase.backward = False
         if self._hooks.on_backward is not None:
             self._hooks.on_backward(loss=tensor)
 
@@ -44,8 +48,11 @@ class Loop(Core):
         `backward` multiplies the loss by it; the mean over ranks of ``loss * lite.batch_weight`` is the mean over
         all samples.
         """
-        weights = [state.weight for state in self._loader_states if state.weight is not None]
-        if len(weights) > 1 and any(weight != weights[0] for weight in weights):
+        active = self._loaders.active
+        if not active:
+            return 1.0
+        weight = active[0].weight
+        if len(active) > 1 and any(other.weight != weight for other in active):
             warnings.warn(
                 "Several loaders are being read, and their last batches are uneven in different ways: this loss is "
                 "not weighed. Set them up with weigh_uneven=False to say so.",
@@ -53,14 +60,14 @@ class Loop(Core):
                 stacklevel=3,
             )
             return 1.0
-        return weights[0] if weights else 1.0
+        return 1.0 if weight is None else weight
 
     def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[Any]:
         """Return a context in which gradients are accumulated but not exchanged: for all but the last micro-batch.
 
         Forward and backward of the micro-batch both belong inside.
         """
-        checks.check_set_up(module, "no_backward_sync")
+        checks.check_set_up(module, "no_backward_sync", self._hooks)
         engine = state_of(module).engine
         return cast(
             "AbstractContextManager[Any]",
@@ -87,8 +94,9 @@ class Loop(Core):
             RuntimeError: if the norm is not finite and `error_if_nonfinite`, on all ranks.
         """
         checks.check_limits(clip_val, max_norm)
-        checks.check_set_up(module, "clip_gradients")
-        checks.check_set_up(optimizer, "clip_gradients")
+        checks.check_set_up(module, "clip_gradients", self._hooks)
+        checks.check_set_up(optimizer, "clip_gradients", self._hooks)
+        checks.check_holds(module, optimizer, "clip_gradients")
         skips = self._hooks.precision_unscale(optimizer=optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         return cast(

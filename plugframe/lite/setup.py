@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,8 +23,10 @@ from plugframe.adopt import (
     release_optimizer,
     state_of,
 )
-from plugframe.adopt.loader import random_sources
-from plugframe.errors import SettingError
+from plugframe.adopt.loader import check_unread, divides_itself, sources_of
+from plugframe.adopt.module import checked_name
+from plugframe.adopt.sources import get_state, set_state
+from plugframe.errors import OrderError, PlugframeWarning, SettingError
 from plugframe.lite.core import Core
 
 
@@ -49,13 +52,13 @@ class SetUp(Core):
         Returns:
             The module alone, or a tuple of module, optimizers and scheduler, as they were given.
         """
-        checks.check_module(module)
+        names = self._check_module(module, forward_methods)
         checks.check_optimizers(optimizers)
         checks.check_ownership(module, optimizers)
         module = self._prepare(module, move_to_device, "setup")
         setup = self._hooks.strategy_setup_module_and_optimizers
         engine, prepared = setup(module=module, optimizers=optimizers)
-        self._adopt(module, engine, forward_methods)
+        self._adopt(module, engine, names)
         for optimizer in prepared:
             self._adopt_optimizer(optimizer)
         extra = () if scheduler is None else (scheduler,)
@@ -68,10 +71,10 @@ class SetUp(Core):
         forward_methods: Iterable[str | Callable[..., Any]] = (),
     ) -> Any:
         """Prepare a module alone, in place, and return it. Every rank must call it."""
-        checks.check_module(module)
+        names = self._check_module(module, forward_methods)
         module = self._prepare(module, move_to_device, "setup_module")
         engine = self._hooks.strategy_setup_module(module=module)
-        self._adopt(module, engine, forward_methods)
+        self._adopt(module, engine, names)
         return module
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
@@ -80,6 +83,7 @@ class SetUp(Core):
             raise SettingError("setup_optimizers() takes at least one optimizer, got none.")
         checks.check_optimizers(optimizers)
         self._started("setup_optimizers")
+        self._check_stray(optimizers)
         prepared = self._hooks.strategy_setup_optimizers(module=None, optimizers=optimizers)
         for optimizer in prepared:
             self._adopt_optimizer(optimizer)
@@ -107,10 +111,13 @@ class SetUp(Core):
         checks.check_loaders(dataloaders)
         context = self._started("setup_dataloaders")
         shard = self._hooks.strategy_data_shard()
-        seed = self._agree(dataloaders)
         for loader in dataloaders:
-            order = Order(seed, len(self._loader_states))
-            adopt_loader(
+            check_unread(loader)
+        divided = [d for d in dataloaders if use_distributed_sampler and not divides_itself(d, *shard)]
+        seed = self._agree(divided)
+        for loader in dataloaders:
+            order = Order(seed, self._loaders.number())
+            state = adopt_loader(
                 loader,
                 hooks=self._hooks,
                 device=context.device if move_to_device else None,
@@ -120,7 +127,7 @@ class SetUp(Core):
                 split=use_distributed_sampler,
                 weigh=weigh_uneven,
             )
-            self._loader_states.append(state_of(loader))
+            self._loaders.add(state)
             self._session.on_close(_release, weakref.ref(loader), release_loader)
         return dataloaders[0] if len(dataloaders) == 1 else list(dataloaders)
 
@@ -129,9 +136,38 @@ class SetUp(Core):
         module = self._hooks.precision_convert_module(module=module)
         return module.to(context.device) if move_to_device else module
 
-    def _adopt(self, module: nn.Module, engine: Any, forward_methods: Iterable[Any]) -> None:
+    def _check_module(self, module: nn.Module, forward_methods: Iterable[Any]) -> tuple[Any, ...]:
+        """Look at everything before anything is done, and return the forward methods."""
+        checks.check_module(module, [m for m in (reference() for reference in self._modules) if m is not None])
         names = (forward_methods,) if isinstance(forward_methods, str) else tuple(forward_methods)
-        adopt_module(module, hooks=self._hooks, engine=engine, forward_methods=names)
+        for name in names:
+            checked_name(module, name)
+        return names
+
+    def _check_stray(self, optimizers: tuple[Optimizer, ...]) -> None:
+        """Say so where an optimizer updates what no module that was set up holds: ranks would update it apart.
+
+        Raises:
+            OrderError: if no module was set up yet.
+        """
+        if not self._modules:
+            raise OrderError("setup_optimizers() before any model was set up: call lite.setup_module(model) first.")
+        modules = (module for module in (reference() for reference in self._modules) if module is not None)
+        known = {id(parameter) for module in modules for parameter in module.parameters()}
+        for optimizer in optimizers:
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            stray = sum(id(p) not in known for p in held)
+            if stray and self.world_size > 1 and self.is_global_zero:
+                warnings.warn(
+                    f"{stray} of the {len(held)} parameters of this {type(optimizer).__name__} belong to no module "
+                    "that was set up: their gradients are each rank's own. Call lite.setup_module() for their module, "
+                    "and make the optimizer after it; or exchange them with lite.all_reduce().",
+                    PlugframeWarning,
+                    stacklevel=3,
+                )
+
+    def _adopt(self, module: nn.Module, engine: Any, names: tuple[Any, ...]) -> None:
+        adopt_module(module, hooks=self._hooks, engine=engine, phase=self._phase, forward_methods=names)
         self._modules.append(weakref.ref(module))
         self._session.on_close(_release, self._modules[-1], release_module)
         if self._hooks.on_setup is not None:
@@ -141,13 +177,13 @@ class SetUp(Core):
         adopt_optimizer(optimizer, hooks=self._hooks)
         self._session.on_close(_release, weakref.ref(optimizer), release_optimizer)
 
-    def _agree(self, loaders: tuple[DataLoader[Any], ...]) -> int:
+    def _agree(self, loaders: Iterable[DataLoader[Any]]) -> int:
         """Return rank 0's seed, and give the users' own generators rank 0's state: all ranks draw alike."""
-        sources = [source for loader in loaders for source in random_sources(loader)]
-        mine = (torch.initial_seed(), [source.get_state() for source in sources])
+        sources = [source for loader in loaders for source in sources_of(loader)]
+        mine = (torch.initial_seed(), [get_state(source) for source in sources])
         seed, states = self._hooks.collective_broadcast_object(obj=mine, src=0, group=None)
         for source, state in zip(sources, states, strict=True):
-            source.set_state(state)
+            set_state(source, state)
         return int(seed)
 
     def _training(self) -> bool:

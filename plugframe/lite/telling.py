@@ -56,8 +56,7 @@ class Telling(Core):
         if self.loggers:
             self._hooks.logger_log(metrics={k: _number(k, v) for k, v in metrics.items()}, step=step)
         else:
-            message = "log() has no effect: there is no logger. Pass one: Lite(loggers='csv')."
-            warnings.warn(message, PlugframeWarning, stacklevel=3)
+            warnings.warn(f"log() has no effect. {self._no_logger()}", PlugframeWarning, stacklevel=3)
 
     seed_everything = _Seeding()
 

@@ -1,0 +1,239 @@
+"""Where loaders stand: epochs, passes over the data, what the batch at hand weighs; and how to go on from there."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from plugframe.adopt.epochs import EpochOf
+from plugframe.adopt.order import Draws, Order
+from plugframe.adopt.shard import ShardedIterable, Start
+from plugframe.adopt.sources import get_state, pack, set_state, unpack
+from plugframe.adopt.swap import KEY, State
+from plugframe.seed import rng_state, set_rng_state, take_rng
+
+
+class Reading:
+    """One pass over a loader, from ``iter(loader)`` to its end.
+
+    Attributes:
+        epoch: which it is.
+        position: batches handed over.
+        weight: of the batch handed over last.
+        weights: of the batches that were put together since, in order.
+        skip: batches to leave out at the beginning.
+        begun: whether a sampler was asked for its indices.
+        before: the states of the process's generators, and of the user's own, when it began.
+    """
+
+    def __init__(self, epoch: int, sources: list[Any], *, even: bool) -> None:
+        self.epoch = epoch
+        self.even = even
+        self.position = 0
+        self.weight = 1.0
+        self.weights: deque[float] = deque()
+        self.skip = 0
+        self.begun = False
+        self.before = (take_rng(), [get_state(source) for source in sources])
+
+
+class LoaderState(State):
+    """What an adopted loader knows.
+
+    Attributes:
+        epoch: how many epochs were started.
+        training: whether the epoch that starts now trains: every rank must then take part in every step.
+        replaced: attributes of the loader that something stands in for, to be put back.
+        weight: what the last batch weighs against those of the other ranks; None outside of an epoch.
+        divided: whether its indices are divided between the ranks here.
+        draws: gives the random numbers for the sampler in an epoch.
+        sources: the user's own generators that its samples are drawn from.
+        resumes: whether it goes on in the middle of an epoch by what is known here.
+        beginning: the pass that begins now.
+        job: the loaders of the job it belongs to.
+        early: whether it was set up before any loader of the job was read.
+    """
+
+    iterable: ShardedIterable | None = None
+    divided = False
+    draws: Callable[[int], Draws | None]
+    weight: float | None = None
+    resumes = True
+    job: Loaders | None = None
+    early = True
+
+    def __init__(self, *, hooks: Any, device: Any, order: Order, training: Callable[[], bool], weigh: bool) -> None:
+        self.hooks = hooks
+        self.device = device
+        self.order = order
+        self.training = training
+        self.weigh = weigh
+        self.epoch = 0
+        self.replaced: dict[str, Any] = {}
+        self.targets: list[EpochOf] = []
+        self.sources: list[Any] = []
+        self.readings: list[Reading] = []
+        self.kept: Mapping[str, Any] | None = None
+        self.beginning: Reading | None = None
+
+    def plain_dict(self, obj: Any) -> dict[str, Any]:
+        """Return the attributes of the plain object."""
+        return {**{k: v for k, v in obj.__dict__.items() if k != KEY}, **self.replaced}
+
+    def begin(self) -> Reading:
+        """Begin a pass: count the epoch and tell it to what wants to know."""
+        for target in self.targets:
+            target.tell(self.epoch)
+        if self.job is not None:
+            self.job.begun = True
+        reading = self.beginning = Reading(self.epoch, self.sources, even=self.training())
+        self.epoch += 1
+        if self.iterable is not None:
+            self.iterable.tell(reading.epoch, even=reading.even)
+        return reading
+
+    def begin_indices(self) -> Callable[[], Start]:
+        """Return what gives the sampler, at its first index, what the pass that begins now starts with."""
+        assert self.beginning is not None
+        return functools.partial(self._start_indices, self.beginning)
+
+    def _start_indices(self, reading: Reading) -> Start:
+        if reading.begun:
+            # A loader class that starts anew within one pass, as one without an end does: that is another epoch.
+            again = self.begin()
+            reading.epoch, reading.position, reading.before = again.epoch, 0, again.before
+            self.beginning = reading
+        reading.begun = True
+        skip, reading.skip = reading.skip, 0
+        return Start(self.draws(reading.epoch), reading.even, reading.weights.append, skip)
+
+    def hand_over(self, reading: Reading) -> None:
+        """Note that `reading` has just read a batch."""
+        reading.position += 1
+        if reading.weights:
+            weight = reading.weights.popleft()
+            reading.weight = weight if self.weigh else 1.0
+        if self.readings[-1] is not reading:
+            self.readings.remove(reading)
+            self.readings.append(reading)
+        self.weight = reading.weight
+
+    def open(self, reading: Reading) -> None:
+        """Note that `reading` is being read."""
+        if not self.readings and self.job is not None:
+            self.job.active.append(self)
+        self.readings.append(reading)
+
+    def close(self, reading: Reading) -> None:
+        """Note that `reading` is over: the weight that counts is that of a pass around it, if there is one."""
+        self.readings.remove(reading)
+        self.weight = self.readings[-1].weight if self.readings else None
+        if not self.readings and self.job is not None and self in self.job.active:
+            self.job.active.remove(self)
+
+    def where(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return where the loader stands, for a checkpoint: what all ranks share, and what is this rank's own."""
+        common = {
+            "number": self.order.number,
+            "seed": self.order.seed,
+            "epoch": self.epoch,
+            "position": 0,
+            "early": self.early,
+        }
+        if not self.readings:
+            return common, {"generators": [pack(get_state(source)) for source in self.sources]}
+        reading = self.readings[-1]
+        common["epoch"] = reading.epoch
+        rng, sources = reading.before
+        own: dict[str, Any] = {"generators": [pack(state) for state in sources]}
+        if self.resumes:
+            common["position"] = reading.position
+            own["rng"] = rng_state(rng)
+        return common, own
+
+    def go_on(self, common: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
+        """Have the next pass begin where `where` was asked; without what is a rank's own, at the epoch's beginning."""
+        self.order.seed = common["seed"]
+        self.epoch = common["epoch"]
+        self.kept = None
+        if own is None:
+            return
+        for source, state in zip(self.sources, own["generators"], strict=False):
+            set_state(source, unpack(state))
+        if common["position"]:
+            self.kept = {"position": common["position"], "rng": own["rng"]}
+
+    @contextmanager
+    def replaying(self, kept: Mapping[str, Any]) -> Iterator[None]:
+        """Have the random numbers of the pass that is gone on with, and those of now again afterwards."""
+        now = rng_state()
+        set_rng_state(kept["rng"])
+        try:
+            yield
+        finally:
+            set_rng_state(now)
+
+
+class Loaders:
+    """The loaders of one job, by number, as long as the user keeps them.
+
+    Attributes:
+        active: those that are being read.
+        begun: whether any was read, since a checkpoint was loaded.
+    """
+
+    def __init__(self) -> None:
+        self.active: list[LoaderState] = []
+        self.begun = False
+        self._next = 0
+        self._states: weakref.WeakValueDictionary[int, LoaderState] = weakref.WeakValueDictionary()
+        self._waiting: dict[int, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {}
+
+    def number(self) -> int:
+        """Return a number for another loader, the same on every rank.
+
+        Loaders that a script sets up once more after it has loaded a checkpoint have the numbers they had; those
+        it makes on the way, such as one for each evaluation, have the numbers they would have had.
+        """
+        if self._waiting and not self.begun:
+            return min(self._waiting)
+        self._next += 1
+        return self._next - 1
+
+    def add(self, state: LoaderState) -> None:
+        """Remember a loader; one that a checkpoint knows goes on from there."""
+        state.job = self
+        state.early = not self.begun
+        self._states[state.order.number] = state
+        if state.order.number in self._waiting:
+            state.go_on(*self._waiting.pop(state.order.number))
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.active.clear()
+        self._states.clear()
+        self._waiting.clear()
+        self._next, self.begun = 0, False
+
+    def where(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return where all loaders stand, for a checkpoint: what all ranks share, and what is this rank's own."""
+        states = {number: state.where() for number, state in sorted(self._states.items())}
+        common = {"next": self._next, "known": [common for common, _ in states.values()]}
+        return common, {str(number): own for number, (_, own) in states.items()}
+
+    def go_on(self, common: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
+        """Have every loader go on where `where` was asked, also one that is still to be set up."""
+        self._waiting.clear()
+        for kept in common["known"]:
+            number = kept["number"]
+            place = (kept, None if own is None else own.get(str(number)))
+            if number in self._states:
+                self._states[number].go_on(*place)
+            elif number >= self._next and (kept["early"] or kept["position"]):
+                self._waiting[number] = place
+        self._next = max(self._next, common["next"])
+        self.begun = False
