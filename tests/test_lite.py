@@ -409,3 +409,34 @@ def test_worlds_of_one_are_the_default() -> None:
         assert (lite.global_rank, lite.local_rank, lite.node_rank, lite.world_size) == (0, 0, 0, 1)
         assert lite.is_global_zero
         assert World() == World(global_rank=0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_run_goes_on_inside_an_epoch(tmp_path: Path, num_workers: int) -> None:
+    """What was saved between two batches goes on with the next one, shuffled, with and without workers."""
+
+    def loader(lite: Lite) -> Any:
+        data = torch.arange(10.0)
+        return lite.setup_dataloaders(
+            torch.utils.data.DataLoader(data, batch_size=2, shuffle=True, num_workers=num_workers)
+        )
+
+    seed_everything(3)
+    with cpu() as lite:
+        batches = loader(lite)
+        first = [batch.tolist() for batch in batches]
+        second = []
+        for position, batch in enumerate(batches):
+            second.append(batch.tolist())
+            if position == 1:
+                lite.save(tmp_path / "x", {"step": 7})
+        third = [batch.tolist() for batch in batches]
+    assert first != second != third
+    seed_everything(4)
+    with cpu() as lite:
+        batches = loader(lite)
+        state = {"step": 0}
+        lite.load(tmp_path / "x", state)
+        assert [batch.tolist() for batch in batches] == second[2:]
+        assert [batch.tolist() for batch in batches] == third
+        assert state["step"] == 7
