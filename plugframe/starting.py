@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,12 @@ def start_function(
 ) -> Any:
     """Call ``function(*args)`` on every rank and return what rank 0 returned."""
     wants = "interactive" if _typed_at_a_prompt(function, args) else "function"
-    return _launcher(request, registry, wants).launcher_launch(job=_job(plan, function=function, args=args))
+    try:
+        return _launcher(request, registry, wants).launcher_launch(job=_job(plan, function=function, args=args))
+    except RankFailedError as error:
+        if error.exit_code == 128 + signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise
 
 
 def not_launched(plan: Plan, call: str) -> OrderError:
@@ -50,6 +56,9 @@ def not_launched(plan: Plan, call: str) -> OrderError:
 
 
 def _launcher(request: Request, registry: Registry, wants: str) -> Any:
+    from plugframe.launch.function import refuse_while_importing
+
+    refuse_while_importing()
     if os.environ.get(LAUNCHED):
         setting = request.get("environment")
         why = f"environment={setting.value!r} in {setting.source}" if setting else "the environment that was found"

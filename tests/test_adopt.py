@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import gc
 import io
 import pickle
+import warnings
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from plugframe import Lite, OrderError, SettingError, UsageError
 
@@ -274,3 +277,335 @@ def test_compile_before_and_after_setup(lite: Lite) -> None:
         lite.backward(loss)
         assert torch.allclose(loss, eager(x).sum())
         assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Registered(nn.Module):
+    """A class that notices when it is subclassed, and asks for an argument then."""
+
+    names: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls, *, name: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Registered.names.append(name)
+
+
+class Known(Registered, name="known"):
+    """One of them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Strict(type):
+    """A metaclass with rules of its own."""
+
+    made: ClassVar[list[str]] = []
+
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
+        if "version" not in namespace:
+            raise TypeError("a version is needed")
+        Strict.made.append(name)
+        return super().__new__(cls, name, bases, namespace)
+
+
+class Versioned(nn.Module, metaclass=Strict):
+    """A class of that metaclass."""
+
+    version = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Abstract(nn.Module, abc.ABC):
+    """An abstract class."""
+
+    @abc.abstractmethod
+    def forward(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class Concrete(Abstract):
+    """What implements it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_classes_are_not_told_of_the_swap(lite: Lite) -> None:
+    """Set-up calls no ``__init_subclass__`` and no metaclass of the user's, and confuses no abstract class."""
+    for module in (Known(), Versioned(), Concrete()):
+        lite.setup(module)
+        assert module(torch.ones(1)) == 1
+        assert type(copy.deepcopy(module)) is type(module).__mro__[1]
+    assert Registered.names == ["known"]
+    assert Strict.made == ["Versioned"]
+    assert isinstance(module, Abstract)
+    assert not isinstance(Concrete(), type(module))
+    assert isinstance(Concrete(), Concrete)
+
+
+class Chatty:
+    """A mix-in that is no module, as those of language models are."""
+
+    body: nn.Module
+
+    def generate(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+    def ask(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x)  # type: ignore[operator,no-any-return]
+
+
+class Speaker(nn.Module, Chatty):
+    """A model with that mix-in, a private method and one that yields."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+    def _peek(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+    def stream(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        yield self.body(x)
+        yield self.body(2 * x)
+
+
+def test_methods_of_every_origin_run_under_the_strategy(lite: Lite) -> None:
+    """Methods of mix-ins, private methods and generators are marked, and refused, like any other."""
+    x = torch.ones(1, 4)
+    model = lite.setup(Speaker())
+    assert model.ask(x).shape == (1, 2)
+    with pytest.raises(UsageError, match=r"Speaker.generate\(\) runs Linear 'body' outside of the strategy"):
+        model.generate(x)
+    with pytest.raises(UsageError, match=r"Speaker.stream\(\) runs Linear 'body' outside of the strategy"):
+        list(model.stream(x))
+    with Lite(accelerator="cpu", devices=1, precision="bf16-true") as half:
+        model = half.setup(Speaker(), forward_methods=("generate", "_peek", "stream"))
+        results = [model.generate(x), model._peek(x), *model.stream(x)]
+        assert [result.dtype for result in results] == [torch.float32] * 4
+        assert len(list(model.stream(x))) == 2
+        other = half.setup(Speaker())
+        other.mark_forward_method("_peek")
+        assert other._peek(x).dtype is torch.float32
+
+
+def test_a_set_up_that_fails_changes_nothing() -> None:
+    """A wrong method name is refused before the module is converted, and set-up works afterwards."""
+    with Lite(accelerator="cpu", devices=1, precision="bf16-true") as lite:
+        model = Net()
+        with pytest.raises(SettingError, match="no method 'los'"):
+            lite.setup(model, forward_methods=("los",))
+        assert model.body[0].weight.dtype is torch.float32
+        lite.setup(model)
+
+
+class Checkpointed(nn.Module):
+    """A model that computes a public method once more in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+
+    def block(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x).relu()
+
+    def forward(self, x: torch.Tensor, reentrant: bool) -> torch.Tensor:
+        x = checkpoint(self.block, x, use_reentrant=reentrant)
+        return checkpoint(lambda y: self.block(y), x, use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize("marked", [(), ("block",)])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_activation_checkpointing_of_public_methods(precision: str, marked: tuple[str, ...]) -> None:
+    """A method that backward runs again is part of the forward it was part of."""
+    with Lite(accelerator="cpu", devices=1, precision=precision) as lite:
+        for reentrant in (False, True):
+            model = lite.setup(Checkpointed(), forward_methods=marked)
+            lite.backward(model(torch.ones(2, 4, requires_grad=True), reentrant).sum())
+            assert model.body.weight.grad is not None
+
+
+def test_parametrizations_come_and_go(lite: Lite) -> None:
+    """A parametrization put on a set-up module stays through copies and tear-down, and can be taken off again."""
+    weight_norm, remove = nn.utils.parametrizations.weight_norm, nn.utils.parametrize.remove_parametrizations
+    x = torch.ones(1, 4)
+    stays, goes = lite.setup(nn.Linear(4, 2)), lite.setup(nn.Linear(4, 2))
+    for model in (stays, goes):
+        weight_norm(model)
+        assert torch.equal(copy.deepcopy(model)(x), model(x))
+    remove(goes, "weight")
+    expected = [model(x) for model in (stays, goes)]
+    lite.teardown()
+    assert type(goes) is nn.Linear
+    assert stays.parametrizations
+    assert "_plugframe" not in vars(stays)
+    for model, before in zip((stays, goes), expected, strict=True):
+        torch.testing.assert_close(model(x), before)
+
+
+def test_scripted_modules_are_modules(lite: Lite) -> None:
+    """A scripted or traced module trains, copies and is given back."""
+    x = torch.ones(2, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        modules: list[Any] = [torch.jit.script(nn.Linear(4, 2)), torch.jit.trace(nn.Linear(4, 2), x)]
+        for module in modules:
+            model, optimizer = lite.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+            lite.backward(model(x).sum())
+            optimizer.step()
+            assert torch.equal(copy.deepcopy(model)(x), model(x))
+        lite.teardown()
+        assert [module(x).shape for module in modules] == [(2, 2)] * 2
+
+
+class Own(nn.Module):
+    """A module that copies itself by hand, and refers to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(1, 1)
+        self.me = [self]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Own:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        return twin
+
+
+def test_a_copy_made_by_hand_refers_to_itself(lite: Lite) -> None:
+    """A class with a ``__deepcopy__`` of its own and a reference to itself is copied once."""
+    twin = copy.deepcopy(lite.setup(Own()))
+    assert type(twin) is Own
+    assert twin.me[0] is twin
+
+
+@pytest.mark.parametrize("module", [nn.LazyLinear(2), nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d())])
+def test_a_module_without_shapes_is_refused(lite: Lite, module: nn.Module) -> None:
+    """A lazy module becomes another class in its first forward: that must come before set-up."""
+    with pytest.raises(OrderError, match="has no shape yet: run one forward before lite.setup"):
+        lite.setup(module)
+
+
+def test_what_was_set_up_is_not_set_up_again(lite: Lite) -> None:
+    """A part of what was set up, and one object passed twice, are refused."""
+    model = lite.setup(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(OrderError, match="This Linear is part '0' of a Sequential that was set up already"):
+        lite.setup(model[0])
+    other = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    with pytest.raises(SettingError, match="One object was passed twice among SGD, SGD"):
+        lite.setup(other, optimizer, optimizer)
+    loader = torch.utils.data.DataLoader([1])
+    with pytest.raises(SettingError, match="passed twice"):
+        lite.setup_dataloaders(loader, loader)
+
+
+def test_optimizers_come_after_their_module(lite: Lite) -> None:
+    """Optimizers set up apart come after a module; clipping takes a module's own optimizer, of the same ``Lite``."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(OrderError, match=r"setup_optimizers\(\) before any model was set up"):
+        lite.setup_optimizers(optimizer)
+    lite.setup_module(model)
+    assert lite.setup_optimizers(optimizer) is optimizer
+    other = lite.setup(nn.Linear(2, 2))
+    with pytest.raises(SettingError, match="this SGD holds no parameter of this Linear"):
+        lite.clip_gradients(other, optimizer, max_norm=1.0)
+    with Lite(accelerator="cpu", devices=1) as another:
+        with pytest.raises(OrderError, match="this Linear was set up by another one"):
+            another.clip_gradients(model, optimizer, max_norm=1.0)
+        with pytest.raises(OrderError, match="this Linear was set up by another one"):
+            another.no_backward_sync(model)
+
+
+def test_objects_are_freed_at_once(lite: Lite) -> None:
+    """Set-up makes no reference cycle: a model and its optimizer go with their last reference, as in plain torch."""
+    model = nn.Linear(4, 2)
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    lite.backward(model(torch.ones(1, 4)).sum())
+    optimizer.step()
+    references = [weakref.ref(model), weakref.ref(optimizer)]
+    gc.disable()
+    try:
+        del model, optimizer
+        assert [reference() for reference in references] == [None, None]
+    finally:
+        gc.enable()
+
+
+class Plain(torch.optim.Optimizer):
+    """An optimizer whose step takes nothing."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self) -> str:  # type: ignore[override]
+        return "done"
+
+
+class Greedy(torch.optim.SGD):
+    """An optimizer whose step takes the loss first."""
+
+    def step(self, loss: float, closure: Any = None, *, boost: int = 1) -> Any:  # type: ignore[override]
+        self.seen = (loss, boost)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_steps_have_the_users_signature(precision: str) -> None:
+    """A step with any signature is called with what it was given, with schedulers and after tear-down as well."""
+    model = nn.Linear(4, 2)
+    plain, greedy = Plain(model.parameters()), Greedy(model.parameters(), lr=0.1)
+    with Lite(accelerator="cpu", devices=1, precision=precision) as lite:
+        lite.setup(model, plain, greedy)
+        scheduler = torch.optim.lr_scheduler.StepLR(plain, 1)
+        lite.backward(1e-6 * model(torch.ones(1, 4)).sum())
+        assert plain.step() == "done"
+        scheduler.step()
+        greedy.step(3.0, boost=2)
+        assert greedy.seen == (3.0, 2)
+        greedy.step(loss=4.0)
+        assert greedy.seen == (4.0, 1)
+        with pytest.raises(TypeError, match="too many positional arguments"):
+            greedy.step(1.0, None, 3)
+        assert plain.optimizer is plain
+    assert plain.step() == "done"
+    scheduler.step()
+
+
+def test_a_compiled_module_is_one_with_what_it_was_made_of(lite: Lite) -> None:
+    """Methods and state of a compiled module are those of the plain one, and so is what can be done to both."""
+    x = torch.ones(1, 4)
+    plain = Net()
+    model = torch.compile(plain, backend="eager")
+    with Lite(accelerator="cpu", devices=1, precision="bf16-true") as half:
+        half.setup(model, forward_methods=("loss",))
+        assert model.loss(x).dtype is torch.float32
+        assert plain.loss(x).dtype is torch.float32
+        assert model(x).dtype is torch.float32
+        with pytest.raises(OrderError, match="set up already|that was set up"):
+            half.setup(plain)
+    assert type(plain) is Net
+    unmarked = lite.setup(torch.compile(Net(), backend="eager"))
+    with pytest.raises(UsageError, match=r"Net.loss\(\) runs Linear"):
+        unmarked.loss(x)
+    unmarked.mark_forward_method("loss")
+    assert unmarked.loss(x).ndim == 0
+    assert torch.equal(copy.deepcopy(unmarked)(x), unmarked(x))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_a_set_up_module_compiles_as_one_graph(precision: str) -> None:
+    """``torch.compile(model, fullgraph=True)`` after set-up meets nothing that breaks the graph."""
+    torch.compiler.reset()
+    with Lite(accelerator="cpu", devices=1, precision=precision) as lite:
+        model = lite.setup(Net(), forward_methods=("loss",))
+        for call in (model, model.loss):
+            result = torch.compile(call, backend="eager", fullgraph=True)(torch.ones(2, 4))
+            lite.backward(result.mean())
+            assert result.dtype is torch.float32

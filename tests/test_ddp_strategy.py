@@ -195,11 +195,13 @@ def no_sync_nests_in_any_way(context: Context) -> None:
             assert gradient() == 0.5
 
 
-def a_frozen_module_needs_no_engine(context: Context) -> None:
-    """Without trainable parameters there is no engine; the module still becomes rank 0's everywhere."""
+def a_frozen_module_exchanges_nothing(context: Context) -> None:
+    """Without trainable parameters nothing is exchanged but at set-up: the module becomes rank 0's everywhere."""
     teacher = normed(seed=context.world.global_rank).requires_grad_(False)
     with strategy_of(context) as strategy:
-        assert strategy.strategy_setup_module(module=teacher) is None
+        engine = strategy.strategy_setup_module(module=teacher)
+        if context.world.global_rank == 0:
+            assert engine(teacher.forward, torch.ones(2, 3)).shape == (2, 1)
         assert strategy.strategy_setup_module(module=nn.ReLU()) is None
         with strategy.strategy_no_sync(module=teacher, engine=None, enabled=True):
             assert teacher(torch.ones(2, 3)).shape == (2, 1)
@@ -393,7 +395,7 @@ CHECKS = [
     gradients_are_those_of_one_process,
     the_module_stays_the_users,
     no_sync_nests_in_any_way,
-    a_frozen_module_needs_no_engine,
+    a_frozen_module_exchanges_nothing,
     unused_parameters_are_allowed_on_request,
     evaluation_needs_no_other_rank,
     every_rank_evaluates_one_model,
@@ -551,7 +553,7 @@ def test_descriptors_say_where_they_work() -> None:
     launchers = {name: (alias.alias_of, alias.implies["launcher"]) for name, alias in aliases.items()}
     assert launchers == {"spawn": ("ddp", "spawn"), "fork": ("ddp", "fork"), "notebook": ("ddp", "fork")}
     assert "strategy='ddp'" in ddp.plugin.retired["dp"]
-    assert "strategy='fsdp'" in ddp.plugin.retired["ddp_sharded"]
+    assert "strategy='ddp'" in ddp.plugin.retired["ddp_sharded"]
     assert (single.plugin.ranks, single.plugin.priority) == ("one", 100)
 
 

@@ -73,7 +73,7 @@ def test_the_plugin_in_twenty_lines_trains(tmp_path: Path) -> None:
         "lite = Lite()\n"
         "model = torch.nn.Linear(2, 1)\n"
         "model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))\n"
-        "lite.backward(model(torch.full((1, 2), lite.global_rank + 1.0)).sum(), model=model)\n"
+        "lite.backward(model(torch.full((1, 2), lite.global_rank + 1.0)).sum())\n"
         "lite.print('gradient', model.weight.grad.tolist(), type(lite.strategy).__name__)\n"
     )
     command = (sys.executable, "-m", "plugframe", "run", "train.py", "--strategy=acme", "--accelerator=cpu")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from plugframe.adopt.epochs import EpochOf
 from plugframe.adopt.order import Draws, Order
 from plugframe.adopt.shard import ShardedIterable, Start
@@ -91,7 +93,8 @@ class LoaderState(State):
         if self.job is not None:
             self.job.begun = True
         reading = self.beginning = Reading(self.epoch, self.sources, even=self.training())
-        self.epoch += 1
+        # A pass without gradients is no epoch of the training: one rank may evaluate alone, and the order stays common.
+        self.epoch += torch.is_grad_enabled()
         if self.iterable is not None:
             self.iterable.tell(reading.epoch, even=reading.even)
         return reading

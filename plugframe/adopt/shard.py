@@ -218,7 +218,7 @@ class ShardedIterable(_StandIn, IterableDataset[Any]):
 
     _own = (
         *("_inner", "_size", "_drop_last", "_index", "_count", "_weighed", "_order"),
-        *("_told", "_epoch", "_passes", "_counted"),
+        *("_told", "_turn", "_passes", "_counted"),
     )
 
     def __init__(
@@ -231,9 +231,9 @@ class ShardedIterable(_StandIn, IterableDataset[Any]):
         self._count = count
         self._weighed = weighed
         self._order = order
-        #: Epoch, and whether steps must be even. A tensor, since workers that stay must hear of it too.
-        self._told = torch.zeros(2, dtype=torch.int64)
-        self._epoch = -1
+        #: Epoch, whether steps must be even, and how often told. A tensor: workers that stay must hear of it too.
+        self._told = torch.zeros(3, dtype=torch.int64)
+        self._turn = -1
         self._passes = 0
         self._counted: bool | None = None
 
@@ -244,6 +244,7 @@ class ShardedIterable(_StandIn, IterableDataset[Any]):
     def tell(self, epoch: int, *, even: bool) -> None:
         """Set the epoch that starts, and whether its steps must be even."""
         self._told[0], self._told[1] = epoch, even
+        self._told[2] += 1
 
     def length(self, even: bool, original: Callable[[], int]) -> int:
         """Return what `original`, which counts the batches of a loader, says for this rank's share."""
@@ -258,9 +259,10 @@ class ShardedIterable(_StandIn, IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        epoch, even = (int(value) for value in self._told)
-        self._passes = self._passes + 1 if epoch == self._epoch else 0
-        self._epoch = epoch
+        epoch, even, turn = (int(value) for value in self._told)
+        # A loader class may begin anew within one pass, of which it is not told.
+        self._passes = self._passes + 1 if turn == self._turn else 0
+        self._turn = turn
         part = self._passes * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
         draws = self._order.draws(epoch, every=True, part=part)
         return self._share(_taker(self._inner, draws), bool(even))

@@ -125,7 +125,11 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
         return plain_class(self).__reduce_ex__(self, protocol)
     reduced = plain(self).__reduce_ex__(protocol)
     if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-        # The pickler insists that this function makes an object of this very class; ours makes a plain one.
+        # The pickler insists that this function makes an object of this very class. The one of older pickles makes
+        # a plain one, also where plugframe is not installed.
+        cls, *arguments = reduced[1]
+        if not arguments and cls.__new__ is object.__new__:
+            return (copyreg._reconstructor, (cls, object, None), *reduced[2:])  # type: ignore[attr-defined]
         return (_new, *reduced[1:])
     return reduced
 

@@ -104,6 +104,7 @@ def command(
     show(("what", "value", "why"), plan.rows())
     for line in [*(f"note: {note}" for note in plan.notes if note not in told), *start.lines()]:
         click.echo(line)
+    click.echo("not seen here: what the script itself passes to Lite(...)")
 
 
 def _variables(settings: Mapping[str, Any], config: str | None) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, TypeVar, cast
@@ -58,6 +59,12 @@ class Lite(SetUp, Loop, Ranks, Keeping, Telling):
             starting.start_script(self.plan, self._request, self._registry)
         handed = (type(self), self.__getstate__(), function, args, kwargs)
         return cast("T", starting.start_function(self.plan, self._request, self._registry, _rank_main, handed))
+
+
+for _part in (Core, SetUp, Loop, Ranks, Keeping, Telling):
+    for _name, _method in vars(_part).items():
+        if inspect.isfunction(_method):
+            _method.__qualname__ = f"Lite.{_name}"  # what an error about its arguments calls it
 
 
 def _rank_main(cls: type[Lite], state: dict[str, Any], function: Any, args: tuple[Any, ...], kwargs: Any) -> Any:

@@ -26,9 +26,12 @@ class Loop(Core):
 
         Args:
             tensor: the loss, a mean over this rank's batch; 0-d, or any shape with ``gradient=``.
-            model: the module the loss belongs to, where several were set up and the strategy wants to know.
+            model: the module the loss belongs to, where several were set up and the strategy wants to know; the
+                only one that was set up is known without.
         """
         checks.check_loss(tensor, set_up=bool(self._modules))
+        if model is None and len(self._modules) == 1:
+            model = self._modules[0]()
         weight = self.batch_weight
         if weight != 1.0:
             tensor = tensor * weight

@@ -2,7 +2,7 @@
 
 from plugframe import Plugin
 
-_FSDP = "use strategy='fsdp', which shards parameters, gradients and optimizer states."
+_SHARDED = "torch has retired it; use strategy='ddp', or a package that publishes a sharded strategy."
 
 plugin = Plugin(
     factory="plugframe_builtins.ddp.strategy:DDP",
@@ -12,8 +12,9 @@ plugin = Plugin(
     retired={
         "dp": "its ranks were threads of one process; use strategy='ddp'.",
         "ddp2": "use strategy='ddp'.",
-        "ddp_find_unused_parameters_true": "it is an option; use strategy=DDP(find_unused_parameters=True).",
-        **dict.fromkeys(("ddp_sharded", "ddp_sharded_spawn", "ddp_fully_sharded"), _FSDP),
+        "ddp_find_unused_parameters_true": "use strategy=DDP(find_unused_parameters=True), "
+        "from plugframe_builtins.ddp.strategy.",
+        **dict.fromkeys(("ddp_sharded", "ddp_sharded_spawn", "ddp_fully_sharded"), _SHARDED),
     },
 )
 spawn = Plugin(alias_of="ddp", implies={"launcher": "spawn"}, summary="ddp, ranks started by spawn.")

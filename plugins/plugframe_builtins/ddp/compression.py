@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from plugframe.errors import MissingDependencyError, SettingError, UnsupportedError, closest
-from plugframe_builtins.ddp.engine import Engine
 
 KINDS = ("fp16", "bf16", "powersgd")
 
@@ -32,7 +32,7 @@ def check_compression(kind: str | None, powersgd: Mapping[str, Any] | None) -> N
         raise MissingDependencyError("gradient_compression='powersgd' needs NumPy: pip install numpy.")
 
 
-def compress(engine: Engine, kind: str, powersgd: Mapping[str, Any]) -> None:
+def compress(engine: DistributedDataParallel, kind: str, powersgd: Mapping[str, Any]) -> None:
     """Have `engine` send its gradients in that way.
 
     Raises:

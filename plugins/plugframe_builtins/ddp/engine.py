@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,35 +14,82 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plugframe.base import ForwardShim
 
+_LOOK = attrgetter("requires_grad", "dtype")
 
-class Engine(DistributedDataParallel):
+
+def _return(loss: Tensor) -> Tensor:
+    return loss
+
+
+class Engine:
     """``engine(call, *args)`` runs ``call(*args)`` so that the backward after it averages gradients.
 
     A forward without gradients is the call alone and never communicates: ranks may evaluate different
     numbers of batches, or one of them by itself.
+
+    Attributes:
+        broadcast_buffers: whether buffers are made equal before each forward.
+        stale_buffers: whether a forward may have changed the buffers since they were equal.
+        local: whether gradients were accumulated that were not averaged since.
     """
 
-    def __init__(self, module: nn.Module, *, static_graph: bool, **options: Any) -> None:
-        super().__init__(ForwardShim(module), static_graph=static_graph, **options)
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        connect: Callable[[nn.Module], DistributedDataParallel],
+        check: Callable[[nn.Module], None],
+    ) -> None:
+        self.module = module
+        self._check = check
+        self.broadcast_buffers = True
         self.stale_buffers = False
-        self._has_buffers = any(True for _ in module.buffers())
-        # A static graph is recorded in the first backward, which torch cannot do without averaging.
-        self._must_average = static_graph
-        # Adam's and SGD's parameter lists are looked through at every step.
-        self._owned = frozenset(map(id, module.parameters()))
+        self.local = False
+        self._connect = connect
+        self._ddp: DistributedDataParallel | None = None
+        self._averages = True
+        self._must_average = False
+        self._forwards = 0
+        self._expects = self._ran = False
+        self._build()
 
     def __del__(self) -> None:
-        # The reducer must not be the last to hold the process group: it would destroy it without releasing the
-        # GIL, and wait for gloo's threads, which may be waiting for the GIL (seen in 1 of 20 tear-downs).
-        for name in ("logger", "reducer"):
-            vars(self).pop(name, None)
+        self._disconnect()
 
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return call(*args, **kwargs)
+        if not torch.compiler.is_compiling() and self._changed():
+            self._check(self.module)
+            self._build()
+        ddp = self._ddp
+        if ddp is None:
+            return call(*args, **kwargs)
         self.stale_buffers = self._has_buffers
+        ddp.broadcast_buffers = self.broadcast_buffers
+        ddp.require_backward_grad_sync = self._expects = self._averages or self._must_average
+        self._ran = True
         self._must_average = False
-        return super().forward(call, *args, **kwargs)  # type: ignore[no-untyped-call]
+        return ddp(call, *args, **kwargs)
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Have the backward that comes average gradients, whatever went before.
+
+        torch expects one backward for each forward: gradients of a second one, or of a part that was called by
+        itself, it would leave to each rank.
+        """
+        ddp = self._ddp
+        if ddp is None:
+            return
+        if self._averages:
+            # What is unused depends on the loss: of several, none may use all that the forward has made.
+            if not ddp.static_graph and (ddp.find_unused_parameters or not self._expects):
+                ddp.broadcast_buffers, ddp.require_backward_grad_sync = False, True
+                ddp(_return, loss)  # to torch, a forward whose result is the loss
+            self.local = self.local and not self._ran
+        elif self._ran:
+            self.local = not self._expects
+        self._expects = self._ran = False
 
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:
         """Say whether the optimizer updates any parameter of the module."""
@@ -53,24 +101,55 @@ class Engine(DistributedDataParallel):
 
         Averaging one micro-batch early changes nothing in the end: the mean over ranks is linear.
         """
-        before = self.require_backward_grad_sync
-        self.require_backward_grad_sync = enabled or self._must_average
+        before, self._averages = self._averages, enabled
         try:
             yield
         finally:
-            self.require_backward_grad_sync = before
+            self._averages = before
 
     @torch.no_grad()
     def sync_buffers(self) -> None:
         """Give every rank the buffers of rank 0, in one broadcast for each dtype."""
         self.stale_buffers = False
+        if self._ddp is None:
+            return
+        group = self._ddp.process_group
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for buffer in self.module.buffers():
             by_dtype.setdefault(buffer.dtype, []).append(buffer)
         for buffers in by_dtype.values():
             flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-            dist.broadcast(flat, 0, group=self.process_group)
-            if dist.get_rank(self.process_group) != 0:
+            dist.broadcast(flat, 0, group=group)
+            if dist.get_rank(group) != 0:
                 pieces = torch.split(flat, [buffer.numel() for buffer in buffers])
                 for buffer, piece in zip(buffers, pieces, strict=True):
                     buffer.copy_(piece.view_as(buffer))
+
+    def _changed(self) -> bool:
+        """Say whether parameters were frozen, unfrozen, converted or replaced since the module was looked at."""
+        self._forwards += 1
+        # Walking through the modules takes long: whether parameters are others is looked up ever more rarely.
+        if self._forwards & (self._forwards - 1) == 0:
+            now = list(self.module.parameters())
+            if len(now) != len(self._parameters) or any(a is not b for a, b in zip(now, self._parameters, strict=True)):
+                return True
+        return tuple(map(_LOOK, self._parameters)) != self._looks
+
+    def _build(self) -> None:
+        self._disconnect()
+        self._parameters = list(self.module.parameters())
+        self._looks = tuple(map(_LOOK, self._parameters))
+        # Adam's and SGD's parameter lists are looked through at every step.
+        self._owned = frozenset(map(id, self._parameters))
+        self._has_buffers = any(True for _ in self.module.buffers())
+        if any(parameter.requires_grad for parameter in self._parameters):
+            self._ddp = self._connect(ForwardShim(self.module))
+            # A static graph is recorded in the first backward, which torch cannot do without averaging.
+            self._must_average = self._ddp.static_graph
+
+    def _disconnect(self) -> None:
+        # The reducer must not be the last to hold the process group: it would destroy it without releasing the
+        # GIL, and wait for gloo's threads, which may be waiting for the GIL (seen in 1 of 20 tear-downs).
+        ddp, self._ddp = vars(self).get("_ddp"), None
+        for name in ("logger", "reducer") if ddp is not None else ():
+            vars(ddp).pop(name, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -10,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from plugframe.base import Strategy
 from plugframe.context import Context
-from plugframe.errors import OrderError, SettingError, UnsupportedError
+from plugframe.errors import OrderError, PlugframeWarning, SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe_builtins.ddp.batchnorm import sync_batchnorm
@@ -120,14 +123,21 @@ class DDP(Strategy):
             self._undo.callback(sync_batchnorm(module, warn=self.context.world.global_rank == 0))
         if not any(parameter.requires_grad for parameter in module.parameters()):
             self._broadcast(module)
+        if not any(True for _ in module.parameters()):
             return None
-        engine = Engine(module, process_group=self._group, **self._engine_options)
+        check = functools.partial(check_same_model, hooks=self.context.hooks)
+        engine = Engine(module, connect=self._connect, check=check)
         # Set afterwards, so that set-up makes buffers equal in any case; torch 2.13 renamed the argument as well.
         engine.broadcast_buffers = self.broadcast_buffers
-        if self.gradient_compression is not None:
-            compress(engine, self.gradient_compression, self.powersgd)
         self._engines[id(engine)] = engine
         return engine
+
+    def _connect(self, shim: nn.Module) -> DistributedDataParallel:
+        """Have the gradients of the trainable parameters averaged: at set-up, and when others become trainable."""
+        ddp = DistributedDataParallel(shim, process_group=self._group, **self._engine_options)
+        if self.gradient_compression is not None:
+            compress(ddp, self.gradient_compression, self.powersgd)
+        return ddp
 
     def _broadcast(self, module: nn.Module) -> None:
         """Make a frozen module equal to rank 0's: a teacher with random weights is one teacher, not many."""
@@ -147,6 +157,14 @@ class DDP(Strategy):
         return optimizers
 
     @hookimpl
+    def strategy_backward(
+        self, loss: Tensor, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        for engine in self._engines.values():
+            engine.before_backward(loss)
+        super().strategy_backward(loss, module, args, kwargs)
+
+    @hookimpl
     def strategy_no_sync(self, module: nn.Module, engine: AnyEngine, enabled: bool) -> AbstractContextManager[Any]:
         return nullcontext() if engine is None else engine.synchronizing(not enabled)
 
@@ -154,12 +172,25 @@ class DDP(Strategy):
     def strategy_optimizer_step(
         self, optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any] | None
     ) -> Any:
+        for engine in self._engines.values():
+            if engine.local and engine.owns(optimizer):
+                engine.local = False
+                self._warn_local(optimizer)
         result = super().strategy_optimizer_step(optimizer, step, closure)
         if self.broadcast_buffers:
             for engine in self._engines.values():
                 if engine.stale_buffers and engine.owns(optimizer):
                     engine.sync_buffers()
         return result
+
+    def _warn_local(self, optimizer: Optimizer) -> None:
+        if self.context.world.global_rank == 0:
+            warnings.warn(
+                f"{type(optimizer).__name__}.step() uses gradients that were accumulated under no_backward_sync() and "
+                "never averaged: every rank goes its own way. Run the last backward before a step outside of it.",
+                PlugframeWarning,
+                stacklevel=2,
+            )
 
 
 def _check_parameters(module: nn.Module) -> None:
