@@ -46,8 +46,9 @@ def _collect(value: Any, hooks: Any, sharded: bool) -> Any:
         return value.state_dict()
     if isinstance(value, Mapping):
         return {key: _collect(item, hooks, sharded) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_collect(item, hooks, sharded) for item in value)
+    if isinstance(value, (list, tuple)):
+        items = [_collect(item, hooks, sharded) for item in value]
+        return items if isinstance(value, list) else tuple(items)
     return value
 
 

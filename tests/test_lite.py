@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gc
 import json
 import logging
 import os
 import pickle
 import weakref
+from collections import OrderedDict
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -440,3 +442,65 @@ def test_a_run_goes_on_inside_an_epoch(tmp_path: Path, num_workers: int) -> None
         assert [batch.tolist() for batch in batches] == second[2:]
         assert [batch.tolist() for batch in batches] == third
         assert state["step"] == 7
+
+
+class Beside:
+    """A class with a ``run`` that knows nothing of ranks."""
+
+    def run(self) -> int:
+        return self._session.context is not None and 7  # type: ignore[attr-defined,no-any-return]
+
+
+class Mixed(Beside, Doubling):
+    """A subclass that takes its ``run`` from another class."""
+
+
+class Deeper(Doubling):
+    """A subclass whose ``run`` goes on with that of its base."""
+
+    def run(self, number: int, *, plus: int = 0) -> int:
+        return super().run(number, plus=plus) + 100
+
+
+def test_run_starts_the_job_wherever_it_comes_from() -> None:
+    """A ``run`` of a mix-in, and one that calls its base's, start the job as well."""
+    with Mixed(accelerator="cpu", devices=1) as lite:
+        assert lite.run() == 7
+    with Deeper(accelerator="cpu", devices=1) as deeper:
+        assert deeper.run(4, plus=1) == 109
+
+
+def test_gathered_collections_keep_their_types() -> None:
+    """Mappings of the user's own classes and dataclasses come back as such from a collective."""
+
+    @dataclasses.dataclass
+    class Metrics:
+        """Some numbers."""
+
+        loss: Any
+        count: int
+
+    class Output(OrderedDict[str, Any]):
+        """A mapping with an attribute."""
+
+        name = "output"
+
+    with cpu() as lite:
+        metrics = lite.all_gather(Metrics(torch.ones(2), 3))
+        assert type(metrics) is Metrics
+        assert metrics.loss.shape == (1, 2)
+        assert metrics.count.tolist() == [3]
+        output = lite.all_gather(Output(logits=torch.ones(2)))
+        assert type(output) is Output
+        assert output["logits"].shape == (1, 2)
+
+
+def test_loaders_are_freed_with_their_last_reference() -> None:
+    """``Lite`` keeps no loader and no data alive."""
+    with cpu() as lite:
+        data = torch.utils.data.TensorDataset(torch.zeros(4))
+        loader = lite.setup_dataloaders(torch.utils.data.DataLoader(data))
+        list(loader)
+        reference = weakref.ref(data)
+        del loader, data
+        assert reference() is None

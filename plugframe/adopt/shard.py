@@ -21,7 +21,14 @@ Share = tuple[Any, float]
 
 
 def share_indices(
-    take: Callable[[int], list[Any]], *, size: int, drop_last: bool, index: int, count: int, even: bool
+    take: Callable[[int], list[Any]],
+    *,
+    size: int,
+    drop_last: bool,
+    index: int,
+    count: int,
+    even: bool,
+    halve: bool = True,
 ) -> Iterator[Share]:
     """Yield this rank's (batch, weight) for every window of ``size * count`` indices.
 
@@ -33,11 +40,13 @@ def share_indices(
         count: of ranks.
         even: give every rank a batch in every window, if need be one that weighs 0; otherwise every index is
             read exactly once, and the numbers of batches are still equal where that is possible.
+        halve: whether a rank that would be one batch short may read its last batch in two. A stream cannot: torch
+            makes batches of a size, and sees no ends but the last.
     """
     held: list[Any] = []
     # Only evaluations over several ranks may need the last full batch once more; nothing else is read ahead, since
     # a sampler or a stream may go by what the training has done with the batch before.
-    ahead = count > 1 and not even
+    ahead = halve and count > 1 and not even
     while len(window := take(size * count)) == size * count:
         if not ahead:
             yield window[index::count], 1.0
@@ -69,12 +78,14 @@ def share_batches(take: Callable[[int], list[Any]], *, index: int, count: int, e
             yield window[0], 0.0
 
 
-def num_batches(number: int, *, size: int, drop_last: bool, index: int, count: int, even: bool) -> int:
+def num_batches(
+    number: int, *, size: int, drop_last: bool, index: int, count: int, even: bool, halve: bool = True
+) -> int:
     """Return how many batches `share_indices` yields of `number` indices."""
     full, rest = divmod(number, size * count)
     if drop_last or not rest:
         return full
-    return full + (even or index < rest or (full > 0 and size > 1))
+    return full + (even or index < rest or (halve and full > 0 and size > 1))
 
 
 def _size(batch: Any) -> int:
@@ -268,9 +279,13 @@ class ShardedIterable(_StandIn, IterableDataset[Any]):
         return self._share(_taker(self._inner, draws), bool(even))
 
     def _share(self, take: Callable[[int], list[Any]], even: bool) -> Iterator[Any]:
-        shares = share_indices(
-            take, size=self._size, drop_last=self._drop_last, index=self._index, count=self._count, even=even
-        )
+        place: dict[str, Any] = {
+            "size": self._size,
+            "drop_last": self._drop_last,
+            "index": self._index,
+            "count": self._count,
+        }
+        shares = share_indices(take, **place, even=even, halve=False)
         for batch, weight in shares:
             for item in batch:
                 yield Weighed(item, weight) if self._weighed else item
@@ -285,9 +300,13 @@ class SizedShardedIterable(ShardedIterable):
         number = len(self._inner)
         if self._counted is None:  # asked by the user, of the data
             return number
-        batches = num_batches(
-            number, size=self._size, drop_last=self._drop_last, index=self._index, count=self._count, even=self._counted
-        )
+        place: dict[str, Any] = {
+            "size": self._size,
+            "drop_last": self._drop_last,
+            "index": self._index,
+            "count": self._count,
+        }
+        batches = num_batches(number, **place, even=self._counted, halve=False)
         return batches * self._size
 
 
