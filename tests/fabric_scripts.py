@@ -183,7 +183,8 @@ def pretrain(folder: Path, **settings: Any) -> float:
 def _pretrain(fabric: Any, path: Path) -> float:
     fabric.seed_everything(1337)
     with fabric.rank_zero_first(), fabric.rank_zero_first(local=True):
-        batches = iter(fabric.setup_dataloaders(DataLoader(Tokens(), batch_size=4)))
+        data = Tokens()
+    batches = iter(fabric.setup_dataloaders(DataLoader(data, batch_size=4)))
     with fabric.init_module(empty_init=False):
         model = Language()
     model = fabric.setup_module(model)

@@ -6,16 +6,21 @@ import copy
 import functools
 import math
 import os
+import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from plugframe import CollectiveMismatchError, Lite, SettingError, UnsupportedError
+from fabric_scripts import SCRIPTS
+from plugframe import CollectiveMismatchError, Lite, PlugframeWarning, SettingError, UnsupportedError, seed_everything
 from plugframe.world import World
+from plugframe_builtins.ddp.strategy import DDP
 from ranks import run_checks
 
 #: What can run on any number of CPU ranks; "auto" is single on one and ddp on several.
@@ -195,6 +200,119 @@ def two_models_train_together(lite: Lite) -> None:
     assert_equal([p.detach() for p in critic.parameters()], [p.detach() for p in plain[1].parameters()])
 
 
+def _both(lite: Lite, model: nn.Module, step: Callable[[nn.Module, Tensor, Callable[[Tensor], None]], None]) -> None:
+    """Run `step` on this rank's half of a batch under `lite`, and on the whole batch in plain torch."""
+    torch.manual_seed(5)
+    whole = torch.randn(4 * lite.world_size, 5)
+    plain = copy.deepcopy(model)
+    step(model, whole[lite.global_rank :: lite.world_size], lambda loss: lite.backward(loss, retain_graph=True))
+    step(plain, whole, lambda loss: loss.backward(retain_graph=True))
+    assert_equal(gradients(model), gradients(plain))
+    model.zero_grad()
+
+
+@each_strategy
+def backwards_in_any_order_equal_one_process(lite: Lite) -> None:
+    """Law 6 for two forwards before two backwards, one graph twice, and parts of a model called by themselves."""
+
+    def two(model: nn.Module, x: Tensor, backward: Callable[[Tensor], None]) -> None:
+        first, second = model(x).square().mean(), model(2 * x).square().mean()
+        backward(first)
+        backward(second)
+
+    def twice(model: nn.Module, x: Tensor, backward: Callable[[Tensor], None]) -> None:
+        loss = model(x).square().mean()
+        backward(loss)
+        backward(loss)
+
+    def parts(model: nn.Module, x: Tensor, backward: Callable[[Tensor], None]) -> None:
+        backward(model[2](model[0](x)).square().mean())
+
+    model = lite.setup(model_and_data(1)[0])
+    for step in (two, twice, parts, two):
+        _both(lite, model, step)
+
+
+@each_strategy
+def parameters_that_change_after_setup_equal_one_process(lite: Lite) -> None:
+    """Law 6 when parameters are thawed, frozen, converted or replaced after set-up, and when all were frozen."""
+
+    def step(model: nn.Module, x: Tensor, backward: Callable[[Tensor], None]) -> None:
+        backward(model(x.to(model[0].weight.dtype)).square().mean())
+
+    model = model_and_data(1)[0]
+    model[0].requires_grad_(False)
+    lite.setup(model)
+    for change in (
+        lambda: None,
+        lambda: model[0].requires_grad_(True),
+        lambda: model[2].requires_grad_(False),
+        lambda: model.double(),
+        lambda: setattr(model, "2", nn.Linear(7, 2).double().requires_grad_(True)),
+    ):
+        change()
+        torch.manual_seed(lite.global_rank)
+        for _ in range(2):
+            _both(lite, model, step)
+    teacher = lite.setup(nn.Sequential(nn.Linear(5, 2)).requires_grad_(False))
+    with torch.no_grad():
+        teacher(torch.ones(1, 5))
+    teacher.requires_grad_(True)
+    _both(lite, teacher, step)
+
+
+def several_losses_of_one_forward(world: World) -> None:
+    """Losses of a model with two heads, one after another: averaged if asked for, refused otherwise."""
+
+    class Heads(nn.Module):
+        """Two outputs of one body."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.one, self.two = nn.Linear(5, 4), nn.Linear(4, 1), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.body(x)
+            return self.one(x).square().mean(), self.two(x).square().mean()
+
+    def step(model: nn.Module, x: Tensor, backward: Callable[[Tensor], None]) -> None:
+        for loss in model(x):
+            backward(loss)
+
+    with Lite(accelerator="cpu", devices=world.world_size, strategy=DDP(find_unused_parameters=True)) as lite:
+        model = lite.setup(Heads())
+        for _ in range(2):
+            _both(lite, model, step)
+    with Lite(accelerator="cpu", devices=world.world_size, strategy="ddp") as lite:
+        model = lite.setup(Heads())
+        with pytest.raises(RuntimeError, match="find_unused_parameters"):
+            _both(lite, model, step)
+
+
+@each_strategy
+def ranks_that_go_their_own_way_are_told(lite: Lite) -> None:
+    """Gradients that are never averaged are a warning on rank 0: of accumulation alone, or of no module at all."""
+    expected = PlugframeWarning if lite.world_size > 1 and lite.is_global_zero else None
+    model = nn.Linear(2, 2)
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with lite.no_backward_sync(model):
+        lite.backward(model(torch.ones(1, 2)).sum())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+        lite.setup_optimizers(torch.optim.SGD([nn.Parameter(torch.ones(()))], lr=0.1))
+    if expected is None:
+        assert not caught
+    else:
+        never, stray = (str(warning.message) for warning in caught)
+        assert "accumulated under no_backward_sync() and never averaged" in never
+        assert "1 of the 1 parameters of this SGD belong to no module that was set up" in stray
+    with lite.no_backward_sync(model):
+        lite.backward(model(torch.ones(1, 2)).sum())
+    lite.backward(model(torch.ones(1, 2)).sum())
+    optimizer.step()
+
+
 # ---------------------------------------------------------------- law 7
 
 
@@ -238,6 +356,41 @@ def evaluation_sees_every_sample_once(lite: Lite) -> None:
             for batch in loader:
                 total += batch.sum()
             assert lite.all_reduce(total, reduce_op="sum").item() == number * (number + 1) / 2
+
+
+class Shuffling(IterableDataset[int]):
+    """A stream in an order that is drawn at random."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(13).tolist()
+
+
+class Unseeded:
+    """A sampler with a generator of its own that nobody has seeded."""
+
+    def __init__(self) -> None:
+        self.random = random.Random(os.urandom(8))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.random.sample(range(13), 13))
+
+    def __len__(self) -> int:
+        return 13
+
+
+@each_strategy
+def random_orders_are_divided_exactly(lite: Lite) -> None:
+    """Ranks whose generators differ divide one order, drawn by a stream, or by a generator of the user's own."""
+    torch.manual_seed(lite.global_rank)
+    model = lite.setup(nn.Linear(1, 1)).eval()
+    assert not model.training
+    for loader in (DataLoader(Shuffling(), batch_size=2), DataLoader(range(13), batch_size=2, sampler=Unseeded())):
+        lite.setup_dataloaders(loader)
+        for _ in range(2):
+            mine = torch.zeros(13, dtype=torch.int64)
+            for batch in loader:
+                mine[batch] += 1
+            assert lite.all_reduce(mine, reduce_op="sum").tolist() == [1] * 13
 
 
 # ---------------------------------------------------------------- law 9
@@ -315,6 +468,49 @@ def states_come_back(lite: Lite) -> None:
     assert all(torch.equal(ours["state"][k]["exp_avg"], theirs["state"][k]["exp_avg"]) for k in theirs["state"])
 
 
+@each_strategy
+def epochs_go_on_where_they_were(lite: Lite) -> None:
+    """A resume inside an epoch gives every rank the batches it had left, of samplers and streams; peeking is told."""
+    path = os.path.join(os.environ["LAWS_TEST_FOLDER"], f"epoch-{type(lite.strategy).__name__}-{lite.world_size}")
+    model = lite.setup(nn.Linear(1, 1))
+
+    def loaders() -> list[DataLoader[int]]:
+        seed_everything(9)
+        made = [DataLoader(range(29), batch_size=2, shuffle=True), DataLoader(Shuffling(), batch_size=2)]
+        return lite.setup_dataloaders(*made)  # type: ignore[no-any-return]
+
+    lite._loaders.clear()
+    first = loaders()
+    rest: list[list[int]] = []
+    for step, pair in enumerate(zip(*first, strict=False)):
+        if step >= 2:
+            rest.append(torch.cat(pair).tolist())
+        if step == 1:
+            lite.save(path, {})
+    del first
+    lite._loaders.clear()
+    again = loaders()
+    lite.load(path, {})
+    assert [torch.cat(pair).tolist() for pair in zip(*again, strict=False)] == rest
+    assert model.training
+    if lite.is_global_zero:
+        next(iter(again[0]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lite.save(path, {})
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == (lite.world_size > 1 and lite.is_global_zero)
+    assert all("begun different numbers of epochs" in text for text in told)
+
+
+def scripts_of_the_peers_run(world: World) -> None:
+    """Scripts in the style of Fabric and of early Lite train on any number of ranks."""
+    folder = Path(os.environ["LAWS_TEST_FOLDER"]) / f"scripts-{world.world_size}"
+    folder.mkdir(exist_ok=True)
+    for script in SCRIPTS:
+        assert math.isfinite(script(folder, accelerator="cpu", devices=world.world_size))
+
+
 def single_refuses_several_ranks(world: World) -> None:
     """A strategy for one rank is refused on several, with the names of those that fit."""
     if world.world_size > 1:
@@ -339,12 +535,19 @@ CHECKS = [
     unequal_shapes_are_an_error_on_every_rank,
     gradients_equal_one_process,
     accumulated_gradients_equal_one_process,
+    backwards_in_any_order_equal_one_process,
+    parameters_that_change_after_setup_equal_one_process,
+    several_losses_of_one_forward,
+    ranks_that_go_their_own_way_are_told,
     two_models_train_together,
     clipping_is_one_process_clipping,
     evaluation_sees_every_sample_once,
+    random_orders_are_divided_exactly,
     nothing_is_left_behind,
     precisions_train,
     states_come_back,
+    epochs_go_on_where_they_were,
+    scripts_of_the_peers_run,
     single_refuses_several_ranks,
     rank_zero_goes_first,
 ]

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from plugframe.base import ForwardShim
@@ -19,6 +23,29 @@ _LOOK = attrgetter("requires_grad", "dtype")
 
 def _return(loss: Tensor) -> Tensor:
     return loss
+
+
+class Registrations:
+    """Counts parameters and modules that were put into any module: a model may have got other parameters since."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def watch(self) -> Callable[[], None]:
+        """Begin to count; return what ends it."""
+        handles = (
+            register_module_parameter_registration_hook(self._note),
+            register_module_module_registration_hook(self._note),
+        )
+
+        def end() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return end
+
+    def _note(self, module: nn.Module, name: str, value: Any) -> None:
+        self.count += 1
 
 
 class Engine:
@@ -39,8 +66,10 @@ class Engine:
         *,
         connect: Callable[[nn.Module], DistributedDataParallel],
         check: Callable[[nn.Module], None],
+        registrations: Registrations,
     ) -> None:
         self.module = module
+        self._registrations = registrations
         self._check = check
         self.broadcast_buffers = True
         self.stale_buffers = False
@@ -49,8 +78,10 @@ class Engine:
         self._ddp: DistributedDataParallel | None = None
         self._averages = True
         self._must_average = False
-        self._forwards = 0
         self._expects = self._ran = False
+        self._parameters: list[nn.Parameter] = []
+        self._looks: tuple[Any, ...] = ()
+        self._seen = 0
         self._build()
 
     def __del__(self) -> None:
@@ -127,9 +158,8 @@ class Engine:
 
     def _changed(self) -> bool:
         """Say whether parameters were frozen, unfrozen, converted or replaced since the module was looked at."""
-        self._forwards += 1
-        # Walking through the modules takes long: whether parameters are others is looked up ever more rarely.
-        if self._forwards & (self._forwards - 1) == 0:
+        if self._registrations.count != self._seen:  # only then: walking through the modules takes long
+            self._seen = self._registrations.count
             now = list(self.module.parameters())
             if len(now) != len(self._parameters) or any(a is not b for a, b in zip(now, self._parameters, strict=True)):
                 return True
@@ -137,6 +167,7 @@ class Engine:
 
     def _build(self) -> None:
         self._disconnect()
+        self._seen = self._registrations.count
         self._parameters = list(self.module.parameters())
         self._looks = tuple(map(_LOOK, self._parameters))
         # Adam's and SGD's parameter lists are looked through at every step.

@@ -23,7 +23,7 @@ from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe_builtins.ddp.batchnorm import sync_batchnorm
 from plugframe_builtins.ddp.compression import check_compression, compress
-from plugframe_builtins.ddp.engine import Engine
+from plugframe_builtins.ddp.engine import Engine, Registrations
 from plugframe_builtins.ddp.sameness import check_same_model
 
 
@@ -89,6 +89,7 @@ class DDP(Strategy):
         }
         # In the order of set-up: the ranks must go through them in one order.
         self._engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+        self._registrations = Registrations()
         self._group: Any = None
         self._undo = ExitStack()
 
@@ -106,6 +107,7 @@ class DDP(Strategy):
                 f"strategy 'ddp' needs a process group, and collective {context.names.get('collective')!r} has "
                 "none: use collective='torch'."
             )
+        self._undo.callback(self._registrations.watch())
         if self.timeout_s is not None:
             self._group = dist.new_group(timeout=timedelta(seconds=self.timeout_s))
             self._undo.callback(_destroy, self._group)
@@ -126,7 +128,7 @@ class DDP(Strategy):
         if not any(True for _ in module.parameters()):
             return None
         check = functools.partial(check_same_model, hooks=self.context.hooks)
-        engine = Engine(module, connect=self._connect, check=check)
+        engine = Engine(module, connect=self._connect, check=check, registrations=self._registrations)
         # Set afterwards, so that set-up makes buffers equal in any case; torch 2.13 renamed the argument as well.
         engine.broadcast_buffers = self.broadcast_buffers
         self._engines[id(engine)] = engine
@@ -184,7 +186,7 @@ class DDP(Strategy):
         return result
 
     def _warn_local(self, optimizer: Optimizer) -> None:
-        if self.context.world.global_rank == 0:
+        if self.context.world.global_rank == 0 and self.context.world.world_size > 1:
             warnings.warn(
                 f"{type(optimizer).__name__}.step() uses gradients that were accumulated under no_backward_sync() and "
                 "never averaged: every rank goes its own way. Run the last backward before a step outside of it.",
