@@ -12,6 +12,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+# Imported before there is a process group: default arguments of its functions would keep that one for ever, and
+# the threads of gloo with it, which end the process with an abort if they outlive the interpreter.
+import torch.distributed.nn.functional
+
 from plugframe.context import Context
 from plugframe.errors import EnvironmentMismatchError, SettingError, UnsupportedError, closest
 
