@@ -19,9 +19,14 @@ def to_tensors(data: Any, device: torch.device, call: str) -> Any:
     """Return `data` with its numbers and arrays as tensors on `device`; tensors stay where they are.
 
     Raises:
-        SettingError: for anything that is neither, naming its type.
+        SettingError: for anything that is neither, and for a tensor spread over ranks, naming its type.
     """
     if isinstance(data, Tensor):
+        if hasattr(data, "full_tensor"):
+            raise SettingError(
+                f"{call}() got a {type(data).__name__}, of which every rank has a part: pass .full_tensor(), or "
+                ".to_local() for the part."
+            )
         return data
     if isinstance(data, (bool, int, float, complex)):
         return torch.tensor(data, device=device)

@@ -39,6 +39,10 @@ def pick(candidates: Candidates, kind: str, where: Where, users: Sequence[Choice
     """
     needs = needs_of(kind, users)
     found = fitting(candidates, kind, where, needs)
+    wishes = _preferences(kind, users)
+    liked = [choice for choice in found if set(wishes) <= set(choice.descriptor.provides)]
+    if liked and wishes:
+        return replace(liked[0], reason=f"auto: provides {_wanted(wishes, 'as', 'prefers')}")
     if not found:
         wanted = f" providing {_wanted(needs)}" if needs else ""
         installed = ", ".join(candidates.catalogue.names(kind)) or "none"
@@ -92,5 +96,16 @@ def _lacking(choice: Choice, needs: Mapping[str, Choice]) -> str | None:
     return None
 
 
-def _wanted(needs: Mapping[str, Choice]) -> str:
-    return ", ".join(f"{capability!r} for {user.kind} {user.name!r}" for capability, user in needs.items())
+def _preferences(kind: str, users: Iterable[Choice]) -> dict[str, Choice]:
+    """Return the capabilities a plugin of `kind` should have, each with the first of `users` that prefers it."""
+    wishes: dict[str, Choice] = {}
+    for user in users:
+        for capability in user.descriptor.prefers.get(kind, ()):
+            wishes.setdefault(capability, user)
+    return wishes
+
+
+def _wanted(needs: Mapping[str, Choice], *around: str) -> str:
+    before, after = around or ("for", "")
+    parts = [f"{capability!r} {before} {user.kind} {user.name!r} {after}" for capability, user in needs.items()]
+    return ", ".join(part.rstrip() for part in parts)

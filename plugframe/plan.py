@@ -77,6 +77,10 @@ class Plan:
         """Ranks of the job."""
         return self.world.world_size if self.world else len(self.devices) * self.num_nodes
 
+    def all_choices(self) -> list[Choice]:
+        """Return every plugin in use."""
+        return [*self.choices.values(), *self.extensions, *self.loggers]
+
     def rows(self) -> list[tuple[str, str, str]]:
         """Return (what, value, why) for every field, for people."""
         devices = ", ".join(map(str, self.devices))
@@ -89,6 +93,5 @@ class Plan:
 
     def line(self) -> str:
         """Return the plan in one line: every plugin in use with its package and version."""
-        used = [*self.choices.values(), *self.extensions, *self.loggers]
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
-        return f"{ranks}, " + ", ".join(f"{c.kind} {c.origin}" for c in used)
+        return f"{ranks}, " + ", ".join(f"{c.kind} {c.origin}" for c in self.all_choices())

@@ -251,6 +251,17 @@ class Registry:
         extra = descriptor.extra or own
         return f"{what}: type \"pip install '{extra}'\""
 
+    def require(self, entries: Iterable[Entry]) -> None:
+        """Check that everything these need is there, without importing any of it.
+
+        Raises:
+            MissingDependencyError: for the first that lacks something, saying what to install.
+        """
+        for entry in entries:
+            absent = self.absent(entry)
+            if absent:
+                raise MissingDependencyError(f"{entry.origin} needs {absent}.")
+
     def make(self, entry: Entry, options: Mapping[str, Any] | None = None) -> Any:
         """Import the factory of `entry` and call it.
 
@@ -259,9 +270,7 @@ class Registry:
             PluginLoadError: naming the distribution and what its factory raised.
         """
         descriptor = self.describe(entry)
-        absent = self.absent(entry)
-        if absent:
-            raise MissingDependencyError(f"{entry.origin} needs {absent}.")
+        self.require([entry])
         factory = _import(descriptor.factory, entry, "factory")
         try:
             return factory(**{**descriptor.options, **(options or {})})

@@ -9,8 +9,10 @@ from typing import Any
 
 from plugframe import __version__
 from plugframe.adopt.reading import Loaders
+from plugframe.checkpoint.stored import materialize
 from plugframe.errors import CheckpointError, PlugframeWarning, SettingError
 from plugframe.hooks.checkpoint import SaveHandle
+from plugframe.naming import Naming
 from plugframe.seed import rng_state, set_rng_state
 from plugframe.session import Session
 from plugframe.state import Filter, Restore, collect
@@ -37,6 +39,7 @@ def save(
     *,
     filters: Mapping[str, Filter] | None,
     loaders: Loaders,
+    naming: Naming,
     wait: bool,
 ) -> SaveHandle | None:
     """Write `state` and what belongs to the run. Called on every rank."""
@@ -53,7 +56,7 @@ def save(
         name = session.plan.choices["checkpoint"].name
         warnings.warn(f"wait=False has no effect: checkpoint {name!r} saves at once.", PlugframeWarning, stacklevel=3)
     hooks = session.hooks
-    tree = collect(state, hooks, sharded="sharded" in provides, filters=filters)
+    tree = collect(state, hooks, sharded="sharded" in provides, naming=naming, filters=filters)
     tree[RUN] = _run_state(session, loaders)
     handle: SaveHandle | None = hooks.checkpoint_save(path=target, state=tree, info=_info(session), wait=wait)
     if hooks.on_save is not None:
@@ -68,6 +71,7 @@ def load(
     *,
     strict: bool,
     loaders: Loaders,
+    naming: Naming,
     weights_only: bool | None,
 ) -> dict[str, Any]:
     """Read a checkpoint into `state` and return what has no place in it. Called on every rank."""
@@ -77,28 +81,28 @@ def load(
             f"load() takes the state as a dict such as {{'model': model}}, got {type(state).__name__}; "
             "for a single object use load_raw()."
         )
-    loaded = session.hooks.checkpoint_load(path=target, weights_only=weights_only)
+    loaded = session.hooks.checkpoint_load(path=target, weights_only=weights_only, lazy=_lazy(session))
     run = loaded.pop(RUN, None)
     if state is None:
-        return dict(loaded)
-    restore = Restore(session.hooks, path=target, strict=strict)
+        return {key: materialize(value) for key, value in loaded.items()}
+    restore = Restore(session.hooks, path=target, strict=strict, naming=naming)
     rest = restore.into(state, loaded)
     restore.apply()
     if run is not None:
-        _restore_run(session, run, loaders)
+        _restore_run(session, materialize(run), loaders)
     if session.hooks.on_load is not None:
         session.hooks.on_load(path=target)
     return rest
 
 
-def load_raw(session: Session, path: Any, obj: Any, *, strict: bool, weights_only: bool | None) -> None:
+def load_raw(session: Session, path: Any, obj: Any, *, strict: bool, naming: Naming, weights_only: bool | None) -> None:
     """Read a file that holds the bare state of one object. Called on every rank."""
     target = checked_path(path)
-    loaded = session.hooks.checkpoint_load(path=target, weights_only=weights_only)
+    loaded = session.hooks.checkpoint_load(path=target, weights_only=weights_only, lazy=_lazy(session))
     loaded.pop(RUN, None)
     if not (hasattr(obj, "load_state_dict") and hasattr(obj, "state_dict")):
         raise SettingError(f"load_raw() takes an object with load_state_dict(), got {type(obj).__name__}.")
-    restore = Restore(session.hooks, path=target, strict=strict)
+    restore = Restore(session.hooks, path=target, strict=strict, naming=naming)
     restore.into({"object": obj}, {"object": loaded})
     restore.apply()
 
@@ -146,3 +150,8 @@ def _info(session: Session) -> dict[str, Any]:
     plan = session.plan
     plugins = {choice.kind: choice.origin for choice in plan.choices.values()}
     return {"plugframe": __version__, "world_size": plan.world_size, "plugins": plugins}
+
+
+def _lazy(session: Session) -> bool:
+    """Say whether ranks keep only their parts of a model, and so should read only those."""
+    return "sharded" in session.plan.choices["strategy"].descriptor.provides

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plugframe.adopt.module import COMPILED, compiled_from
+from plugframe.checkpoint.stored import StoredTensor, fill, materialize
 from plugframe.errors import CheckpointError, CheckpointMismatchError
+from plugframe.naming import Naming, differences, to_names, to_numbers
 
 Filter = Callable[[str, Any], bool]
 
@@ -21,15 +23,22 @@ def has_state(value: Any) -> bool:
 
 
 def collect(
-    state: Mapping[str, Any], hooks: Any, *, sharded: bool, filters: Mapping[str, Filter] | None = None
+    state: Mapping[str, Any],
+    hooks: Any,
+    *,
+    sharded: bool,
+    naming: Naming,
+    filters: Mapping[str, Filter] | None = None,
 ) -> dict[str, Any]:
     """Return the tree of what `state` holds; every rank must call it.
 
     Args:
         state: objects with a ``state_dict``, tensors, plain values, and dicts and lists of those.
+        sharded: whether tensors may be this rank's parts, as ``DTensor``.
+        naming: gives the names of an optimizer's parameters.
         filters: for a key of `state`, which of its entries are saved: ``f(name, value) -> bool``.
     """
-    tree = {key: _collect(value, hooks, sharded) for key, value in state.items()}
+    tree = {key: _collect(value, hooks, sharded, naming) for key, value in state.items()}
     for key, keep in (filters or {}).items():
         if key not in tree or not isinstance(tree[key], Mapping):
             raise CheckpointError(f"filter names {key!r}, which is no object in the state: {', '.join(state)}.")
@@ -37,17 +46,17 @@ def collect(
     return tree
 
 
-def _collect(value: Any, hooks: Any, sharded: bool) -> Any:
+def _collect(value: Any, hooks: Any, sharded: bool, naming: Naming) -> Any:
     if isinstance(value, nn.Module):
         return _module_state(value, hooks, sharded)
     if isinstance(value, Optimizer):
-        return hooks.strategy_optimizer_state(optimizer=value, sharded=sharded)
+        return to_names(hooks.strategy_optimizer_state(optimizer=value, sharded=sharded), naming(value))
     if has_state(value):
         return value.state_dict()
     if isinstance(value, Mapping):
-        return {key: _collect(item, hooks, sharded) for key, item in value.items()}
+        return {key: _collect(item, hooks, sharded, naming) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [_collect(item, hooks, sharded) for item in value]
+        items = [_collect(item, hooks, sharded, naming) for item in value]
         return items if isinstance(value, list) else tuple(items)
     return value
 
@@ -65,8 +74,9 @@ def _without_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
 class Restore:
     """Puts a loaded tree into the user's objects: everything is checked before the first value is written."""
 
-    def __init__(self, hooks: Any, *, path: str, strict: bool) -> None:
+    def __init__(self, hooks: Any, *, path: str, strict: bool, naming: Naming) -> None:
         self.hooks = hooks
+        self.naming = naming
         self.path = path
         self.strict = strict
         self.problems: list[str] = []
@@ -83,7 +93,7 @@ class Restore:
         for key in state:
             if key in loaded:
                 self._put(state, key, state[key], loaded[key], str(key))
-        return {key: value for key, value in loaded.items() if key not in state}
+        return {key: materialize(value) for key, value in loaded.items() if key not in state}
 
     def _put(self, container: Any, key: Any, value: Any, loaded: Any, where: str) -> None:
         if isinstance(value, nn.Module):
@@ -91,7 +101,7 @@ class Restore:
         elif isinstance(value, Optimizer):
             self._optimizer(value, loaded, where)
         elif has_state(value):
-            self._writes["object"].append(lambda: value.load_state_dict(loaded))
+            self._writes["object"].append(lambda: value.load_state_dict(materialize(loaded)))
         elif isinstance(value, dict) and isinstance(loaded, Mapping) and _holds_objects(value):
             self._dict(value, loaded, where)
         elif isinstance(value, (list, tuple)) and isinstance(loaded, (list, tuple)) and _holds_objects(value):
@@ -99,7 +109,7 @@ class Restore:
         elif isinstance(value, Tensor):
             self._tensor(value, loaded, where)
         else:
-            self._writes["value"].append(lambda: container.__setitem__(key, loaded))
+            self._writes["value"].append(lambda: container.__setitem__(key, materialize(loaded)))
 
     def _dict(self, value: dict[Any, Any], loaded: Mapping[Any, Any], where: str) -> None:
         for name in value:
@@ -122,20 +132,20 @@ class Restore:
             self._writes["value"].append(lambda: container.__setitem__(key, make(items)))
 
     def _tensor(self, value: Tensor, loaded: Any, where: str) -> None:
-        if not isinstance(loaded, Tensor):
+        if not isinstance(loaded, (Tensor, StoredTensor)):
             self.problems.append(f"{where} is a tensor, the checkpoint has {loaded!r:.60}")
         elif value.shape != loaded.shape:
             self.problems.append(_shapes(where, value, loaded))
         elif not torch.can_cast(loaded.dtype, value.dtype):
             self.problems.append(f"{where} is of {value.dtype}, which cannot hold the checkpoint's {loaded.dtype}")
         else:
-            self._writes["tensor"].append(lambda: value.data.copy_(loaded))
+            self._writes["tensor"].append(lambda: fill([(value.data, loaded)]))
 
     def _module(self, module: nn.Module, loaded: Any, where: str) -> None:
         if not isinstance(loaded, Mapping):
             self.problems.append(f"{where} is a {type(loaded).__name__}, not the state of a module")
             return
-        own = _module_state(module, self.hooks, sharded=False)
+        own = _module_state(module, self.hooks, sharded=True)
         if loaded and all(str(key).startswith(COMPILED) for key in loaded):
             loaded = _without_prefix(loaded)  # saved by torch itself from a compiled module
         missing = [key for key in own if key not in loaded]
@@ -145,7 +155,7 @@ class Restore:
             self.problems += [f"unexpected in {where}: {', '.join(unexpected)}"] if unexpected else []
         for key, value in own.items():
             other = loaded.get(key)
-            if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape != other.shape:
+            if isinstance(value, Tensor) and isinstance(other, (Tensor, StoredTensor)) and value.shape != other.shape:
                 self.problems.append(_shapes(f"{where}.{key}", value, other))
         prefix = "" if compiled_from(module) is None else COMPILED
         fitting = {prefix + key: value for key, value in loaded.items() if key in own}
@@ -163,8 +173,10 @@ class Restore:
             self.problems.append(
                 f"{where} has parameter groups of {own} parameters, the checkpoint has groups of {other}"
             )
+        names = self.naming(optimizer)
+        self.problems += [f"{where}: {text}" for text in differences(loaded, names)]
         self._writes["optimizer"].append(
-            lambda: self.hooks.strategy_load_optimizer_state(optimizer=optimizer, state=dict(loaded))
+            lambda: self.hooks.strategy_load_optimizer_state(optimizer=optimizer, state=to_numbers(loaded, names))
         )
 
     def apply(self) -> None:
@@ -183,7 +195,7 @@ class Restore:
                 write()
 
 
-def _shapes(where: str, value: Tensor, loaded: Tensor) -> str:
+def _shapes(where: str, value: Tensor, loaded: Tensor | StoredTensor) -> str:
     return f"{where} has shape {tuple(value.shape)}, the checkpoint has {tuple(loaded.shape)}"
 
 

@@ -37,7 +37,7 @@ class Built:
 
 
 def load(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
-    return plugin().checkpoint_load(path=str(path), weights_only=weights_only)
+    return plugin().checkpoint_load(path=str(path), weights_only=weights_only, lazy=False)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -184,10 +184,14 @@ def test_a_forged_structure_runs_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert not marker.exists()
 
 
-def test_a_folder_of_files_with_pickled_metadata_is_refused(tmp_path: Path) -> None:
-    """A sharded checkpoint of another tool keeps pickles in its metadata: a folder is not read at all."""
+@pytest.mark.parametrize("weights_only", [None, True])
+def test_a_folder_of_files_with_pickled_metadata_is_refused(tmp_path: Path, weights_only: bool | None) -> None:
+    """A sharded checkpoint of another tool keeps pickles in its metadata: it is read only if trusted."""
     (tmp_path / "dcp").mkdir()
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    with pytest.raises(CheckpointError, match=r"is a folder, not a checkpoint file: .* It holds: \.metadata"):
-        load(tmp_path / "dcp", weights_only=False)
+    with pytest.raises(CheckpointError, match=r"metadata is a pickle .* none of it was run: pass weights_only=False"):
+        load(tmp_path / "dcp", weights_only)
     assert not (tmp_path / "ran").exists()
+    with pytest.raises(CheckpointCorruptError, match=r"dcp is no whole checkpoint of torch\.distributed\.checkpoint"):
+        load(tmp_path / "dcp", weights_only=False)
+    assert (tmp_path / "ran").exists()

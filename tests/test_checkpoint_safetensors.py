@@ -20,6 +20,7 @@ from checkpoint_trees import DTYPES, plugin, random_tensor, same, trees
 from plugframe.checkpoint import SEGMENT_BYTES
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 from plugframe_builtins import safetensors_checkpoint
+from plugframe_builtins.checkpoint_files import tensorfile
 from plugframe_builtins.safetensors_checkpoint import layout, writer
 
 
@@ -28,7 +29,7 @@ def save(path: Path | str, state: Any, **info: Any) -> None:
 
 
 def load(path: Path | str, weights_only: bool | None = None) -> dict[str, Any]:
-    return plugin().checkpoint_load(path=str(path), weights_only=weights_only)
+    return plugin().checkpoint_load(path=str(path), weights_only=weights_only, lazy=False)
 
 
 def small() -> dict[str, Any]:
@@ -191,7 +192,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: py
         with pytest.raises(CheckpointError, match="has 5 bytes free"):
             save(path, {"x": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(layout, "MAX_HEADER_BYTES", 50)
+        patch.setattr(tensorfile, "MAX_HEADER_BYTES", 50)
         with pytest.raises(CheckpointError, match=r"cannot write .*last\.ckpt: 3 tensors need a header of \d+ bytes"):
             save(path, {"x": torch.ones(1)})
     assert same(load(path), small())

@@ -69,6 +69,13 @@ class FakeEnvironment:
         """Nothing to compare."""
 
 
+class FakeStrategy:
+    """Says one line in a dry run."""
+
+    def strategy_describe(self) -> list[str]:
+        return ["config: {}"]
+
+
 def make_launcher() -> Any:
     """Replaced by a fixture."""
     raise NotImplementedError
@@ -83,8 +90,8 @@ accelerator = Plugin(
 )
 failing = Plugin(factory=_factory("FailingAccelerator"), devices=("cpu",), priority=9)
 best = Plugin(best_of="fast", summary="The best.")
-plain_strategy = Plugin(factory=_factory("Any"), ranks="one", priority=1)
-many = Plugin(factory=_factory("Any"), priority=0)
+plain_strategy = Plugin(factory=_factory("FakeStrategy"), ranks="one", priority=1)
+many = Plugin(factory=_factory("FakeStrategy"), priority=0)
 alias = Plugin(alias_of="many", implies={"launcher": "functions"})
 dangling = Plugin(alias_of="gone")
 anything = Plugin(factory=_factory("Any"), priority=0)
@@ -467,6 +474,7 @@ def test_dry_run(world: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
         "starts: 2 ranks of python train.py --lr 'a b' by launcher starter (plugframe 0.1.0), up to 1 restarts" in lines
     )
     assert "hands over: PLUGFRAME_DEVICES=2" in lines
+    assert "strategy: config: {}" in lines
     assert "plugframe: warning: accelerator 'acme' (acme-accel 1.2) is broken" in result.err.splitlines()[0]
     assert not world.jobs
     assert "this process becomes python -u train.py" in plug("run", "--dry_run", "--devices=1", "train.py").out
@@ -638,7 +646,7 @@ def test_help_and_version() -> None:
     assert plug().code == 0
     assert plug().out == plug("--help").out
     assert plug("--version").out == f"plugframe {plugframe.__version__}\n"
-    for name in ("run", "list-plugins", "env"):
+    for name in ("run", "list-plugins", "env", "checkpoint"):
         assert f"plugframe {name}" in plug(name, "-h").out.split("Examples:")[1]
 
 

@@ -553,7 +553,7 @@ def test_descriptors_say_where_they_work() -> None:
     launchers = {name: (alias.alias_of, alias.implies["launcher"]) for name, alias in aliases.items()}
     assert launchers == {"spawn": ("ddp", "spawn"), "fork": ("ddp", "fork"), "notebook": ("ddp", "fork")}
     assert "strategy='ddp'" in ddp.plugin.retired["dp"]
-    assert "strategy='ddp'" in ddp.plugin.retired["ddp_sharded"]
+    assert "strategy='fsdp'" in ddp.plugin.retired["ddp_sharded"]
     assert (single.plugin.ranks, single.plugin.priority) == ("one", 100)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fabric_scripts import SCRIPTS
@@ -24,7 +25,9 @@ from plugframe_builtins.ddp.strategy import DDP
 from ranks import run_checks
 
 #: What can run on any number of CPU ranks; "auto" is single on one and ddp on several.
-STRATEGIES = ("auto", "ddp")
+STRATEGIES = ("auto", "ddp", "fsdp")
+#: Of those, where every rank has the whole model.
+REPLICATING = ("auto", "ddp")
 
 
 @contextmanager
@@ -40,24 +43,36 @@ def model_and_data(number: int) -> tuple[nn.Module, Tensor, Tensor]:
     return model, torch.randn(number, 5), torch.randn(number, 3)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return the tensor of which this rank may have a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def gradients(model: nn.Module) -> list[Tensor]:
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return [whole(p.grad).clone() for p in model.parameters() if p.grad is not None]
 
 
 def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(whole(mine), whole(other), rtol=1e-5, atol=1e-6)
 
 
-def each_strategy(check: Callable[[Lite], None]) -> Callable[[World], None]:
-    @functools.wraps(check)
-    def run(world: World) -> None:
-        for strategy in STRATEGIES:
-            with Lite(accelerator="cpu", strategy=strategy, devices=world.world_size) as lite:
-                check(lite)
+def each_of(*strategies: str) -> Callable[[Callable[[Lite], None]], Callable[[World], None]]:
+    def decorate(check: Callable[[Lite], None]) -> Callable[[World], None]:
+        @functools.wraps(check)
+        def run(world: World) -> None:
+            for strategy in strategies:
+                with Lite(accelerator="cpu", strategy=strategy, devices=world.world_size) as lite:
+                    check(lite)
 
-    return run
+        return run
+
+    return decorate
+
+
+each_strategy = each_of(*STRATEGIES)
+each_replicating = each_of(*REPLICATING)
 
 
 # ---------------------------------------------------------------- law 5
@@ -211,7 +226,7 @@ def _both(lite: Lite, model: nn.Module, step: Callable[[nn.Module, Tensor, Calla
     model.zero_grad()
 
 
-@each_strategy
+@each_replicating
 def backwards_in_any_order_equal_one_process(lite: Lite) -> None:
     """Law 6 for two forwards before two backwards, one graph twice, and parts of a model called by themselves."""
 
@@ -233,7 +248,7 @@ def backwards_in_any_order_equal_one_process(lite: Lite) -> None:
         _both(lite, model, step)
 
 
-@each_strategy
+@each_replicating
 def parameters_that_change_after_setup_equal_one_process(lite: Lite) -> None:
     """Law 6 when parameters are thawed, frozen, converted or replaced after set-up, and when all were frozen."""
 
@@ -400,7 +415,7 @@ def random_orders_are_divided_exactly(lite: Lite) -> None:
 def nothing_is_left_behind(lite: Lite) -> None:
     """After tear-down variables, hooks, default dtype and process groups are as they were."""
     lite.teardown()
-    before = (dict(os.environ), torch.get_default_dtype(), torch.distributed.is_initialized())
+    before = (variables(), torch.get_default_dtype(), torch.distributed.is_initialized())
     assert not before[2]
     for failing in (False, True):
         with Lite(accelerator="cpu", strategy="ddp", devices=lite.world_size, precision="bf16-true") as other:
@@ -409,7 +424,12 @@ def nothing_is_left_behind(lite: Lite) -> None:
             if failing:
                 with pytest.raises(RuntimeError):
                     model(torch.ones(3, 3))
-    assert (dict(os.environ), torch.get_default_dtype(), torch.distributed.is_initialized()) == before
+    assert (variables(), torch.get_default_dtype(), torch.distributed.is_initialized()) == before
+
+
+def variables() -> dict[str, str]:
+    """Return the environment but for what torch's compiler sets for good once anything has imported it."""
+    return {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
 
 
 # ---------------------------------------------------------------- precisions, state, the rest
@@ -434,7 +454,7 @@ def precisions_train(world: World) -> None:
                         optimizer.step()
                     losses.append(lite.all_reduce(loss.detach()).item())
                 assert losses[-1] < losses[0]
-                for parameter in model.parameters():
+                for parameter in map(whole, model.parameters()):
                     assert (lite.all_gather(parameter.detach()) == parameter).all()
 
 

@@ -338,18 +338,22 @@ def test_the_profiler_writes_a_trace_of_any_strategy(tmp_path: Path, monkeypatch
 
 
 def test_modules_are_built_in_place_and_dtype() -> None:
-    """``init_module`` and ``init_tensor`` make tensors in the precision's dtype; ``empty_init`` skips values."""
+    """``init_module`` and ``init_tensor`` make tensors in the precision's dtype; ``empty_init`` waits with values."""
     with cpu(precision="bf16-true") as lite:
         with lite.init_module():
             assert nn.Linear(2, 2).weight.dtype is torch.bfloat16
         with lite.init_tensor():
             assert torch.zeros(1).dtype is torch.bfloat16
         assert torch.get_default_dtype() is torch.float32
-    with cpu() as lite, lite.init_module(empty_init=True):
-        torch.manual_seed(0)
-        before = torch.get_rng_state()
-        nn.Linear(8, 8)
-        assert torch.equal(torch.get_rng_state(), before)
+    with cpu() as lite:
+        weights = []
+        for empty_init in (True, False):
+            torch.manual_seed(0)
+            with lite.init_module(empty_init=empty_init):
+                module = nn.Linear(100, 100)
+            assert module.weight.is_meta is empty_init
+            weights.append(lite.setup(module).weight)
+        assert torch.equal(*weights)
     with cpu(precision="bf16") as lite, lite.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
 

@@ -35,10 +35,15 @@ def main(args: argparse.Namespace) -> None:
     model, optimizer = lite.setup(model, optimizer, forward_methods=("generate",))
     scheduler = LambdaLR(optimizer, lambda step: warm_up_then_cosine(step, args.warm_up, args.steps))
 
-    training, validation = [], {0: validate(lite, model, validation_loader)}
-    lite.print(f"step   0: validation loss {validation[0]:.3f}")
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "step": 0}
+    if args.checkpoint and args.checkpoint.exists():
+        lite.load(args.checkpoint, state)
+
+    done = state["step"]
+    training, validation = [], {done: validate(lite, model, validation_loader)}
+    lite.print(f"step {done:3d}: validation loss {validation[done]:.3f}")
     batches = chain.from_iterable(repeat(train_loader))  # epoch after epoch
-    for step in range(1, args.steps + 1):
+    for step in range(done + 1, args.steps + 1):
         loss_of_step = 0.0
         optimizer.zero_grad()
         for part in range(1, args.accumulate + 1):
@@ -55,6 +60,8 @@ def main(args: argparse.Namespace) -> None:
         if step % args.validate_every == 0 or step == args.steps:
             validation[step] = validate(lite, model, validation_loader)
             lite.print(f"step {step:3d}: validation loss {validation[step]:.3f}, training {training[-1]:.3f}")
+            if args.checkpoint:
+                lite.save(args.checkpoint, {**state, "step": step})
 
     start = lite.to_device(encode("def ").unsqueeze(0))
     lite.print(decode(model.generate(start, length=args.sample)[0]))
@@ -98,5 +105,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validate-every", type=int, default=50, help="steps between two validations")
     parser.add_argument("--sample", type=int, default=300, help="characters to write at the end")
+    parser.add_argument("--checkpoint", type=Path, help="save here at every validation, and go on from here")
     parser.add_argument("--plot", type=Path, default=Path("losses.png"), help="draw the losses here")
     main(parser.parse_args())

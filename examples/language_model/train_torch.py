@@ -29,10 +29,19 @@ def main(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     scheduler = LambdaLR(optimizer, lambda step: warm_up_then_cosine(step, args.warm_up, args.steps))
 
-    training, validation = [], {0: validate(model, validation_loader)}
-    print(f"step   0: validation loss {validation[0]:.3f}")
+    done = 0
+    if args.checkpoint and args.checkpoint.exists():
+        state = torch.load(args.checkpoint)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["rng"])
+        done = state["step"]
+
+    training, validation = [], {done: validate(model, validation_loader)}
+    print(f"step {done:3d}: validation loss {validation[done]:.3f}")
     batches = chain.from_iterable(repeat(train_loader))  # epoch after epoch
-    for step in range(1, args.steps + 1):
+    for step in range(done + 1, args.steps + 1):
         loss_of_step = 0.0
         optimizer.zero_grad()
         for _ in range(args.accumulate):
@@ -48,6 +57,15 @@ def main(args: argparse.Namespace) -> None:
         if step % args.validate_every == 0 or step == args.steps:
             validation[step] = validate(model, validation_loader)
             print(f"step {step:3d}: validation loss {validation[step]:.3f}, training {training[-1]:.3f}")
+            if args.checkpoint:
+                state = {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scheduler": scheduler.state_dict(),
+                    "rng": torch.get_rng_state(),
+                    "step": step,
+                }
+                torch.save(state, args.checkpoint)
 
     print(decode(model.generate(encode("def ").unsqueeze(0), length=args.sample)[0]))
     if args.plot:
@@ -89,5 +107,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validate-every", type=int, default=50, help="steps between two validations")
     parser.add_argument("--sample", type=int, default=300, help="characters to write at the end")
+    parser.add_argument("--checkpoint", type=Path, help="save here at every validation, and go on from here")
     parser.add_argument("--plot", type=Path, default=Path("losses.png"), help="draw the losses here")
     main(parser.parse_args())

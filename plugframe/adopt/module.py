@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from plugframe.adopt.optimizer import keeps_gradients, zeroing
 from plugframe.adopt.swap import KEY, State, adopt, plain_class, release
 from plugframe.base.precision import Precision
 from plugframe.errors import SettingError, UsageError, closest
@@ -111,6 +112,8 @@ def adopt_module(module: nn.Module, *, hooks: Any, engine: Any, phase: Phase, fo
         cls = type(part)
         namespace: dict[str, Any] = {name: _guarded(name, fn) for name, fn in _own_methods(cls, *names).items()}
         namespace.update(__call__=_calling(cls.__call__), mark_forward_method=_mark_forward_method)
+        if keeps_gradients(hooks):
+            namespace["zero_grad"] = zeroing(cls.zero_grad)
         if not hasattr(part, "module"):
             namespace["module"] = property(_itself)
         adopt(part, state, namespace)

@@ -10,6 +10,9 @@ from typing import Any
 from torch.optim import Optimizer
 
 from plugframe.adopt.swap import KEY, State, adopt, release
+from plugframe.base.strategy import Strategy
+
+Names = list[list[str]]
 
 
 class OptimizerState(State):
@@ -18,10 +21,12 @@ class OptimizerState(State):
     Attributes:
         patched: the ``step`` a scheduler had put on the instance, None if there was none.
         inside: whether a step is running, so that a loss scaler that calls ``step`` gets the inner one.
+        names: of its parameters by group, when it was set up; None if they were not known.
     """
 
-    def __init__(self, optimizer: Optimizer, hooks: Any) -> None:
+    def __init__(self, optimizer: Optimizer, hooks: Any, names: Names | None) -> None:
         self.hooks = hooks
+        self.names = names
         self.patched: Callable[..., Any] | None = optimizer.__dict__.pop("step", None)
         self.inside = False
 
@@ -30,13 +35,35 @@ class OptimizerState(State):
         return {key: value for key, value in obj.__dict__.items() if key not in (KEY, "step")}
 
 
-def adopt_optimizer(optimizer: Optimizer, *, hooks: Any) -> None:
+def adopt_optimizer(optimizer: Optimizer, *, hooks: Any, names: Names | None = None) -> None:
     """Adopt `optimizer` in place."""
-    state = OptimizerState(optimizer, hooks)
+    state = OptimizerState(optimizer, hooks, names)
     namespace: dict[str, Any] = {"step": _make_step(type(optimizer).step, state.patched)}
+    if keeps_gradients(hooks):
+        namespace["zero_grad"] = zeroing(type(optimizer).zero_grad)
     if not hasattr(optimizer, "optimizer"):
         namespace["optimizer"] = property(_itself)
     adopt(optimizer, state, namespace)
+
+
+def keeps_gradients(hooks: Any) -> bool:
+    """Say whether the strategy keeps gradients beside those of the parameters."""
+    hook = getattr(hooks, "strategy_zero_grad", None)
+    return hook is not None and getattr(hook, "__func__", None) is not Strategy.strategy_zero_grad
+
+
+def zeroing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a ``zero_grad`` that has the strategy forget gradients too."""
+
+    @functools.wraps(original)
+    def zero_grad(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        state = self.__dict__.get(KEY)
+        if state is not None:
+            state.hooks.strategy_zero_grad(owner=self)
+        return result
+
+    return zero_grad
 
 
 def release_optimizer(optimizer: Optimizer) -> None:

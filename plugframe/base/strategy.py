@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from plugframe.base.deferred import deferring, materialize_module
 from plugframe.context import Context
 from plugframe.hooks import Engine, StrategySpec, hookimpl
 
@@ -41,6 +41,10 @@ class Strategy(StrategySpec):
     context: Context
 
     @hookimpl
+    def strategy_describe(self) -> Sequence[str]:
+        return ()
+
+    @hookimpl
     def strategy_setup(self, context: Context) -> None:
         self.context = context
 
@@ -50,13 +54,12 @@ class Strategy(StrategySpec):
 
     @hookimpl
     def strategy_init_context(self, empty_init: bool | None) -> AbstractContextManager[Any]:
-        # Parameters are made where they will live; without initial values where a checkpoint will fill them.
-        if empty_init:
-            return _without_values(self.context.device)
-        return self.context.device
+        # Parameters are made where they will live, with their values or, if asked, without them until set-up.
+        return deferring(self.context.device) if empty_init else self.context.device
 
     @hookimpl
     def strategy_setup_module(self, module: nn.Module) -> Engine:
+        materialize_module(module, self.context.device)
         return None
 
     @hookimpl
@@ -97,6 +100,10 @@ class Strategy(StrategySpec):
         return self.context.hooks.precision_optimizer_step(optimizer=optimizer, step=step, closure=closure)
 
     @hookimpl
+    def strategy_zero_grad(self, owner: nn.Module | Optimizer) -> None:
+        pass
+
+    @hookimpl
     def strategy_clip_gradients(
         self,
         module: nn.Module,
@@ -130,25 +137,3 @@ class Strategy(StrategySpec):
     @hookimpl
     def strategy_load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         optimizer.load_state_dict(state)
-
-
-class _EmptyInit(torch.overrides.TorchFunctionMode):
-    """Makes every ``torch.nn.init`` function leave its tensor as it is."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def _without_values(device: torch.device) -> Iterator[None]:
-    with device, _EmptyInit():
-        yield

@@ -1,28 +1,59 @@
 """What every checkpoint plugin shares: a state as tensors plus structure, checksums, atomic replacement.
 
 `split` and `join` turn a state tree into named tensors and a JSON-able structure and back, `pieces` and
-`as_bytes` give the bytes of tensors without copying them whole, `Manifest` says what must be found again, and
-`replacing` puts a new file in place of an old one so that a crash at any instant leaves one of the two.
+`as_bytes` give the bytes of tensors without copying them whole, a `StoredTensor` is read when it is needed,
+`Manifest` says what must be found again, and `replacing` puts a new file in place of an old one so that a crash
+at any instant leaves one of the two.
 """
 
-from plugframe.checkpoint.atomic import remove_leftovers, replacing
+from plugframe.checkpoint.atomic import (
+    check_space,
+    make_folders,
+    open_locked,
+    remove_if_dead,
+    remove_leftovers,
+    replacing,
+    sync_folder,
+)
+from plugframe.checkpoint.behind import Checksums
 from plugframe.checkpoint.buffers import as_bytes, pieces
-from plugframe.checkpoint.manifest import SEGMENT_BYTES, Checksum, Entry, Manifest
-from plugframe.checkpoint.tree import dump_structure, join, parse_structure, split
-from plugframe.checkpoint.values import dtype_name
+from plugframe.checkpoint.contents import Contents
+from plugframe.checkpoint.manifest import SEGMENT_BYTES, Checksum, Entry, Manifest, seal, unseal
+from plugframe.checkpoint.shards import is_shard, local_of, view_locally
+from plugframe.checkpoint.stored import Source, StoredTensor, fill, materialize
+from plugframe.checkpoint.tree import dump_structure, join, parse_structure, split, split_stored
+from plugframe.checkpoint.values import dtype_name, dtype_of
 
 __all__ = [
     "SEGMENT_BYTES",
     "Checksum",
+    "Checksums",
+    "Contents",
     "Entry",
     "Manifest",
+    "Source",
+    "StoredTensor",
     "as_bytes",
+    "check_space",
     "dtype_name",
+    "dtype_of",
     "dump_structure",
+    "fill",
+    "is_shard",
     "join",
+    "local_of",
+    "make_folders",
+    "materialize",
+    "open_locked",
     "parse_structure",
     "pieces",
+    "remove_if_dead",
     "remove_leftovers",
     "replacing",
+    "seal",
     "split",
+    "split_stored",
+    "sync_folder",
+    "unseal",
+    "view_locally",
 ]

@@ -37,8 +37,8 @@ def replacing(path: str, *, size_bytes: int) -> Iterator[BinaryIO]:
     folder = os.path.dirname(target)
     try:
         remove_leftovers(target)
-        _check_space(path, folder, size_bytes)
-        made = _make_folders(folder)
+        check_space(path, folder, size_bytes)
+        made = make_folders(folder)
         with _temporary(target) as (file, temporary):
             yield file
             file.flush()
@@ -52,7 +52,7 @@ def replacing(path: str, *, size_bytes: int) -> Iterator[BinaryIO]:
         ) from error
     try:
         for changed in [folder, *made]:
-            _sync_folder(changed)
+            sync_folder(changed)
     except OSError as error:
         raise CheckpointError(
             f"{path} is written, but {folder} cannot be forced to disk ({error.strerror}): "
@@ -67,7 +67,7 @@ def remove_leftovers(path: str) -> list[str]:
         names = [name for name in os.listdir(folder or ".") if pattern.fullmatch(name)]
     except FileNotFoundError:
         return []
-    return [name for name in names if _remove_if_dead(os.path.join(folder, name))]
+    return [name for name in names if remove_if_dead(os.path.join(folder, name))]
 
 
 def _target(path: str) -> str:
@@ -90,7 +90,12 @@ def _prefix(path: str) -> str:
     return f".{name}.tmp-"
 
 
-def _check_space(path: str, folder: str, size_bytes: int) -> None:
+def check_space(path: str, folder: str, size_bytes: int) -> None:
+    """Refuse to write `size_bytes` at `path` if there is no room for them in `folder`, which need not be there yet.
+
+    Raises:
+        CheckpointError: with the bytes needed and free.
+    """
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     free_bytes = shutil.disk_usage(folder).free
@@ -107,8 +112,8 @@ def _free(error: OSError, folder: str, size_bytes: int) -> str:
     return f" (it needs {size_bytes} bytes and {folder} has {shutil.disk_usage(folder).free} bytes free)"
 
 
-def _make_folders(folder: str) -> list[str]:
-    """Make `folder`; return the folders that got a new entry by it."""
+def make_folders(folder: str) -> list[str]:
+    """Make `folder` and those above it; return the folders that got a new entry by it."""
     changed: list[str] = []
     above = folder
     while not os.path.isdir(above):
@@ -120,7 +125,7 @@ def _make_folders(folder: str) -> list[str]:
 
 @contextmanager
 def _temporary(target: str) -> Iterator[tuple[BinaryIO, str]]:
-    file, temporary = _open_locked(target)
+    file, temporary = _open_draft(target)
     try:
         yield file, temporary
         file.close()
@@ -133,14 +138,22 @@ def _temporary(target: str) -> Iterator[tuple[BinaryIO, str]]:
         raise
 
 
-def _open_locked(target: str) -> tuple[BinaryIO, str]:
+def _open_draft(target: str) -> tuple[BinaryIO, str]:
     while True:
         temporary = os.path.join(os.path.dirname(target), f"{_prefix(target)}{secrets.token_hex(8)}")
-        file = open(temporary, "xb")  # noqa: SIM115 the caller closes it
-        if _lock(file.fileno()) is not False and os.path.exists(temporary):
+        file = open_locked(temporary)
+        if file is not None:
             return file, temporary
-        # Another process, clearing up, saw the file before it was locked and takes it away.
-        file.close()
+
+
+def open_locked(path: str) -> BinaryIO | None:
+    """Make a file at `path` and hold its writer's lock while it is open; None if it was taken away at once."""
+    file = open(path, "xb")  # noqa: SIM115 the caller closes it
+    if _lock(file.fileno()) is not False and os.path.exists(path):
+        return file
+    # Another process, clearing up, saw the file before it was locked and takes it away.
+    file.close()
+    return None
 
 
 def _lock(descriptor: int) -> bool | None:
@@ -154,7 +167,8 @@ def _lock(descriptor: int) -> bool | None:
     return True
 
 
-def _remove_if_dead(temporary: str) -> bool:
+def remove_if_dead(temporary: str) -> bool:
+    """Remove a file whose writer is gone; say whether it was removed."""
     try:
         descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -178,7 +192,8 @@ def _copy_mode(target: str, file: BinaryIO) -> None:
         os.fchmod(file.fileno(), stat.S_IMODE(os.stat(target).st_mode))
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
+    """Force the names in a folder to disk."""
     descriptor = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

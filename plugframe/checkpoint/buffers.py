@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from plugframe.checkpoint.stored import StoredTensor
+
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor as writable bytes; valid while the tensor lives.
@@ -23,11 +25,13 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
-def pieces(tensor: Tensor, *, max_bytes: int) -> Iterator[Tensor]:
+def pieces(tensor: Tensor | StoredTensor, *, max_bytes: int) -> Iterator[Tensor]:
     """Yield the elements of `tensor` in row-major order: contiguous CPU tensors of at most `max_bytes` each.
 
     Only a piece at a time is copied, and only if the tensor is on a device or not contiguous.
     """
+    if isinstance(tensor, StoredTensor):
+        tensor = tensor.read()
     if tensor.nbytes <= max_bytes:
         yield tensor.cpu().contiguous()
     elif tensor.is_contiguous():

@@ -21,6 +21,28 @@ _TAIL = b',"crc32":"%08x"}'
 _TAIL_BYTES = len(_TAIL % 0)
 
 
+def seal(body: Mapping[str, Any]) -> bytes:
+    """Return a JSON object that ends in its own checksum. The order of its keys stays."""
+    data = json.dumps(body, allow_nan=False, separators=(",", ":")).encode("ascii")[:-1]
+    return data + _TAIL % zlib.crc32(data)
+
+
+def unseal(data: bytes, *, where: str) -> bytes:
+    """Return the JSON in what `seal` wrote, without the checksum.
+
+    Raises:
+        CheckpointCorruptError: if a byte of it is not what was written.
+    """
+    body, tail = data[:-_TAIL_BYTES], data[-_TAIL_BYTES:]
+    if tail != _TAIL % zlib.crc32(body):
+        found = tail.decode("ascii", "backslashreplace")
+        raise CheckpointCorruptError(
+            f"{where}: its manifest is not what was written: expected it to end in "
+            f"{(_TAIL % zlib.crc32(body)).decode()}, found {found}."
+        )
+    return body + b"}"
+
+
 class Checksum:
     """The crc32 of every segment of a part, taken while its bytes go by."""
 
@@ -107,8 +129,7 @@ class Manifest:
             "structure": _pack(self.structure),
             "tensors": {name: _pack(entry) for name, entry in self.tensors.items()},
         }
-        data = json.dumps(body, separators=(",", ":")).encode("ascii")[:-1]
-        return data + _TAIL % zlib.crc32(data)
+        return seal(body)
 
     @classmethod
     def from_bytes(cls, data: bytes, *, where: str) -> Manifest:
@@ -117,15 +138,9 @@ class Manifest:
         Raises:
             CheckpointCorruptError: if a byte of it is not what was written.
         """
-        body, tail = data[:-_TAIL_BYTES], data[-_TAIL_BYTES:]
-        if tail != _TAIL % zlib.crc32(body):
-            found = tail.decode("ascii", "backslashreplace")
-            raise CheckpointCorruptError(
-                f"{where}: its manifest is not what was written: expected it to end in "
-                f"{(_TAIL % zlib.crc32(body)).decode()}, found {found}."
-            )
+        body = unseal(data, where=where)
         try:
-            fields = parse_structure(body + b"}")
+            fields = parse_structure(body)
             return cls(
                 format=fields["format"],
                 version=fields["version"],

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plugframe.checkpoint.shards import is_shard
+
 _HINTS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (argparse.Namespace, "save vars({}) instead"),
     ((set, frozenset), "save sorted({}) instead"),
@@ -54,8 +56,12 @@ def _hint(value: Any) -> str:
     return _PLAIN
 
 
-def refuse_tensor(value: Tensor, name: str) -> str | None:
-    """Return why a tensor has no bytes of its own to save, or None if it has."""
+def refuse_tensor(value: Tensor, name: str, *, sharded: bool = False) -> str | None:
+    """Return why a tensor has no bytes of its own to save, or None if it has; if `sharded`, parts will do."""
+    if sharded and is_shard(value):
+        if any(placement.is_partial() for placement in value.placements):
+            return f"{name} is a DTensor of sums yet to be made: save {name}.full_tensor() instead"
+        return refuse_tensor(value.to_local(), name)
     if type(value.detach()) is not Tensor:
         how = "full_tensor()" if hasattr(value, "full_tensor") else "as_subclass(torch.Tensor)"
         return f"{name} is {describe(value)}, a subclass of Tensor: save {name}.{how} instead"

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from plugframe.checkpoint.refusal import describe, refuse, refuse_tensor
+from plugframe.checkpoint.shards import is_shard, local_of, view_locally
+from plugframe.checkpoint.stored import StoredTensor, Viewed, viewed
 from plugframe.checkpoint.values import (
     dtype_name,
     dtype_of,
@@ -32,7 +34,12 @@ MAX_DEPTH = 100
 
 
 def split(
-    state: Mapping[str, Any], *, dtypes: Collection[torch.dtype] | None = None, where: str = "the checkpoint"
+    state: Mapping[str, Any],
+    *,
+    dtypes: Collection[torch.dtype] | None = None,
+    where: str = "the checkpoint",
+    sharded: bool = False,
+    aliases: bool = True,
 ) -> tuple[dict[str, Tensor], Any]:
     """Return the tensors of `state` by name, and a JSON-able structure that names them.
 
@@ -44,21 +51,34 @@ def split(
         state: the tree; see `CheckpointSpec`.
         dtypes: what the format can hold; other one-byte types are listed as uint8. None means any.
         where: what the error names, usually the path.
+        sharded: whether tensors may be a ``DTensor``, of which this rank has a part. They are listed as such.
+        aliases: whether a ``DTensor`` that occurs twice is found out. A rank with an empty part cannot tell.
 
     Raises:
         CheckpointError: naming every entry that cannot be saved, with its type and what to save instead.
     """
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"cannot save {where}, nothing was written: {refuse(state, 'state')}.")
-    splitter = _Splitter(dtypes)
-    structure = splitter.encode(state, ())
-    if splitter.problems:
-        raise CheckpointError(f"cannot save {where}, nothing was written: {'; '.join(splitter.problems)}.")
+    splitter = _Splitter(dtypes, sharded=sharded, aliases=aliases, stored=False)
+    structure = splitter.run(state, where)
+    tensors: dict[str, Tensor] = {n: t for n, t in splitter.tensors.items() if not isinstance(t, StoredTensor)}
+    return tensors, structure
+
+
+def split_stored(
+    state: Mapping[str, Any],
+    *,
+    dtypes: Collection[torch.dtype] | None = None,
+    where: str = "the checkpoint",
+    sharded: bool = False,
+    aliases: bool = True,
+) -> tuple[dict[str, Tensor | StoredTensor], Any]:
+    """Do what `split` does with a state whose tensors may yet lie in a checkpoint; they stay there."""
+    splitter = _Splitter(dtypes, sharded=sharded, aliases=aliases, stored=True)
+    structure = splitter.run(state, where)
     return splitter.tensors, structure
 
 
-def join(tensors: Mapping[str, Tensor], structure: Any, *, where: str = "the checkpoint") -> Any:
-    """Return the tree that `split` took apart.
+def join(tensors: Mapping[str, Tensor | StoredTensor], structure: Any, *, where: str = "the checkpoint") -> Any:
+    """Return the tree that `split` took apart; its tensors may yet lie in the checkpoint.
 
     Raises:
         CheckpointCorruptError: if the structure is none, or does not fit the tensors.
@@ -94,12 +114,23 @@ def parse_structure(data: bytes) -> Any:
 
 
 class _Splitter:
-    def __init__(self, dtypes: Collection[torch.dtype] | None) -> None:
-        self.tensors: dict[str, Tensor] = {}
+    def __init__(self, dtypes: Collection[torch.dtype] | None, *, sharded: bool, aliases: bool, stored: bool) -> None:
+        self.tensors: dict[str, Tensor | StoredTensor] = {}
         self.problems: list[str] = []
         self._dtypes = dtypes
-        self._nodes: dict[Any, tuple[Tensor, Any]] = {}
+        self._sharded = sharded
+        self._aliases = aliases
+        self._stored = stored
+        self._nodes: dict[Any, tuple[Any, Any]] = {}
         self._open: set[int] = set()
+
+    def run(self, state: Any, where: str) -> Any:
+        if not isinstance(state, Mapping):
+            raise CheckpointError(f"cannot save {where}, nothing was written: {refuse(state, 'state')}.")
+        structure = self.encode(state, ())
+        if self.problems:
+            raise CheckpointError(f"cannot save {where}, nothing was written: {'; '.join(self.problems)}.")
+        return structure
 
     def encode(self, value: Any, path: tuple[Any, ...]) -> Any:
         if value is None or isinstance(value, bool):
@@ -112,6 +143,8 @@ class _Splitter:
             return self._container(value, path)
         if isinstance(value, torch.dtype):
             return {"dtype": dtype_name(value)}
+        if self._stored and isinstance(value, StoredTensor):
+            return self._stored_tensor(value, path)
         return self._numpy(value, path)
 
     def _container(self, value: Any, path: tuple[Any, ...]) -> Any:
@@ -156,10 +189,10 @@ class _Splitter:
         return self._problem(refuse(value, _spell(path)))
 
     def _tensor(self, value: Tensor, path: tuple[Any, ...]) -> Any:
-        problem = refuse_tensor(value, _spell(path))
+        problem = refuse_tensor(value, _spell(path), sharded=self._sharded)
         if problem:
             return self._problem(problem)
-        identity = _identity(value)
+        identity = _identity(value) if self._aliases or not is_shard(value) else id(value)
         if identity not in self._nodes:
             # The value is kept with its node: its address tells it from others only while it lives.
             self._nodes[identity] = (value, self._store(value.detach(), path))
@@ -167,18 +200,28 @@ class _Splitter:
 
     def _store(self, plain: Tensor, path: tuple[Any, ...]) -> Any:
         name = self._name(path)
-        plain = plain.resolve_conj().resolve_neg()
+        plain = view_locally(plain, lambda part: part.resolve_conj().resolve_neg())
         if plain.is_complex():
-            self.tensors[name] = torch.view_as_real(plain)
+            self.tensors[name] = view_locally(plain, torch.view_as_real)
             return {"complex_tensor": name}
         if self._dtypes is None or plain.dtype in self._dtypes:
             self.tensors[name] = plain
             return {"tensor": name}
         try:
-            self.tensors[name] = _as_uint8(plain)
+            self.tensors[name] = view_locally(plain, _as_uint8)
         except (RuntimeError, ValueError):
             return self._problem(f"{_spell(path)} is a tensor of {plain.dtype}, which this format cannot hold")
         return {"bits": [dtype_name(plain.dtype), name]}
+
+    def _stored_tensor(self, value: StoredTensor, path: tuple[Any, ...]) -> Any:
+        base = value.source.base if isinstance(value.source, Viewed) else value
+        identity = (id(base.source), base.name, value.dtype)
+        if identity not in self._nodes:
+            name = self._name(path)
+            self.tensors[name] = base
+            node = {"complex_tensor": name} if value.dtype.is_complex else {"bits": [dtype_name(value.dtype), name]}
+            self._nodes[identity] = (value, {"tensor": name} if base is value else node)
+        return self._nodes[identity][1]
 
     def _name(self, path: tuple[Any, ...]) -> str:
         # "a.b" may be one key or two; the structure knows, the name need only be readable and free.
@@ -197,17 +240,17 @@ class _Splitter:
 
 
 class _Joiner:
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor | StoredTensor]) -> None:
         self.used: set[str] = set()
         self._tensors = tensors
-        self._made: dict[tuple[str, str], Tensor] = {}
+        self._made: dict[tuple[str, str], Tensor | StoredTensor] = {}
         self._tags: dict[str, Callable[[Any, int], Any]] = {
             "dict": lambda body, depth: {key: self.decode(item, depth) for key, item in body.items()},
             "items": self._items,
             "counter": lambda body, depth: Counter(self._items(body, depth)),
             "tuple": lambda body, depth: tuple([self.decode(item, depth) for item in body]),
             "tensor": lambda body, _: self._tensor(body, "tensor", lambda tensor: tensor),
-            "complex_tensor": lambda body, _: self._tensor(body, "complex", torch.view_as_complex),
+            "complex_tensor": lambda body, _: self._tensor(body, "complex", _as_complex),
             "bits": lambda body, _: self._bits(*body),
             "float": lambda body, _: special_float(body),
             "complex": lambda body, depth: complex(*[self.decode(item, depth) for item in body]),
@@ -230,11 +273,17 @@ class _Joiner:
     def _items(self, body: Any, depth: int) -> dict[Any, Any]:
         return {self.decode(key, depth): self.decode(item, depth) for key, item in body}
 
-    def _bits(self, dtype: Any, name: Any) -> Tensor:
+    def _bits(self, dtype: Any, name: Any) -> Tensor | StoredTensor:
         wanted = dtype_of(dtype)
-        return self._tensor(name, str(dtype), lambda tensor: tensor.view(wanted))
+        return self._tensor(
+            name,
+            str(dtype),
+            lambda tensor: viewed(tensor, wanted) if isinstance(tensor, StoredTensor) else tensor.view(wanted),
+        )
 
-    def _tensor(self, name: Any, kind: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+    def _tensor(
+        self, name: Any, kind: str, make: Callable[[Tensor | StoredTensor], Tensor | StoredTensor]
+    ) -> Tensor | StoredTensor:
         if name not in self._tensors:
             raise ValueError(f"tensor {name!r} is missing")
         self.used.add(name)
@@ -243,12 +292,22 @@ class _Joiner:
         return self._made[kind, name]
 
 
+def _as_complex(tensor: Tensor | StoredTensor) -> Tensor | StoredTensor:
+    if isinstance(tensor, StoredTensor):
+        return viewed(tensor, tensor.dtype.to_complex())
+    return torch.view_as_complex(tensor)
+
+
 def _spell(path: tuple[Any, ...]) -> str:
     return "state" + "".join(f"[{key!r}]" for key in path)
 
 
 def _identity(value: Tensor) -> Any:
     """Return a key that two tensors share if they are the same values in the same memory."""
+    if is_shard(value):
+        part = _identity(local_of(value.detach()))
+        # The part may be a passing object, whose number tells nothing.
+        return (part, value.shape, value.device_mesh, value.placements) if isinstance(part, tuple) else id(value)
     try:
         pointer = value.data_ptr()
     except RuntimeError:

@@ -85,6 +85,7 @@ def command(
     variables = _variables(settings, config)
     environ = {**os.environ, **variables}
     # Resolving imports what it needs; a wrong script or a wrong option is told without it.
+    from plugframe.candidates import Candidates
     from plugframe.cli.start import Nodes, decide
     from plugframe.registry import Registry
     from plugframe.request import gather
@@ -95,6 +96,7 @@ def command(
         registry = Registry.discover()
         request = gather({}, environ=environ)
         plan = resolve(request, registry, environ)
+        registry.require(choice.entry for choice in plan.all_choices() if choice.entry is not None)
         start = decide(plan, request, registry, command=words.command, variables=variables, nodes=nodes)
     if not dry_run:
         start.go(registry)
@@ -102,7 +104,8 @@ def command(
     from plugframe.cli.table import show
 
     show(("what", "value", "why"), plan.rows())
-    for line in [*(f"note: {note}" for note in plan.notes if note not in told), *start.lines()]:
+    described = Candidates(request, registry).made(plan.choices["strategy"]).instance.strategy_describe()
+    for line in [*(f"note: {note}" for note in plan.notes if note not in told), *(f"strategy: {line}" for line in described), *start.lines()]:
         click.echo(line)
     click.echo("not seen here: what the script itself passes to Lite(...)")
 

@@ -28,8 +28,8 @@ class CheckpointSpec(Protocol):
 
     A `state` is a tree of dicts with str or int keys, lists, tuples, tensors and plain values (None, bool, int,
     float, str); everything else was turned into that, or refused by key, before. A descriptor that lists
-    ``provides=("sharded",)`` is given each rank's own shards; others get full tensors on rank 0 and may ignore
-    the rest. ``provides=("async",)`` says that ``wait=False`` has an effect.
+    ``provides=("sharded",)`` is given each rank's own shards, as ``DTensor``; others get full tensors on rank 0 and
+    may ignore the rest. ``provides=("async",)`` says that ``wait=False`` has an effect.
     """
 
     @provider
@@ -60,11 +60,12 @@ class CheckpointSpec(Protocol):
         ...
 
     @provider
-    def checkpoint_load(self, path: str, weights_only: bool | None) -> dict[str, Any]:
+    def checkpoint_load(self, path: str, weights_only: bool | None, lazy: bool) -> dict[str, Any]:
         """Read and verify what lies at `path` and return its state, tensors on the CPU.
 
         Called on every rank. No code from the file may run, unless `weights_only` is False and the file is
-        a foreign one (``torch.save``).
+        a foreign one (``torch.save``). If `lazy`, tensors may be `StoredTensor`: verified already, and read only
+        where and when they are needed, so that no rank holds more than its part.
 
         Raises:
             CheckpointCorruptError: naming the file and the entry that is not what was written.

@@ -25,9 +25,12 @@ class Plugin:
         precisions: names of the precisions it can honour; empty means any. For strategies.
         ranks: ``"one"`` works with a single rank only, ``"any"`` with any number.
         priority: how eagerly ``"auto"`` picks it, higher first; None means never.
-        provides: capabilities other plugins can ask for, such as ``"process-group"`` or ``"sharded"``.
+        provides: capabilities other plugins can ask for, such as ``"process-group"``. Of a checkpoint, ``"sharded"``
+            means that every rank writes its part; of a strategy, that every rank keeps only its part of a model.
         needs: for each kind, the capabilities the plugin of that kind must provide, such as
             ``{"collective": ("process-group",)}``.
+        prefers: for each kind, the capabilities the plugin of that kind should provide if ``"auto"`` picks it:
+            ``{"checkpoint": ("sharded",)}``.
         tags: groups it belongs to, such as ``"gpu"``; see `best_of`.
         requires: modules that must be importable before the factory is imported.
         extra: the requirement that installs what it needs: ``"plugframe[deepspeed]"``.
@@ -48,6 +51,7 @@ class Plugin:
     priority: int | None = None
     provides: tuple[str, ...] = ()
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    prefers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     extra: str = ""

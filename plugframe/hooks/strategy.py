@@ -24,6 +24,17 @@ class StrategySpec(Protocol):
     """Hooks of the kind ``strategy``. Communicate through ``context.hooks.collective_…``."""
 
     @provider
+    def strategy_describe(self) -> Sequence[str]:
+        """Return lines for ``plugframe run --dry-run`` on what is known before the job runs; usually none.
+
+        Called once in the process of the command, where no other hook is called.
+
+        Example:
+            ``return [f"config: {json.dumps(self.config)}"]``
+        """
+        ...
+
+    @provider
     def strategy_setup(self, context: Context) -> None:
         """Prepare this rank: meshes, groups, global state.
 
@@ -43,7 +54,8 @@ class StrategySpec(Protocol):
     def strategy_init_context(self, empty_init: bool | None) -> AbstractContextManager[Any]:
         """Return the context in which ``lite.init_module()`` lets the user build a module.
 
-        Called on every rank. `empty_init` True asks for parameters without storage or initial values.
+        Called on every rank. `empty_init` True asks for parameters without storage, which get the values of an
+        eager build in `strategy_setup_module`; see `plugframe.base.deferred`.
         """
         ...
 
@@ -128,6 +140,15 @@ class StrategySpec(Protocol):
         """Run one optimizer step and return what it returns.
 
         Called on every rank: it is in the hot path. ``step(closure)`` is the user's own step.
+        """
+        ...
+
+    @provider
+    def strategy_zero_grad(self, owner: torch.nn.Module | Optimizer) -> None:
+        """Forget gradients that are kept beside the parameters' ``grad``.
+
+        Called on every rank after ``zero_grad()`` of a module or optimizer that was set up. Most strategies keep
+        gradients nowhere else, and do nothing.
         """
         ...
 

@@ -190,6 +190,10 @@ class Core:
     def _alone(self) -> bool:
         return self._session.context is not None or self.plan.launched or self.plan.world_size == 1
 
+    def _living(self) -> list[nn.Module]:
+        """Return the modules that were set up and still exist, in that order."""
+        return [module for module in (reference() for reference in self._modules) if module is not None]
+
     def _started(self, call: str) -> Context:
         """Return the context, starting this rank if it is the first call that needs it."""
         session = self._session

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch.optim import Optimizer
+
 from plugframe import saving
+from plugframe.adopt import state_of
 from plugframe.hooks.checkpoint import SaveHandle
 from plugframe.lite.core import Core
+from plugframe.naming import Names, names_of
 from plugframe.state import Filter
 
 
@@ -34,7 +38,9 @@ class Keeping(Core):
             CheckpointError: on all ranks; what was at `path` before is still there.
         """
         self._started("save")
-        return saving.save(self._session, path, state, filters=filter, loaders=self._loaders, wait=wait)
+        return saving.save(
+            self._session, path, state, filters=filter, loaders=self._loaders, naming=self._naming, wait=wait
+        )
 
     def load(
         self,
@@ -61,9 +67,22 @@ class Keeping(Core):
             CheckpointMismatchError: listing every missing and unexpected key and wrong shape.
         """
         self._started("load")
-        return saving.load(self._session, path, state, strict=strict, loaders=self._loaders, weights_only=weights_only)
+        return saving.load(
+            self._session,
+            path,
+            state,
+            strict=strict,
+            loaders=self._loaders,
+            naming=self._naming,
+            weights_only=weights_only,
+        )
 
     def load_raw(self, path: Any, obj: Any, strict: bool = True, *, weights_only: bool | None = None) -> None:
         """Put the bare ``state_dict`` that lies at `path` into `obj`. Every rank must call it."""
         self._started("load_raw")
-        saving.load_raw(self._session, path, obj, strict=strict, weights_only=weights_only)
+        saving.load_raw(self._session, path, obj, strict=strict, naming=self._naming, weights_only=weights_only)
+
+    def _naming(self, optimizer: Optimizer) -> Names | None:
+        """Return the names of the optimizer's parameters: now, or when it was set up if the strategy hides them."""
+        found = names_of(optimizer, self._living())
+        return found or getattr(state_of(optimizer), "names", None)

@@ -132,7 +132,10 @@ class Loop(Core):
         """Return a context in which a module is built on this rank's device, in the precision's dtype.
 
         Args:
-            empty_init: True leaves parameters without initial values, for a model that is loaded.
+            empty_init: True builds big parameters and buffers without storage. They get their values when the
+                module is set up, one after the other, and exactly those an eager build would have given them; a
+                strategy that spreads parameters over the ranks never holds the whole model. What changes
+                parameters belongs inside the context too: afterwards only `setup` may touch them.
         """
         self._started("init_module")
         stack = ExitStack()

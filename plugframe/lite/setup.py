@@ -26,8 +26,10 @@ from plugframe.adopt import (
 from plugframe.adopt.loader import check_unread, divides_itself, sources_of
 from plugframe.adopt.module import checked_name
 from plugframe.adopt.sources import get_state, set_state
+from plugframe.base.deferred import check_values, resuming
 from plugframe.errors import OrderError, PlugframeWarning, SettingError
 from plugframe.lite.core import Core
+from plugframe.naming import Names, names_of
 
 
 class SetUp(Core):
@@ -45,7 +47,7 @@ class SetUp(Core):
 
         Args:
             scheduler: returned as it is; schedulers need no set-up.
-            move_to_device: whether to move the module to this rank's device.
+            move_to_device: whether to move the module to this rank's device; a strategy that shards always does.
             forward_methods: methods besides ``forward`` that run the module's parts and so must run under
                 precision and strategy.
 
@@ -56,11 +58,12 @@ class SetUp(Core):
         checks.check_optimizers(optimizers)
         checks.check_ownership(module, optimizers)
         module = self._prepare(module, move_to_device, "setup")
+        called = [names_of(optimizer, [module]) for optimizer in optimizers]
         setup = self._hooks.strategy_setup_module_and_optimizers
         engine, prepared = setup(module=module, optimizers=optimizers)
         self._adopt(module, engine, names)
-        for optimizer in prepared:
-            self._adopt_optimizer(optimizer)
+        for optimizer, own in zip(prepared, called, strict=True):
+            self._adopt_optimizer(optimizer, own)
         extra = () if scheduler is None else (scheduler,)
         return (module, *prepared, *extra) if optimizers or extra else module
 
@@ -83,10 +86,13 @@ class SetUp(Core):
             raise SettingError("setup_optimizers() takes at least one optimizer, got none.")
         checks.check_optimizers(optimizers)
         self._started("setup_optimizers")
-        self._check_stray(optimizers)
+        self._check_modules()
+        called = [names_of(optimizer, self._living()) for optimizer in optimizers]
+        known = {id(parameter) for module in self._living() for parameter in module.parameters()}
         prepared = self._hooks.strategy_setup_optimizers(module=None, optimizers=optimizers)
-        for optimizer in prepared:
-            self._adopt_optimizer(optimizer)
+        self._check_stray(prepared, known)
+        for optimizer, own in zip(prepared, called, strict=True):
+            self._adopt_optimizer(optimizer, own)
         return prepared[0] if len(prepared) == 1 else tuple(prepared)
 
     def setup_dataloaders(
@@ -133,8 +139,13 @@ class SetUp(Core):
 
     def _prepare(self, module: nn.Module, move_to_device: bool, call: str) -> nn.Module:
         context = self._started(call)
-        module = self._hooks.precision_convert_module(module=module)
-        return module.to(context.device) if move_to_device else module
+        # A module that was built without values is converted and moved without them as well.
+        with resuming(module, context.device):
+            module = self._hooks.precision_convert_module(module=module)
+            if move_to_device:
+                check_values(module)
+                module = module.to(context.device)
+        return module
 
     def _check_module(self, module: nn.Module, forward_methods: Iterable[Any]) -> tuple[Any, ...]:
         """Look at everything before anything is done, and return the forward methods."""
@@ -144,16 +155,12 @@ class SetUp(Core):
             checked_name(module, name)
         return names
 
-    def _check_stray(self, optimizers: tuple[Optimizer, ...]) -> None:
-        """Say so where an optimizer updates what no module that was set up holds: ranks would update it apart.
-
-        Raises:
-            OrderError: if no module was set up yet.
-        """
+    def _check_modules(self) -> None:
         if not self._modules:
             raise OrderError("setup_optimizers() before any model was set up: call lite.setup_module(model) first.")
-        modules = (module for module in (reference() for reference in self._modules) if module is not None)
-        known = {id(parameter) for module in modules for parameter in module.parameters()}
+
+    def _check_stray(self, optimizers: Iterable[Optimizer], known: set[int]) -> None:
+        """Say so where an optimizer updates what no module that was set up holds: ranks would update it apart."""
         for optimizer in optimizers:
             held = [p for group in optimizer.param_groups for p in group["params"]]
             stray = sum(id(p) not in known for p in held)
@@ -173,8 +180,8 @@ class SetUp(Core):
         if self._hooks.on_setup is not None:
             self._hooks.on_setup(module=module)
 
-    def _adopt_optimizer(self, optimizer: Optimizer) -> None:
-        adopt_optimizer(optimizer, hooks=self._hooks)
+    def _adopt_optimizer(self, optimizer: Optimizer, names: Names | None) -> None:
+        adopt_optimizer(optimizer, hooks=self._hooks, names=names)
         self._session.on_close(_release, weakref.ref(optimizer), release_optimizer)
 
     def _agree(self, loaders: Iterable[DataLoader[Any]]) -> int:
@@ -187,8 +194,7 @@ class SetUp(Core):
         return int(seed)
 
     def _training(self) -> bool:
-        modules = (reference() for reference in self._modules)
-        return torch.is_grad_enabled() and any(m is not None and m.training for m in modules)
+        return torch.is_grad_enabled() and any(module.training for module in self._living())
 
 
 def _release(reference: weakref.ref[Any], release: Callable[[Any], Any]) -> None:

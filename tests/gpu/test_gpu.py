@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from plugframe import Lite
+from plugframe import Lite, UnsupportedError
 from plugframe.base import Extension
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
@@ -45,10 +46,20 @@ def train(lite: Lite, model: nn.Module, *, epochs: int = 3) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("strategy", ["single", "ddp"])
+def strategies() -> list[str]:
+    """Return what is installed and works without options of its own; deepspeed in stages 2 and 3."""
+    found = ["single", "ddp", "fsdp"]
+    return [*found, "deepspeed", "deepspeed_stage_3"] if importlib.util.find_spec("deepspeed") else found
+
+
+@pytest.mark.parametrize("strategy", strategies())
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_trains(precision: str, strategy: str) -> None:
-    """Every precision trains on the GPU under every strategy, and the loss falls."""
+    """Every precision trains on the GPU under every strategy that has it, and the loss falls."""
+    if strategy.startswith("deepspeed") and precision in ("64-true", "16-true"):
+        with pytest.raises(UnsupportedError, match="is not honoured by strategy 'deepspeed"):
+            Lite(accelerator="gpu", devices=1, strategy=strategy, precision=precision)
+        return
     with Lite(accelerator="gpu", devices=1, strategy=strategy, precision=precision) as lite:
         assert lite.device.type == "cuda"
         losses = train(lite, make())
@@ -146,3 +157,65 @@ def test_the_profiler_wraps_the_gpu_path(tmp_path: Path, monkeypatch: pytest.Mon
 
     with Lite(accelerator="cuda", devices=1, plugins=["profiler", Nothing()]) as lite:
         train(lite, make(), epochs=1)
+
+
+def build(lite: Lite, *, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    with lite.init_module(empty_init=True):
+        return nn.Sequential(nn.Linear(16, 512), nn.GELU(), nn.Linear(512, 4))
+
+
+@pytest.mark.parametrize("source", strategies())
+@pytest.mark.parametrize("target", strategies())
+def test_checkpoints_go_from_strategy_to_strategy(source: str, target: str, tmp_path: Path) -> None:
+    """What one strategy saved in parts, in the background, another one goes on from; CPU offload included."""
+    path = tmp_path / "state"
+    x, y = (tensor.cuda() for tensor in data()[:32])
+    losses: dict[str, float] = {}
+    for role, strategy in (("source", source), ("target", target)):
+        with Lite(accelerator="gpu", devices=1, strategy=strategy, checkpoint="dcp") as lite:
+            model = build(lite, seed=0 if role == "source" else 1)
+            model, optimizer = lite.setup(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+            state = {"model": model, "optimizer": optimizer}
+            if role == "source":
+                lite.backward((model(x) - y).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+                lite.save(path, state, wait=False)
+            else:
+                lite.load(path, state)
+            lite.backward((model(x) - y).square().mean())
+            optimizer.step()
+            losses[role] = (model(x) - y).square().mean().item()
+    assert losses["target"] == pytest.approx(losses["source"], rel=1e-4)
+
+
+def test_fsdp_offloads_to_the_host() -> None:
+    """Parameters and optimizer state live in the host's memory, and the weights are those without offload."""
+    from plugframe_builtins.fsdp.strategy import FSDP
+
+    weights = []
+    for offload in (False, True):
+        with Lite(accelerator="gpu", devices=1, strategy=FSDP(cpu_offload=offload)) as lite:
+            model = build(lite, seed=0)
+            train(lite, model, epochs=1)
+            parameter = next(model.parameters())
+            assert parameter.device.type == ("cpu" if offload else "cuda")
+            weights.append(parameter.full_tensor().cpu())
+    torch.testing.assert_close(*weights)
+
+
+def test_deferred_models_equal_eager_ones() -> None:
+    """Values and the generator are those of an eager build on the GPU."""
+    with Lite(accelerator="gpu", devices=1) as lite:
+        torch.manual_seed(0)
+        with lite.init_module():
+            eager = nn.TransformerEncoderLayer(64, 4)
+        after = torch.rand(3, device=lite.device)
+        torch.manual_seed(0)
+        with lite.init_module(empty_init=True):
+            deferred = nn.TransformerEncoderLayer(64, 4)
+        assert torch.equal(torch.rand(3, device=lite.device), after)
+        lite.setup(deferred)
+        for ours, theirs in zip(deferred.parameters(), eager.parameters(), strict=True):
+            assert torch.equal(ours, theirs)

@@ -2,7 +2,7 @@
 
 from plugframe import Plugin
 
-_SHARDED = "torch has retired it; use strategy='ddp', or a package that publishes a sharded strategy."
+_SHARDED = "torch has retired it; use strategy='fsdp', or 'ddp' where the model fits."
 
 plugin = Plugin(
     factory="plugframe_builtins.ddp.strategy:DDP",

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from plugframe.base import Strategy
+from plugframe.base.deferred import is_deferred, materialize_module
 from plugframe.context import Context
 from plugframe.errors import OrderError, PlugframeWarning, SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
@@ -120,6 +121,7 @@ class DDP(Strategy):
     @hookimpl
     def strategy_setup_module(self, module: nn.Module) -> AnyEngine:
         _check_parameters(module)
+        materialize_module(module, self.context.device)
         check_same_model(module, self.context.hooks)
         if self.sync_batchnorm:
             self._undo.callback(sync_batchnorm(module, warn=self.context.world.global_rank == 0))
@@ -199,7 +201,7 @@ def _check_parameters(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise OrderError(f"Parameter {name!r} has no shape yet: run one forward before lite.setup().")
-        if parameter.is_meta:
+        if parameter.is_meta and not is_deferred(parameter):
             raise UnsupportedError(
                 f"Parameter {name!r} is on the meta device, and strategy 'ddp' needs its values: "
                 "use lite.init_module() or module.to_empty(device=lite.device) first."

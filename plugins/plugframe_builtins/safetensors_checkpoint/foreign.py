@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import zipfile
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe_builtins.checkpoint_files import tensorfile
+from plugframe_builtins.checkpoint_files.found import Found, Head, laid_whole
 
 ZIP_MAGIC = b"PK\x03\x04"
 #: How the files of torch.save began before they were zip archives.
@@ -25,6 +28,36 @@ def read_safetensors(path: str) -> dict[str, Any]:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 not a dict
     except SafetensorError as error:
         raise CheckpointCorruptError(f"{path} is not a whole safetensors file: {error}.") from error
+
+
+def find(file: BinaryIO, path: str) -> Found | None:
+    """Return what a safetensors file holds, to be read later; None if it holds a dtype that has to be read whole.
+
+    Raises:
+        CheckpointCorruptError: if it is not whole.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu"):
+            pass  # the library knows what makes a file whole
+    except SafetensorError as error:
+        raise CheckpointCorruptError(f"{path} is not a whole safetensors file: {error}.") from error
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        slots = tensorfile.unpack_slots(file.read(length))
+    except KeyError:
+        return None
+    size_bytes = os.fstat(file.fileno()).st_size
+    return Found(
+        path=path,
+        format="safetensors",
+        version=0,
+        size_bytes=size_bytes,
+        structure={"dict": {name: {"tensor": name} for name in slots}},
+        tensors={name: laid_whole(slot, 8 + length) for name, slot in slots.items()},
+        files={"": Head(size_bytes=size_bytes, head_bytes=8 + length, crc32=None)},
+        identity=str(size_bytes),
+    )
 
 
 def read_torch(path: str, *, weights_only: bool | None) -> dict[str, Any]:

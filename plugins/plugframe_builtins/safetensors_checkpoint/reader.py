@@ -1,27 +1,20 @@
-"""Reading the file: every byte that is returned was read once and verified as read."""
+"""Reading the file: every byte that is returned was read once and verified as read, or is verified and read later."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from plugframe.checkpoint import (
-    SEGMENT_BYTES,
-    Checksum,
-    Entry,
-    Manifest,
-    as_bytes,
-    dtype_name,
-    join,
-    parse_structure,
-)
-from plugframe.errors import CheckpointCorruptError
+from plugframe.checkpoint import Entry, Manifest, as_bytes, dtype_name, join, parse_structure
+from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe_builtins.checkpoint_files.files import Files
+from plugframe_builtins.checkpoint_files.found import Found, Head, laid_whole
+from plugframe_builtins.checkpoint_files.verifying import Part, read_parts
+from plugframe_builtins.safetensors_checkpoint import foreign, layout
 from plugframe_builtins.safetensors_checkpoint.layout import (
     MANIFEST,
     MAX_HEADER_BYTES,
@@ -30,11 +23,27 @@ from plugframe_builtins.safetensors_checkpoint.layout import (
     parse_header,
 )
 
-#: Small tensors share a thread's turn.
-_TURN_BYTES = 4 * 1024 * 1024
 
-#: Read and verified at a time: still in the processor's cache when its checksum is taken.
-_CHUNK_BYTES = 1024 * 1024
+def sniff(file: BinaryIO, path: str) -> str:
+    """Say whose file it is: "own", "plain" (someone else's safetensors) or "torch"."""
+    head = file.read(64)
+    size = os.fstat(file.fileno()).st_size
+    if size < 10:
+        raise CheckpointCorruptError(f"{path} is truncated: found {size} bytes, which no checkpoint fits in.")
+    if layout.opens(head):
+        return "own"
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and length <= layout.MAX_HEADER_BYTES:
+        if length > size - 8:
+            raise CheckpointCorruptError(f"{path} is truncated: its header has {length} bytes, found {size - 8}.")
+        # The mark is there several times, so that damage to one cannot make a plain file of ours.
+        file.seek(8)
+        return "own" if layout.MARK in file.read(length) else "plain"
+    if head.startswith((foreign.ZIP_MAGIC, foreign.LEGACY_MAGIC)):
+        return "torch"
+    raise CheckpointError(
+        f"{path} is not a checkpoint: it begins with {head[:8]!r}, neither safetensors nor torch.save do."
+    )
 
 
 def read(file: BinaryIO, path: str) -> dict[str, Any]:
@@ -44,52 +53,41 @@ def read(file: BinaryIO, path: str) -> dict[str, Any]:
         CheckpointCorruptError: naming what is not what was written, with what was expected and found.
     """
     slots, data_at = _read_header(file, path)
-    source = _Source(file.fileno(), path, data_at)
-    manifest = Manifest.from_bytes(_read_raw(source, slots[MANIFEST]), where=path)
-    entries = {**manifest.tensors, STRUCTURE: manifest.structure}
-    _check_slots(slots, entries, path)
-
-    structure_bytes = torch.empty(slots[STRUCTURE].shape, dtype=torch.uint8, device="cpu")
+    files = Files(path, [""])
+    files.adopt("", file.fileno())
+    manifest = _manifest(files, path, slots, data_at)
     tensors = {name: torch.empty(slots[name].shape, dtype=slots[name].dtype, device="cpu") for name in manifest.tensors}
-    parts = [Part(STRUCTURE, structure_bytes, slots[STRUCTURE].start, manifest.structure)]
-    parts += [Part(name, tensor, slots[name].start, entries[name]) for name, tensor in tensors.items()]
-    _read_parts(source, parts)
-    try:
-        structure = parse_structure(bytes(as_bytes(structure_bytes)))
-    except ValueError as error:
-        raise CheckpointCorruptError(f"{path}: its structure is not one: {error}.") from error
+    parts = [_part(name, entry, slots, data_at, tensors[name]) for name, entry in manifest.tensors.items()]
+    structure = _structure(files, path, manifest, slots, data_at, parts)
     state = join(tensors, structure, where=path)
     if not isinstance(state, dict):
         raise CheckpointCorruptError(f"{path}: its structure is a {type(state).__name__}, not a dict.")
     return state
 
 
-@dataclass(frozen=True)
-class Part:
-    """A tensor to fill, where its bytes are, and what they must be."""
+def find(file: BinaryIO, path: str) -> Found:
+    """Return what a file of this layout holds; its header, manifest and structure are verified, its tensors not.
 
-    name: str
-    tensor: Tensor
-    start: int
-    entry: Entry
-
-
-@dataclass(frozen=True)
-class _Source:
-    descriptor: int
-    path: str
-    data_at: int
-
-    def read_into(self, buffer: memoryview, start: int, name: str) -> None:
-        """Fill `buffer` from `start` bytes after the header; threads may do so at the same time."""
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self.descriptor, [buffer[done:]], self.data_at + start + done)
-            if count == 0:
-                raise CheckpointCorruptError(
-                    f"{self.path} is truncated: tensor {name!r} has {len(buffer)} bytes, found {done}."
-                )
-            done += count
+    Raises:
+        CheckpointCorruptError: naming what is not what was written, with what was expected and found.
+    """
+    slots, data_at = _read_header(file, path)
+    files = Files(path, [""])
+    files.adopt("", file.fileno())
+    manifest = _manifest(files, path, slots, data_at)
+    structure = _structure(files, path, manifest, slots, data_at, [])
+    size_bytes = data_at + slots[MANIFEST].end
+    return Found(
+        path=path,
+        format=layout.FORMAT,
+        version=layout.VERSION,
+        size_bytes=size_bytes,
+        structure=structure,
+        tensors={name: laid_whole(slots[name], data_at, crc32=entry.crc32) for name, entry in manifest.tensors.items()},
+        files={"": Head(size_bytes=size_bytes, head_bytes=data_at, crc32=None)},
+        info=manifest.info,
+        identity=_tail(files, size_bytes),
+    )
 
 
 def _read_header(file: BinaryIO, path: str) -> tuple[dict[str, Slot], int]:
@@ -109,7 +107,11 @@ def _read_header(file: BinaryIO, path: str) -> tuple[dict[str, Slot], int]:
     return slots, 8 + length
 
 
-def _check_slots(slots: Mapping[str, Slot], entries: Mapping[str, Entry], path: str) -> None:
+def _manifest(files: Files, path: str, slots: Mapping[str, Slot], data_at: int) -> Manifest:
+    buffer = bytearray(slots[MANIFEST].size_bytes)
+    files.read_into(memoryview(buffer), "", data_at + slots[MANIFEST].start, f"tensor {MANIFEST!r}")
+    manifest = Manifest.from_bytes(bytes(buffer), where=path)
+    entries = {**manifest.tensors, STRUCTURE: manifest.structure}
     for name in [*entries, *slots]:
         if name == MANIFEST:
             continue
@@ -120,58 +122,26 @@ def _check_slots(slots: Mapping[str, Slot], entries: Mapping[str, Entry], path: 
             raise CheckpointCorruptError(
                 f"{path}: tensor {name!r} is not what was written: expected {expected}, found {found}."
             )
+    return manifest
 
 
-def _read_raw(source: _Source, slot: Slot) -> bytes:
-    buffer = bytearray(slot.size_bytes)
-    source.read_into(memoryview(buffer), slot.start, MANIFEST)
-    return bytes(buffer)
+def _part(name: str, entry: Entry, slots: Mapping[str, Slot], data_at: int, tensor: Tensor) -> Part:
+    return Part(f"tensor {name!r}", "", data_at + slots[name].start, tensor.nbytes, entry.crc32, tensor)
 
 
-def _read_parts(source: _Source, parts: list[Part]) -> None:
-    turns = _turns(parts)
-    if len(turns) == 1:
-        damaged = _read_turn(source, turns[0])
-    else:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            damaged = [text for texts in pool.map(lambda turn: _read_turn(source, turn), turns) for text in texts]
-    if damaged:
-        more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
-        raise CheckpointCorruptError(
-            f"{source.path}: {damaged[0]}{more}. Load another checkpoint, or a copy of this one."
-        )
+def _structure(
+    files: Files, path: str, manifest: Manifest, slots: Mapping[str, Slot], data_at: int, others: list[Part]
+) -> Any:
+    """Read the structure, together with other parts, and return it."""
+    data = torch.empty(slots[STRUCTURE].shape, dtype=torch.uint8, device="cpu")
+    read_parts(files, [_part(STRUCTURE, manifest.structure, slots, data_at, data), *others])
+    try:
+        return parse_structure(bytes(as_bytes(data)))
+    except ValueError as error:
+        raise CheckpointCorruptError(f"{path}: its structure is not one: {error}.") from error
 
 
-def _turns(parts: list[Part]) -> list[list[tuple[Part, int]]]:
-    """Group the segments of all parts into turns of about equal size: a part and a segment's number each."""
-    turns: list[list[tuple[Part, int]]] = [[]]
-    room = _TURN_BYTES
-    for part in parts:
-        for number in range(-(-part.tensor.nbytes // SEGMENT_BYTES)):
-            if room <= 0:
-                turns.append([])
-                room = _TURN_BYTES
-            turns[-1].append((part, number))
-            room -= min(part.tensor.nbytes - number * SEGMENT_BYTES, SEGMENT_BYTES)
-    return turns
-
-
-def _read_turn(source: _Source, turn: list[tuple[Part, int]]) -> list[str]:
-    return [text for part, number in turn if (text := _read_segment(source, part, number))]
-
-
-def _read_segment(source: _Source, part: Part, number: int) -> str | None:
-    start = number * SEGMENT_BYTES
-    buffer = as_bytes(part.tensor)[start : start + SEGMENT_BYTES]
-    checksum = Checksum()
-    for offset in range(0, len(buffer), _CHUNK_BYTES):
-        chunk = buffer[offset : offset + _CHUNK_BYTES]
-        source.read_into(chunk, part.start + start + offset, part.name)
-        checksum.update(chunk)
-    found, expected = checksum.result(), part.entry.crc32[number : number + 1]
-    if found == expected:
-        return None
-    return (
-        f"tensor {part.name!r} is not what was written: bytes {start} to {start + len(buffer)}, "
-        f"crc32 expected {', '.join(expected) or 'nothing'}, found {found[0]}"
-    )
+def _tail(files: Files, size_bytes: int) -> str:
+    buffer = bytearray(10)
+    files.read_into(memoryview(buffer), "", size_bytes - 10, "the manifest")
+    return buffer[:8].decode("ascii", "backslashreplace")

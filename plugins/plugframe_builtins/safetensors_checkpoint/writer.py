@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, BinaryIO
 
@@ -14,14 +12,15 @@ from torch import Tensor
 from plugframe.checkpoint import (
     SEGMENT_BYTES,
     Checksum,
+    Checksums,
     Entry,
     Manifest,
-    as_bytes,
+    StoredTensor,
     dtype_name,
     dump_structure,
     pieces,
     replacing,
-    split,
+    split_stored,
 )
 from plugframe_builtins.safetensors_checkpoint.layout import (
     CODES,
@@ -34,10 +33,6 @@ from plugframe_builtins.safetensors_checkpoint.layout import (
     place,
 )
 
-#: Below this, handing a checksum to another thread costs more than taking it.
-_THREAD_FROM_BYTES = 256 * 1024
-_MAX_PENDING = 3
-
 
 def write(path: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     """Write `state` at `path`, in place of what is there.
@@ -45,10 +40,10 @@ def write(path: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: with what is there untouched.
     """
-    tensors, tree = split(state, dtypes=CODES.keys(), where=path)
+    tensors, tree = split_stored(state, dtypes=CODES.keys(), where=path)
     structure = dump_structure(tree)
     # Wide elements first: then each tensor lies aligned without gaps, which the format forbids.
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     slots = place(
         {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
         | {STRUCTURE: (torch.uint8, (len(structure),))}
@@ -84,42 +79,10 @@ def _checksum(data: bytes) -> tuple[str, ...]:
     return checksum.result()
 
 
-def _write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    checksums: dict[str, Checksum] = {}
-    with ThreadPoolExecutor(1) as pool:
-        behind = _Behind(pool)
+def _write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor | StoredTensor]) -> dict[str, tuple[str, ...]]:
+    with Checksums() as checksums:
         for name, tensor in tensors.items():
-            checksums[name] = Checksum()
+            checksums.begin(name)
             for piece in pieces(tensor, max_bytes=SEGMENT_BYTES):
-                data = as_bytes(piece)
-                behind.run(checksums[name].update, data, piece)
-                file.write(data)
-        behind.finish()
-    return {name: checksum.result() for name, checksum in checksums.items()}
-
-
-class _Behind:
-    """Takes checksums in another thread while the file is written; both release the interpreter's lock.
-
-    It runs one thread, so the pieces of a tensor stay in order, and lags a few pieces behind at most, so
-    copies of pieces do not pile up.
-    """
-
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self._pool = pool
-        self._pending: deque[tuple[Future[None], Tensor]] = deque()
-
-    def run(self, update: Callable[[memoryview], None], data: memoryview, owner: Tensor) -> None:
-        while self._pending and self._pending[0][0].done():
-            self._pending.popleft()[0].result()
-        if not self._pending and len(data) < _THREAD_FROM_BYTES:
-            update(data)
-            return
-        # `data` is the memory of `owner`, which must live until it has been read.
-        self._pending.append((self._pool.submit(update, data), owner))
-        if len(self._pending) > _MAX_PENDING:
-            self._pending.popleft()[0].result()
-
-    def finish(self) -> None:
-        while self._pending:
-            self._pending.popleft()[0].result()
+                file.write(checksums.add(name, piece))
+        return checksums.result()

@@ -1,0 +1,159 @@
+"""The sharded form: a folder of data files, and a manifest that is written last and makes it a checkpoint.
+
+Each data file is a safetensors file of one rank's chunks. The files of one save have names no other save has, so
+that those of the next can be written beside them; the manifest says which of them count.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from plugframe.checkpoint import dtype_name, dtype_of, join, parse_structure, seal, split, unseal
+from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe_builtins.checkpoint_files.found import Chunk, Found, Head, Laid
+
+FORMAT = "plugframe sharded"
+VERSION = 1
+MANIFEST = "manifest.json"
+
+#: How a manifest of any version begins.
+OPENING = b'{"format":"plugframe sharded","version":'
+_VERSION = re.compile(re.escape(OPENING) + rb"(\d{1,9}),")
+_DATA = re.compile(r"[0-9a-f]{16}-\d{5,}\.safetensors")
+_DRAFT = re.compile(r"\.manifest\.json\.tmp-[0-9a-f]{16}")
+
+
+def data_name(save_id: str, rank: int) -> str:
+    """Return the name of a rank's file."""
+    return f"{save_id}-{rank:05d}.safetensors"
+
+
+def is_data(name: str) -> bool:
+    """Say whether a name is one of a data file."""
+    return _DATA.fullmatch(name) is not None
+
+
+def is_ours(name: str) -> bool:
+    """Say whether a save may have made a file of that name."""
+    return name == MANIFEST or is_data(name) or _DRAFT.fullmatch(name) is not None
+
+
+def pack(
+    *,
+    structure: Any,
+    info: Mapping[str, Any],
+    files: Mapping[str, Head],
+    tensors: Mapping[str, Laid],
+) -> bytes:
+    """Return a manifest."""
+    told, packed_info = split(info, where="the manifest's info")
+    if told:
+        raise CheckpointError(f"the manifest's info holds a tensor: put {next(iter(told))!r} into the state.")
+    numbers = {name: number for number, name in enumerate(files)}
+    body = {
+        "format": FORMAT,
+        "version": VERSION,
+        "info": packed_info,
+        "structure": structure,
+        "files": {name: [head.size_bytes, head.head_bytes, head.crc32] for name, head in files.items()},
+        "tensors": {name: _pack(laid, numbers) for name, laid in tensors.items()},
+    }
+    return seal(body)
+
+
+def _pack(laid: Laid, numbers: Mapping[str, int]) -> list[Any]:
+    chunks = [[c.offsets, c.sizes, numbers[c.file], c.start, c.crc32] for c in laid.chunks]
+    return [dtype_name(laid.dtype), laid.shape, chunks]
+
+
+def find(path: str) -> Found:
+    """Return what the manifest in a folder says.
+
+    Raises:
+        CheckpointError: if the folder is no checkpoint, or a newer version of this format.
+        CheckpointCorruptError: if the manifest is not what was written.
+    """
+    where = os.path.join(path, MANIFEST)
+    try:
+        with open(where, "rb") as file:
+            data = file.read()
+    except FileNotFoundError:
+        raise _without_manifest(path) from None
+    opening = _VERSION.match(data)
+    if opening is None and b'"format":"plugframe' not in data[:64] and not any(map(is_data, os.listdir(path))):
+        raise CheckpointError(f"{path} is a folder, but its {MANIFEST} is not one of a checkpoint.")
+    body = unseal(data, where=where)
+    if opening is not None and int(opening[1]) > VERSION:
+        raise CheckpointError(
+            f"{path} was written by a newer plugframe (format {int(opening[1])}, this one reads {VERSION}): "
+            "upgrade plugframe."
+        )
+    try:
+        return _unpack(path, parse_structure(body), data)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise CheckpointCorruptError(f"{where}: it is no manifest: {error!r}.") from error
+
+
+def _without_manifest(path: str) -> CheckpointError:
+    names = sorted(os.listdir(path))
+    if names and all(map(is_ours, names)):
+        return CheckpointError(
+            f"{path} is not complete: it has no {MANIFEST}, which is written last. Load another checkpoint."
+        )
+    more = ", …" if len(names) > 5 else "."
+    return CheckpointError(
+        f"{path} is a folder, not a checkpoint file: give the file's name. "
+        f"It holds: {', '.join(names[:5]) or 'nothing'}{more}"
+    )
+
+
+def _unpack(path: str, fields: Any, data: bytes) -> Found:
+    if fields["format"] != FORMAT or fields["version"] != VERSION:
+        raise ValueError(f"format {fields['format']!r}, version {fields['version']!r}")
+    files = {name: Head(size_bytes=s, head_bytes=h, crc32=crc) for name, (s, h, crc) in fields["files"].items()}
+    if not all(map(is_data, files)):
+        raise ValueError("a file has a name no data file has")
+    names = list(files)
+    tensors = {name: _unpack_tensor(name, packed, names, files) for name, packed in fields["tensors"].items()}
+    return Found(
+        path=path,
+        format=FORMAT,
+        version=VERSION,
+        size_bytes=len(data) + sum(head.size_bytes for head in files.values()),
+        structure=fields["structure"],
+        tensors=tensors,
+        files=files,
+        info=join({}, fields["info"], where=path),
+        identity=data[-10:-2].decode("ascii"),
+    )
+
+
+def _unpack_tensor(name: str, packed: Any, names: Sequence[str], files: Mapping[str, Head]) -> Laid:
+    dtype, shape, chunks = packed
+    laid = Laid(
+        dtype=dtype_of(dtype),
+        shape=tuple(shape),
+        chunks=tuple(
+            Chunk(offsets=tuple(o), sizes=tuple(s), file=names[int(number)], start=start, crc32=tuple(crc32))
+            for o, s, number, start, crc32 in chunks
+        ),
+    )
+    filled = 0
+    for chunk in laid.chunks:
+        numbers = (*laid.shape, *chunk.offsets, *chunk.sizes, chunk.start)
+        inside = len(chunk.offsets) == len(chunk.sizes) == len(laid.shape) and all(
+            type(number) is int and 0 <= number < 2**63 for number in numbers
+        )
+        inside = inside and all(o + s <= n for o, s, n in zip(chunk.offsets, chunk.sizes, laid.shape, strict=True))
+        size_bytes = math.prod(chunk.sizes) * laid.dtype.itemsize
+        head = files[chunk.file]
+        if not inside or chunk.start < head.head_bytes or chunk.start + size_bytes > head.size_bytes:
+            raise ValueError(f"tensor {name!r} is out of place")
+        filled += math.prod(chunk.sizes)
+    if filled != math.prod(laid.shape) or len({chunk.offsets for chunk in laid.chunks}) != len(laid.chunks):
+        raise ValueError(f"the chunks of tensor {name!r} do not fill it")
+    return laid

@@ -1,0 +1,183 @@
+"""Opening whatever lies at a path: a file or a folder of ours, or what others wrote."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plugframe.checkpoint import Contents, StoredTensor, join
+from plugframe.context import Context
+from plugframe.errors import CheckpointCorruptError, CheckpointError, closest
+from plugframe_builtins.checkpoint_files import folder, torch_folder
+from plugframe_builtins.checkpoint_files.files import Files
+from plugframe_builtins.checkpoint_files.found import Chunk, Found, Laid
+from plugframe_builtins.checkpoint_files.source import FileSource
+from plugframe_builtins.checkpoint_files.verifying import Part, check_sizes, parts_of, read_parts
+from plugframe_builtins.safetensors_checkpoint import foreign, reader
+
+
+def load(path: str, *, weights_only: bool | None, lazy: bool, context: Context) -> dict[str, Any]:
+    """Read and verify what lies at `path`; see `CheckpointSpec.checkpoint_load`.
+
+    All ranks call it, and it raises on all of them if it does on one.
+    """
+    world = context.world
+    state: dict[str, Any] = {}
+    outcome = _Outcome()
+    try:
+        state, outcome.identity = _load(path, weights_only, lazy, world.global_rank, world.world_size)
+    except CheckpointError as error:
+        outcome.error = error
+    except OSError as error:
+        outcome.error = CheckpointError(f"cannot read {path}: {error.strerror or error}.")
+        outcome.error.__cause__ = error
+    if world.world_size > 1:
+        told = (type(outcome.error) is CheckpointCorruptError, str(outcome.error)) if outcome.error else None
+        everyone = context.hooks.collective_all_gather_object(obj=(told, outcome.identity), group=None)
+        outcome.agree(path, everyone)
+    if outcome.error is not None:
+        raise outcome.error
+    return state
+
+
+@dataclass
+class _Outcome:
+    error: CheckpointError | None = None
+    identity: str = ""
+
+    def agree(self, path: str, everyone: list[tuple[tuple[bool, str] | None, str]]) -> None:
+        """Make it that of all ranks: the first error of any, worded alike."""
+        told = next((told for told, _ in everyone if told is not None), None)
+        if told is not None:
+            corrupt, text = told
+            if self.error is None or str(self.error) != text:
+                self.error = CheckpointCorruptError(text) if corrupt else CheckpointError(text)
+        elif len({identity for _, identity in everyone}) > 1:
+            self.error = CheckpointError(
+                f"the ranks found different checkpoints at {path}: is it being written, or not shared by all nodes?"
+            )
+
+
+def _load(path: str, weights_only: bool | None, lazy: bool, rank: int, num_ranks: int) -> tuple[dict[str, Any], str]:
+    if os.path.isdir(path):
+        if torch_folder.is_one(path):
+            return torch_folder.read(path, weights_only=weights_only), ""
+        found = folder.find(path)
+        files = Files(path, found.files)
+        return _take(found, files, lazy, rank, num_ranks), found.identity
+    _check_present(path)
+    with open(path, "rb") as file:
+        kind = reader.sniff(file, path)
+        if kind == "own" and not lazy:
+            return reader.read(file, path), ""
+        if kind == "torch":
+            return foreign.read_torch(path, weights_only=weights_only), ""
+        lying = reader.find(file, path) if kind == "own" else foreign.find(file, path) if lazy else None
+        if lying is None:
+            return foreign.read_safetensors(path), ""
+        files = Files(path, lying.files)
+        files.adopt("", file.fileno())
+        return _take(lying, files, lazy, rank, num_ranks), lying.identity
+
+
+def _take(found: Found, files: Files, lazy: bool, rank: int, num_ranks: int) -> dict[str, Any]:
+    check_sizes(found, files)
+    tensors: dict[str, Tensor | StoredTensor] = {}
+    if lazy:
+        # Every rank will read other parts: together they verify all, and each a share.
+        read_parts(files, parts_of(found), share=rank, num_shares=num_ranks)
+        tensors.update(FileSource(found, files).tensors())
+    else:
+        tensors.update(_read_whole(found, files))
+    state = join(tensors, found.structure, where=found.path)
+    if not isinstance(state, dict):
+        raise CheckpointCorruptError(f"{found.path}: its structure is a {type(state).__name__}, not a dict.")
+    return state
+
+
+def _read_whole(found: Found, files: Files) -> dict[str, Tensor]:
+    """Read every tensor, each byte once and verified as read."""
+    whole = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in found.tensors.items()}
+    parts = [part for part in parts_of(found) if part.what.startswith("the header")]
+    apart: list[tuple[Part, Tensor, Tensor]] = []
+    for name, laid in found.tensors.items():
+        for chunk in laid.chunks:
+            box = _box(whole[name], chunk)
+            if box.is_contiguous():
+                parts.append(_part(name, laid, chunk, box))
+            else:
+                apart.append((_part(name, laid, chunk, None), box, box))
+    read_parts(files, sorted(parts, key=lambda part: (part.file, part.start)))
+    for part, box, _ in apart:
+        own = torch.empty(box.shape, dtype=box.dtype, device="cpu")
+        read_parts(files, [Part(part.what, part.file, part.start, part.size_bytes, part.crc32, own)])
+        box.copy_(own)
+    return whole
+
+
+def _box(tensor: Tensor, chunk: Chunk) -> Tensor:
+    for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+        tensor = tensor.narrow(dim, offset, size)
+    return tensor
+
+
+def _part(name: str, laid: Laid, chunk: Chunk, tensor: Tensor | None) -> Part:
+    assert chunk.crc32 is not None
+    size_bytes = laid.dtype.itemsize
+    for size in chunk.sizes:
+        size_bytes *= size
+    return Part(f"tensor {name!r}", chunk.file, chunk.start, size_bytes, chunk.crc32, tensor)
+
+
+def inspect(path: str) -> Contents:
+    """Return what lies at `path`, without reading its tensors, nor running anything that lies there.
+
+    Raises:
+        CheckpointError: if nothing, or something else, is there; or something that is read only if trusted.
+    """
+    found = _find(path)
+    return Contents(
+        format=found.format,
+        version=found.version,
+        size_bytes=found.size_bytes,
+        num_files=len(found.files) + (not os.path.isfile(path)),
+        verifiable=found.version > 0,
+        info=found.info,
+        state=join(FileSource(found, Files(path, found.files)).tensors(), found.structure, where=path),
+    )
+
+
+def _find(path: str) -> Found:
+    try:
+        if os.path.isdir(path):
+            if torch_folder.is_one(path):
+                torch_folder.read(path, weights_only=None)
+            return folder.find(path)
+        _check_present(path)
+        with open(path, "rb") as file:
+            kind = reader.sniff(file, path)
+            if kind == "torch":
+                raise CheckpointError(
+                    f"{path} is a file of torch.save, which has to be read whole: load it, and save it again."
+                )
+            lying = reader.find(file, path) if kind == "own" else foreign.find(file, path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}.") from error
+    if lying is None:
+        raise CheckpointError(f"{path} is a safetensors file with dtypes that torch {torch.__version__} lacks.")
+    return lying
+
+
+def _check_present(path: str) -> None:
+    if os.path.isfile(path):
+        return
+    if os.path.lexists(path):
+        raise CheckpointError(f"{path} is not a regular file.")
+    above, name = os.path.split(path)
+    if not os.path.isdir(above or "."):
+        raise CheckpointError(f"{path} does not exist, nor does the folder {above}.")
+    raise CheckpointError(f"{path} does not exist.{closest(name, os.listdir(above or '.'))}")

@@ -1,0 +1,80 @@
+"""Folders that ``torch.distributed.checkpoint`` wrote: read only if trusted, since their metadata is a pickle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from plugframe.errors import CheckpointCorruptError, CheckpointError
+
+METADATA = ".metadata"
+
+
+def is_one(path: str) -> bool:
+    """Say whether a folder is such a checkpoint."""
+    return os.path.isfile(os.path.join(path, METADATA))
+
+
+def read(path: str, *, weights_only: bool | None) -> dict[str, Any]:
+    """Return the state in such a folder; its code runs only if `weights_only` is False.
+
+    Raises:
+        CheckpointError: if `weights_only` is not False.
+    """
+    if weights_only is not False:
+        raise CheckpointError(
+            f"{path} was written by torch.distributed.checkpoint, whose metadata is a pickle and can hold code; "
+            "none of it was run: pass weights_only=False only if you trust whoever wrote it."
+        )
+    try:
+        return _read(path)
+    except (Exception, CheckpointException) as error:
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointCorruptError(
+            f"{path} is no whole checkpoint of torch.distributed.checkpoint: "
+            f"{type(error).__name__}: {text.rstrip('.')}."
+        ) from error
+
+
+def _read(path: str) -> dict[str, Any]:
+    reader = FileSystemReader(path)
+    metadata = reader.read_metadata()
+    state: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
+        if isinstance(entry, TensorStorageMetadata)
+        else None
+        for name, entry in metadata.state_dict_metadata.items()
+    }
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(state, metadata, True)
+    reader.set_up_storage_reader(metadata, True)
+    plan = reader.prepare_local_plan(planner.create_local_plan())
+    plan = reader.prepare_global_plan(planner.create_global_plan([plan]))[0]
+    reader.read_data(planner.finish_plan(plan), planner).wait()
+    nested: dict[str, Any] = {}
+    for name, value in planner.state_dict.items():
+        _put(nested, (metadata.planner_data or {}).get(name, (name,)), value)
+    return {key: _with_lists(value) for key, value in nested.items()}
+
+
+def _put(nested: dict[Any, Any], keys: Sequence[str | int], value: Any) -> None:
+    for key in keys[:-1]:
+        nested = nested.setdefault(key, {})
+    nested[keys[-1]] = value
+
+
+def _with_lists(value: Any) -> Any:
+    """Make lists of what was a list: a dict whose keys are the numbers from 0 on."""
+    if type(value) is not dict:
+        return value
+    items = {key: _with_lists(item) for key, item in value.items()}
+    if items and all(type(key) is int for key in items) and sorted(items) == list(range(len(items))):
+        return [items[number] for number in range(len(items))]
+    return items

@@ -1,0 +1,11 @@
+"""One folder per checkpoint, every rank writing its part, on torch.distributed.checkpoint."""
+
+from plugframe import Plugin
+
+plugin = Plugin(
+    factory="plugframe_builtins.dcp_checkpoint.checkpoint:ShardedCheckpoint",
+    summary="a folder to which every rank writes its part, verified on load; saves in the background on request",
+    provides=("sharded", "async"),
+    requires=("safetensors",),
+    priority=50,
+)

@@ -1,0 +1,272 @@
+"""Writing the folder: every rank its file, then rank 0 the manifest, which makes them a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from plugframe.checkpoint import (
+    StoredTensor,
+    check_space,
+    make_folders,
+    open_locked,
+    remove_if_dead,
+    replacing,
+    sync_folder,
+)
+from plugframe.errors import CheckpointError
+from plugframe_builtins.checkpoint_files import folder, tensorfile
+from plugframe_builtins.checkpoint_files.found import Chunk, Head, Laid
+
+#: About what the header and the manifest take for each tensor.
+_ENTRY_BYTES = 512
+
+
+def begin(path: str, shown: str) -> str:
+    """Check that `path` may become a checkpoint, clear up what dead writers left, and return a name for the save.
+
+    Raises:
+        CheckpointError: saying what is in the way.
+    """
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise CheckpointError(
+            f"{shown} is a file, and a sharded checkpoint is a folder: give another name, or remove the file first."
+        )
+    if os.path.isdir(path):
+        with _told(f"cannot write {shown}"):
+            _check_content(path, shown)
+            keep = committed(path)
+            if keep is not None or not os.path.exists(os.path.join(path, folder.MANIFEST)):
+                _sweep(path, keep or {})
+    return secrets.token_hex(8)
+
+
+def _check_content(path: str, shown: str) -> None:
+    names = sorted(os.listdir(path))
+    foreign = [name for name in names if not folder.is_ours(name)]
+    manifest = os.path.join(path, folder.MANIFEST)
+    if folder.MANIFEST in names:
+        with open(manifest, "rb") as file:
+            if file.read(len(folder.OPENING)) == folder.OPENING:
+                return
+        foreign = foreign or ([] if any(map(folder.is_data, names)) else [folder.MANIFEST])
+    if foreign:
+        more = ", …" if len(foreign) > 5 else ""
+        raise CheckpointError(
+            f"{shown} is a folder that holds something else ({', '.join(foreign[:5])}{more}): "
+            f"give a new folder, such as {os.path.join(shown, 'last')!r}."
+        )
+
+
+def committed(path: str) -> Mapping[str, Head] | None:
+    """Return the files of the checkpoint that is there; None if there is none, or nobody can tell."""
+    try:
+        return folder.find(path).files
+    except (CheckpointError, OSError):
+        return None
+
+
+def _sweep(path: str, keep: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> None:
+    """Remove data files that are not to be kept: those `known` to be over, and those of dead writers."""
+    for name in os.listdir(path):
+        if not folder.is_data(name) or name in keep:
+            continue
+        if name in (known or {}):
+            with suppress(OSError):
+                os.unlink(os.path.join(path, name))
+        else:
+            remove_if_dead(os.path.join(path, name))
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn every error into one that can travel to the other ranks, and says what was tried."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{what}: {error.strerror or error}; what was there before is untouched.") from error
+    except Exception as error:
+        text = " ".join((str(error) or "no message").split())
+        raise CheckpointError(
+            f"{what}: {type(error).__name__}: {text.rstrip('.')}; what was there before is untouched."
+        ) from error
+
+
+@dataclass(eq=False)
+class FolderWriter(StorageWriter):
+    """Writes one save.
+
+    Attributes:
+        path: the folder.
+        shown: the path as it was asked for.
+        save_id: of this save; see `begin`.
+        rank: this one.
+        structure: of the state; rank 0's counts.
+        info: about the run; rank 0's counts.
+    """
+
+    path: str
+    shown: str
+    save_id: str
+    rank: int
+    structure: Any
+    info: Mapping[str, Any]
+    _file: BinaryIO | None = None
+    _made: list[str] = field(default_factory=list)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Do nothing: one writer serves one save."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: rank 0 coordinates."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Leave the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Check that all the files will find room, and make the folder. Called on rank 0."""
+        with _told(f"cannot write {self.shown}"):
+            size_bytes = sum(_size_bytes(item) + _ENTRY_BYTES for plan in plans for item in plan.items)
+            check_space(self.shown, self.path, size_bytes)
+            self._made = make_folders(self.path)
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's file and force it to disk; its lock is held until `settle`."""
+        with _told(f"cannot write {self.shown} (rank {self.rank})"):
+            results = self._write(plan, planner) if plan.items else []
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        name = folder.data_name(self.save_id, self.rank)
+        # Wide elements first: then each tensor lies aligned without gaps, which the format forbids.
+        items = sorted(plan.items, key=lambda item: -_itemsize(item))
+        named = _named(items)
+        slots = tensorfile.place({label: _chunk(item) for label, item in named.items()})
+        header = tensorfile.build_plain_header(slots, where=self.shown)
+        while self._file is None:
+            self._file = open_locked(os.path.join(self.path, name))
+        self._file.write(header)
+        # Of what the planner gives no item is a stream of bytes.
+        tensors = {label: cast("Tensor | StoredTensor", planner.resolve_data(item)) for label, item in named.items()}
+        checksums = tensorfile.write_tensors(self._file, tensors)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        sync_folder(self.path)
+        end = max(slot.end for slot in slots.values())
+        head = Head(size_bytes=len(header) + end, head_bytes=len(header), crc32=f"{zlib.crc32(header):08x}")
+        return [
+            WriteResult(MetadataIndex(name), head.size_bytes, head),
+            *(
+                WriteResult(
+                    item.index, slots[label].size_bytes, (name, len(header) + slots[label].start, checksums[label])
+                )
+                for label, item in named.items()
+            ),
+        ]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Put the manifest in the place of the old one, once all ranks have written; then remove the old files.
+
+        Called on rank 0.
+        """
+        with _told(f"cannot write {self.shown}"):
+            flat = [result for each in results for result in each]
+            files = {result.index.fqn: result.storage_data for result in flat if isinstance(result.storage_data, Head)}
+            tensors = _tensors(metadata, [result for result in flat if not isinstance(result.storage_data, Head)])
+            data = folder.pack(structure=self.structure, info=self.info, files=files, tensors=tensors)
+            before = committed(self.path)
+            for above in self._made:
+                sync_folder(above)
+            with replacing(os.path.join(self.path, folder.MANIFEST), size_bytes=len(data)) as file:
+                file.write(data)
+        # From here on the new checkpoint is there; what cannot be removed now the next save removes.
+        with suppress(OSError):
+            _sweep(self.path, files, before)
+
+    def settle(self, *, failed: bool) -> None:
+        """Let go of the file. If the save `failed` on all ranks, rank 0 removes what was written of it."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+        self._file = None
+        if not failed or self.rank != 0 or not os.path.isdir(self.path):
+            return
+        with suppress(OSError):
+            kept = committed(self.path) or {}
+            for name in os.listdir(self.path):
+                # The last step of all may have failed after the manifest was in place.
+                if name.startswith(f"{self.save_id}-") and name not in kept:
+                    os.unlink(os.path.join(self.path, name))
+            if self._made:
+                os.rmdir(self.path)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Say that no path makes one of these by itself."""
+        return False
+
+
+def _chunk(item: WriteItem) -> tuple[torch.dtype, tuple[int, ...]]:
+    assert item.tensor_data is not None
+    return item.tensor_data.properties.dtype, tuple(item.tensor_data.chunk.sizes)
+
+
+def _itemsize(item: WriteItem) -> int:
+    return _chunk(item)[0].itemsize
+
+
+def _size_bytes(item: WriteItem) -> int:
+    dtype, sizes = _chunk(item)
+    return math.prod(sizes) * dtype.itemsize
+
+
+def _named(items: list[WriteItem]) -> dict[str, WriteItem]:
+    """Give each item the name it has in its file: that of its tensor, and which part of it if it is one."""
+    named: dict[str, WriteItem] = {}
+    for item in items:
+        assert item.tensor_data is not None
+        label = item.index.fqn
+        chunk = item.tensor_data.chunk
+        if chunk.sizes != item.tensor_data.size:
+            box = zip(chunk.offsets, chunk.sizes, strict=True)
+            label += f"[{','.join(f'{offset}:{offset + size}' for offset, size in box)}]"
+        while label in named or label == "__metadata__":
+            label += "#"
+        named[label] = item
+    return named
+
+
+def _tensors(metadata: Metadata, results: list[WriteResult]) -> dict[str, Laid]:
+    placed: dict[str, dict[torch.Size, Any]] = {}
+    for result in results:
+        assert result.index.offset is not None
+        placed.setdefault(result.index.fqn, {})[result.index.offset] = result.storage_data
+    tensors: dict[str, Laid] = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        chunks = []
+        for chunk in sorted(entry.chunks, key=lambda chunk: chunk.offsets):
+            file, start, crc32 = placed[name][chunk.offsets]
+            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            chunks.append(Chunk(offsets=offsets, sizes=sizes, file=file, start=start, crc32=crc32))
+        tensors[name] = Laid(dtype=entry.properties.dtype, shape=tuple(entry.size), chunks=tuple(chunks))
+    return tensors

@@ -1,0 +1,27 @@
+"""DeepSpeed's ZeRO: optimizer state, gradients and parameters in parts over the ranks."""
+
+from plugframe import Plugin
+
+
+def _named(what: str, **options: object) -> Plugin:
+    return Plugin(
+        factory="plugframe_builtins.deepspeed.strategy:DeepSpeed",
+        summary=f"DeepSpeed ZeRO {what}.",
+        precisions=("32-true", "bf16-mixed", "bf16-true", "16-mixed"),
+        provides=("sharded",),
+        needs={"collective": ("process-group",)},
+        prefers={"checkpoint": ("sharded",)},
+        requires=("deepspeed",),
+        extra="plugframe[deepspeed]",
+        options=options,
+    )
+
+
+plugin = _named("2: optimizer state and gradients in parts; other stages are options of DeepSpeed(…)")
+stage_1 = _named("1: optimizer state in parts", stage=1)
+stage_2 = _named("2: optimizer state and gradients in parts", stage=2)
+stage_3 = _named("3: optimizer state, gradients and parameters in parts", stage=3)
+stage_1_offload = _named("1, optimizer on the host", stage=1, offload_optimizer="cpu")
+stage_2_offload = _named("2, optimizer on the host", stage=2, offload_optimizer="cpu")
+stage_3_offload = _named("3, all of it on the host", stage=3, offload_optimizer="cpu", offload_params="cpu")
+stage_3_offload_nvme = _named("3, all of it on NVMe disks", stage=3, offload_optimizer="nvme", offload_params="nvme")

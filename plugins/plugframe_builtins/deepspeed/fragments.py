@@ -1,0 +1,103 @@
+"""Where on this rank the parts of a parameter lie that DeepSpeed updates here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plugframe_builtins.deepspeed.library import library
+
+#: Adds a tensor up over all ranks.
+Sum = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """A run of elements of one parameter, and where they lie in a flat tensor of this rank.
+
+    Attributes:
+        flat: what the optimizer updates: the parts of many parameters, one after another.
+        start: of the run in `flat`.
+        offset: of the run in the parameter's elements.
+        numel: of the run; 0 where this rank holds nothing of the parameter.
+    """
+
+    flat: Tensor
+    start: int
+    offset: int
+    numel: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Return the run in a tensor that lies as `flat` does (itself, its gradient, its state)."""
+        return flat.detach().view(-1).narrow(0, self.start, self.numel)
+
+    def piece(self, whole: Tensor) -> Tensor:
+        """Return the run's elements of a whole tensor."""
+        return whole.detach().reshape(-1).narrow(0, self.offset, self.numel)
+
+
+class Fragments:
+    """The fragments of the parameters of one engine, by parameter.
+
+    Args:
+        add_up: over all ranks.
+    """
+
+    def __init__(self, add_up: Sum) -> None:
+        self._add_up = add_up
+        self._by_id: dict[int, tuple[Tensor, Fragment]] = {}
+
+    def add(self, parameter: Tensor, fragment: Fragment) -> None:
+        """Take in a parameter. Every rank adds the same ones."""
+        self._by_id[id(parameter)] = parameter, fragment
+
+    def get(self, parameter: Tensor) -> Fragment | None:
+        """Return the fragment of a parameter, None of one that is not trained."""
+        found = self._by_id.get(id(parameter))
+        return None if found is None else found[1]
+
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters that are trained."""
+        return [parameter for parameter, _ in self._by_id.values()]
+
+    @torch.no_grad()
+    def whole(self, parameter: Tensor, flat: Tensor | None = None) -> Tensor:
+        """Return all elements of a parameter, put together from the ranks. Every rank must call it.
+
+        Args:
+            flat: a tensor that lies as the fragment's `flat`, whose values are wanted; by default the weights.
+        """
+        fragment = self._by_id[id(parameter)][1]
+        source = fragment.flat if flat is None else flat
+        numel, shape = extent(parameter)
+        whole = torch.zeros(numel, dtype=source.dtype, device=parameter.device)
+        fragment.piece(whole).copy_(fragment.of(source))
+        return self._add_up(whole).view(shape)
+
+    @torch.no_grad()
+    def put(self, parameter: Tensor, value: Tensor, flat: Tensor | None = None, *, whole: bool = True) -> None:
+        """Write this rank's elements, from a whole tensor or from them alone."""
+        fragment = self._by_id[id(parameter)][1]
+        fragment.of(fragment.flat if flat is None else flat).copy_(fragment.piece(value) if whole else value)
+
+
+def extent(parameter: Any) -> tuple[int, torch.Size]:
+    """Return number of elements and shape of a parameter, of which this rank may hold a part alone."""
+    if hasattr(parameter, "ds_shape"):
+        return int(parameter.ds_numel), torch.Size(parameter.ds_shape)
+    return parameter.numel(), parameter.shape
+
+
+@contextmanager
+def gathered(parameter: Any, *, write: bool = False) -> Iterator[Tensor]:
+    """Give a parameter of which this rank may hold a part its whole value for a while. Every rank must call it."""
+    if not hasattr(parameter, "ds_id"):
+        yield parameter.data
+        return
+    with library("runtime.zero").GatheredParameters([parameter], modifier_rank=0 if write else None):
+        yield parameter.data

@@ -1,0 +1,155 @@
+"""DeepSpeed's own global state: begun for one job, and put back as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import nn
+from torch.optim import Optimizer
+
+from plugframe.context import Context
+from plugframe.errors import UnsupportedError
+from plugframe_builtins.deepspeed.build import build
+from plugframe_builtins.deepspeed.library import library
+
+#: What DeepSpeed compiles when it meets a CPU; it serves inference alone.
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+#: What torch sets by itself once its compiler was imported, which DeepSpeed does.
+_INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Set variables, and afterwards have the environment as it was, whatever anybody has put in."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
+
+
+def start(context: Context, *, shared_memory_op: bool, build_timeout_s: float) -> ExitStack:
+    """Import DeepSpeed and connect it to the job's process group; return what undoes that. Every rank must call it.
+
+    Args:
+        shared_memory_op: whether to compile and load DeepSpeed's own communication between processes of one host.
+        build_timeout_s: how long another process may take for that.
+
+    Raises:
+        UnsupportedError: if DeepSpeed serves another kind of device in this process, or cannot be compiled.
+    """
+    undo = ExitStack()
+    if _INDUCTOR not in os.environ:
+        undo.callback(os.environ.pop, _INDUCTOR, None)
+    with undo, variables_of(context):
+        deepspeed = _imported()
+        device = library("accelerator").get_accelerator().device_name()
+        if device != context.device.type:
+            raise UnsupportedError(
+                f"DeepSpeed serves {device!r} in this process, and the job runs on {context.device.type!r}: set "
+                f"DS_ACCELERATOR={context.device.type} before anything imports deepspeed."
+            )
+        connects = deepspeed.comm.comm
+        if connects.cdb is None:
+            undo.callback(_disconnect, connects)
+            if shared_memory_op and context.device.type == "cpu":
+                _build_shared_memory_op(context, build_timeout_s)
+                _connect(deepspeed)
+            else:
+                with _nothing_to_compile(deepspeed.ops):
+                    _connect(deepspeed)
+            _use_new_names(connects.cdb)
+        return undo.pop_all()
+    raise AssertionError
+
+
+def variables_of(context: Context) -> Any:
+    """Return a context with the variables DeepSpeed reads when it begins something."""
+    variables = {"LOCAL_RANK": str(context.world.local_rank)}
+    if "DS_ACCELERATOR" not in os.environ:
+        variables["DS_ACCELERATOR"] = context.device.type
+    return environment(**variables)
+
+
+def _imported() -> Any:
+    """Import DeepSpeed, and what it imports later, where a warning of torch about itself would be an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        library("runtime.zero.muon.muon_optimizer")
+        return library()
+
+
+def initialize(context: Context, module: nn.Module, optimizer: Optimizer | None, config: dict[str, Any]) -> Any:
+    """Return DeepSpeed's engine over a module. Every rank must call it."""
+    with variables_of(context), _quiet():
+        return library().initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what DeepSpeed prints beside its log, unless somebody wants to hear more of it than warnings."""
+    if logging.getLogger("DeepSpeed").isEnabledFor(logging.INFO):
+        yield
+    else:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+
+
+def _connect(deepspeed: Any) -> None:
+    with _quiet():
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+
+
+def _use_new_names(backend: Any) -> None:
+    """Have DeepSpeed call two functions of torch by the names they have now; the old ones warn."""
+    backend.all_gather_function = getattr(torch.distributed, "all_gather_single", backend.all_gather_function)
+    backend.reduce_scatter_function = getattr(
+        torch.distributed, "reduce_scatter_single", backend.reduce_scatter_function
+    )
+
+
+def _disconnect(connects: Any) -> None:
+    connects.cdb = None
+    # They would keep process groups alive that are gone.
+    library("utils.groups")._release_process_group_references()
+
+
+@contextmanager
+def _nothing_to_compile(ops: Any) -> Iterator[None]:
+    """Have DeepSpeed take it that nothing can be compiled here: it would compile what no training uses."""
+    missing = object()
+    before = vars(ops).get("__compatible_ops__", missing)
+    ops.__compatible_ops__ = {}
+    try:
+        yield
+    finally:
+        if before is missing:
+            del ops.__compatible_ops__
+        else:
+            ops.__compatible_ops__ = before
+
+
+def _build_shared_memory_op(context: Context, timeout_s: float) -> None:
+    def load() -> None:
+        with _quiet():
+            library("accelerator").get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+
+    build(
+        SHARED_MEMORY_OP,
+        load,
+        builds=context.world.local_rank == 0,
+        hooks=context.hooks,
+        timeout_s=timeout_s,
+    )

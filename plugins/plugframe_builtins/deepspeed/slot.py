@@ -1,0 +1,143 @@
+"""The place beside a module: DeepSpeed's engine once there is an optimizer, and until then what does without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plugframe.errors import OrderError
+from plugframe_builtins.ddp.engine import Engine as Replica
+from plugframe_builtins.deepspeed.engine import Engine, Reader
+from plugframe_builtins.deepspeed.marks import Marks
+from plugframe_builtins.deepspeed.partition import Pieces
+
+
+class Slot:
+    """``slot(call, *args)`` runs the module under DeepSpeed, or, without an optimizer, as it is.
+
+    A module without an optimizer has nothing that DeepSpeed could take apart; its gradients, if somebody wants
+    them, are averaged as under ``ddp``. If its parameters are in parts already, it evaluates.
+
+    Args:
+        module: the user's.
+        replicate: makes what averages the gradients of a module without optimizer.
+        read: makes what runs a module in parts without optimizer.
+        announce: called before a forward that only evaluates, if parameters are in parts.
+
+    Attributes:
+        engine: DeepSpeed's, once the module has an optimizer.
+        pieces: of parameters, before they were rounded; None if they are not in parts.
+        number: among the models whose forward needs all ranks.
+        averages: whether backwards average gradients that every rank holds whole.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        replicate: Callable[[nn.Module], Replica],
+        read: Callable[[nn.Module], Reader],
+        announce: Callable[[Slot], None],
+    ) -> None:
+        self.module = module
+        self.marks = Marks(module)
+        self.engine: Engine | None = None
+        self.pieces: Pieces | None = None
+        self.averages = True
+        self.number = -1
+        self._replicate = replicate
+        self._replica: Replica | None = None
+        self._read = read
+        self._reader: Reader | None = None
+        self._announce = announce
+
+    def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        grows = torch.is_grad_enabled()
+        if self.shards and not (grows and self.module.training):
+            self._announce(self)
+        if self.engine is not None:
+            return self.engine(call, *args, **kwargs)
+        trains = grows and any(parameter.requires_grad for parameter in self.module.parameters())
+        if self.pieces is not None:
+            return self._evaluate(trains, call, *args, **kwargs)
+        if not trains:
+            return call(*args, **kwargs)
+        if self._replica is None:
+            self._replica = self._replicate(self.module)
+        with self._replica.synchronizing(self.averages):
+            return self._replica(call, *args, **kwargs)
+
+    def _evaluate(self, trains: bool, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if trains:
+            raise OrderError(
+                f"This {type(self.module).__name__} is in parts and has no optimizer: call lite.setup(model, "
+                "optimizer), or run it under torch.no_grad()."
+            )
+        return self.reader(call, *args, **kwargs)
+
+    @property
+    def reader(self) -> Reader:
+        """What runs the module in parts without an optimizer."""
+        if self._reader is None:
+            with self.marks.watching():
+                self._reader = self._read(self.module)
+        return self._reader
+
+    @property
+    def shards(self) -> bool:
+        """Whether a forward needs all ranks."""
+        return self.pieces is not None or (self.engine is not None and self.engine.walk is not None)
+
+    def help(self) -> None:
+        """Gather what another rank's forward gathers."""
+        walk = (self.reader if self.engine is None else self.engine).walk
+        if walk is not None:
+            walk.help()
+
+    def order(self) -> Sequence[int]:
+        """Return in which order the last forward gathered the module's parts."""
+        walk = (self.reader if self.engine is None else self.engine).walk
+        return [] if walk is None else walk.order()
+
+    def drive(self, make: Callable[[], Engine]) -> Engine:
+        """Run the module under an engine from now on."""
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = self._replica = None
+        with self.marks.watching():
+            self.engine = make()
+        return self.engine
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Get ready for a backward that may come to the module."""
+        if self.engine is not None:
+            self.engine.before_backward()
+        elif self._replica is not None:
+            self._replica.before_backward(loss)
+
+    def after_backward(self) -> None:
+        """Take in what the backward has brought."""
+        if self.engine is not None:
+            self.engine.after_backward(averages=self.averages)
+
+    def close(self, *, alone: bool) -> None:
+        """Take everything off the module that DeepSpeed has put there.
+
+        Args:
+            alone: whether there is no other rank, so that every value is here.
+        """
+        with ExitStack() as stack:
+            running = self._reader if self.engine is None else self.engine
+            whole = running.values() if alone and running is not None else self._empty()
+            if running is not None or self.pieces is not None:
+                stack.callback(self.marks.remove, whole)
+            if running is not None:
+                running.close()
+            self._reader = self._replica = None
+
+    def _empty(self) -> dict[int, Tensor]:
+        return {id(p): p.new_empty(0) for p in self.module.parameters() if hasattr(p, "ds_id")}

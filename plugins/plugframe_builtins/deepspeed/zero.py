@@ -1,0 +1,310 @@
+"""DeepSpeed's optimizers, each in its own way, seen as one: when gradients add up, are averaged, and where they lie.
+
+DeepSpeed decides by itself when a gradient is complete, from counting backwards; here the step says so. Until then
+every backward counts as one of several (`prologue`, `epilogue`), and `finish` averages what has come together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from plugframe.errors import OrderError
+from plugframe_builtins.deepspeed.fragments import Fragment, Fragments
+from plugframe_builtins.deepspeed.library import library
+
+
+class Stage0:
+    """Every rank holds everything; gradients are those of the parameters.
+
+    Attributes:
+        loss_scale: what gradients are multiplied with.
+        offloads: whether the optimizer's state lies on the host or a disk.
+    """
+
+    loss_scale = 1.0
+    offloads = False
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def begin(self) -> None:
+        """Called before the first backward since gradients were empty."""
+
+    def prologue(self) -> None:
+        """Called before a backward."""
+
+    def epilogue(self) -> None:
+        """Called after a backward that came to the model."""
+
+    def finish(self) -> None:
+        """Average the gradients over the ranks."""
+        self.engine.buffered_allreduce_fallback()
+
+    def resume(self) -> None:
+        """Called before a backward that adds to finished gradients."""
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        self.engine.zero_grad()
+
+    def gradients(self) -> list[Tensor]:
+        """Return what this rank holds of the finished gradients; all of them, in this stage."""
+        found = [parameter.grad for parameter in self.engine.module.parameters()]
+        return [gradient for gradient in found if gradient is not None]
+
+    def scale_state(self) -> dict[str, Any]:
+        """Return the loss scale and where it is in its growth, as plain values; empty where there is none."""
+        return {}
+
+    def load_scale_state(self, state: Mapping[str, Any]) -> None:
+        """Put back what `scale_state` gave, in a run that had a loss scale."""
+
+    #: Whether ranks hold different parts of the gradients.
+    partitioned = False
+
+    def locate(self, groups: Sequence[Mapping[str, Any]], fragments: Fragments) -> None:
+        """Find the fragments of the parameters in `groups`, the optimizer's groups as they were before."""
+        for parameter in _trained(groups):
+            fragments.add(parameter, Fragment(parameter, 0, 0, parameter.numel()))
+
+    def publish(self) -> None:
+        """Make the parameters of the module what the fragments say."""
+
+
+class _Scaled(Stage0):
+    """Gradients may be multiplied with a loss scale that follows what overflows."""
+
+    zero: Any
+
+    @property
+    def loss_scale(self) -> float:  # type: ignore[override]
+        return float(self.zero.loss_scale)
+
+    def scale_state(self) -> dict[str, Any]:
+        scaler = self.zero.loss_scaler
+        return {name: getattr(scaler, name) for name in _SCALE if hasattr(scaler, name)} if scaler.dynamic else {}
+
+    def load_scale_state(self, state: Mapping[str, Any]) -> None:
+        if self.zero.loss_scaler.dynamic:
+            for name in _SCALE:
+                if name in state:
+                    setattr(self.zero.loss_scaler, name, state[name])
+
+
+_CLIPPED = (
+    "A backward came after lite.clip_gradients() and before the step, which offloading does not allow: clip after the "
+    "last backward."
+)
+#: What moves in DeepSpeed's dynamic loss scale.
+_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class Stage1And2(_Scaled):
+    """The optimizer's state in parts, and in stage 2 the gradients."""
+
+    partitioned = True
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.zero = engine.optimizer
+        self.offloads = bool(self.zero.cpu_offload)
+        self.reduces_in_step = not self.zero.partition_gradients
+        self.zero.unregister_grad_acc_post_hooks()
+        self._kept: list[Tensor] = []
+        self._finished = False
+
+    def begin(self) -> None:
+        if self.offloads:  # a parameter that is not used leaves what was there
+            for flat in self.zero.single_partition_of_fp32_groups:
+                flat.grad.zero_()
+
+    def prologue(self) -> None:
+        self.zero.clear_backward_seen_flag()
+        self.zero.backward_prologue()
+        self.zero.enter_backward()
+        self.engine.set_gradient_accumulation_boundary(False)
+
+    def epilogue(self) -> None:
+        self.engine.allreduce_gradients()
+        self.zero.backward_epilogue()
+        self.zero.exit_backward()
+
+    def finish(self) -> None:
+        self.engine.set_gradient_accumulation_boundary(True)
+        if self.reduces_in_step:
+            self.engine.allreduce_gradients()
+        else:
+            self.zero.finalize_gradient_accumulation_boundary()
+        for gradient, kept in zip(self.gradients(), self._kept, strict=False):
+            gradient.add_(kept)
+        self._kept.clear()
+
+    def resume(self) -> None:
+        if self.offloads:
+            raise OrderError(_CLIPPED)
+        self._kept = [gradient.clone() for gradient in self.gradients()]
+        self._forget()
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self.zero.zero_grad()
+        self.zero.micro_step_id = -1
+        if self.offloads:
+            self.zero.reset_cpu_buffers()
+        self._forget()
+
+    def _forget(self) -> None:
+        for kept in (self.zero.averaged_gradients, self.zero.all_grad_tensors):
+            kept.update(dict.fromkeys(kept))
+
+    def gradients(self) -> list[Tensor]:
+        if self.offloads:
+            return [flat.grad for flat in self.zero.single_partition_of_fp32_groups]
+        return [piece for pieces in self.zero.averaged_gradients.values() for piece in pieces or ()]
+
+    def locate(self, groups: Sequence[Mapping[str, Any]], fragments: Fragments) -> None:
+        for group, flat in zip(groups, self._flats(), strict=True):
+            for parameter in _trained([group]):
+                fragments.add(parameter, _linked(parameter, flat))
+
+    def _flats(self) -> list[Tensor]:
+        return list(self.zero.single_partition_of_fp32_groups)
+
+    def publish(self) -> None:
+        self.zero.update_lp_params()
+
+
+class Bf16(Stage1And2):
+    """Stage 1 with parameters in bfloat16 and gradients in float32."""
+
+    def __init__(self, engine: Any) -> None:
+        Stage0.__init__(self, engine)
+        self.zero = engine.optimizer
+        self.zero.unregister_grad_acc_post_hooks()
+
+    @property
+    def loss_scale(self) -> float:  # type: ignore[override]
+        return 1.0
+
+    def scale_state(self) -> dict[str, Any]:
+        return {}
+
+    def load_scale_state(self, state: Mapping[str, Any]) -> None:
+        pass
+
+    def begin(self) -> None:
+        pass
+
+    def epilogue(self) -> None:
+        self.zero.backward_epilogue()
+        self.zero.exit_backward()
+
+    def finish(self) -> None:
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.buffered_allreduce_fallback()
+
+    def resume(self) -> None:
+        # Gradients that are equal on all ranks stay what they are when they are averaged again.
+        pass
+
+    def clear(self) -> None:
+        self.zero.clear_lp_grads(set_to_none=True)
+        self.zero.clear_hp_grads()
+
+    def gradients(self) -> list[Tensor]:
+        return list(self.zero.fp32_groups_gradient_flat_partition)
+
+    def _flats(self) -> list[Tensor]:
+        return list(self.zero.fp32_groups_flat_partition)
+
+
+class Stage3(_Scaled):
+    """Parameters in parts too: a block is put together when it runs."""
+
+    partitioned = True
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.zero = engine.optimizer
+        self.offloads = bool(self.zero.offload_optimizer)
+        self.zero.unregister_grad_acc_post_hooks()
+
+    @property
+    def swaps(self) -> bool:
+        """Whether the optimizer's state lies on a disk."""
+        return bool(self.zero.swap_optimizer)
+
+    def begin(self) -> None:
+        # A parameter that is not used leaves what was there.
+        self.zero.grad_partitions_flat_buffer.zero_()
+        for flat in self.zero.fp32_partitioned_groups_flat if self.offloads else ():
+            if flat.grad is not None:
+                flat.grad.zero_()
+
+    def prologue(self) -> None:
+        self.zero.clear_backward_seen_flag()
+        # 0 would overwrite what the buffers hold, which a parameter's first use of several backwards must not.
+        self.zero.micro_step_id = 1
+        self.zero.backward_prologue()
+        self.zero.enter_backward()
+        self.engine.set_gradient_accumulation_boundary(False)
+
+    def epilogue(self) -> None:
+        self.engine.allreduce_gradients()
+        self.zero.backward_epilogue()
+        self.zero.exit_backward()
+
+    def finish(self) -> None:
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.zero.finalize_gradient_accumulation_boundary()
+
+    def resume(self) -> None:
+        if self.offloads:
+            raise OrderError(_CLIPPED)
+
+    def clear(self) -> None:
+        self.zero.zero_grad()
+        if self.offloads:
+            self.zero.reset_cpu_buffers()
+
+    def gradients(self) -> list[Tensor]:
+        if self.offloads:
+            return [flat.grad for flat in self.zero.fp32_partitioned_groups_flat]
+        return [piece for pieces in self.zero.averaged_gradients.values() for piece in pieces or ()]
+
+    def locate(self, groups: Sequence[Mapping[str, Any]], fragments: Fragments) -> None:
+        for parameter in _trained(groups):
+            group, start, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            offset = length * parameter.ds_zero_partition_rank
+            numel = max(0, min(length, parameter.ds_numel - offset))
+            flat = self.zero.fp32_partitioned_groups_flat[group]
+            fragments.add(parameter, Fragment(flat, start, offset if numel else 0, numel))
+
+
+def zero_of(engine: Any) -> Stage0:
+    """Return the view of an engine's optimizer."""
+    if not engine.zero_optimization():
+        return Stage0(engine)
+    if engine.zero_optimization_partition_weights():
+        return Stage3(engine)
+    return (
+        Bf16(engine)
+        if isinstance(engine.optimizer, library("runtime.bf16_optimizer").BF16_Optimizer)
+        else Stage1And2(engine)
+    )
+
+
+def _linked(parameter: Any, flat: Tensor) -> Fragment:
+    # DeepSpeed links the parameters it has flattened to their place.
+    link = parameter._hp_mapping
+    if link is None:
+        return Fragment(flat, 0, 0, 0)
+    place, run = link.hp_fragment_address, link.lp_fragment_address
+    return Fragment(flat, place.start, run.start, place.numel)
+
+
+def _trained(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
+    return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]

@@ -1,0 +1,15 @@
+"""Fully sharded data parallelism: every rank keeps its part of parameters, gradients and optimizer state."""
+
+from plugframe import Plugin
+
+plugin = Plugin(
+    factory="plugframe_builtins.fsdp.strategy:FSDP",
+    summary="A part of the model on every rank, for models larger than a device (FSDP2).",
+    provides=("sharded",),
+    needs={"collective": ("process-group",)},
+    prefers={"checkpoint": ("sharded",)},
+    precisions=("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true"),
+    retired=dict.fromkeys(
+        ("fsdp_native", "fsdp2", "fsdp_cpu_offload"), "use strategy='fsdp'; its options are arguments of FSDP(…)."
+    ),
+)

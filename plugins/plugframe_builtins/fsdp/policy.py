@@ -1,0 +1,56 @@
+"""In which dtypes sharded parameters are gathered and gradients are sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from plugframe.errors import SettingError, closest
+from plugframe.hooks import Dtypes
+
+_FIELDS = ("param_dtype", "reduce_dtype", "output_dtype", "cast_forward_inputs")
+
+
+def check_policy(policy: Any) -> None:
+    """Refuse what is no policy.
+
+    Raises:
+        SettingError: saying what to pass.
+    """
+    if policy is None or isinstance(policy, MixedPrecisionPolicy):
+        return
+    if not isinstance(policy, Mapping):
+        raise SettingError(f"mp_policy={policy!r} of strategy 'fsdp' must be a MixedPrecisionPolicy or a dict.")
+    for name, value in policy.items():
+        if name not in _FIELDS:
+            raise SettingError(f"mp_policy of strategy 'fsdp' has no {name!r}.{closest(name, _FIELDS)}")
+        if name.endswith("dtype"):
+            _dtype(name, value)
+
+
+def make_policy(policy: MixedPrecisionPolicy | Mapping[str, Any] | None, dtypes: Dtypes) -> MixedPrecisionPolicy:
+    """Return the policy of a precision, with what `policy` says put over it.
+
+    Where a precision computes in another dtype than it keeps parameters in, they are gathered in the one and
+    gradients are summed in the other.
+    """
+    if isinstance(policy, MixedPrecisionPolicy):
+        return policy
+    own = MixedPrecisionPolicy()
+    if dtypes.compute != dtypes.parameter:
+        own = MixedPrecisionPolicy(param_dtype=dtypes.compute, reduce_dtype=dtypes.parameter)
+    given: dict[str, Any] = {}
+    for name, value in (policy or {}).items():
+        given[name] = _dtype(name, value) if name.endswith("dtype") else value
+    return replace(own, **given)
+
+
+def _dtype(name: str, value: Any) -> torch.dtype | None:
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if (dtype is not None and not isinstance(dtype, torch.dtype)) or (dtype is None and value is not None):
+        raise SettingError(f"mp_policy of strategy 'fsdp': {name}={value!r} is no dtype: write 'bfloat16', say.")
+    return dtype

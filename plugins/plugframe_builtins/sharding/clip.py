@@ -1,0 +1,57 @@
+"""Clipping gradients of which every rank has a part: the limit is on the gradients of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+
+def clip_by_value(parameters: Sequence[Tensor], limit: float) -> None:
+    """Clamp every element of the gradients to ``[-limit, limit]``, in place. Every rank clamps its part."""
+    for gradient in _gradients(parameters):
+        _local(gradient).clamp_(-limit, limit)
+
+
+def clip_by_norm(parameters: Sequence[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    """Scale the gradients so that their total norm is at most `max_norm`, and return what it was, a 0-d tensor.
+
+    Every rank must call it. Gradients that lie on different meshes, or on none, each count once.
+
+    Raises:
+        RuntimeError: if the norm is not finite and `error_if_nonfinite`.
+    """
+    gradients = _gradients(parameters)
+    total = _total_norm(gradients, norm_type)
+    if error_if_nonfinite and not bool(torch.isfinite(total)):
+        raise RuntimeError(
+            f"The total norm of order {norm_type:g} of the gradients is non-finite ({total.item()}), so they cannot be "
+            "clipped. To clip them nevertheless, pass error_if_nonfinite=False."
+        )
+    # As in torch.nn.utils.clip_grad_norm_, where 1e-6 keeps a norm of 0 from dividing.
+    scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+    for gradient in gradients:
+        _local(gradient).mul_(scale.to(gradient.device, gradient.dtype))
+    return total
+
+
+def _total_norm(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
+    groups: dict[object, list[Tensor]] = {}
+    for gradient in gradients:
+        groups.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
+    norms = [get_total_norm(group, norm_type) for group in groups.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    if not whole:
+        return torch.tensor(0.0)
+    return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole), norm_type)
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

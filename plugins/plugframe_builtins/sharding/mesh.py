@@ -1,0 +1,49 @@
+"""Device meshes from a dict: ``{"replicate": 2, "shard": 4}``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from plugframe.context import Context
+from plugframe.errors import SettingError
+
+
+def check_mesh(strategy: str, mesh: Mapping[str, int] | None, axes: tuple[str, ...]) -> None:
+    """Check the sizes by themselves, before the number of ranks is known.
+
+    Raises:
+        SettingError: saying what is allowed.
+    """
+    if mesh is None:
+        return
+    example = ", ".join(f'"{axis}": 2' for axis in axes)
+    if not isinstance(mesh, Mapping) or not mesh or any(axis not in axes for axis in mesh):
+        raise SettingError(f"mesh={mesh!r} of strategy {strategy!r}: write a dict such as {{{example}}}.")
+    for axis, size in mesh.items():
+        if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+            raise SettingError(f"mesh={dict(mesh)!r} of strategy {strategy!r}: {axis!r} is a number of ranks, or -1.")
+    if list(mesh.values()).count(-1) > 1:
+        raise SettingError(f"mesh={dict(mesh)!r} of strategy {strategy!r}: only one axis can be -1, all that is left.")
+
+
+def make_mesh(strategy: str, mesh: Mapping[str, int], axes: tuple[str, ...], context: Context) -> DeviceMesh:
+    """Return the mesh of all ranks, with the named axes in order; an axis that is left out has one rank.
+
+    Called on every rank.
+
+    Raises:
+        SettingError: if the sizes do not multiply to the number of ranks.
+    """
+    ranks = context.world.world_size
+    sizes = [mesh.get(axis, 1) for axis in axes]
+    known = math.prod(size for size in sizes if size != -1)
+    sizes = [ranks // known if size == -1 and ranks % known == 0 else size for size in sizes]
+    if -1 in sizes or math.prod(sizes) != ranks:
+        raise SettingError(
+            f"mesh={dict(mesh)!r} of strategy {strategy!r} does not fit this job's {ranks} ranks: the sizes must "
+            "multiply to that; -1 stands for all that is left."
+        )
+    return init_device_mesh(context.device.type, tuple(sizes), mesh_dim_names=axes)

@@ -1,0 +1,69 @@
+"""Which layers are split over the ranks of a tensor group, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from plugframe.errors import SettingError, closest
+
+#: The styles by name, for plans in settings files and in models.
+STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "colwise_gather": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "rowwise": RowwiseParallel,
+    "sequence": SequenceParallel,
+}
+
+#: Paths of modules, ``*`` for any part of one: ``{"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}``.
+Plan = Mapping[str, str | ParallelStyle]
+
+
+def check_plan(plan: Any, where: str) -> None:
+    """Refuse what is no plan.
+
+    Raises:
+        SettingError: saying what to write.
+    """
+    if not isinstance(plan, Mapping) or not plan:
+        raise SettingError(f'{where} must be a dict such as {{"blocks.*.up": "colwise"}}, got {plan!r}.')
+    for pattern, style in plan.items():
+        if isinstance(style, ParallelStyle):
+            continue
+        if style not in STYLES:
+            hint = closest(style, STYLES) if isinstance(style, str) else ""
+            raise SettingError(
+                f"{where} has {style!r} for {pattern!r}: write one of {', '.join(map(repr, STYLES))}, or a "
+                f"ParallelStyle of torch.{hint}"
+            )
+
+
+def apply_plan(module: nn.Module, plan: Plan, mesh: DeviceMesh, where: str) -> None:
+    """Split the layers of `module` that `plan` names over the ranks of `mesh`, in place. Called on every rank.
+
+    Raises:
+        SettingError: if a pattern fits no part of the module.
+    """
+    parts = dict(module.named_modules())
+    exact: dict[str, ParallelStyle] = {}
+    for pattern, style in plan.items():
+        paths = [path for path in parts if path and fnmatchcase(path, pattern)]
+        if not paths:
+            raise SettingError(
+                f"{where} names {pattern!r}, which fits no part of this {type(module).__name__}."
+                f"{closest(pattern, [path for path in parts if path])}"
+            )
+        exact.update((path, STYLES[style]() if isinstance(style, str) else style) for path in paths)
+    parallelize_module(module, mesh, exact)

@@ -1,0 +1,85 @@
+"""Tensor parallelism over ``torch.distributed.tensor.parallel``, and FSDP2 over the data axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from plugframe.context import Context
+from plugframe.errors import SettingError
+from plugframe.hooks import hookimpl
+from plugframe_builtins.fsdp.strategy import FSDP
+from plugframe_builtins.sharding.mesh import make_mesh
+from plugframe_builtins.tensor_parallel.plan import Plan, apply_plan, check_plan
+
+#: Where a model may keep its own plan.
+ATTRIBUTE = "tensor_parallel_plan"
+
+
+class TensorParallel(FSDP):
+    """Split layers over the ranks of a tensor group, and shard everything over the groups as strategy ``fsdp`` does.
+
+    The ranks of one tensor group read the same batches. They must draw the same random numbers (dropout): seed them
+    alike, as ``lite.seed_everything`` does.
+
+    Args:
+        plan: how each layer is split: paths of modules (``*`` for any part) to ``"colwise"``, ``"rowwise"``,
+            ``"sequence"``, ``"colwise_gather"`` (whole outputs on every rank) or a ``ParallelStyle`` of torch. By
+            default the model's own attribute ``tensor_parallel_plan``.
+        parallelize: a function ``f(module, mesh)`` in place of a plan; `mesh` is that of the tensor group.
+        mesh: ``{"data": 2, "tensor": 4}``; by default all ranks are one tensor group.
+        options: those of strategy ``fsdp``, for the data axis.
+    """
+
+    name = "tensor_parallel"
+    axes = ("data", "tensor")
+
+    def __init__(
+        self,
+        *,
+        plan: Plan | None = None,
+        parallelize: Callable[[nn.Module, DeviceMesh], Any] | None = None,
+        mesh: Mapping[str, int] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(mesh=mesh, **options)
+        if plan is not None and parallelize is not None:
+            raise SettingError("strategy 'tensor_parallel' takes one of plan= and parallelize=, got both.")
+        if plan is not None:
+            check_plan(plan, "plan= of strategy 'tensor_parallel'")
+        if parallelize is not None and not callable(parallelize):
+            raise SettingError(f"parallelize={parallelize!r} of strategy 'tensor_parallel' must be f(module, mesh).")
+        self.plan = plan
+        self.parallelize = parallelize
+
+    def _make_mesh(self, context: Context) -> DeviceMesh:
+        return make_mesh(self.name, self.mesh or {"tensor": -1}, self.axes, context)
+
+    @property
+    def _data_mesh(self) -> DeviceMesh:
+        return super()._data_mesh["data"]
+
+    def _parallelize(self, module: nn.Module) -> None:
+        mesh = super()._data_mesh["tensor"]
+        if self.parallelize is not None:
+            self.parallelize(module, mesh)
+            return
+        plan, where = self.plan, "plan= of strategy 'tensor_parallel'"
+        if plan is None:
+            plan, where = getattr(module, ATTRIBUTE, None), f"{type(module).__name__}.{ATTRIBUTE}"
+            if plan is None:
+                raise SettingError(
+                    f"strategy 'tensor_parallel' does not know how to split this {type(module).__name__}: pass "
+                    f'TensorParallel(plan={{"blocks.*.up": "colwise", …}}), or give the model such an attribute '
+                    f"{ATTRIBUTE}."
+                )
+            check_plan(plan, where)
+        apply_plan(module, plan, mesh, where)
+
+    @hookimpl
+    def strategy_data_shard(self) -> tuple[int, int]:
+        data = self._data_mesh
+        return data.get_local_rank(), data.size()
