@@ -89,12 +89,13 @@ def build(precision: str, seed: int = 1) -> tuple[Model, torch.optim.Optimizer, 
     for parameter in model.parameters():
         kinds[parameter.ndim < 2].append(parameter)
     groups = [{"params": kinds[0], "weight_decay": 0.1}, {"params": kinds[1], "lr": 8e-3, "weight_decay": 0.0}]
+    # With foreach=, as is the default on GPUs; on a CPU it is quicker for parameters in parts.
     optimizer: torch.optim.Optimizer
     if precision in WITHOUT_SQUARES:
-        optimizer = torch.optim.SGD([groups[0], {**groups[1], "lr": 0.1}], lr=0.2, momentum=0.9)
+        optimizer = torch.optim.SGD([groups[0], {**groups[1], "lr": 0.1}], lr=0.2, momentum=0.9, foreach=True)
     else:
-        # Larger than rounding: where a gradient is nothing but that, Adam would make a whole step of it.
-        optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-6)
+        # eps is larger than rounding: of a gradient that is nothing but that, Adam would make a whole step.
+        optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-6, foreach=True)
     return model, optimizer, CosineAnnealingLR(optimizer, STEPS)
 
 

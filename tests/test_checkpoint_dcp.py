@@ -584,7 +584,7 @@ def test_what_is_in_the_way_is_refused(alone: Job, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text("{}")
     for name, text in (
-        ("file", r"file is a file, and a sharded checkpoint is a folder: give another name"),
+        ("file", r"file is a file, and no checkpoint, and a sharded checkpoint is a folder: give another name"),
         ("folder", r"holds something else \(notes\.txt\): give a new folder, such as '.*folder/last'"),
         ("other", r"holds something else \(manifest\.json\)"),
     ):
@@ -596,6 +596,42 @@ def test_what_is_in_the_way_is_refused(alone: Job, tmp_path: Path) -> None:
         alone.load("other")
     with pytest.raises(CheckpointError, match=r"'s3://a/b' is no path of the file system"):
         alone.checkpoint.checkpoint_save(path="s3://a/b", state={}, info={}, wait=True)
+
+
+def test_a_checkpoint_of_the_other_form_is_replaced(alone: Job, tmp_path: Path) -> None:
+    """A file takes the place of a folder at one path, and a folder that of a file, whole; nothing stays beside them."""
+    single = SafetensorsCheckpoint()
+    single.checkpoint_setup(alone.checkpoint.context)
+    path = alone.path("last")
+    for number, wait in ((0, True), (1, False)):
+        single.checkpoint_save(path=path, state=small(number), info={}, wait=True)
+        assert os.path.isfile(path)
+        assert same(materialize(alone.load("last")), small(number))
+        alone.save("last", small(number + 5), wait=wait)
+        assert same(materialize(alone.load("last")), small(number + 5))
+        assert os.path.isdir(path)
+    assert os.listdir(tmp_path) == ["last"]
+
+
+def test_a_swap_that_fails_leaves_the_old_one(alone: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file system cannot exchange a file and a folder, what was there stays, and no stump is left."""
+
+    def refuse(first: str, second: str) -> None:
+        raise OSError(errno.EINVAL, "a file and a folder cannot take each other's place here")
+
+    monkeypatch.setattr("plugframe.checkpoint.atomic.exchange", refuse)
+    monkeypatch.setattr("plugframe_builtins.dcp_checkpoint.writer.exchange", refuse)
+    single = SafetensorsCheckpoint()
+    single.checkpoint_setup(alone.checkpoint.context)
+    alone.save("folder", small(1))
+    single.checkpoint_save(path=alone.path("file"), state=small(1), info={}, wait=True)
+    with pytest.raises(CheckpointError, match="cannot write .*folder: a file and a folder cannot take each other's"):
+        single.checkpoint_save(path=alone.path("folder"), state=small(2), info={}, wait=True)
+    with pytest.raises(CheckpointError, match="cannot write .*file: a file and a folder cannot take each other's"):
+        alone.save("file", small(2))
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    for name in ("file", "folder"):
+        assert same(materialize(alone.load(name)), small(1))
 
 
 def test_a_full_disk_is_known_before_anything_is_written(alone: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ at any instant leaves one of the two.
 
 from plugframe.checkpoint.atomic import (
     check_space,
+    draft_name,
+    exchange,
     make_folders,
     open_locked,
     remove_if_dead,
@@ -35,9 +37,11 @@ __all__ = [
     "StoredTensor",
     "as_bytes",
     "check_space",
+    "draft_name",
     "dtype_name",
     "dtype_of",
     "dump_structure",
+    "exchange",
     "fill",
     "is_shard",
     "join",

@@ -8,6 +8,7 @@ ids, which containers share and reboots reuse.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -16,7 +17,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
@@ -24,16 +25,21 @@ from plugframe.errors import CheckpointError
 
 
 @contextmanager
-def replacing(path: str, *, size_bytes: int) -> Iterator[BinaryIO]:
+def replacing(
+    path: str, *, size_bytes: int, over_folder: Callable[[str], bool] | None = None
+) -> Iterator[BinaryIO]:
     """Give a file to write `size_bytes` into; at the end of the block it is at `path`, and on disk.
 
     Parent folders are made, a symbolic link keeps pointing where it does, and the permissions of what was
     there before stay. Files that dead writers of the same path left behind are removed first.
 
+    Args:
+        over_folder: says of a folder at `path` whether it may be replaced, with all that is in it.
+
     Raises:
         CheckpointError: naming the path and the reason, with what was there before untouched.
     """
-    target = _target(path)
+    target = _target(path, over_folder)
     folder = os.path.dirname(target)
     try:
         remove_leftovers(target)
@@ -44,7 +50,7 @@ def replacing(path: str, *, size_bytes: int) -> Iterator[BinaryIO]:
             file.flush()
             _copy_mode(target, file)
             os.fsync(file.fileno())
-            os.replace(temporary, target)
+            _put(temporary, target)
     except OSError as error:
         raise CheckpointError(
             f"cannot write {path}: {error.strerror or error}{_free(error, folder, size_bytes)}; "
@@ -70,16 +76,49 @@ def remove_leftovers(path: str) -> list[str]:
     return [name for name in names if remove_if_dead(os.path.join(folder, name))]
 
 
-def _target(path: str) -> str:
+def exchange(first: str, second: str) -> None:
+    """Put what is at either path at the other, at once: a file and a folder, say.
+
+    Raises:
+        OSError: where the system or the file system cannot.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    rename = getattr(library, "renameat2", None)
+    if rename is None:
+        raise OSError(errno.ENOSYS, "a file and a folder cannot take each other's place on this system")
+    here, flag = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+    if rename(here, os.fsencode(first), here, os.fsencode(second), flag) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"a file and a folder cannot take each other's place here ({os.strerror(number)})")
+
+
+def _put(temporary: str, target: str) -> None:
+    if not os.path.isdir(target):
+        os.replace(temporary, target)
+        return
+    exchange(temporary, target)
+    shutil.rmtree(temporary, ignore_errors=True)  # the old one; what stays the next save removes
+
+
+def _target(path: str, over_folder: Callable[[str], bool] | None) -> str:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
         raise CheckpointError(f"{path} is a URL: this checkpoint format writes to a path of the file system.")
-    if not path or path.endswith(os.sep) or os.path.isdir(path):
+    folder = bool(path) and os.path.isdir(path)
+    if folder and over_folder is not None and over_folder(path):
+        return os.path.realpath(path)
+    if not path or path.endswith(os.sep) or folder:
         raise CheckpointError(
             f"{path!r} is a folder: give the name of a file, such as {os.path.join(path, 'last.ckpt')!r}."
         )
     if os.path.exists(path) and not os.path.isfile(path):
         raise CheckpointError(f"{path} is there already and is no regular file: give another name.")
     return os.path.realpath(path)
+
+
+def draft_name(path: str) -> str:
+    """Return a new name beside `path` for what will take its place; `remove_leftovers` knows such names."""
+    target = os.path.realpath(path)
+    return os.path.join(os.path.dirname(target), f"{_prefix(target)}{secrets.token_hex(8)}")
 
 
 def _prefix(path: str) -> str:
@@ -140,7 +179,7 @@ def _temporary(target: str) -> Iterator[tuple[BinaryIO, str]]:
 
 def _open_draft(target: str) -> tuple[BinaryIO, str]:
     while True:
-        temporary = os.path.join(os.path.dirname(target), f"{_prefix(target)}{secrets.token_hex(8)}")
+        temporary = draft_name(target)
         file = open_locked(temporary)
         if file is not None:
             return file, temporary
@@ -168,7 +207,9 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def remove_if_dead(temporary: str) -> bool:
-    """Remove a file whose writer is gone; say whether it was removed."""
+    """Remove a file, or a folder of files, whose writers are gone; say whether it was removed."""
+    if os.path.isdir(temporary) and not os.path.islink(temporary):
+        return _remove_folder_if_dead(temporary)
     try:
         descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -186,10 +227,18 @@ def remove_if_dead(temporary: str) -> bool:
     return True
 
 
+def _remove_folder_if_dead(folder: str) -> bool:
+    with suppress(OSError):
+        if all([remove_if_dead(os.path.join(folder, name)) for name in os.listdir(folder)]):
+            os.rmdir(folder)
+            return True
+    return False
+
+
 def _copy_mode(target: str, file: BinaryIO) -> None:
     # Some file systems have no permissions to set; a checkpoint is worth more than its mode.
     with suppress(FileNotFoundError, PermissionError):
-        os.fchmod(file.fileno(), stat.S_IMODE(os.stat(target).st_mode))
+        os.fchmod(file.fileno(), stat.S_IMODE(os.stat(target).st_mode) & 0o666)
 
 
 def sync_folder(folder: str) -> None:

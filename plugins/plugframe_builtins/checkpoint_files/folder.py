@@ -98,6 +98,34 @@ def find(path: str) -> Found:
         raise CheckpointCorruptError(f"{where}: it is no manifest: {error!r}.") from error
 
 
+def is_checkpoint(path: str) -> bool:
+    """Say whether the folder at `path` is a checkpoint of this form, and nothing else is in it."""
+    names = os.listdir(path)
+    return MANIFEST in names and all(map(is_ours, names))
+
+
+def check_content(path: str, shown: str) -> None:
+    """Refuse a folder with anything in it that a save of this form has not made.
+
+    Raises:
+        CheckpointError: naming what is there.
+    """
+    names = sorted(os.listdir(path))
+    foreign = [name for name in names if not is_ours(name)]
+    manifest = os.path.join(path, MANIFEST)
+    if MANIFEST in names:
+        with open(manifest, "rb") as file:
+            if file.read(len(OPENING)) == OPENING:
+                return
+        foreign = foreign or ([] if any(map(is_data, names)) else [MANIFEST])
+    if foreign:
+        more = ", …" if len(foreign) > 5 else ""
+        raise CheckpointError(
+            f"{shown} is a folder that holds something else ({', '.join(foreign[:5])}{more}): "
+            f"give a new folder, such as {os.path.join(shown, 'last')!r}."
+        )
+
+
 def _without_manifest(path: str) -> CheckpointError:
     names = sorted(os.listdir(path))
     if names and all(map(is_ours, names)):

@@ -133,6 +133,21 @@ def _part(name: str, laid: Laid, chunk: Chunk, tensor: Tensor | None) -> Part:
     return Part(f"tensor {name!r}", chunk.file, chunk.start, size_bytes, chunk.crc32, tensor)
 
 
+def check_file(path: str, shown: str) -> None:
+    """Refuse a file that is no checkpoint: it will not be replaced by a folder.
+
+    Raises:
+        CheckpointError: saying what is in the way.
+    """
+    try:
+        with open(path, "rb") as file:
+            reader.sniff(file, path)
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(
+            f"{shown} is a file, and no checkpoint, and a sharded checkpoint is a folder: give another name."
+        ) from error
+
+
 def inspect(path: str) -> Contents:
     """Return what lies at `path`, without reading its tensors, nor running anything that lies there.
 

@@ -36,6 +36,7 @@ class _Offer(NamedTuple):
     error: str | None
     digest: bytes
     save_id: str
+    folder: str
 
 
 class ShardedCheckpoint(Checkpoint):
@@ -87,7 +88,15 @@ class ShardedCheckpoint(Checkpoint):
             tensors, structure = split_stored(state, dtypes=CODES.keys(), where=path, sharded=True, aliases=False)
             shared = common(self._exchange(table(tensors)), where=path)
         pieces = portion(tensors, shared, rank=world.global_rank, num_ranks=world.world_size)
-        writer = FolderWriter(os.path.abspath(path), path, offers[0].save_id, world.global_rank, structure, dict(info))
+        writer = FolderWriter(
+            offers[0].folder,
+            os.path.abspath(path),
+            path,
+            offers[0].save_id,
+            world.global_rank,
+            structure,
+            dict(info),
+        )
         if wait:
             self._save(pieces, writer)
             return None
@@ -121,18 +130,18 @@ class ShardedCheckpoint(Checkpoint):
         """Do what can go wrong on one rank alone, before anything is written."""
         error = self._untold()
         if error is not None:
-            return _Offer(str(error), b"", ""), {}, None
+            return _Offer(str(error), b"", "", ""), {}, None
         try:
             if not path or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
                 raise CheckpointError(f"{path!r} is no path of the file system, which a sharded checkpoint needs.")
             tensors, structure = split_stored(state, dtypes=CODES.keys(), where=path, sharded=True)
             first = self.context.world.global_rank == 0
-            save_id = writing.begin(os.path.abspath(path), path) if first else ""
+            save_id, folder = writing.begin(os.path.abspath(path), path) if first else ("", "")
         except CheckpointError as problem:
-            return _Offer(str(problem), b"", ""), {}, None
+            return _Offer(str(problem), b"", "", ""), {}, None
         except Exception as problem:  # noqa: BLE001 the other ranks wait for word, whatever went wrong here
-            return _Offer(f"cannot write {path}: {type(problem).__name__}: {problem}", b"", ""), {}, None
-        return _Offer(None, digest(table(tensors)), save_id), tensors, structure
+            return _Offer(f"cannot write {path}: {type(problem).__name__}: {problem}", b"", "", ""), {}, None
+        return _Offer(None, digest(table(tensors)), save_id, folder), tensors, structure
 
     def _save(self, pieces: Mapping[str, Piece], writer: FolderWriter) -> None:
         values = {name: piece.tensor for name, piece in pieces.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,54 +22,44 @@ from torch.futures import Future
 from plugframe.checkpoint import (
     StoredTensor,
     check_space,
+    draft_name,
+    exchange,
     make_folders,
     open_locked,
     remove_if_dead,
+    remove_leftovers,
     replacing,
     sync_folder,
 )
 from plugframe.errors import CheckpointError
-from plugframe_builtins.checkpoint_files import folder, tensorfile
+from plugframe_builtins.checkpoint_files import folder, opening, tensorfile
 from plugframe_builtins.checkpoint_files.found import Chunk, Head, Laid
 
 #: About what the header and the manifest take for each tensor.
 _ENTRY_BYTES = 512
 
 
-def begin(path: str, shown: str) -> str:
+def begin(path: str, shown: str) -> tuple[str, str]:
     """Check that `path` may become a checkpoint, clear up what dead writers left, and return a name for the save.
+
+    Returns:
+        The name, and the folder to write in: `path`, or one beside it where a checkpoint of one file is there, which
+        the folder will replace.
 
     Raises:
         CheckpointError: saying what is in the way.
     """
-    if os.path.lexists(path) and not os.path.isdir(path):
-        raise CheckpointError(
-            f"{shown} is a file, and a sharded checkpoint is a folder: give another name, or remove the file first."
-        )
-    if os.path.isdir(path):
-        with _told(f"cannot write {shown}"):
-            _check_content(path, shown)
+    with _told(f"cannot write {shown}"):
+        remove_leftovers(os.path.realpath(path))
+        if os.path.lexists(path) and not os.path.isdir(path):
+            opening.check_file(path, shown)
+            return secrets.token_hex(8), draft_name(path)
+        if os.path.isdir(path):
+            folder.check_content(path, shown)
             keep = committed(path)
             if keep is not None or not os.path.exists(os.path.join(path, folder.MANIFEST)):
                 _sweep(path, keep or {})
-    return secrets.token_hex(8)
-
-
-def _check_content(path: str, shown: str) -> None:
-    names = sorted(os.listdir(path))
-    foreign = [name for name in names if not folder.is_ours(name)]
-    manifest = os.path.join(path, folder.MANIFEST)
-    if folder.MANIFEST in names:
-        with open(manifest, "rb") as file:
-            if file.read(len(folder.OPENING)) == folder.OPENING:
-                return
-        foreign = foreign or ([] if any(map(folder.is_data, names)) else [folder.MANIFEST])
-    if foreign:
-        more = ", …" if len(foreign) > 5 else ""
-        raise CheckpointError(
-            f"{shown} is a folder that holds something else ({', '.join(foreign[:5])}{more}): "
-            f"give a new folder, such as {os.path.join(shown, 'last')!r}."
-        )
+    return secrets.token_hex(8), path
 
 
 def committed(path: str) -> Mapping[str, Head] | None:
@@ -112,7 +103,8 @@ class FolderWriter(StorageWriter):
     """Writes one save.
 
     Attributes:
-        path: the folder.
+        path: the folder to write in.
+        target: the path of the checkpoint; another one if the folder will take the place of a file there.
         shown: the path as it was asked for.
         save_id: of this save; see `begin`.
         rank: this one.
@@ -121,6 +113,7 @@ class FolderWriter(StorageWriter):
     """
 
     path: str
+    target: str
     shown: str
     save_id: str
     rank: int
@@ -198,6 +191,12 @@ class FolderWriter(StorageWriter):
                 sync_folder(above)
             with replacing(os.path.join(self.path, folder.MANIFEST), size_bytes=len(data)) as file:
                 file.write(data)
+            if self.path != self.target:
+                exchange(self.path, self.target)
+                sync_folder(os.path.dirname(self.target))
+                with suppress(OSError):
+                    os.unlink(self.path)  # where the old file is now
+                return
         # From here on the new checkpoint is there; what cannot be removed now the next save removes.
         with suppress(OSError):
             _sweep(self.path, files, before)
@@ -216,7 +215,9 @@ class FolderWriter(StorageWriter):
                 # The last step of all may have failed after the manifest was in place.
                 if name.startswith(f"{self.save_id}-") and name not in kept:
                     os.unlink(os.path.join(self.path, name))
-            if self._made:
+            if self.path != self.target:
+                shutil.rmtree(self.path)
+            elif self._made:
                 os.rmdir(self.path)
 
     @classmethod

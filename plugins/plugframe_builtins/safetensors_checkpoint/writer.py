@@ -22,6 +22,7 @@ from plugframe.checkpoint import (
     replacing,
     split_stored,
 )
+from plugframe_builtins.checkpoint_files import folder
 from plugframe_builtins.safetensors_checkpoint.layout import (
     CODES,
     FORMAT,
@@ -54,7 +55,8 @@ def write(path: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     slots[MANIFEST] = Slot(dtype=torch.uint8, shape=(manifest_bytes,), start=end, end=end + manifest_bytes)
     header = build_header(slots, where=path)
 
-    with replacing(path, size_bytes=len(header) + slots[MANIFEST].end) as file:
+    size_bytes = len(header) + slots[MANIFEST].end
+    with replacing(path, size_bytes=size_bytes, over_folder=folder.is_checkpoint) as file:
         file.write(header)
         checksums = _write_tensors(file, ordered)
         file.write(structure)
