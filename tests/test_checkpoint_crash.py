@@ -9,6 +9,7 @@ from pathlib import Path
 # One process imports torch and forks the victims: starting one for each kill would cost seconds each.
 _VICTIMS = """
 import itertools, json, os, random, select, signal, sys
+os.environ["OMP_NUM_THREADS"] = "1"  # a forked child would wait for threads it does not have
 sys.path.insert(0, TESTS)
 import torch
 from checkpoint_trees import plugin

@@ -740,6 +740,7 @@ def test_a_killed_save_leaves_the_old_or_the_new_one(tmp_path: Path, victims: li
 # One process imports torch and forks the victims: starting one for each kill would cost seconds each.
 _VICTIMS = """
 import itertools, json, os, random, select, signal, sys
+os.environ["OMP_NUM_THREADS"] = "1"  # a forked child would wait for threads it does not have
 sys.path.insert(0, TESTS)
 import torch
 from plugframe.world import World
