@@ -6,9 +6,11 @@ import json
 import os
 import random
 import shutil
+import weakref
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from safetensors import safe_open
 
 from checkpoint_trees import DTYPES, plugin, random_tensor, same, trees
-from plugframe.checkpoint import SEGMENT_BYTES
+from plugframe.checkpoint import SEGMENT_BYTES, Checksums
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 from plugframe_builtins import safetensors_checkpoint
 from plugframe_builtins.checkpoint_files import tensorfile
@@ -380,3 +382,34 @@ def test_a_plain_safetensors_file_loads_as_its_tensors(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(CheckpointCorruptError, match=r"is truncated: its header has \d+ bytes, found 32"):
         load(path)
+
+
+def test_pieces_live_until_they_are_summed() -> None:
+    """What is handed to the thread stays in memory until its checksum was taken, as late as that may be."""
+    alive: list[bool] = []
+
+    class Later:
+        """Runs what it was given only when it is waited for."""
+
+        def __init__(self, update: Callable[[memoryview], None], data: memoryview) -> None:
+            self.call = lambda: update(data)
+            self.piece = pieces[-1]
+
+        def done(self) -> bool:
+            return False
+
+        def result(self) -> None:
+            alive.append(self.piece() is not None)
+            self.call()
+
+    pieces: list[weakref.ref[torch.Tensor]] = []
+    checksums = Checksums()
+    checksums._pool = SimpleNamespace(submit=Later, shutdown=lambda: None)  # type: ignore[assignment]
+    checksums.begin("w")
+    for number in range(6):
+        piece = torch.full((300_000,), number, dtype=torch.uint8)
+        pieces.append(weakref.ref(piece))
+        checksums.add("w", piece)
+    del piece
+    checksums.result()
+    assert alive == [True] * 6

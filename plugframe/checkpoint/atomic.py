@@ -25,9 +25,7 @@ from plugframe.errors import CheckpointError
 
 
 @contextmanager
-def replacing(
-    path: str, *, size_bytes: int, over_folder: Callable[[str], bool] | None = None
-) -> Iterator[BinaryIO]:
+def replacing(path: str, *, size_bytes: int, over_folder: Callable[[str], bool] | None = None) -> Iterator[BinaryIO]:
     """Give a file to write `size_bytes` into; at the end of the block it is at `path`, and on disk.
 
     Parent folders are made, a symbolic link keeps pointing where it does, and the permissions of what was

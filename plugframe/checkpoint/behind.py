@@ -45,18 +45,23 @@ class Checksums:
         data = as_bytes(piece)
         update = self._sums[name].update
         while self._pending and self._pending[0][0].done():
-            self._pending.popleft()[0].result()
+            self._take()
         if not self._pending and len(data) < _THREAD_FROM_BYTES:
             update(data)
             return data
         # `data` is the memory of `piece`, which must live until it has been read.
         self._pending.append((self._pool.submit(update, data), piece))
         if len(self._pending) > _MAX_PENDING:
-            self._pending.popleft()[0].result()
+            self._take()
         return data
 
     def result(self) -> dict[str, tuple[str, ...]]:
         """Return the checksums of every part; nothing may be added after."""
         while self._pending:
-            self._pending.popleft()[0].result()
+            self._take()
         return {name: checksum.result() for name, checksum in self._sums.items()}
+
+    def _take(self) -> None:
+        """Wait for the oldest piece, and only then let go of its memory."""
+        self._pending[0][0].result()
+        self._pending.popleft()

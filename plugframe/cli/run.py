@@ -105,7 +105,11 @@ def command(
 
     show(("what", "value", "why"), plan.rows())
     described = Candidates(request, registry).made(plan.choices["strategy"]).instance.strategy_describe()
-    for line in [*(f"note: {note}" for note in plan.notes if note not in told), *(f"strategy: {line}" for line in described), *start.lines()]:
+    for line in [
+        *(f"note: {note}" for note in plan.notes if note not in told),
+        *(f"strategy: {line}" for line in described),
+        *start.lines(),
+    ]:
         click.echo(line)
     click.echo("not seen here: what the script itself passes to Lite(...)")
 
