@@ -227,7 +227,8 @@ def remove_if_dead(temporary: str) -> bool:
 
 def _remove_folder_if_dead(folder: str) -> bool:
     with suppress(OSError):
-        if all([remove_if_dead(os.path.join(folder, name)) for name in os.listdir(folder)]):
+        removed = [remove_if_dead(os.path.join(folder, name)) for name in os.listdir(folder)]
+        if all(removed):
             os.rmdir(folder)
             return True
     return False
