@@ -41,6 +41,7 @@ def save(
     loaders: Loaders,
     naming: Naming,
     wait: bool,
+    info: Mapping[str, Any] | None = None,
 ) -> SaveHandle | None:
     """Write `state` and what belongs to the run. Called on every rank."""
     if isinstance(path, Mapping):
@@ -58,7 +59,9 @@ def save(
     hooks = session.hooks
     tree = collect(state, hooks, sharded="sharded" in provides, naming=naming, filters=filters)
     tree[RUN] = _run_state(session, loaders)
-    handle: SaveHandle | None = hooks.checkpoint_save(path=target, state=tree, info=_info(session), wait=wait)
+    handle: SaveHandle | None = hooks.checkpoint_save(
+        path=target, state=tree, info={**_info(session), **(info or {})}, wait=wait
+    )
     if hooks.on_save is not None:
         hooks.on_save(path=target, state=state)
     return handle

@@ -50,9 +50,9 @@ class Stopping:
             self._before[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process or self.received is not None:
-            # A loader's worker, which has inherited this handler, or a sender who will not wait any longer.
+        if os.getpid() != self._process:  # a loader's worker, which has inherited this handler
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.received = signal.Signals(number)
+        # Whoever signals a whole job reaches a rank twice: by itself, and through its launcher.
+        self.received = self.received or signal.Signals(number)

@@ -123,6 +123,10 @@ class Environment(EnvironmentSpec):
         return True
 
     @hookimpl
+    def environment_requeue(self) -> bool:
+        return False
+
+    @hookimpl
     def environment_validate(self, num_processes: int | None, num_nodes: int | None) -> None:
         world = self.environment_world()
         asked = (

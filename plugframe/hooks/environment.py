@@ -52,6 +52,14 @@ class EnvironmentSpec(Protocol):
         ...
 
     @provider
+    def environment_requeue(self) -> bool:
+        """Have whoever started the job start it again once it has ended; say whether that was asked for.
+
+        Called on global rank 0 by ``lite.requeue()``.
+        """
+        ...
+
+    @provider
     def environment_store(self, context: Context, timeout_s: float) -> Any:
         """Return the ``torch.distributed.Store`` at which the ranks of the job meet.
 

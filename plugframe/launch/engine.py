@@ -28,7 +28,7 @@ from plugframe.launch.memory import out_of_memory_kills
 from plugframe.launch.nodes import ElsewhereError, Nodes
 from plugframe.launch.rendezvous import Loopback
 from plugframe.launch.report import Ending, Report, culprit_of, report, summary
-from plugframe.launch.signals import Signals
+from plugframe.launch.signals import WARNING, Signals
 from plugframe.launch.watch import TERMINATE_S, Rank, Watch, is_child
 from plugframe.request import LAUNCHED
 
@@ -71,7 +71,7 @@ class _Supervision:
     def __init__(self, job: Job, start_method: str | None, root: str) -> None:
         self.job = job
         self.files = RankFiles(root, self._on_attempt)
-        self.signals = Signals(lambda: self.watch.kill_all())
+        self.signals = Signals(on_second=lambda: self.watch.kill_all(), on_warning=self._warn_ranks)
         self.handler = self._rendezvous()
         self.agent = self._agent(start_method)
         self.watch = Watch(
@@ -160,6 +160,12 @@ class _Supervision:
             self._last_ranks = ranks
         return ranks
 
+    def _warn_ranks(self) -> None:
+        """Pass a scheduler's warning on to the ranks, which may save and leave."""
+        for rank in self._ranks():
+            if is_child(rank.pid):
+                os.kill(rank.pid, WARNING)
+
     def _on_beat(self) -> None:
         self.watch.beat()
         self._beats += 1
@@ -213,6 +219,9 @@ class _Supervision:
             if self.handler.recalled:  # while this node waited for the others to end
                 return None, self._elsewhere("")
             self.handler.part()
+            if self.signals.warned:
+                text = f"{WARNING.name}: every rank has left."
+                return None, RankFailedError(text, exit_code=128 + WARNING)
             payload = result.return_values.get(0)
             return pickle.loads(payload) if payload is not None else None, None
         self._ranks()

@@ -12,6 +12,8 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing import SignalException
 
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+#: What schedulers send as a warning: it goes to the ranks, and ends nothing by itself.
+WARNING = signal.SIGUSR1
 #: The signals that torch handles itself. It takes a name it does not know for one less.
 TORCH_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
@@ -23,10 +25,13 @@ class Signals:
 
     Attributes:
         received: the first signal that came, None before.
+        warned: whether a warning came and was passed on.
     """
 
-    def __init__(self, on_second: Callable[[], None]) -> None:
+    def __init__(self, on_second: Callable[[], None], on_warning: Callable[[], None]) -> None:
         self.received: signal.Signals | None = None
+        self.warned = False
+        self._on_warning = on_warning
         self._on_second = on_second
         self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
@@ -35,7 +40,7 @@ class Signals:
     def __enter__(self) -> Signals:
         os.environ[TORCH_SIGNALS] = "NONE"
         if threading.current_thread() is threading.main_thread():
-            for number in _HANDLED:
+            for number in (*_HANDLED, WARNING):
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._handle)
         return self
@@ -52,6 +57,9 @@ class Signals:
         if os.getpid() != self._process:  # a forked rank that has not begun its work
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        elif number == WARNING:
+            self.warned = True
+            self._on_warning()
         elif self.received is None:
             self.received = signal.Signals(number)
             raise SignalException(f"received {self.received.name}", self.received)

@@ -20,6 +20,7 @@ from plugframe.registry import Registry
 from plugframe.request import gather
 from plugframe.resolve import resolve
 from plugframe.session import Session
+from plugframe.stopping import Stopping
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -93,6 +94,7 @@ class Core:
         self._modules: list[weakref.ref[nn.Module]] = []
         self._loaders = Loaders()
         self._phase = Phase()
+        self._stopping = Stopping()
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process as settings and the subclass's own attributes; there the plan is made anew."""
@@ -106,6 +108,7 @@ class Core:
             "_modules",
             "_loaders",
             "_phase",
+            "_stopping",
         )
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
@@ -185,6 +188,7 @@ class Core:
         self._session.close()
         self._modules.clear()
         self._loaders.clear()
+        self._stopping.close()
         atexit.unregister(self._session.close)
 
     def _alone(self) -> bool:

@@ -12,6 +12,7 @@ from plugframe.adopt import state_of
 from plugframe.hooks.checkpoint import SaveHandle
 from plugframe.lite.core import Core
 from plugframe.naming import Names, names_of
+from plugframe.retention import Checkpoints
 from plugframe.state import Filter
 
 
@@ -38,8 +39,18 @@ class Keeping(Core):
             CheckpointError: on all ranks; what was at `path` before is still there.
         """
         self._started("save")
+        return self._save(path, state, filter=filter, wait=wait)
+
+    def _save(self, path: Any, state: Any, *, filter: Any = None, info: Any = None, wait: bool) -> SaveHandle | None:
         return saving.save(
-            self._session, path, state, filters=filter, loaders=self._loaders, naming=self._naming, wait=wait
+            self._session,
+            path,
+            state,
+            filters=filter,
+            loaders=self._loaders,
+            naming=self._naming,
+            wait=wait,
+            info=info,
         )
 
     def load(
@@ -76,6 +87,63 @@ class Keeping(Core):
             naming=self._naming,
             weights_only=weights_only,
         )
+
+    def checkpoints(
+        self,
+        folder: Any,
+        *,
+        keep_last: int | None = 3,
+        keep_best: tuple[str, str, int] | None = None,
+        every_s: float | None = None,
+    ) -> Checkpoints:
+        """Return a keeper of this run's checkpoints: what to save when, what to keep, where to go on from.
+
+        ::
+
+            kept = lite.checkpoints("runs/a", keep_last=3, keep_best=("val_loss", "min", 1), every_s=600)
+            state = {"model": model, "optimizer": optimizer}
+            kept.resume(state)                                   # the newest whole one, if there is any
+            for step in range(kept.step + 1, steps + 1):
+                ...
+                kept.save(step, state, {"val_loss": loss}, force=lite.should_stop)
+
+        Every rank must make every call of it.
+
+        Args:
+            folder: of the run; made when something is saved.
+            keep_last: how many of the newest to keep; None keeps all.
+            keep_best: a metric, ``"min"`` or ``"max"``, and how many of the best to keep besides.
+            every_s: seconds that must have passed since the last one; None saves at every call.
+        """
+        self._started("checkpoints")
+        return Checkpoints(
+            self._session,
+            saving.checked_path(folder),
+            save=self._save,
+            load=self.load,
+            keep_last=keep_last,
+            keep_best=keep_best,
+            every_s=every_s,
+        )
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether any rank was sent SIGTERM or SIGUSR1: leave the loop, save and end. Every rank must ask.
+
+        All ranks get the same answer at the same question, so that all leave the loop at the same batch. From the
+        first question on these signals no longer end the process; SIGINT and SIGKILL do.
+        """
+        self._started("should_stop")
+        return self._stopping.agreed(self._hooks)
+
+    def requeue(self) -> bool:
+        """Have the scheduler start this job again once it ends; say whether there is one that can.
+
+        Every rank must call it; one of them asks.
+        """
+        self._started("requeue")
+        asked = self._hooks.environment_requeue() if self.is_global_zero else None
+        return bool(self._hooks.collective_broadcast_object(obj=asked, src=0, group=None))
 
     def load_raw(self, path: Any, obj: Any, strict: bool = True, *, weights_only: bool | None = None) -> None:
         """Put the bare ``state_dict`` that lies at `path` into `obj`. Every rank must call it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from plugframe.base import Environment
 from plugframe.hooks import hookimpl
 from plugframe.world import World
+from plugframe_builtins.slurm.requeue import requeue
 
 
 class Local(Environment):
@@ -23,6 +24,10 @@ class Local(Environment):
     @hookimpl
     def environment_world(self) -> World:
         return World()
+
+    @hookimpl
+    def environment_requeue(self) -> bool:
+        return requeue()  # a batch script may have started the launcher
 
     @hookimpl
     def environment_validate(self, num_processes: int | None, num_nodes: int | None) -> None:

@@ -9,6 +9,7 @@ from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks import hookimpl
 from plugframe.world import World
 from plugframe_builtins.slurm.lists import expand_hosts, expand_tasks
+from plugframe_builtins.slurm.requeue import requeue
 
 #: From here on SLURM numbers what is no step of srun's: a batch script, or the shell that salloc opens.
 SPECIAL_STEPS = 0xFFFF_FFF0
@@ -55,6 +56,10 @@ class Slurm(Environment):
         figures = {field: self.read_int(variable) for field, variable in names.items()}
         names["local_world_size"] = _first("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE")
         return self.checked(World(**figures, local_world_size=self._per_node(names["local_world_size"])), names)
+
+    @hookimpl
+    def environment_requeue(self) -> bool:
+        return requeue()
 
     def _per_node(self, variable: str) -> int:
         text = os.environ.get(variable)

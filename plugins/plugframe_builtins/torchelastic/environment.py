@@ -11,6 +11,7 @@ from plugframe.context import Context
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks import hookimpl
 from plugframe.world import World
+from plugframe_builtins.slurm.requeue import requeue
 from plugframe_builtins.torchelastic import plugin
 from plugframe_builtins.torchelastic.attempt import only_this_attempt
 
@@ -64,6 +65,10 @@ class TorchElastic(Environment):
 
     def main(self) -> tuple[str, int]:
         return os.environ.get("MASTER_ADDR", ""), self.read_int("MASTER_PORT")
+
+    @hookimpl
+    def environment_requeue(self) -> bool:
+        return requeue()  # a batch script may have started the launcher
 
     @hookimpl
     def environment_store(self, context: Context, timeout_s: float) -> Any:

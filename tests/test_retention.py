@@ -1,0 +1,157 @@
+"""The checkpoints of a run: what is saved when, what is kept, where it goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from plugframe import CheckpointError, CheckpointMismatchError, Lite, PlugframeWarning, SettingError
+from plugframe.world import World
+from ranks import run_ranks
+
+
+@pytest.fixture(params=["safetensors", "dcp"])
+def lite(request: pytest.FixtureRequest) -> Iterator[Lite]:
+    with Lite(accelerator="cpu", devices=1, checkpoint=request.param) as made:
+        yield made
+
+
+def state(value: float = 0.0) -> dict[str, Any]:
+    model = nn.Linear(2, 1)
+    nn.init.constant_(model.weight, value)
+    return {"model": model, "note": "x"}
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(name[5:17]) for name in os.listdir(folder) if name.startswith("step-"))
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_the_newest_and_the_best_are_kept(lite: Lite, tmp_path: Path, wait: bool) -> None:
+    """keep_last and keep_best each keep theirs; everything else goes; nothing half-removed stays."""
+    if not wait and lite.plan.choices["checkpoint"].name != "dcp":
+        pytest.skip("this format saves at once")
+    kept = lite.checkpoints(tmp_path / "a", keep_last=2, keep_best=("loss", "min", 1))
+    assert kept.latest() is None
+    assert kept.best() is None
+    for step, loss in enumerate([5.0, 1.0, 4.0, float("nan"), 3.0]):
+        assert kept.save(step, state(loss), {"loss": loss}, wait=wait)
+    assert kept.save(9, state(9.0), wait=True)
+    assert steps(tmp_path / "a") == [1, 4, 9]
+    assert kept.latest() == str(tmp_path / "a" / "step-000000000009.ckpt")
+    assert kept.best() == str(tmp_path / "a" / "step-000000000001.ckpt")
+    assert len(os.listdir(tmp_path / "a")) == 3
+    most = lite.checkpoints(tmp_path / "b", keep_last=1, keep_best=("loss", "max", 2))
+    for step, loss in enumerate([5.0, 1.0, 4.0, 3.0, 2.0]):
+        most.save(step, state(loss), {"loss": loss})
+    assert steps(tmp_path / "b") == [0, 2, 4]
+    everything = lite.checkpoints(tmp_path / "c", keep_last=None)
+    for step in range(5):
+        everything.save(step, state())
+    assert steps(tmp_path / "c") == [0, 1, 2, 3, 4]
+
+
+def test_a_run_goes_on_from_the_newest_whole_one(lite: Lite, tmp_path: Path) -> None:
+    """Without a checkpoint it begins; a damaged one is set aside and told of; one that does not fit is an error."""
+    kept = lite.checkpoints(tmp_path / "run", keep_last=None)
+    assert not kept.resume(state())
+    assert kept.step == 0
+    for step in (1, 2, 3):
+        kept.save(step, state(float(step)))
+    newest = tmp_path / "run" / "step-000000000003.ckpt"
+    damaged = newest if newest.is_file() else next(newest.glob("*.safetensors"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    again, found = lite.checkpoints(tmp_path / "run"), state()
+    with pytest.warns(PlugframeWarning, match=r"step-000000000003.ckpt.* It is set aside, and the one before it taken"):
+        assert again.resume(found)
+    assert again.step == 2
+    assert found["model"].weight.tolist() == [[2.0, 2.0]]
+    assert steps(tmp_path / "run") == [1, 2]
+    assert (tmp_path / "run" / "damaged-step-000000000003.ckpt").exists()
+    with pytest.raises(CheckpointMismatchError, match="does not fit"):
+        again.resume({"model": nn.Linear(3, 1), "note": ""})
+    assert steps(tmp_path / "run") == [1, 2]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(lite: Lite, tmp_path: Path) -> None:
+    """Starting over would be taken for going on: it is an error."""
+    kept = lite.checkpoints(tmp_path / "run")
+    kept.save(1, state())
+    path = tmp_path / "run" / "step-000000000001.ckpt"
+    damaged = path if path.is_file() else path / "manifest.json"
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    with (
+        pytest.warns(PlugframeWarning, match="It is set aside"),
+        pytest.raises(CheckpointError, match="All 1 checkpoints in .* are damaged and set aside: remove them to"),
+    ):
+        kept.resume(state())
+
+
+def test_time_decides(lite: Lite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """every_s lets saves through only so often; force does always."""
+    now = [100.0]
+    monkeypatch.setattr("plugframe.retention.time.monotonic", lambda: now[0])
+    kept = lite.checkpoints(tmp_path / "run", keep_last=None, every_s=60)
+    assert kept.save(1, state())
+    now[0] += 59
+    assert not kept.save(2, state())
+    assert kept.save(3, state(), force=True)
+    now[0] += 59
+    assert not kept.save(4, state())
+    now[0] += 1
+    assert kept.save(5, state())
+    assert steps(tmp_path / "run") == [1, 3, 5]
+
+
+def _ranks_agree(world: World, folder: str) -> list[Any]:
+    with Lite(accelerator="cpu", devices=world.world_size) as lite:
+        kept = lite.checkpoints(folder, keep_last=1, keep_best=("loss", "min", 1), every_s=1000)
+        model = lite.setup(nn.Linear(2, 1))
+        saved = [kept.save(step, {"model": model}, {"loss": loss}) for step, loss in enumerate([2.0, 1.0])]
+        saved.append(kept.save(5, {"model": model}, {"loss": 3.0}, force=True))
+        lite.barrier()
+        fresh = lite.checkpoints(folder)
+        return [*saved, kept.latest(), kept.best(), fresh.resume({"model": model}), fresh.step]
+
+
+def test_ranks_agree(tmp_path: Path) -> None:
+    """All ranks save at the same calls and see the same checkpoints."""
+    first, second = run_ranks(2, _ranks_agree, str(tmp_path))
+    assert first == second
+    assert first[:3] == [True, False, True]
+    assert first[5:] == [True, 5]
+    assert torch.tensor(first[5]).item()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_last": 0}, "keep_last=0 must be a whole number from 1 on"),
+        ({"every_s": -1}, "every_s=-1 must be a number of seconds above 0"),
+        ({"keep_best": ("loss", "least", 1)}, "keep_best=.* must name a metric, 'min' or 'max', and how many"),
+        ({"keep_best": "loss"}, "must name a metric"),
+    ],
+)
+def test_wrong_settings_are_refused(lite: Lite, settings: dict[str, Any], message: str) -> None:
+    """Each error says what is allowed."""
+    with pytest.raises(SettingError, match=message):
+        lite.checkpoints("x", **settings)
+
+
+def test_wrong_calls_are_refused(lite: Lite, tmp_path: Path) -> None:
+    """Steps are whole numbers; metrics hold what is compared; best() needs to know what by."""
+    kept = lite.checkpoints(tmp_path / "run", keep_best=("loss", "min", 1))
+    with pytest.raises(SettingError, match="step=1.5 of a checkpoint must be a whole number"):
+        kept.save(1.5, state())  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="keep_best compares 'loss', and metrics= has 'acc'"):
+        kept.save(1, state(), {"acc": 1.0})
+    with pytest.raises(SettingError, match=r"best\(\) compares by keep_best="):
+        lite.checkpoints(tmp_path / "run").best()
