@@ -19,6 +19,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 TWO_RANKS = ("-m", "plugframe", "run", "--devices", "2")  # and then the script, a bare --, its options
 SHORT = ("--steps", "4", "--warm-up", "1", "--batch-size", "8", "--block", "16", "--validate-every", "4")
 
+needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs DeepSpeed")
 needs_digits = pytest.mark.skipif(not importlib.util.find_spec("sklearn"), reason="needs scikit-learn")
 
 
@@ -130,6 +131,23 @@ def test_language_model_learns_the_same_on_one_rank_and_on_two(tmp_path: Path) -
     assert len(validation_of(one)) == 2
     assert validation_of(one)[-1] < validation_of(one)[0]
     assert validation_of(two) == pytest.approx(validation_of(one), abs=2e-3)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("first", "second"), [("fsdp", "deepspeed"), ("deepspeed_stage_3", "fsdp")])
+def test_language_model_goes_on_under_another_strategy(first: str, second: str, tmp_path: Path) -> None:
+    """Unchanged, in parts on two ranks from the command line; its checkpoint goes on as if nothing had changed."""
+    losses = []
+    for strategies in ((first, second), ("ddp", "ddp")):
+        options = ("--checkpoint", f"{strategies[0]}.ckpt", *SHORT)
+        for strategy, steps in zip(strategies, ("4", "8"), strict=True):
+            command = (*TWO_RANKS, "--strategy", strategy, "--accelerator=cpu", "train_lite.py", "--", *options)
+            output = run("language_model", *command, "--steps", steps, cwd=tmp_path)
+            losses.append(validation_of(output))
+    assert [len(each) for each in losses] == [2, 2, 2, 2]
+    assert losses[1][0] == losses[0][-1]
+    assert losses[0] == pytest.approx(losses[2], abs=2e-3)
+    assert losses[1] == pytest.approx(losses[3], abs=2e-3)
 
 
 @pytest.mark.parametrize("folder", ["image_classifier", "language_model"])

@@ -335,8 +335,10 @@ supervise(Job(num_processes=2, command=({path!r},)))
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout is not None
-        pids = [int(launcher.stdout.readline()) for _ in range(2)]
-        launcher.kill()
+        try:
+            pids = [int(launcher.stdout.readline()) for _ in range(2)]
+        finally:
+            launcher.kill()
         for pid in pids:
             wait_until_gone(pid)
     for folder in Path(os.environ["TMPDIR"]).glob("plugframe-*/attempt-0"):

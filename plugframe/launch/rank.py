@@ -71,7 +71,8 @@ def prepare(parent: int) -> None:
         faulthandler.enable(os.open(crash, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
-        reconfigure(line_buffering=True)  # whole lines: with -u those of several ranks are torn
+        # Whole lines: with -u, or PYTHONUNBUFFERED, those of several ranks are torn.
+        reconfigure(line_buffering=True, write_through=False)
 
 
 def die_with_parent(parent: int) -> None:
