@@ -256,6 +256,22 @@ def accumulation_nests(world: World) -> None:
                 torch.testing.assert_close(whole(ours.grad), theirs.grad, rtol=1e-5, atol=1e-6)
 
 
+def zeroed_gradients_are_forgotten(world: World) -> None:
+    """zero_grad of the optimizer, or the model, drops what was accumulated and not averaged as well."""
+    with lite_of(world) as lite:
+        model, plain = build(), build()
+        model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for zero in (optimizer, model):
+            with lite.no_backward_sync(model):
+                lite.backward(loss_of(model, tokens(2)))
+            zero.zero_grad()
+            lite.backward(loss_of(model, mine(lite, tokens())))
+            plain.zero_grad()
+            loss_of(plain, tokens()).backward()
+            torch.testing.assert_close(whole(model.head.weight.grad), plain.head.weight.grad, rtol=1e-5, atol=1e-6)
+            model.zero_grad()
+
+
 def backwards_in_any_order(world: World) -> None:
     """Two forwards before two backwards, and one graph twice, give the gradients of one process."""
 
@@ -485,6 +501,7 @@ ALL = (
     a_new_optimizer_after_setup_works,
     ranks_get_rank_zeros_values,
     accumulation_nests,
+    zeroed_gradients_are_forgotten,
     backwards_in_any_order,
     other_methods_and_outputs,
     evaluations_may_be_uneven,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from plugframe.base import ForwardShim, map_tensors
 from plugframe.errors import OrderError, UsageError
@@ -110,6 +111,16 @@ class Engine:
         reset = getattr(self._sharded, "reset_iter_state", None)
         if reset is not None:
             reset()
+
+    def forget(self) -> None:
+        """Drop gradients that were accumulated and not averaged. Every rank must call it: it gathers."""
+        self.local = False
+        for part in self.shim.modules():
+            if isinstance(part, FSDPModule):
+                part.unshard()
+                for parameter in part.parameters():  # those of units within are gathered in their turn
+                    parameter.grad = None if not isinstance(parameter, DTensor) else parameter.grad
+                part.reshard()
 
     def close(self) -> None:
         """Have the module say that it ran in a job which has ended."""

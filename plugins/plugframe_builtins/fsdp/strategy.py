@@ -288,6 +288,17 @@ class FSDP(Strategy):
                 self._warn_local(optimizer)
         return super().strategy_optimizer_step(optimizer, step, closure)
 
+    def _warn_kept(self) -> None:
+        dtypes = self.context.hooks.precision_dtypes()
+        if make_policy(self.mp_policy, dtypes).reduce_dtype is not None and self.context.world.global_rank == 0:
+            warnings.warn(
+                "zero_grad() cannot drop gradients that were accumulated under no_backward_sync() and never averaged "
+                f"in precision={self.context.names['precision']!r}: torch keeps them apart until they are reduced. Run "
+                "the last backward outside of it before.",
+                PlugframeWarning,
+                stacklevel=2,
+            )
+
     def _warn_local(self, optimizer: Optimizer) -> None:
         if self.context.world.global_rank == 0:
             warnings.warn(
@@ -296,6 +307,14 @@ class FSDP(Strategy):
                 PlugframeWarning,
                 stacklevel=2,
             )
+
+    @hookimpl
+    def strategy_zero_grad(self, owner: nn.Module | Optimizer) -> None:
+        for engine in self._alive():
+            mine = engine.owns(owner) if isinstance(owner, Optimizer) else owner is engine.shim.module
+            if engine.local and mine:
+                engine.forget()
+                self._warn_kept()
 
     @hookimpl
     def strategy_clip_gradients(

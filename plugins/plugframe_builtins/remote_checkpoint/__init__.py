@@ -1,0 +1,12 @@
+"""One folder per checkpoint at a URL: on an object store, or whatever else fsspec reaches."""
+
+from plugframe import Plugin
+
+plugin = Plugin(
+    factory="plugframe_builtins.remote_checkpoint.checkpoint:RemoteCheckpoint",
+    summary="a folder at a URL (s3://, gs://, memory://, …) to which every rank writes its part, verified on load",
+    provides=("sharded",),
+    requires=("fsspec",),
+    extra="plugframe[remote]",
+    priority=None,
+)

@@ -1,0 +1,174 @@
+"""The plugin: every rank writes its part to a folder at a URL, and reads what it needs."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from plugframe.base import Checkpoint
+from plugframe.checkpoint import Contents, StoredTensor, split_stored
+from plugframe.context import Context
+from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe.hooks import SaveHandle, hookimpl
+from plugframe_builtins.checkpoint_files import opening
+from plugframe_builtins.checkpoint_files.tensorfile import CODES
+from plugframe_builtins.dcp_checkpoint.checkpoint import ShardedCheckpoint
+from plugframe_builtins.dcp_checkpoint.portion import common, digest, portion, table
+from plugframe_builtins.remote_checkpoint import reading, writing
+from plugframe_builtins.remote_checkpoint.storage import RemoteFolder, local_path, told
+
+_T = TypeVar("_T")
+_UNTOUCHED = "; what was there before is untouched"
+
+
+@dataclass
+class _Offer:
+    """What a rank brings to a save."""
+
+    folder: RemoteFolder
+    tensors: dict[str, Tensor | StoredTensor]
+    structure: Any
+    save_id: str = ""
+    made: bool = False
+
+
+class RemoteCheckpoint(Checkpoint):
+    """A folder per checkpoint at any URL fsspec knows, of the same form as one of the file system.
+
+    It can be copied from one to the other and loaded there. A path of the file system, also as ``file:///…``, is left
+    to the sharded checkpoint, which forces what it writes to disk. Only one job at a time may save at a URL: storage
+    has no locks that tell the files of a job that died from those of one that lives. The later of two fails.
+    """
+
+    def __init__(self) -> None:
+        self._local: ShardedCheckpoint | None = None
+
+    @hookimpl
+    def checkpoint_setup(self, context: Context) -> None:
+        super().checkpoint_setup(context)
+
+    @hookimpl
+    def checkpoint_teardown(self) -> None:
+        local, self._local = self._local, None
+        if local is not None:
+            local.checkpoint_teardown()
+
+    @hookimpl
+    def checkpoint_save(
+        self, path: str, state: Mapping[str, Any], info: Mapping[str, Any], wait: bool
+    ) -> SaveHandle | None:
+        local = local_path(path)
+        if local is not None:
+            return self._sharded().checkpoint_save(path=local, state=state, info=info, wait=True)
+        self._save(path, state, info)
+        return None
+
+    @hookimpl
+    def checkpoint_load(self, path: str, weights_only: bool | None, lazy: bool) -> dict[str, Any]:
+        local = local_path(path)
+        if local is not None:
+            return self._sharded().checkpoint_load(path=local, weights_only=weights_only, lazy=lazy)
+        world = self.context.world
+
+        def read() -> tuple[dict[str, Any], str]:
+            with told(f"cannot read {path}"):
+                folder = RemoteFolder(path)
+                return reading.read(folder, lazy=lazy, rank=world.global_rank, num_ranks=world.world_size)
+
+        (state, _), identities = self._together(read, tell=lambda result: result[1])
+        if len(set(identities)) > 1:
+            raise CheckpointError(
+                f"the ranks found different checkpoints at {path}: is it being written, or not shared by all nodes?"
+            )
+        return state
+
+    def inspect(self, path: str) -> Contents:
+        local = local_path(path)
+        if local is not None:
+            return opening.inspect(local)
+        with told(f"cannot read {path}"):
+            return reading.inspect(RemoteFolder(path))
+
+    def _save(self, path: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+        rank, num_ranks = self.context.world.global_rank, self.context.world.world_size
+
+        def prepare() -> _Offer:
+            with told(f"cannot write {path}", after=_UNTOUCHED):
+                return self._prepare(path, state)
+
+        offer, told_by_ranks = self._together(prepare, tell=lambda it: (digest(table(it.tensors)), it.save_id))
+        save_id = told_by_ranks[0][1]
+        shared = set(table(offer.tensors))
+        if len({each for each, _ in told_by_ranks}) > 1:
+            # A rank with an empty part of a shared tensor cannot tell that it is shared: then none looks.
+            offer.tensors, offer.structure = split_stored(
+                state, dtypes=CODES.keys(), where=path, sharded=True, aliases=False
+            )
+            shared = common(self._exchange(table(offer.tensors)), where=path)
+
+        def write() -> writing.Written:
+            with told(f"cannot write {path} (rank {rank})", after=_UNTOUCHED):
+                pieces = portion(offer.tensors, shared, rank=rank, num_ranks=num_ranks)
+                return writing.write(offer.folder, save_id, rank, pieces)
+
+        def commit() -> None:
+            with told(f"cannot write {path}", after=_UNTOUCHED):
+                if rank == 0:
+                    writing.commit(offer.folder, save_id, written, offer.structure, info)
+
+        try:
+            _, written = self._together(write, tell=lambda it: it)
+            self._together(commit, tell=lambda _: None)
+        except BaseException as error:
+            # Of a CheckpointError all ranks know, so nobody is writing any more.
+            if rank == 0 and (isinstance(error, CheckpointError) or num_ranks == 1):
+                writing.abandon(offer.folder, save_id, made=offer.made)
+            raise
+
+    def _prepare(self, path: str, state: Mapping[str, Any]) -> _Offer:
+        """Do what can go wrong on one rank alone, before anything is written."""
+        folder = RemoteFolder(path)
+        tensors, structure = split_stored(state, dtypes=CODES.keys(), where=path, sharded=True)
+        offer = _Offer(folder, tensors, structure)
+        if self.context.world.global_rank == 0:
+            offer.made = not writing.check(folder)
+            offer.save_id = secrets.token_hex(8)
+        return offer
+
+    def _together(self, act: Callable[[], _T], *, tell: Callable[[_T], Any]) -> tuple[_T, list[Any]]:
+        """Do something on all ranks; return what came of it here, and what each tells of it.
+
+        Raises:
+            CheckpointError: on all ranks, worded alike, if `act` did on any.
+        """
+        results: list[_T] = []
+        failure: CheckpointError | None = None
+        try:
+            results.append(act())
+        except CheckpointError as error:
+            failure = error
+        mine = None if failure is None else (isinstance(failure, CheckpointCorruptError), str(failure))
+        everyone = self._exchange((mine, [tell(result) for result in results]))
+        failed = next((failed for failed, _ in everyone if failed is not None), None)
+        if failed is None:
+            return results[0], [told_by[0] for _, told_by in everyone]
+        if failure is None or mine != failed:
+            failure = CheckpointCorruptError(failed[1]) if failed[0] else CheckpointError(failed[1])
+        raise failure
+
+    def _exchange(self, obj: Any) -> list[Any]:
+        if self.context.world.world_size == 1:
+            return [obj]
+        everyone: list[Any] = self.context.hooks.collective_all_gather_object(obj=obj, group=None)
+        return everyone
+
+    def _sharded(self) -> ShardedCheckpoint:
+        if self._local is None:
+            local = ShardedCheckpoint()
+            local.checkpoint_setup(self.context)
+            self._local = local
+        return self._local

@@ -1,0 +1,207 @@
+"""Reading a checkpoint at a URL: its manifest, then its files, in stretches, against their checksums."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from plugframe.checkpoint import Contents, StoredTensor, join
+from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe_builtins.checkpoint_files import folder as form
+from plugframe_builtins.checkpoint_files.files import Files
+from plugframe_builtins.checkpoint_files.found import Chunk, Found, Laid
+from plugframe_builtins.checkpoint_files.source import FileSource
+from plugframe_builtins.checkpoint_files.verifying import Part, check_sizes, parts_of, read_parts
+from plugframe_builtins.remote_checkpoint.storage import RemoteFolder, told
+
+#: Who reads on where the last read ended is given this much at once: requests cost more than bytes.
+_AHEAD_BYTES = 4 * 1024 * 1024
+
+
+class _Stretch(NamedTuple):
+    file: str
+    start: int
+    data: bytes
+    read_to: int
+
+
+class RemoteFiles(Files):
+    """The files of a checkpoint at a URL.
+
+    Unlike a file that is open, one here is gone once another save has taken the checkpoint's place: a tensor that is
+    read after that is an error, never another value.
+    """
+
+    def __init__(self, folder: RemoteFolder, names: Iterable[str]) -> None:
+        super().__init__(folder.url, names)
+        self._folder = folder
+        self._sizes: dict[str, int | None] | None = None
+        self._last = threading.local()
+
+    def name(self, file: str) -> str:
+        return self._folder.shown(file)
+
+    def size(self, file: str) -> int | None:
+        with told(f"cannot read {self.name(file)}"):
+            if self._sizes is None:
+                # One question for all files; where it has no answer each is asked for.
+                self._sizes = {}
+                with suppress(Exception):
+                    self._sizes.update(self._folder.sizes())
+            if self._sizes.get(file) is None:
+                self._sizes[file] = self._folder.size(file)
+            return self._sizes[file]
+
+    def read_into(self, buffer: memoryview, file: str, start: int, what: str) -> None:
+        with told(f"cannot read {self.name(file)}"):
+            try:
+                data = self._read(file, start, len(buffer))
+            except FileNotFoundError:
+                raise CheckpointCorruptError(f"{self.path} is not whole: the file {file} is missing.") from None
+        if len(data) != len(buffer):
+            raise CheckpointCorruptError(
+                f"{self.name(file)} is truncated: {what} has {len(buffer)} bytes, found {len(data)}."
+            )
+        buffer[:] = data
+
+    def _read(self, file: str, start: int, size: int) -> memoryview:
+        last: _Stretch | None = getattr(self._last, "stretch", None)
+        if last is not None and last.file != file:
+            last = None
+        if last is None or not last.start <= start <= start + size <= last.start + len(last.data):
+            ahead = last is not None and start == last.read_to
+            end = start + (max(size, _AHEAD_BYTES) if ahead else size)
+            known = (self._sizes or {}).get(file)
+            end = end if known is None else max(start, min(end, known))
+            data = self._folder.read(file, start, end) if end > start else b""
+            last = _Stretch(file, start, data, start)
+        self._last.stretch = last._replace(read_to=start + size)
+        return memoryview(last.data)[start - last.start : start - last.start + size]
+
+
+def find(folder: RemoteFolder) -> Found:
+    """Return what the manifest in a folder says.
+
+    Raises:
+        CheckpointError: if nothing, or something else, is there.
+        CheckpointCorruptError: if the manifest is not what was written.
+    """
+    with told(f"cannot read {folder.url}"):
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest.startswith(form.OPENING):
+            names: Iterable[str] = [form.MANIFEST]
+        else:
+            names = folder.sizes()
+        if manifest is None and not names:
+            raise CheckpointError(f"{folder.url} does not exist.")
+        with tempfile.TemporaryDirectory(prefix="checkpoint-") as likeness:
+            imitate(likeness, names, manifest)
+            try:
+                found = form.find(likeness)
+            except CheckpointError as error:
+                raise type(error)(str(error).replace(likeness, folder.url.rstrip("/"))) from error
+    return replace(found, path=folder.url)
+
+
+def read_manifest(folder: RemoteFolder) -> bytes | None:
+    """Return the manifest in a folder, None if there is none."""
+    try:
+        return folder.read(form.MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def imitate(likeness: str, names: Iterable[str], manifest: bytes | None) -> None:
+    """Fill a folder here with a manifest and empty files, so that it can be judged like any checkpoint's folder.
+
+    Of the data files one is enough, and of what does not belong there a few.
+    """
+    ours = [name for name in names if form.is_data(name)][:1]
+    foreign = [name for name in names if name not in ("", ".", "..") and not form.is_ours(name)][:6]
+    for name in [*ours, *foreign]:
+        with open(os.path.join(likeness, name[:60]), "wb"):
+            pass
+    if manifest is not None:
+        with open(os.path.join(likeness, form.MANIFEST), "wb") as file:
+            file.write(manifest)
+
+
+def read(folder: RemoteFolder, *, lazy: bool, rank: int, num_ranks: int) -> tuple[dict[str, Any], str]:
+    """Return the state in a folder, verified, and what tells this checkpoint from any other.
+
+    Args:
+        folder: where it lies.
+        lazy: leave tensors there; then each rank verifies its share of them.
+        rank: this one.
+        num_ranks: of the job.
+    """
+    found = find(folder)
+    files = RemoteFiles(folder, found.files)
+    check_sizes(found, files)
+    tensors: dict[str, Tensor | StoredTensor] = {}
+    if lazy:
+        read_parts(files, parts_of(found), share=rank, num_shares=num_ranks)
+        tensors.update(FileSource(found, files).tensors())
+    else:
+        tensors.update(_read_whole(found, files))
+    state = join(tensors, found.structure, where=found.path)
+    if not isinstance(state, dict):
+        raise CheckpointCorruptError(f"{found.path}: its structure is a {type(state).__name__}, not a dict.")
+    return state, found.identity
+
+
+def inspect(folder: RemoteFolder) -> Contents:
+    """Return what lies in a folder, without reading its tensors."""
+    found = find(folder)
+    tensors = FileSource(found, RemoteFiles(folder, found.files)).tensors()
+    return Contents(
+        format=found.format,
+        version=found.version,
+        size_bytes=found.size_bytes,
+        num_files=len(found.files) + 1,
+        verifiable=True,
+        info=found.info,
+        state=join(tensors, found.structure, where=found.path),
+    )
+
+
+def _read_whole(found: Found, files: RemoteFiles) -> dict[str, Tensor]:
+    """Read every tensor, each byte once and verified as read."""
+    whole = {name: torch.empty(laid.shape, dtype=laid.dtype, device="cpu") for name, laid in found.tensors.items()}
+    parts = [part for part in parts_of(found) if part.what.startswith("the header")]
+    apart: list[tuple[str, Laid, Chunk, Tensor]] = []
+    for name, laid in found.tensors.items():
+        for chunk in laid.chunks:
+            box = _box(whole[name], chunk)
+            if box.is_contiguous():
+                parts.append(_part(name, laid, chunk, box))
+            else:
+                apart.append((name, laid, chunk, box))
+    read_parts(files, sorted(parts, key=lambda part: (part.file, part.start)))
+    # One after another: no more memory than for the largest.
+    for name, laid, chunk, box in apart:
+        own = torch.empty(box.shape, dtype=box.dtype, device="cpu")
+        read_parts(files, [_part(name, laid, chunk, own)])
+        box.copy_(own)
+    return whole
+
+
+def _box(tensor: Tensor, chunk: Chunk) -> Tensor:
+    for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+        tensor = tensor.narrow(dim, offset, size)
+    return tensor
+
+
+def _part(name: str, laid: Laid, chunk: Chunk, tensor: Tensor) -> Part:
+    assert chunk.crc32 is not None
+    size_bytes = math.prod(chunk.sizes) * laid.dtype.itemsize
+    return Part(f"tensor {name!r}", chunk.file, chunk.start, size_bytes, chunk.crc32, tensor)

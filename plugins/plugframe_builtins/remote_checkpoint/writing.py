@@ -1,0 +1,172 @@
+"""Writing a checkpoint at a URL: every rank its file, then rank 0 the manifest, which makes them a checkpoint.
+
+Nothing that counts is ever written over: the data files of one save have names no other has, and the manifest is
+written beside the old one and put in its place, which object stores (by a copy of theirs) and file systems (by a
+rename) do at once.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from plugframe.errors import CheckpointError
+from plugframe_builtins.checkpoint_files import folder as form
+from plugframe_builtins.checkpoint_files import tensorfile
+from plugframe_builtins.checkpoint_files.found import Chunk, Head, Laid
+from plugframe_builtins.dcp_checkpoint.portion import Piece
+from plugframe_builtins.remote_checkpoint.reading import imitate, read_manifest
+from plugframe_builtins.remote_checkpoint.storage import RemoteFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a rank wrote: its file, None if it has nothing to write, and where in it which chunk of a tensor lies."""
+
+    file: str | None = None
+    head: Head | None = None
+    chunks: Mapping[str, tuple[torch.dtype, tuple[int, ...], Chunk]]
+
+
+def check(folder: RemoteFolder) -> bool:
+    """Check that the folder may become a checkpoint; say whether anything is there.
+
+    Raises:
+        CheckpointError: saying what is in the way.
+    """
+    names = folder.sizes()
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as likeness:
+        imitate(likeness, names, read_manifest(folder) if form.MANIFEST in names else None)
+        form.check_content(likeness, folder.url)
+    return bool(names)
+
+
+def write(folder: RemoteFolder, save_id: str, rank: int, pieces: Mapping[str, Piece]) -> Written:
+    """Write this rank's file."""
+    if not pieces:
+        return Written(chunks={})
+    name = form.data_name(save_id, rank)
+    labels: dict[str, str] = {}
+    # Wide elements first: then each tensor lies aligned without gaps, which the format forbids.
+    for of in sorted(pieces, key=lambda of: -pieces[of].tensor.dtype.itemsize):
+        labels[_label(of, pieces[of], labels)] = of
+    tensors = {label: pieces[of].tensor for label, of in labels.items()}
+    slots = tensorfile.place({label: (tensor.dtype, tuple(tensor.shape)) for label, tensor in tensors.items()})
+    header = tensorfile.build_plain_header(slots, where=folder.url)
+    with folder.writing(name) as file:
+        file.write(header)
+        checksums = tensorfile.write_tensors(file, tensors)
+    chunks = {}
+    for label, of in labels.items():
+        piece, slot = pieces[of], slots[label]
+        chunk = Chunk(
+            offsets=tuple(piece.offsets),
+            sizes=slot.shape,
+            file=name,
+            start=len(header) + slot.start,
+            crc32=checksums[label],
+        )
+        chunks[of] = (slot.dtype, tuple(piece.shape), chunk)
+    end = max(slot.end for slot in slots.values())
+    head = Head(size_bytes=len(header) + end, head_bytes=len(header), crc32=f"{zlib.crc32(header):08x}")
+    return Written(file=name, head=head, chunks=chunks)
+
+
+def _label(name: str, piece: Piece, taken: Mapping[str, str]) -> str:
+    """Return the name a piece has in its file: that of its tensor, and which part of it if it is one."""
+    sizes = tuple(piece.tensor.shape)
+    if sizes != tuple(piece.shape):
+        box = zip(piece.offsets, sizes, strict=True)
+        name += f"[{','.join(f'{offset}:{offset + size}' for offset, size in box)}]"
+    while name in taken or name == "__metadata__":
+        name += "#"
+    return name
+
+
+def commit(
+    folder: RemoteFolder, save_id: str, written: Sequence[Written], structure: Any, info: Mapping[str, Any]
+) -> None:
+    """Put the manifest in the place of the old one, once all ranks have written; then remove the old files.
+
+    Called on rank 0.
+    """
+    files = {each.file: each.head for each in written if each.file is not None and each.head is not None}
+    data = form.pack(structure=structure, info=info, files=files, tensors=_tensors(folder, written))
+    _check_there(folder, files)
+    draft = _draft(save_id)
+    with folder.writing(draft) as file:
+        file.write(data)
+    try:
+        folder.rename(draft, form.MANIFEST)
+    except Exception:
+        # A store may do what it was asked to and fail to say so.
+        if read_manifest(folder) != data:
+            raise
+    # From here on the new checkpoint is there; what cannot be removed now the next save removes.
+    with suppress(Exception):
+        for name in folder.sizes():
+            if form.is_ours(name) and name != form.MANIFEST and name not in files:
+                folder.remove(name)
+
+
+def abandon(folder: RemoteFolder, save_id: str, *, made: bool) -> None:
+    """Remove what was written by a save that failed on all ranks, as far as that can be. Called on rank 0.
+
+    Args:
+        folder: where.
+        save_id: of the save.
+        made: whether nothing was there before.
+    """
+    # Why the save failed is what to tell; what cannot be removed now the next save removes.
+    with suppress(Exception):
+        manifest = read_manifest(folder)
+        if manifest is not None and save_id.encode("ascii") in manifest:
+            return
+        for name in folder.sizes():
+            if name.startswith(f"{save_id}-") or name == _draft(save_id):
+                folder.remove(name)
+        if made and not folder.sizes():
+            folder.remove_empty()
+
+
+def _draft(save_id: str) -> str:
+    return f".{form.MANIFEST}.tmp-{save_id}"
+
+
+def _check_there(folder: RemoteFolder, files: Mapping[str, Head]) -> None:
+    """Check that the files arrived, and nobody who saves at the same place at the same time took them away."""
+    sizes = folder.sizes()
+    for name, head in files.items():
+        size = sizes.get(name)
+        size = folder.size(name) if size is None else size
+        if size != head.size_bytes:
+            found = "it is missing" if size is None else f"found {size}"
+            raise CheckpointError(
+                f"cannot write {folder.url}: {name} should have {head.size_bytes} bytes there, {found}: is another "
+                "job saving to it, or do the nodes see different storage? What was there before is untouched."
+            )
+
+
+def _tensors(folder: RemoteFolder, written: Sequence[Written]) -> dict[str, Laid]:
+    merged: dict[str, tuple[torch.dtype, tuple[int, ...], list[Chunk]]] = {}
+    for each in written:
+        for name, (dtype, shape, chunk) in each.chunks.items():
+            merged.setdefault(name, (dtype, shape, []))[2].append(chunk)
+    tensors: dict[str, Laid] = {}
+    for name, (dtype, shape, chunks) in merged.items():
+        chunks.sort(key=lambda chunk: chunk.offsets)
+        filled = sum(math.prod(chunk.sizes) for chunk in chunks)
+        if filled != math.prod(shape) or len({chunk.offsets for chunk in chunks}) != len(chunks):
+            raise CheckpointError(
+                f"cannot write {folder.url}: the parts of {name!r} on all ranks have {filled} elements, the whole has "
+                f"{math.prod(shape)}; what was there before is untouched."
+            )
+        tensors[name] = Laid(dtype=dtype, shape=shape, chunks=tuple(chunks))
+    return tensors
