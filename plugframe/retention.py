@@ -37,6 +37,11 @@ class Checkpoints:
         every_s: float | None,
     ) -> None:
         _check(keep_last, keep_best, every_s)
+        if "://" in folder:
+            raise SettingError(
+                f"checkpoints({folder!r}) is a URL, and looks after a folder of this file system: use lite.save() and "
+                "lite.load() with paths of your own."
+            )
         self.folder = folder
         self.step = 0
         self._session = session

@@ -91,9 +91,7 @@ class RemoteFolder:
             if full.strip("/") != self._path.strip("/"):
                 sizes[full.rstrip("/").rpartition("/")[2]] = entry.get("size")
             elif entry.get("type") == "file" and not full.endswith("/"):
-                raise CheckpointError(
-                    f"{self.url} is a file, and a checkpoint at a URL is a folder: give the URL of one."
-                )
+                raise CheckpointError(f"{self.url} is a file, and a checkpoint at a URL is a folder: give another URL.")
         return sizes
 
     def size(self, name: str) -> int | None:
