@@ -73,7 +73,7 @@ def main() -> None:
             "torch.save renamed": lambda: torch_save_renamed(state, f"{theirs}2"),
             "plugframe save": lambda: plugin.checkpoint_save(path=ours, state=state, info={}, wait=True),
             "torch.load": lambda: torch.load(theirs, weights_only=True),
-            "plugframe load": lambda: plugin.checkpoint_load(path=ours, weights_only=None, lazy=False),
+            "plugframe load": lambda: plugin.checkpoint_load(path=ours, trusted=False, lazy=False),
         }
         times: dict[str, list[float]] = {name: [] for name in ways}
         order = list(ways)

@@ -75,7 +75,7 @@ def load(
     strict: bool,
     loaders: Loaders,
     naming: Naming,
-    weights_only: bool | None,
+    trusted: bool,
 ) -> dict[str, Any]:
     """Read a checkpoint into `state` and return what has no place in it. Called on every rank."""
     target = checked_path(path)
@@ -84,30 +84,49 @@ def load(
             f"load() takes the state as a dict such as {{'model': model}}, got {type(state).__name__}; "
             "for a single object use load_raw()."
         )
-    loaded = session.hooks.checkpoint_load(path=target, weights_only=weights_only, lazy=_lazy(session))
+    loaded = session.hooks.checkpoint_load(path=target, trusted=trusted, lazy=_lazy(session))
     run = loaded.pop(RUN, None)
     if state is None:
         return {key: materialize(value) for key, value in loaded.items()}
     restore = Restore(session.hooks, path=target, strict=strict, naming=naming)
     rest = restore.into(state, loaded)
     restore.apply()
+    _tell(session, _passed_over(restore))
     if run is not None:
         _restore_run(session, materialize(run), loaders)
+    else:
+        _tell(
+            session,
+            f"{target} holds no state of a run: random generators, the loss scaler and the loaders' positions were not "
+            "restored.",
+        )
     if session.hooks.on_load is not None:
         session.hooks.on_load(path=target)
     return rest
 
 
-def load_raw(session: Session, path: Any, obj: Any, *, strict: bool, naming: Naming, weights_only: bool | None) -> None:
+def load_raw(session: Session, path: Any, obj: Any, *, strict: bool, naming: Naming, trusted: bool) -> None:
     """Read a file that holds the bare state of one object. Called on every rank."""
     target = checked_path(path)
-    loaded = session.hooks.checkpoint_load(path=target, weights_only=weights_only, lazy=_lazy(session))
+    loaded = session.hooks.checkpoint_load(path=target, trusted=trusted, lazy=_lazy(session))
     loaded.pop(RUN, None)
     if not (hasattr(obj, "load_state_dict") and hasattr(obj, "state_dict")):
         raise SettingError(f"load_raw() takes an object with load_state_dict(), got {type(obj).__name__}.")
     restore = Restore(session.hooks, path=target, strict=strict, naming=naming)
     restore.into({"object": obj}, {"object": loaded})
     restore.apply()
+    _tell(session, _passed_over(restore))
+
+
+def _passed_over(restore: Restore) -> str:
+    what = "; ".join(restore.passed_over)
+    return what and f"Not all of {restore.path} was restored, as strict=False allows: {what}."
+
+
+def _tell(session: Session, message: str) -> None:
+    """Warn on rank 0, at the line of the user's call."""
+    if message and session.world.global_rank == 0:
+        warnings.warn(message, PlugframeWarning, stacklevel=4)
 
 
 def _run_state(session: Session, loaders: Loaders) -> dict[str, Any]:

@@ -80,6 +80,8 @@ class Restore:
         self.path = path
         self.strict = strict
         self.problems: list[str] = []
+        #: What `strict` would have refused: it stays as it is.
+        self.passed_over: list[str] = []
         # What may yet refuse comes first, so that nothing else has been written then.
         self._writes: dict[str, list[Callable[[], object]]] = {
             kind: [] for kind in ("object", "optimizer", "module", "tensor", "value")
@@ -88,12 +90,15 @@ class Restore:
     def into(self, state: Any, loaded: Mapping[str, Any]) -> dict[str, Any]:
         """Plan to put `loaded` into `state`, whose plain values are replaced, and return what has no place in it."""
         missing = [key for key in state if key not in loaded]
-        if missing and self.strict:
-            self.problems.append(f"missing: {', '.join(map(repr, missing))}")
+        if missing:
+            self._strictly(f"missing: {', '.join(map(repr, missing))}")
         for key in state:
             if key in loaded:
                 self._put(state, key, state[key], loaded[key], str(key))
         return {key: materialize(value) for key, value in loaded.items() if key not in state}
+
+    def _strictly(self, text: str) -> None:
+        (self.problems if self.strict else self.passed_over).append(text)
 
     def _put(self, container: Any, key: Any, value: Any, loaded: Any, where: str) -> None:
         if isinstance(value, nn.Module):
@@ -115,10 +120,11 @@ class Restore:
         for name in value:
             if name in loaded:
                 self._put(value, name, value[name], loaded[name], f"{where}.{name}")
-            elif self.strict:
-                self.problems.append(f"missing: '{where}.{name}'")
-        if self.strict:
-            self.problems += [f"unexpected: '{where}.{name}'" for name in loaded if name not in value]
+            else:
+                self._strictly(f"missing: '{where}.{name}'")
+        for name in loaded:
+            if name not in value:
+                self._strictly(f"unexpected: '{where}.{name}'")
 
     def _sequence(self, container: Any, key: Any, value: Any, loaded: Sequence[Any], where: str) -> None:
         if len(value) != len(loaded):
@@ -150,9 +156,9 @@ class Restore:
             loaded = _without_prefix(loaded)  # saved by torch itself from a compiled module
         missing = [key for key in own if key not in loaded]
         unexpected = [key for key in loaded if key not in own]
-        if self.strict:
-            self.problems += [f"missing in {where}: {', '.join(missing)}"] if missing else []
-            self.problems += [f"unexpected in {where}: {', '.join(unexpected)}"] if unexpected else []
+        for what, names in (("missing", missing), ("unexpected", unexpected)):
+            if names:
+                self._strictly(f"{what} in {where}: {', '.join(names)}")
         for key, value in own.items():
             other = loaded.get(key)
             if isinstance(value, Tensor) and isinstance(other, (Tensor, StoredTensor)) and value.shape != other.shape:

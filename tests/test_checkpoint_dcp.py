@@ -92,9 +92,9 @@ class Job:
     def save(self, name: str, state: dict[str, Any], *, wait: bool = True) -> Any:
         return self.checkpoint.checkpoint_save(path=self.path(name), state=state, info={"saved": "by"}, wait=wait)
 
-    def load(self, name: str, *, lazy: bool = True, weights_only: bool | None = None) -> dict[str, Any]:
+    def load(self, name: str, *, lazy: bool = True, trusted: bool = False) -> dict[str, Any]:
         state: dict[str, Any] = self.checkpoint.checkpoint_load(
-            path=self.path(name), weights_only=weights_only, lazy=lazy
+            path=self.path(name), trusted=trusted, lazy=lazy
         )
         return state
 
@@ -425,7 +425,7 @@ def a_single_file_is_read_in_parts(on: Job) -> None:
     on.meet()
     for plugin in (single, on.checkpoint):
         for name in ("single", "folder", "plain"):
-            state = plugin.checkpoint_load(path=on.path(name), weights_only=None, lazy=True)
+            state = plugin.checkpoint_load(path=on.path(name), trusted=False, lazy=True)
             stored = state["rows"] if name == "plain" else state["model"]["rows"]
             assert isinstance(stored, StoredTensor)
             target = distribute_tensor(torch.zeros(8, 6), on.meshes["line"], [Shard(1)], src_data_rank=None)
@@ -436,13 +436,13 @@ def a_single_file_is_read_in_parts(on: Job) -> None:
 
 
 def folders_of_torch_itself_are_read_if_trusted(on: Job) -> None:
-    """A folder of torch.distributed.checkpoint holds pickles: refused, and read with weights_only=False."""
+    """A folder of torch.distributed.checkpoint holds pickles: refused, and read with trusted=True."""
     values = wholes()
     state = {"model": {"rows": on.parts("rows")["rows"], "whole": values["few"]}, "list": [1, {"a": 2.5}], "epoch": 3}
     dcp.save(dict(state), checkpoint_id=on.path("torch"))
     with pytest.raises(CheckpointError, match=r"torch was written by torch\.distributed\.checkpoint, .* is a pickle"):
         on.load("torch")
-    loaded = on.load("torch", weights_only=False)
+    loaded = on.load("torch", trusted=True)
     assert same(loaded["model"], {"rows": values["rows"], "whole": values["few"]})
     assert loaded["list"] == [1, {"a": 2.5}]
     assert loaded["epoch"] == 3
@@ -549,7 +549,7 @@ def test_missing_cut_and_newer_files_are_named(alone: Job) -> None:
         (None, rf"last is not whole: the file {name} is missing"),
         (content[:-1], rf"{name} is truncated: expected {len(content)} bytes, found {len(content) - 1}"),
         (content + b"a", rf"{name} is longer than what was written"),
-        (bytes(len(content)), rf"{name}: the header of {name} is not what was written: .* crc32 expected"),
+        (bytes(len(content)), rf"{name}: the header of {name} is not what was written: .* xxh3 expected"),
     ):
         os.unlink(path)
         if data is not None:
@@ -564,7 +564,7 @@ def test_missing_cut_and_newer_files_are_named(alone: Job) -> None:
                 alone.load("last", lazy=lazy)
     Path(path).write_bytes(content)
     body = json.loads(manifest.read_text())
-    del body["crc32"]
+    del body["xxh3"]
     manifest.write_bytes(seal({**body, "version": 2}))
     with pytest.raises(CheckpointError, match=r"last was written by a newer plugframe \(format 2, this one reads 1\)"):
         alone.load("last")

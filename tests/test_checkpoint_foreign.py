@@ -36,26 +36,26 @@ class Built:
     """A harmless class, but still code to import."""
 
 
-def load(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
-    return plugin().checkpoint_load(path=str(path), weights_only=weights_only, lazy=False)
+def load(path: Path, trusted: bool = False) -> dict[str, Any]:
+    return plugin().checkpoint_load(path=str(path), trusted=trusted, lazy=False)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("weights_only", [None, True, False])
-def test_a_torch_save_file_of_tensors_loads(tmp_path: Path, zipped: bool, weights_only: bool | None) -> None:
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_torch_save_file_of_tensors_loads(tmp_path: Path, zipped: bool, trusted: bool) -> None:
     """Both formats of torch.save are read, onto the CPU."""
     state = {"w": torch.arange(3.0), "epoch": 2, "nested": [{"a": torch.tensor(True)}]}
     torch.save(state, tmp_path / "last.pt", _use_new_zipfile_serialization=zipped)
-    assert same(load(tmp_path / "last.pt", weights_only), state)
+    assert same(load(tmp_path / "last.pt", trusted), state)
 
 
 def test_trusting_a_torch_save_file_runs_its_code(tmp_path: Path) -> None:
-    """Only weights_only=False, said outright, lets the file run code."""
+    """Only trusted=True, said outright, lets the file run code."""
     torch.save({"a": Payload(tmp_path / "ran")}, tmp_path / "last.pt")
-    text = r"last\.pt is a torch.save file that holds code \(\w+\.mkdir\), .* run: pass weights_only=False only if"
+    text = r"last\.pt is a torch.save file that holds code \(\w+\.mkdir\), .* run: pass trusted=True only if"
     with pytest.raises(CheckpointError, match=text):
         load(tmp_path / "last.pt")
-    assert load(tmp_path / "last.pt", weights_only=False) == {"a": None}
+    assert load(tmp_path / "last.pt", trusted=True) == {"a": None}
     assert (tmp_path / "ran").exists()
 
 
@@ -78,7 +78,7 @@ def test_what_is_no_state_in_a_torch_save_file_is_refused(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"holds code \([\w.]*Burnt\)"):
         load(path)
     with pytest.raises(CheckpointCorruptError, match="Burnt"):
-        load(path, weights_only=False)
+        load(path, trusted=True)
 
 
 def zip_of(path: Path, names: list[str], payload: Payload) -> None:
@@ -132,18 +132,15 @@ WAYS: dict[str, Callable[[Path, Payload], object]] = {
 }
 
 
-@pytest.mark.parametrize("weights_only", [None, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_no_code_in_a_file_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, weights_only: bool | None
-) -> None:
+def test_no_code_in_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """Code hidden in a file, in any of these ways and under any name, is refused and never run."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     marker = tmp_path / "ran"
     path = tmp_path / "last.safetensors"
     WAYS[way](path, Payload(marker))
     with pytest.raises(CheckpointError, match="last.safetensors"):
-        load(path, weights_only)
+        load(path)
     assert not marker.exists()
 
 
@@ -184,14 +181,13 @@ def test_a_forged_structure_runs_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("weights_only", [None, True])
-def test_a_folder_of_files_with_pickled_metadata_is_refused(tmp_path: Path, weights_only: bool | None) -> None:
+def test_a_folder_of_files_with_pickled_metadata_is_refused(tmp_path: Path) -> None:
     """A sharded checkpoint of another tool keeps pickles in its metadata: it is read only if trusted."""
     (tmp_path / "dcp").mkdir()
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    with pytest.raises(CheckpointError, match=r"metadata is a pickle .* none of it was run: pass weights_only=False"):
-        load(tmp_path / "dcp", weights_only)
+    with pytest.raises(CheckpointError, match=r"metadata is a pickle .* none of it was run: pass trusted=True"):
+        load(tmp_path / "dcp")
     assert not (tmp_path / "ran").exists()
     with pytest.raises(CheckpointCorruptError, match=r"dcp is no whole checkpoint of torch\.distributed\.checkpoint"):
-        load(tmp_path / "dcp", weights_only=False)
+        load(tmp_path / "dcp", trusted=True)
     assert (tmp_path / "ran").exists()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-import zlib
 
 import pytest
 import torch
+import xxhash
 
-from plugframe.checkpoint import SEGMENT_BYTES, Checksum, Entry, Manifest
+from plugframe.checkpoint import SEGMENT_BYTES, Checksum, Entry, Manifest, digest
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 
 
@@ -16,9 +16,9 @@ def example() -> Manifest:
     return Manifest(
         format="example",
         version=3,
-        structure=Entry(dtype="uint8", shape=(5,), size_bytes=5, crc32=("0000000a",)),
+        structure=Entry(dtype="uint8", shape=(5,), size_bytes=5, xxh3=("0000000a0000000a",)),
         tensors={
-            "a.b": Entry(dtype="float32", shape=(2, 3), size_bytes=24, crc32=("deadbeef",)),
+            "a.b": Entry(dtype="float32", shape=(2, 3), size_bytes=24, xxh3=("deadbeefdeadbeef",)),
             "é": Entry.blank(dtype="bool", shape=(0,), size_bytes=0),
         },
         info={"world_size": 2, "ratio": float("nan"), "names": ("x", {3: None})},
@@ -60,7 +60,7 @@ def test_a_manifest_of_something_else_is_refused() -> None:
         b'{"structure":[1],"tensors":{},"format":"","version":1,"info":{}',
         b"[[[[",
     ):
-        data = body + b',"crc32":"%08x"}' % zlib.crc32(body)
+        data = body + b',"xxh3":"%b"}' % digest(body).encode()
         with pytest.raises(CheckpointCorruptError, match="its manifest is not one"):
             Manifest.from_bytes(data, where="f")
 
@@ -69,7 +69,9 @@ def test_checksums_do_not_change_the_length() -> None:
     """A blank manifest is as long as the filled one, so that its place in the file is known beforehand."""
     size = 2 * SEGMENT_BYTES + 1
     entries = [Entry.blank(dtype="uint8", shape=(size,), size_bytes=size)]
-    entries.append(Entry(dtype="uint8", shape=(size,), size_bytes=size, crc32=("00000001", "ffffffff", "12345678")))
+    entries.append(
+        Entry(dtype="uint8", shape=(size,), size_bytes=size, xxh3=("00000001" * 2, "ffffffff" * 2, "12345678" * 2))
+    )
     lengths = {
         len(Manifest(format="f", version=1, structure=entry, tensors={"a": entry}).to_bytes()) for entry in entries
     }
@@ -86,10 +88,12 @@ def test_info_holds_plain_values_only() -> None:
 
 
 def test_checksums_are_of_segments_however_the_bytes_come() -> None:
-    """One crc32 for each segment, whatever the sizes of the bites, and none for nothing."""
+    """One xxh3 for each segment, whatever the sizes of the bites, and none for nothing."""
     data = random.Random(0).randbytes(1000) * (2 * SEGMENT_BYTES // 1000 + 1)
     data = data[: 2 * SEGMENT_BYTES + 7]
-    expected = tuple(f"{zlib.crc32(data[at : at + SEGMENT_BYTES]):08x}" for at in range(0, len(data), SEGMENT_BYTES))
+    expected = tuple(
+        xxhash.xxh3_64_hexdigest(data[at : at + SEGMENT_BYTES]) for at in range(0, len(data), SEGMENT_BYTES)
+    )
     for bite in (len(data), SEGMENT_BYTES, SEGMENT_BYTES - 3, 5_000_001):
         checksum = Checksum()
         for at in range(0, len(data), bite):

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import weakref
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from safetensors import safe_open
 
@@ -30,8 +30,8 @@ def save(path: Path | str, state: Any, **info: Any) -> None:
     assert plugin().checkpoint_save(path=str(path), state=state, info=info, wait=True) is None
 
 
-def load(path: Path | str, weights_only: bool | None = None) -> dict[str, Any]:
-    return plugin().checkpoint_load(path=str(path), weights_only=weights_only, lazy=False)
+def load(path: Path | str, trusted: bool = False) -> dict[str, Any]:
+    return plugin().checkpoint_load(path=str(path), trusted=trusted, lazy=False)
 
 
 def small() -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_other_tools_read_the_file(tmp_path: Path) -> None:
         manifest = json.loads(bytes(file.get_tensor(layout.MANIFEST).tolist()))
         assert set(file.keys()) == {*manifest["tensors"], layout.STRUCTURE, layout.MANIFEST}
     assert manifest["info"] == {"dict": {"world_size": 2}}
-    expected = f"{zlib.crc32(bytes(small()['model']['bias'].tolist())):08x}"
+    expected = xxhash.xxh3_64_hexdigest(bytes(small()["model"]["bias"].tolist()))
     assert manifest["tensors"]["model.bias"] == ["bool", [2], 2, [expected]]
 
 
@@ -241,7 +241,7 @@ def test_a_wrong_byte_in_a_tensor_is_named_with_both_checksums(tmp_path: Path) -
     path.write_bytes(path.read_bytes().replace(b"\7\7\7", b"\7\10\7", 1))
     text = (
         r"last\.ckpt: tensor 'model\.weight' is not what was written: bytes 0 to 1000, "
-        r"crc32 expected [0-9a-f]{8}, found [0-9a-f]{8}\. Load another checkpoint"
+        r"xxh3 expected [0-9a-f]{16}, found [0-9a-f]{16}\. Load another checkpoint"
     )
     with pytest.raises(CheckpointCorruptError, match=text):
         load(path)
@@ -292,8 +292,8 @@ def rewrite_header(path: Path, change: Callable[[bytes], bytes]) -> None:
     header = change(data[8 : 8 + length])
     opening = layout._OPENING_FOUND.match(header)
     assert opening
-    blank = header[: opening.start(2)] + b"0" * 8 + header[opening.end(2) :]
-    header = header[: opening.start(2)] + b"%08x" % zlib.crc32(blank) + header[opening.end(2) :]
+    blank = header[: opening.start(2)] + b"0" * 16 + header[opening.end(2) :]
+    header = header[: opening.start(2)] + xxhash.xxh3_64_hexdigest(blank).encode() + header[opening.end(2) :]
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
 
 

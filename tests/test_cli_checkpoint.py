@@ -81,7 +81,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def load(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = made(ShardedCheckpoint()).checkpoint_load(path=str(path), weights_only=None, lazy=False)
+    state: dict[str, Any] = made(ShardedCheckpoint()).checkpoint_load(path=str(path), trusted=False, lazy=False)
     return state
 
 
@@ -130,7 +130,7 @@ def test_verify_reads_every_byte(saved: Path, plug: Callable[..., Result], form:
     path.write_bytes(data[: at + 7] + bytes([data[at + 7] ^ 1]) + data[at + 8 :])
     result = plug("verify", saved / form)
     assert (result.code, result.out) == (1, "")
-    assert f"{path}: tensor 'model.w' is not what was written: bytes 0 to 48, crc32 expected " in result.err
+    assert f"{path}: tensor 'model.w' is not what was written: bytes 0 to 48, xxh3 expected " in result.err
     assert len(result.err.splitlines()) == 1
 
 

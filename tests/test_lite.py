@@ -267,8 +267,25 @@ def test_a_load_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
         assert "model.1.weight has shape (4, 2), the checkpoint has (3, 2)" in message
         assert torch.equal(second[0].weight, kept)
         third = nn.Sequential(nn.Linear(2, 2))
-        assert lite.load(path, {"model": third}, strict=False) == {"extra": 1}
+        text = r"strict=False allows: unexpected in model: 1\.weight, 1\.bias\.$"
+        with pytest.warns(PlugframeWarning, match=text) as told:
+            assert lite.load(path, {"model": third}, strict=False) == {"extra": 1}
+        assert told[0].filename == __file__
         assert torch.equal(third[0].weight, first[0].weight)
+
+
+def test_what_a_file_of_another_tool_lacks_is_told(tmp_path: Path) -> None:
+    """A file without the state of a run restores the objects, and says what it could not."""
+    model = nn.Linear(2, 2)
+    torch.save({"model": model.state_dict()}, tmp_path / "theirs.pt")
+    with cpu() as lite:
+        other = lite.setup(nn.Linear(2, 2))
+        with pytest.warns(
+            PlugframeWarning, match=r"theirs\.pt holds no state of a run: random generators, .* not"
+        ) as told:
+            lite.load(tmp_path / "theirs.pt", {"model": other})
+        assert told[0].filename == __file__
+        assert torch.equal(other.weight, model.weight)
 
 
 def test_a_filter_saves_part_of_an_object(tmp_path: Path) -> None:

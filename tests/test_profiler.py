@@ -69,7 +69,7 @@ class Nowhere(Checkpoint):
         pass
 
     @hookimpl
-    def checkpoint_load(self, path: str, weights_only: bool | None, lazy: bool) -> dict[str, Any]:
+    def checkpoint_load(self, path: str, trusted: bool, lazy: bool) -> dict[str, Any]:
         return {}
 
 

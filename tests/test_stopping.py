@@ -133,3 +133,46 @@ def test_slurm_requeues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert requeue()
     assert (tmp_path / "asked").read_text().splitlines() == ["requeue 12", "requeue 12", "requeue 13", "requeue 7_3"]
+
+
+RESTARTED = """
+import os, signal
+from pathlib import Path
+import torch
+from plugframe import Lite
+
+with Lite() as lite:
+    lite.seed_everything(0)
+    model = torch.nn.Linear(4, 1)
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    kept = lite.checkpoints("run")
+    state = {"model": model, "optimizer": optimizer}
+    kept.resume(state)
+    for step in range(kept.step + 1, 7):
+        optimizer.zero_grad()
+        lite.backward(model(torch.randn(8, 4)).square().mean())
+        optimizer.step()
+        with open(f"steps-{lite.global_rank}", "a") as file:
+            file.write(f"{step} ")
+        kept.save(step, state)
+        killed = Path("killed")
+        if step == 3 and lite.global_rank == 1 and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_rank_leads_to_a_restart_that_goes_on(tmp_path: Path) -> None:
+    """With ``--max-restarts`` all ranks start again and go on from the last checkpoint, by the script as it is."""
+    (tmp_path / "train.py").write_text(RESTARTED)
+    command = [sys.executable, "-m", "plugframe", "run", "--accelerator=cpu", "--devices=2", "--max-restarts=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "SIGKILL" in done.stderr
+    # What came after the last whole checkpoint is done again, and nothing before it.
+    for rank in range(2):
+        steps = [int(step) for step in (tmp_path / f"steps-{rank}").read_text().split()]
+        assert steps in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 4, 5, 6])

@@ -20,13 +20,14 @@ from plugframe.checkpoint.atomic import (
 from plugframe.checkpoint.behind import Checksums
 from plugframe.checkpoint.buffers import as_bytes, pieces
 from plugframe.checkpoint.contents import Contents
-from plugframe.checkpoint.manifest import SEGMENT_BYTES, Checksum, Entry, Manifest, seal, unseal
+from plugframe.checkpoint.manifest import DIGEST_CHARS, SEGMENT_BYTES, Checksum, Entry, Manifest, digest, seal, unseal
 from plugframe.checkpoint.shards import is_shard, local_of, view_locally
 from plugframe.checkpoint.stored import Source, StoredTensor, fill, materialize
 from plugframe.checkpoint.tree import dump_structure, join, parse_structure, split, split_stored
 from plugframe.checkpoint.values import dtype_name, dtype_of
 
 __all__ = [
+    "DIGEST_CHARS",
     "SEGMENT_BYTES",
     "Checksum",
     "Checksums",
@@ -37,6 +38,7 @@ __all__ = [
     "StoredTensor",
     "as_bytes",
     "check_space",
+    "digest",
     "draft_name",
     "dtype_name",
     "dtype_of",

@@ -175,9 +175,7 @@ def _load(plugins: Mapping[Entry, Any], path: str, *, trusted: bool) -> dict[str
     problem: CheckpointError | None = None
     for plugin in plugins.values():
         try:
-            state: dict[str, Any] = plugin.checkpoint_load(
-                path=path, weights_only=False if trusted else None, lazy=True
-            )
+            state: dict[str, Any] = plugin.checkpoint_load(path=path, trusted=trusted, lazy=True)
         except CheckpointError as error:
             problem = problem or error
         else:

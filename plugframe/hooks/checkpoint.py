@@ -60,10 +60,10 @@ class CheckpointSpec(Protocol):
         ...
 
     @provider
-    def checkpoint_load(self, path: str, weights_only: bool | None, lazy: bool) -> dict[str, Any]:
+    def checkpoint_load(self, path: str, trusted: bool, lazy: bool) -> dict[str, Any]:
         """Read and verify what lies at `path` and return its state, tensors on the CPU.
 
-        Called on every rank. No code from the file may run, unless `weights_only` is False and the file is
+        Called on every rank. No code from the file may run, unless `trusted` and the file is
         a foreign one (``torch.save``). If `lazy`, tensors may be `StoredTensor`: verified already, and read only
         where and when they are needed, so that no rank holds more than its part.
 

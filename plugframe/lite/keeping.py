@@ -60,6 +60,7 @@ class Keeping(Core):
         strict: bool = True,
         *,
         weights_only: bool | None = None,
+        trusted: bool = False,
     ) -> dict[str, Any]:
         """Put what lies at `path` into the objects of `state`, and its plain values into the dict itself.
 
@@ -68,7 +69,9 @@ class Keeping(Core):
         Args:
             state: as it was given to `save`; None returns the content instead.
             strict: whether every key must be there and have a place.
-            weights_only: False lets a ``torch.save`` file of somebody else run code; never needed for our own.
+            weights_only: taken for scripts that pass it, and without effect: only `trusted` lets a file run code.
+            trusted: let a file or folder that another tool wrote with pickle run the code in it; never needed, and
+                without effect, for what plugframe wrote.
 
         Returns:
             What has no place in `state`.
@@ -85,7 +88,7 @@ class Keeping(Core):
             strict=strict,
             loaders=self._loaders,
             naming=self._naming,
-            weights_only=weights_only,
+            trusted=trusted,
         )
 
     def checkpoints(
@@ -145,10 +148,12 @@ class Keeping(Core):
         asked = self._hooks.environment_requeue() if self.is_global_zero else None
         return bool(self._hooks.collective_broadcast_object(obj=asked, src=0, group=None))
 
-    def load_raw(self, path: Any, obj: Any, strict: bool = True, *, weights_only: bool | None = None) -> None:
-        """Put the bare ``state_dict`` that lies at `path` into `obj`. Every rank must call it."""
+    def load_raw(
+        self, path: Any, obj: Any, strict: bool = True, *, weights_only: bool | None = None, trusted: bool = False
+    ) -> None:
+        """Put the bare ``state_dict`` that lies at `path` into `obj`. Every rank must call it. See `load`."""
         self._started("load_raw")
-        saving.load_raw(self._session, path, obj, strict=strict, naming=self._naming, weights_only=weights_only)
+        saving.load_raw(self._session, path, obj, strict=strict, naming=self._naming, trusted=trusted)
 
     def _naming(self, optimizer: Optimizer) -> Names | None:
         """Return the names of the optimizer's parameters: now, or when it was set up if the strategy hides them."""

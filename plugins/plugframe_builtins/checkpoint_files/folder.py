@@ -59,14 +59,14 @@ def pack(
         "version": VERSION,
         "info": packed_info,
         "structure": structure,
-        "files": {name: [head.size_bytes, head.head_bytes, head.crc32] for name, head in files.items()},
+        "files": {name: [head.size_bytes, head.head_bytes, head.xxh3] for name, head in files.items()},
         "tensors": {name: _pack(laid, numbers) for name, laid in tensors.items()},
     }
     return seal(body)
 
 
 def _pack(laid: Laid, numbers: Mapping[str, int]) -> list[Any]:
-    chunks = [[c.offsets, c.sizes, numbers[c.file], c.start, c.crc32] for c in laid.chunks]
+    chunks = [[c.offsets, c.sizes, numbers[c.file], c.start, c.xxh3] for c in laid.chunks]
     return [dtype_name(laid.dtype), laid.shape, chunks]
 
 
@@ -142,7 +142,7 @@ def _without_manifest(path: str) -> CheckpointError:
 def _unpack(path: str, fields: Any, data: bytes) -> Found:
     if fields["format"] != FORMAT or fields["version"] != VERSION:
         raise ValueError(f"format {fields['format']!r}, version {fields['version']!r}")
-    files = {name: Head(size_bytes=s, head_bytes=h, crc32=crc) for name, (s, h, crc) in fields["files"].items()}
+    files = {name: Head(size_bytes=s, head_bytes=h, xxh3=crc) for name, (s, h, crc) in fields["files"].items()}
     if not all(map(is_data, files)):
         raise ValueError("a file has a name no data file has")
     names = list(files)
@@ -166,8 +166,8 @@ def _unpack_tensor(name: str, packed: Any, names: Sequence[str], files: Mapping[
         dtype=dtype_of(dtype),
         shape=tuple(shape),
         chunks=tuple(
-            Chunk(offsets=tuple(o), sizes=tuple(s), file=names[int(number)], start=start, crc32=tuple(crc32))
-            for o, s, number, start, crc32 in chunks
+            Chunk(offsets=tuple(o), sizes=tuple(s), file=names[int(number)], start=start, xxh3=tuple(xxh3))
+            for o, s, number, start, xxh3 in chunks
         ),
     )
     filled = 0

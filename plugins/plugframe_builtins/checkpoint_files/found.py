@@ -21,14 +21,14 @@ class Chunk:
         sizes: its extent in each dimension.
         file: the file's name in its folder.
         start: where in the file it begins.
-        crc32: of each of its segments; None if nobody knows.
+        xxh3: of each of its segments; None if nobody knows.
     """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
     start: int
-    crc32: tuple[str, ...] | None
+    xxh3: tuple[str, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,10 @@ class Laid:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def laid_whole(slot: Slot, data_at: int, *, crc32: tuple[str, ...] | None = None) -> Laid:
+def laid_whole(slot: Slot, data_at: int, *, xxh3: tuple[str, ...] | None = None) -> Laid:
     """Return a tensor that lies in one piece in the one file, whose tensors begin at `data_at`."""
     origin = (0,) * len(slot.shape)
-    chunk = Chunk(offsets=origin, sizes=slot.shape, file="", start=data_at + slot.start, crc32=crc32)
+    chunk = Chunk(offsets=origin, sizes=slot.shape, file="", start=data_at + slot.start, xxh3=xxh3)
     return Laid(dtype=slot.dtype, shape=slot.shape, chunks=(chunk,))
 
 
@@ -59,12 +59,12 @@ class Head:
     Attributes:
         size_bytes: of the whole file.
         head_bytes: before the first chunk.
-        crc32: of those; None if they were verified already.
+        xxh3: of those; None if they were verified already.
     """
 
     size_bytes: int
     head_bytes: int
-    crc32: str | None
+    xxh3: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

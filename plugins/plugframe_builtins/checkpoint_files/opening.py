@@ -20,7 +20,7 @@ from plugframe_builtins.checkpoint_files.verifying import Part, check_sizes, par
 from plugframe_builtins.safetensors_checkpoint import foreign, reader
 
 
-def load(path: str, *, weights_only: bool | None, lazy: bool, context: Context) -> dict[str, Any]:
+def load(path: str, *, trusted: bool, lazy: bool, context: Context) -> dict[str, Any]:
     """Read and verify what lies at `path`; see `CheckpointSpec.checkpoint_load`.
 
     All ranks call it, and it raises on all of them if it does on one.
@@ -29,7 +29,7 @@ def load(path: str, *, weights_only: bool | None, lazy: bool, context: Context) 
     state: dict[str, Any] = {}
     outcome = _Outcome()
     try:
-        state, outcome.identity = _load(path, weights_only, lazy, world.global_rank, world.world_size)
+        state, outcome.identity = _load(path, trusted, lazy, world.global_rank, world.world_size)
     except CheckpointError as error:
         outcome.error = error
     except OSError as error:
@@ -62,10 +62,10 @@ class _Outcome:
             )
 
 
-def _load(path: str, weights_only: bool | None, lazy: bool, rank: int, num_ranks: int) -> tuple[dict[str, Any], str]:
+def _load(path: str, trusted: bool, lazy: bool, rank: int, num_ranks: int) -> tuple[dict[str, Any], str]:
     if os.path.isdir(path):
         if torch_folder.is_one(path):
-            return torch_folder.read(path, weights_only=weights_only), ""
+            return torch_folder.read(path, trusted=trusted), ""
         found = folder.find(path)
         files = Files(path, found.files)
         return _take(found, files, lazy, rank, num_ranks), found.identity
@@ -75,7 +75,7 @@ def _load(path: str, weights_only: bool | None, lazy: bool, rank: int, num_ranks
         if kind == "own" and not lazy:
             return reader.read(file, path), ""
         if kind == "torch":
-            return foreign.read_torch(path, weights_only=weights_only), ""
+            return foreign.read_torch(path, trusted=trusted), ""
         lying = reader.find(file, path) if kind == "own" else foreign.find(file, path) if lazy else None
         if lying is None:
             return foreign.read_safetensors(path), ""
@@ -114,7 +114,7 @@ def _read_whole(found: Found, files: Files) -> dict[str, Tensor]:
     read_parts(files, sorted(parts, key=lambda part: (part.file, part.start)))
     for part, box, _ in apart:
         own = torch.empty(box.shape, dtype=box.dtype, device="cpu")
-        read_parts(files, [Part(part.what, part.file, part.start, part.size_bytes, part.crc32, own)])
+        read_parts(files, [Part(part.what, part.file, part.start, part.size_bytes, part.xxh3, own)])
         box.copy_(own)
     return whole
 
@@ -126,11 +126,11 @@ def _box(tensor: Tensor, chunk: Chunk) -> Tensor:
 
 
 def _part(name: str, laid: Laid, chunk: Chunk, tensor: Tensor | None) -> Part:
-    assert chunk.crc32 is not None
+    assert chunk.xxh3 is not None
     size_bytes = laid.dtype.itemsize
     for size in chunk.sizes:
         size_bytes *= size
-    return Part(f"tensor {name!r}", chunk.file, chunk.start, size_bytes, chunk.crc32, tensor)
+    return Part(f"tensor {name!r}", chunk.file, chunk.start, size_bytes, chunk.xxh3, tensor)
 
 
 def check_file(path: str, shown: str) -> None:
@@ -170,7 +170,7 @@ def _find(path: str) -> Found:
     try:
         if os.path.isdir(path):
             if torch_folder.is_one(path):
-                torch_folder.read(path, weights_only=None)
+                torch_folder.read(path, trusted=False)
             return folder.find(path)
         _check_present(path)
         with open(path, "rb") as file:

@@ -22,16 +22,16 @@ def is_one(path: str) -> bool:
     return os.path.isfile(os.path.join(path, METADATA))
 
 
-def read(path: str, *, weights_only: bool | None) -> dict[str, Any]:
-    """Return the state in such a folder; its code runs only if `weights_only` is False.
+def read(path: str, *, trusted: bool) -> dict[str, Any]:
+    """Return the state in such a folder; its code runs only if `trusted`.
 
     Raises:
-        CheckpointError: if `weights_only` is not False.
+        CheckpointError: if it is not `trusted`.
     """
-    if weights_only is not False:
+    if not trusted:
         raise CheckpointError(
             f"{path} was written by torch.distributed.checkpoint, whose metadata is a pickle and can hold code; "
-            "none of it was run: pass weights_only=False only if you trust whoever wrote it."
+            "none of it was run: pass trusted=True only if you trust whoever wrote it."
         )
     try:
         return _read(path)

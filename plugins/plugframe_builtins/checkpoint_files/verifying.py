@@ -34,22 +34,22 @@ class Part:
     file: str
     start: int
     size_bytes: int
-    crc32: tuple[str, ...]
+    xxh3: tuple[str, ...]
     tensor: Tensor | None = None
 
 
 def parts_of(found: Found) -> list[Part]:
     """Return everything in the files that has a checksum, in the order in which it lies there."""
     parts = [
-        Part(f"the header of {name}", name, 0, head.head_bytes, (head.crc32,))
+        Part(f"the header of {name}", name, 0, head.head_bytes, (head.xxh3,))
         for name, head in found.files.items()
-        if head.crc32 is not None
+        if head.xxh3 is not None
     ]
     for name, laid in found.tensors.items():
         for chunk in laid.chunks:
-            if chunk.crc32 is not None:
+            if chunk.xxh3 is not None:
                 size_bytes = math.prod(chunk.sizes) * laid.dtype.itemsize
-                parts.append(Part(f"tensor {name!r}", chunk.file, chunk.start, size_bytes, chunk.crc32))
+                parts.append(Part(f"tensor {name!r}", chunk.file, chunk.start, size_bytes, chunk.xxh3))
     return sorted(parts, key=lambda part: (part.file, part.start))
 
 
@@ -120,10 +120,10 @@ def _read_segment(files: Files, part: Part, number: int, scratch: memoryview) ->
         chunk = whole[:size] if part.tensor is None else whole[at : at + size]
         files.read_into(chunk, part.file, part.start + at, part.what)
         checksum.update(chunk)
-    found, expected = checksum.result(), part.crc32[number : number + 1]
+    found, expected = checksum.result(), part.xxh3[number : number + 1]
     if found == expected:
         return None
     return (
         f"{files.name(part.file)}: {part.what} is not what was written: bytes {start} to {end}, "
-        f"crc32 expected {', '.join(expected) or 'nothing'}, found {found[0]}"
+        f"xxh3 expected {', '.join(expected) or 'nothing'}, found {found[0]}"
     )

@@ -104,13 +104,13 @@ class ShardedCheckpoint(Checkpoint):
         return self._pending
 
     @hookimpl
-    def checkpoint_load(self, path: str, weights_only: bool | None, lazy: bool) -> dict[str, Any]:
+    def checkpoint_load(self, path: str, trusted: bool, lazy: bool) -> dict[str, Any]:
         error = self._untold()
         errors = self._exchange(str(error) if error else None)
         failed = next((each for each in errors if each is not None), None)
         if failed is not None:
             raise error or CheckpointError(failed)
-        return opening.load(path, weights_only=weights_only, lazy=lazy, context=self.context)
+        return opening.load(path, trusted=trusted, lazy=lazy, context=self.context)
 
     def inspect(self, path: str) -> Contents:
         return opening.inspect(path)

@@ -6,7 +6,6 @@ import math
 import os
 import secrets
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch.futures import Future
 from plugframe.checkpoint import (
     StoredTensor,
     check_space,
+    digest,
     draft_name,
     exchange,
     make_folders,
@@ -165,7 +165,7 @@ class FolderWriter(StorageWriter):
         os.fsync(self._file.fileno())
         sync_folder(self.path)
         end = max(slot.end for slot in slots.values())
-        head = Head(size_bytes=len(header) + end, head_bytes=len(header), crc32=f"{zlib.crc32(header):08x}")
+        head = Head(size_bytes=len(header) + end, head_bytes=len(header), xxh3=digest(header))
         return [
             WriteResult(MetadataIndex(name), head.size_bytes, head),
             *(
@@ -266,8 +266,8 @@ def _tensors(metadata: Metadata, results: list[WriteResult]) -> dict[str, Laid]:
         assert isinstance(entry, TensorStorageMetadata)
         chunks = []
         for chunk in sorted(entry.chunks, key=lambda chunk: chunk.offsets):
-            file, start, crc32 = placed[name][chunk.offsets]
+            file, start, xxh3 = placed[name][chunk.offsets]
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            chunks.append(Chunk(offsets=offsets, sizes=sizes, file=file, start=start, crc32=crc32))
+            chunks.append(Chunk(offsets=offsets, sizes=sizes, file=file, start=start, xxh3=xxh3))
         tensors[name] = Laid(dtype=entry.properties.dtype, shape=tuple(entry.size), chunks=tuple(chunks))
     return tensors

@@ -68,10 +68,10 @@ class RemoteCheckpoint(Checkpoint):
         return None
 
     @hookimpl
-    def checkpoint_load(self, path: str, weights_only: bool | None, lazy: bool) -> dict[str, Any]:
+    def checkpoint_load(self, path: str, trusted: bool, lazy: bool) -> dict[str, Any]:
         local = local_path(path)
         if local is not None:
-            return self._sharded().checkpoint_load(path=local, weights_only=weights_only, lazy=lazy)
+            return self._sharded().checkpoint_load(path=local, trusted=trusted, lazy=lazy)
         world = self.context.world
 
         def read() -> tuple[dict[str, Any], str]:

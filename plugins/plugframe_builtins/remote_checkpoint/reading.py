@@ -202,6 +202,6 @@ def _box(tensor: Tensor, chunk: Chunk) -> Tensor:
 
 
 def _part(name: str, laid: Laid, chunk: Chunk, tensor: Tensor) -> Part:
-    assert chunk.crc32 is not None
+    assert chunk.xxh3 is not None
     size_bytes = math.prod(chunk.sizes) * laid.dtype.itemsize
-    return Part(f"tensor {name!r}", chunk.file, chunk.start, size_bytes, chunk.crc32, tensor)
+    return Part(f"tensor {name!r}", chunk.file, chunk.start, size_bytes, chunk.xxh3, tensor)

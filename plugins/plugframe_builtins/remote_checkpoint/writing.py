@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from plugframe.checkpoint import digest
 from plugframe.errors import CheckpointError
 from plugframe_builtins.checkpoint_files import folder as form
 from plugframe_builtins.checkpoint_files import tensorfile
@@ -71,11 +71,11 @@ def write(folder: RemoteFolder, save_id: str, rank: int, pieces: Mapping[str, Pi
             sizes=slot.shape,
             file=name,
             start=len(header) + slot.start,
-            crc32=checksums[label],
+            xxh3=checksums[label],
         )
         chunks[of] = (slot.dtype, tuple(piece.shape), chunk)
     end = max(slot.end for slot in slots.values())
-    head = Head(size_bytes=len(header) + end, head_bytes=len(header), crc32=f"{zlib.crc32(header):08x}")
+    head = Head(size_bytes=len(header) + end, head_bytes=len(header), xxh3=digest(header))
     return Written(file=name, head=head, chunks=chunks)
 
 

@@ -32,8 +32,8 @@ class SafetensorsCheckpoint(Checkpoint):
         return None
 
     @hookimpl
-    def checkpoint_load(self, path: str, weights_only: bool | None, lazy: bool) -> dict[str, Any]:
-        return opening.load(path, weights_only=weights_only, lazy=lazy, context=self.context)
+    def checkpoint_load(self, path: str, trusted: bool, lazy: bool) -> dict[str, Any]:
+        return opening.load(path, trusted=trusted, lazy=lazy, context=self.context)
 
     def inspect(self, path: str) -> Contents:
         return opening.inspect(path)

@@ -55,20 +55,20 @@ def find(file: BinaryIO, path: str) -> Found | None:
         size_bytes=size_bytes,
         structure={"dict": {name: {"tensor": name} for name in slots}},
         tensors={name: laid_whole(slot, 8 + length) for name, slot in slots.items()},
-        files={"": Head(size_bytes=size_bytes, head_bytes=8 + length, crc32=None)},
+        files={"": Head(size_bytes=size_bytes, head_bytes=8 + length, xxh3=None)},
         identity=str(size_bytes),
     )
 
 
-def read_torch(path: str, *, weights_only: bool | None) -> dict[str, Any]:
-    """Return the dict in a file of ``torch.save``; its code runs only if `weights_only` is False.
+def read_torch(path: str, *, trusted: bool) -> dict[str, Any]:
+    """Return the dict in a file of ``torch.save``; its code runs only if `trusted`.
 
     Raises:
-        CheckpointError: if it holds code and `weights_only` is not False, or something else than a dict.
+        CheckpointError: if it holds code and is not `trusted`, or something else than a dict.
     """
     _check_archive(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=weights_only is not False, mmap=False)
+        state = torch.load(path, map_location="cpu", weights_only=not trusted, mmap=False)
     except Exception as error:
         raise _explain(path, error) from error
     if not isinstance(state, dict):
@@ -100,7 +100,7 @@ def _explain(path: str, error: Exception) -> CheckpointError:
     if isinstance(error, pickle.UnpicklingError) and named:
         return CheckpointError(
             f"{path} is a torch.save file that holds code ({named[1] or named[2]}), and none of it was run: "
-            "pass weights_only=False only if you trust whoever wrote it."
+            "pass trusted=True only if you trust whoever wrote it."
         )
     detail = re.search(r"WeightsUnpickler error: (.+)", text)
     return CheckpointCorruptError(

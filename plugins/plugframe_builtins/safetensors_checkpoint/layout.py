@@ -8,9 +8,9 @@ and with its own checksum, in a place that no later version may move.
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Mapping
 
+from plugframe.checkpoint import DIGEST_CHARS, digest
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 from plugframe_builtins.checkpoint_files.tensorfile import (
     CODES,
@@ -46,9 +46,10 @@ MANIFEST = "__plugframe__.manifest"
 #: What the names of our own tensors and metadata begin with.
 MARK = b'"__plugframe__.'
 _MARK_AT = 8 + len('{"__metadata__":{')
-_OPENING = '{"__metadata__":{"__plugframe__.version":"%d","__plugframe__.header_crc32":"%08x"'
+_BLANK = "0" * DIGEST_CHARS
+_OPENING = '{"__metadata__":{"__plugframe__.version":"%d","__plugframe__.header_xxh3":"%s"'
 _OPENING_FOUND = re.compile(
-    rb'\{"__metadata__":\{"__plugframe__\.version":"(\d{1,9})","__plugframe__\.header_crc32":"([0-9a-f]{8})"'
+    rb'\{"__metadata__":\{"__plugframe__\.version":"(\d{1,9})","__plugframe__\.header_xxh3":"([0-9a-f]{16})"'
 )
 
 
@@ -66,13 +67,13 @@ def build_header(slots: Mapping[str, Slot], *, where: str) -> bytes:
     """
     # "format" is what other tools of the format look for.
     rest = ',"format":"pt"},' + pack_slots(slots)
-    size = len(_OPENING % (VERSION, 0)) + len(rest)
+    size = len(_OPENING % (VERSION, _BLANK)) + len(rest)
     # The tensors' bytes begin aligned, for readers that map them.
     rest += " " * (-size % 8)
     size += -size % 8
     check_header_size(size, len(slots), where=where)
-    crc32 = zlib.crc32((_OPENING % (VERSION, 0) + rest).encode("ascii"))
-    return size.to_bytes(8, "little") + (_OPENING % (VERSION, crc32) + rest).encode("ascii")
+    xxh3 = digest((_OPENING % (VERSION, _BLANK) + rest).encode("ascii"))
+    return size.to_bytes(8, "little") + (_OPENING % (VERSION, xxh3) + rest).encode("ascii")
 
 
 def parse_header(header: bytes, *, where: str) -> dict[str, Slot]:
@@ -85,11 +86,11 @@ def parse_header(header: bytes, *, where: str) -> dict[str, Slot]:
     opening = _OPENING_FOUND.match(header)
     if opening is None:
         raise CheckpointCorruptError(f"{where}: its header is not what was written: it opens with {header[:40]!r}.")
-    written = int(opening[2], 16)
-    crc32 = zlib.crc32(header[: opening.start(2)] + b"0" * 8 + header[opening.end(2) :])
-    if written != crc32:
+    written = opening[2].decode()
+    xxh3 = digest(header[: opening.start(2)] + _BLANK.encode() + header[opening.end(2) :])
+    if written != xxh3:
         raise CheckpointCorruptError(
-            f"{where}: its header is not what was written: crc32 expected {written:08x}, found {crc32:08x}."
+            f"{where}: its header is not what was written: xxh3 expected {written}, found {xxh3}."
         )
     if int(opening[1]) > VERSION:
         raise CheckpointError(

@@ -83,8 +83,8 @@ def find(file: BinaryIO, path: str) -> Found:
         version=layout.VERSION,
         size_bytes=size_bytes,
         structure=structure,
-        tensors={name: laid_whole(slots[name], data_at, crc32=entry.crc32) for name, entry in manifest.tensors.items()},
-        files={"": Head(size_bytes=size_bytes, head_bytes=data_at, crc32=None)},
+        tensors={name: laid_whole(slots[name], data_at, xxh3=entry.xxh3) for name, entry in manifest.tensors.items()},
+        files={"": Head(size_bytes=size_bytes, head_bytes=data_at, xxh3=None)},
         info=manifest.info,
         identity=_tail(files, size_bytes),
     )
@@ -126,7 +126,7 @@ def _manifest(files: Files, path: str, slots: Mapping[str, Slot], data_at: int) 
 
 
 def _part(name: str, entry: Entry, slots: Mapping[str, Slot], data_at: int, tensor: Tensor) -> Part:
-    return Part(f"tensor {name!r}", "", data_at + slots[name].start, tensor.nbytes, entry.crc32, tensor)
+    return Part(f"tensor {name!r}", "", data_at + slots[name].start, tensor.nbytes, entry.xxh3, tensor)
 
 
 def _structure(

@@ -70,9 +70,9 @@ def _manifest(entries: Mapping[str, Entry], info: Mapping[str, Any]) -> bytes:
     return Manifest(format=FORMAT, version=VERSION, structure=entries[STRUCTURE], tensors=tensors, info=info).to_bytes()
 
 
-def _blank(slot: Slot, crc32: tuple[str, ...] | None = None) -> Entry:
+def _blank(slot: Slot, xxh3: tuple[str, ...] | None = None) -> Entry:
     blank = Entry.blank(dtype=dtype_name(slot.dtype), shape=slot.shape, size_bytes=slot.size_bytes)
-    return blank if crc32 is None else replace(blank, crc32=crc32)
+    return blank if xxh3 is None else replace(blank, xxh3=xxh3)
 
 
 def _checksum(data: bytes) -> tuple[str, ...]:
