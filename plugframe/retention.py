@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from plugframe.errors import CheckpointCorruptError, CheckpointError, PlugframeWarning, SettingError
+from plugframe.errors import CheckpointCorruptError, CheckpointError, PlugframeError, PlugframeWarning, SettingError
 from plugframe.session import Session
 
 _NAME = re.compile(r"step-(\d{12})\.ckpt")
@@ -37,11 +36,6 @@ class Checkpoints:
         every_s: float | None,
     ) -> None:
         _check(keep_last, keep_best, every_s)
-        if "://" in folder:
-            raise SettingError(
-                f"checkpoints({folder!r}) is a URL, and looks after a folder of this file system: use lite.save() and "
-                "lite.load() with paths of your own."
-            )
         self.folder = folder
         self.step = 0
         self._session = session
@@ -82,7 +76,7 @@ class Checkpoints:
             return False
         self._saved_at = time.monotonic()
         name = f"step-{step:012d}.ckpt"
-        handle = self._save(os.path.join(self.folder, name), state, info={"step": step, "metrics": told}, wait=wait)
+        handle = self._save(self._at(name), state, info={"step": step, "metrics": told}, wait=wait)
         # A checkpoint that is still being written counts from the next save on, which waits for it.
         self._pending = name if handle is not None else ""
         self._agreed(self._prune)
@@ -91,7 +85,7 @@ class Checkpoints:
     def latest(self) -> str | None:
         """Return the path of the newest checkpoint, None if there is none. Every rank must call it."""
         names = self._agreed(self._names)
-        return os.path.join(self.folder, names[-1]) if names else None
+        return self._at(names[-1]) if names else None
 
     def best(self) -> str | None:
         """Return the path of the best checkpoint by ``keep_best``, None if none has that metric.
@@ -101,7 +95,7 @@ class Checkpoints:
         if self._keep_best is None:
             raise SettingError("best() compares by keep_best=('val_loss', 'min', 1), say, which was not given.")
         names = self._agreed(self._ranked)
-        return os.path.join(self.folder, names[0]) if names else None
+        return self._at(names[0]) if names else None
 
     def resume(self, state: dict[str, Any], *, strict: bool = True) -> bool:
         """Put the newest whole checkpoint into `state`, if there is any. Every rank must call it.
@@ -118,7 +112,7 @@ class Checkpoints:
         names = self._agreed(self._names)
         for name in reversed(names):
             try:
-                self._load(os.path.join(self.folder, name), state, strict=strict)
+                self._load(self._at(name), state, strict=strict)
             except CheckpointError as error:
                 if not _is_damage(error):
                     raise
@@ -136,6 +130,10 @@ class Checkpoints:
             )
         return False
 
+    def _at(self, name: str) -> str:
+        """Return the path of something in the folder, which may be at a URL."""
+        return f"{self.folder.rstrip('/')}/{name}" if "://" in self.folder else os.path.join(self.folder, name)
+
     # ------------------------------------------------------------------ on rank 0, for all
 
     def _agreed(self, look: Callable[[], Any]) -> Any:
@@ -144,10 +142,10 @@ class Checkpoints:
         if self._session.world.global_rank == 0:
             try:
                 found = look()
-            except OSError as error:
-                found = CheckpointError(f"cannot look after {self.folder}: {error.strerror or error}.")
+            except PlugframeError as error:
+                found = error
         found = self._session.hooks.collective_broadcast_object(obj=found, src=0, group=None)
-        if isinstance(found, CheckpointError):
+        if isinstance(found, PlugframeError):
             raise found
         return found
 
@@ -158,10 +156,8 @@ class Checkpoints:
         return bool(self._agreed(lambda: since is None or since >= (self._every_s or 0.0)))
 
     def _names(self) -> list[str]:
-        try:
-            return sorted(name for name in os.listdir(self.folder) if _NAME.fullmatch(name))
-        except FileNotFoundError:
-            return []
+        names: list[str] = self._session.hooks.checkpoint_list(folder=self.folder)
+        return sorted(name for name in names if _NAME.fullmatch(name))
 
     def _whole(self) -> list[str]:
         return [name for name in self._names() if name != self._pending]
@@ -174,7 +170,7 @@ class Checkpoints:
         found = []
         for name in self._whole():
             try:
-                info = self._session.plugins["checkpoint"].inspect(os.path.join(self.folder, name)).info
+                info = self._session.plugins["checkpoint"].inspect(self._at(name)).info
             except CheckpointError:
                 continue  # damaged: it is told of when it is loaded
             value = info.get("metrics", {}).get(metric)
@@ -189,10 +185,10 @@ class Checkpoints:
             kept.update(self._ranked()[: self._keep_best[2]])
         for name in names:
             if name not in kept:
-                _remove(os.path.join(self.folder, name))
+                self._session.hooks.checkpoint_remove(path=self._at(name))
 
     def _set_aside(self, name: str) -> None:
-        os.replace(os.path.join(self.folder, name), os.path.join(self.folder, f"damaged-{name}"))
+        self._session.hooks.checkpoint_move(path=self._at(name), target=self._at(f"damaged-{name}"))
 
 
 def _check(keep_last: Any, keep_best: Any, every_s: Any) -> None:
@@ -218,16 +214,3 @@ def _step(name: str) -> int:
 def _is_damage(error: CheckpointError) -> bool:
     """Say whether a checkpoint is not what was written, and not merely one for another model or a newer program."""
     return isinstance(error, CheckpointCorruptError) or "is not complete" in str(error)
-
-
-def _remove(path: str) -> None:
-    # First out of the way, at once: a half-removed checkpoint must not be taken for a whole one.
-    folder, name = os.path.split(path)
-    gone = os.path.join(folder, f".{name}.gone")
-    if os.path.isdir(gone):
-        shutil.rmtree(gone)
-    os.replace(path, gone)
-    if os.path.isdir(gone):
-        shutil.rmtree(gone)
-    else:
-        os.unlink(gone)

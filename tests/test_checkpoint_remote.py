@@ -14,6 +14,7 @@ import fsspec
 import pytest
 import torch
 import torch.distributed as dist
+from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
@@ -25,7 +26,7 @@ from checkpoint_trees import bits, random_tensor, same
 from plugframe import Lite
 from plugframe.checkpoint import fill, materialize
 from plugframe.context import Context
-from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe.errors import CheckpointCorruptError, CheckpointError, PlugframeWarning
 from plugframe.world import World
 from plugframe_builtins.dcp_checkpoint.checkpoint import ShardedCheckpoint
 from plugframe_builtins.remote_checkpoint import writing
@@ -133,6 +134,34 @@ def test_a_run_saves_and_loads_at_a_url(store: Any) -> None:
         state = {"weights": torch.zeros(3), "step": 0}
         lite.load(URL, state)
     assert same(state, {"weights": torch.arange(3.0), "step": 3})
+
+
+@pytest.mark.parametrize("place", ["memory://runs/a", "file://{}/a"])
+def test_a_runs_checkpoints_are_kept_at_a_url(store: Any, tmp_path: Path, place: str) -> None:
+    """Retention, resuming and setting aside work at a URL as in a folder."""
+    folder = place.format(tmp_path)
+    fs = url_to_fs(folder)[0]
+    with Lite(accelerator="cpu", devices=1, checkpoint="remote") as lite:
+        kept = lite.checkpoints(folder, keep_last=2, keep_best=("loss", "min", 1))
+        assert not kept.resume({"weights": torch.zeros(3)})
+        for step, loss in enumerate([5.0, 1.0, 4.0, 3.0]):
+            assert kept.save(step, {"weights": torch.full((3,), loss)}, {"loss": loss})
+        assert _there(fs, folder) == [f"step-{step:012d}.ckpt" for step in (1, 2, 3)]
+        assert kept.best() == f"{folder}/step-{1:012d}.ckpt"
+        name = next(name for name in fs.find(kept.latest()) if name.endswith(".safetensors"))
+        data = bytearray(fs.cat_file(name))
+        data[-1] ^= 1
+        fs.pipe_file(name, bytes(data))
+        found = {"weights": torch.zeros(3)}
+        with pytest.warns(PlugframeWarning, match="It is set aside, and the one before it taken"):
+            assert kept.resume(found)
+        assert kept.step == 2
+        assert found["weights"].tolist() == [4.0] * 3
+        assert _there(fs, folder) == [f"damaged-step-{3:012d}.ckpt", *(f"step-{step:012d}.ckpt" for step in (1, 2))]
+
+
+def _there(fs: Any, folder: str) -> list[str]:
+    return sorted(name.rstrip("/").rpartition("/")[2] for name in fs.ls(folder, detail=False))
 
 
 def test_a_new_save_takes_the_place_of_the_old_one(remote: RemoteCheckpoint) -> None:

@@ -148,8 +148,10 @@ def test_wrong_settings_are_refused(lite: Lite, settings: dict[str, Any], messag
 
 def test_wrong_calls_are_refused(lite: Lite, tmp_path: Path) -> None:
     """Steps are whole numbers; metrics hold what is compared; best() needs to know what by."""
-    with pytest.raises(SettingError, match="'s3://a/b'.* is a URL, and looks after a folder of this file system"):
-        lite.checkpoints("s3://a/b")
+    with pytest.raises(
+        CheckpointError, match="s3://a/b is a URL: this checkpoint format keeps to paths of the file sys"
+    ):
+        lite.checkpoints("s3://a/b").resume(state())
     kept = lite.checkpoints(tmp_path / "run", keep_best=("loss", "min", 1))
     with pytest.raises(SettingError, match="step=1.5 of a checkpoint must be a whole number"):
         kept.save(1.5, state())  # type: ignore[arg-type]

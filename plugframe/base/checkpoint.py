@@ -1,12 +1,14 @@
-"""A base for checkpoints: nothing to set up, nothing pending."""
+"""A base for checkpoints: nothing to set up, nothing pending, paths of the file system."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from plugframe.context import Context
-from plugframe.errors import UnsupportedError
+from plugframe.errors import CheckpointError, UnsupportedError
 from plugframe.hooks import CheckpointSpec, hookimpl
 
 if TYPE_CHECKING:
@@ -28,6 +30,40 @@ class Checkpoint(CheckpointSpec):
     def checkpoint_teardown(self) -> None:
         pass
 
+    @hookimpl
+    def checkpoint_list(self, folder: str) -> list[str]:
+        if "://" in folder:
+            raise CheckpointError(f"{folder} is a URL: this checkpoint format keeps to paths of the file system.")
+        try:
+            return os.listdir(folder)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _failed("look into", folder, error) from error
+
+    @hookimpl
+    def checkpoint_remove(self, path: str) -> None:
+        # First out of the way, at once: a half-removed checkpoint must not be taken for a whole one.
+        folder, name = os.path.split(path)
+        gone = os.path.join(folder, f".{name}.gone")
+        try:
+            if os.path.isdir(gone):
+                shutil.rmtree(gone)
+            os.replace(path, gone)
+            if os.path.isdir(gone):
+                shutil.rmtree(gone)
+            else:
+                os.unlink(gone)
+        except OSError as error:
+            raise _failed("remove", path, error) from error
+
+    @hookimpl
+    def checkpoint_move(self, path: str, target: str) -> None:
+        try:
+            os.replace(path, target)
+        except OSError as error:
+            raise _failed("move", path, error) from error
+
     def inspect(self, path: str) -> Contents:
         """Say what lies at `path` without reading its tensors: for ``plugframe checkpoint``, no hook, and optional.
 
@@ -39,3 +75,7 @@ class Checkpoint(CheckpointSpec):
     def export(self, path: str, tensors: Mapping[str, Tensor | StoredTensor]) -> None:
         """Write tensors at `path` for tools that know nothing of this project: no hook, and optional, as `inspect`."""
         raise UnsupportedError(f"{type(self).__name__} writes no files for other tools.")
+
+
+def _failed(what: str, path: str, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot {what} {path}: {error.strerror or error}.")

@@ -72,3 +72,36 @@ class CheckpointSpec(Protocol):
             CheckpointError: if nothing, or something else, is there.
         """
         ...
+
+    @provider
+    def checkpoint_list(self, folder: str) -> list[str]:
+        """Return the names of what lies in `folder`, checkpoints or not, in any order; nothing if there is no folder.
+
+        Called on rank 0 by ``lite.checkpoints(folder)``.
+
+        Raises:
+            CheckpointError: if the folder cannot be read.
+        """
+        ...
+
+    @provider
+    def checkpoint_remove(self, path: str) -> None:
+        """Remove the checkpoint at `path`; at no instant is a part of it taken for a whole one.
+
+        Called on rank 0 by ``lite.checkpoints(folder)``, while no rank reads or writes it.
+
+        Raises:
+            CheckpointError: if it cannot be removed.
+        """
+        ...
+
+    @provider
+    def checkpoint_move(self, path: str, target: str) -> None:
+        """Move what lies at `path` to `target`, in the same folder; it may be damaged.
+
+        Called on rank 0 by ``lite.checkpoints(folder)``, to set a damaged checkpoint aside.
+
+        Raises:
+            CheckpointError: if it cannot be moved.
+        """
+        ...

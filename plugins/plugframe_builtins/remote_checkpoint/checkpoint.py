@@ -86,6 +86,32 @@ class RemoteCheckpoint(Checkpoint):
             )
         return state
 
+    @hookimpl
+    def checkpoint_list(self, folder: str) -> list[str]:
+        local = local_path(folder)
+        if local is not None:
+            return super().checkpoint_list(local)
+        with told(f"cannot look into {folder}"):
+            return list(RemoteFolder(folder).sizes())
+
+    @hookimpl
+    def checkpoint_remove(self, path: str) -> None:
+        local = local_path(path)
+        if local is not None:
+            super().checkpoint_remove(local)
+            return
+        with told(f"cannot remove {path}"):
+            writing.remove(RemoteFolder(path))
+
+    @hookimpl
+    def checkpoint_move(self, path: str, target: str) -> None:
+        local = local_path(path)
+        if local is not None:
+            super().checkpoint_move(local, local_path(target) or target)
+            return
+        with told(f"cannot move {path}"):
+            RemoteFolder(path).move(RemoteFolder(target))
+
     def inspect(self, path: str) -> Contents:
         local = local_path(path)
         if local is not None:

@@ -134,6 +134,11 @@ class RemoteFolder:
         """Remove a file."""
         self._fs.rm_file(self._at(name))
 
+    def move(self, target: RemoteFolder) -> None:
+        """Move the whole folder, which object stores do by copying each file."""
+        self._fs.invalidate_cache(self._path)
+        self._fs.mv(self._path, target._path, recursive=True)
+
     def remove_empty(self) -> None:
         """Remove the folder itself; it must be empty."""
         self._fs.rmdir(self._path)

@@ -170,3 +170,12 @@ def _tensors(folder: RemoteFolder, written: Sequence[Written]) -> dict[str, Laid
             )
         tensors[name] = Laid(dtype=dtype, shape=shape, chunks=tuple(chunks))
     return tensors
+
+
+def remove(folder: RemoteFolder) -> None:
+    """Remove a checkpoint: its manifest first, without which the rest is none."""
+    names = folder.sizes()
+    for name in sorted(names, key=lambda name: name != form.MANIFEST):
+        folder.remove(name)
+    with suppress(FileNotFoundError):  # an object store has no folders
+        folder.remove_empty()
