@@ -10,16 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plugframe.adopt.module import COMPILED, compiled_from
+from plugframe.adopt.sources import has_state
 from plugframe.checkpoint.stored import StoredTensor, fill, materialize
 from plugframe.errors import CheckpointError, CheckpointMismatchError
 from plugframe.naming import Naming, differences, to_names, to_numbers
 
 Filter = Callable[[str, Any], bool]
-
-
-def has_state(value: Any) -> bool:
-    """Say whether a value is an object that gives and takes a ``state_dict``."""
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
 def collect(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +155,98 @@ def test_every_loader_goes_on_inside_an_epoch(kind: str, tmp_path: Path) -> None
     path = tmp_path / "x"
     for stop in (2, 8, 11):
         whole, before = steps(path, kind, save_after=stop)
-        rest, loaded = steps(path, kind, save_after=None)
+        # The end of an epoch is no place inside it.
+        again = kind in ("endless", "stream", "stream, workers", "stream, no batches")
+        with pytest.warns(PlugframeWarning, match="batches of a .* are read again") if again else nullcontext():
+            rest, loaded = steps(path, kind, save_after=None)
         assert loaded == before == stop
         assert rest == whole[stop:]
+
+
+class Noted(Noisy):
+    """The same data, which notes in a file what is read of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        with open(self.path, "a") as file:
+            file.write(f"{index} ")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(("workers", "later"), [(0, 0), (2, 2), (2, 1)])
+def test_what_was_read_is_not_read_again(workers: int, later: int, tmp_path: Path) -> None:
+    """A resumed epoch begins with its next batch, also in worker processes, of which there may be others now."""
+    path = tmp_path / "x"
+
+    def run(workers: int, *, save_after: int | None) -> tuple[list[Any], list[int]]:
+        noted = tmp_path / "noted"
+        noted.write_text("")
+        batches: list[Any] = []
+        with Lite(accelerator="cpu", devices=1) as lite:
+            lite.seed_everything(0)
+            data = Noted(noted)
+            loader = lite.setup_dataloaders(DataLoader(data, batch_size=3, shuffle=True, num_workers=workers))
+            assert loader.dataset is data
+            if save_after is None:
+                lite.load(path, {})
+            for batch in loader:
+                batches.append(batch.tolist())
+                if len(batches) == save_after:
+                    lite.save(path, {})
+        return batches, [int(index) for index in noted.read_text().split()]
+
+    whole, _ = run(workers, save_after=5)
+    rest, read = run(later, save_after=None)
+    assert rest == whole[5:]
+    assert sorted(read) == sorted(int(row[0]) for batch in rest for row in batch)
+
+
+class Counter(IterableDataset[torch.Tensor]):
+    """A stream that knows where it is, and is changed at random."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.read: list[int] = []
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while self.position < NUMBER:
+            self.position += 1
+            self.read.append(self.position)
+            yield torch.tensor([self.position, *noise()], dtype=torch.float64)
+        self.position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+def test_a_stream_that_knows_where_it_is_goes_on_from_there(tmp_path: Path) -> None:
+    """An iterable dataset with ``state_dict`` is not read again from its beginning."""
+
+    def run(*, resume: bool) -> tuple[list[Any], list[int]]:
+        batches: list[Any] = []
+        with Lite(accelerator="cpu", devices=1) as lite:
+            lite.seed_everything(0)
+            loader = lite.setup_dataloaders(DataLoader(Counter(), batch_size=3))
+            state = {"epoch": 0}
+            if resume:
+                lite.load(tmp_path / "x", state)
+            for epoch in range(state["epoch"], 3):
+                for batch in loader:
+                    batches.append(batch.tolist())
+                    if len(batches) == 11 and not resume:
+                        lite.save(tmp_path / "x", {"epoch": epoch})
+            return batches, loader.dataset.read
+
+    whole, read = run(resume=False)
+    rest, read_later = run(resume=True)
+    assert rest == whole[11:]
+    assert read_later == read[-len(read_later) :]
+    assert len(read_later) == sum(map(len, rest))
 
 
 @pytest.mark.parametrize("prepared", ["before", "after", "one of each"])
@@ -222,6 +312,32 @@ def test_a_loader_that_keeps_its_own_position_is_not_moved_twice(tmp_path: Path)
         return batches
 
     assert run(resume=False)[3:] == run(resume=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*set_vital.* is deprecated:UserWarning")
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stateful_loader_goes_on_by_itself(workers: int, told: bool, tmp_path: Path) -> None:
+    """torchdata's loader goes on exactly, whether or not the script passes it to ``save`` and ``load``."""
+    loaders = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def run(*, resume: bool) -> list[Any]:
+        batches: list[Any] = []
+        with Lite(accelerator="cpu", devices=1) as lite:
+            lite.seed_everything(3)
+            data = loaders.StatefulDataLoader(Noisy(), batch_size=3, shuffle=True, num_workers=workers)
+            loader = lite.setup_dataloaders(data)
+            state: dict[str, Any] = {"epoch": 0, **({"loader": loader} if told else {})}
+            if resume:
+                lite.load(tmp_path / "x", state)
+            for epoch in range(state["epoch"], 3):
+                for batch in loader:
+                    batches.append((batch.tolist(), noise()))
+                    if len(batches) == 11 and not resume:
+                        lite.save(tmp_path / "x", {**state, "epoch": epoch})
+        return batches
+
+    assert run(resume=False)[11:] == run(resume=True)
 
 
 def after(batches: Iterator[Any], start: int) -> Iterator[Any]:

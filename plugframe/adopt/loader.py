@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import random
 import sys
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.utils.data import sampler as torch_samplers
 from plugframe.adopt.epochs import epoch_targets
 from plugframe.adopt.order import Draws, Order
 from plugframe.adopt.reading import LoaderState, Reading
+from plugframe.adopt.seeded import SeededDataset
 from plugframe.adopt.shard import (
     ShardedIndices,
     ShardedIterable,
@@ -23,9 +26,10 @@ from plugframe.adopt.shard import (
     WeighedCollate,
     is_flat,
 )
-from plugframe.adopt.sources import random_sources
+from plugframe.adopt.sources import has_state, random_sources
 from plugframe.adopt.swap import KEY, adopt, plain_class, release
-from plugframe.errors import OrderError, SettingError
+from plugframe.errors import OrderError, PlugframeWarning, SettingError
+from plugframe.seed import rng_state
 
 _EXHAUSTED = object()
 
@@ -55,23 +59,61 @@ def _iter(self: Any) -> Iterator[Any]:
     original = plain_class(self).__iter__
     if state is None:
         return original(self)  # type: ignore[no-any-return]
+    # A class with a way of its own to begin may read whatever it likes before and after; one that keeps its own
+    # position begins as torch's does.
+    seeded = _is_indexed(state, original) or (state.divided and not state.resumes)
+    begin = functools.partial(_begin_seeded, state, original) if seeded else original
     reading = state.begin()
+    if state.moved:
+        state.moved = False
+        # What it draws to begin, it drew before the checkpoint was saved.
+        with state.replaying({"rng": rng_state()}):
+            return _batches(state, reading, begin(self))
     if state.kept is None:
-        return _batches(state, reading, original(self))
+        return _batches(state, reading, begin(self))
     kept, state.kept = state.kept, None
     reading.position = kept["position"]
-    # Where batches are made in this process, from indices, those that were read need not be made again. Worker
-    # processes are to draw the numbers they drew then, and a stream can only be read.
-    if state.divided and self.num_workers == 0 and original is DataLoader.__iter__:
+    # Where batches are made from indices, those that were read need not be made again; a stream can only be read.
+    if _is_indexed(state, original):
         reading.skip = reading.position
+    elif kept["place"] is not None and state.iterable is not None and self.num_workers == 0:
+        state.iterable.go_on(kept["place"])
+        return _batches(state, reading, begin(self))
     again = reading.position - reading.skip
+    if again and state.index == 0:
+        hint = " A stream with state_dict() that is read without workers goes on by itself." if state.iterable else ""
+        what = f"{again} batches of a {type(self).__name__} are read again and passed over, to go on where the run was."
+        warnings.warn(
+            what + hint,
+            PlugframeWarning,
+            stacklevel=2,
+        )
     with state.replaying(kept):
-        iterator = original(self)
+        iterator = begin(self)
         for _ in range(again):
             state.hooks.strategy_next_batch(iterator=iterator, exhausted=_EXHAUSTED)
             if reading.weights:
                 reading.weights.popleft()
     return _batches(state, reading, iterator)
+
+
+def _is_indexed(state: LoaderState, original: Any) -> bool:
+    return state.divided and original is DataLoader.__iter__
+
+
+def _begin_seeded(state: LoaderState, original: Callable[[Any], Iterator[Any]], loader: Any) -> Iterator[Any]:
+    """Begin a pass; worker processes, if there are any, are given a dataset that seeds them for each batch."""
+    if loader.num_workers == 0:
+        return original(loader)
+    dataset = loader.dataset
+    state.seeding = True
+    # DataLoader refuses to have its dataset set; the user's own is back before anybody sees the loader again.
+    object.__setattr__(loader, "dataset", SeededDataset(dataset))
+    try:
+        return original(loader)
+    finally:
+        object.__setattr__(loader, "dataset", dataset)
+        state.seeding = False
 
 
 def _len(self: Any) -> int:
@@ -129,19 +171,22 @@ def adopt_loader(
     check_unread(loader)
     state = LoaderState(hooks=hooks, device=device, order=order, training=training, weigh=weigh)
     state.sources = sources_of(loader)
+    state.index = index
     # A loader that keeps its own position is not to be moved on twice.
-    state.resumes = not hasattr(loader, "load_state_dict")
+    state.resumes = not has_state(loader)
+    state.loader = weakref.ref(loader)
     state.targets = epoch_targets(_epoch_candidates(loader))
     if isinstance(loader.dataset, IterableDataset):
         if split:
             _shard_iterable(loader, state, index, count)
-    elif split and not divides_itself(loader, index, count):
+    elif split:
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         inner = getattr(loader, name)
         state.draws = functools.partial(_draws, inner, order)
         state.divided = True
         begin = state.begin_indices
-        _stand_in(loader, state, name, ShardedIndices(inner, index=index, count=count, begin=begin, even=training))
+        part = (0, 1) if divides_itself(loader, index, count) else shard
+        _stand_in(loader, state, name, ShardedIndices(inner, index=part[0], count=part[1], begin=begin, even=training))
     if count > 1 and loader.num_workers > 0:
         _stand_in(loader, state, "worker_init_fn", RankedWorker(loader.worker_init_fn, index))
     namespace: dict[str, Any] = {"__iter__": _iter}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from plugframe.adopt.sources import pack, unpack
 
 
 class Order:
@@ -23,6 +26,10 @@ class Order:
     def __init__(self, seed: int, number: int) -> None:
         self.seed = seed
         self.number = number
+
+    def seed_of(self, epoch: int, *place: int) -> int:
+        """Return a seed for what is drawn at a place of an epoch: the number of a batch and of a rank, say."""
+        return _mix(self.seed, self.number, epoch, -1, *place)
 
     def draws(self, epoch: int, *, every: bool, part: int = 0) -> Draws:
         """Return the random numbers for one epoch.
@@ -48,6 +55,20 @@ class Draws:
         self._torch = torch.Generator().manual_seed(seed).get_state()
         self._python = random.Random(seed).getstate()
         self._numpy: Any = None
+
+    def state(self) -> dict[str, Any]:
+        """Return where the generators are, for a checkpoint."""
+        others = self._python, None if self._numpy is None else self._numpy.state
+        return {"torch": self._torch, "others": pack(others)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was asked."""
+        self._torch = unpack(state["torch"])
+        self._python, numpy_state = unpack(state["others"])
+        if numpy_state is not None:
+            numpy = importlib.import_module("numpy.random")
+            self._numpy = numpy.MT19937(0)
+            self._numpy.state = numpy_state
 
     @contextmanager
     def drawing(self) -> Iterator[None]:

@@ -52,9 +52,13 @@ class LoaderState(State):
         replaced: attributes of the loader that something stands in for, to be put back.
         weight: what the last batch weighs against those of the other ranks; None outside of an epoch.
         divided: whether its indices are divided between the ranks here.
+        index: of this rank's share of the data.
+        seeding: whether batches are being handed to worker processes that seed themselves for each.
         draws: gives the random numbers for the sampler in an epoch.
         sources: the user's own generators that its samples are drawn from.
         resumes: whether it goes on in the middle of an epoch by what is known here.
+        loader: returns the loader, while there is one.
+        moved: whether the loader has been told where to go on, and the pass that does is still to begin.
         beginning: the pass that begins now.
         job: the loaders of the job it belongs to.
         early: whether it was set up before any loader of the job was read.
@@ -62,9 +66,12 @@ class LoaderState(State):
 
     iterable: ShardedIterable | None = None
     divided = False
+    index = 0
+    seeding = False
     draws: Callable[[int], Draws | None]
     weight: float | None = None
     resumes = True
+    moved = False
     job: Loaders | None = None
     early = True
 
@@ -81,6 +88,7 @@ class LoaderState(State):
         self.readings: list[Reading] = []
         self.kept: Mapping[str, Any] | None = None
         self.beginning: Reading | None = None
+        self.loader: Callable[[], Any] = lambda: None
 
     def plain_dict(self, obj: Any) -> dict[str, Any]:
         """Return the attributes of the plain object."""
@@ -102,9 +110,9 @@ class LoaderState(State):
     def begin_indices(self) -> Callable[[], Start]:
         """Return what gives the sampler, at its first index, what the pass that begins now starts with."""
         assert self.beginning is not None
-        return functools.partial(self._start_indices, self.beginning)
+        return functools.partial(self._start_indices, self.beginning, self.seeding)
 
-    def _start_indices(self, reading: Reading) -> Start:
+    def _start_indices(self, reading: Reading, seeding: bool) -> Start:
         if reading.begun:
             # A loader class that starts anew within one pass, as one without an end does: that is another epoch.
             again = self.begin()
@@ -112,7 +120,8 @@ class LoaderState(State):
             self.beginning = reading
         reading.begun = True
         skip, reading.skip = reading.skip, 0
-        return Start(self.draws(reading.epoch), reading.even, reading.weights.append, skip)
+        seeds = functools.partial(self.order.seed_of, reading.epoch, self.index) if seeding else None
+        return Start(self.draws(reading.epoch), reading.even, reading.weights.append, skip, seeds)
 
     def hand_over(self, reading: Reading) -> None:
         """Note that `reading` has just read a batch."""
@@ -156,6 +165,11 @@ class LoaderState(State):
         if self.resumes:
             common["position"] = reading.position
             own["rng"] = rng_state(rng)
+            place = self.iterable.place() if self.iterable is not None and reading.position else None
+            if place is not None:
+                own["place"] = place
+        elif (loader := self.loader()) is not None:
+            own["loader"] = loader.state_dict()
         return common, own
 
     def go_on(self, common: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
@@ -167,8 +181,12 @@ class LoaderState(State):
             return
         for source, state in zip(self.sources, own["generators"], strict=False):
             set_state(source, unpack(state))
+        loader = self.loader()
+        if "loader" in own and loader is not None:
+            loader.load_state_dict(own["loader"])
+            self.moved = True
         if common["position"]:
-            self.kept = {"position": common["position"], "rng": own["rng"]}
+            self.kept = {"position": common["position"], "rng": own["rng"], "place": own.get("place")}
 
     @contextmanager
     def replaying(self, kept: Mapping[str, Any]) -> Iterator[None]:

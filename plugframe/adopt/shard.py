@@ -9,13 +9,16 @@ last window of an epoch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import BatchSampler, IterableDataset, get_worker_info
 
 from plugframe.adopt.order import Draws, Order
+from plugframe.adopt.seeded import SeededIndices, Seeds
+from plugframe.adopt.sources import has_state
+from plugframe.adopt.standin import StandIn, rebuilt
 
 Share = tuple[Any, float]
 
@@ -103,40 +106,17 @@ class Start(NamedTuple):
         even: whether every rank gets a batch in every window.
         weigh: told the weight of every batch, in order.
         skip: batches to leave out, read before this process was started.
+        seeds: gives each batch its seed, if worker processes make it.
     """
 
     draws: Draws | None
     even: bool
     weigh: Callable[[float], None]
     skip: int
+    seeds: Seeds | None = None
 
 
-class _StandIn:
-    """Stands in for an object of the user's own: whatever it does not do itself, that object does."""
-
-    _inner: Any
-
-    # What isinstance() goes by: a stand-in passes for the user's own.
-    __class__ = property(lambda self: type(self._inner))  # pyright: ignore[reportIncompatibleMethodOverride]
-
-    def __getattr__(self, name: str) -> Any:
-        inner = self.__dict__.get("_inner")
-        if inner is None:  # while it is being unpickled
-            raise AttributeError(name)
-        return getattr(inner, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in vars(type(self))["_own"]:
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._inner, name, value)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle as the user's own."""
-        return self._inner.__reduce_ex__(protocol)
-
-
-class ShardedIndices(_StandIn):
+class ShardedIndices(StandIn):
     """Stands in for a loader's sampler: yields this rank's share."""
 
     _own = ("_inner", "_index", "_count", "_begin", "_even")
@@ -157,10 +137,15 @@ class ShardedIndices(_StandIn):
     def _share(self, begun: Callable[[], Start]) -> Iterator[Any]:
         # And this not there: with worker processes torch asks for an iterator twice, and uses the second.
         start = begun()
-        if self._count == 1:
-            # One rank reads what the user's own sampler yields; every batch weighs 1.
-            yield from itertools.islice(_drawn(self._inner, start.draws), start.skip, None)
-            return
+        # One rank reads what the user's own sampler yields; every batch weighs 1.
+        alone = self._count == 1
+        batches = itertools.islice(_drawn(self._inner, start.draws), start.skip, None) if alone else self._part(start)
+        if start.seeds is None:
+            yield from batches
+        else:
+            yield from map(SeededIndices, batches, map(start.seeds, itertools.count(start.skip)))
+
+    def _part(self, start: Start) -> Iterator[Any]:
         flat = is_flat(self._inner)
         take = _taker(self._inner.sampler if flat else self._inner, start.draws)
         if flat:
@@ -221,7 +206,7 @@ def _iterate(source: Any) -> Iterator[Any]:
     yield from source  # begun when the first is taken: what draws may do so as soon as it is begun
 
 
-class ShardedIterable(_StandIn, IterableDataset[Any]):
+class ShardedIterable(StandIn, IterableDataset[Any]):
     """Stands in for an iterable dataset: yields this rank's share of every window, as `Weighed` items if `weighed`.
 
     It is pickled into worker processes.
@@ -229,7 +214,7 @@ class ShardedIterable(_StandIn, IterableDataset[Any]):
 
     _own = (
         *("_inner", "_size", "_drop_last", "_index", "_count", "_weighed", "_order"),
-        *("_told", "_turn", "_passes", "_counted"),
+        *("_told", "_turn", "_passes", "_counted", "_draws", "_place"),
     )
 
     def __init__(
@@ -247,6 +232,19 @@ class ShardedIterable(_StandIn, IterableDataset[Any]):
         self._turn = -1
         self._passes = 0
         self._counted: bool | None = None
+        self._draws: Draws | None = None
+        self._place: Any = None
+
+    def place(self) -> dict[str, Any] | None:
+        """Return where the pass that began last is, None if the stream cannot tell."""
+        if self._draws is None or not has_state(self._inner):
+            return None
+        return {"stream": self._inner.state_dict(), "draws": self._draws.state()}
+
+    def go_on(self, place: Mapping[str, Any]) -> None:
+        """Have the next pass begin where `place` was asked."""
+        self._inner.load_state_dict(place["stream"])
+        self._place = place["draws"]
 
     def share_memory(self) -> None:
         """Let worker processes that outlive an epoch hear `tell`."""
@@ -266,7 +264,7 @@ class ShardedIterable(_StandIn, IterableDataset[Any]):
             self._counted = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _unpickled, (vars(self),)  # Python's own way goes by __class__
+        return rebuilt(self)
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
@@ -276,6 +274,10 @@ class ShardedIterable(_StandIn, IterableDataset[Any]):
         self._turn = turn
         part = self._passes * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
         draws = self._order.draws(epoch, every=True, part=part)
+        if self._place is not None:
+            draws.restore(self._place)
+            self._place = None
+        self._draws = None if worker else draws
         return self._share(_taker(self._inner, draws), bool(even))
 
     def _share(self, take: Callable[[int], list[Any]], even: bool) -> Iterator[Any]:
@@ -329,10 +331,3 @@ class WeighedCollate:
         if not isinstance(first, Weighed):  # called by the user
             return self.inner(data)
         return Weighed(self.inner([item for item, _ in data] if self.batched else first.item), first.weight)
-
-
-def _unpickled(values: dict[str, Any]) -> ShardedIterable:
-    cls = SizedShardedIterable if hasattr(type(values["_inner"]), "__len__") else ShardedIterable
-    made = object.__new__(cls)
-    vars(made).update(values)
-    return made

@@ -79,3 +79,8 @@ def _from_json(value: Any) -> Any:
     import numpy
 
     return numpy.array(value["array"], dtype=value["dtype"])
+
+
+def has_state(value: Any) -> bool:
+    """Say whether a value is an object that gives and takes a ``state_dict``."""
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
