@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
-    from plugframe.hooks import Plugin, hookimpl
+    from plugframe.hooks import Option, Plugin, hookimpl
     from plugframe.lite import Lite
     from plugframe.seed import seed_everything
 
@@ -44,6 +44,7 @@ __all__ = [
     "EnvironmentMismatchError",
     "Lite",
     "MissingDependencyError",
+    "Option",
     "OrderError",
     "PlugframeError",
     "PlugframeWarning",
@@ -63,7 +64,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    modules = {"Lite": "lite", "Plugin": "hooks", "hookimpl": "hooks", "seed_everything": "seed"}
+    modules = {"Lite": "lite", "Option": "hooks", "Plugin": "hooks", "hookimpl": "hooks", "seed_everything": "seed"}
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{modules.get(name, 'errors')}"), name)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-from plugframe.errors import PluginError, PluginLoadError, SettingError
+from plugframe.configure import configure, configure_many
+from plugframe.errors import PluginError, PluginLoadError, SettingError, UsageError
 from plugframe.hooks.descriptor import Plugin
 from plugframe.instances import by_kind, is_kind, kind_of, made_by
 from plugframe.plan import Choice
@@ -115,7 +116,7 @@ class Candidates:
                 descriptor = self.catalogue.describe(entry)
             except PluginError:
                 continue  # somebody else's broken package
-            if made_by(instance, descriptor.factory) and not descriptor.options:
+            if made_by(instance, descriptor.factory) and not descriptor.preset:
                 return Choice(
                     kind=kind, name=entry.name, reason=reason, descriptor=descriptor, entry=entry, instance=instance
                 )
@@ -183,7 +184,35 @@ class Candidates:
         if choice.instance is not None:
             return choice
         assert choice.entry is not None
-        return replace(choice, instance=self.catalogue.make(choice.entry))
+        return replace(choice, instance=self.catalogue.make(choice.entry, choice.arguments))
+
+    # ------------------------------------------------------------------ with the options that were given
+
+    def configured(self, choice: Choice) -> Choice:
+        """Return the final choice of a kind with its options; only an object of the user's is made already.
+
+        Raises:
+            SettingError: for a wrong option.
+        """
+        given = [each for each in self.request.options if each.kind == choice.kind]
+
+        def same(name: str) -> bool:
+            try:
+                return self.given(choice.kind, Setting(name, "")).qualified == choice.qualified
+            except UsageError:
+                return False  # not installed, and not asked for either: something stronger was
+
+        return configure(choice, given, same=same, note=self.pass_over) if given else choice
+
+    def configured_many(self, choices: Iterable[Choice], kind: str) -> tuple[Choice, ...]:
+        """Return all choices of a kind with their options."""
+        given = [each for each in self.request.options if each.kind == kind]
+        return tuple(configure_many(tuple(choices), given, self.pass_over) if given else choices)
+
+    def settled(self, choice: Choice, tried: Choice) -> Choice:
+        """Return the final choice made and with its options; `tried` is the same, made without."""
+        choice = self.configured(choice)
+        return self.made(choice) if choice.options else replace(choice, instance=tried.instance)
 
 
 def _is_name(value: Any) -> bool:

@@ -11,7 +11,7 @@ import pluggy
 
 from plugframe.errors import PluginContractError, SettingError, closest
 from plugframe.hooks.kinds import KINDS, Kind
-from plugframe.hooks.markers import PROJECT
+from plugframe.hooks.markers import PROJECT, deprecated_of
 from plugframe.instances import hooks_of
 from plugframe.plan import Choice
 
@@ -28,9 +28,14 @@ class BoundHooks:
 
 
 class Pipeline:
-    """Holds the selected plugins and their hooks."""
+    """Holds the selected plugins and their hooks.
+
+    Attributes:
+        deprecations: what plugins implement that is on its way out, a sentence for each.
+    """
 
     def __init__(self, *, trace: bool = False) -> None:
+        self.deprecations: list[str] = []
         self._manager = pluggy.PluginManager(PROJECT)
         self._trace = trace
         self._providers: dict[str, tuple[Choice, Any]] = {}
@@ -63,6 +68,7 @@ class Pipeline:
             # pluggy compares plugins with ==, and two equal dataclass objects would be one to it.
             raise PluginContractError(f"{origin} equals another plugin in use: give its class eq=False.") from error
         self._check_implementations(origin, plugin)
+        self.deprecations += self._deprecated(choice, plugin)
         self._choices[label] = choice
         if not KINDS[choice.kind].many:
             self._providers[choice.kind] = (choice, plugin)
@@ -81,6 +87,20 @@ class Pipeline:
                         f"{origin} breaks the plugin contract: {caller.name} takes {parameter.name} by keyword only, "
                         "which would never be filled: leave out the '*' before it."
                     )
+
+    def _deprecated(self, choice: Choice, plugin: Any) -> list[str]:
+        found = []
+        for caller in self._manager.get_hookcallers(plugin) or ():
+            deprecated = deprecated_of(caller.spec.function if caller.spec else None)
+            for impl in caller.get_hookimpls():
+                # What a plugin inherits from plugframe's own bases is not its author's to mend.
+                if impl.plugin is not plugin or impl.function.__module__.startswith(f"{PROJECT}."):
+                    continue
+                whole = {f"implements {caller.name}": deprecated.hook} if deprecated.hook else {}
+                names = [name for name in deprecated.arguments if name in (*impl.argnames, *impl.kwargnames)]
+                parts = {f"takes {name} in {caller.name}": deprecated.arguments[name] for name in names}
+                found += [_deprecation(choice, does, instead) for does, instead in {**whole, **parts}.items()]
+        return found
 
     def bind(self) -> BoundHooks:
         """Check that every provider hook has its one provider, and return the hooks.
@@ -129,6 +149,11 @@ class Pipeline:
                 f"{_origin(self._choices[impl.plugin_name])} implements {name}, and no {kind.name} takes part in a "
                 "running job: it would never be called. Leave it out."
             )
+
+
+def _deprecation(choice: Choice, does: str, instead: str) -> str:
+    mend = f"upgrade {choice.entry.distribution}, or tell its author" if choice.entry else "mend its class"
+    return f"{_origin(choice)} {does}, which is deprecated: {instead.rstrip('.')}. To be rid of this, {mend}."
 
 
 _MARK = "@plugframe.hookimpl"

@@ -11,6 +11,28 @@ from plugframe.registry import Entry
 from plugframe.world import World
 
 
+@dataclass(frozen=True)
+class OptionValue:
+    """An option of a selected plugin, as it was given.
+
+    Attributes:
+        name: the keyword of its factory.
+        value: read and checked.
+        key: its name among all: ``strategy.timeout_s``.
+        source: where it was given, in words.
+    """
+
+    name: str
+    value: Any
+    key: str
+    source: str
+
+    @property
+    def text(self) -> str:
+        """The value, for people."""
+        return self.value if isinstance(self.value, str) else repr(self.value)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Choice:
     """One selected plugin.
@@ -22,6 +44,7 @@ class Choice:
         descriptor: what it says of itself.
         entry: where it comes from; None for an instance of an unpublished class.
         instance: the object the user passed, or the one made while the plan was; None otherwise.
+        options: what was given for it by name.
     """
 
     kind: str
@@ -30,6 +53,12 @@ class Choice:
     descriptor: Plugin
     entry: Entry | None = None
     instance: Any = None
+    options: tuple[OptionValue, ...] = ()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What its factory is to be called with."""
+        return {option.name: option.value for option in self.options}
 
     @property
     def qualified(self) -> str:
@@ -89,7 +118,8 @@ class Plan:
         rows.insert(2, ("nodes", str(self.num_nodes), f"{self.world_size} ranks in all"))
         rows += [("extension", c.origin, c.reason) for c in self.extensions]
         rows += [("logger", c.origin, c.reason) for c in self.loggers]
-        return rows
+        options = [option for choice in self.all_choices() for option in choice.options]
+        return rows + [(option.key, option.text, f"asked for in {option.source}") for option in options]
 
     def line(self) -> str:
         """Return the plan in one line: every plugin in use with its package and version."""

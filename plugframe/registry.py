@@ -87,7 +87,7 @@ def _points_one_by_one() -> list[tuple[Any, Any]]:
     return found
 
 
-def _name_and_version(distribution: Any) -> tuple[str, str]:
+def name_and_version(distribution: Any) -> tuple[str, str]:
     try:
         about: Any = distribution.metadata if distribution else {}
     except FileNotFoundError:
@@ -124,7 +124,7 @@ class Registry:
         published: dict[int, tuple[str, str]] = {}  # a distribution parses its metadata at each access
         for point, distribution in _points():
             if id(distribution) not in published:
-                published[id(distribution)] = _name_and_version(distribution)
+                published[id(distribution)] = name_and_version(distribution)
             name, version = published[id(distribution)]
             value, _, extras = point.value.partition("[")
             entries.append(
@@ -212,11 +212,12 @@ class Registry:
                 f"{entry.origin} is broken: {entry.value} is a {type(descriptor).__name__}, not a plugframe.Plugin. "
                 f"Tell its author, or uninstall {entry.distribution}."
             )
-        if not API - 1 <= descriptor.api <= API:
+        spoken = [number for number in (API, API - 1) if number > 0]
+        if descriptor.api not in spoken:
             newer = "plugframe" if descriptor.api > API else entry.distribution
             raise PluginLoadError(
                 f"{entry.origin} speaks version {descriptor.api} of the plugin contract, this plugframe speaks "
-                f"{API}: type 'pip install --upgrade {newer}'."
+                f"{' and '.join(map(str, spoken))}: type 'pip install --upgrade {newer}'."
             )
         return descriptor
 
@@ -273,7 +274,7 @@ class Registry:
         self.require([entry])
         factory = _import(descriptor.factory, entry, "factory")
         try:
-            return factory(**{**descriptor.options, **(options or {})})
+            return factory(**{**descriptor.preset, **(options or {})})
         except (KeyboardInterrupt, PlugframeError):
             raise
         except BaseException as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 from plugframe._compat import tomllib
 from plugframe.errors import SettingError, closest
+from plugframe.options import MANY, PREFIX, SEPARATOR, Given, from_section, from_variable, variable_of
 
 #: Settings that name one plugin, or "auto".
 NAMES = ("accelerator", "strategy", "precision", "collective", "checkpoint", "environment", "launcher")
@@ -18,9 +19,10 @@ NAMES = ("accelerator", "strategy", "precision", "collective", "checkpoint", "en
 LISTS = ("plugins", "loggers", "callbacks")
 NUMBERS = ("num_nodes", "timeout_s")
 FIELDS = (*NAMES, "devices", *NUMBERS, *LISTS)
+#: Kinds whose plugins can have options.
+OPTION_KINDS = (*NAMES, *MANY)
 
 CODE = "the code"
-PREFIX = "PLUGFRAME_"
 PYPROJECT = "pyproject.toml"
 SECTION = "tool.plugframe"
 #: Names the fields a command line set, so that a message can tell it from a variable set by hand.
@@ -46,12 +48,14 @@ class Request:
         settings: by field.
         overridden: for a field given both in the code and on the command line, the latter; whether they
             contradict each other is known once names are resolved.
+        options: of plugins, from the command line and a settings file.
         notes: what looks like a setting and is none; told once it is known which rank this is.
     """
 
     settings: Mapping[str, Setting]
     overridden: Mapping[str, Setting] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    options: tuple[Given, ...] = ()
 
     def get(self, field: str) -> Setting | None:
         """Return the setting of `field`, None if it was not given or is ``"auto"``."""
@@ -76,9 +80,14 @@ def gather(code: Mapping[str, Any], *, environ: Mapping[str, str] | None = None,
     """
     environ = os.environ if environ is None else environ
     given = {f: Setting(v, CODE) for f, v in code.items() if not _absent(v)}
-    typed, notes = _from_environ(environ)
+    typed, options, notes = _from_environ(environ)
     # "auto" in the code is its default; typed, it is a choice that the file shall not undo.
-    filed = {f: s for f, s in _from_file(environ, folder or Path.cwd()).items() if f not in typed}
+    filed, written = _from_file(environ, folder or Path.cwd())
+    filed = {f: s for f, s in filed.items() if f not in typed}
+    options = [*written, *options]
+    if environ.get(LAUNCHED):
+        # They were for who started the ranks, and for where that was done.
+        options = [given for given in options if given.kind not in ("environment", "launcher")]
     typed = {f: s for f, s in typed.items() if not _absent(s.value)}
     for name, setting in [*given.items(), *typed.items(), *filed.items()]:
         _check(name, setting)
@@ -86,7 +95,7 @@ def gather(code: Mapping[str, Any], *, environ: Mapping[str, str] | None = None,
     for name in (*NUMBERS, "devices", "callbacks"):
         if name in overridden and _canonical(given[name].value) != _canonical(overridden[name].value):
             raise contradiction(name, given[name], overridden[name])
-    return Request({**filed, **typed, **given}, overridden, tuple(notes))
+    return Request({**filed, **typed, **given}, overridden, tuple(notes), tuple(options))
 
 
 def contradiction(field: str, first: Setting, second: Setting) -> SettingError:
@@ -130,16 +139,24 @@ def _canonical(value: Any) -> Any:
         return value
 
 
-def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Setting], list[str]]:
+def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Setting], list[Given], list[str]]:
     by_command = environ.get(FROM_COMMAND_LINE, "").split(",")
+    commanded = {variable_of(option): option for option in by_command if "." in option}
     found: dict[str, Setting] = {}
+    options: list[Given] = []
     notes: list[str] = []
     for name, text in environ.items():
         if not name.startswith(PREFIX) or name in OTHER_VARIABLES:
             continue
         field = name[len(PREFIX) :].lower()
+        option = from_variable(name, text, commanded)
+        if option is not None and option.kind in OPTION_KINDS:
+            options += [option] if text else []
+            continue
         if field not in FIELDS or name != variable(field):
-            known = [*map(variable, FIELDS), *OTHER_VARIABLES]
+            rest = name.upper().partition(SEPARATOR)[2]
+            of_plugins = [f"{variable(kind)}{SEPARATOR}{rest}" for kind in OPTION_KINDS if rest]
+            known = [*map(variable, FIELDS), *OTHER_VARIABLES, *of_plugins]
             notes.append(f"The environment variable {name} is not a setting.{closest(name.upper(), known)}")
             continue
         if field in by_command:
@@ -152,7 +169,7 @@ def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Setting], list[
         elif field in NUMBERS:
             value = _number(field, text, source)
         found[field] = Setting(value, source)
-    return found, notes
+    return found, options, notes
 
 
 def _number(field: str, text: str, source: str) -> float | int:
@@ -204,22 +221,28 @@ def read_file(path: Path) -> dict[str, Any] | None:
     return section
 
 
-def _from_file(environ: Mapping[str, str], folder: Path) -> dict[str, Setting]:
+def _from_file(environ: Mapping[str, str], folder: Path) -> tuple[dict[str, Setting], list[Given]]:
     path = find_file(environ, folder)
     data = read_file(path) if path else None
+    found: dict[str, Setting] = {}
+    options: list[Given] = []
     if not path or not data:
-        return {}
-    found = {}
+        return found, options
     for key, value in data.items():
         field = key.replace("-", "_")
-        if field not in FIELDS:
+        if field in OPTION_KINDS and isinstance(value, dict):
+            value, given = from_section(field, value, path)
+            options += given
+        elif field in MANY:
+            raise SettingError(f"{path}: {field}={value!r} is no section: {MANY[field]}= selects, [{field}.NAME] sets.")
+        elif field not in FIELDS:
             known = ", ".join(FIELDS)
             raise SettingError(f"{path}: {key!r} is not a setting.{closest(field, FIELDS)} Settings: {known}.")
         if field in found:
             raise SettingError(f"{path}: {field!r} is given twice, with - and with _: keep one.")
         if not _absent(value):
             found[field] = Setting(value, str(path))
-    return found
+    return found, options
 
 
 def _check(field: str, setting: Setting) -> None:

@@ -58,12 +58,12 @@ def resolve_launcher(request: Request, catalogue: Catalogue, wants: str) -> Choi
 def _launcher(candidates: Candidates, wants: str) -> Choice:
     asked = candidates.asked("launcher")
     if asked is not None and wants in asked.descriptor.provides:
-        return asked
+        return candidates.configured(asked)
     able = [c for c in candidates.automatic("launcher") if wants in c.descriptor.provides]
     if asked is None:
         if not able:
             raise UnsupportedError(f"No installed launcher can start a {wants}: install one, or use `plugframe run`.")
-        return able[0]
+        return candidates.configured(replace(able[0], reason="auto: the first that can do it"))
     what = {"script": "start a script again: call launch(fn) with a function", "function": "run a function"}
     detail = what.get(wants, "run a function that is typed at a prompt")
     instead = f", or use launcher={names_of(able)}" if able else ""
@@ -103,8 +103,11 @@ class _Resolver:
         asked = [choice for choice in [self.candidates.asked("checkpoint")] if choice]
         collective = needed(self.candidates, "collective", where, [*users, *asked])
         checkpoint = needed(self.candidates, "checkpoint", where, [*users, collective])
-        chosen = (accelerator, strategy, precision, collective, checkpoint, environment)
+        settled = map(self.candidates.configured, (strategy, precision, collective, checkpoint))
+        chosen = (accelerator, *settled, environment)
         choices = {choice.kind: choice for choice in chosen}
+        extensions = self.candidates.configured_many(extensions, "extension")
+        loggers = self.candidates.configured_many(loggers, "logger")
         check_needs(choices, [*chosen, *extensions, *loggers])
         return Plan(
             choices=choices,
@@ -124,7 +127,7 @@ class _Resolver:
     def _environment(self) -> Choice:
         choice = self.candidates.asked("environment")
         if choice is not None:
-            return self.candidates.made(choice)
+            return self.candidates.made(self.candidates.configured(choice))
         for candidate in self.candidates.automatic("environment"):
             variables = candidate.descriptor.variables
             if not all(v in self.environ for v in variables):
@@ -136,7 +139,8 @@ class _Resolver:
                 self.candidates.pass_over(f"{error} It was passed over under environment='auto'.")
                 continue
             if detected:
-                return replace(made, reason=f"auto: {', '.join(variables)} set" if variables else "auto: detected")
+                reason = f"auto: {', '.join(variables)} set" if variables else "auto: detected"
+                return self.candidates.settled(replace(candidate, reason=reason), made)
         raise UnsupportedError("No installed environment recognises how this process was started.")
 
     def _validate(self, environment: Choice, num_processes: int | None) -> None:
@@ -150,7 +154,7 @@ class _Resolver:
         asked = self.candidates.asked("accelerator")
         if asked is None or asked.descriptor.best_of:
             return self._best_accelerator(strategy, asked)
-        made = self.candidates.made(asked)
+        made = self.candidates.made(self.candidates.configured(asked))
         problem, cause = "no such device.", None
         try:
             if _ask(made, "accelerator_is_available"):
@@ -175,7 +179,8 @@ class _Resolver:
                 made = self.candidates.made(candidate)
                 if _ask(made, "accelerator_is_available"):
                     start = f"{asked.reason}: the best available" if asked else "auto: the best available"
-                    return replace(made, reason="; ".join([start, *(f"passed over {why}" for why in passed)]))
+                    reason = "; ".join([start, *(f"passed over {why}" for why in passed)])
+                    return self.candidates.settled(replace(candidate, reason=reason), made)
             except PluginError as error:
                 self.candidates.pass_over(f"{error} It was passed over under accelerator='auto'.")
                 passed.append(f"{candidate.name} (broken)")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import ExitStack
 from typing import Any
 
 from plugframe.context import Context
-from plugframe.errors import OrderError
+from plugframe.errors import OrderError, PlugframeWarning
 from plugframe.hooks.markers import PROJECT
 from plugframe.logs import tell
 from plugframe.pipeline import BoundHooks, Pipeline
@@ -26,6 +27,7 @@ class Session:
         plan: what was resolved.
         hooks: every hook, bound.
         plugins: the plugin object of each single kind.
+        extensions: the extensions by name, bare and qualified; of two with one name the first.
         context: what plugins see of the job; None until `start`.
     """
 
@@ -39,18 +41,21 @@ class Session:
             self.plugins[choice.kind] = self._add(choice, catalogue)
         self.loggers = [self._add(choice, catalogue) for choice in plan.loggers]
         # pluggy runs the last registered wrapper outermost; the first listed shall be.
-        for choice in reversed(plan.extensions):
-            self._add(choice, catalogue)
+        added = [(choice, self._add(choice, catalogue)) for choice in reversed(plan.extensions)]
+        self.extensions = {name: plugin for choice, plugin in added for name in (choice.name, choice.qualified)}
         for callback in callbacks:
             if _has_hooks(callback):
                 self._pipeline.add(_as_choice(callback), callback)
         self.hooks: BoundHooks = self._pipeline.bind()
+        if self.world.global_rank == 0:
+            for message in dict.fromkeys(self._pipeline.deprecations):
+                warnings.warn(message, PlugframeWarning, stacklevel=2)
 
     def _add(self, choice: Choice, catalogue: Catalogue) -> Any:
         plugin = choice.instance
         if plugin is None:
             assert choice.entry is not None
-            plugin = catalogue.make(choice.entry)
+            plugin = catalogue.make(choice.entry, choice.arguments)
         self._pipeline.add(choice, plugin)
         return plugin
 

@@ -67,7 +67,7 @@ def _launcher(request: Request, registry: Registry, wants: str) -> Any:
     if choice.instance is not None:
         return choice.instance
     assert choice.entry is not None
-    return registry.make(choice.entry)
+    return registry.make(choice.entry, choice.arguments)
 
 
 def _job(plan: Plan, **what: Any) -> Job:

@@ -53,7 +53,7 @@ def test_descriptors_name_what_exists() -> None:
             assert descriptor.summary.endswith(".") or ":" in descriptor.summary
             if descriptor.factory:
                 where, _, what = descriptor.factory.partition(":")
-                getattr(importlib.import_module(where), what)(**descriptor.options)
+                getattr(importlib.import_module(where), what)(**descriptor.preset)
 
 
 def test_auto_prefers_the_dedicated_accelerator() -> None:

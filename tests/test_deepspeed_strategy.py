@@ -907,7 +907,7 @@ def test_names_stand_for_options() -> None:
 
     for name in ("plugin", "stage_1", "stage_2_offload", "stage_3", "stage_3_offload", "stage_3_offload_nvme"):
         descriptor = getattr(names, name)
-        strategy = DeepSpeed(**descriptor.options)
+        strategy = DeepSpeed(**descriptor.preset)
         assert strategy.stage == (2 if name == "plugin" else int(name[6]))
         assert strategy.options.offload_optimizer == (
             "nvme" if "nvme" in name else "cpu" if "offload" in name else None

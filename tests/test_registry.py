@@ -214,10 +214,10 @@ def interrupt() -> None:
 
 
 HERE = __name__
-counted = Plugin(factory=f"{HERE}:Counted", options={"stage": 2})
-previous = Plugin(factory=f"{HERE}:Counted", api=API - 1)
+counted = Plugin(factory=f"{HERE}:Counted", preset={"stage": 2})
+previous = Plugin(factory=f"{HERE}:Counted", api=API)
 newer = Plugin(factory=f"{HERE}:Counted", api=API + 1)
-older = Plugin(factory=f"{HERE}:Counted", api=API - 2)
+older = Plugin(factory=f"{HERE}:Counted", api=API - 1)
 text = "text"
 failing = Plugin(factory=f"{HERE}:fail")
 leaving = Plugin(factory=f"{HERE}:leave")
@@ -255,7 +255,7 @@ def test_a_descriptor_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("text", r"strategy 'text' \(acme 1.2\) is broken: .*:text is a str, not a plugframe.Plugin. .*uninstall acme"),
         ("newer", r"speaks version 2 .* this plugframe speaks 1: type 'pip install --upgrade plugframe'"),
-        ("older", r"speaks version -1 .* type 'pip install --upgrade acme'"),
+        ("older", r"speaks version 0 .* this plugframe speaks 1: type 'pip install --upgrade acme'"),
         ("absent", r"its descriptor .*:absent failed to import with AttributeError.* uninstall acme"),
     ],
 )
@@ -266,10 +266,14 @@ def test_a_broken_descriptor_names_its_distribution_and_the_way_out(attribute: s
         registry.describe(found)
 
 
-def test_the_contract_before_this_one_is_still_spoken() -> None:
-    """A plugin written for the previous version of the contract works."""
+def test_the_contract_before_this_one_is_still_spoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plugin written for the previous version of the contract works, one written for that before it does not."""
+    monkeypatch.setattr("plugframe.registry.API", API + 1)
     registry, found = published("previous")
     assert isinstance(registry.make(found), Counted)
+    registry, found = published("older")
+    with pytest.raises(PluginLoadError, match=r"version 0 .* plugframe speaks 2 and 1: type .*--upgrade acme'"):
+        registry.describe(found)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import click
 
-from plugframe.errors import closest
+from plugframe.errors import SettingError, closest
+from plugframe.options import parts, typed
+from plugframe.request import OPTION_KINDS
 
 MODULE = "-m"
 HELP = ("-h", "--help")
@@ -23,18 +25,23 @@ class Words:
         own: plugframe's options, each as one word: ``--devices=8``.
         command: what Python is to run: the script, or ``-m`` and the module, and its arguments. Empty for help.
         late: names of those options of plugframe that stood after the script, such as ``--devices``.
+        options: of plugins: ``--strategy.timeout-s`` and what was typed for it.
+        valueless: the option of a plugin that stood right before the script, without a value.
     """
 
     own: tuple[str, ...]
     command: tuple[str, ...] = ()
     late: tuple[str, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
+    valueless: str = ""
 
 
 def split(words: Iterable[str], options: Mapping[str, click.Option]) -> Words:
     """Tell plugframe's options from the script and its arguments.
 
     Before the script every option must be one of plugframe's. After it, long options that plugframe has are
-    plugframe's, up to a bare ``--``; everything else is the script's, in its order.
+    plugframe's, up to a bare ``--``; everything else is the script's, in its order. Options of plugins are
+    plugframe's too: ``--strategy.timeout-s=60``, with its value after ``=`` as nobody knows yet whether it has one.
 
     Args:
         words: what follows ``plugframe run``.
@@ -50,16 +57,27 @@ def split(words: Iterable[str], options: Mapping[str, click.Option]) -> Words:
     if not command:
         return Words(own=("--help",))
     late: list[str] = []
+    last = next(reversed(own.items()), ("", ""))
+    valueless = last[0] if "." in last[0] and last[1] == last[0] else ""
     while queue:
         word = queue.popleft()
         if word == "--":
             command += queue
             break
-        if word.startswith("--") and _spelling(word) in options:
+        if _is_of_plugin(word):
+            late.append(_take_of_plugin(word, own))
+        elif word.startswith("--") and _spelling(word) in options:
             late.append(_take(word, queue, options, own))
         else:
             command.append(word)
-    return Words(own=tuple(own.values()), command=tuple(command), late=tuple(late))
+    of_plugins = {name: word.partition("=")[2] or "true" for name, word in own.items() if name.startswith("--")}
+    return Words(
+        own=tuple(word for name, word in own.items() if name not in of_plugins),
+        command=tuple(command),
+        late=tuple(late),
+        options=of_plugins,
+        valueless=valueless,
+    )
 
 
 def _script(queue: deque[str], options: Mapping[str, click.Option], own: dict[str, str]) -> list[str]:
@@ -74,6 +92,9 @@ def _script(queue: deque[str], options: Mapping[str, click.Option], own: dict[st
         if word.startswith(MODULE) and not word.startswith("--"):
             return [MODULE, word[len(MODULE) :] or _module(queue)]
         if word.startswith("-") and len(word) > 1:
+            if _is_of_plugin(word):
+                _take_of_plugin(word, own)
+                continue
             if _spelling(word) not in options:
                 raise click.UsageError(_unknown(word, options))
             _take(word, queue, options, own)
@@ -99,7 +120,30 @@ def _spelling(word: str) -> str:
 def _unknown(word: str, options: Mapping[str, click.Option]) -> str:
     name = word.partition("=")[0]
     hint = closest(_spelling(word), options)
+    _, dot, rest = name.partition(".")
+    if dot:
+        hint = closest(name, (f"--{known}.{rest}" for known in OPTION_KINDS))
     return f"plugframe run has no option {name!r}.{hint} An option of the script goes after SCRIPT."
+
+
+def _is_of_plugin(word: str) -> bool:
+    kind, dot, _ = word.partition("=")[0].removeprefix("--").partition(".")
+    return word.startswith("--") and bool(dot) and kind in OPTION_KINDS
+
+
+def _take_of_plugin(word: str, own: dict[str, str]) -> str:
+    """Note one option of a plugin, and return its name. Without a value it is a switch: true."""
+    try:
+        name = typed(*parts(word))
+    except SettingError as error:
+        raise click.UsageError(str(error)) from None
+    if word.endswith("="):
+        raise click.UsageError(f"{name} needs a value after the '='.")
+    taken = "=".join([name, *word.partition("=")[2:]]) if "=" in word else name
+    if own.get(name, taken) != taken:
+        raise click.UsageError(f"{name} is given twice, as {own[name]} and as {taken}: keep one.")
+    own[name] = taken
+    return name
 
 
 def _take(word: str, queue: deque[str], options: Mapping[str, click.Option], own: dict[str, str]) -> str:

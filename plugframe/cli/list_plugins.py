@@ -40,21 +40,31 @@ class Row(NamedTuple):
         return self.status.startswith(("broken", "incompatible"))
 
 
-@click.command("list-plugins", short_help="List the installed plugins.")
+@click.command("list-plugins", short_help="List the installed plugins, or show one.")
+@click.argument("name", required=False)
 @click.option("--kind", metavar="KIND", help="Only this kind: accelerator, strategy, precision, …")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects.")
 @click.option("--check", is_flag=True, help="Load every descriptor and say what is broken; exit code 1 if any is.")
-def command(kind: str | None, as_json: bool, check: bool) -> int:
+def command(name: str | None, kind: str | None, as_json: bool, check: bool) -> int:
     """List the installed plugins: the names that `plugframe run` and `Lite` take.
+
+    With NAME, show what that plugin is and which options it has.
 
     \b
     Examples:
       plugframe list-plugins
       plugframe list-plugins --kind strategy
+      plugframe list-plugins --kind strategy ddp
       plugframe list-plugins --check --json
     """
     registry = Registry.discover()
-    rows = [_row(registry, entry, check=check) for entry in _entries(registry, kind)]
+    entries = _named(registry, kind, name) if name else _entries(registry, kind)
+    if name and not check:
+        from plugframe.cli.describe import show_plugins
+
+        show_plugins(registry, entries, as_json=as_json)
+        return 0
+    rows = [_row(registry, entry, check=check) for entry in entries]
     if as_json:
         import json
 
@@ -77,6 +87,22 @@ def _entries(registry: Registry, kind: str | None) -> list[Entry]:
             known = ", ".join(KINDS)
             raise SettingError(f"--kind={kind!r} is not a kind.{closest(kind, KINDS)} Kinds: {known}.")
     return entries
+
+
+def _named(registry: Registry, kind: str | None, name: str) -> list[Entry]:
+    """Return the plugins of that name, one of each kind that has one.
+
+    Raises:
+        UnknownPluginError: with the closest match, if there is none.
+    """
+    published = _entries(registry, kind)
+    kinds = dict.fromkeys(entry.kind for entry in published if name in (entry.name, entry.qualified))
+    if kinds or kind:
+        return [registry.find(each, name) for each in kinds or [str(kind)]]
+    known = sorted({entry.name for entry in published})
+    raise UnknownPluginError(
+        f"No plugin {name!r} is installed.{closest(name, known)} `plugframe list-plugins` shows all of them."
+    )
 
 
 def _row(registry: Registry, entry: Entry, *, check: bool) -> Row:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from plugframe.cli.arguments import Words, split
 from plugframe.cli.target import check
 from plugframe.errors import PlugframeWarning, SettingError, UsageError
+
+if TYPE_CHECKING:
+    from plugframe.candidates import Candidates
+    from plugframe.cli.start import Start
+    from plugframe.plan import Choice, Plan
+    from plugframe.registry import Registry
 
 
 class RunCommand(click.Command):
@@ -73,16 +79,19 @@ def command(
 
     Options may stand before or after SCRIPT. After it, those that are not listed here go to the script, and
     everything after a bare -- does. `plugframe list-plugins` shows the names that are installed.
+    Options of a plugin are typed with its kind, and those of loggers and extensions with their names too;
+    `plugframe list-plugins NAME` shows them.
 
     \b
     Examples:
       plugframe run train.py --devices=8 --strategy=ddp --precision=bf16
       plugframe run --devices=auto train.py --epochs 3
+      plugframe run train.py --strategy=ddp --strategy.timeout-s=60 --loggers=csv --logger.csv.folder=out
       plugframe run -m package.train --dry-run
       plugframe run train.py --devices=2 -- --devices is for the script
     """
-    check(words.command)
-    variables = _variables(settings, config)
+    _check(words)
+    variables = _variables(settings, config, words.options)
     environ = {**os.environ, **variables}
     # Resolving imports what it needs; a wrong script or a wrong option is told without it.
     from plugframe.candidates import Candidates
@@ -98,13 +107,22 @@ def command(
         plan = resolve(request, registry, environ)
         registry.require(choice.entry for choice in plan.all_choices() if choice.entry is not None)
         start = decide(plan, request, registry, command=words.command, variables=variables, nodes=nodes)
-    if not dry_run:
+        _try(registry, [*plan.all_choices(), *([start.launcher] if start.launcher else [])])
+    if dry_run:
+        _show(plan, start, Candidates(request, registry), told)
+    else:
         start.go(registry)
-        return
+
+
+def _show(plan: Plan, start: Start, candidates: Candidates, told: Sequence[str]) -> None:
+    """Print what would run, and why."""
     from plugframe.cli.table import show
 
-    show(("what", "value", "why"), plan.rows())
-    described = Candidates(request, registry).made(plan.choices["strategy"]).instance.strategy_describe()
+    rows = plan.rows()
+    if start.launcher is not None:
+        rows += [(option.key, option.text, f"asked for in {option.source}") for option in start.launcher.options]
+    show(("what", "value", "why"), rows)
+    described = candidates.made(plan.choices["strategy"]).instance.strategy_describe()
     for line in [
         *(f"note: {note}" for note in plan.notes if note not in told),
         *(f"strategy: {line}" for line in described),
@@ -114,8 +132,26 @@ def command(
     click.echo("not seen here: what the script itself passes to Lite(...)")
 
 
-def _variables(settings: Mapping[str, Any], config: str | None) -> dict[str, str]:
+def _check(words: Words) -> None:
+    try:
+        check(words.command)
+    except UsageError as error:
+        if not words.valueless:
+            raise
+        value = f"{words.valueless}={words.command[0]}"
+        raise SettingError(f"{error} For the value of the option before it, type {value}.") from error
+
+
+def _try(registry: Registry, choices: Iterable[Choice]) -> None:
+    """Make the plugins that were given options: what they refuse is told here, once, and not by every rank."""
+    for choice in choices:
+        if choice.options and choice.entry is not None and choice.instance is None:
+            registry.make(choice.entry, choice.arguments)
+
+
+def _variables(settings: Mapping[str, Any], config: str | None, options: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that hand to the ranks what was typed, and nothing else."""
+    from plugframe.options import variable_of
     from plugframe.request import FROM_COMMAND_LINE, LISTS, variable
 
     typed = {field: value for field, value in settings.items() if value not in (None, ())}
@@ -124,7 +160,8 @@ def _variables(settings: Mapping[str, Any], config: str | None) -> dict[str, str
         if not re.fullmatch(r"[\w.]+:[\w.]+", callback):
             raise SettingError(f"--callbacks={callback!r} does not name a class: type package.module:Class.")
     variables = {variable(field): text for field, text in texts.items()}
-    variables[FROM_COMMAND_LINE] = ",".join(texts)
+    variables |= {variable_of(name): text for name, text in options.items()}
+    variables[FROM_COMMAND_LINE] = ",".join([*texts, *options])
     if config is not None:
         variables["PLUGFRAME_CONFIG"] = str(Path(config).resolve())
     return variables
@@ -156,7 +193,7 @@ def _told(words: Words, config: str | None) -> Iterator[list[str]]:
 
 
 def _for_the_script(message: str, late: Sequence[str], config: str | None) -> str:
-    for option in late:
+    for option in sorted(late, key=len, reverse=True):
         field = option.removeprefix("--").replace("-", "_")
         of_file = field == "config" and config is not None and Path(config).name in message
         if f"{field}=" in message or option in message or of_file:

@@ -77,7 +77,7 @@ class Start:
         if self.job is None or self.launcher is None:
             _become(self.command, self.variables)
         assert self.launcher.entry is not None
-        catalogue.make(self.launcher.entry).launcher_launch(job=self.job)
+        catalogue.make(self.launcher.entry, self.launcher.arguments).launcher_launch(job=self.job)
 
 
 def decide(
@@ -96,12 +96,13 @@ def decide(
     """
     if plan.launched:
         who = plan.choices["environment"].name
-        _no_effect(nodes.typed(), f"{who} has started the processes already")
+        _no_effect([*nodes.typed(), *_launcher_options(request)], f"{who} has started the processes already")
         return Start(command=command, variables=variables, why=f"{who} has started the processes")
     several = plan.num_nodes > 1
     if not several:
         _check_single(nodes)
-    if plan.world_size == 1 and not nodes.max_restarts and request.get("launcher") is None:
+    asked_for = nodes.max_restarts or request.get("launcher") is not None or _launcher_options(request)
+    if plan.world_size == 1 and not asked_for:
         return Start(command=command, variables=variables, why="one rank needs no supervision")
     launcher = resolve_launcher(request, catalogue, "script")
     if request.get("environment"):
@@ -132,6 +133,11 @@ def _no_effect(options: Sequence[str], why: str) -> None:
     if options:
         has = "has" if len(options) == 1 else "have"
         warnings.warn(f"{', '.join(options)} {has} no effect: {why}.", PlugframeWarning, stacklevel=3)
+
+
+def _launcher_options(request: Request) -> list[str]:
+    """Return the options of the launcher that were typed."""
+    return [each.spelled(each.name) for each in request.options if each.kind == "launcher" and each.by == "command"]
 
 
 def _check_single(nodes: Nodes) -> None:

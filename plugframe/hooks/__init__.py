@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from plugframe.hooks.accelerator import AcceleratorSpec
     from plugframe.hooks.checkpoint import CheckpointSpec, SaveHandle
     from plugframe.hooks.collective import CollectiveSpec, ReduceOp
-    from plugframe.hooks.descriptor import API, Plugin
+    from plugframe.hooks.descriptor import API, Option, Plugin
     from plugframe.hooks.environment import EnvironmentSpec
     from plugframe.hooks.kinds import KINDS, Kind
     from plugframe.hooks.launcher import Job, LauncherSpec
@@ -38,6 +38,7 @@ __all__ = [
     "LauncherSpec",
     "LoggerSpec",
     "NotifySpec",
+    "Option",
     "Plugin",
     "PrecisionSpec",
     "ReduceOp",
@@ -64,6 +65,7 @@ def __getattr__(name: str) -> Any:
         "LauncherSpec": "launcher",
         "LoggerSpec": "logger",
         "NotifySpec": "notify",
+        "Option": "descriptor",
         "Plugin": "descriptor",
         "PrecisionSpec": "precision",
         "ReduceOp": "collective",

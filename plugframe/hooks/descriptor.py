@@ -2,12 +2,70 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import GenericAlias
 from typing import Any, Literal
 
 #: The version of the hook contract this release speaks; it accepts this one and the one before.
 API = 1
+
+#: Types an option can have by itself, as an item of a list, and as a value of a dict.
+SCALARS = (str, int, float, bool)
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a plugin: a keyword its factory takes, that can also be typed or written in a settings file.
+
+    Attributes:
+        name: the keyword: ``"timeout_s"``, typed as ``--strategy.timeout-s=60``.
+        type: ``str``, ``int``, ``float`` or ``bool``; ``list[str]`` and so on, typed ``a,b``; ``dict[str, int]`` and
+            so on, typed ``a=1,b=2``.
+        default: what the factory takes without it; None where the plugin decides then.
+        help: one line.
+        choices: the values there are, of a list its items; empty where any will do.
+        minimum: the least value of a number.
+        maximum: the greatest.
+        above: what a number must be greater than.
+    """
+
+    name: str
+    type: type | GenericAlias
+    default: Any = None
+    help: str = ""
+    choices: tuple[Any, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", self.name) or self.name == "name":
+            raise ValueError(
+                f"Option({self.name!r}): an option is called like 'timeout_s', in lower case with single underscores, "
+                "and not 'name', which is the key that selects the plugin."
+            )
+        if self.scalar not in SCALARS or self.container not in (None, list, dict):
+            raise ValueError(
+                f"Option({self.name!r}, {self.type!r}): the type is one of str, int, float and bool, or a list or "
+                "dict of those: list[str], dict[str, int]."
+            )
+        if self.container is dict and self._arguments()[0] is not str:
+            raise ValueError(f"Option({self.name!r}, {self.type!r}): the keys of a dict are str.")
+
+    @property
+    def container(self) -> Any:
+        """``list`` or ``dict``, None for a single value."""
+        return getattr(self.type, "__origin__", None)
+
+    @property
+    def scalar(self) -> Any:
+        """The type of the value, of an item of a list, or of a value of a dict."""
+        return (self._arguments() or (self.type,))[-1]
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return getattr(self.type, "__args__", ())
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,7 +97,8 @@ class Plugin:
         best_of: this name stands for the best available plugin that carries this tag.
         implies: settings of other kinds that an alias stands for, such as ``{"launcher": "spawn"}``.
         retired: names users may still type, each with the sentence that says what to type instead.
-        options: keyword arguments handed to the factory, for two names that share one factory.
+        options: what its user can set by name, of the keyword arguments of the factory.
+        preset: keyword arguments always handed to the factory, for two names that share one.
         api: the version of the hook contract it was written for.
     """
 
@@ -60,7 +119,8 @@ class Plugin:
     best_of: str = ""
     implies: Mapping[str, str] = field(default_factory=dict)
     retired: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: tuple[Option, ...] = ()
+    preset: Mapping[str, Any] = field(default_factory=dict)
     api: int = API
 
     def __post_init__(self) -> None:
@@ -72,3 +132,18 @@ class Plugin:
             )
         if self.factory and self.factory.count(":") != 1:
             raise ValueError(f"Plugin(factory={self.factory!r}): write 'package.module:Name'.")
+        if not isinstance(self.api, int) or isinstance(self.api, bool):
+            raise ValueError(f"Plugin(api={self.api!r}): write the number of the contract it was written for, {API}.")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        if not isinstance(self.options, tuple) or not all(isinstance(option, Option) for option in self.options):
+            raise ValueError(
+                "Plugin(options=…): write a tuple of Option(…); what is always handed to the factory is preset=."
+            )
+        if self.options and not self.factory:
+            raise ValueError("Plugin(options=…): a name that stands for another plugin has the options of that one.")
+        names = [option.name for option in self.options]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"Plugin(options=…): {name!r} is declared twice.")

@@ -1,12 +1,73 @@
-"""The two pluggy markers of the project."""
+"""The markers of the project: of hooks, and of what implements them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, overload
 
 import pluggy
 
 PROJECT = "plugframe"
-hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
-#: A provider hook: answered by the selected plugin of its kind, and by that one alone.
-provider = hookspec(firstresult=True)
+_F = TypeVar("_F", bound=Callable[..., Any])
+_MARK = f"{PROJECT}_deprecated"
+_specify = pluggy.HookspecMarker(PROJECT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deprecated:
+    """What of a hook is on its way out, and what to write instead.
+
+    Attributes:
+        hook: of the hook as a whole; empty if it stays.
+        arguments: of each argument that goes.
+    """
+
+    hook: str = ""
+    arguments: Mapping[str, str] = field(default_factory=dict)
+
+
+@overload
+def hookspec(function: _F, /) -> _F: ...
+@overload
+def hookspec(*, deprecated: str = ..., deprecated_arguments: Mapping[str, str] = ...) -> Callable[[_F], _F]: ...
+def hookspec(function: Any = None, /, *, deprecated: str = "", deprecated_arguments: Any = None) -> Any:
+    """Mark a hook that any number of plugins can implement.
+
+    Args:
+        deprecated: the hook is going: what to implement instead, as a sentence. Plugins that implement it are warned
+            of by name.
+        deprecated_arguments: arguments that are going, each with the sentence that says what to do instead.
+    """
+    return _mark(function, False, deprecated, deprecated_arguments)
+
+
+@overload
+def provider(function: _F, /) -> _F: ...
+@overload
+def provider(*, deprecated: str = ..., deprecated_arguments: Mapping[str, str] = ...) -> Callable[[_F], _F]: ...
+def provider(function: Any = None, /, *, deprecated: str = "", deprecated_arguments: Any = None) -> Any:
+    """Mark a hook that is answered by the selected plugin of its kind, and by that one alone.
+
+    The arguments are those of `hookspec`.
+    """
+    return _mark(function, True, deprecated, deprecated_arguments)
+
+
+def _mark(function: Any, firstresult: bool, hook: str, arguments: Mapping[str, str] | None) -> Any:
+    deprecated = Deprecated(hook=hook, arguments=dict(arguments or {}))
+
+    def mark(function: _F) -> _F:
+        # Not pluggy's own warn_on_impl: its warning names neither the plugin nor the package to upgrade.
+        setattr(function, _MARK, deprecated)
+        return _specify(function, firstresult=firstresult)
+
+    return mark if function is None else mark(function)
+
+
+def deprecated_of(function: Any) -> Deprecated:
+    """Return what of a hook is on its way out; of most, nothing."""
+    found = getattr(function, _MARK, None)
+    return found if isinstance(found, Deprecated) else Deprecated()

@@ -162,6 +162,21 @@ class Core:
         """The accelerator plugin in use."""
         return self._session.plugins["accelerator"]
 
+    def extension(self, name: str) -> Any:
+        """Return the extension in use under that name: the object itself, for what can be asked of it.
+
+        Raises:
+            SettingError: if it is not in use.
+        """
+        found = self._session.extensions
+        if name not in found:
+            used = ", ".join(choice.name for choice in self.plan.extensions) or "none"
+            raise SettingError(
+                f"extension({name!r}): no such extension is in use.{closest(str(name), found)} In use: {used}. "
+                f"Lite(plugins={name!r}) or --plugins={name} adds it."
+            )
+        return found[name]
+
     @property
     def loggers(self) -> list[Any]:
         """The logger plugins in use."""

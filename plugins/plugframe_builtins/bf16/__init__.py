@@ -5,11 +5,11 @@ from plugframe import Plugin
 mixed = Plugin(
     factory="plugframe_builtins.precisions:MixedPrecision",
     summary="Parameters in float32, arithmetic in bfloat16 where that is safe.",
-    options={"dtype": "bfloat16"},
+    preset={"dtype": "bfloat16"},
 )
 short = Plugin(alias_of="bf16-mixed", summary="Short for bf16-mixed.")
 true = Plugin(
     factory="plugframe_builtins.precisions:TruePrecision",
     summary="Model and inputs in bfloat16; half the memory, the range of float32.",
-    options={"dtype": "bfloat16"},
+    preset={"dtype": "bfloat16"},
 )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from plugframe.checkpoint import dtype_name, dtype_of, join, parse_structure, seal, split, unseal
@@ -77,14 +78,28 @@ def find(path: str) -> Found:
         CheckpointError: if the folder is no checkpoint, or a newer version of this format.
         CheckpointCorruptError: if the manifest is not what was written.
     """
+    data: bytes | None = None
+    with suppress(FileNotFoundError), open(os.path.join(path, MANIFEST), "rb") as file:
+        data = file.read()
+    return unpack(path, data, lambda: os.listdir(path))
+
+
+def unpack(path: str, data: bytes | None, list_names: Callable[[], Iterable[str]]) -> Found:
+    """Return what a manifest says, wherever it was read.
+
+    Args:
+        path: of its folder, for messages.
+        data: of the manifest, None if there is none.
+        list_names: gives the names in the folder, which tell what it is if not a checkpoint.
+
+    Raises:
+        CheckpointError, CheckpointCorruptError: see `find`.
+    """
+    if data is None:
+        raise _without_manifest(path, list_names())
     where = os.path.join(path, MANIFEST)
-    try:
-        with open(where, "rb") as file:
-            data = file.read()
-    except FileNotFoundError:
-        raise _without_manifest(path) from None
     opening = _VERSION.match(data)
-    if opening is None and b'"format":"plugframe' not in data[:64] and not any(map(is_data, os.listdir(path))):
+    if opening is None and b'"format":"plugframe' not in data[:64] and not any(map(is_data, list_names())):
         raise CheckpointError(f"{path} is a folder, but its {MANIFEST} is not one of a checkpoint.")
     body = unseal(data, where=where)
     if opening is not None and int(opening[1]) > VERSION:
@@ -110,13 +125,21 @@ def check_content(path: str, shown: str) -> None:
     Raises:
         CheckpointError: naming what is there.
     """
-    names = sorted(os.listdir(path))
-    foreign = [name for name in names if not is_ours(name)]
-    manifest = os.path.join(path, MANIFEST)
+    names = os.listdir(path)
+    opening: bytes | None = None
     if MANIFEST in names:
-        with open(manifest, "rb") as file:
-            if file.read(len(OPENING)) == OPENING:
-                return
+        with open(os.path.join(path, MANIFEST), "rb") as file:
+            opening = file.read(len(OPENING))
+    check_names(names, opening, shown)
+
+
+def check_names(names: Iterable[str], opening: bytes | None, shown: str) -> None:
+    """Do what `check_content` does with the names in a folder, and how its manifest begins if there is one."""
+    names = sorted(names)
+    foreign = [name for name in names if not is_ours(name)]
+    if opening is not None:
+        if opening.startswith(OPENING):
+            return
         foreign = foreign or ([] if any(map(is_data, names)) else [MANIFEST])
     if foreign:
         more = ", …" if len(foreign) > 5 else ""
@@ -126,8 +149,8 @@ def check_content(path: str, shown: str) -> None:
         )
 
 
-def _without_manifest(path: str) -> CheckpointError:
-    names = sorted(os.listdir(path))
+def _without_manifest(path: str, names: Iterable[str]) -> CheckpointError:
+    names = sorted(names)
     if names and all(map(is_ours, names)):
         return CheckpointError(
             f"{path} is not complete: it has no {MANIFEST}, which is written last. Load another checkpoint."

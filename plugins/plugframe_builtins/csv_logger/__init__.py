@@ -1,8 +1,12 @@
 """Metrics in a CSV file."""
 
-from plugframe import Plugin
+from plugframe import Option, Plugin
 
 plugin = Plugin(
     factory="plugframe_builtins.csv_logger.logger:CSVLogger",
     summary="Metrics in a CSV file, a row for each step: runs/version_N/metrics.csv.",
+    options=(
+        Option("folder", str, "runs", "Where the folders of the runs are."),
+        Option("flush_rows", int, 100, "Rows kept in memory before they are written.", minimum=1),
+    ),
 )

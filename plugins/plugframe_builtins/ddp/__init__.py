@@ -1,6 +1,7 @@
 """Data parallelism: every rank holds the whole model, gradients are averaged."""
 
 from plugframe import Plugin
+from plugframe_builtins.ddp.options import OPTIONS
 
 _SHARDED = "torch has retired it; use strategy='fsdp', or 'ddp' where the model fits."
 
@@ -8,12 +9,14 @@ plugin = Plugin(
     factory="plugframe_builtins.ddp.strategy:DDP",
     summary="The whole model on every rank, gradients averaged (DistributedDataParallel).",
     priority=10,
+    provides=("local-backward",),
     needs={"collective": ("process-group",)},
+    options=OPTIONS,
     retired={
         "dp": "its ranks were threads of one process; use strategy='ddp'.",
         "ddp2": "use strategy='ddp'.",
-        "ddp_find_unused_parameters_true": "use strategy=DDP(find_unused_parameters=True), "
-        "from plugframe_builtins.ddp.strategy.",
+        "ddp_find_unused_parameters_true": "use strategy='ddp' with --strategy.find-unused-parameters, or "
+        "strategy=DDP(find_unused_parameters=True), from plugframe_builtins.ddp.strategy.",
         **dict.fromkeys(("ddp_sharded", "ddp_sharded_spawn", "ddp_fully_sharded"), _SHARDED),
     },
 )

@@ -1,9 +1,10 @@
 """DeepSpeed's ZeRO: optimizer state, gradients and parameters in parts over the ranks."""
 
 from plugframe import Plugin
+from plugframe_builtins.deepspeed.options import OPTIONS
 
 
-def _named(what: str, **options: object) -> Plugin:
+def _named(what: str, **preset: object) -> Plugin:
     return Plugin(
         factory="plugframe_builtins.deepspeed.strategy:DeepSpeed",
         summary=f"DeepSpeed ZeRO {what}.",
@@ -13,11 +14,12 @@ def _named(what: str, **options: object) -> Plugin:
         prefers={"checkpoint": ("sharded",)},
         requires=("deepspeed",),
         extra="plugframe[deepspeed]",
-        options=options,
+        options=OPTIONS,
+        preset=preset,
     )
 
 
-plugin = _named("2: optimizer state and gradients in parts; other stages are options of DeepSpeed(…)")
+plugin = _named("2: optimizer state and gradients in parts; other stages are an option")
 stage_1 = _named("1: optimizer state in parts", stage=1)
 stage_2 = _named("2: optimizer state and gradients in parts", stage=2)
 stage_3 = _named("3: optimizer state, gradients and parameters in parts", stage=3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plugframe import Plugin
+from plugframe import Option, Plugin
 
 _FACTORY = "plugframe_builtins.elastic.launcher:Elastic"
 
@@ -11,18 +11,19 @@ plugin = Plugin(
     summary="Starts scripts and functions, on one node or several; restarts them on request.",
     provides=("script", "function"),
     priority=100,
+    options=(Option("start_method", str, "spawn", "How the processes of a function are started.", ("spawn", "fork")),),
 )
 spawn = Plugin(
     factory=_FACTORY,
     summary="Starts a function in fresh interpreters: it must be importable.",
     provides=("function",),
     priority=50,
-    options={"start_method": "spawn"},
+    preset={"start_method": "spawn"},
 )
 fork = Plugin(
     factory=_FACTORY,
     summary="Starts a function in copies of this process: any function will do, also in a notebook.",
     provides=("function", "interactive"),
     priority=40,
-    options={"start_method": "fork"},
+    preset={"start_method": "fork"},
 )

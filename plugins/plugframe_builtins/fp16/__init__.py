@@ -5,11 +5,11 @@ from plugframe import Plugin
 mixed = Plugin(
     factory="plugframe_builtins.precisions:MixedPrecision",
     summary="Parameters in float32, arithmetic in float16 where that is safe, the loss scaled.",
-    options={"dtype": "float16"},
+    preset={"dtype": "float16"},
 )
 short = Plugin(alias_of="16-mixed", summary="Short for 16-mixed.")
 true = Plugin(
     factory="plugframe_builtins.precisions:TruePrecision",
     summary="Model and inputs in float16; half the memory, a narrow range.",
-    options={"dtype": "float16"},
+    preset={"dtype": "float16"},
 )

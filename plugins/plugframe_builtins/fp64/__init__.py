@@ -5,6 +5,6 @@ from plugframe import Plugin
 plugin = Plugin(
     factory="plugframe_builtins.precisions:TruePrecision",
     summary="Double precision: model and inputs in float64.",
-    options={"dtype": "float64"},
+    preset={"dtype": "float64"},
 )
 short = Plugin(alias_of="64-true", summary="Short for 64-true.")

@@ -1,11 +1,16 @@
 """Fully sharded data parallelism: every rank keeps its part of parameters, gradients and optimizer state."""
 
-from plugframe import Plugin
+from plugframe import Option, Plugin
+from plugframe_builtins.sharding.options import OPTIONS
 
 plugin = Plugin(
     factory="plugframe_builtins.fsdp.strategy:FSDP",
     summary="A part of the model on every rank, for models larger than a device (FSDP2).",
     provides=("sharded",),
+    options=(
+        *OPTIONS,
+        Option("mesh", dict[str, int], None, "Ranks of an axis: replicate=2,shard=4.", minimum=-1),
+    ),
     needs={"collective": ("process-group",)},
     prefers={"checkpoint": ("sharded",)},
     precisions=("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true"),

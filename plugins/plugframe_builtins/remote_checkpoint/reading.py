@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
@@ -97,18 +95,10 @@ def find(folder: RemoteFolder) -> Found:
     """
     with told(f"cannot read {folder.url}"):
         manifest = read_manifest(folder)
-        if manifest is not None and manifest.startswith(form.OPENING):
-            names: Iterable[str] = [form.MANIFEST]
-        else:
-            names = folder.sizes()
+        names = folder.sizes() if manifest is None else {}
         if manifest is None and not names:
             raise CheckpointError(f"{folder.url} does not exist.")
-        with tempfile.TemporaryDirectory(prefix="checkpoint-") as likeness:
-            imitate(likeness, names, manifest)
-            try:
-                found = form.find(likeness)
-            except CheckpointError as error:
-                raise type(error)(str(error).replace(likeness, folder.url.rstrip("/"))) from error
+        found = form.unpack(folder.url.rstrip("/"), manifest, lambda: names or folder.sizes())
     return replace(found, path=folder.url)
 
 
@@ -118,21 +108,6 @@ def read_manifest(folder: RemoteFolder) -> bytes | None:
         return folder.read(form.MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def imitate(likeness: str, names: Iterable[str], manifest: bytes | None) -> None:
-    """Fill a folder here with a manifest and empty files, so that it can be judged like any checkpoint's folder.
-
-    Of the data files one is enough, and of what does not belong there a few.
-    """
-    ours = [name for name in names if form.is_data(name)][:1]
-    foreign = [name for name in names if name not in ("", ".", "..") and not form.is_ours(name)][:6]
-    for name in [*ours, *foreign]:
-        with open(os.path.join(likeness, name[:60]), "wb"):
-            pass
-    if manifest is not None:
-        with open(os.path.join(likeness, form.MANIFEST), "wb") as file:
-            file.write(manifest)
 
 
 def read(folder: RemoteFolder, *, lazy: bool, rank: int, num_ranks: int) -> tuple[dict[str, Any], str]:

@@ -8,7 +8,6 @@ rename) do at once.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from plugframe_builtins.checkpoint_files import folder as form
 from plugframe_builtins.checkpoint_files import tensorfile
 from plugframe_builtins.checkpoint_files.found import Chunk, Head, Laid
 from plugframe_builtins.dcp_checkpoint.portion import Piece
-from plugframe_builtins.remote_checkpoint.reading import imitate, read_manifest
+from plugframe_builtins.remote_checkpoint.reading import read_manifest
 from plugframe_builtins.remote_checkpoint.storage import RemoteFolder
 
 
@@ -42,9 +41,7 @@ def check(folder: RemoteFolder) -> bool:
         CheckpointError: saying what is in the way.
     """
     names = folder.sizes()
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as likeness:
-        imitate(likeness, names, read_manifest(folder) if form.MANIFEST in names else None)
-        form.check_content(likeness, folder.url)
+    form.check_names(names, read_manifest(folder) if form.MANIFEST in names else None, folder.url)
     return bool(names)
 
 

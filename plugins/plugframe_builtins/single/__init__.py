@@ -7,6 +7,7 @@ plugin = Plugin(
     summary="One process: nothing is spread.",
     ranks="one",
     priority=100,
+    provides=("local-backward",),
 )
 collective = Plugin(
     factory="plugframe_builtins.single.one_rank:OneRank",

@@ -1,11 +1,19 @@
 """Tensor parallelism: single layers spread over ranks, and the data axis sharded on top."""
 
-from plugframe import Plugin
+from plugframe import Option, Plugin
+from plugframe_builtins.sharding.options import OPTIONS
+
+_STYLES = ("colwise", "rowwise", "sequence", "colwise_gather")
 
 plugin = Plugin(
     factory="plugframe_builtins.tensor_parallel.strategy:TensorParallel",
     summary="Layers split over ranks by a plan, and sharded over the data axis (DTensor, FSDP2).",
     provides=("sharded",),
+    options=(
+        Option("plan", dict[str, str], None, "How each layer is split; unset: the model's own plan.", _STYLES),
+        Option("mesh", dict[str, int], None, "Ranks of an axis: data=2,tensor=4.", minimum=-1),
+        *OPTIONS,
+    ),
     needs={"collective": ("process-group",)},
     prefers={"checkpoint": ("sharded",)},
     precisions=("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true"),
