@@ -5,7 +5,7 @@ These import torch; a descriptor's module does not import them.
 
 from plugframe.base.accelerator import Accelerator
 from plugframe.base.checkpoint import Checkpoint
-from plugframe.base.collective import Collective
+from plugframe.base.collective import Collective, check_reduction
 from plugframe.base.devices import parse_devices
 from plugframe.base.environment import Environment, fresh
 from plugframe.base.extension import Extension
@@ -27,6 +27,7 @@ __all__ = [
     "Precision",
     "Strategy",
     "cast_floating",
+    "check_reduction",
     "default_dtype",
     "fresh",
     "map_tensors",

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from plugframe.checkpoint.atomic import draft_name
 from plugframe.context import Context
 from plugframe.errors import CheckpointError, UnsupportedError
 from plugframe.hooks import CheckpointSpec, hookimpl
@@ -44,11 +45,9 @@ class Checkpoint(CheckpointSpec):
     @hookimpl
     def checkpoint_remove(self, path: str) -> None:
         # First out of the way, at once: a half-removed checkpoint must not be taken for a whole one.
-        folder, name = os.path.split(path)
-        gone = os.path.join(folder, f".{name}.gone")
+        # A name that the next save knows as a leftover, should this end half-way.
+        gone = draft_name(path)
         try:
-            if os.path.isdir(gone):
-                shutil.rmtree(gone)
             os.replace(path, gone)
             if os.path.isdir(gone):
                 shutil.rmtree(gone)

@@ -12,7 +12,7 @@ from plugframe.errors import PlugframeError, RankFailedError, UsageError, closes
 
 #: What a shell reports for a program ended by Ctrl-C: 128 + SIGINT.
 INTERRUPTED = 130
-COMMANDS = ("run", "list-plugins", "doctor", "env", "checkpoint")
+COMMANDS = ("run", "list-plugins", "new-plugin", "doctor", "env", "checkpoint")
 
 
 class Commands(click.Group):

@@ -85,6 +85,8 @@ class Plugin:
         priority: how eagerly ``"auto"`` picks it, higher first; None means never.
         provides: capabilities other plugins can ask for, such as ``"process-group"``. Of a checkpoint, ``"sharded"``
             means that every rank writes its part; of a strategy, that every rank keeps only its part of a model.
+            ``"local-backward"`` of a strategy: under ``strategy_no_sync`` neither forward nor backward exchanges
+            anything, and a later backward averages all that was accumulated.
         needs: for each kind, the capabilities the plugin of that kind must provide, such as
             ``{"collective": ("process-group",)}``.
         prefers: for each kind, the capabilities the plugin of that kind should provide if ``"auto"`` picks it:

@@ -151,14 +151,15 @@ def check_names(names: Iterable[str], opening: bytes | None, shown: str) -> None
 
 def _without_manifest(path: str, names: Iterable[str]) -> CheckpointError:
     names = sorted(names)
-    if names and all(map(is_ours, names)):
+    # A save may have been killed when it had made the folder and nothing else.
+    if all(map(is_ours, names)):
         return CheckpointError(
             f"{path} is not complete: it has no {MANIFEST}, which is written last. Load another checkpoint."
         )
     more = ", …" if len(names) > 5 else "."
     return CheckpointError(
         f"{path} is a folder, not a checkpoint file: give the file's name. "
-        f"It holds: {', '.join(names[:5]) or 'nothing'}{more}"
+        f"It holds: {', '.join(names[:5])}{more}"
     )
 
 
