@@ -10,10 +10,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from plugframe.checkpoint.atomic import remove_leftovers
 from plugframe.errors import CheckpointCorruptError, CheckpointError, PlugframeError, PlugframeWarning, SettingError
 from plugframe.session import Session
 
 _NAME = re.compile(r"step-(\d{12})\.ckpt")
+_DRAFT = re.compile(r"\.(step-\d{12}\.ckpt)\.tmp-[0-9a-f]{16}")
 
 
 class Checkpoints:
@@ -100,7 +102,8 @@ class Checkpoints:
     def resume(self, state: dict[str, Any], *, strict: bool = True) -> bool:
         """Put the newest whole checkpoint into `state`, if there is any. Every rank must call it.
 
-        A damaged one is set aside as ``damaged-…`` and told of, and the one before it is taken.
+        A damaged one is set aside as ``damaged-…`` and told of, and the one before it is taken. One that was never
+        finished, because its save was killed, is removed and told of.
 
         Returns:
             Whether a checkpoint was loaded; `step` is its step then.
@@ -109,24 +112,28 @@ class Checkpoints:
             CheckpointError: if there are checkpoints and all of them are damaged.
             CheckpointMismatchError: if the newest whole one does not fit `state`.
         """
-        names = self._agreed(self._names)
-        for name in reversed(names):
+        num_damaged = 0
+        for name in reversed(self._agreed(self._names)):
             try:
                 self._load(self._at(name), state, strict=strict)
             except CheckpointError as error:
-                if not _is_damage(error):
+                if _is_unfinished(error):
+                    what, act = "removed", self._remove
+                elif isinstance(error, CheckpointCorruptError):
+                    what, act = "set aside", self._set_aside
+                    num_damaged += 1
+                else:
                     raise
-                self._agreed(functools.partial(self._set_aside, name))
+                self._agreed(functools.partial(act, name))
                 if self._session.world.global_rank == 0:
-                    warnings.warn(
-                        f"{error} It is set aside, and the one before it taken.", PlugframeWarning, stacklevel=3
-                    )
+                    text = f"{error} It is {what}, and the one before it taken."
+                    warnings.warn(text, PlugframeWarning, stacklevel=3)
                 continue
             self.step = int(_step(name))
             return True
-        if names:
+        if num_damaged:
             raise CheckpointError(
-                f"All {len(names)} checkpoints in {self.folder} are damaged and set aside: remove them to start anew."
+                f"All {num_damaged} checkpoints in {self.folder} are damaged and set aside: remove them to start anew."
             )
         return False
 
@@ -185,7 +192,20 @@ class Checkpoints:
             kept.update(self._ranked()[: self._keep_best[2]])
         for name in names:
             if name not in kept:
-                self._session.hooks.checkpoint_remove(path=self._at(name))
+                self._remove(name)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what saves and removals that were killed left beside the checkpoints."""
+        if "://" in self.folder:
+            return  # where nothing lies beside them
+        for name in self._session.hooks.checkpoint_list(folder=self.folder):
+            draft = _DRAFT.fullmatch(name)
+            if draft is not None and draft[1] != self._pending:
+                remove_leftovers(self._at(draft[1]))
+
+    def _remove(self, name: str) -> None:
+        self._session.hooks.checkpoint_remove(path=self._at(name))
 
     def _set_aside(self, name: str) -> None:
         self._session.hooks.checkpoint_move(path=self._at(name), target=self._at(f"damaged-{name}"))
@@ -211,6 +231,6 @@ def _step(name: str) -> int:
     return int(found[1])
 
 
-def _is_damage(error: CheckpointError) -> bool:
-    """Say whether a checkpoint is not what was written, and not merely one for another model or a newer program."""
-    return isinstance(error, CheckpointCorruptError) or "is not complete" in str(error)
+def _is_unfinished(error: CheckpointError) -> bool:
+    """Say whether a checkpoint lacks what is written last; the ranks agree on a text, not on a type."""
+    return "is not complete" in str(error)

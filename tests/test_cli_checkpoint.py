@@ -207,7 +207,7 @@ def test_what_is_none_is_one_line(saved: Path, plug: Callable[..., Result]) -> N
     for name, text in (
         ("foldr", "foldr does not exist. Did you mean 'folder'?"),
         ("text", "text is not a checkpoint: it begins with b'a long t'"),
-        ("empty", "empty is a folder, not a checkpoint file: give the file's name. It holds: nothing."),
+        ("empty", "empty is not complete: it is an empty folder."),
     ):
         for command in ("inspect", "verify"):
             result = plug(command, saved / name)

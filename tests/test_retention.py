@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from plugframe import CheckpointError, CheckpointMismatchError, Lite, PlugframeWarning, SettingError
+from plugframe.checkpoint import open_locked
 from plugframe.world import World
 from ranks import run_ranks
 
@@ -93,6 +95,58 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(lite: Lite,
         pytest.raises(CheckpointError, match="All 1 checkpoints in .* are damaged and set aside: remove them to"),
     ):
         kept.resume(state())
+
+
+def interrupted(path: Path) -> None:
+    """Leave of a new checkpoint what a save leaves that is killed at its end."""
+    if path.is_file():
+        path.rename(path.with_name(f".{path.name}.tmp-{'0' * 16}"))
+    else:
+        (path / "manifest.json").rename(path / f".manifest.json.tmp-{'0' * 16}")
+
+
+@pytest.mark.parametrize("steps_before", [[], [1, 2]])
+def test_what_a_killed_save_left_is_no_checkpoint(lite: Lite, tmp_path: Path, steps_before: list[int]) -> None:
+    """A run goes on from the one before, or begins anew if there is none; of what was left the next save keeps none."""
+    kept = lite.checkpoints(tmp_path / "run")
+    for step in (*steps_before, 7):
+        kept.save(step, state(float(step)))
+    newest = tmp_path / "run" / f"step-{7:012d}.ckpt"
+    folder = newest.is_dir()
+    interrupted(newest)
+    again, found = lite.checkpoints(tmp_path / "run"), state()
+    removed = pytest.warns(
+        PlugframeWarning, match="7.ckpt is not complete.* It is removed, and the one before it taken"
+    )
+    with removed if folder else nullcontext():
+        assert again.resume(found) is bool(steps_before)
+    assert again.step == max(steps_before, default=0)
+    again.save(8, state())
+    assert sorted(os.listdir(tmp_path / "run")) == [f"step-{step:012d}.ckpt" for step in (*steps_before, 8)]
+
+
+def test_a_save_that_only_made_a_folder_left_nothing(lite: Lite, tmp_path: Path) -> None:
+    """An empty folder is no checkpoint, nor a damaged one."""
+    (tmp_path / "run" / f"step-{1:012d}.ckpt").mkdir(parents=True)
+    with pytest.warns(PlugframeWarning, match="is not complete: it is an empty folder.* It is removed"):
+        assert not lite.checkpoints(tmp_path / "run").resume(state())
+    assert os.listdir(tmp_path / "run") == []
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(lite: Lite, tmp_path: Path) -> None:
+    """Whatever step they are of; files of other names are none of ours."""
+    dead = [tmp_path / f".step-{step:012d}.ckpt.tmp-{step:016x}" for step in (1, 2)]
+    dead[0].write_bytes(b"half")
+    dead[1].mkdir()
+    (dead[1] / "manifest.json").write_bytes(b"half")
+    (tmp_path / ".notes.tmp-0000000000000000").write_bytes(b"mine")
+    living = tmp_path / f".step-{3:012d}.ckpt.tmp-{3:016x}"
+    file = open_locked(str(living))
+    assert file is not None
+    with file:
+        lite.checkpoints(tmp_path).save(4, state())
+    there = [".notes.tmp-0000000000000000", living.name, f"step-{4:012d}.ckpt"]
+    assert sorted(os.listdir(tmp_path)) == there
 
 
 def test_time_decides(lite: Lite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

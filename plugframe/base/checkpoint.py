@@ -46,7 +46,7 @@ class Checkpoint(CheckpointSpec):
     def checkpoint_remove(self, path: str) -> None:
         # First out of the way, at once: a half-removed checkpoint must not be taken for a whole one.
         # A name that the next save knows as a leftover, should this end half-way.
-        gone = draft_name(path)
+        gone = os.path.join(os.path.dirname(path), os.path.basename(draft_name(path)))
         try:
             os.replace(path, gone)
             if os.path.isdir(gone):

@@ -113,6 +113,13 @@ def unpack(path: str, data: bytes | None, list_names: Callable[[], Iterable[str]
         raise CheckpointCorruptError(f"{where}: it is no manifest: {error!r}.") from error
 
 
+def opens(path: str) -> bool:
+    """Say whether the manifest in a folder, perhaps damaged, begins as those of this form do."""
+    with suppress(OSError), open(os.path.join(path, MANIFEST), "rb") as file:
+        return file.read(len(OPENING)) == OPENING
+    return False
+
+
 def is_checkpoint(path: str) -> bool:
     """Say whether the folder at `path` is a checkpoint of this form, and nothing else is in it."""
     names = os.listdir(path)
@@ -151,15 +158,16 @@ def check_names(names: Iterable[str], opening: bytes | None, shown: str) -> None
 
 def _without_manifest(path: str, names: Iterable[str]) -> CheckpointError:
     names = sorted(names)
-    # A save may have been killed when it had made the folder and nothing else.
+    if not names:
+        # A save may have been killed when it had made the folder and nothing else.
+        return CheckpointError(f"{path} is not complete: it is an empty folder. Load another checkpoint.")
     if all(map(is_ours, names)):
         return CheckpointError(
             f"{path} is not complete: it has no {MANIFEST}, which is written last. Load another checkpoint."
         )
     more = ", …" if len(names) > 5 else "."
     return CheckpointError(
-        f"{path} is a folder, not a checkpoint file: give the file's name. "
-        f"It holds: {', '.join(names[:5])}{more}"
+        f"{path} is a folder, not a checkpoint file: give the file's name. It holds: {', '.join(names[:5])}{more}"
     )
 
 
@@ -201,6 +209,8 @@ def _unpack_tensor(name: str, packed: Any, names: Sequence[str], files: Mapping[
             type(number) is int and 0 <= number < 2**63 for number in numbers
         )
         inside = inside and all(o + s <= n for o, s, n in zip(chunk.offsets, chunk.sizes, laid.shape, strict=True))
+        # A tensor of no elements may have any shape, but its strides must be numbers torch can hold.
+        inside = inside and math.prod(max(size, 1) for size in laid.shape) < 2**59
         size_bytes = math.prod(chunk.sizes) * laid.dtype.itemsize
         head = files[chunk.file]
         if not inside or chunk.start < head.head_bytes or chunk.start + size_bytes > head.size_bytes:

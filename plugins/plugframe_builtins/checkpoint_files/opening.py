@@ -64,7 +64,7 @@ class _Outcome:
 
 def _load(path: str, trusted: bool, lazy: bool, rank: int, num_ranks: int) -> tuple[dict[str, Any], str]:
     if os.path.isdir(path):
-        if torch_folder.is_one(path):
+        if _is_torchs(path):
             return torch_folder.read(path, trusted=trusted), ""
         found = folder.find(path)
         files = Files(path, found.files)
@@ -169,7 +169,7 @@ def inspect(path: str) -> Contents:
 def _find(path: str) -> Found:
     try:
         if os.path.isdir(path):
-            if torch_folder.is_one(path):
+            if _is_torchs(path):
                 torch_folder.read(path, trusted=False)
             return folder.find(path)
         _check_present(path)
@@ -185,6 +185,11 @@ def _find(path: str) -> Found:
     if lying is None:
         raise CheckpointError(f"{path} is a safetensors file with dtypes that torch {torch.__version__} lacks.")
     return lying
+
+
+def _is_torchs(path: str) -> bool:
+    """Say whether a folder is one of torch's own; what others lay beside a manifest of ours is no part of it."""
+    return torch_folder.is_one(path) and not folder.opens(path)
 
 
 def _check_present(path: str) -> None:
