@@ -7,6 +7,7 @@
     │   ├── SettingError              a setting has a wrong value, or two sources contradict each other
     │   ├── UnknownPluginError        no plugin of that name is installed
     │   ├── AmbiguousPluginError      two distributions publish that name
+    │   ├── RefusedPluginError        it is installed, and disabled or not on the list of allowed ones
     │   ├── UnsupportedError          an installed plugin cannot do what was asked here
     │   └── OrderError                a call came too early, too late or twice (also a RuntimeError)
     ├── PluginError                   a plugin is broken; the message names its distribution
@@ -48,6 +49,10 @@ class UnknownPluginError(UsageError):
 
 class AmbiguousPluginError(UsageError):
     """Two distributions publish that name and the bare name was used."""
+
+
+class RefusedPluginError(UsageError):
+    """That plugin is installed, and disabled or not on the list of those that are allowed."""
 
 
 class UnsupportedError(UsageError):

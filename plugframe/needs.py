@@ -46,7 +46,8 @@ def pick(candidates: Candidates, kind: str, where: Where, users: Sequence[Choice
     if not found:
         wanted = f" providing {_wanted(needs)}" if needs else ""
         installed = ", ".join(candidates.catalogue.names(kind)) or "none"
-        raise UnsupportedError(f"No installed {kind}{wanted} fits {where}. Installed: {installed}.")
+        refused = candidates.refused(kind)
+        raise UnsupportedError(f"No installed {kind}{wanted} fits {where}. Installed: {installed}.{refused}")
     providing = f" and provides {_wanted(needs)}" if needs else ""
     return replace(found[0], reason=f"auto: the first that fits {where}{providing}")
 

@@ -63,22 +63,23 @@ class Pipeline:
             self._manager.register(plugin, name=label)
         except pluggy.PluginValidationError as error:
             reason = " ".join(str(error).split())
-            raise PluginContractError(f"{origin} breaks the plugin contract: {reason}") from error
+            raise PluginContractError(f"{origin} breaks the plugin contract: {reason}{_mend(choice)}") from error
         except ValueError as error:
             # pluggy compares plugins with ==, and two equal dataclass objects would be one to it.
             raise PluginContractError(f"{origin} equals another plugin in use: give its class eq=False.") from error
-        self._check_implementations(origin, plugin)
+        self._check_implementations(choice, plugin)
         self.deprecations += self._deprecated(choice, plugin)
         self._choices[label] = choice
         if not KINDS[choice.kind].many:
             self._providers[choice.kind] = (choice, plugin)
 
-    def _check_implementations(self, origin: str, plugin: Any) -> None:
+    def _check_implementations(self, choice: Choice, plugin: Any) -> None:
+        origin = _origin(choice)
         known = [name for kind in KINDS.values() for name in hooks_of(kind)]
         for caller in self._manager.get_hookcallers(plugin) or ():
             if not caller.has_spec():
                 raise PluginContractError(
-                    f"{origin} implements {caller.name}, which is no hook.{closest(caller.name, known)}"
+                    f"{origin} implements {caller.name}, which is no hook.{closest(caller.name, known)}{_mend(choice)}"
                 )
             parameters = inspect.signature(getattr(plugin, caller.name)).parameters.values()
             for parameter in parameters:
@@ -173,6 +174,10 @@ def _unmarked(plugin: Any, kind: str) -> list[str]:
 
 def _origin(choice: Choice) -> str:
     return choice.entry.origin if choice.entry else f"{choice.kind} object {choice.name}"
+
+
+def _mend(choice: Choice) -> str:
+    return f" Mend, upgrade or uninstall {choice.entry.distribution}." if choice.entry else ""
 
 
 def _print_call(hook_name: str, hook_impls: Any, kwargs: Mapping[str, Any]) -> None:

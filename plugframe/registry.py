@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from plugframe._compat import metadata
 from plugframe.errors import (
@@ -16,161 +17,94 @@ from plugframe.errors import (
     MissingDependencyError,
     PlugframeError,
     PluginLoadError,
+    RefusedPluginError,
     UnknownPluginError,
     closest,
 )
 from plugframe.hooks.descriptor import API, Plugin
+from plugframe.installed import OWN_DISTRIBUTION, PREFIX, Entry, name_and_version, normalize, published
+from plugframe.trust import Policy, read_policy
 
-PREFIX = "plugframe."
-OWN_DISTRIBUTION = "plugframe"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One published name, as its distribution's metadata states it.
-
-    Attributes:
-        kind: ``"strategy"``, …
-        name: what the user types.
-        value: ``"module:attribute"`` of the descriptor.
-        distribution: name of the package that publishes it.
-        version: its version.
-        extras: extras of that package the plugin needs.
-    """
-
-    kind: str
-    name: str
-    value: str
-    distribution: str
-    version: str
-    extras: tuple[str, ...] = ()
-
-    @property
-    def qualified(self) -> str:
-        """The name nobody else can publish: ``distribution:name``."""
-        return f"{self.distribution}:{self.name}"
-
-    @property
-    def builtin(self) -> bool:
-        """Whether it comes with plugframe itself."""
-        return normalize(self.distribution) == OWN_DISTRIBUTION
-
-    @property
-    def origin(self) -> str:
-        """For messages: ``strategy 'acme' (acme-ddp 1.2)``."""
-        return f"{self.kind} {self.name!r} ({self.distribution} {self.version})"
-
-
-def _points() -> list[tuple[Any, Any]]:
-    """Return every entry point of ours with its distribution."""
-    try:
-        found = metadata.entry_points()
-    except ValueError:
-        # Newer readers refuse all points for the sake of a malformed one, which is listed as broken here.
-        return _points_one_by_one()
-    groups = sorted(group for group in found.groups if group.startswith(PREFIX))
-    return [(point, point.dist) for group in groups for point in found.select(group=group)]
-
-
-def _points_one_by_one() -> list[tuple[Any, Any]]:
-    import configparser  # for the rare malformed package alone: a listing is to be quick
-
-    found: list[tuple[Any, Any]] = []
-    for distribution in metadata.distributions():
-        text = distribution.read_text("entry_points.txt") or ""
-        if PREFIX in text:
-            parser = configparser.ConfigParser(delimiters=("=",), interpolation=None, strict=False)
-            parser.optionxform = str  # type: ignore[assignment]  # names keep their case
-            parser.read_string(text)
-            groups = [group for group in parser.sections() if group.startswith(PREFIX)]
-            found += [(_Point(g, name, value), distribution) for g in groups for name, value in parser.items(g)]
-    return found
-
-
-def name_and_version(distribution: Any) -> tuple[str, str]:
-    try:
-        about: Any = distribution.metadata if distribution else {}
-    except FileNotFoundError:
-        about = {}
-    # What an interrupted install or removal left behind may have no metadata at all.
-    return about.get("Name") or "unknown", about.get("Version") or "unknown"
-
-
-class _Point(NamedTuple):
-    """An entry point as it is written, well-formed or not."""
-
-    group: str
-    name: str
-    value: str
-
-
-def normalize(distribution: str) -> str:
-    """Return a distribution's name in its normal form (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", distribution).lower()
+__all__ = ["OWN_DISTRIBUTION", "PREFIX", "Entry", "Registry", "article", "name_and_version", "normalize"]
 
 
 class Registry:
     """The names of one environment. Nothing is imported to build it."""
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
+    def __init__(self, entries: Iterable[Entry], policy: Policy | None = None) -> None:
+        self.policy = policy or Policy()
         self._entries = sorted(entries, key=lambda e: (e.kind, not e.builtin, e.distribution, e.name))
+        self._refused = {entry: why for entry in self._entries if (why := self.policy.refusal(entry))}
+        self._own = {(entry.kind, entry.name) for entry in self._entries if entry.builtin}
         self._descriptors: dict[Entry, Plugin] = {}
         self._requirements: dict[str, list[str]] = {}
 
     @classmethod
-    def discover(cls) -> Registry:
-        """Read the metadata of every installed distribution."""
-        entries = []
-        published: dict[int, tuple[str, str]] = {}  # a distribution parses its metadata at each access
-        for point, distribution in _points():
-            if id(distribution) not in published:
-                published[id(distribution)] = name_and_version(distribution)
-            name, version = published[id(distribution)]
-            value, _, extras = point.value.partition("[")
-            entries.append(
-                Entry(
-                    kind=point.group[len(PREFIX) :],
-                    name=point.name,
-                    value=value.replace(" ", ""),
-                    distribution=name,
-                    version=version,
-                    extras=tuple(re.findall(r"[\w.-]+", extras)),
-                )
-            )
-        return cls(dict.fromkeys(entries))
+    def discover(cls, *, environ: Mapping[str, str] | None = None) -> Registry:
+        """Read the metadata of every installed distribution, and which of them shall not be used.
+
+        Args:
+            environ: variables to read that from, instead of this process's own.
+
+        Raises:
+            SettingError: for a list of disabled or allowed plugins that cannot be read, and for a plugin that the
+                command line disables and that is not installed.
+        """
+        entries, policy = published(), read_policy(os.environ if environ is None else environ)
+        policy.check(entries)
+        return cls(entries, policy)
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what to tell the user about the policy."""
+        return self.policy.notes(self._entries)
 
     def entries(self, kind: str | None = None) -> list[Entry]:
-        """Return what is installed, built-ins first; of one kind if given."""
-        return [e for e in self._entries if kind is None or e.kind == kind]
+        """Return what is installed and may be used, built-ins first; of one kind if given."""
+        return [e for e in self._entries if (kind is None or e.kind == kind) and e not in self._refused]
+
+    def refused(self, kind: str | None = None) -> dict[Entry, str]:
+        """Return what is installed and is never imported, with what the policy says of it."""
+        return {e: why for e, why in self._refused.items() if kind is None or e.kind == kind}
 
     def names(self, kind: str) -> list[str]:
         """Return the names that select something as they stand, sorted."""
         return sorted({e.name for e in self.entries(kind)})
 
     def shadowed(self, entry: Entry) -> bool:
-        """Say whether the bare name selects a built-in instead, so that only the qualified one reaches it."""
-        return not entry.builtin and any(e.builtin and e.name == entry.name for e in self.entries(entry.kind))
+        """Say whether the bare name is a built-in's, disabled or not, so that only the qualified one reaches it."""
+        return not entry.builtin and (entry.kind, entry.name) in self._own
 
-    def find(self, kind: str, name: str) -> Entry:
+    def find(self, kind: str, name: str, *, look_inside: bool = True) -> Entry:
         """Return the entry `name` stands for: a bare name, or one qualified by its distribution.
+
+        Args:
+            look_inside: whether, for a name that is unknown, descriptors may be imported to see what replaces it.
 
         Raises:
             UnknownPluginError: with the closest match and what is installed, or what replaces a retired name.
             AmbiguousPluginError: if two distributions publish it and none of them is plugframe.
+            RefusedPluginError: if it is installed, and disabled or not allowed.
         """
         distribution, colon, bare = name.rpartition(":")
-        named = [e for e in self.entries(kind) if e.name == bare]
+        named = [e for e in self._entries if e.kind == kind and e.name == bare]
         if colon:
             named = [e for e in named if normalize(e.distribution) == normalize(distribution)]
         if not named:
-            raise self._unknown(kind, name)
-        if named[0].builtin or len(named) == 1:
-            return named[0]
-        qualified = " or ".join(repr(e.qualified) for e in named)
-        raise AmbiguousPluginError(f"{kind} {name!r} is published by {len(named)} packages: write {qualified}.")
+            raise self._unknown(kind, name, look_inside=look_inside)
+        # A built-in's name stays its own even while it is disabled: nobody else can slip in under it.
+        usable = named[:1] if named[0].builtin else [e for e in named if e not in self._refused]
+        if len(usable) > 1:
+            qualified = " or ".join(repr(e.qualified) for e in usable)
+            raise AmbiguousPluginError(f"{kind} {name!r} is published by {len(usable)} packages: write {qualified}.")
+        return self._permitted((usable or named)[0])
 
-    def _unknown(self, kind: str, name: str) -> UnknownPluginError:
-        instead = self._retired(kind).get(name)
+    def _permitted(self, entry: Entry) -> Entry:
+        if entry in self._refused:
+            raise RefusedPluginError(f"{entry.origin} is {self._refused[entry]}.")
+        return entry
+
+    def _unknown(self, kind: str, name: str, *, look_inside: bool) -> UnknownPluginError:
+        instead = self._retired(kind).get(name) if look_inside else None
         if instead:
             return UnknownPluginError(f"{kind}={name!r} no longer exists: {instead}")
         names = self.names(kind)
@@ -193,15 +127,16 @@ class Registry:
 
         Raises:
             PluginLoadError: naming the distribution, whatever its module did on import.
+            RefusedPluginError: if it must not be imported.
         """
         if entry not in self._descriptors:
-            self._descriptors[entry] = self._load(entry)
+            self._descriptors[entry] = self._load(self._permitted(entry))
         return self._descriptors[entry]
 
     def _load(self, entry: Entry) -> Plugin:
         descriptor = _import(entry.value, entry, "descriptor")
         module, _, name = entry.value.partition(":")
-        if hasattr(sys.modules.get(module), "__path__") and _importable(f"{module}.{name}"):
+        if _is_submodule(module, name):
             # Python puts a submodule into its package under its name: the second look would find the module.
             raise PluginLoadError(
                 f"{entry.origin} is broken: {entry.value} has the name of the module {module}.{name}, which takes its "
@@ -263,16 +198,25 @@ class Registry:
             if absent:
                 raise MissingDependencyError(f"{entry.origin} needs {absent}.")
 
-    def make(self, entry: Entry, options: Mapping[str, Any] | None = None) -> Any:
-        """Import the factory of `entry` and call it.
+    def factory(self, entry: Entry) -> Any:
+        """Import and return what makes the implementation.
 
         Raises:
             MissingDependencyError: saying what to install.
-            PluginLoadError: naming the distribution and what its factory raised.
+            PluginLoadError: naming the distribution and what its module did on import.
         """
         descriptor = self.describe(entry)
         self.require([entry])
-        factory = _import(descriptor.factory, entry, "factory")
+        return _import(descriptor.factory, entry, "factory")
+
+    def make(self, entry: Entry, options: Mapping[str, Any] | None = None) -> Any:
+        """Call the factory of `entry`; see `factory`.
+
+        Raises:
+            PluginLoadError: naming the distribution and what its factory raised.
+        """
+        descriptor = self.describe(entry)
+        factory = self.factory(entry)
         try:
             return factory(**{**descriptor.preset, **(options or {})})
         except (KeyboardInterrupt, PlugframeError):
@@ -314,6 +258,13 @@ def article(noun: str) -> str:
 def _words(error: BaseException) -> str:
     """Return an exception in one line, without the full stop that would double that of the message."""
     return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
+
+
+def _is_submodule(package: str, name: str) -> bool:
+    """Say whether a package that is imported has a module of that name, by a look into its folders alone."""
+    folders = getattr(sys.modules.get(package), "__path__", ())
+    path, suffixes = name.replace(".", os.sep), ("", *importlib.machinery.all_suffixes())
+    return any(os.path.exists(os.path.join(folder, path + suffix)) for folder in folders for suffix in suffixes)
 
 
 def _importable(module: str) -> bool:

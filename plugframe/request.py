@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plugframe._compat import tomllib
 from plugframe.errors import SettingError, closest
 from plugframe.options import MANY, PREFIX, SEPARATOR, Given, from_section, from_variable, variable_of
+from plugframe.settings import CONFIG, find_file, read_file
+from plugframe.settings import FROM_COMMAND_LINE as FROM_COMMAND_LINE
+from plugframe.trust import ALLOW, DISABLE, KEYS
 
 #: Settings that name one plugin, or "auto".
 NAMES = ("accelerator", "strategy", "precision", "collective", "checkpoint", "environment", "launcher")
@@ -23,13 +25,9 @@ FIELDS = (*NAMES, "devices", *NUMBERS, *LISTS)
 OPTION_KINDS = (*NAMES, *MANY)
 
 CODE = "the code"
-PYPROJECT = "pyproject.toml"
-SECTION = "tool.plugframe"
-#: Names the fields a command line set, so that a message can tell it from a variable set by hand.
-FROM_COMMAND_LINE = "PLUGFRAME_FROM_COMMAND_LINE"
 #: Set for ranks by what launched them.
 LAUNCHED = "PLUGFRAME_LAUNCHED"
-OTHER_VARIABLES = (FROM_COMMAND_LINE, LAUNCHED, "PLUGFRAME_TRACE", "PLUGFRAME_CONFIG")
+OTHER_VARIABLES = (FROM_COMMAND_LINE, LAUNCHED, "PLUGFRAME_TRACE", CONFIG, DISABLE, ALLOW)
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ def _canonical(value: Any) -> Any:
 
 def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Setting], list[Given], list[str]]:
     by_command = environ.get(FROM_COMMAND_LINE, "").split(",")
-    commanded = {variable_of(option): option for option in by_command if "." in option}
+    commanded = {variable_of(option): option for option in by_command if option.startswith("--")}
     found: dict[str, Setting] = {}
     options: list[Given] = []
     notes: list[str] = []
@@ -179,48 +177,6 @@ def _number(field: str, text: str, source: str) -> float | int:
         raise SettingError(f"{field}={text!r} in {source} is not a number.") from None
 
 
-def find_file(environ: Mapping[str, str], folder: Path) -> Path | None:
-    """Return the settings file: ``PLUGFRAME_CONFIG``, else the first found from `folder` upward.
-
-    Raises:
-        SettingError: if the named one does not exist or holds no settings.
-    """
-    named = environ.get("PLUGFRAME_CONFIG")
-    if named:
-        if not Path(named).is_file():
-            raise SettingError(f"The settings file {named!r} does not exist.")
-        if read_file(Path(named)) is None:
-            raise SettingError(f"The settings file {named!r} has no section [{SECTION}].")
-        return Path(named)
-    for parent in (folder, *folder.parents):
-        for name in ("plugframe.toml", PYPROJECT):
-            path = parent / name
-            if path.is_file() and read_file(path) is not None:
-                return path
-    return None
-
-
-def read_file(path: Path) -> dict[str, Any] | None:
-    """Return the settings in a file, None for a ``pyproject.toml`` without ``[tool.plugframe]``.
-
-    Raises:
-        SettingError: if it cannot be read, or is not TOML.
-    """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingError(f"{path} is not valid TOML: {error}.") from error
-    except OSError as error:
-        raise SettingError(f"{path} cannot be read: {error.strerror}.") from error
-    if path.name != PYPROJECT:
-        return data
-    tools = data.get("tool", {})
-    section = tools.get("plugframe") if isinstance(tools, dict) else None
-    if section is not None and not isinstance(section, dict):
-        raise SettingError(f"{path}: plugframe={section!r} under [tool] is no section: write [{SECTION}].")
-    return section
-
-
 def _from_file(environ: Mapping[str, str], folder: Path) -> tuple[dict[str, Setting], list[Given]]:
     path = find_file(environ, folder)
     data = read_file(path) if path else None
@@ -229,6 +185,8 @@ def _from_file(environ: Mapping[str, str], folder: Path) -> tuple[dict[str, Sett
     if not path or not data:
         return found, options
     for key, value in data.items():
+        if key in KEYS:
+            continue  # what may be imported at all is read with the registry
         field = key.replace("-", "_")
         if field in OPTION_KINDS and isinstance(value, dict):
             value, given = from_section(field, value, path)
@@ -236,8 +194,9 @@ def _from_file(environ: Mapping[str, str], folder: Path) -> tuple[dict[str, Sett
         elif field in MANY:
             raise SettingError(f"{path}: {field}={value!r} is no section: {MANY[field]}= selects, [{field}.NAME] sets.")
         elif field not in FIELDS:
-            known = ", ".join(FIELDS)
-            raise SettingError(f"{path}: {key!r} is not a setting.{closest(field, FIELDS)} Settings: {known}.")
+            known = (*FIELDS, *KEYS)
+            hint = closest(field, known)
+            raise SettingError(f"{path}: {key!r} is not a setting.{hint} Settings: {', '.join(known)}.")
         if field in found:
             raise SettingError(f"{path}: {field!r} is given twice, with - and with _: keep one.")
         if not _absent(value):

@@ -62,7 +62,10 @@ def _launcher(candidates: Candidates, wants: str) -> Choice:
     able = [c for c in candidates.automatic("launcher") if wants in c.descriptor.provides]
     if asked is None:
         if not able:
-            raise UnsupportedError(f"No installed launcher can start a {wants}: install one, or use `plugframe run`.")
+            raise UnsupportedError(
+                f"No installed launcher can start a {wants}: install one, or use `plugframe run`."
+                f"{candidates.refused('launcher')}"
+            )
         return candidates.configured(replace(able[0], reason="auto: the first that can do it"))
     what = {"script": "start a script again: call launch(fn) with a function", "function": "run a function"}
     detail = what.get(wants, "run a function that is typed at a prompt")
@@ -141,7 +144,9 @@ class _Resolver:
             if detected:
                 reason = f"auto: {', '.join(variables)} set" if variables else "auto: detected"
                 return self.candidates.settled(replace(candidate, reason=reason), made)
-        raise UnsupportedError("No installed environment recognises how this process was started.")
+        raise UnsupportedError(
+            f"No installed environment recognises how this process was started.{self.candidates.refused('environment')}"
+        )
 
     def _validate(self, environment: Choice, num_processes: int | None) -> None:
         if self.world is not None:
@@ -188,7 +193,8 @@ class _Resolver:
                 passed.append(f"{candidate.name} (no such device)")
         value = asked.name if asked else "auto"
         tried = f": passed over {', '.join(passed)}" if passed else "; none is installed"
-        raise UnsupportedError(f"accelerator={value!r} finds no device on this machine{tried}.")
+        refused = self.candidates.refused("accelerator")
+        raise UnsupportedError(f"accelerator={value!r} finds no device on this machine{tried}.{refused}")
 
     def _usable(self, candidate: Choice) -> bool:
         try:
@@ -243,7 +249,8 @@ class _Resolver:
             for candidate in fitting(self.candidates, "precision", where):
                 if not honoured or candidate.name in honoured:
                     return replace(candidate, reason="auto: the first that strategy and device honour")
-            raise UnsupportedError(f"No installed precision fits strategy {strategy.name!r} and {where}.")
+            refused = self.candidates.refused("precision")
+            raise UnsupportedError(f"No installed precision fits strategy {strategy.name!r} and {where}.{refused}")
         if honoured and choice.name not in honoured:
             raise UnsupportedError(
                 f"precision={choice.name!r} is not honoured by strategy {strategy.name!r}: "

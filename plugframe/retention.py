@@ -115,6 +115,7 @@ class Checkpoints:
         num_damaged = 0
         for name in reversed(self._agreed(self._names)):
             try:
+                self._agreed(functools.partial(self._check_step, name))
                 self._load(self._at(name), state, strict=strict)
             except CheckpointError as error:
                 if _is_unfinished(error):
@@ -184,6 +185,18 @@ class Checkpoints:
             if value is not None and value == value:  # not a NaN, which is no best of anything
                 found.append((sign * value, -_step(name), name))
         return [name for *_, name in sorted(found)]
+
+    def _check_step(self, name: str) -> None:
+        """Refuse a checkpoint that was saved as that of another step: it took another's place."""
+        try:
+            info = self._session.plugins["checkpoint"].inspect(self._at(name)).info
+        except PlugframeError:
+            return  # what is wrong with it, if anything is, loading it tells
+        if info.get("step", _step(name)) != _step(name):
+            raise CheckpointCorruptError(
+                f"{self._at(name)} has the wrong name: expected the checkpoint of step {_step(name)}, found that of "
+                f"step {info['step']}."
+            )
 
     def _prune(self) -> None:
         names = self._whole()

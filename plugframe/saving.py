@@ -88,12 +88,14 @@ def load(
     run = loaded.pop(RUN, None)
     if state is None:
         return {key: materialize(value) for key, value in loaded.items()}
+    # Read before anything is written: what can fail must have failed then.
+    run = materialize(run)
     restore = Restore(session.hooks, path=target, strict=strict, naming=naming)
     rest = restore.into(state, loaded)
     restore.apply()
     _tell(session, _passed_over(restore))
     if run is not None:
-        _restore_run(session, materialize(run), loaders)
+        _restore_run(session, run, loaders)
     else:
         _tell(
             session,

@@ -7,6 +7,7 @@ import warnings
 from contextlib import ExitStack
 from typing import Any
 
+from plugframe.agreement import agree
 from plugframe.context import Context
 from plugframe.errors import OrderError, PlugframeWarning
 from plugframe.hooks.markers import PROJECT
@@ -83,6 +84,8 @@ class Session:
                 # Undone even if the set-up itself fails half-way.
                 self._undo.callback(getattr(self.hooks, f"{kind}_teardown"))
                 getattr(self.hooks, f"{kind}_setup")(context=context)
+                if kind == "collective":
+                    agree(self.plan, context)
             if self.hooks.logger_setup is not None:
                 self._undo.callback(self.hooks.logger_teardown)
                 self.hooks.logger_setup(context=context)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from torch.optim import Optimizer
 from plugframe.adopt.module import COMPILED, compiled_from
 from plugframe.adopt.sources import has_state
 from plugframe.checkpoint.stored import StoredTensor, fill, materialize
+from plugframe.checkpoint.tree import MAX_DEPTH
 from plugframe.errors import CheckpointError, CheckpointMismatchError
 from plugframe.naming import Naming, differences, to_names, to_numbers
 
@@ -42,19 +46,22 @@ def collect(
     return tree
 
 
-def _collect(value: Any, hooks: Any, sharded: bool, naming: Naming) -> Any:
+def _collect(value: Any, hooks: Any, sharded: bool, naming: Naming, inside: tuple[int, ...] = ()) -> Any:
     if isinstance(value, nn.Module):
         return _module_state(value, hooks, sharded)
     if isinstance(value, Optimizer):
         return to_names(hooks.strategy_optimizer_state(optimizer=value, sharded=sharded), naming(value))
     if has_state(value):
         return value.state_dict()
+    if isinstance(value, Counter) or not isinstance(value, (Mapping, list, tuple)):
+        return value
+    if id(value) in inside or len(inside) > MAX_DEPTH:
+        return value  # what contains itself, or is too deep, is for the checkpoint to name
+    inside = (*inside, id(value))
     if isinstance(value, Mapping):
-        return {key: _collect(item, hooks, sharded, naming) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_collect(item, hooks, sharded, naming) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    return value
+        return {key: _collect(item, hooks, sharded, naming, inside) for key, item in value.items()}
+    items = [_collect(item, hooks, sharded, naming, inside) for item in value]
+    return items if isinstance(value, list) else tuple(items)
 
 
 def _module_state(module: nn.Module, hooks: Any, sharded: bool) -> dict[str, Any]:
@@ -68,7 +75,11 @@ def _without_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Restore:
-    """Puts a loaded tree into the user's objects: everything is checked before the first value is written."""
+    """Puts a loaded tree into the user's objects: everything is checked before the first value is written.
+
+    What only an object of the user's own can judge, its ``load_state_dict``, comes first. If one raises, it and those
+    before it are given their own ``state_dict`` of before, and nothing else has been written; on no rank, if on one.
+    """
 
     def __init__(self, hooks: Any, *, path: str, strict: bool, naming: Naming) -> None:
         self.hooks = hooks
@@ -78,9 +89,9 @@ class Restore:
         self.problems: list[str] = []
         #: What `strict` would have refused: it stays as it is.
         self.passed_over: list[str] = []
-        # What may yet refuse comes first, so that nothing else has been written then.
+        self._objects: list[tuple[str, Any, Any]] = []
         self._writes: dict[str, list[Callable[[], object]]] = {
-            kind: [] for kind in ("object", "optimizer", "module", "tensor", "value")
+            kind: [] for kind in ("optimizer", "module", "tensor", "value")
         }
 
     def into(self, state: Any, loaded: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +113,7 @@ class Restore:
         elif isinstance(value, Optimizer):
             self._optimizer(value, loaded, where)
         elif has_state(value):
-            self._writes["object"].append(lambda: value.load_state_dict(materialize(loaded)))
+            self._objects.append((where, value, loaded))
         elif isinstance(value, dict) and isinstance(loaded, Mapping) and _holds_objects(value):
             self._dict(value, loaded, where)
         elif isinstance(value, (list, tuple)) and isinstance(loaded, (list, tuple)) and _holds_objects(value):
@@ -134,12 +145,9 @@ class Restore:
             self._writes["value"].append(lambda: container.__setitem__(key, make(items)))
 
     def _tensor(self, value: Tensor, loaded: Any, where: str) -> None:
-        if not isinstance(loaded, (Tensor, StoredTensor)):
-            self.problems.append(f"{where} is a tensor, the checkpoint has {loaded!r:.60}")
-        elif value.shape != loaded.shape:
-            self.problems.append(_shapes(where, value, loaded))
-        elif not torch.can_cast(loaded.dtype, value.dtype):
-            self.problems.append(f"{where} is of {value.dtype}, which cannot hold the checkpoint's {loaded.dtype}")
+        problem = _misfit(where, value, loaded)
+        if problem is not None:
+            self.problems.append(problem)
         else:
             self._writes["tensor"].append(lambda: fill([(value.data, loaded)]))
 
@@ -156,9 +164,9 @@ class Restore:
             if names:
                 self._strictly(f"{what} in {where}: {', '.join(names)}")
         for key, value in own.items():
-            other = loaded.get(key)
-            if isinstance(value, Tensor) and isinstance(other, (Tensor, StoredTensor)) and value.shape != other.shape:
-                self.problems.append(_shapes(f"{where}.{key}", value, other))
+            if isinstance(value, Tensor) and key in loaded:
+                problem = _misfit(f"{where}.{key}", value, loaded[key])
+                self.problems += [problem] if problem is not None else []
         prefix = "" if compiled_from(module) is None else COMPILED
         fitting = {prefix + key: value for key, value in loaded.items() if key in own}
         self._writes["module"].append(
@@ -182,23 +190,73 @@ class Restore:
         )
 
     def apply(self) -> None:
-        """Write everything.
+        """Write everything. Every rank must call it.
 
         Raises:
-            CheckpointMismatchError: listing every problem; nothing was written.
+            CheckpointMismatchError: listing every problem; nothing was written, on no rank.
         """
-        if self.problems:
+        told = self._first(self.problems or None)
+        if told is not None:
+            rank, problems = told
+            where = "" if self.problems else f" on rank {rank}"
             raise CheckpointMismatchError(
-                f"{self.path} does not fit the objects it is loaded into; nothing was changed. "
-                + "; ".join(self.problems)
+                f"{self.path} does not fit the objects it is loaded into{where}; nothing was changed. "
+                + "; ".join(self.problems or problems)
             )
+        self._load_objects()
         for writes in self._writes.values():
             for write in writes:
                 write()
 
+    def _load_objects(self) -> None:
+        """Have every object load its state, or none."""
+        before: list[tuple[Any, Any]] = []
+        error: Exception | None = None
+        failure: str | None = None
+        # Last those that cannot be asked for their state in passing: a loader would start its workers.
+        for where, value, loaded in sorted(self._objects, key=lambda each: hasattr(each[1], "__iter__")):
+            try:
+                if not hasattr(value, "__iter__"):
+                    before.append((value, _copied(value)))
+                value.load_state_dict(materialize(loaded))
+            except Exception as problem:  # noqa: BLE001 the other ranks wait for word, whatever went wrong here
+                error, failure = problem, f"{where}: {type(problem).__name__}: {problem}"
+                break
+        told = self._first(failure)
+        if told is None:
+            return
+        for value, state in reversed(before):
+            # The error to tell is the one that came first.
+            with suppress(Exception):
+                if state is not None:
+                    value.load_state_dict(state)
+        raise error or CheckpointError(
+            f"{self.path}: an object did not take its state on rank {told[0]}; nothing was changed. {told[1]}"
+        )
 
-def _shapes(where: str, value: Tensor, loaded: Tensor | StoredTensor) -> str:
-    return f"{where} has shape {tuple(value.shape)}, the checkpoint has {tuple(loaded.shape)}"
+    def _first(self, mine: Any) -> tuple[int, Any] | None:
+        """Return the first rank with something to tell, and what; None if none has."""
+        everyone = self.hooks.collective_all_gather_object(obj=mine, group=None)
+        return next(((rank, told) for rank, told in enumerate(everyone) if told is not None), None)
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of an object's state, None if it gives none before it has loaded one, or none to copy."""
+    try:
+        return copy.deepcopy(value.state_dict())
+    except Exception:  # noqa: BLE001 whatever the user's own code may raise
+        return None
+
+
+def _misfit(where: str, value: Tensor, loaded: Any) -> str | None:
+    """Return why a tensor cannot take what was loaded, None if it can."""
+    if not isinstance(loaded, (Tensor, StoredTensor)):
+        return f"{where} is a tensor, the checkpoint has {loaded!r:.60}"
+    if value.shape != loaded.shape:
+        return f"{where} has shape {tuple(value.shape)}, the checkpoint has {tuple(loaded.shape)}"
+    if not torch.can_cast(loaded.dtype, value.dtype):
+        return f"{where} is of {value.dtype}, which cannot hold the checkpoint's {loaded.dtype}"
+    return None
 
 
 def _holds_objects(value: Any) -> bool:

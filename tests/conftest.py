@@ -1,27 +1,18 @@
-"""Fixtures of all tests, and the check that a test leaves nothing behind."""
+"""Fixtures of all tests."""
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-import torch
 
 from plugins_env import installed, packages  # noqa: F401 - fixtures
-
-#: Helper processes of Python's own multiprocessing, which outlive a test by design and end with the session.
-_STANDING = ("forkserver", "resource_tracker")
-
-#: Folders of pytest, and of torch itself, which makes its compiler's cache on first use.
-_KEPT = ("pytest-of-", "torchinductor_")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,80 +42,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 _FOLDER = pytest.StashKey[tuple[str, "str | None"]]()
 
 
-@pytest.fixture(scope="session")
-def torch_is_warm() -> None:
-    """The first DDP module of a process keeps its group's socket open for ever, in torch itself: here it is."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))(torch.ones(1, 1))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(autouse=True)
-def nothing_left_behind(torch_is_warm: None) -> Iterator[None]:
-    """A test leaves no process, listening port, temporary file, variable, thread setting or process group."""
-    before = _traces()
-    yield
-    after = _traces()
-    if after != before:
-        # A module and its engine refer to each other: what they hold goes with the collector, which takes a while.
-        gc.collect()
-        after = _traces()
-    for what, value in after.items():
-        if isinstance(value, set):
-            left = value - before[what]
-            assert not left, f"the test left {what}: {sorted(left)}"
-        else:
-            assert value == before[what], f"the test changed {what}"
-
-
-def _traces() -> dict[str, object]:
-    environ = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
-    return {
-        "processes": _children(),
-        "listening ports": _listening(),
-        "temporary files": {n for n in os.listdir(tempfile.gettempdir()) if not n.startswith(_KEPT)},
-        "the environment": environ,
-        "the working folder": os.getcwd(),
-        "the default dtype": torch.get_default_dtype(),
-        "the process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
-    }
-
-
-def _children() -> set[str]:
-    found = set()
-    for listing in Path("/proc/self/task").glob("*/children"):
-        for pid in listing.read_text().split():
-            try:
-                command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-            except OSError:
-                continue  # it ended while we looked
-            if command and not any(name in command for name in _STANDING):
-                found.add(f"{pid}: {command[:80]}")
-    return found
-
-
-def _listening() -> set[str]:
-    inodes = {link.rpartition("[")[2].rstrip("]") for link in _links() if link.startswith("socket:")}
-    found = set()
-    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
-        if not os.path.exists(table):
-            continue
-        for line in Path(table).read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:
-                found.add(fields[1])
-    return found
-
-
-def _links() -> list[str]:
-    links = []
-    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
-        try:
-            links.append(os.readlink(f"/proc/self/fd/{name}"))
-        except OSError:
-            continue  # the descriptor of the listing itself
-    return links
+def _nothing_left_behind(nothing_left_behind: None) -> None:
+    """Every test is held to it, see `plugframe.testing.pytest_plugin`."""
 
 
 @pytest.fixture

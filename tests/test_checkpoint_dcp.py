@@ -93,9 +93,7 @@ class Job:
         return self.checkpoint.checkpoint_save(path=self.path(name), state=state, info={"saved": "by"}, wait=wait)
 
     def load(self, name: str, *, lazy: bool = True, trusted: bool = False) -> dict[str, Any]:
-        state: dict[str, Any] = self.checkpoint.checkpoint_load(
-            path=self.path(name), trusted=trusted, lazy=lazy
-        )
+        state: dict[str, Any] = self.checkpoint.checkpoint_load(path=self.path(name), trusted=trusted, lazy=lazy)
         return state
 
     def meet(self) -> None:
@@ -549,7 +547,7 @@ def test_missing_cut_and_newer_files_are_named(alone: Job) -> None:
         (None, rf"last is not whole: the file {name} is missing"),
         (content[:-1], rf"{name} is truncated: expected {len(content)} bytes, found {len(content) - 1}"),
         (content + b"a", rf"{name} is longer than what was written"),
-        (bytes(len(content)), rf"{name}: the header of {name} is not what was written: .* xxh3 expected"),
+        (bytes(len(content)), rf"{name}: tensor '.*' is not what was written: .* xxh3 expected"),
     ):
         os.unlink(path)
         if data is not None:

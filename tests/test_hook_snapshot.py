@@ -153,7 +153,7 @@ def test_the_package_of_a_deprecated_plugin_is_named(aged: None, monkeypatch: py
     """A user cannot mend somebody else's class, and upgrades its package; one that does nothing old is quiet."""
     entry = Entry("strategy", "aged", f"{__name__}:plugin", "acme-kit", "1.2")
     registry = Registry([*Registry.discover().entries(), entry])
-    monkeypatch.setattr(Registry, "discover", classmethod(lambda cls: registry))
+    monkeypatch.setattr(Registry, "discover", classmethod(lambda cls, **_: registry))
     said = r"strategy 'aged' \(acme-kit 1.2\) implements strategy_describe.*upgrade acme-kit, or tell its author"
     with pytest.warns(PlugframeWarning, match=said):
         Lite(accelerator="cpu", devices=1, strategy="aged")

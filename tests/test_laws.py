@@ -511,7 +511,12 @@ def epochs_go_on_where_they_were(lite: Lite) -> None:
     lite._loaders.clear()
     again = loaders()
     lite.load(path, {})
-    assert [torch.cat(pair).tolist() for pair in zip(*again, strict=False)] == rest
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert [torch.cat(pair).tolist() for pair in zip(*again, strict=False)] == rest
+    assert ["2 batches of a DataLoader are read again" in str(each.message) for each in told] == [True] * (
+        lite.global_rank == 0
+    )
     assert model.training
     if lite.is_global_zero:
         next(iter(again[0]))

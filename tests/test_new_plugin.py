@@ -1,4 +1,4 @@
-"""``plugframe new-plugin``: what it writes installs, passes the contract of its kind, and trains."""
+"""``plugframe new-plugin``: what it writes installs and trains; its own tests are run with the guide's commands."""
 
 from __future__ import annotations
 
@@ -48,13 +48,6 @@ def run(folder: Path, *command: str, timeout_s: float = 300) -> str:
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     return done.stdout
-
-
-def test_every_template_passes_its_contract(written: Path) -> None:
-    """The tests in a new package are green at once, for every kind."""
-    tests = [f"{kind}/tests" for kind in KINDS]
-    said = run(written, "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", *tests, timeout_s=600)
-    assert " passed" in said
 
 
 @pytest.mark.parametrize(

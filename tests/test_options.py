@@ -90,7 +90,7 @@ ENTRIES = [
 def registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Registry:
     """What is installed and the plugins above, for every way in, in a folder without settings."""
     found = Registry([*Registry.discover().entries(), *ENTRIES])
-    monkeypatch.setattr(Registry, "discover", classmethod(lambda cls: found))
+    monkeypatch.setattr(Registry, "discover", classmethod(lambda cls, **_: found))
     monkeypatch.chdir(tmp_path)
     return found
 

@@ -115,6 +115,9 @@ class Shelf:
     def shadowed(self, entry: Entry) -> bool:
         return self._registry().shadowed(entry)
 
+    def refused(self, kind: str | None = None) -> dict[Entry, str]:
+        return self._registry().refused(kind)
+
     def describe(self, entry: Entry) -> Plugin:
         descriptor: Plugin | Exception = self._of(entry)[0]
         if isinstance(descriptor, Exception):

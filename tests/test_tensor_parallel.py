@@ -163,7 +163,7 @@ def checkpoints_go_everywhere(world: World) -> None:
 
 
 def mistakes_are_told(world: World) -> None:
-    """No plan, a pattern that fits nothing, and a mesh of another size, each in one line."""
+    """No plan, a pattern that fits nothing, half of a shared weight, and a mesh of another size, each in one line."""
     no_plan = r"does not know how to split this Model: pass TensorParallel\(plan="
     with lite_of(world, "tensor_parallel") as lite, pytest.raises(SettingError, match=no_plan):
         lite.setup(build())
@@ -171,6 +171,12 @@ def mistakes_are_told(world: World) -> None:
     fits_nothing = r"names 'blocks.\*.upp', which fits no part of this Model. Did you"
     with lite_of(world, unknown) as lite, pytest.raises(SettingError, match=fits_nothing):
         lite.setup(build())
+    tied = build()
+    tied.blocks[1].up.weight = tied.blocks[0].up.weight
+    one = TensorParallel(plan={"blocks.0.up": "colwise_gather"})
+    are_one = "splits a layer whose parameter is shared: 'blocks.0.up.weight' and 'blocks.1.up.weight' are one"
+    with lite_of(world, one) as lite, pytest.raises(SettingError, match=are_one):
+        lite.setup(tied)
     odd = TensorParallel(plan=PLAN, mesh={"tensor": 3})
     wrong_size = f"does not fit this job's {world.world_size} ranks"
     with lite_of(world, odd) as lite, pytest.raises(SettingError, match=wrong_size):

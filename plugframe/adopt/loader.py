@@ -78,7 +78,8 @@ def _iter(self: Any) -> Iterator[Any]:
         reading.skip = reading.position
     elif kept["place"] is not None and state.iterable is not None and self.num_workers == 0:
         state.iterable.go_on(kept["place"])
-        return _batches(state, reading, begin(self))
+        with state.replaying(kept):  # what it drew to begin, it drew before the checkpoint was saved
+            return _batches(state, reading, begin(self))
     again = reading.position - reading.skip
     if again and state.index == 0:
         hint = " A stream with state_dict() that is read without workers goes on by itself." if state.iterable else ""

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from plugframe import __version__
-from plugframe.errors import CheckpointError, PluginError, SettingError, UnsupportedError, closest
+from plugframe.cli.disabling import disabling
+from plugframe.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    PluginError,
+    SettingError,
+    UnsupportedError,
+    closest,
+)
 from plugframe.registry import Entry, Registry
 
 if TYPE_CHECKING:
@@ -39,6 +47,7 @@ def command(context: click.Context) -> None:
 @command.command("inspect", short_help="Say what is in a checkpoint.")
 @click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+@disabling
 def inspect(path: str, as_json: bool) -> None:
     """Say what is in the checkpoint at PATH: who saved it, its tensors, its plain values. No tensor is read."""
     contents = _inspect(_plugins(Registry.discover()), path)
@@ -66,6 +75,7 @@ def inspect(path: str, as_json: bool) -> None:
 
 @command.command("verify", short_help="Say whether a checkpoint is whole.")
 @click.argument("path")
+@disabling
 def verify(path: str) -> None:
     """Read every byte of the checkpoint at PATH; exit code 1 if any is not what was written, naming what."""
     plugins = _plugins(Registry.discover())
@@ -89,6 +99,7 @@ def verify(path: str) -> None:
 )
 @click.option("--force", is_flag=True, help="Replace what is at DST.")
 @click.option("--trusted", is_flag=True, help="Let SRC, if somebody else's tool wrote it, run code.")
+@disabling
 def convert(source: str, target: str, name: str | None, key: str | None, force: bool, trusted: bool) -> None:
     """Write the checkpoint SRC at DST in another form: one file for a folder, and a folder for a file.
 
@@ -156,7 +167,7 @@ def _alone() -> Any:
 
 
 def _inspect(plugins: Mapping[Entry, Any], path: str) -> Contents:
-    problem: CheckpointError | None = None
+    problems: list[CheckpointError] = []
     for plugin in plugins.values():
         if not hasattr(plugin, "inspect"):
             continue
@@ -165,22 +176,30 @@ def _inspect(plugins: Mapping[Entry, Any], path: str) -> Contents:
         except UnsupportedError:
             continue
         except CheckpointError as error:
-            problem = problem or error
+            problems.append(error)
         else:
             return contents
-    raise problem or CheckpointError(f"No installed checkpoint plugin can say what {path} holds.")
+    raise _telling(problems, path) or CheckpointError(f"No installed checkpoint plugin can say what {path} holds.")
 
 
 def _load(plugins: Mapping[Entry, Any], path: str, *, trusted: bool) -> dict[str, Any]:
-    problem: CheckpointError | None = None
+    problems: list[CheckpointError] = []
     for plugin in plugins.values():
         try:
             state: dict[str, Any] = plugin.checkpoint_load(path=path, trusted=trusted, lazy=True)
         except CheckpointError as error:
-            problem = problem or error
+            problems.append(error)
         else:
             return state
-    raise problem or CheckpointError(f"No installed checkpoint plugin can read {path}.")
+    raise _telling(problems, path) or CheckpointError(f"No installed checkpoint plugin can read {path}.")
+
+
+def _telling(problems: list[CheckpointError], path: str) -> CheckpointError | None:
+    """Return what went wrong with the plugin that knows such checkpoints: the others say that they do not."""
+    damaged: list[CheckpointError] = [error for error in problems if isinstance(error, CheckpointCorruptError)]
+    # The first plugin that keeps to paths has nothing to say of a URL.
+    told = damaged or [error for error in problems if f"{path} is a URL" not in str(error)] or problems
+    return told[0] if told else None
 
 
 def _writer(registry: Registry, name: str | None, plugins: Mapping[Entry, Any], *, sharded: bool) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import click
 
+from plugframe.cli.disabling import disabling
 from plugframe.doctor.finding import Finding
 from plugframe.registry import Registry
 
@@ -15,6 +16,7 @@ _MARKS = {"ok": "ok", "note": "-", "warning": "warn", "error": "FAIL"}
 @click.command("doctor", short_help="Check this machine, every plugin, and a job of two ranks.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @click.option("--quick", is_flag=True, help="Leave out the job of two ranks.")
+@disabling
 def command(as_json: bool, quick: bool) -> int:
     """Check versions, devices, every installed plugin, and a job of two ranks that computes, saves and loads.
 

@@ -13,12 +13,14 @@ import click
 
 from plugframe import __version__
 from plugframe._compat import metadata
+from plugframe.cli.disabling import disabling
 from plugframe.errors import PluginError
 from plugframe.registry import Registry
 
 
 @click.command("env", short_help="Show versions, devices and plugins.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+@disabling
 def command(as_json: bool) -> None:
     """Show versions, devices, plugins and variables, for a bug report.
 

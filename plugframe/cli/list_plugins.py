@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import click
 
-from plugframe.errors import PluginError, SettingError, UnknownPluginError, closest
+from plugframe.cli.disabling import disabling
+from plugframe.errors import PluginError, RefusedPluginError, SettingError, UnknownPluginError, UsageError, closest
 from plugframe.hooks.descriptor import Plugin
 from plugframe.registry import Entry, Registry
+
+#: What is wrong with a plugin that was loaded, None if nothing is; and its summary.
+Checked = tuple["str | None", str]
 
 
 class Row(NamedTuple):
@@ -45,7 +51,16 @@ class Row(NamedTuple):
 @click.option("--kind", metavar="KIND", help="Only this kind: accelerator, strategy, precision, …")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects.")
 @click.option("--check", is_flag=True, help="Load every descriptor and say what is broken; exit code 1 if any is.")
-def command(name: str | None, kind: str | None, as_json: bool, check: bool) -> int:
+@click.option(
+    "--timeout",
+    "timeout_s",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    help="How long one descriptor may take to load, with --check; 10.",
+)
+@disabling
+def command(name: str | None, kind: str | None, as_json: bool, check: bool, timeout_s: float) -> int:
     """List the installed plugins: the names that `plugframe run` and `Lite` take.
 
     With NAME, show what that plugin is and which options it has.
@@ -58,13 +73,17 @@ def command(name: str | None, kind: str | None, as_json: bool, check: bool) -> i
       plugframe list-plugins --check --json
     """
     registry = Registry.discover()
+    for note in registry.notes():
+        click.echo(f"plugframe: warning: {note}", err=True)
     entries = _named(registry, kind, name) if name else _entries(registry, kind)
     if name and not check:
         from plugframe.cli.describe import show_plugins
 
         show_plugins(registry, entries, as_json=as_json)
         return 0
-    rows = [_row(registry, entry, check=check) for entry in entries]
+    checked = _check_all(registry, entries, timeout_s) if check else {}
+    statuses = _Statuses(registry)
+    rows = [_row(registry, entry, checked.get(entry), statuses) for entry in entries]
     if as_json:
         import json
 
@@ -79,7 +98,7 @@ def command(name: str | None, kind: str | None, as_json: bool, check: bool) -> i
 
 
 def _entries(registry: Registry, kind: str | None) -> list[Entry]:
-    entries = registry.entries(kind)
+    entries = sorted([*registry.entries(kind), *registry.refused(kind)], key=_order)
     if kind is not None and not entries:
         from plugframe.hooks.kinds import KINDS  # imports pluggy, which a listing does without
 
@@ -87,6 +106,10 @@ def _entries(registry: Registry, kind: str | None) -> list[Entry]:
             known = ", ".join(KINDS)
             raise SettingError(f"--kind={kind!r} is not a kind.{closest(kind, KINDS)} Kinds: {known}.")
     return entries
+
+
+def _order(entry: Entry) -> tuple[str, bool, str, str]:
+    return entry.kind, not entry.builtin, entry.distribution, entry.name
 
 
 def _named(registry: Registry, kind: str | None, name: str) -> list[Entry]:
@@ -105,31 +128,39 @@ def _named(registry: Registry, kind: str | None, name: str) -> list[Entry]:
     )
 
 
-def _row(registry: Registry, entry: Entry, *, check: bool) -> Row:
-    checked, summary = _checked(registry, entry) if check else (None, "")
+def _row(registry: Registry, entry: Entry, checked: Checked | None, statuses: _Statuses) -> Row:
+    status, summary = checked or (None, "")
     return Row(
         kind=entry.kind,
         name=entry.name,
         package=entry.distribution,
         version=entry.version,
         needs=", ".join(registry.needs(entry)),
-        status=checked or _status(registry, entry),
+        status=status or statuses.of(entry),
         summary=summary,
     )
 
 
-def _status(registry: Registry, entry: Entry) -> str:
-    """Return what metadata alone says about a plugin."""
-    siblings = registry.entries(entry.kind)
-    if registry.missing(entry):
-        return f"missing: type pip install '{entry.distribution}[{','.join(entry.extras)}]'"
-    if registry.shadowed(entry):
-        return f"shadowed by the built-in; use {entry.qualified}"
-    if not entry.builtin and sum(other.name == entry.name for other in siblings) > 1:
-        return f"the same name in several packages; use {entry.qualified}"
-    if not any(other.builtin for other in siblings):
-        return _stray(entry.kind)
-    return "ok"
+class _Statuses:
+    """What metadata alone says about plugins."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._refused = registry.refused()
+        usable = registry.entries()
+        self._published = Counter((entry.kind, entry.name) for entry in usable)
+        self._own_kinds = {entry.kind for entry in [*usable, *self._refused] if entry.builtin}
+
+    def of(self, entry: Entry) -> str:
+        if entry in self._refused:
+            return self._refused[entry]
+        if self._registry.missing(entry):
+            return f"missing: type pip install '{entry.distribution}[{','.join(entry.extras)}]'"
+        if self._registry.shadowed(entry):
+            return f"shadowed by the built-in; use {entry.qualified}"
+        if not entry.builtin and self._published[entry.kind, entry.name] > 1:
+            return f"the same name in several packages; use {entry.qualified}"
+        return "ok" if entry.kind in self._own_kinds else _stray(entry.kind)
 
 
 def _stray(kind: str) -> str:
@@ -139,22 +170,53 @@ def _stray(kind: str) -> str:
     return "ok" if kind in KINDS else f"broken: there is no such kind.{closest(kind, KINDS)}"
 
 
-def _checked(registry: Registry, entry: Entry) -> tuple[str | None, str]:
-    """Load a descriptor: return what is wrong with it, None if nothing is, and its summary."""
+def _check_all(registry: Registry, entries: Iterable[Entry], timeout_s: float) -> dict[Entry, Checked]:
+    """Load descriptors, away from this process: one that never ends, or ends the program, is told like any other."""
+    from plugframe.cli.apart import NoAnswer, each_apart
+
+    refused = registry.refused()
+    modules: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry not in refused:
+            # What hangs in one module hangs for every name in it.
+            modules.setdefault(entry.value.partition(":")[0], []).append(entry)
+    found: dict[Entry, Checked] = {}
+    groups = list(modules.values())
+    for group, answer in each_apart(lambda group: [_checked(registry, e) for e in group], groups, timeout_s=timeout_s):
+        for number, entry in enumerate(group):
+            if isinstance(answer, NoAnswer):
+                module = entry.value.partition(":")[0]
+                found[entry] = f"broken: importing {module} {answer}. Mend or uninstall {entry.distribution}.", ""
+            else:
+                status, summary = answer[number]
+                found[entry] = status, summary
+    return found
+
+
+def _checked(registry: Registry, entry: Entry) -> Checked:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # whatever it prints must not end up in the listing
-            descriptor = registry.describe(entry)
-        if descriptor.alias_of:
-            registry.find(entry.kind, descriptor.alias_of)
-        for kind, name in descriptor.implies.items():
-            registry.find(kind, name)
-        absent = registry.absent(entry)
+            return _loaded(registry, entry)
     except PluginError as error:
         words = str(error).removeprefix(f"{entry.origin} ")
         broken = words.removeprefix("is broken: ")
         return f"{'incompatible' if broken == words else 'broken'}: {' '.join(broken.split())}", ""
-    except UnknownPluginError as error:
+    except RefusedPluginError as error:
+        return f"stands for another plugin: {error}", ""
+    except UsageError as error:
         return f"broken: it stands for another plugin, and {error}", ""
+    except Exception as error:  # noqa: BLE001  fields of a descriptor may hold anything, and that is to be told
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"broken: its descriptor {entry.value} is wrong ({cause}). Mend or uninstall {entry.distribution}.", ""
+
+
+def _loaded(registry: Registry, entry: Entry) -> Checked:
+    descriptor = registry.describe(entry)
+    if descriptor.alias_of:
+        registry.find(entry.kind, descriptor.alias_of, look_inside=False)
+    for kind, name in descriptor.implies.items():
+        registry.find(kind, name, look_inside=False)
+    absent = registry.absent(entry)
     return (f"missing {absent}" if absent else None), _summary(descriptor)
 
 

@@ -10,7 +10,6 @@ import click
 
 from plugframe import __version__
 from plugframe.errors import SettingError, closest
-from plugframe.hooks import KINDS
 from plugframe.registry import PREFIX, Registry, article
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
@@ -55,11 +54,13 @@ def command(kind: str, name: str, folder: str | None, summary: str | None) -> No
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(_filled(_template(kind, _filled(template, values)), values), encoding="utf-8")
     click.echo(f"{target}: {article(kind)} named {name}. Type:")
-    for line in (f"cd {target}", "pip install -e '.[test]'", "pytest", f"plugframe run train.py {values['use']}"):
+    for line in (f"cd {target}", "pip install -e '.[test]'", "pytest", values["command"]):
         click.echo(f"  {line}")
 
 
 def _check(kind: str, name: str) -> None:
+    from plugframe.hooks import KINDS  # imports pluggy, which the list of commands does without
+
     if kind not in KINDS:
         raise SettingError(f"{kind!r} is not a kind.{closest(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*([-_.][A-Za-z0-9]+)*", name) or name == "auto":
@@ -88,9 +89,19 @@ def _values(kind: str, name: str, distribution: str, summary: str) -> dict[str, 
         "plugframe": ".".join(__version__.split(".")[:2]),
         "entry": f"{PREFIX}{kind}",
         "keyword": f'{option}="{name}"',
-        "use": f"--{option}={name}" + (" --devices=2 --accelerator=cpu" if kind in ("strategy", "collective") else ""),
+        "command": _command(kind, f"--{option}={name}", identifier.upper()),
         "log": log,
     }
+
+
+def _command(kind: str, option: str, variable: str) -> str:
+    """Return a command that trains the example with the plugin."""
+    if kind == "environment":
+        # What the scheduler would set for the one rank of a job.
+        place = {"RANK": 0, "SIZE": 1, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
+        return " ".join([*(f"{variable}_{name}={value}" for name, value in place.items()), "python train.py"])
+    ranks = " --devices=2" if kind in ("strategy", "collective") else ""
+    return f"plugframe run train.py {option}{ranks}"
 
 
 def _template(kind: str, name: str) -> str:

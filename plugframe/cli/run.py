@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import click
 from plugframe.cli.arguments import Words, split
 from plugframe.cli.target import check
 from plugframe.errors import PlugframeWarning, SettingError, UsageError
+from plugframe.trust import handed
 
 if TYPE_CHECKING:
     from plugframe.candidates import Candidates
@@ -63,12 +65,20 @@ class RunCommand(click.Command):
     help="Port of node 0, for several nodes; 29500.",
 )
 @click.option("--max-restarts", metavar="N", type=click.IntRange(min=0), help="Start failed ranks again this often.")
+@click.option(
+    "--disable-plugin",
+    "disabled",
+    metavar="NAMES",
+    multiple=True,
+    help="Never import these: name, package or package:name; repeatable or a,b.",
+)
 @click.option("--config", metavar="FILE", help="A settings file, instead of the one found from here upward.")
 @click.option("--dry-run", is_flag=True, help="Show what would run and why, and start nothing.")
 def command(
     words: Words,
     dry_run: bool,
     config: str | None,
+    disabled: tuple[str, ...],
     node_rank: int | None,
     main_address: str | None,
     main_port: int | None,
@@ -92,6 +102,7 @@ def command(
     """
     _check(words)
     variables = _variables(settings, config, words.options)
+    variables |= handed(disabled, {**os.environ, **variables})
     environ = {**os.environ, **variables}
     # Resolving imports what it needs; a wrong script or a wrong option is told without it.
     from plugframe.candidates import Candidates
@@ -102,8 +113,9 @@ def command(
 
     nodes = Nodes(node_rank=node_rank, main_address=main_address, main_port=main_port, max_restarts=max_restarts)
     with _told(words, config) as told:
-        registry = Registry.discover()
+        registry = Registry.discover(environ=environ)
         request = gather({}, environ=environ)
+        request = replace(request, notes=(*request.notes, *registry.notes()))
         plan = resolve(request, registry, environ)
         registry.require(choice.entry for choice in plan.all_choices() if choice.entry is not None)
         start = decide(plan, request, registry, command=words.command, variables=variables, nodes=nodes)

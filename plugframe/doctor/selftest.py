@@ -34,6 +34,7 @@ def look(registry: Registry) -> Iterator[Finding]:
         options = [f"--accelerator={accelerator}", "--devices=2", "--strategy=auto", "--precision=auto"]
         command = [sys.executable, "-m", "plugframe", "run", *options, "-m", "plugframe.doctor.selftest", folder]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PLUGFRAME_")}
+        environment |= registry.policy.variables()
         started = time.perf_counter()
         try:
             done = subprocess.run(

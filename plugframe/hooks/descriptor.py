@@ -136,7 +136,22 @@ class Plugin:
             raise ValueError(f"Plugin(factory={self.factory!r}): write 'package.module:Name'.")
         if not isinstance(self.api, int) or isinstance(self.api, bool):
             raise ValueError(f"Plugin(api={self.api!r}): write the number of the contract it was written for, {API}.")
+        self._check_types()
         self._check_options()
+
+    def _check_types(self) -> None:
+        """Refuse here, where the author is named, what would end everybody's job once it is compared."""
+        for name in ("devices", "precisions", "provides", "tags", "requires", "variables"):
+            words = getattr(self, name)
+            if not isinstance(words, (tuple, list)) or not all(isinstance(word, str) for word in words):
+                raise ValueError(f"Plugin({name}={words!r}): write a tuple of strings, such as ('a',).")
+        for name in ("needs", "prefers", "implies", "retired", "preset"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"Plugin({name}={getattr(self, name)!r}): write a dict.")
+        if not isinstance(self.priority, (int, float, type(None))):
+            raise ValueError(f"Plugin(priority={self.priority!r}): write a number, or None for never under 'auto'.")
+        if self.ranks not in ("one", "any"):
+            raise ValueError(f"Plugin(ranks={self.ranks!r}): write 'one' or 'any'.")
 
     def _check_options(self) -> None:
         if not isinstance(self.options, tuple) or not all(isinstance(option, Option) for option in self.options):

@@ -6,6 +6,7 @@ import atexit
 import importlib
 import os
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -87,6 +88,7 @@ class Core:
     def _resolve(self) -> None:
         self._request = gather(self._settings)
         self._registry = Registry.discover()
+        self._request = replace(self._request, notes=(*self._request.notes, *self._registry.notes()))
         self.plan = resolve(self._request, self._registry, os.environ)
         self._callbacks = [_callback(c) for c in self._request.value("callbacks", ())]
         self._session = Session(self.plan, self._registry, self._callbacks)

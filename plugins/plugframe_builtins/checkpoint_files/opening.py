@@ -197,6 +197,8 @@ def _check_present(path: str) -> None:
         return
     if os.path.lexists(path):
         raise CheckpointError(f"{path} is not a regular file.")
+    if "://" in path:
+        raise CheckpointError(f"{path} is a URL: this checkpoint format keeps to paths of the file system.")
     above, name = os.path.split(path)
     if not os.path.isdir(above or "."):
         raise CheckpointError(f"{path} does not exist, nor does the folder {above}.")

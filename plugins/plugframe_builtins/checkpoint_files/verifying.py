@@ -62,10 +62,35 @@ def check_sizes(found: Found, files: Files) -> None:
     for name, head in found.files.items():
         size = files.size(name)
         if size is None:
-            raise CheckpointCorruptError(f"{found.path} is not whole: the file {name} is missing.")
+            lost = _spell(_cut_off(found, name, 0), "with ")
+            raise CheckpointCorruptError(
+                f"{found.path} is not whole: the file {name} is missing: expected {head.size_bytes} bytes{lost}, "
+                "found no file."
+            )
         if size != head.size_bytes:
-            what = "is truncated" if size < head.size_bytes else "is longer than what was written"
-            raise CheckpointCorruptError(f"{files.name(name)} {what}: expected {head.size_bytes} bytes, found {size}.")
+            text = wrong_size(head.size_bytes, size, _cut_off(found, name, size))
+            raise CheckpointCorruptError(f"{files.name(name)} {text}.")
+
+
+def wrong_size(expected: int, found: int, lost: Sequence[str]) -> str:
+    """Return what is wrong with a file's size, and which tensors it costs."""
+    what = "is truncated" if found < expected else "is longer than what was written"
+    return f"{what}: expected {expected} bytes, found {found}{_spell(lost, 'which cuts off ')}"
+
+
+def _cut_off(found: Found, file: str, size_bytes: int) -> list[str]:
+    """Return the tensors of which a part lies in a file beyond its first bytes."""
+    return [
+        name
+        for name, laid in found.tensors.items()
+        for chunk in laid.chunks
+        if chunk.file == file and chunk.start + math.prod(chunk.sizes) * laid.dtype.itemsize > size_bytes
+    ]
+
+
+def _spell(tensors: Sequence[str], how: str) -> str:
+    more = f" (and {len(tensors) - 1} more)" if len(tensors) > 1 else ""
+    return f", {how}tensor {tensors[0]!r}{more}" if tensors else ""
 
 
 def read_parts(files: Files, parts: Sequence[Part], *, share: int = 0, num_shares: int = 1) -> None:
@@ -86,9 +111,11 @@ def read_parts(files: Files, parts: Sequence[Part], *, share: int = 0, num_share
     else:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             damaged = [text for texts in pool.map(lambda turn: _read_turn(files, turn), turns) for text in texts]
+    # Sorted: a tensor tells more than the header of its file.
+    damaged.sort(key=lambda each: each[0])
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
-        raise CheckpointCorruptError(f"{damaged[0]}{more}. Load another checkpoint, or a copy of this one.")
+        raise CheckpointCorruptError(f"{damaged[0][1]}{more}. Load another checkpoint, or a copy of this one.")
 
 
 def _turns(parts: Sequence[Part]) -> list[list[tuple[Part, int]]]:
@@ -105,9 +132,11 @@ def _turns(parts: Sequence[Part]) -> list[list[tuple[Part, int]]]:
     return turns
 
 
-def _read_turn(files: Files, turn: list[tuple[Part, int]]) -> list[str]:
+def _read_turn(files: Files, turn: list[tuple[Part, int]]) -> list[tuple[bool, str]]:
+    """Return what is damaged: whether it is none of a tensor, and the text."""
     scratch = memoryview(bytearray(_CHUNK_BYTES)) if any(part.tensor is None for part, _ in turn) else memoryview(b"")
-    return [text for part, number in turn if (text := _read_segment(files, part, number, scratch))]
+    texts = [(part, _read_segment(files, part, number, scratch)) for part, number in turn]
+    return [(not part.what.startswith("tensor"), text) for part, text in texts if text is not None]
 
 
 def _read_segment(files: Files, part: Part, number: int, scratch: memoryview) -> str | None:

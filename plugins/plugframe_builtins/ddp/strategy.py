@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -89,7 +89,7 @@ class DDP(Strategy):
             "bucket_cap_mb": bucket_cap_mb,
         }
         # In the order of set-up: the ranks must go through them in one order.
-        self._engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+        self._engines: list[weakref.ref[Engine]] = []
         self._registrations = Registrations()
         self._group: Any = None
         self._undo = ExitStack()
@@ -116,7 +116,11 @@ class DDP(Strategy):
     @hookimpl
     def strategy_teardown(self) -> None:
         self._group = None
+        self._engines.clear()
         self._undo.close()
+
+    def _alive(self) -> Iterator[Engine]:
+        return (engine for engine in (reference() for reference in self._engines) if engine is not None)
 
     @hookimpl
     def strategy_setup_module(self, module: nn.Module) -> AnyEngine:
@@ -133,7 +137,7 @@ class DDP(Strategy):
         engine = Engine(module, connect=self._connect, check=check, registrations=self._registrations)
         # Set afterwards, so that set-up makes buffers equal in any case; torch 2.13 renamed the argument as well.
         engine.broadcast_buffers = self.broadcast_buffers
-        self._engines[id(engine)] = engine
+        self._engines = [weakref.ref(each) for each in (*self._alive(), engine)]
         return engine
 
     def _connect(self, shim: nn.Module) -> DistributedDataParallel:
@@ -153,7 +157,7 @@ class DDP(Strategy):
     def strategy_setup_optimizers(
         self, module: nn.Module | None, optimizers: Sequence[Optimizer]
     ) -> Sequence[Optimizer]:
-        for engine in self._engines.values():
+        for engine in self._alive():
             if any(engine.owns(optimizer) for optimizer in optimizers):
                 # Buffers travel after each step instead of before each forward: once for any number of
                 # micro-batches, and every rank evaluates the same model.
@@ -164,7 +168,7 @@ class DDP(Strategy):
     def strategy_backward(
         self, loss: Tensor, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        for engine in self._engines.values():
+        for engine in self._alive():
             engine.before_backward(loss)
         super().strategy_backward(loss, module, args, kwargs)
 
@@ -176,13 +180,13 @@ class DDP(Strategy):
     def strategy_optimizer_step(
         self, optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any] | None
     ) -> Any:
-        for engine in self._engines.values():
+        for engine in self._alive():
             if engine.local and engine.owns(optimizer):
                 engine.local = False
                 self._warn_local(optimizer)
         result = super().strategy_optimizer_step(optimizer, step, closure)
         if self.broadcast_buffers:
-            for engine in self._engines.values():
+            for engine in self._alive():
                 if engine.stale_buffers and engine.owns(optimizer):
                     engine.sync_buffers()
         return result

@@ -85,7 +85,11 @@ def parse_header(header: bytes, *, where: str) -> dict[str, Slot]:
     """
     opening = _OPENING_FOUND.match(header)
     if opening is None:
-        raise CheckpointCorruptError(f"{where}: its header is not what was written: it opens with {header[:40]!r}.")
+        expected = (_OPENING % (VERSION, "…"))[:40]
+        found = header[: len(expected)].decode("ascii", "backslashreplace")
+        raise CheckpointCorruptError(
+            f"{where}: its header is not what was written: expected it to open with {expected}, found {found}."
+        )
     written = opening[2].decode()
     xxh3 = digest(header[: opening.start(2)] + _BLANK.encode() + header[opening.end(2) :])
     if written != xxh3:

@@ -13,7 +13,7 @@ from plugframe.checkpoint import Entry, Manifest, as_bytes, dtype_name, join, pa
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 from plugframe_builtins.checkpoint_files.files import Files
 from plugframe_builtins.checkpoint_files.found import Found, Head, laid_whole
-from plugframe_builtins.checkpoint_files.verifying import Part, read_parts
+from plugframe_builtins.checkpoint_files.verifying import Part, read_parts, wrong_size
 from plugframe_builtins.safetensors_checkpoint import foreign, layout
 from plugframe_builtins.safetensors_checkpoint.layout import (
     MANIFEST,
@@ -29,7 +29,7 @@ def sniff(file: BinaryIO, path: str) -> str:
     head = file.read(64)
     size = os.fstat(file.fileno()).st_size
     if size < 10:
-        raise CheckpointCorruptError(f"{path} is truncated: found {size} bytes, which no checkpoint fits in.")
+        raise CheckpointCorruptError(f"{path} is truncated: expected a checkpoint, found {size} bytes.")
     if layout.opens(head):
         return "own"
     length = int.from_bytes(head[:8], "little")
@@ -97,13 +97,15 @@ def _read_header(file: BinaryIO, path: str) -> tuple[dict[str, Slot], int]:
     if length > min(size - 8, MAX_HEADER_BYTES):
         raise CheckpointCorruptError(
             f"{path} is truncated, or its first 8 bytes are not what was written: they announce a header of "
-            f"{length} bytes, found {max(size - 8, 0)} bytes after them."
+            f"{length} bytes: expected no less after them, found {max(size - 8, 0)}."
         )
     slots = parse_header(file.read(length), where=path)
     expected = 8 + length + slots[MANIFEST].end
     if size != expected:
-        what = "is truncated" if size < expected else "is longer than what was written"
-        raise CheckpointCorruptError(f"{path} {what}: expected {expected} bytes, found {size}.")
+        lost = [
+            name for name, slot in slots.items() if 8 + length + slot.end > size and name not in (STRUCTURE, MANIFEST)
+        ]
+        raise CheckpointCorruptError(f"{path} {wrong_size(expected, size, lost)}.")
     return slots, 8 + length
 
 

@@ -19,6 +19,9 @@ class Successors:
         # While an old parameter lives, in an optimizer, so does what took its place.
         self._successor: Any = WeakIdKeyDictionary()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Successors, ()  # a strategy that is sent to another process finds other parameters there
+
     def note(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
         """Take note that parameters were replaced, by name."""
         for name, old in before.items():

@@ -66,4 +66,15 @@ def apply_plan(module: nn.Module, plan: Plan, mesh: DeviceMesh, where: str) -> N
                 f"{closest(pattern, [path for path in parts if path])}"
             )
         exact.update((path, STYLES[style]() if isinstance(style, str) else style) for path in paths)
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     parallelize_module(module, mesh, exact)
+    now = dict(module.named_parameters(remove_duplicate=False))
+    for shared in names.values():
+        if len({id(now[name]) for name in shared}) > 1:
+            # An optimizer would go on with one of them, and the others would never change.
+            raise SettingError(
+                f"{where} splits a layer whose parameter is shared: {' and '.join(map(repr, shared))} are one, and "
+                "would be two. Leave the layers that share it out of the plan."
+            )

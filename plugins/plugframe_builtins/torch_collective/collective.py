@@ -16,6 +16,7 @@ from plugframe.base import Collective
 from plugframe.context import Context
 from plugframe.errors import OrderError, PlugframeWarning, SettingError
 from plugframe.hooks import ReduceOp, hookimpl
+from plugframe_builtins.torch_collective import objects
 from plugframe_builtins.torch_collective.agreement import agree
 from plugframe_builtins.torch_collective.compat import all_gather_single, reduce_scatter_single
 from plugframe_builtins.torch_collective.connection import backends, check_existing, connected, loopback_only
@@ -130,16 +131,11 @@ class TorchCollective(Collective):
 
     @hookimpl
     def collective_all_gather_object(self, obj: Any, group: Any) -> list[Any]:
-        peers = self._peers(group)
-        objects: list[Any] = [None] * peers.size()
-        dist.all_gather_object(objects, obj, group=peers)
-        return objects
+        return objects.all_gather(obj, group=self._peers(group), device=self._reached())
 
     @hookimpl
     def collective_broadcast_object(self, obj: Any, src: int, group: Any) -> Any:
-        box = [obj]
-        dist.broadcast_object_list(box, src, group=self._peers(group, src))
-        return box[0]
+        return objects.broadcast(obj, src, group=self._peers(group, src), device=self._reached())
 
     @hookimpl
     def collective_barrier(self, name: str, group: Any) -> None:
@@ -192,7 +188,7 @@ class TorchCollective(Collective):
 
     def _agree(self, call: str, tensor: Tensor, peers: dist.ProcessGroup) -> None:
         # Where the group reaches CPU memory too, reading the answer does not wait for the accelerator's queue.
-        agree(call, tensor, peers, torch.device("cpu") if "cpu" in self._types else self.context.device)
+        agree(call, tensor, peers, self._reached())
         if tensor.layout is not torch.strided:
             raise SettingError(f"{call} takes dense tensors, got {tensor.layout}: use tensor.to_dense() first.")
 
@@ -200,7 +196,11 @@ class TorchCollective(Collective):
         """Return `tensor` where this backend can read it."""
         if tensor.device.type in self._types:
             return tensor
-        return tensor.to("cpu" if "cpu" in self._types else self.context.device)
+        return tensor.to(self._reached())
+
+    def _reached(self) -> torch.device:
+        """Return the CPU, if this backend can read its memory, else this rank's device."""
+        return torch.device("cpu") if "cpu" in self._types else self.context.device
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -1,0 +1,80 @@
+"""Write the reference of the plugin contract from its hookspecs: python docs/draw_reference.py"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from plugframe import base
+from plugframe.hooks import API, KINDS, Job, Kind, Option, Plugin
+from plugframe.hooks.markers import deprecated_of
+from plugframe.instances import hooks_of
+
+TARGET = Path(__file__).parent / "plugins" / "reference.md"
+_HEAD = f"""# The plugin contract
+
+Written from the hookspecs by `python docs/draw_reference.py`. This is API {API}; plugframe accepts the API before
+as well. A hook with a base method need not be given: `plugframe.base` has one class per kind.
+
+"""
+
+
+def reference() -> str:
+    """Return the page."""
+    parts = [_HEAD, _descriptor(Plugin), _descriptor(Option)]
+    parts += [_kind(kind) for kind in KINDS.values()]
+    parts.append(_descriptor(Job))
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _descriptor(cls: Any) -> str:
+    fields = dataclasses.fields(cls)
+    lines = [f"    {field.name}: {field.type}{_default(field)}" for field in fields]
+    return f"## `{cls.__name__}`\n\n{_prose(cls)}\n\n```python\n{cls.__name__}(\n" + ",\n".join(lines) + ",\n)\n```\n"
+
+
+def _default(field: Any) -> str:
+    if field.default is not dataclasses.MISSING:
+        return f" = {field.default!r}" if not callable(field.default) else " = …"
+    return " = {}" if field.default_factory is not dataclasses.MISSING else ""
+
+
+def _kind(kind: Kind) -> str:
+    name = kind.name.title()
+    has_base = hasattr(base, name)
+    group = f"Entry-point group `{kind.group}`, setting `{'plugins' if kind.name == 'extension' else kind.name}`"
+    lines = [f"## Kind `{kind.name}`", "", f"{group}{f', base class `plugframe.base.{name}`' if has_base else ''}.", ""]
+    lines += [_prose(kind.spec), ""]
+    for hook in hooks_of(kind):
+        lines += [_hook(kind, hook), ""]
+    return "\n".join(lines)
+
+
+def _hook(kind: Kind, name: str) -> str:
+    function = getattr(kind.spec, name)
+    signature = str(inspect.signature(function)).replace("'", "").replace("(self, ", "(").replace("(self)", "()")
+    going = deprecated_of(function)
+    note = f"\n\n**Going:** {going}" if going else ""
+    return f"### `{name}`\n\n```python\n{name}{signature}\n```\n\n{_prose(function)}{note}"
+
+
+def _prose(thing: Any) -> str:
+    """Return a docstring as Markdown: its sections as bold words, its double backquotes as single ones."""
+    text = (inspect.getdoc(thing) or "").replace("``", "`")
+    text = re.sub(r"^::$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^(Args|Returns|Raises|Attributes|Example):$", r"**\1**\n", text, flags=re.MULTILINE)
+    lines = []
+    for line in text.splitlines():
+        inner = line.strip()
+        if line.startswith("    ") and not line.startswith("        ") and re.match(r"\*?\w+: ", inner):
+            lines.append(f"- `{inner.partition(':')[0]}`:{inner.partition(':')[2]}")
+        else:
+            lines.append(line if not line.startswith("    ") else f"  {inner}")
+    return "\n".join(lines).strip()
+
+
+if __name__ == "__main__":
+    TARGET.write_text(reference(), encoding="utf-8")

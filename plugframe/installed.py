@@ -1,0 +1,123 @@
+"""What the metadata of installed distributions says of plugins. Nothing that is published is imported."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from plugframe._compat import metadata
+
+PREFIX = "plugframe."
+OWN_DISTRIBUTION = "plugframe"
+#: Name and version of what an interrupted install or removal left behind without metadata.
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One published name, as its distribution's metadata states it.
+
+    Attributes:
+        kind: ``"strategy"``, …
+        name: what the user types.
+        value: ``"module:attribute"`` of the descriptor.
+        distribution: name of the package that publishes it.
+        version: its version.
+        extras: extras of that package the plugin needs.
+    """
+
+    kind: str
+    name: str
+    value: str
+    distribution: str
+    version: str
+    extras: tuple[str, ...] = ()
+
+    @property
+    def qualified(self) -> str:
+        """The name nobody else can publish: ``distribution:name``."""
+        return f"{self.distribution}:{self.name}"
+
+    @property
+    def builtin(self) -> bool:
+        """Whether it comes with plugframe itself."""
+        return normalize(self.distribution) == OWN_DISTRIBUTION
+
+    @property
+    def origin(self) -> str:
+        """For messages: ``strategy 'acme' (acme-ddp 1.2)``."""
+        return f"{self.kind} {self.name!r} ({self.distribution} {self.version})"
+
+    def of(self, word: str) -> bool:
+        """Say whether `word` is its package, or its package and name: ``"acme-ddp"``, ``"acme-ddp:acme"``."""
+        distribution, _, name = word.partition(":")
+        return normalize(distribution) == normalize(self.distribution) and name in ("", self.name)
+
+
+@functools.cache
+def normalize(distribution: str) -> str:
+    """Return a distribution's name in its normal form (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def published() -> tuple[Entry, ...]:
+    """Return every plugin that the distributions on the path publish; of two with one name the first counts."""
+    return _published(tuple((place, *_state(place)) for place in sys.path))
+
+
+@functools.lru_cache(maxsize=1)
+def _published(places: tuple[tuple[str, int, int], ...]) -> tuple[Entry, ...]:
+    """Read all metadata, again only after the path or one of its folders has changed."""
+    seen: set[str] = set()
+    found: list[Entry] = []
+    for distribution in metadata.distributions():
+        name, version = name_and_version(distribution)
+        if name == UNKNOWN or normalize(name) not in seen:
+            seen.add(normalize(name))
+            found += [
+                Entry(kind, point, value, name, version, extras) for kind, point, value, extras in _points(distribution)
+            ]
+    return tuple(dict.fromkeys(found))
+
+
+def _state(place: str) -> tuple[int, int]:
+    try:
+        found = os.stat(place or os.curdir)
+    except OSError:
+        return 0, 0
+    return found.st_ino, found.st_mtime_ns
+
+
+def _points(distribution: Any) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
+    """Yield kind, name, value and extras of every entry point of ours, well-formed or not."""
+    text = _text(distribution, "entry_points.txt")
+    if f"[{PREFIX}" not in text.replace(" ", ""):
+        return
+    group = ""
+    for line in map(str.strip, text.splitlines()):
+        name, equals, value = line.partition("=")
+        if line.startswith("["):
+            group = line.strip("[] ")
+        elif equals and group.startswith(PREFIX) and not line.startswith(("#", ";")):
+            value, _, extras = value.partition("[")
+            yield group[len(PREFIX) :], name.strip(), value.replace(" ", ""), tuple(re.findall(r"[\w.-]+", extras))
+
+
+def name_and_version(distribution: Any) -> tuple[str, str]:
+    """Return what a distribution is called. Its metadata is not parsed: the README in it can be long."""
+    texts = (_text(distribution, name) for name in ("METADATA", "PKG-INFO", ""))
+    head = next(filter(None, texts), "").partition("\n\n")[0]
+    name, version = (re.search(rf"^{field}:[ \t]*(\S+)", head, re.MULTILINE) for field in ("Name", "Version"))
+    return name[1] if name else UNKNOWN, version[1] if version else UNKNOWN
+
+
+def _text(distribution: Any, name: str) -> str:
+    try:
+        return distribution.read_text(name) or ""
+    except (OSError, UnicodeDecodeError):
+        return ""  # one damaged package must not hide all others

@@ -1,0 +1,203 @@
+"""What every plugin must be, of whatever kind: found, light, loadable, complete, and itself each time."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pytest
+
+from plugframe.declared import disagreements
+from plugframe.errors import MissingDependencyError, PlugframeError, PluginContractError, closest
+from plugframe.hooks import API, KINDS, Plugin
+from plugframe.instances import hooks_of
+from plugframe.pipeline import Pipeline
+from plugframe.plan import Choice
+from plugframe.registry import Entry, Registry
+from plugframe.testing.contracts.running import broken, one_line
+
+PUBLISHED = "Published (an entry point of the kind's group gives the name)"
+LIGHT = "Light (loading the descriptor imports neither torch nor anything the plugin requires)"
+DESCRIBED = "Described (the descriptor says in one line what it is, and every field is of its type)"
+MADE = "Made (the factory is found, and called with the declared options alone)"
+COMPLETE = "Complete (every hook of the kind is there, marked, with the arguments of its specification)"
+OPTIONS = "Options (what the descriptor declares is what the factory takes)"
+ITSELF = "Itself (two plugins made from one name share nothing)"
+SENT = "Sent (an object that is not set up yet can be pickled: launch(function) sends it to the ranks)"
+LAW_10 = "Law 10 (nothing is silently ignored)"
+
+#: A script that loads one descriptor and tells what came with it.
+_LOAD = """
+import importlib, json, sys
+sys.path[:] = json.loads(sys.argv[2])
+before = set(sys.modules)
+module, _, name = sys.argv[1].partition(":")
+value = importlib.import_module(module)
+for part in name.split("."):
+    value = getattr(value, part)
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+_TEXTS = ("devices", "precisions", "provides", "tags", "requires", "variables")
+_BY_KIND = ("needs", "prefers", "implies")
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+class PluginContract:
+    """The part of the contract that is the same for every kind; the suites of the kinds inherit it.
+
+    Attributes:
+        kind: of the plugin, set by the suite.
+        spec: the name under test, ``"acme"``, or with its distribution, ``"acme-tools:acme"``.
+        options: constructor arguments to test it with.
+    """
+
+    kind: ClassVar[str]
+    spec: ClassVar[str]
+    options: ClassVar[Mapping[str, Any]] = {}
+
+    @functools.cached_property
+    def registry(self) -> Registry:
+        """What is installed here."""
+        return Registry.discover()
+
+    @property
+    def entry(self) -> Entry:
+        """Where the plugin is published."""
+        try:
+            return self.registry.find(self.kind, self.spec)
+        except PlugframeError as error:
+            broken(PUBLISHED, f"{one_line(error)} Install the package first: pip install -e .")
+
+    @property
+    def descriptor(self) -> Plugin:
+        """What it says of itself."""
+        entry = self.entry
+        try:
+            return self.registry.describe(entry)
+        except PlugframeError as error:
+            broken(DESCRIBED, one_line(error))
+
+    def make(self, **options: Any) -> Any:
+        """Return a plugin of its own, with `options` on top of those of the suite."""
+        entry = self.entry
+        try:
+            return self.registry.make(entry, {**self.options, **options})
+        except MissingDependencyError as error:
+            pytest.skip(str(error))
+        except PlugframeError as error:
+            broken(MADE, one_line(error))
+
+    # ------------------------------------------------------------------ what it is made of
+
+    def test_the_descriptor_is_light(self) -> None:
+        """A listing loads it; nothing heavy comes with it."""
+        entry, descriptor = self.entry, self.descriptor
+        command = [sys.executable, "-c", _LOAD, entry.value, json.dumps(sys.path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+            broken(LIGHT, f"{entry.value} does not load by itself: {last}")
+        loaded = set(json.loads(done.stdout.splitlines()[-1]))
+        factory = descriptor.factory.partition(":")[0]
+        # A package that is required for its name alone is the plugin's own, and is imported to find the descriptor.
+        own = entry.value.partition(":")[0].partition(".")[0]
+        required = {name for name in descriptor.requires if name.partition(".")[0] != own}
+        implementation = {factory} - {entry.value.partition(":")[0]}
+        heavy = sorted({"torch", "numpy", *required, *implementation} & loaded)
+        if heavy:
+            broken(LIGHT, f"loading {entry.value} imports {', '.join(heavy)}: import it in the factory's module")
+        if len(done.stdout.splitlines()) > 1 or done.stderr.strip():
+            broken(LIGHT, f"loading {entry.value} prints: {(done.stderr or done.stdout).strip().splitlines()[0]}")
+
+    def test_the_descriptor_describes_it(self) -> None:
+        """It has a summary of one line, speaks an API that this plugframe does, and its fields have their types."""
+        descriptor = self.descriptor
+        if not descriptor.summary.strip() or "\n" in descriptor.summary:
+            broken(DESCRIBED, f"summary={descriptor.summary!r} is not one line: listings show it")
+        if descriptor.api not in (API, API - 1):
+            broken(DESCRIBED, f"api={descriptor.api}, and this plugframe speaks {API}")
+        if not descriptor.factory:
+            broken(DESCRIBED, f"{self.spec!r} stands for another name: set spec to that one")
+        for field in _TEXTS:
+            value = getattr(descriptor, field)
+            if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
+                broken(DESCRIBED, f"{field}={value!r} is not a tuple of texts: write ({value!r},) for one")
+        for field in _BY_KIND:
+            unknown = [kind for kind in getattr(descriptor, field) if kind not in KINDS]
+            if unknown:
+                broken(DESCRIBED, f"{field}= is by kind, and {unknown[0]!r} is none.{closest(unknown[0], KINDS)}")
+        for field in ("needs", "prefers"):
+            for kind, value in getattr(descriptor, field).items():
+                if isinstance(value, str):
+                    broken(DESCRIBED, f"{field}[{kind!r}]={value!r} is not a tuple of texts: write ({value!r},)")
+
+    def test_every_hook_is_provided(self) -> None:
+        """Each has its implementation, with the specification's arguments; nothing else is marked as a hook."""
+        entry = self.entry
+        choice = Choice(kind=self.kind, name=entry.name, reason="under test", descriptor=self.descriptor, entry=entry)
+        pipeline = Pipeline()
+        try:
+            pipeline.add(choice, self.make())
+            if not KINDS[self.kind].many:
+                pipeline.bind()  # a wrapper of a hook needs somebody who provides it
+        except PluginContractError as error:
+            broken(COMPLETE, str(error))
+        if pipeline.deprecations:
+            broken(COMPLETE, pipeline.deprecations[0])
+
+    def test_nothing_else_looks_like_a_hook(self) -> None:
+        """A method that is named like a hook of the kind and is none would never be called."""
+        hooks = hooks_of(KINDS[self.kind])
+        for name in dir(type(self.make())):
+            if name.startswith(f"{self.kind}_") and name not in hooks:
+                broken(COMPLETE, f"{name} is no hook, and is named like one.{closest(name, hooks)}")
+
+    def test_declared_options_are_what_it_takes(self) -> None:
+        """Every declared option is a keyword of the factory, with the same default."""
+        self.make()
+        entry, descriptor = self.entry, self.descriptor
+        found = disagreements(descriptor, self.registry.factory(entry))
+        if found:
+            broken(OPTIONS, f"{'; '.join(found)}")
+
+    def test_an_unknown_option_is_refused(self) -> None:
+        """A keyword it does not know is an error, not nothing."""
+        self.make()
+        try:
+            self.registry.make(self.entry, {**self.options, "no_option_of_this_name": 1})
+        except PlugframeError:
+            return
+        broken(LAW_10, "the factory takes the keyword no_option_of_this_name, and nothing says that it has no effect")
+
+    def test_it_can_be_sent_to_the_ranks(self) -> None:
+        """What was made in the script arrives in started processes."""
+        plugin = self.make()
+        try:
+            copy = pickle.loads(pickle.dumps(plugin))
+        except Exception as error:  # noqa: BLE001 - told as what it is
+            broken(SENT, one_line(error))
+        if type(copy) is not type(plugin):
+            broken(SENT, f"a {type(plugin).__name__} arrives as a {type(copy).__name__}")
+
+    def test_two_of_it_share_nothing(self) -> None:
+        """Nothing that can change is held by both, and they are not equal: plugins are told apart by identity."""
+        first, second = self.make(), self.make()
+        if first is second:
+            broken(ITSELF, "the factory gives the same object each time")
+        if first == second or type(first).__hash__ is None:
+            broken(ITSELF, "objects of it are compared by what they hold: give its class eq=False")
+        given = {id(value) for value in self.options.values()}
+        for name, value in getattr(first, "__dict__", {}).items():
+            changeable = isinstance(value, (dict, list, set, bytearray))
+            if changeable and id(value) not in given and getattr(second, name, None) is value:
+                broken(ITSELF, f"both hold one {type(value).__name__} in .{name}: make it in __init__")
+        for cls in type(first).__mro__:
+            for name, value in vars(cls).items():
+                if isinstance(value, (dict, list, set)) and not name.startswith("__") and not name.isupper():
+                    broken(ITSELF, f"{cls.__name__} holds a {type(value).__name__} in .{name}, which all share")

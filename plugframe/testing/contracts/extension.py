@@ -1,0 +1,383 @@
+"""What every extension plugin must do: watch the hooks of others, and change nothing but what it says it does."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from plugframe import base
+from plugframe.context import Context
+from plugframe.hooks import KINDS, Plugin, hookimpl
+from plugframe.hooks.markers import PROJECT
+from plugframe.instances import hooks_of
+from plugframe.pipeline import Pipeline
+from plugframe.plan import Choice
+from plugframe.testing.contracts import states
+from plugframe.testing.contracts.base import PluginContract
+from plugframe.testing.contracts.extension_ranks import train, train_on_ranks
+from plugframe.testing.contracts.running import broken, lasting, left, one_line, traces
+from plugframe.testing.ranks import RanksFailed, run_ranks
+from plugframe.world import World
+
+WRAPS = "Wraps (an extension wraps hooks with hookimpl(wrapper=True), or listens to on_… hooks; it provides none)"
+ONCE = "Once (a wrapped hook is called once for each call, with the arguments of the call)"
+RESULT = "Result (a wrapper gives back what the hook gave)"
+RAISED = "Raised (what a hook raises passes through a wrapper as it is)"
+TRAINING = "Training (a run ends with the same weights as without the extension)"
+BALANCED = "Balanced (what on_launch starts on_teardown ends, for one run after another)"
+STATE = "State (what state_dict() gives, load_state_dict() takes, and gives again)"
+CLEAN = "Law 9 (nothing is left behind)"
+
+
+class ExtensionContract(PluginContract):
+    """Subclass it and set `spec`.
+
+    Attributes:
+        changes: hooks whose result or arguments the extension changes, as its documentation says.
+        changes_training: whether a run with it ends with other weights, as its documentation says.
+    """
+
+    kind = "extension"
+    changes: ClassVar[tuple[str, ...]] = ()
+    changes_training: ClassVar[bool] = False
+
+    @pytest.fixture(autouse=True)
+    def _own_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An extension may write files into the working folder."""
+        folder = tmp_path / "working folder"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+
+    def wrapped(self, plugin: Any) -> list[str]:
+        """Return the provider and logger hooks the extension wraps."""
+        return [name for name, marks in _marks(plugin).items() if marks["wrapper"] and name in _all_hooks()]
+
+    # ------------------------------------------------------------------ what it is made of
+
+    def test_it_only_wraps_and_listens(self) -> None:
+        """Every marked method is a wrapper of a hook that exists, or listens to a notification."""
+        marks = _marks(self.make())
+        if not marks:
+            broken(WRAPS, "no method of it is marked with @plugframe.hookimpl, so it would never be called")
+        notifications = hooks_of(KINDS["extension"])
+        for name, marked in marks.items():
+            if name not in _all_hooks():
+                broken(WRAPS, f"{name} is no hook")
+            if name not in notifications and marked["hookwrapper"]:
+                broken(WRAPS, f"{name} is a wrapper of the old kind: mark it with hookimpl(wrapper=True)")
+            if name not in notifications and not marked["wrapper"]:
+                broken(WRAPS, f"{name} provides the hook: mark it with hookimpl(wrapper=True) and yield once")
+
+    # ------------------------------------------------------------------ wrappers
+
+    def _each_wrapped(self) -> Iterator[tuple[str, _Called, Any]]:
+        """Yield each wrapped hook, what notes its calls, and the bound hook of a pipeline."""
+        names = self.wrapped(self.make())
+        if not names:
+            pytest.skip("It wraps nothing.")
+        for name in names:
+            called = _Called(name)
+            plugin = self.make()
+            hooks = _pipeline(plugin, called)
+            context = _context(hooks)
+            _told(plugin, "on_launch", context=context)
+            yield name, called, getattr(hooks, name)
+            _told(plugin, "on_teardown")
+
+    def test_each_call_is_made_once(self) -> None:
+        """Two calls reach the provider as two calls, with the very arguments they were made with."""
+        for name, called, hook in self._each_wrapped():
+            for number in (1, 2):
+                arguments = _arguments(name)
+                before = dict(arguments)
+                called.calls.clear()
+                try:
+                    _entered(hook(**arguments))
+                except Exception as error:  # noqa: BLE001 - told as what it is
+                    broken(ONCE, f"call {number} of {name} raised {one_line(error)}")
+                if len(called.calls) != 1:
+                    broken(ONCE, f"call {number} of {name} reached the provider {len(called.calls)} times")
+                changed = [key for key, value in called.calls[0].items() if value is not before[key]]
+                if changed and name not in self.changes:
+                    broken(ONCE, f"{name} got other arguments than it was called with: {', '.join(changed)}")
+                if called.entered != called.left:
+                    broken(
+                        ONCE, f"the context of {name} was entered {called.entered} times and left {called.left} times"
+                    )
+
+    def test_the_result_is_what_the_hook_gave(self) -> None:
+        """The very object comes back; of a context, what it gives on entering."""
+        for name, called, hook in self._each_wrapped():
+            if name in self.changes:
+                continue
+            result = hook(**_arguments(name))
+            if called.is_context:
+                if not hasattr(result, "__enter__"):
+                    broken(RESULT, f"{name} gave {result!r} where the hook gave a context")
+                with result as entered:
+                    result = entered
+            if not _is_what_was_given(result, called.result):
+                broken(RESULT, f"{name} gave {result!r} where the hook gave {called.result!r}: `return (yield)`")
+
+    @pytest.mark.parametrize("error", [RuntimeError, StopIteration, KeyboardInterrupt, SystemExit])
+    def test_what_a_hook_raises_passes_through(self, error: type[BaseException]) -> None:
+        """The very exception, also one that ends the program, from the hook and from inside a context it gave."""
+        for name, called, hook in self._each_wrapped():
+            raised = error("out of paper")
+            if called.is_context:
+                self._passes(name, raised, lambda: _entered(hook(**_arguments(name)), raised))  # noqa: B023
+                if called.entered != called.left:
+                    broken(RAISED, f"the context of {name} was not left when {error.__name__} was raised in it")
+            called.raises = raised
+            self._passes(name, raised, lambda: hook(**_arguments(name)))  # noqa: B023
+
+    def _passes(self, name: str, raised: BaseException, call: Callable[[], Any]) -> None:
+        try:
+            result = call()
+        except BaseException as error:  # noqa: BLE001 - the very exception is what is looked for
+            # A generator cannot let StopIteration pass: Python makes a RuntimeError of it.
+            if error is not raised and not (isinstance(raised, StopIteration) and error.__cause__ is raised):
+                broken(RAISED, f"{name} raised {one_line(raised)}, which became {one_line(error)}")
+        else:
+            broken(RAISED, f"{name} raised {one_line(raised)}, and the caller got {result!r}")
+
+    # ------------------------------------------------------------------ runs
+
+    def test_a_run_ends_with_the_same_weights(self) -> None:
+        """Training with it and without comes to the same bits, losses included."""
+        plain, watched = train([]), train([self.make()])
+        differs = states.difference(plain, watched)
+        if differs and not self.changes_training:
+            broken(TRAINING, f"on one rank: {differs}")
+
+    def test_on_ranks_it_leaves_the_run_as_it_is(self) -> None:
+        """Two ranks train with it and without, to the same bits, and nothing hangs."""
+        if self.descriptor.ranks == "one":
+            pytest.skip("It works with one rank only.")
+        try:
+            found = run_ranks(2, train_on_ranks, self.spec, dict(self.options), os.getcwd())
+        except RanksFailed as error:
+            broken(TRAINING, f"on two ranks: {error}")
+        problem = next((text for text in found if text), "")
+        if problem and not (self.changes_training and "differs" in problem):
+            broken(TRAINING, f"on two ranks: {problem}")
+
+    def test_one_run_after_another(self) -> None:
+        """One object serves a second run as it did the first, and a run that failed ends like any other."""
+        plugin = self.make()
+        untouched = traces()
+        train([plugin])  # what its libraries do on first use is theirs
+        before = traces()
+        found = left(lasting(untouched), lasting(before))
+        if found:
+            broken(CLEAN, f"after a run {found}")
+        for how in ("a second run", "a run that failed", "a run after one that failed"):
+            failure = how == "a run that failed"
+            try:
+                train([plugin], fails=failure)
+            except ZeroDivisionError:
+                if not failure:
+                    raise
+            except Exception as error:  # noqa: BLE001 - told as what it is
+                broken(BALANCED, f"{how} with the same object raised {one_line(error)}")
+            found = left(before, traces())
+            if found:
+                broken(CLEAN, f"after {how} {found}")
+
+    def test_tear_down_gives_back_what_launch_took(self) -> None:
+        """on_teardown undoes on_launch, where nothing happened in between."""
+        plugin = self.make()
+        for time in ("first", "second"):
+            before = traces()
+            context = _context(_pipeline(plugin, _Called("collective_barrier")))
+            try:
+                _told(plugin, "on_launch", context=context)
+                _told(plugin, "on_teardown")
+            except Exception as error:  # noqa: BLE001 - told as what it is
+                broken(BALANCED, f"the {time} launch and tear-down of one object raised {one_line(error)}")
+            found = left(before, traces())
+            if found:
+                broken(BALANCED, f"after the {time} launch and tear-down {found}")
+
+    def test_two_objects_do_not_meddle(self) -> None:
+        """Two of them in one run, where its files allow it, leave the weights alone as one does."""
+        plain, watched = train([]), train([self.make(), self.make()])
+        differs = states.difference(plain, watched)
+        if differs and not self.changes_training:
+            broken(TRAINING, f"with two objects of it: {differs}")
+
+    def test_its_state_comes_back(self) -> None:
+        """An extension that has a state can be saved with the run, and goes on from it."""
+        plugin = self.make()
+        if not (hasattr(plugin, "state_dict") and hasattr(plugin, "load_state_dict")):
+            pytest.skip("It has no state_dict() and load_state_dict().")
+        train([plugin])
+        state = plugin.state_dict()
+        fresh = self.make()
+        try:
+            fresh.load_state_dict(state)
+        except Exception as error:  # noqa: BLE001 - told as what it is
+            broken(STATE, f"load_state_dict() of what state_dict() gave raised {one_line(error)}")
+        differs = states.difference(state, fresh.state_dict())
+        if differs:
+            broken(STATE, f"a new object, after load_state_dict(): {differs}")
+
+
+class _Result:
+    """What a hook gave: an object that anything can be noted about."""
+
+
+class _Called:
+    """Stands for the provider of one hook and notes its calls."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.calls: list[dict[str, Any]] = []
+        self.raises: BaseException | None = None
+        self.entered = self.left = 0
+        returns = str(inspect.signature(_spec_of(name)).return_annotation)
+        self.is_context = "ContextManager" in returns
+        self.result = _result(returns)
+
+    def call(self, **arguments: Any) -> Any:
+        self.calls.append(arguments)
+        if self.raises is not None:
+            raise self.raises
+        return self._context() if self.is_context else self.result
+
+    @contextmanager
+    def _context(self) -> Iterator[Any]:
+        self.entered += 1
+        try:
+            yield self.result
+        finally:
+            self.left += 1
+
+
+def _result(returns: str) -> Any:
+    """Return what a hook of this return type may give."""
+    if returns == "None":
+        return None
+    if returns.startswith("tuple["):
+        return (0, 1) if "int" in returns else (_Result(), [])
+    plain: dict[str, Any] = {"dict": {}, "Sequence": [], "list": [], "bool": True, "int": 3, "str": "text"}
+    plain |= {"Tensor": torch.arange(3.0), "torch.Tensor": torch.arange(3.0)}
+    return next((value for start, value in plain.items() if returns.startswith(start)), _Result())
+
+
+def _is_what_was_given(result: Any, given: Any) -> bool:
+    if isinstance(given, tuple) and isinstance(result, tuple):  # a wrapper may take it apart
+        return len(result) == len(given) and all(a is b for a, b in zip(result, given, strict=True))
+    return result is given
+
+
+def _marks(plugin: Any) -> dict[str, dict[str, Any]]:
+    """Return what ``@hookimpl`` noted on each marked method."""
+    found = {name: getattr(getattr(type(plugin), name, None), f"{PROJECT}_impl", None) for name in dir(type(plugin))}
+    return {name: marks for name, marks in found.items() if isinstance(marks, dict)}
+
+
+def _all_hooks() -> list[str]:
+    return [name for kind in KINDS.values() for name in hooks_of(kind)]
+
+
+def _spec_of(name: str) -> Any:
+    return next(getattr(kind.spec, name) for kind in KINDS.values() if name in hooks_of(kind))
+
+
+def _parameters(name: str) -> list[str]:
+    return [parameter for parameter in inspect.signature(_spec_of(name)).parameters if parameter != "self"]
+
+
+def _arguments(name: str) -> dict[str, Any]:
+    """Return arguments for a hook: plain ones where a wrapper may want to look at them."""
+    known: dict[str, Any] = {
+        "loss": torch.tensor(1.0),
+        "tensor": torch.arange(3.0),
+        "path": "a path",
+        "op": "sum",
+        "step": lambda: None,
+        "iterator": iter([1, 2]),
+        "metrics": {"loss": 1.0},
+        "kwargs": {},
+        "args": (),
+        "state": {},
+        "info": {},
+        "wait": True,
+        "lazy": False,
+        "trusted": False,
+        "enabled": True,
+        "module": torch.nn.Linear(1, 1),
+        "optimizers": [],
+        "parameters": [],
+        "max_norm": 1.0,
+        "norm_type": 2.0,
+        "error_if_nonfinite": True,
+        "sharded": False,
+        "device": torch.device("cpu"),
+    }
+    return {parameter: known.get(parameter) for parameter in _parameters(name)}
+
+
+def _pipeline(plugin: Any, called: _Called) -> Any:
+    """Return the hooks of providers that note their calls, and of the extension."""
+    pipeline = Pipeline()
+    for kind in KINDS.values():
+        if kind.name != "extension":
+            provider = _provider(kind.name, called)
+            pipeline.add(_choice(kind.name, provider), provider)
+    pipeline.add(_choice("extension", plugin), plugin)
+    return pipeline.bind()
+
+
+def _provider(kind: str, called: _Called) -> Any:
+    """Return an object like a plugin of one rank, that notes the calls of one hook."""
+    parent = getattr(base, kind.capitalize())
+    marked = [name for name in hooks_of(KINDS[kind]) if hasattr(getattr(parent, name), f"{PROJECT}_impl")]
+    own = [name for name in hooks_of(KINDS[kind]) if name not in marked or name == called.name]
+    return type(f"Noted{kind.capitalize()}", (parent,), {name: hookimpl(_method(name, called)) for name in own})()
+
+
+def _method(name: str, called: _Called) -> Any:
+    """Return a method with the arguments of a hook; pluggy reads them off its code."""
+
+    def note(**arguments: Any) -> Any:
+        return called.call(**arguments) if name == called.name else None
+
+    parameters = _parameters(name)
+    given = ", ".join(f"{parameter}={parameter}" for parameter in parameters)
+    return eval(f"lambda {', '.join(['self', *parameters])}: note({given})", {"note": note, "__name__": __name__})
+
+
+def _choice(kind: str, plugin: Any) -> Choice:
+    name = type(plugin).__name__
+    return Choice(kind=kind, name=name, reason="", descriptor=Plugin(factory=f"noted:{name}"), instance=plugin)
+
+
+def _context(hooks: Any) -> Context:
+    return Context(world=World(), device=torch.device("cpu"), hooks=hooks, names={})
+
+
+def _told(plugin: Any, name: str, **arguments: Any) -> None:
+    """Call a notification the way pluggy does, if the extension listens to it."""
+    method = getattr(plugin, name, None)
+    if method is not None:
+        wanted = inspect.signature(method).parameters
+        method(**{key: value for key, value in arguments.items() if key in wanted})
+
+
+def _entered(result: Any, raised: BaseException | None = None) -> Any:
+    """Enter a context and leave it again, by raising if so asked; return anything else."""
+    if not isinstance(result, AbstractContextManager):
+        return result
+    with result as entered:
+        if raised is not None:
+            raise raised
+    return entered

@@ -1,0 +1,82 @@
+"""What launched ranks run in the launcher's contract suite; light, for a rank imports it first."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+#: Variable by which the suite sees that a job's own variables reach its ranks.
+MARK = "TESTING_MARK_OF_THE_JOB"
+WORDS = ("two words", "ü 漢", "", "--flag=1", "*")
+
+
+def report(folder: str, *arguments: Any) -> dict[str, Any]:
+    """Leave a file with what this rank sees, and return it."""
+    told = {
+        "pid": os.getpid(),
+        "arguments": list(arguments),
+        "mark": os.environ.get(MARK),
+        **place(),
+    }
+    write(folder, f"rank{told['rank']}.json", told)
+    return told
+
+
+def place() -> dict[str, Any]:
+    """Form the job as a script would, and say where this rank stands."""
+    from plugframe import Lite
+    from plugframe.testing.contracts.running import cpu_accelerator
+
+    with Lite(accelerator=cpu_accelerator()) as lite:
+        lite.launch()
+        total = lite.all_reduce(1 + lite.global_rank, reduce_op="sum")
+        return {"rank": lite.global_rank, "size": lite.world_size, "total": int(total)}
+
+
+def fail(folder: str, num_ranks: str) -> None:
+    """Raise on the rank that comes first, once the others are there; they go on until they are ended."""
+    mine = _early_rank(folder)
+    write(folder, f"pid{mine}.json", {"pid": os.getpid()})
+    if mine == 0:
+        _wait(5, lambda: len(glob.glob(os.path.join(folder, "pid*.json"))) >= int(num_ranks))
+        raise ValueError("the boiler has burst")
+    _wait(30, lambda: False)
+    write(folder, f"survived{mine}.json", {"pid": os.getpid()})
+
+
+def _wait(most_s: float, until: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + most_s
+    while time.monotonic() < deadline and not until():
+        time.sleep(0.02)
+
+
+def _early_rank(folder: str) -> int:
+    """Number the ranks by who comes first: which variables say who they are is the launcher's affair."""
+    for number in range(1000):
+        try:
+            os.mkdir(os.path.join(folder, f"place{number}"))
+        except FileExistsError:
+            continue
+        return number
+    raise AssertionError("more than 1000 ranks")
+
+
+def write(folder: str, name: str, told: dict[str, Any]) -> None:
+    """Leave a file, whole at once."""
+    draft = os.path.join(folder, f".{name}.{os.getpid()}")
+    with open(draft, "w", encoding="utf-8") as file:
+        json.dump(told, file)
+    os.replace(draft, os.path.join(folder, name))
+
+
+if __name__ == "__main__":
+    kind, where, *words = sys.argv[1:]
+    if kind == "report":
+        report(where, *words)
+    else:
+        fail(where, *words)

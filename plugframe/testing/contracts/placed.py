@@ -1,0 +1,80 @@
+"""A device for the plugin under test, and what it sees of a job."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from plugframe.context import Context
+from plugframe.errors import PluginError
+from plugframe.hooks import KINDS, Plugin
+from plugframe.instances import hooks_of
+from plugframe.registry import Entry, Registry
+from plugframe.world import World
+
+
+def accelerator_for(descriptor: Plugin, num_ranks: int = 1) -> Entry:
+    """Return an accelerator that is here and on whose devices a plugin works: the CPU's where that fits, else others.
+
+    Where there is none, the test is skipped.
+    """
+    registry = Registry.discover()
+    usable: list[tuple[bool, Entry]] = []
+    for entry in registry.entries("accelerator"):
+        try:
+            found = registry.describe(entry)
+            if found.factory and _fits(registry, entry, descriptor, num_ranks):
+                usable.append((found.devices != ("cpu",), entry))
+        except PluginError:
+            continue  # somebody else's broken package
+    if not usable:
+        devices = ", ".join(descriptor.devices) or "any"
+        pytest.skip(f"It works on {devices}, and this machine has no {num_ranks} of them.")
+    return min(usable, key=lambda each: each[0])[1]
+
+
+def _fits(registry: Registry, entry: Entry, descriptor: Plugin, num_ranks: int) -> bool:
+    plugin = registry.make(entry)
+    if not is_here(plugin):
+        return False
+    device = plugin.accelerator_device(index=0)
+    return (not descriptor.devices or device.type in descriptor.devices) and takes(plugin, num_ranks)
+
+
+def is_here(plugin: Any) -> bool:
+    """Say whether an accelerator has a device on this machine; whatever it raises counts as no."""
+    try:
+        return bool(plugin.accelerator_is_available())
+    except Exception:  # noqa: BLE001 - the contract says so
+        return False
+
+
+def takes(plugin: Any, devices: Any) -> bool:
+    """Say whether an accelerator accepts a value of ``devices``."""
+    from plugframe.errors import SettingError
+
+    try:
+        plugin.accelerator_parse_devices(devices=devices)
+    except SettingError:
+        return False
+    return True
+
+
+def context_of(
+    *plugins: Any, device: torch.device, world: World | None = None, names: dict[str, str] | None = None, **hooks: Any
+) -> Context:
+    """Return what a plugin sees of a job in which `plugins` provide the hooks, and `hooks` some of them otherwise."""
+    found: dict[str, Any] = {}
+    for plugin in plugins:
+        for kind in KINDS.values():
+            found |= {name: getattr(plugin, name) for name in hooks_of(kind) if hasattr(plugin, name)}
+    return Context(
+        world=world or World(),
+        device=device,
+        hooks=SimpleNamespace(**{**found, **hooks}),
+        names=names or {},
+        timeout_s=20.0,
+    )

@@ -1,0 +1,154 @@
+"""What every strategy plugin must do: train as one process would, and leave the user's objects the user's."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from plugframe.errors import PluginError, UnsupportedError
+from plugframe.lite import Lite
+from plugframe.testing.contracts import strategy_ranks as ranks
+from plugframe.testing.contracts.base import PluginContract
+from plugframe.testing.contracts.batches import run_batch, tell
+from plugframe.testing.contracts.placed import accelerator_for
+from plugframe.testing.contracts.running import Alone, broken, chosen, once, one_line
+
+ONE_RANK = "One rank (what works with one rank only is refused with more: each would train by itself)"
+HONOURED = "Honoured (a precision that the descriptor does not list is refused, with both names)"
+DESCRIBED = "Described (strategy_describe gives lines for --dry-run, before anything is set up)"
+
+#: A capability: gradients stay each rank's own, by design, and something else is averaged from time to time.
+LOCAL_GRADIENTS = "local-gradients"
+
+_AVERAGING = [check.__name__ for check in ranks.AVERAGING]
+_ALWAYS = [check.__name__ for check in ranks.ALWAYS]
+
+
+class StrategyContract(PluginContract):
+    """Subclass it and set `spec`. Two jobs are started, of two ranks and of one.
+
+    What is skipped follows from the descriptor: ``ranks="one"`` leaves out the job of two ranks, and
+    ``provides=("local-gradients",)``, of a strategy that averages something else than gradients, what laws 6 and 7
+    say of more than one rank.
+
+    Attributes:
+        tolerance: how far a weight may be from plain torch's, in parts of how far training moved it.
+        settings: further arguments of `Lite`, such as ``{"collective": "acme"}``.
+        build: a function at the top level of a module that makes the model to train, of 6 inputs and 2 outputs,
+            for a strategy with which not any will do.
+        num_ranks: numbers of ranks to start, of 1 and 2.
+        timeout_s: of all the checks on so many ranks together.
+    """
+
+    kind = "strategy"
+    tolerance: ClassVar[float] = 1e-4
+    settings: ClassVar[dict[str, Any]] = {}
+    build: ClassVar[Any] = ranks.Model
+    num_ranks: ClassVar[tuple[int, ...]] = (1, 2)
+    timeout_s: ClassVar[float] = 180.0
+
+    def precision(self) -> str:
+        """Return the name of a precision it honours that computes in float32, as plain torch does."""
+        honoured = self.descriptor.precisions
+        for entry in sorted(self.registry.entries("precision"), key=lambda entry: not entry.builtin):
+            try:
+                if not self.registry.describe(entry).factory or (honoured and entry.name not in honoured):
+                    continue
+                dtypes = self.registry.make(entry).precision_dtypes()
+            except PluginError:
+                continue  # somebody else's broken package
+            if dtypes.parameter is dtypes.compute is torch.float32:
+                return entry.qualified
+        pytest.skip("It honours no precision that computes as plain torch does.")
+
+    @pytest.fixture
+    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Where the jobs of the suite leave checkpoints for each other."""
+        return once(self, "folder", lambda: tmp_path_factory.mktemp("strategy"))
+
+    def reports(self, num_ranks: int, folder: Path) -> dict[str, str]:
+        """Run all checks on that many ranks, once for the suite; return what is to be said, by the check's name."""
+        if num_ranks == 1 and 2 in self.num_ranks and self.descriptor.ranks != "one":
+            self.reports(2, folder)  # it leaves a checkpoint for one rank
+        self.make()
+        local = LOCAL_GRADIENTS in self.descriptor.provides and num_ranks > 1
+        checks = ranks.ALWAYS if local else (*ranks.AVERAGING, *ranks.ALWAYS)
+        settings = ranks.Settings(
+            spec=self.spec,
+            options=dict(self.options),
+            provides=self.descriptor.provides,
+            folder=str(folder),
+            build=type(self).build,
+            tolerance=self.tolerance,
+            lite={
+                "accelerator": accelerator_for(self.descriptor, num_ranks).qualified,
+                "precision": self.precision(),
+                **self.settings,
+            },
+        )
+        make = functools.partial(ranks.bench, settings=settings)
+        return once(self, f"{num_ranks} ranks", lambda: run_batch(num_ranks, make, checks, timeout_s=self.timeout_s))
+
+    @pytest.mark.parametrize("num_ranks", [2, 1])
+    @pytest.mark.parametrize("check", [*_AVERAGING, *_ALWAYS])
+    def test_on_ranks(self, check: str, num_ranks: int, folder: Path) -> None:
+        """The check of that name holds on that many ranks."""
+        if num_ranks not in self.num_ranks:
+            pytest.skip(f"num_ranks={self.num_ranks!r} leaves it out.")
+        if num_ranks > 1 and self.descriptor.ranks == "one":
+            pytest.skip("It works with one rank only.")
+        if num_ranks > 1 and check in _AVERAGING and LOCAL_GRADIENTS in self.descriptor.provides:
+            pytest.skip("Gradients stay each rank's own, by its design.")
+        tell(self.reports(num_ranks, folder)[check])
+
+    # ------------------------------------------------------------------ before any rank is started
+
+    def _lite(self, **settings: Any) -> Lite:
+        given = {"accelerator": accelerator_for(self.descriptor).qualified, "environment": Alone(), **self.settings}
+        return Lite(**{**given, "strategy": chosen(self.kind, self.spec, dict(self.options)), **settings})
+
+    def test_more_ranks_than_it_works_with_are_refused(self) -> None:
+        """A strategy for one rank is refused with two, by name."""
+        if self.descriptor.ranks != "one":
+            pytest.skip("It works with any number of ranks.")
+        self._refused(ONE_RANK, "2 ranks", [] if self.options else [self.entry.name], devices=2)
+
+    def test_precisions_it_does_not_list_are_refused(self) -> None:
+        """With each other precision that is installed Lite raises, with the names of both."""
+        honoured = self.descriptor.precisions
+        if not honoured:
+            pytest.skip("Its descriptor lists no precisions: any will do.")
+        for entry in self.registry.entries("precision"):
+            try:
+                plugin = self.registry.describe(entry)
+            except PluginError:
+                continue  # somebody else's broken package
+            if plugin.factory and entry.name not in honoured and self.registry.absent(entry) is None:
+                # An object goes by the first name its class is published under.
+                names = [entry.name] if self.options else [entry.name, self.entry.name]
+                self._refused(HONOURED, f"precision {entry.name!r}", names, devices=1, precision=entry.qualified)
+
+    def _refused(self, rule: str, what: str, names: list[str], **settings: Any) -> None:
+        try:
+            self._lite(**settings)
+        except UnsupportedError as error:
+            silent = [name for name in names if name not in str(error)]
+            if silent:
+                broken(rule, f"with {what} the message does not name {silent[0]!r}: {error}")
+        except Exception as error:  # noqa: BLE001 - told as what it is
+            broken(rule, f"with {what} Lite raised {one_line(error)}, not an UnsupportedError")
+        else:
+            broken(rule, f"with {what} nothing is said")
+
+    def test_it_can_be_described_before_it_is_set_up(self) -> None:
+        """strategy_describe gives texts of one line each."""
+        try:
+            lines = self.make().strategy_describe()
+        except Exception as error:  # noqa: BLE001 - told as what it is
+            broken(DESCRIBED, f"it raised {one_line(error)}")
+        if isinstance(lines, str) or not all(isinstance(line, str) and "\n" not in line for line in lines):
+            broken(DESCRIBED, f"it gave {lines!r}, not a sequence of lines")

@@ -1,0 +1,25 @@
+"""A registry for tests: what is built in, and what a test adds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from plugframe.hooks import Plugin
+from plugframe.registry import Entry, Registry
+
+#: What a message calls the package of a name that a test added.
+DISTRIBUTION = "this-test"
+
+
+class IsolatedRegistry(Registry):
+    """Knows plugframe's own plugins, and no other that is installed."""
+
+    def __init__(self, installed: Iterable[Entry]) -> None:
+        super().__init__([entry for entry in installed if entry.builtin])
+
+    def add(self, kind: str, name: str, descriptor: Plugin, *, distribution: str = DISTRIBUTION) -> Entry:
+        """Publish a name, as an entry point of `distribution` would."""
+        entry = Entry(kind, name, f"{distribution}:{name}", distribution, "0")
+        self._entries.append(entry)
+        self._descriptors[entry] = descriptor
+        return entry

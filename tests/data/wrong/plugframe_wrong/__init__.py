@@ -1,0 +1,33 @@
+"""Plugins that break one rule of the contract each, for the tests of the contract suites."""
+
+from plugframe import Option, Plugin
+
+_NAMES = {
+    "checkpoint": "Right Narrows Unverified Unpickles InPlace Silent Litters Mumbles Lazy Overwrites Fibs Sticks",
+    "environment": "Right Everywhere Swapped Crashes Agrees Stale Requeues Sets Timid",
+    "launcher": "Right OnlyOne NoResult Swallows Leaves Stumbles",
+    "logger": "Right Drops FromOne EveryRank Early OneFile Twice Open",
+    "strategy": "Right Alone Halves Finite Repeats Leaves Ignores Common Misnamed Mute Raises Unsent Unmarked Renamed "
+    "Lacks",
+    "collective": "Right Drops Writes",
+    "extension": "Right Provides Repeats Forgets Swallows Nudges OnceOnly Leaves Amnesia",
+}
+_MORE = {
+    "environment": {"priority": 70},
+    "environment_Timid": {"priority": -1},
+    "strategy": {"needs": {"collective": ("process-group",)}},
+    "strategy_Ignores": {"options": (Option("bucket_cap_mb", int, 25, "size of a buffer"),)},
+    "strategy_Misnamed": {"options": (Option("bucket_size", int, 25, "size of a buffer"),)},
+    "strategy_Mute": {"summary": ""},
+    "collective": {"provides": ("process-group",)},
+    "launcher": {"provides": ("function", "interactive")},
+    "launcher_Stumbles": {"provides": ("function",)},
+}
+
+for _kind, _names in _NAMES.items():
+    for _name in _names.split():
+        _fields = {**_MORE.get(_kind, {}), **_MORE.get(f"{_kind}_{_name}", {})}
+        if _kind == "environment":
+            _fields["variables"] = (f"WRONG_{_name.upper()}_RANK",)
+        _factory = f"plugframe_wrong.{_kind}:{_name}"
+        globals()[f"{_kind}_{_name}"] = Plugin(factory=_factory, **{"summary": "Breaks a rule.", **_fields})

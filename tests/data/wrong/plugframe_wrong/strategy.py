@@ -1,0 +1,150 @@
+"""Strategies that break one law each."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plugframe.base import Strategy
+from plugframe.context import Context
+from plugframe.hooks import hookimpl
+from plugframe_builtins.ddp.strategy import DDP
+
+
+class Right(DDP):
+    """Breaks none."""
+
+
+class Alone(Right):
+    """Lets every rank go its own way (law 6)."""
+
+    @hookimpl
+    def strategy_setup_module(self, module: nn.Module) -> Any:
+        super().strategy_setup_module(module)
+        return None
+
+
+class Halves(Right):
+    """Gives half the norm of the gradients (law 7)."""
+
+    @hookimpl
+    def strategy_clip_gradients(
+        self,
+        module: nn.Module,
+        parameters: Sequence[Tensor],
+        clip_value: float | None,
+        max_norm: float | None,
+        norm_type: float,
+        error_if_nonfinite: bool,
+    ) -> Tensor | None:
+        norm = super().strategy_clip_gradients(module, parameters, clip_value, max_norm, norm_type, error_if_nonfinite)
+        return None if norm is None else norm / 2
+
+
+class Finite(Right):
+    """Clips what is not finite without a word (law 7)."""
+
+    @hookimpl
+    def strategy_clip_gradients(
+        self,
+        module: nn.Module,
+        parameters: Sequence[Tensor],
+        clip_value: float | None,
+        max_norm: float | None,
+        norm_type: float,
+        error_if_nonfinite: bool,
+    ) -> Tensor | None:
+        return super().strategy_clip_gradients(module, parameters, clip_value, max_norm, norm_type, False)
+
+
+class Repeats(Right):
+    """Gives the last batch of an evaluation twice (law 8)."""
+
+    last: Any = None
+
+    @hookimpl
+    def strategy_next_batch(self, iterator: Any, exhausted: Any) -> Any:
+        batch = super().strategy_next_batch(iterator, exhausted)
+        if torch.is_grad_enabled():
+            return batch
+        last, self.last = self.last, None if batch is exhausted else batch
+        return last if batch is exhausted and last is not None else batch
+
+
+class Leaves(Right):
+    """Sets a variable and leaves it (law 9)."""
+
+    @hookimpl
+    def strategy_setup(self, context: Context) -> None:
+        super().strategy_setup(context)
+        # Another value each time: a suite that looks after a first job would not see one that stays.
+        os.environ["WRONG_STRATEGY"] = str(int(os.environ.get("WRONG_STRATEGY", "0")) + 1)
+
+
+class Ignores(Right):
+    """Takes any option, and does nothing about it (law 10)."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+
+
+class Common(Right):
+    """Notes in one list what all of its objects see."""
+
+    seen: list[Any] = []  # noqa: RUF012
+
+    @hookimpl
+    def strategy_setup_module(self, module: nn.Module) -> Any:
+        self.seen.append(type(module).__name__)
+        return super().strategy_setup_module(module)
+
+
+class Misnamed(Right):
+    """Declares an option that its constructor does not take."""
+
+
+class Mute(Right):
+    """Has no word in its descriptor about what it is."""
+
+
+class Raises(Right):
+    """Cannot be constructed without an argument."""
+
+    def __init__(self) -> None:
+        raise KeyError("how many")
+
+
+class Unsent(Right):
+    """Holds what no other process can be sent before it is set up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+class Unmarked(Strategy):
+    """Overrides a hook without marking it."""
+
+    def strategy_data_shard(self) -> tuple[int, int]:
+        return 0, 1
+
+
+class Renamed(Strategy):
+    """Calls an argument by another name than the hook."""
+
+    @hookimpl
+    def strategy_setup_module(self, model: nn.Module) -> Any:
+        return None
+
+
+class Lacks:
+    """Has one hook of its kind, and none of the others."""
+
+    @hookimpl
+    def strategy_data_shard(self) -> tuple[int, int]:
+        return 0, 1

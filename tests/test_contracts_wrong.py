@@ -1,0 +1,205 @@
+"""For each rule a plugin that breaks it: its suite fails, with a message that begins with the rule."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from plugframe.testing.contracts import (
+    base,
+    checkpoint,
+    collective_ranks,
+    environment,
+    extension,
+    launcher,
+    logger,
+    strategy_ranks,
+)
+
+#: Kind and class of a wrong plugin, the rule it breaks, and the test that must say so. "Right" ones break none: of
+#: those every test is run, and passes.
+WRONG: list[tuple[str, str, str, str]] = [
+    ("strategy", "Unpublished", base.PUBLISHED, "the_descriptor_is_light"),
+    ("strategy", "Heavy", base.LIGHT, "the_descriptor_is_light"),
+    ("strategy", "Mute", base.DESCRIBED, "the_descriptor_describes_it"),
+    ("strategy", "Raises", base.MADE, "every_hook_is_provided"),
+    ("strategy", "Unmarked", base.COMPLETE, "every_hook_is_provided"),
+    ("strategy", "Renamed", base.COMPLETE, "every_hook_is_provided"),
+    ("strategy", "Lacks", base.COMPLETE, "every_hook_is_provided"),
+    ("strategy", "Misnamed", base.OPTIONS, "declared_options_are_what_it_takes"),
+    ("strategy", "Unsent", base.SENT, "it_can_be_sent_to_the_ranks"),
+    ("strategy", "Common", base.ITSELF, "two_of_it_share_nothing"),
+    ("strategy", "Alone", strategy_ranks.LAW_6, "on_ranks[gradients_are_those_of_the_whole_batch-2]"),
+    ("strategy", "Halves", strategy_ranks.LAW_7, "on_ranks[clipping_is_that_of_the_whole-2]"),
+    ("strategy", "Finite", strategy_ranks.LAW_7, "on_ranks[gradients_that_are_not_finite_are_an_error-2]"),
+    ("strategy", "Repeats", strategy_ranks.LAW_8, "on_ranks[evaluation_sees_every_sample_once-2]"),
+    ("strategy", "Leaves", strategy_ranks.LAW_9, "on_ranks[nothing_is_left_behind-2]"),
+    ("strategy", "Ignores", base.LAW_10, "an_unknown_option_is_refused"),
+    ("collective", "Drops", collective_ranks.LAW_5, "on_ranks[gathering_stacks-1]"),
+    ("collective", "Writes", collective_ranks.INPUTS, "on_ranks[shapes_are_kept-1]"),
+    ("checkpoint", "Right", "", ""),
+    ("checkpoint", "Narrows", checkpoint.ROUND_TRIP, "what_was_saved_comes_back"),
+    ("checkpoint", "Unverified", checkpoint.VERIFIED, "damage_is_refused"),
+    ("checkpoint", "Unpickles", checkpoint.NO_CODE, "code_in_a_file_is_never_run"),
+    ("checkpoint", "InPlace", checkpoint.ATOMIC, "a_process_that_dies_while_saving_leaves_what_was_there"),
+    ("checkpoint", "Silent", checkpoint.ALIKE, "all_ranks_hear_of_an_error"),
+    ("checkpoint", "Litters", checkpoint.CLEAN, "a_save_takes_the_place_of_the_one_before"),
+    ("checkpoint", "Mumbles", checkpoint.REFUSED, "what_cannot_be_saved_is_refused_by_key"),
+    ("checkpoint", "Lazy", checkpoint.WAIT, "a_handle_says_when_the_checkpoint_is_whole"),
+    ("checkpoint", "Overwrites", checkpoint.PATHS, "nothing_and_something_else_are_refused"),
+    ("checkpoint", "Fibs", checkpoint.TOLD, "it_can_say_what_it_holds"),
+    ("checkpoint", "Sticks", checkpoint.SHARDED, "any_number_of_ranks_loads_it"),
+    ("environment", "Right", "", ""),
+    ("environment", "Everywhere", environment.DETECTED, "it_is_detected_by_its_variables_alone"),
+    ("environment", "Swapped", environment.WORLD, "every_rank_knows_its_place"),
+    ("environment", "Crashes", environment.TOLD, "a_wrong_variable_is_told"),
+    ("environment", "Agrees", environment.VALIDATED, "what_was_asked_for_must_be_what_was_started"),
+    ("environment", "Timid", environment.CHOSEN, "auto_chooses_it"),
+    ("environment", "Stale", environment.MET, "the_ranks_meet"),
+    ("environment", "Requeues", environment.REQUEUED, "without_a_job_nothing_is_requeued"),
+    ("environment", "Sets", environment.CLEAN, "every_rank_knows_its_place"),
+    ("launcher", "Right", "", ""),
+    ("launcher", "OnlyOne", launcher.STARTED, "each_rank_is_started_once"),
+    ("launcher", "NoResult", launcher.RESULT, "it_returns_what_rank_0_returned"),
+    ("launcher", "Swallows", launcher.FAILED, "a_rank_that_fails_ends_the_job"),
+    ("launcher", "Leaves", launcher.CLEAN, "nothing_is_left_behind"),
+    ("launcher", "Stumbles", launcher.ABLE, "what_it_cannot_launch_is_refused"),
+    ("logger", "Right", "", ""),
+    ("logger", "Drops", logger.RECORDED, "many_steps_are_recorded"),
+    ("logger", "FromOne", logger.COUNTED, "calls_without_a_step_are_counted"),
+    ("logger", "EveryRank", logger.RANK_ZERO, "only_rank_zero_writes"),
+    ("logger", "Early", logger.TOLD, "files_are_where_they_were_told_to_be"),
+    ("logger", "OneFile", logger.APART, "runs_one_after_the_other_do_not_mix"),
+    ("logger", "Twice", logger.CLOSED, "tear_down_may_come_early_or_twice"),
+    ("logger", "Open", logger.CLEAN, "nothing_is_left_behind"),
+    ("extension", "Right", "", ""),
+    ("extension", "Provides", extension.WRAPS, "it_only_wraps_and_listens"),
+    ("extension", "Repeats", extension.ONCE, "each_call_is_made_once"),
+    ("extension", "Forgets", extension.RESULT, "the_result_is_what_the_hook_gave"),
+    ("extension", "Swallows", extension.RAISED, "what_a_hook_raises_passes_through"),
+    ("extension", "Nudges", extension.TRAINING, "a_run_ends_with_the_same_weights"),
+    ("extension", "OnceOnly", extension.BALANCED, "tear_down_gives_back_what_launch_took"),
+    ("extension", "Leaves", extension.CLEAN, "one_run_after_another"),
+    ("extension", "Amnesia", extension.STATE, "its_state_comes_back"),
+]
+
+#: Not run for "Right" ones: they start processes, and those of the built-ins show as much.
+LONG = (
+    "dies_while",
+    "that_fails_leaves",
+    "all_ranks_hear",
+    "str_or_a_path",
+    "any_number_of_ranks",
+    "on_ranks_it_leaves",
+)
+
+SUITES = """
+import json
+from pathlib import Path
+
+import pytest
+
+from plugframe.testing import (
+    CheckpointContract, CollectiveContract, EnvironmentContract, ExtensionContract, LauncherContract, LoggerContract,
+    StrategyContract,
+)
+from plugframe.testing.contracts import strategy_ranks
+from plugframe.testing.contracts.base import PluginContract
+
+def records(self, logger):
+    return [tuple(json.loads(line)) for line in Path(logger.path).read_text(encoding="utf-8").splitlines()]
+
+def report(self, num_ranks, folder):
+    # One check, and not all of them.
+    with pytest.MonkeyPatch.context() as patch:
+        for group in ("AVERAGING", "ALWAYS"):
+            patch.setattr(strategy_ranks, group, [c for c in getattr(strategy_ranks, group) if c.__name__ == self.only])
+        return StrategyContract.reports(self, num_ranks, folder)
+
+def variables(self, *, num_nodes, ranks_per_node, rank, port):
+    prefix = self.spec.upper().replace("-", "_")
+    figures = (rank, num_nodes * ranks_per_node, rank % ranks_per_node, ranks_per_node, port)
+    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "PORT")
+    return {f"{prefix}_{name}": str(figure) for name, figure in zip(names, figures)}
+
+"""
+
+
+class Reports:
+    """Keeps what failed, by the class it failed in."""
+
+    def __init__(self) -> None:
+        self.failed: dict[str, list[str]] = {}
+        self.ran: set[str] = set()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Leave out the tests a wrong plugin has nothing to do with: all of them would take minutes."""
+        wanted = {f"Test_{kind}_{name}": f"test_{test}" for kind, name, _, test in WRONG}
+        items[:] = [item for item in items if _wanted(item.name, wanted[item.nodeid.split("::")[1]])]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note a failure's message, a pass by name."""
+        suite = report.nodeid.split("::")[1]
+        if report.failed:
+            self.failed.setdefault(suite, []).append(f"{report.nodeid.split('::')[-1]}: {report.longreprtext}")
+        if report.when == "call":
+            self.ran.add(suite)
+
+
+def _wanted(name: str, test: str) -> bool:
+    return name.startswith(test) and (test != "test_" or not any(long in name for long in LONG))
+
+
+@pytest.fixture(scope="module")
+def reports(installed: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """Run all suites over all wrong plugins, in a pytest inside this one."""
+    folder = tmp_path_factory.mktemp("wrong")
+    text = SUITES
+    for kind, name, rule, test in WRONG:
+        suite = "PluginContract" if rule in vars(base).values() else f"{kind.capitalize()}Contract"
+        text += f"class Test_{kind}_{name}({suite}):\n    kind = '{kind}'\n    spec = 'wrong-{name.lower()}'\n"
+        own_methods = {"logger": "read = records", "environment": "variables = variables"}
+        if test.startswith("on_ranks["):
+            own_methods["strategy"] = f"only, reports = '{test[9:-3]}', report"
+        text += f"    {own_methods.get(kind, '')}\n"
+    (folder / "test_suites_of_wrong_plugins.py").write_text(text)
+    (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    found = Reports()
+    own = str(installed("wrong"))
+    options = ["-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:faulthandler", "--capture=no"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(own)
+        inherited = [path for path in (os.environ.get("PYTHONPATH"),) if path]
+        patch.setenv("PYTHONPATH", os.pathsep.join([own, *inherited]))
+        patch.setenv("PYTEST_CURRENT_TEST", "the inner one removes it")
+        patch.chdir(folder)
+        pytest.main([*options, "-c", str(folder / "pytest.ini"), "--rootdir", str(folder), str(folder)], [found])
+    return found
+
+
+@pytest.mark.parametrize(("kind", "name", "rule", "test"), WRONG, ids=[f"{row[0]}-{row[1]}" for row in WRONG])
+def test_a_broken_rule_is_named(reports: Reports, kind: str, name: str, rule: str, test: str) -> None:
+    """The suite of a plugin that breaks a rule fails with that rule; one that breaks none passes."""
+    suite = f"Test_{kind}_{name}"
+    failed = reports.failed.get(suite, [])
+    assert suite in reports.ran, f"{suite} did not run"
+    if not rule:
+        assert not failed, "\n".join(failed)
+        return
+    texts = [text.partition(": ")[2] for text in failed]
+    assert any(text.startswith(f"{rule}: ") for text in texts), "\n".join(failed)
+
+
+@pytest.mark.parametrize("suite", [base, checkpoint, environment, extension, launcher, logger])
+def test_each_rule_has_a_plugin_that_breaks_it(suite: ModuleType) -> None:
+    """No suite has a rule that nothing shows to be looked after."""
+    texts = [value for value in vars(suite).values() if isinstance(value, str)]
+    rules = {text for text in texts if re.fullmatch(r"[A-Z][^:\n]+ \(.+\)", text)}
+    kind = suite.__name__.rpartition(".")[2]
+    assert rules == {rule for of, _, rule, _ in WRONG if rule and (of == kind or suite is base)} & rules
+    assert rules
