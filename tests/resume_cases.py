@@ -67,6 +67,8 @@ def draw(seed: int) -> Settings:
         "victims": rng.choice(["one rank", "all ranks"]),
     }
     settings["wait"] = settings["checkpoint"] != "dcp" or rng.random() < 0.5
+    if strategy == "fsdp" and uneven:
+        settings["accumulate"] = 1  # its ranks must make the same number of forwards, whatever their last batches
     # A single rank has no launcher.
     settings["victims"] = "the launcher" if ranks == 2 and rng.random() < 0.2 else settings["victims"]
     return settings
@@ -162,8 +164,13 @@ class Layer(nn.Module):
             out: Tensor = x + self.inner(x.unsqueeze(1))[0].squeeze(1)
             return out
         if self.kind == "batch norm" and len(x) == 1:
-            return x  # torch refuses to train it on a batch of one
+            return x + torch.tanh(self._of_one(x))
         return x + torch.tanh(self.inner(x))
+
+    def _of_one(self, x: Tensor) -> Tensor:
+        # torch refuses to train batch norm on a batch of one; its parameters take part all the same.
+        norm = self.inner
+        return (x.float() * norm.weight.float() + norm.bias.float() + norm.running_mean.float()).to(x.dtype)
 
 
 class Model(nn.Module):
@@ -307,7 +314,9 @@ def _start_launcher(settings: Settings, folder: Path, attempt: int, kill_at: int
     options = ["--accelerator=cpu", f"--devices={settings['ranks']}", f"--strategy={settings['strategy']}"]
     options += [f"--precision={settings['precision']}", f"--checkpoint={settings['checkpoint']}"]
     command = [sys.executable, "-m", "plugframe", "run", *options, str(Path(__file__)), str(job)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    temporary = folder / f"temporary-{attempt}"  # a launcher that is killed leaves its folder to the next one
+    temporary.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     # A file and not a pipe: ranks that were left behind would hold it open.
     with open(folder / f"said-{attempt}", "w") as said:
         done = subprocess.run(command, env=environment, stdout=said, stderr=said, timeout=180, check=False)

@@ -4,6 +4,7 @@ These import torch; a descriptor's module does not import them.
 """
 
 from plugframe.base.accelerator import Accelerator
+from plugframe.base.buffers import persistent_buffers, sync_buffers
 from plugframe.base.checkpoint import Checkpoint
 from plugframe.base.collective import Collective, check_reduction
 from plugframe.base.devices import parse_devices
@@ -32,4 +33,6 @@ __all__ = [
     "fresh",
     "map_tensors",
     "parse_devices",
+    "persistent_buffers",
+    "sync_buffers",
 ]

@@ -31,6 +31,7 @@ LAW_8 = "Law 8 (evaluation over N ranks sees every sample exactly once)"
 LAW_9 = "Law 9 (nothing is left behind)"
 START = "Start (training begins with the weights of rank 0, on all ranks, also where they were made without storage)"
 STATE = "State (what is saved has the user's keys and whole tensors, and is loaded on any number of ranks)"
+STATISTICS = "Statistics (running statistics, which are in no gradient, are equal on all ranks after a step)"
 OWN = "Own objects (what is set up is the user's own model and optimizer, and tear-down gives them back)"
 ONCE = "Once (a wrapper sees each call of the script's once)"
 APART = "Apart (two jobs share nothing)"
@@ -49,7 +50,7 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(6)
+        self.norm: nn.Module = nn.LayerNorm(6)
         self.enter = nn.Linear(6, 16)
         self.leave = nn.Linear(16, 2)
         self.register_buffer("scale", torch.full((1,), 0.5))
@@ -332,6 +333,27 @@ def _outputs(bench: Bench, lite: Lite, model: nn.Module) -> Tensor:
     return out
 
 
+@rule(STATISTICS)
+def running_statistics_are_equal(bench: Bench) -> None:
+    """Ranks that saw other batches have one model after a step: the statistics of a norm are in no gradient."""
+    torch.manual_seed(0)
+    with bench.lite() as lite:
+        own = Model()
+        own.norm = nn.BatchNorm1d(6)
+        model, optimizer = lite.setup(own, optimizer_of(own))
+        for seed in range(2):
+            x, y = batch_of(4, seed + 10 * lite.global_rank)
+            lite.backward(loss_of(model, x.to(lite.device), y.to(lite.device)))
+            optimizer.step()
+            optimizer.zero_grad()
+        mine = {name: buffer.detach().double().cpu().tolist() for name, buffer in model.named_buffers()}
+        everyone = lite._hooks.collective_all_gather_object(obj=mine, group=None)
+    for rank, other in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if other[name] != value:
+                broken(STATISTICS, f"after a step {name} of a BatchNorm1d differs on rank {rank} from that of rank 0")
+
+
 @rule(LOCAL)
 def a_local_backward_needs_no_other_rank(bench: Bench) -> None:
     """Under no_backward_sync one rank goes ahead by itself; the next synchronised backward averages all of it."""
@@ -440,20 +462,18 @@ def evaluation_sees_every_sample_once(bench: Bench) -> None:
         if {count for _, count in shards} != {shards[0][1]} or {i for i, _ in shards} != set(range(shards[0][1])):
             broken(LAW_8, f"strategy_data_shard() gave the ranks {shards}: not 0, 1, … of one number")
         if "sharded" not in bench.settings.provides and shard[1] != lite.world_size:
-            broken(
-                LAW_8, f"{lite.world_size} ranks with the whole model each divide the data in {shard[1]}: some repeat"
-            )
+            broken(LAW_8, f"{lite.world_size} ranks with the whole model each divide the data in {shard[1]}")
         model.eval()
         for number, shuffle in ((SAMPLES, False), (SAMPLES, True), (1, False), (8, True)):
             torch.manual_seed(4)
             numbers = TensorDataset(torch.arange(number), batch_of(number)[0])
             seen: list[int] = []
-            for indices, x in lite.setup_dataloaders(DataLoader(numbers, batch_size=2, shuffle=shuffle)):
-                seen += indices.tolist()
-                with torch.no_grad():
+            with torch.no_grad():
+                for indices, x in lite.setup_dataloaders(DataLoader(numbers, batch_size=2, shuffle=shuffle)):
+                    seen += indices.tolist()
                     apart = float((model(x).cpu() - plain(x.cpu())).abs().max()) if len(x) else 0.0
-                if not apart <= 1e-4:
-                    broken(LAW_8, f"an output of the model is {apart:.3g} from plain torch's")
+                    if not apart <= 1e-4:
+                        broken(LAW_8, f"an output of the model is {apart:.3g} from plain torch's")
             everyone = dict(lite._hooks.collective_all_gather_object(obj=(shard, seen), group=None))
             read = sorted(index for each in everyone.values() for index in each)
             if read != list(range(number)):
@@ -703,6 +723,7 @@ AVERAGING = (
     models_train_together,
     clipping_is_that_of_the_whole,
     gradients_that_are_not_finite_are_an_error,
+    running_statistics_are_equal,
     a_local_backward_needs_no_other_rank,
 )
 #: Of all.

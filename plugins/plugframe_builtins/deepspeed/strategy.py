@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
+from plugframe.base import sync_buffers
 from plugframe.errors import CheckpointError, OrderError, PlugframeWarning, SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
@@ -146,12 +147,10 @@ class DeepSpeed(SetUp):
         self._sync_buffers(engine)
         return None
 
-    @torch.no_grad()
     def _sync_buffers(self, engine: Engine) -> None:
         """Give every rank rank 0's buffers (running statistics), so that all ranks evaluate one model."""
         if engine.stale_buffers and self.context.world.world_size > 1:
-            for buffer in engine.module.buffers():
-                buffer.copy_(self.context.hooks.collective_broadcast(tensor=buffer, src=0, group=None))
+            sync_buffers(engine.module, self.context.hooks)
         engine.stale_buffers = False
 
     @hookimpl

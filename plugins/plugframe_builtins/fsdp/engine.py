@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from plugframe.base import ForwardShim, map_tensors
+from plugframe.base import ForwardShim, map_tensors, persistent_buffers, sync_buffers
 from plugframe.errors import OrderError, UsageError
 from plugframe_builtins.sharding.company import Company
 
@@ -73,13 +73,15 @@ class Engine:
 
     Attributes:
         local: whether gradients were accumulated that were not averaged since.
+        stale_buffers: whether a forward may have changed the buffers since they were equal.
     """
 
     def __init__(self, shim: Shim, units: Sequence[nn.Module], company: Company) -> None:
         self.shim = shim
-        self.local = False
+        self.local = self.stale_buffers = False
         self._sharded: Any = shim  # an FSDPModule too
         self._units = tuple(units)
+        self._has_buffers = bool(persistent_buffers(shim.module))
         self._company = company
         self._number = company.join(self)
         self._averages = True
@@ -92,6 +94,8 @@ class Engine:
         evaluates = not (torch.is_grad_enabled() and self.shim.module.training)
         if evaluates:
             self._company.announce(self._number)
+        else:
+            self.stale_buffers = self._has_buffers
         self._visited.clear()
         self._inside = True
         try:
@@ -104,6 +108,11 @@ class Engine:
         if not torch.is_grad_enabled():
             self.reshard()
         return sealed.content
+
+    def sync_buffers(self, hooks: Any) -> None:
+        """Give every rank rank 0's buffers, so that all ranks evaluate one model. Every rank must call it."""
+        sync_buffers(self.shim.module, hooks)
+        self.stale_buffers = False
 
     def reset(self) -> None:
         """Forget a forward that failed, so that the next one can run."""

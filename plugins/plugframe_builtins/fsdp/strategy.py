@@ -37,8 +37,9 @@ from plugframe_builtins.sharding.state import load_module_state, load_optimizer_
 class FSDP(Strategy):
     """Keep a part of every parameter, gradient and optimizer state on each rank, and gather a unit when it runs.
 
-    Parameters and buffers are rank 0's when a module is set up; from then on its parameters are ``DTensor``, also
-    after tear-down: save the model first. An optimizer made before set-up keeps its groups, settings and state.
+    Parameters and buffers are rank 0's when a module is set up, and buffers (running statistics) again after each
+    optimizer step. From set-up on parameters are ``DTensor``, also after tear-down: save the model first. An optimizer
+    made before set-up keeps its groups, settings and state.
 
     Args:
         units: which blocks are gathered and freed as one: ``"auto"`` (repeated blocks of lists, and anything of
@@ -286,7 +287,11 @@ class FSDP(Strategy):
             if engine.local and engine.owns(optimizer):
                 engine.local = False
                 self._warn_local(optimizer)
-        return super().strategy_optimizer_step(optimizer, step, closure)
+        result = super().strategy_optimizer_step(optimizer, step, closure)
+        for engine in self._alive():
+            if engine.stale_buffers and engine.owns(optimizer):
+                engine.sync_buffers(self.context.hooks)
+        return result
 
     def _warn_kept(self) -> None:
         dtypes = self.context.hooks.precision_dtypes()

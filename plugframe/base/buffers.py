@@ -1,0 +1,32 @@
+"""Buffers that forwards change (running statistics), kept equal on all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+@torch.no_grad()
+def sync_buffers(module: nn.Module, hooks: Any) -> None:
+    """Give every rank rank 0's buffers, in one broadcast for each dtype. Every rank must call it.
+
+    Of all buffers those that a checkpoint holds: what is not persistent is computed (masks, tables of positions).
+    """
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in persistent_buffers(module):
+        by_dtype.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in by_dtype.values():
+        flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+        sent = hooks.collective_broadcast(tensor=flat, src=0, group=None)
+        for buffer, piece in zip(buffers, torch.split(sent, [buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(piece.view_as(buffer))
+
+
+def persistent_buffers(module: nn.Module) -> list[Tensor]:
+    """Return the buffers that are in the module's state, each once; those that are split over ranks left out."""
+    names = set(module.state_dict(keep_vars=True))
+    named = module.named_buffers()
+    return [buffer for name, buffer in named if name in names and not isinstance(buffer, DTensor) and buffer.numel()]
