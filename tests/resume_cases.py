@@ -169,8 +169,10 @@ class Layer(nn.Module):
 
     def _of_one(self, x: Tensor) -> Tensor:
         # torch refuses to train batch norm on a batch of one; its parameters take part all the same.
-        norm = self.inner
-        return (x.float() * norm.weight.float() + norm.bias.float() + norm.running_mean.float()).to(x.dtype)
+        self.inner.eval()
+        out: Tensor = self.inner(x)
+        self.inner.train()
+        return out
 
 
 class Model(nn.Module):

@@ -493,6 +493,23 @@ def warns_of_nothing_to_recompute(world: World) -> None:
     assert ("finds no block in this Linear" in str(told[0].message)) if world.global_rank == 0 else not told
 
 
+def norms_with_statistics_work_in_mixed_precision(world: World) -> None:
+    """torch's kernels want parameters and running statistics of one dtype: those parameters are not cast."""
+    for precision, before in (("bf16-mixed", nn.Identity()), ("16-mixed", nn.Linear(4, 4))):
+        with lite_of(world, FSDP(), precision=precision) as lite:
+            torch.manual_seed(0)
+            model = nn.Sequential(before, nn.BatchNorm1d(4), nn.Linear(4, 1))
+            model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            for _ in range(2):
+                lite.backward(model(torch.randn(3, 4)).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+            statistics = lite.all_gather(model[1].running_mean)
+            assert statistics.dtype == torch.float32
+            assert all(torch.equal(row, statistics[0]) for row in statistics)
+            assert statistics[0].abs().sum() > 0
+
+
 ALL = (
     blocks_of_lists_are_units,
     options_train_alike,
@@ -508,6 +525,7 @@ ALL = (
     a_failed_forward_is_forgotten,
     overflow_in_one_part_skips_everywhere,
     dtypes_may_differ,
+    norms_with_statistics_work_in_mixed_precision,
     deferred_models_equal_eager_ones,
     checkpoints_go_everywhere,
     torn_down_models_say_so,

@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from plugframe_builtins.ddp.sameness import check_same_model
 from plugframe_builtins.fsdp.engine import Engine, Shim, show_outputs
 from plugframe_builtins.fsdp.policy import check_policy, make_policy
 from plugframe_builtins.fsdp.recompute import recompute
-from plugframe_builtins.fsdp.units import Units, check_units, find_units, split_dtypes
+from plugframe_builtins.fsdp.units import Units, check_units, find_units, keeps_statistics, split_dtypes
 from plugframe_builtins.sharding.carrying import Successors
 from plugframe_builtins.sharding.clip import clip_by_norm, clip_by_value
 from plugframe_builtins.sharding.company import Company
@@ -164,6 +165,7 @@ class FSDP(Strategy):
         self._parallelize(module)
         units = self._find_units(module)
         self._prepare_units(module, units)
+        units = self._with_statistics(module, units)
         shim = self._shard(module, units)
         share_out(module, values, device=self._home, broadcast=self._broadcast)
         self._successors.note(parameters, dict(module.named_parameters(remove_duplicate=False)))
@@ -193,6 +195,16 @@ class FSDP(Strategy):
         # Inner ones first, as fully_shard wants them.
         return sorted([*units, *more], key=lambda part: -order[id(part)])
 
+    def _with_statistics(self, module: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
+        """Return the units with, first, norms whose parameters must keep the dtype of their running statistics."""
+        if self._policy().param_dtype is None:
+            return units
+        known = set(map(id, units))
+        return [*(part for part in keeps_statistics(module) if id(part) not in known), *units]
+
+    def _policy(self) -> MixedPrecisionPolicy:
+        return make_policy(self.mp_policy, self.context.hooks.precision_dtypes())
+
     def _prepare_units(self, module: nn.Module, units: Sequence[nn.Module]) -> None:
         choice = self.activation_checkpointing
         if choice is not False:
@@ -210,14 +222,16 @@ class FSDP(Strategy):
                 unit.compile(**({} if self.compile is True else self.compile))
 
     def _shard(self, module: nn.Module, units: Sequence[nn.Module]) -> Shim:
-        policy = make_policy(self.mp_policy, self.context.hooks.precision_dtypes())
+        policy = self._policy()
         offload = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
         options: dict[str, Any] = {"mesh": self._data_mesh, "mp_policy": policy, "offload_policy": offload}
         if self.reshard_after_forward is not None:
             options["reshard_after_forward"] = self.reshard_after_forward
+        whole_dtype = {**options, "mp_policy": replace(policy, param_dtype=None, cast_forward_inputs=False)}
+        norms = set(map(id, keeps_statistics(module)))
         for unit in units:
             show_outputs(unit)
-            fully_shard(unit, **options)
+            fully_shard(unit, **(whole_dtype if id(unit) in norms else options))
         shim = Shim(module)
         fully_shard(shim, **options)
         if self.prefetch is not None:

@@ -120,6 +120,12 @@ def _is_container(module: nn.Module) -> bool:
     return isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
+def keeps_statistics(module: nn.Module) -> list[nn.Module]:
+    """Return the norms with parameters and running statistics, which have to be of one dtype to torch's kernels."""
+    norms = [part for part in module.modules() if isinstance(getattr(part, "running_mean", None), torch.Tensor)]
+    return [part for part in norms if isinstance(getattr(part, "weight", None), nn.Parameter)]
+
+
 def _sharing_apart(module: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
     """Leave out units that share a parameter with the rest of the model: they are sharded with the whole."""
     kept = list(units)
