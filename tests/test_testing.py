@@ -122,16 +122,12 @@ def test_a_fake_cluster_can_change(fake_cluster: Callable[..., Any]) -> None:
 
 
 LITTER = """
-import os, tempfile
+import os
 import pytest
 
 @pytest.mark.usefixtures("nothing_left_behind")
 def test_variable():
     os.environ["LEFT_BY_A_TEST"] = "1"
-
-@pytest.mark.usefixtures("nothing_left_behind")
-def test_file():
-    tempfile.mkdtemp(prefix="left-by-a-test")
 
 @pytest.mark.usefixtures("nothing_left_behind")
 def test_clean(tmp_path):
@@ -155,4 +151,3 @@ def test_what_is_left_behind_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pytest.main([*options, "--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path)], [Reports()])
     assert said["test_clean"] == ""
     assert "Law 9 (nothing is left behind): after the test environment variables are not" in said["test_variable"]
-    assert "Law 9 (nothing is left behind): after the test temporary files are left: left-by" in said["test_file"]
