@@ -164,7 +164,7 @@ def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Setting], list[
         value: Any = text
         if field in LISTS:
             value = tuple(part.strip() for part in text.split(",") if part.strip())
-        elif field in NUMBERS:
+        elif field in NUMBERS and text != "auto":
             value = _number(field, text, source)
         found[field] = Setting(value, source)
     return found, options, notes

@@ -100,7 +100,7 @@ def test_the_core_names_no_plugin() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}: {text[:80]!r}"
         for path, tree in trees(CORE)
-        # What is for tests alone simulates devices and schedulers, and compares dtypes: it speaks of them, not of plugins.
+        # What is for tests alone simulates devices and schedulers: it speaks of those, not of plugins.
         for pattern in ((own,) if TESTING in path.parents else (own, others))
         for line, text in names_in(tree, pattern)
     ]
