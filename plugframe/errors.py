@@ -161,5 +161,6 @@ class PlugframeWarning(UserWarning):
 
 def closest(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` with the closest of `known`, or an empty string."""
-    match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {match[0]!r}?" if match else ""
+    names = {name.lower(): name for name in known}
+    match = difflib.get_close_matches(str(word).strip().lower(), list(names), n=1, cutoff=0.5)
+    return f" Did you mean {names[match[0]]!r}?" if match else ""

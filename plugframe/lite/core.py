@@ -239,7 +239,11 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 def _callback(callback: Any) -> Any:
     """Return a callback object; on a command line it is written ``package.module:Class``."""
     if not isinstance(callback, str):
-        return callback() if isinstance(callback, type) else callback
+        made = callback() if isinstance(callback, type) else callback
+        if made is None or isinstance(made, (int, float, bytes, list, tuple, dict, set)):
+            text = "pass objects with methods that lite.call() may name, or write 'package.module:Class'."
+            raise SettingError(f"callbacks={callback!r}: {text}")
+        return made
     module_name, colon, attribute = callback.partition(":")
     if not colon:
         raise SettingError(f"callbacks={callback!r}: write 'package.module:Class'.")
