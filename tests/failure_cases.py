@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,36 +146,39 @@ def command(cause: str, rank: int, others: str, how: str) -> list[str]:
 
 def check(cell: tuple[str, int, str, str], folder: Path) -> tuple[str, float]:
     """Run a cell; return what is wrong, nothing if all is well, and after how many seconds everybody was gone."""
-    cause, rank, _, how = cell
-    fault = FAULTS[cause]
     (folder / "job.py").write_text(SCRIPT)
-    (folder / "temporary").mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "temporary")}
     said = folder / "said"
-    with said.open("w") as out:
-        process = subprocess.Popen(command(*cell), cwd=folder, env=environment, stdout=out, stderr=out)
-        try:
-            code = process.wait(120)
-        finally:
-            process.kill()
+    # A short path: sockets of loader workers are below it.
+    with tempfile.TemporaryDirectory(prefix="pf-", ignore_cleanup_errors=True) as temporary:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": temporary}
+        with said.open("w") as out:
+            done = subprocess.run(
+                command(*cell), cwd=folder, env=environment, stdout=out, stderr=out, timeout=120, check=False
+            )
+        left, ended = _left_behind(folder, Path(temporary))
+    text = said.read_text()
+    fault = FAULTS[cell[0]]
+    problems = [*_problems(fault, cell[1], done.returncode, text, cell[3]), *left]
+    if not (folder / "fault").exists():
+        return f"it failed before it was to\n{text}", 0.0
+    begun = float((folder / "fault").read_text()) + (TIMEOUT_S if fault.waits else 0.0)
+    return "; ".join(problems) + (f"\n{text}" if problems else ""), ended - begun
+
+
+def _left_behind(folder: Path, temporary: Path) -> tuple[list[str], float]:
+    """Return what is left of a job that has ended, and when the last of its ranks had gone."""
     pids = [int(path.name.rpartition("-")[2]) for path in folder.glob("pid-*")]
     until = time.monotonic() + 30.0
     while any(map(_alive, pids)) and time.monotonic() < until:
         time.sleep(0.01)
     ended = time.time()
-    text = said.read_text()
-    problems = _problems(fault, rank, code, text, how)
-    left = [pid for pid in pids if _alive(pid)]
-    for pid in left:
+    alive = [pid for pid in pids if _alive(pid)]
+    for pid in alive:
         os.kill(pid, signal.SIGKILL)
-    problems += ["a rank was left behind"] if left else []
     # torchrun leaves its own folder behind, and multiprocessing that of a process which is ended while it ends.
-    left_files = [
-        path.name for path in (folder / "temporary").iterdir() if not path.name.startswith(("torchelastic", "pymp-"))
-    ]
-    problems += [f"left in the temporary folder: {', '.join(left_files)}"] if left_files else []
-    begun = float((folder / "fault").read_text()) + (TIMEOUT_S if fault.waits else 0.0)
-    return ("; ".join(problems) + (f"\n{text}" if problems else "")), ended - begun
+    names = [path.name for path in temporary.iterdir() if not path.name.startswith(("torchelastic", "pymp-"))]
+    found = ["a rank was left behind"] if alive else []
+    return found + ([f"left in the temporary folder: {', '.join(names)}"] if names else []), ended
 
 
 def _problems(fault: Fault, rank: int, code: int, text: str, how: str) -> list[str]:

@@ -30,18 +30,20 @@ while True:
         signal.pause()
 """
 
-#: Signal, to the launcher alone or to all of its group as from a terminal, and the exit code.
+#: Signal, to the launcher alone or to all of its group as from a terminal, the exit code, and what the ranks do.
 SIGNALS = [
-    ("SIGINT", False, 130),
-    ("SIGINT", True, 130),
-    ("SIGTERM", False, 143),
-    ("SIGHUP", False, 129),
-    ("SIGKILL", False, -signal.SIGKILL),
+    ("SIGINT", False, 130, "busy"),
+    ("SIGINT", True, 130, "waiting"),
+    ("SIGTERM", False, 143, "waiting"),
+    ("SIGHUP", False, 129, "busy"),
+    ("SIGKILL", False, -signal.SIGKILL, "waiting"),
+    ("SIGKILL", False, -signal.SIGKILL, "busy"),
 ]
 
 
-@pytest.mark.parametrize("doing", ["waiting", "busy"])
-@pytest.mark.parametrize(("name", "group", "code"), SIGNALS, ids=[f"{n}{'-group' if g else ''}" for n, g, _ in SIGNALS])
+@pytest.mark.parametrize(
+    ("name", "group", "code", "doing"), SIGNALS, ids=[f"{n}{'-group' if g else ''}-{d}" for n, g, _, d in SIGNALS]
+)
 def test_a_signal_ends_all(name: str, group: bool, code: int, doing: str, tmp_path: Path) -> None:
     """Ranks in a collective or in a loop of their own, and what they have started; of SIGKILL nobody can say a word."""
     (tmp_path / "train.py").write_text(TRAIN)
