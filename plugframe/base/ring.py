@@ -14,8 +14,10 @@ from typing import Any
 
 #: How many calls are kept.
 SIZE = 64
-#: Where in an entry its end stands; 0.0 while the call runs.
+#: Where in an entry it stands whether the call has ended.
 END = 9
+
+_getframe, _now = sys._getframe, time.monotonic
 
 _OURS, _THEIRS, _USERS = 1, 2, 3
 _STANDARD = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
@@ -79,16 +81,17 @@ class Ring:
         self._packages = {"torch", *packages} - {"__main__", "__mp_main__"}
         self._entries: deque[Entry] = deque(maxlen=SIZE)
         self._files: dict[str, int] = {}
+        self._kind_of, self._keep = self._files.get, self._entries.append
 
     def begin(self, hook: str, tensor: Any, detail: Any, everyone: bool) -> Entry:
-        """Note that a call begins; its caller is the function that wraps it. Set ``entry[END]`` when it ends."""
+        """Note that a call begins; its caller is the function that wraps it. Set ``entry[END]`` once it has ended."""
         if everyone:
             self.count += 1
-        frame: FrameType | None = sys._getframe(2)
-        files, called, fallback = self._files, None, None
+        frame: FrameType | None = _getframe(2)
+        kind_of, called, fallback = self._kind_of, None, None
         while frame is not None:
             code = frame.f_code
-            kind = files.get(code.co_filename) or self._kind(frame)
+            kind = kind_of(code.co_filename) or self._kind(frame)
             if kind == _USERS:
                 break
             if kind == _OURS:
@@ -96,11 +99,11 @@ class Ring:
             elif fallback is None:
                 fallback = frame
             frame = frame.f_back
-        frame = frame or fallback or sys._getframe(2)
-        of = None if tensor is None else tensor.shape
-        dtype = None if tensor is None else tensor.dtype
-        entry = [self.count, hook, called, of, dtype, detail, frame.f_code, frame.f_lineno, time.monotonic(), 0.0]
-        self._entries.append(entry)
+        frame = frame or fallback or _getframe(2)
+        of, dtype = (None, None) if tensor is None else (tensor.shape, tensor.dtype)
+        # The instruction: finding its line takes the longer the longer the user's function is.
+        entry = [self.count, hook, called, of, dtype, detail, frame.f_code, frame.f_lasti, _now(), False]
+        self._keep(entry)
         return entry
 
     def calls(self, number: int = SIZE) -> list[Call]:
@@ -145,9 +148,14 @@ def site(file: str, line: int) -> str:
 
 
 def _call(entry: Entry) -> Call:
-    number, hook, called, shape, dtype, detail, code, line, _, end = entry
-    assert isinstance(code, CodeType)
-    return Call(number, hook, _name(hook, called), _what(shape, dtype, detail), code.co_filename, line, bool(end))
+    number, hook, called, shape, dtype, detail, code, instruction, _, done = entry
+    line = _line(code, instruction)
+    return Call(number, hook, _name(hook, called), _what(shape, dtype, detail), code.co_filename, line, done)
+
+
+def _line(code: CodeType, instruction: int) -> int:
+    lines = (line for start, end, line in code.co_lines() if start <= instruction < end)
+    return next(lines, None) or code.co_firstlineno
 
 
 def _name(hook: str, called: CodeType | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Generator
 from typing import Any
 
@@ -93,7 +92,7 @@ class Lockstep(Extension):
             try:
                 self.compare(None)
             finally:
-                entry[END] = time.monotonic()
+                entry[END] = True
         return (yield)
 
     @hookimpl
