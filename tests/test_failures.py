@@ -19,8 +19,8 @@ CELLS = [
 ]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=["-".join(map(str, cell)).replace(" ", "_") for cell in CELLS])
-def test_a_failure_is_told(cell: tuple[str, int, str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("failure", CELLS, ids=["-".join(map(str, cell)).replace(" ", "_") for cell in CELLS])
+def test_a_failure_is_told(failure: tuple[str, int, str, str], tmp_path: Path) -> None:
     """Cause, rank and exit code; at most one traceback; nobody and nothing is left behind."""
-    problems, _ = failure_cases.check(cell, tmp_path)
+    problems, _ = failure_cases.check(failure, tmp_path)
     assert not problems, problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,8 @@ class Channel:
         if context.hooks.collective_process_group() is None:
             return None
         timeout = timedelta(seconds=context.timeout_s or _DEFAULT_TIMEOUT_S)
-        return cls(dist.new_group(backend="gloo", timeout=timeout))
+        group: Any = dist.new_group(backend="gloo", timeout=timeout)
+        return cls(group)
 
     def close(self) -> None:
         """Close it: a rank that still waits notices."""

@@ -69,7 +69,8 @@ class TorchCollective(Collective):
             if context.device.type == "cpu" and context.world.world_size > 1:
                 # What a strategy sends in forward and backward would otherwise meet what the ranks agree by, and of
                 # different sizes that ends a process.
-                self._words = dist.new_group(timeout=timedelta(seconds=timeout_s))
+                words: Any = dist.new_group(timeout=timedelta(seconds=timeout_s))
+                self._words = words
                 stack.callback(self._forget_words)
             self._undo = stack.pop_all()
 
