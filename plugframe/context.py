@@ -10,6 +10,8 @@ from plugframe.world import World
 if TYPE_CHECKING:
     import torch
 
+    from plugframe.base.ring import Ring
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Context:
@@ -22,6 +24,7 @@ class Context:
             collective's implementation, extensions included. Arguments go by keyword.
         names: the resolved plugin name of each kind: ``{"strategy": "ddp", "precision": "32-true", …}``.
         timeout_s: seconds a collective may take before it is an error, from ``--timeout``; None when not set.
+        calls: the last calls of this rank at which ranks meet; None with one rank.
     """
 
     world: World
@@ -29,3 +32,4 @@ class Context:
     hooks: Any
     names: dict[str, str]
     timeout_s: float | None = None
+    calls: Ring | None = None

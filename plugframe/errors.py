@@ -16,6 +16,9 @@
     │   └── MissingDependencyError    what it needs is not installed; the message says how to install it
     ├── EnvironmentMismatchError      what the cluster says contradicts what was asked
     ├── CollectiveMismatchError       the ranks called a collective with different shapes or dtypes
+    ├── RankLostError                 another rank has gone in the middle of a collective; says what all did last
+    │   └── CollectiveTimeoutError    a rank did not come to a collective in time (also a TimeoutError)
+    ├── OutOfSyncError                what should be equal on all ranks is not; names the first that differs
     ├── CheckpointError               a checkpoint cannot be written or read
     │   ├── CheckpointCorruptError    what lies on disk is not what was written
     │   └── CheckpointMismatchError   it is whole, but does not fit the objects it is loaded into
@@ -28,7 +31,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class PlugframeError(Exception):
@@ -87,6 +90,34 @@ class CollectiveMismatchError(PlugframeError, RuntimeError):
     """The ranks called one collective with different shapes, dtypes or structures."""
 
 
+class RankLostError(PlugframeError, RuntimeError):
+    """The connection to another rank was lost in a collective; the message says what every rank did last.
+
+    Attributes:
+        blamed: which rank is to blame: "rank", "host", "text" (where every rank is), its "stack", and whether it is
+            "alive"; None if there is no telling.
+    """
+
+    def __init__(self, message: str, *, blamed: Mapping[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.blamed = blamed
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rank_lost, (type(self), str(self), self.blamed))
+
+
+def _rank_lost(cls: type[RankLostError], message: str, blamed: Mapping[str, object] | None) -> RankLostError:
+    return cls(message, blamed=blamed)
+
+
+class CollectiveTimeoutError(RankLostError, TimeoutError):
+    """A rank did not come to a collective in time; the message says where every rank is."""
+
+
+class OutOfSyncError(PlugframeError, RuntimeError):
+    """Parameters or the state of an optimizer differ between ranks."""
+
+
 class CheckpointError(PlugframeError, RuntimeError):
     """A checkpoint cannot be written or read."""
 
@@ -112,6 +143,10 @@ class RankFailedError(PlugframeError, RuntimeError):
         self.report = report
         self.exit_code = exit_code
 
+    def _render_traceback_(self) -> list[str]:
+        """Tell a notebook what to show: the frames between the cell and the ranks say nothing."""
+        return self.report.splitlines()
+
     def __reduce__(self) -> tuple[object, ...]:
         return (_rank_failed, (self.report, self.exit_code))
 
@@ -126,5 +161,6 @@ class PlugframeWarning(UserWarning):
 
 def closest(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` with the closest of `known`, or an empty string."""
-    match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {match[0]!r}?" if match else ""
+    names = {name.lower(): name for name in known}
+    match = difflib.get_close_matches(str(word).strip().lower(), list(names), n=1, cutoff=0.5)
+    return f" Did you mean {names[match[0]]!r}?" if match else ""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from plugframe.base.tree import map_tensors
-from plugframe.errors import SettingError
+from plugframe.errors import CollectiveMismatchError, SettingError
 
 
 def to_tensors(data: Any, device: torch.device, call: str) -> Any:
@@ -62,6 +62,22 @@ def _like(data: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
 def each(fn: Callable[[Tensor], Tensor], data: Any, device: torch.device, call: str) -> Any:
     """Apply a collective to every leaf of `data`, in the same order on every rank."""
     return map_tensors(fn, to_tensors(data, device, call))
+
+
+def padded(tensor: Tensor, value: float, hooks: Any, group: Any) -> Tensor:
+    """Return `tensor` filled up with `value` to the largest shape that any rank of the group has.
+
+    Raises:
+        CollectiveMismatchError: on all ranks, if they have different numbers of dimensions.
+    """
+    shapes = hooks.collective_all_gather_object(obj=tuple(tensor.shape), group=group)
+    if len({len(shape) for shape in shapes}) > 1:
+        raise CollectiveMismatchError(
+            f"all_gather(pad=…) fills up tensors of as many dimensions, got shapes {', '.join(map(str, shapes))}."
+        )
+    missing = [max(sizes) - own for *sizes, own in zip(*shapes, tensor.shape, strict=True)]
+    pairs = [part for size in reversed(missing) for part in (0, size)]
+    return torch.nn.functional.pad(tensor, pairs, value=value) if any(missing) else tensor
 
 
 def off_device(data: Any) -> Any:

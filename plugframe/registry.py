@@ -106,7 +106,7 @@ class Registry:
     def _unknown(self, kind: str, name: str, *, look_inside: bool) -> UnknownPluginError:
         instead = self._retired(kind).get(name) if look_inside else None
         if instead:
-            return UnknownPluginError(f"{kind}={name!r} no longer exists: {instead}")
+            return UnknownPluginError(f"{kind}={name!r} is not installed: {instead}")
         names = self.names(kind)
         known = names + [e.qualified for e in self.entries(kind)]
         others = [e.kind for e in self.entries() if name in (e.name, e.qualified) and e.kind != kind]

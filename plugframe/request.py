@@ -77,7 +77,7 @@ def gather(code: Mapping[str, Any], *, environ: Mapping[str, str] | None = None,
         SettingError: for a value of a wrong type, an unknown key in a file, or a setting given twice with two values.
     """
     environ = os.environ if environ is None else environ
-    given = {f: Setting(v, CODE) for f, v in code.items() if not _absent(v)}
+    given = {f: Setting(v, CODE) for f, v in code.items() if not _absent(v) or (v == [] and f not in LISTS)}
     typed, options, notes = _from_environ(environ)
     # "auto" in the code is its default; typed, it is a choice that the file shall not undo.
     filed, written = _from_file(environ, folder or Path.cwd())
@@ -164,7 +164,7 @@ def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Setting], list[
         value: Any = text
         if field in LISTS:
             value = tuple(part.strip() for part in text.split(",") if part.strip())
-        elif field in NUMBERS:
+        elif field in NUMBERS and text != "auto":
             value = _number(field, text, source)
         found[field] = Setting(value, source)
     return found, options, notes
@@ -208,6 +208,8 @@ def _check(field: str, setting: Setting) -> None:
     value, source = setting.value, setting.source
     if isinstance(value, bool) or (field in NAMES and isinstance(value, float)):
         raise SettingError(f"{field}={value!r} in {source} is not a value of {field}.{_allowed(field)}")
+    if value == [] and field not in LISTS:
+        raise SettingError(f"{field}=[] in {source} is not a value of {field}.{_allowed(field)}")
     if field == "num_nodes" and (not isinstance(value, int) or value < 1):
         raise SettingError(f"num_nodes={value!r} in {source}: it is a whole number from 1.")
     if field == "timeout_s" and not (isinstance(value, (int, float)) and 0 < value < math.inf):

@@ -109,6 +109,7 @@ class _Resolver:
         settled = map(self.candidates.configured, (strategy, precision, collective, checkpoint))
         chosen = (accelerator, *settled, environment)
         choices = {choice.kind: choice for choice in chosen}
+        self.candidates.asked("launcher")  # is not in a plan, but a wrong one is told now
         extensions = self.candidates.configured_many(extensions, "extension")
         loggers = self.candidates.configured_many(loggers, "logger")
         check_needs(choices, [*chosen, *extensions, *loggers])

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from plugframe.adopt.optimizer import resumed_at
 from plugframe.checkpoint.atomic import remove_leftovers
 from plugframe.errors import CheckpointCorruptError, CheckpointError, PlugframeError, PlugframeWarning, SettingError
 from plugframe.session import Session
@@ -131,6 +132,8 @@ class Checkpoints:
                     warnings.warn(text, PlugframeWarning, stacklevel=3)
                 continue
             self.step = int(_step(name))
+            for value in state.values():
+                resumed_at(value, self.step)
             return True
         if num_damaged:
             raise CheckpointError(

@@ -8,10 +8,13 @@ from contextlib import ExitStack
 from typing import Any
 
 from plugframe.agreement import agree
+from plugframe.alarm import Alarm
+from plugframe.base.ring import Ring
 from plugframe.context import Context
 from plugframe.errors import OrderError, PlugframeWarning
 from plugframe.hooks.markers import PROJECT
 from plugframe.logs import tell
+from plugframe.meetings import record
 from plugframe.pipeline import BoundHooks, Pipeline
 from plugframe.plan import Choice, Plan
 from plugframe.resolve import Catalogue
@@ -30,12 +33,16 @@ class Session:
         plugins: the plugin object of each single kind.
         extensions: the extensions by name, bare and qualified; of two with one name the first.
         context: what plugins see of the job; None until `start`.
+        explain: makes of an error that came of another rank the one that says where all ranks are; None with one.
     """
 
     def __init__(self, plan: Plan, catalogue: Catalogue, callbacks: list[Any]) -> None:
         self.plan = plan
         self.plugins: dict[str, Any] = {}
         self.context: Context | None = None
+        self._process = os.getpid()
+        self.explain: Any = None
+        self._leave: Any = None
         self._undo = ExitStack()
         self._pipeline = Pipeline(trace=os.environ.get("PLUGFRAME_TRACE") == "1")
         for choice in plan.choices.values():
@@ -75,16 +82,15 @@ class Session:
         """Set every plugin up, on this rank. A failure undoes what was done."""
         if self.context is not None:
             return self.context
-        names = {kind: choice.name for kind, choice in self.plan.choices.items()}
-        context = Context(
-            world=self.world, device=self.device, hooks=self.hooks, names=names, timeout_s=self.plan.timeout_s
-        )
+        self._process = os.getpid()
+        context = self._context()
         try:
             for kind in _SET_UP:
                 # Undone even if the set-up itself fails half-way.
                 self._undo.callback(getattr(self.hooks, f"{kind}_teardown"))
                 getattr(self.hooks, f"{kind}_setup")(context=context)
                 if kind == "collective":
+                    self._watch(context)
                     agree(self.plan, context)
             if self.hooks.logger_setup is not None:
                 self._undo.callback(self.hooks.logger_teardown)
@@ -100,14 +106,36 @@ class Session:
             raise
         return context
 
+    def _context(self) -> Context:
+        packages = {type(plugin).__module__.partition(".")[0] for plugin in self.plugins.values()}
+        return Context(
+            world=self.world,
+            device=self.device,
+            hooks=self.hooks,
+            names={kind: choice.name for kind, choice in self.plan.choices.items()},
+            timeout_s=self.plan.timeout_s,
+            calls=Ring(packages) if self.world.world_size > 1 else None,
+        )
+
+    def _watch(self, context: Context) -> None:
+        """From here on every call at which ranks meet is kept, and one that a rank did not come to is explained."""
+        if context.calls is None:
+            return
+        alarm = Alarm(context, context.calls)
+        self.explain, self._leave = alarm.explain, alarm.close
+        self._undo.callback(alarm.close)
+        self._undo.callback(record(self.hooks, context.calls, alarm.explain))
+
     def on_close(self, undo: Any, *args: Any) -> None:
         """Have ``undo(*args)`` called at tear-down, before what was set up earlier."""
         self._undo.callback(undo, *args)
 
     def close(self) -> None:
         """Tear everything down, in reverse; all of it, even if some fails."""
-        if self.context is None:
-            return
+        if self.context is None or os.getpid() != self._process:
+            return  # the latter: a copy that the script has forked leaves, and the job is not its own to end
+        if self._leave is not None:
+            self._leave()  # before any connection is closed: then the others know why
         try:
             if self.hooks.on_teardown is not None:
                 self.hooks.on_teardown()

@@ -44,6 +44,9 @@ def start_function(
     except RankFailedError as error:
         if error.exit_code == 128 + signal.SIGINT:
             raise KeyboardInterrupt from None
+        from plugframe.launch.uncaught import tell_if_uncaught
+
+        tell_if_uncaught()
         raise
 
 

@@ -268,6 +268,14 @@ def test_every_setting_has_an_option() -> None:
             ["--num-nodes=3", "--main-address=a", "--node-rank=3"],
             "node_rank=3, but num_nodes=3: it is 0 to 2",
         ),
+        (["--num-nodes=4:2"], "--num-nodes=4:2 is neither a number nor MIN:MAX, such as 2:4."),
+        (["--num-nodes=2:"], "--num-nodes=2: is neither a number nor MIN:MAX"),
+        (["--num-nodes=2:4"], "add --rdzv-endpoint=HOST:PORT"),
+        (["--num-nodes=2:4", "--rdzv-endpoint=a:x"], "--rdzv-endpoint='a:x' is not HOST:PORT"),
+        (["--num-nodes=2:4", "--rdzv-endpoint=a", "--node-rank=1"], "--node-rank is for a fixed number of nodes"),
+        (["--num-nodes=2", "--rdzv-endpoint=a:1"], "type --num-nodes=2:2, or give --node-rank and --main-address"),
+        (["--num-nodes=2:4", "--rdzv-endpoint=a", "--rdzv-timeout=0"], "--rdzv-timeout=0: it is a number of seconds"),
+        (["--grace-period=-1"], "-1.0 is not in the range x>=0"),
         (["--config=nowhere.toml"], "does not exist"),
         (["--plugins=guard,guard"], "extension 'guard' is given twice"),
     ],
@@ -386,6 +394,18 @@ def test_several_nodes(world: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plug(*words).code == 0
     found = [(job.num_nodes, job.node_rank, job.main_address, job.main_port) for job in world.jobs]
     assert found == [(2, 1, "10.0.0.1", 29500), (2, 0, "10.0.0.2", 4000)]
+
+
+def test_nodes_that_come_and_go(world: Ground) -> None:
+    """The launcher is told how many at least and at most, and where they meet; the ranks are not told a number."""
+    words = ("run", "--num-nodes=2:4", "--devices=1", "train.py", "--grace-period=60", "--rdzv-timeout=9")
+    assert plug(*words, "--rdzv-endpoint=10.0.0.1:4000").code == 0
+    (job,) = world.jobs
+    assert (job.min_nodes, job.num_nodes, job.main_address, job.main_port) == (2, 4, "10.0.0.1", 4000)
+    assert (job.grace_s, job.timeout_s) == (60.0, 9.0)
+    assert job.environ["PLUGFRAME_NUM_NODES"] == "auto"
+    result = plug(*words, "--rdzv-endpoint=10.0.0.1", "--dry-run")
+    assert "on 2 to 4 nodes that meet at 10.0.0.1:29500" in result.out
 
 
 def test_inside_another_launcher(world: Ground, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import pytest
 from plugframe.errors import RankFailedError, UsageError
 from plugframe.hooks.launcher import Job
 from plugframe.launch import supervise, watch
+from plugframe.launch.folder import sweep
 
 Write = Callable[[str], str]
 
@@ -73,6 +74,30 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_the_same_failure_at_the_same_step_is_final(script: Write, capfd: pytest.CaptureFixture[str]) -> None:
+    """Restarts that would end in the same way are left out, and that is said; one at another step is not the same."""
+    path = script(
+        """
+        from plugframe import Lite
+        import torch
+        lite = Lite(accelerator="cpu")
+        lite.launch()
+        model = torch.nn.Linear(1, 1)
+        model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for _ in range(2 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 3):
+            optimizer.step()
+        raise ValueError("no such word")
+        """
+    )
+    error = failure(path, num_processes=1, max_restarts=9)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "restart" in line]
+    assert lines == [f"rank 0 failed (ValueError: no such word); restart {n} of 9" for n in (1, 2)]
+    assert error.report.splitlines()[-1] == (
+        "not started again: rank 0 failed in the same way, after step 3, as in the attempt before"
+    )
+    assert error.exit_code == 1
 
 
 @pytest.mark.usefixtures("handlers")
@@ -341,8 +366,10 @@ supervise(Job(num_processes=2, command=({path!r},)))
             launcher.kill()
         for pid in pids:
             wait_until_gone(pid)
-    for folder in Path(os.environ["TMPDIR"]).glob("plugframe-*/attempt-0"):
-        subprocess.run(["rm", "-r", str(folder.parent)], check=True)  # nobody was left to do it
+    left = list(Path(os.environ["TMPDIR"]).glob("plugframe-launch-*/attempt-0"))
+    sweep()  # as the next launcher does
+    assert len(left) == 1
+    assert not left[0].exists()
 
 
 def test_nothing_listens_outside_loopback(script: Write) -> None:

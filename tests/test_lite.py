@@ -401,7 +401,7 @@ def test_seeds_repeat_and_are_checked() -> None:
         ({"num_nodes": 0}, "num_nodes=0 in the code: it is a whole number from 1"),
         ({"num_nodes": "2"}, "num_nodes='2'"),
         ({"strategy": "dpp"}, r"strategy='dpp' is not installed. Did you mean 'ddp'\? Installed: .*ddp_spawn"),
-        ({"strategy": "dp"}, "strategy='dp' no longer exists: .*'ddp'"),
+        ({"strategy": "dp"}, "strategy='dp' is not installed: .*'ddp'"),
         ({"strategy": 1.5}, "strategy=1.5"),
         ({"precision": 15}, "precision='15' is not installed. Did you mean '16'"),
         ({"precision": "16-mxed"}, "Did you mean '16-mixed'"),

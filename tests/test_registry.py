@@ -179,7 +179,7 @@ def test_an_unknown_name_where_nothing_is_installed() -> None:
 
 def test_a_retired_name_says_what_replaced_it() -> None:
     """A name that used to exist is answered with the sentence its successor keeps for it."""
-    with pytest.raises(UnknownPluginError, match="strategy='dp' no longer exists: .*strategy='ddp'"):
+    with pytest.raises(UnknownPluginError, match="strategy='dp' is not installed: .*strategy='ddp'"):
         Registry.discover().find("strategy", "dp")
 
 

@@ -27,9 +27,11 @@ class Phase:
     Attributes:
         backward: whether gradients are being computed: a forward that runs then is one run again, by activation
             checkpointing, in the middle of a call that is over.
+        explain: makes of an error that came of another rank the one that says where all ranks are; None with one.
     """
 
     backward = False
+    explain: Callable[[RuntimeError], Exception | None] | None = None
 
 
 class ModuleState(State):
@@ -65,6 +67,12 @@ class ModuleState(State):
                 with self._context():
                     result = call(*args, **kwargs) if engine is None else engine(call, *args, **kwargs)
             return result if self._convert_output is None else self._convert_output(data=result)
+        except RuntimeError as error:
+            # A strategy may exchange in forward too.
+            failure = self.phase.explain(error) if self.phase.explain is not None else None
+            if failure is None:
+                raise
+            raise failure from error
         finally:
             self.inside = False
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
@@ -22,13 +23,19 @@ class OptimizerState(State):
         patched: the ``step`` a scheduler had put on the instance, None if there was none.
         inside: whether a step is running, so that a loss scaler that calls ``step`` gets the inner one.
         names: of its parameters by group, when it was set up; None if they were not known.
+        steps: how many it has made, those before the checkpoint it was resumed from included.
     """
+
+    #: Those in use. The launcher's side of a rank asks when the rank has failed, and no object leads it here.
+    alive: ClassVar[weakref.WeakSet[OptimizerState]] = weakref.WeakSet()
 
     def __init__(self, optimizer: Optimizer, hooks: Any, names: Names | None) -> None:
         self.hooks = hooks
         self.names = names
         self.patched: Callable[..., Any] | None = optimizer.__dict__.pop("step", None)
         self.inside = False
+        self.steps = 0
+        self.alive.add(self)
 
     def plain_dict(self, obj: Any) -> dict[str, Any]:
         """Return the attributes of the plain object."""
@@ -73,6 +80,18 @@ def release_optimizer(optimizer: Optimizer) -> None:
         optimizer.__dict__["step"] = state.patched
 
 
+def resumed_at(optimizer: Any, step: int) -> None:
+    """Count on from `step`, if this is an adopted optimizer."""
+    state = getattr(optimizer, "__dict__", {}).get(KEY)
+    if isinstance(state, OptimizerState):
+        state.steps = step
+
+
+def steps_made() -> int:
+    """Return the most steps that any optimizer in use has made."""
+    return max((state.steps for state in OptimizerState.alive), default=0)
+
+
 def _itself(self: Any) -> Any:
     """The optimizer itself: there is nothing to unwrap."""
     return self
@@ -94,6 +113,7 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
             result = state.hooks.strategy_optimizer_step(optimizer=self, step=inner, closure=closure)
         finally:
             state.inside = False
+        state.steps += 1
         if state.hooks.on_optimizer_step is not None:
             state.hooks.on_optimizer_step(optimizer=self)
         return result

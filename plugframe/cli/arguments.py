@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import click
@@ -15,6 +15,8 @@ from plugframe.request import OPTION_KINDS
 
 MODULE = "-m"
 HELP = ("-h", "--help")
+#: The option that adds an extension.
+_ADDS = "--plugins"
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,22 @@ class Words:
     valueless: str = ""
 
 
-def split(words: Iterable[str], options: Mapping[str, click.Option]) -> Words:
+def split(
+    words: Iterable[str],
+    options: Mapping[str, click.Option],
+    extensions: Callable[[], Iterable[str]] = tuple,
+) -> Words:
     """Tell plugframe's options from the script and its arguments.
 
     Before the script every option must be one of plugframe's. After it, long options that plugframe has are
     plugframe's, up to a bare ``--``; everything else is the script's, in its order. Options of plugins are
     plugframe's too: ``--strategy.timeout-s=60``, with its value after ``=`` as nobody knows yet whether it has one.
+    Before the script the name of an extension is an option that adds it.
 
     Args:
         words: what follows ``plugframe run``.
         options: plugframe's long options by spelling, with dashes.
+        extensions: asked for the names of those that are installed.
 
     Raises:
         click.UsageError: for an unknown option before the script, an option without its value, one given twice
@@ -53,7 +61,7 @@ def split(words: Iterable[str], options: Mapping[str, click.Option]) -> Words:
     """
     queue = deque(words)
     own: dict[str, str] = {}
-    command = _script(queue, options, own)
+    command = _script(queue, options, own, extensions)
     if not command:
         return Words(own=("--help",))
     late: list[str] = []
@@ -80,7 +88,12 @@ def split(words: Iterable[str], options: Mapping[str, click.Option]) -> Words:
     )
 
 
-def _script(queue: deque[str], options: Mapping[str, click.Option], own: dict[str, str]) -> list[str]:
+def _script(
+    queue: deque[str],
+    options: Mapping[str, click.Option],
+    own: dict[str, str],
+    extensions: Callable[[], Iterable[str]],
+) -> list[str]:
     """Take everything up to and with the script; return the script, or nothing if help was asked for."""
     model = False
     while queue:
@@ -96,7 +109,10 @@ def _script(queue: deque[str], options: Mapping[str, click.Option], own: dict[st
                 _take_of_plugin(word, own)
                 continue
             if _spelling(word) not in options:
-                raise click.UsageError(_unknown(word, options))
+                names = {f"--{name.replace('_', '-')}": name for name in extensions()}
+                if word.replace("_", "-") not in names:
+                    raise click.UsageError(_unknown(word, [*options, *names]))
+                word = f"{_ADDS}={names[word.replace('_', '-')]}"
             _take(word, queue, options, own)
         elif word == "model" and not model:
             model = True
@@ -117,7 +133,7 @@ def _spelling(word: str) -> str:
     return word.partition("=")[0].replace("_", "-")
 
 
-def _unknown(word: str, options: Mapping[str, click.Option]) -> str:
+def _unknown(word: str, options: Iterable[str]) -> str:
     name = word.partition("=")[0]
     hint = closest(_spelling(word), options)
     _, dot, rest = name.partition(".")

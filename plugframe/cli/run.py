@@ -29,7 +29,7 @@ class RunCommand(click.Command):
     """A command whose options may also stand after the script."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        words = Words(own=()) if ctx.resilient_parsing else split(args, self._long_options())
+        words = Words(own=()) if ctx.resilient_parsing else split(args, self._long_options(), _extensions)
         rest = super().parse_args(ctx, list(words.own))
         ctx.params["words"] = words
         return rest
@@ -40,6 +40,12 @@ class RunCommand(click.Command):
     def _long_options(self) -> dict[str, click.Option]:
         options = [p for p in self.params if isinstance(p, click.Option)]
         return {name: option for option in options for name in option.opts if name.startswith("--")}
+
+
+def _extensions() -> list[str]:
+    from plugframe.registry import Registry
+
+    return Registry.discover().names("extension")
 
 
 @click.command("run", cls=RunCommand, short_help="Run a script on every rank.")
@@ -55,7 +61,12 @@ class RunCommand(click.Command):
 @click.option("--loggers", "--logger", metavar="NAMES", multiple=True, help="Loggers; repeatable or a,b.")
 @click.option("--callbacks", "--callback", metavar="CLASSES", multiple=True, help="As package.module:Class.")
 @click.option("--timeout", "timeout_s", metavar="SECONDS", help="How long one collective may take.")
-@click.option("--num-nodes", metavar="N", help="Machines of the job; run the command on each of them.")
+@click.option(
+    "--num-nodes",
+    metavar="N|MIN:MAX",
+    help="Machines of the job; run the command on each of them. MIN:MAX if they may come and go.",
+)
+@click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where nodes that come and go meet: at one that stays.")
 @click.option("--node-rank", metavar="K", type=click.IntRange(min=0), help="Which of the nodes this is: 0, 1, …")
 @click.option("--main-address", metavar="HOST", help="Address of node 0, for several nodes.")
 @click.option(
@@ -63,6 +74,16 @@ class RunCommand(click.Command):
     metavar="PORT",
     type=click.IntRange(1, 65535),
     help="Port of node 0, for several nodes; 29500.",
+)
+@click.option(
+    "--rdzv-timeout", "rdzv_timeout_s", metavar="SECONDS", type=float, help="How long nodes wait for each other; 300."
+)
+@click.option(
+    "--grace-period",
+    "grace_s",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    help="How long ranks may go on after SIGTERM, to save; 30.",
 )
 @click.option("--max-restarts", metavar="N", type=click.IntRange(min=0), help="Start failed ranks again this often.")
 @click.option(
@@ -83,12 +104,16 @@ def command(
     main_address: str | None,
     main_port: int | None,
     max_restarts: int | None,
+    rdzv_endpoint: str | None,
+    rdzv_timeout_s: float | None,
+    grace_s: float | None,
     **settings: Any,
 ) -> None:
     """Run SCRIPT on every rank, with the plugins asked for by name.
 
     Options may stand before or after SCRIPT. After it, those that are not listed here go to the script, and
-    everything after a bare -- does. `plugframe list-plugins` shows the names that are installed.
+    everything after a bare -- does. `plugframe list-plugins` shows the names that are installed; before SCRIPT the
+    name of an extension adds it: --lockstep is --plugins=lockstep.
     Options of a plugin are typed with its kind, and those of loggers and extensions with their names too;
     `plugframe list-plugins NAME` shows them.
 
@@ -101,6 +126,7 @@ def command(
       plugframe run train.py --devices=2 -- --devices is for the script
     """
     _check(words)
+    settings["num_nodes"], min_nodes = _bounds(settings["num_nodes"])
     variables = _variables(settings, config, words.options)
     variables |= handed(disabled, {**os.environ, **variables})
     environ = {**os.environ, **variables}
@@ -108,10 +134,21 @@ def command(
     from plugframe.candidates import Candidates
     from plugframe.cli.start import Nodes, decide
     from plugframe.registry import Registry
-    from plugframe.request import gather
+    from plugframe.request import gather, variable
     from plugframe.resolve import resolve
 
-    nodes = Nodes(node_rank=node_rank, main_address=main_address, main_port=main_port, max_restarts=max_restarts)
+    nodes = Nodes(
+        node_rank=node_rank,
+        main_address=main_address,
+        main_port=main_port,
+        max_restarts=max_restarts,
+        rdzv_endpoint=rdzv_endpoint,
+        rdzv_timeout_s=rdzv_timeout_s,
+        min_nodes=min_nodes,
+        grace_s=grace_s,
+    )
+    if min_nodes is not None:
+        variables = {**variables, variable("num_nodes"): "auto"}  # the ranks are told by how many came
     with _told(words, config) as told:
         registry = Registry.discover(environ=environ)
         request = gather({}, environ=environ)
@@ -142,6 +179,16 @@ def _show(plan: Plan, start: Start, candidates: Candidates, told: Sequence[str])
     ]:
         click.echo(line)
     click.echo("not seen here: what the script itself passes to Lite(...)")
+
+
+def _bounds(num_nodes: str | None) -> tuple[str | None, int | None]:
+    """Return the most nodes, and the fewest if their number may change: ``2:4``."""
+    least, separator, most = (num_nodes or "").partition(":")
+    if not separator:
+        return num_nodes, None
+    if not (least.isdigit() and most.isdigit() and 1 <= int(least) <= int(most)):
+        raise SettingError(f"--num-nodes={num_nodes} is neither a number nor MIN:MAX, such as 2:4.")
+    return most, int(least)
 
 
 def _check(words: Words) -> None:

@@ -28,10 +28,16 @@ class Nodes:
     main_address: str | None = None
     main_port: int | None = None
     max_restarts: int | None = None
+    rdzv_endpoint: str | None = None
+    rdzv_timeout_s: float | None = None
+    min_nodes: int | None = None
+    grace_s: float | None = None
 
     def typed(self) -> list[str]:
         """Return the names of the options that were typed."""
-        return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value is not None]
+        names = {"grace_s": "grace-period", "rdzv_timeout_s": "rdzv-timeout"}
+        given = {name: value for name, value in vars(self).items() if name != "min_nodes" and value is not None}
+        return [f"--{names.get(name, name.replace('_', '-'))}" for name in given]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +66,12 @@ class Start:
             job = self.job
             ranks = f"{job.num_processes} rank{'s' if job.num_processes > 1 else ''}"
             node = f", node {job.node_rank} of {job.num_nodes}, main {job.main_address}:{job.main_port}"
+            if job.min_nodes is not None:
+                node = f" on {job.min_nodes} to {job.num_nodes} nodes that meet at {job.main_address}:{job.main_port}"
             restarts = f", up to {job.max_restarts} restarts" if job.max_restarts else ""
             what = (
                 f"{ranks} of {shlex.join(['python', *self.command])} by launcher {self.launcher.origin}"
-                f"{node if job.num_nodes > 1 else ''}{restarts}"
+                f"{node if job.main_address else ''}{restarts}"
             )
         shown = {name: text for name, text in self.variables.items() if text and name != FROM_COMMAND_LINE}
         return [f"starts: {what}", *(f"hands over: {name}={shlex.quote(text)}" for name, text in shown.items())]
@@ -98,26 +106,40 @@ def decide(
         who = plan.choices["environment"].name
         _no_effect([*nodes.typed(), *_launcher_options(request)], f"{who} has started the processes already")
         return Start(command=command, variables=variables, why=f"{who} has started the processes")
-    several = plan.num_nodes > 1
+    several = plan.num_nodes > 1 or nodes.min_nodes is not None
     if not several:
         _check_single(nodes)
-    asked_for = nodes.max_restarts or request.get("launcher") is not None or _launcher_options(request)
-    if plan.world_size == 1 and not asked_for:
+    asked_for = (
+        nodes.max_restarts
+        or nodes.grace_s is not None
+        or request.get("launcher") is not None
+        or _launcher_options(request)
+    )
+    if plan.world_size == 1 and nodes.min_nodes is None and not asked_for:
         return Start(command=command, variables=variables, why="one rank needs no supervision")
     launcher = resolve_launcher(request, catalogue, "script")
     if request.get("environment"):
         # It says who started this process. The ranks are started by the launcher, and shall find that out.
         variables = {**variables, variable("environment"): "auto"}
-    node_rank, main_address, main_port = _meeting(plan.num_nodes, nodes) if several else (0, None, None)
+    if nodes.rdzv_timeout_s is not None and not 0 < nodes.rdzv_timeout_s < float("inf"):
+        raise SettingError(f"--rdzv-timeout={nodes.rdzv_timeout_s:g}: it is a number of seconds above 0.")
+    node_rank, main_address, main_port = 0, None, None
+    if nodes.min_nodes is not None:
+        main_address, main_port = _endpoint(nodes)
+    elif several:
+        node_rank, main_address, main_port = _meeting(plan.num_nodes, nodes)
     job = Job(
         num_processes=len(plan.devices),
         num_nodes=plan.num_nodes,
+        min_nodes=nodes.min_nodes,
         node_rank=node_rank,
         main_address=main_address,
         main_port=main_port,
         max_restarts=nodes.max_restarts or 0,
         environ=variables,
         command=tuple(command),
+        grace_s=Job.grace_s if nodes.grace_s is None else nodes.grace_s,
+        timeout_s=Job.timeout_s if nodes.rdzv_timeout_s is None else nodes.rdzv_timeout_s,
     )
     return Start(command=command, variables=variables, launcher=launcher, job=job)
 
@@ -143,12 +165,38 @@ def _launcher_options(request: Request) -> list[str]:
 def _check_single(nodes: Nodes) -> None:
     if nodes.node_rank:
         raise SettingError(f"--node-rank={nodes.node_rank}, but there is one node: add --num-nodes, or leave it out.")
-    useless = [option for option in nodes.typed() if option.startswith("--main")]
+    useless = [option for option in nodes.typed() if option.startswith(("--main", "--rdzv"))]
     _no_effect(useless, "one node needs no address; for several add --num-nodes")
+
+
+def _endpoint(nodes: Nodes) -> tuple[str, int]:
+    """Return host and port at which a number of nodes meets that may change."""
+    wrong = [option for option in nodes.typed() if option in ("--node-rank", "--main-address", "--main-port")]
+    if wrong:
+        raise SettingError(
+            f"{wrong[0]} is for a fixed number of nodes; nodes that come and go are numbered as they come, and meet at "
+            "--rdzv-endpoint=HOST:PORT."
+        )
+    if nodes.rdzv_endpoint is None:
+        raise SettingError(
+            "--num-nodes=MIN:MAX needs a place to meet, the same on every node: add --rdzv-endpoint=HOST:PORT, "
+            "where HOST is one of them that stays."
+        )
+    host, separator, port = nodes.rdzv_endpoint.rpartition(":")
+    if not separator:
+        return nodes.rdzv_endpoint, MAIN_PORT
+    if not host or not port.isdigit() or not 0 < int(port) < 65_536:
+        raise SettingError(f"--rdzv-endpoint={nodes.rdzv_endpoint!r} is not HOST:PORT, such as node0:29500.")
+    return host.strip("[]"), int(port)
 
 
 def _meeting(num_nodes: int, nodes: Nodes) -> tuple[int, str, int]:
     """Return this node's rank, and host and port of node 0."""
+    if nodes.rdzv_endpoint is not None:
+        raise SettingError(
+            f"--rdzv-endpoint is for a number of nodes that may change: type --num-nodes={num_nodes}:{num_nodes}, "
+            "or give --node-rank and --main-address."
+        )
     address = nodes.main_address or os.environ.get("MASTER_ADDR")
     if not address:
         raise SettingError(

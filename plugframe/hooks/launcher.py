@@ -15,10 +15,12 @@ class Job:
 
     Attributes:
         num_processes: ranks on this node.
-        num_nodes: nodes of the job.
+        num_nodes: nodes of the job, at most where `min_nodes` is given.
+        min_nodes: the fewest nodes the job runs on; None if their number is fixed. Where it is given the nodes are
+            numbered as they come, and all ranks start again when one comes or goes.
         node_rank: this node's rank.
-        main_address: host name or address of node 0; None on one node.
-        main_port: port of node 0; None on one node, where a free one is taken.
+        main_address: host name or address of node 0, or of the node at which all meet; None on one node.
+        main_port: port there; None on one node, where a free one is taken.
         max_restarts: how often a failed group of ranks is started again.
         environ: variables the ranks get on top of this process's environment.
         command: arguments after the Python executable, for a script: ``("train.py", "--epochs", "3")`` or
@@ -27,10 +29,12 @@ class Job:
         function: for a function, a picklable callable that is called with `args` on every rank.
         args: its positional arguments.
         timeout_s: how long to wait for the other nodes.
+        grace_s: how long ranks may go on after a signal to the launcher (but Ctrl-C), to save and leave.
     """
 
     num_processes: int
     num_nodes: int = 1
+    min_nodes: int | None = None
     node_rank: int = 0
     main_address: str | None = None
     main_port: int | None = None
@@ -41,6 +45,7 @@ class Job:
     function: Callable[..., Any] | None = None
     args: tuple[Any, ...] = ()
     timeout_s: float = 300.0
+    grace_s: float = 30.0
 
 
 class LauncherSpec(Protocol):

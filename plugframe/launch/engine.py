@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 import os
 import pickle
 import socket
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
@@ -22,14 +23,16 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from plugframe.errors import OrderError, RankFailedError, UsageError
 from plugframe.hooks.launcher import Job
 from plugframe.launch import rank as rank_script
+from plugframe.launch.elastic import Elastic
 from plugframe.launch.files import RankFiles, read_words
+from plugframe.launch.folder import temporary_folder
 from plugframe.launch.function import UNGUARDED, run_function
 from plugframe.launch.memory import out_of_memory_kills
 from plugframe.launch.nodes import ElsewhereError, Nodes
 from plugframe.launch.rendezvous import Loopback
-from plugframe.launch.report import Ending, Report, culprit_of, report, summary
+from plugframe.launch.report import Ending, Report, culprit_of, mark, report, summary
 from plugframe.launch.signals import WARNING, Signals
-from plugframe.launch.watch import TERMINATE_S, Rank, Watch, is_child
+from plugframe.launch.watch import Rank, Watch, is_child
 from plugframe.request import LAUNCHED
 
 _MONITOR_S = 0.05
@@ -41,7 +44,7 @@ def supervise(job: Job, *, start_method: str | None = None) -> Any:
     """See `plugframe.launch.supervise`."""
     _check(job, start_method)
     with contextlib.ExitStack() as stack:
-        root = stack.enter_context(tempfile.TemporaryDirectory(prefix="plugframe-", ignore_cleanup_errors=True))
+        root = stack.enter_context(temporary_folder())
         stack.enter_context(_environment(job, {rank_script.ERROR_FILE: os.path.join(root, "start.json")}))
         stack.enter_context(_silence())
         result, error = _Supervision(job, start_method, root).run()
@@ -59,8 +62,10 @@ def _check(job: Job, start_method: str | None) -> None:
         raise UsageError(f"There is no script {job.command[0]!r} in {os.getcwd()}.")
     if job.num_processes < 1:
         raise UsageError(f"num_processes={job.num_processes}: a job has at least one process on each node.")
-    if job.num_nodes > 1 and (job.main_address is None or job.main_port is None):
+    if (job.num_nodes > 1 or job.min_nodes) and (job.main_address is None or job.main_port is None):
         raise UsageError(f"{job.num_nodes} nodes meet at node 0: say where (--main-address and --main-port).")
+    if job.min_nodes is not None and not 1 <= job.min_nodes <= job.num_nodes:
+        raise UsageError(f"min_nodes={job.min_nodes}: it is 1 to {job.num_nodes}, the most nodes of this job.")
     if not 0 <= job.node_rank < job.num_nodes:
         raise UsageError(f"node_rank={job.node_rank}: node ranks go from 0 to {job.num_nodes - 1} here.")
 
@@ -81,9 +86,11 @@ class _Supervision:
             error_file=self.files.error_file,
             recalled=lambda: self.handler.recalled,
             groups=job.function is None,
+            grace_s=job.grace_s,
         )
         self._last_ranks: list[Rank] = []
-        self._beats = self._looks = 0
+        self._beats = self._looks = self._restarts = 0
+        self._mark: tuple[Any, ...] | None = None
         self._oom_kills = out_of_memory_kills()
 
     def run(self) -> tuple[Any, Exception | None]:
@@ -107,6 +114,9 @@ class _Supervision:
         except ElsewhereError as error:
             self.watch.kill_all()
             return None, self._elsewhere(str(error))
+        except _HopelessError as error:
+            self.watch.kill_all()
+            return None, self._told(error.found)
         except _VanishedError as error:
             self.watch.kill_all()
             return None, RankFailedError(str(error), exit_code=1)
@@ -116,10 +126,19 @@ class _Supervision:
 
     def _rendezvous(self) -> Loopback:
         job = self.job
-        if job.num_nodes == 1:
+        if job.num_nodes == 1 and job.min_nodes is None:
             return Loopback(self._on_beat)
         assert job.main_address is not None
         assert job.main_port is not None
+        if job.min_nodes is not None:
+            return Elastic(
+                self._on_beat,
+                address=job.main_address,
+                port=job.main_port,
+                min_nodes=job.min_nodes,
+                max_nodes=job.num_nodes,
+                timeout_s=job.timeout_s,
+            )
         return Nodes(
             self._on_beat,
             address=job.main_address,
@@ -149,7 +168,7 @@ class _Supervision:
         )
         options: dict[str, Any] = {}
         if "shutdown_timeout" in inspect.signature(LocalElasticAgent).parameters:  # not in every torch
-            options["shutdown_timeout"] = int(TERMINATE_S)
+            options["shutdown_timeout"] = math.ceil(job.grace_s)
         return LocalElasticAgent(spec, self.files, start_method=start_method or "", **options)
 
     def _ranks(self) -> list[Rank]:
@@ -184,12 +203,28 @@ class _Supervision:
 
     def _on_attempt(self, attempt: int) -> None:
         """Say why the ranks start again."""
-        culprit = culprit_of(self._endings(None))
+        endings = self._endings(None)
+        culprit = culprit_of(endings)
+        if culprit is not None:
+            self._give_up_if_the_same(culprit, endings)
         self._last_ranks = []
         what = f"rank {culprit.rank} failed ({summary(culprit)})" if culprit else "a rank failed"
-        if self.handler.recalled:
-            what, self.handler.recalled = "another node starts again", False
-        print(f"{what}; restart {attempt} of {self.job.max_restarts}", file=sys.stderr, flush=True)
+        which = f"restart {self._restarts + 1} of {self.job.max_restarts}"
+        if self.handler.recalled and self.job.min_nodes is not None:
+            what, which = "a node comes, goes or starts again", "all ranks start again"  # not one of `max_restarts`
+        else:
+            self._restarts += 1
+            what = "another node starts again" if self.handler.recalled else what
+        self.handler.recalled = False
+        print(f"{what}; {which}", file=sys.stderr, flush=True)
+
+    def _give_up_if_the_same(self, culprit: Ending, endings: list[Ending]) -> None:
+        before, self._mark = self._mark, mark(culprit)
+        if self._mark is not None and self._mark == before:
+            found = report(endings, host=socket.gethostname())
+            step = f"after step {self._mark[-1]}" if self._mark[-1] else "before the first step"
+            again = f"not started again: rank {culprit.rank} failed in the same way, {step}, as in the attempt before"
+            raise _HopelessError(replace(found, text=f"{found.text}\n{again}"))
 
     def _endings(self, result: RunResult | None) -> list[Ending]:
         failures = result.failures if result is not None else {}
@@ -243,6 +278,14 @@ class _Supervision:
         """Return the error for a failure of another node: `text`, or what that one tells."""
         found = Report(text=text or "A rank of another node failed.", exit_code=1, certain=bool(text), time=time.time())
         return self._told(found)
+
+
+class _HopelessError(Exception):
+    """The ranks failed as they did in the attempt before."""
+
+    def __init__(self, found: Report) -> None:
+        super().__init__(found.text)
+        self.found = found
 
 
 class _VanishedError(Exception):

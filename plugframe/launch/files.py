@@ -65,7 +65,11 @@ class RankFiles(LogsSpecs):
         path = self._folder(local_rank) / CRASH_FILE
         if not path.exists():
             return ""
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = path.read_text(encoding="utf-8", errors="replace")
+        head, separator, own = text.partition("Current thread ")
+        if separator:  # the others only wait
+            text = f"{head.splitlines()[0]}\n{separator}{own}"
+        lines = text.splitlines()
         launch = os.path.dirname(os.path.abspath(__file__))
         return "\n".join(line for line in lines if launch not in line and not line.startswith("Extension modules:"))
 
@@ -88,4 +92,4 @@ def read_words(path: Path) -> dict[str, Any] | None:
     if not isinstance(words["message"], dict):
         return None
     stamp = float(words["message"]["extraInfo"]["timestamp"])
-    return {"types": [], "exit_code": 1, "said": "", "time": stamp, **words}
+    return {"types": [], "exit_code": 1, "said": "", "time": stamp, "step": 0, "blamed": None, **words}

@@ -16,6 +16,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: i
 from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
 from plugframe.errors import UsageError
+from plugframe.launch.holder import holder_of
 from plugframe.launch.rendezvous import STORE_TIMEOUT_S, Loopback, listening, serve
 
 _POLL_S = 0.1
@@ -23,8 +24,8 @@ _POLL_S = 0.1
 _LOOK_S = 0.5
 #: How long a launcher may be silent before it is taken for lost, with its machine perhaps.
 LOST_S = 60.0
-#: How long to wait in silence for the other nodes.
-_SILENCE_S = 5.0
+#: How often it is said who is waited for.
+_SAY_S = 10.0
 #: How long a failed node waits for the others to tell what they know.
 _FAREWELL_S = 5.0
 _FAILED = "plugframe/failed"
@@ -41,6 +42,9 @@ class Nodes(Loopback):
     first attempt's ranks use that store too; those of a later one get a fresh one at another port.
     """
 
+    #: Who runs the store, and the options that say where it is.
+    _host, _typed = "node 0", "--main-address and --main-port"
+
     def __init__(
         self,
         on_beat: Callable[[], None],
@@ -55,14 +59,15 @@ class Nodes(Loopback):
         self._address, self._port = address, port
         self._num_nodes, self._node_rank = num_nodes, node_rank
         self._timeout_s = timeout_s
-        self._control: TCPStore | None = None
+        self._control: Store | None = None
         self._line: socket.socket | None = None
         self._heard: dict[int, tuple[int, float]] = {}
         self._attempt = -1
         self._next_look = 0.0
+        self._hosts = node_rank == 0
 
     @property
-    def control(self) -> TCPStore:
+    def control(self) -> Store:
         """The store at which the launchers meet."""
         assert self._control is not None
         return self._control
@@ -88,10 +93,10 @@ class Nodes(Loopback):
 
     def tell_failure(self, told: dict[str, Any]) -> list[dict[str, Any]]:
         until = time.monotonic() + _FAREWELL_S
-        if self._main_has_gone():
+        if self._control is None or self._main_has_gone():
             return [told]
         try:
-            if self._node_rank == 0:  # the store goes with it: not before the others have told, and read, theirs
+            if self._hosts:  # the store goes with it: not before the others have told, and read, theirs
                 self._tell(told)
                 for _ in self._polls(until):
                     if len(self._failures()) == self._num_nodes:
@@ -108,10 +113,10 @@ class Nodes(Loopback):
             return [told]
 
     def part(self) -> None:
-        keys = [f"plugframe/parted/{node}" for node in range(1, self._num_nodes)]
-        if self._node_rank != 0:
-            self.control.set(keys[self._node_rank - 1], "1")  # the last word: node 0 may close the store upon it
+        if not self._hosts:
+            self.control.set(f"plugframe/parted/{self._node_rank}", "1")  # the last word: the store may close upon it
             return
+        keys = [f"plugframe/parted/{node}" for node in range(self._num_nodes) if node != self._node_rank]
         for _ in self._polls(time.monotonic() + _FAREWELL_S):
             if self.control.check(keys):
                 return
@@ -137,20 +142,36 @@ class Nodes(Loopback):
         try:
             failed = self.control.check([_FAILED])
             self.control.add(f"plugframe/alive/{self._node_rank}", 1)
-            lost = self._lost_node() if self._node_rank == 0 and not failed else None
+            lost = None if failed else self._lost_node()
         except DistError as error:
             raise self._without_main() from error
-        if failed or lost is not None:
+        if failed:
             self.recalled = True
-            raise ElsewhereError("" if lost is None else f"Node {lost} has not been heard of for {LOST_S:g} s.")
+            raise ElsewhereError("")
+        if lost is not None:
+            self._on_lost(lost)
+
+    def _on_lost(self, node: int) -> None:
+        self.recalled = True
+        raise ElsewhereError(f"Node {node} has not been heard of for {self._lost_s():g} s.")
+
+    def _lost_s(self) -> float:
+        return LOST_S
 
     def _lost_node(self) -> int | None:
+        if self._node_rank != 0:
+            return None  # one launcher watches over all, and tells the others
+        return self._silent_node()
+
+    def _silent_node(self) -> int | None:
         now = time.monotonic()
         for node in range(self._num_nodes):
             count = self.control.add(f"plugframe/alive/{node}", 0)
             before, since = self._heard.get(node, (-1, now))
             self._heard[node] = (count, now if count != before else since)
-            if count and now - self._heard[node][1] > LOST_S:  # those that have never come are waited for elsewhere
+            if (
+                count and now - self._heard[node][1] > self._lost_s()
+            ):  # those that have never come are waited for elsewhere
                 return node
         return None
 
@@ -162,7 +183,7 @@ class Nodes(Loopback):
 
     def _without_main(self) -> ElsewhereError:
         self.recalled = True
-        return ElsewhereError(f"Node 0 at {self._where()} has gone without a word.")
+        return ElsewhereError(f"{self._host.capitalize()} at {self._where()} has gone without a word.")
 
     def _main_has_gone(self) -> bool:
         """Say whether node 0 has closed its end of a connection on which nothing is ever sent.
@@ -185,22 +206,24 @@ class Nodes(Loopback):
     def _key(self, name: str) -> str:
         return f"plugframe/{self._attempt}/{name}"
 
-    def _connect(self) -> TCPStore:
-        if self._node_rank == 0:
-            store = serve(self._listen(), self._address)
-        else:
-            self._line = self._wait_for_main()
-            try:
-                timeout = timedelta(seconds=STORE_TIMEOUT_S)
-                store = TCPStore(self._address, self._port, None, False, timeout, False)
-            except DistError as error:
-                raise UsageError(f"{self._where()} answers, but not as node 0 of a job does ({error}).") from None
+    def _connect(self) -> Store:
+        store = serve(self._listen(), self._address) if self._node_rank == 0 else self._reach()
         count = store.compare_set("plugframe/nodes", "", str(self._num_nodes)).decode()
         if count != str(self._num_nodes):
             raise UsageError(
                 f"Node {self._node_rank} was started as one of {self._num_nodes} nodes, another of {count}."
             )
         return store
+
+    def _reach(self) -> TCPStore:
+        """Return the store that another launcher serves, once it does."""
+        self._line = self._wait_for_main()
+        try:
+            timeout = timedelta(seconds=STORE_TIMEOUT_S)
+            return TCPStore(self._address, self._port, None, False, timeout, False)
+        except DistError as error:
+            text = f"{self._where()} answers, but not as {self._host} of a job does ({error})."
+            raise UsageError(text) from None
 
     def _listen(self) -> socket.socket:
         """Listen at the main address alone, or, where that leads here by way of another, at all."""
@@ -218,12 +241,16 @@ class Nodes(Loopback):
                 raise
             return server
         except OSError as error:
-            hint = "choose another --main-port" if error.errno == errno.EADDRINUSE else "--main-address is node 0's own"
-            raise UsageError(f"Node 0 cannot listen at {self._where()} ({error.strerror or error}): {hint}.") from None
+            why, hint = error.strerror or error, "--main-address is node 0's own"
+            if error.errno == errno.EADDRINUSE:
+                who = holder_of(self._port)
+                why, hint = f"{why}: by {who}" if who else why, "choose another --main-port"
+            raise UsageError(f"Node 0 cannot listen at {self._where()} ({why}): {hint}.") from None
 
     def _wait_for_main(self) -> socket.socket:
+        whom = f"{self._host} at {self._where()}"
         last: object = None
-        for _ in self._patiently(f"node 0 at {self._where()}"):
+        for _ in self._patiently(lambda: whom):
             try:
                 line = socket.create_connection((self._address, self._port), timeout=_FAREWELL_S)
                 line.setblocking(False)
@@ -231,8 +258,8 @@ class Nodes(Loopback):
             except OSError as error:
                 last = error.strerror or error
         raise UsageError(
-            f"Node 0 did not answer at {self._where()} within {self._timeout_s:g} s ({last}): start it, "
-            "or correct --main-address and --main-port."
+            f"{self._host.capitalize()} did not answer at {self._where()} within {self._timeout_s:g} s ({last}): "
+            f"start it, or correct {self._typed}."
         )
 
     def _meet(self) -> None:
@@ -242,14 +269,18 @@ class Nodes(Loopback):
         if holder != me:
             raise UsageError(f"Node rank {self._node_rank} was given twice: to {me}, and to {holder}.")
         missing = list(range(self._num_nodes))
-        for _ in self._patiently(f"the other nodes, {self._num_nodes} in all, at {self._where()}"):
+
+        def whom() -> str:
+            return f"node rank {_numbers(missing)} of {self._num_nodes} at {self._where()}"
+
+        for _ in self._patiently(whom):
             self._look()
-            missing = [node for node in missing if not self._check(self._key(f"node/{node}"))]
+            missing[:] = [node for node in missing if not self._check(self._key(f"node/{node}"))]
             if not missing:
                 return
         raise UsageError(
             f"{len(missing)} of {self._num_nodes} nodes did not come to {self._where()} within {self._timeout_s:g} s "
-            f"(node rank {', '.join(map(str, missing))}): start them with this --main-address and --main-port."
+            f"(node rank {_numbers(missing)}): start them with this --main-address and --main-port."
         )
 
     def _fresh_port(self) -> int:
@@ -266,27 +297,32 @@ class Nodes(Loopback):
     def _where(self) -> str:
         return f"{self._address}:{self._port}"
 
-    def _patiently(self, whom: str) -> Iterator[None]:
-        """Iterate until the job's timeout; say once for whom, should it take a while.
+    def _patiently(self, whom: Callable[[], str]) -> Iterator[None]:
+        """Iterate until the job's timeout; say every so often for whom.
 
         In Python, not inside the store, so that Ctrl-C works.
         """
         start = time.monotonic()
-        said = False
+        saying = start + _SAY_S
         for _ in self._polls(start + self._timeout_s):
             yield
-            if not said and time.monotonic() - start > _SILENCE_S:
-                print(
-                    f"node {self._node_rank}: waiting for {whom}, {self._timeout_s:g} s at most",
-                    file=sys.stderr,
-                )
-                said = True
+            if time.monotonic() >= saying:
+                saying += _SAY_S
+                waited_s = time.monotonic() - start
+                self._say(f"waiting for {whom()}, {waited_s:.0f} of {self._timeout_s:g} s at most")
+
+    def _say(self, text: str) -> None:
+        print(f"node {self._node_rank}: {text}", file=sys.stderr, flush=True)
 
     def _polls(self, until: float) -> Iterator[None]:
         yield
         while time.monotonic() < until:
             time.sleep(_POLL_S)
             yield
+
+
+def _numbers(nodes: Sequence[int]) -> str:
+    return ", ".join(map(str, nodes))
 
 
 class Patient(PrefixStore):

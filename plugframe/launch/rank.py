@@ -106,7 +106,7 @@ def record(error: BaseException) -> bool:
     if not path:
         return False
     now = time.time()
-    stack, said = traceback.format_exception(type(error), error, strip(error.__traceback__)), ""
+    stack, said = formatted(error), ""
     if isinstance(error, SystemExit):
         stack, said = [], "" if isinstance(error.code, int | None) else str(error.code)
     data = {
@@ -121,6 +121,8 @@ def record(error: BaseException) -> bool:
         "exit_code": exit_code(error),
         "said": said,
         "types": [kind.__name__ for kind in type(error).__mro__],
+        "step": _step(),
+        "blamed": getattr(error, "blamed", None),
     }
     # At one stroke: the launcher may look at any time, and a rank may be killed at any time.
     draft = f"{path}.{os.getpid()}"
@@ -130,11 +132,30 @@ def record(error: BaseException) -> bool:
     return True
 
 
+def _step() -> int:
+    """Return how many steps the optimizers have made; 0 before the first, or without any."""
+    optimizers = sys.modules.get("plugframe.adopt.optimizer")
+    return optimizers.steps_made() if optimizers is not None else 0
+
+
 def one_line(error: BaseException) -> str:
     """Return ``ValueError: message``, the first line of it."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return traceback.format_exception_only(type(error), error)[0].splitlines()[0]
+
+
+def formatted(error: BaseException) -> list[str]:
+    """Return the traceback, from the user's frames on; of an error that says what the user did, with those alone."""
+    told = traceback.TracebackException(type(error), error, strip(error.__traceback__))
+    if any(kind.__name__ == "PlugframeError" for kind in type(error).__mro__):
+        users = [frame for frame in told.stack if not _is_internal(frame.filename)]
+        told.stack = traceback.StackSummary.from_list(users or told.stack)
+    return list(told.format())
+
+
+def _is_internal(file: str) -> bool:
+    return file.startswith(_PACKAGE) or f"{os.sep}plugframe_builtins{os.sep}" in file
 
 
 def strip(stack: TracebackType | None) -> TracebackType | None:

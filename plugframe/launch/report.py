@@ -11,20 +11,22 @@ from dataclasses import dataclass
 from typing import Any
 
 #: Exceptions with which a rank notices that another one has gone.
-_NETWORK_TYPES = frozenset(
-    {"DistNetworkError", "DistBackendError", "DistStoreError", "ConnectionError", "BrokenPipeError"}
+NETWORK_TYPES = frozenset(
+    {"DistNetworkError", "DistBackendError", "DistStoreError", "ConnectionError", "BrokenPipeError", "RankLostError"}
 )
-#: The same, where the type is a plain RuntimeError.
-_NETWORK_TEXTS = (
+#: The same, where the type is a plain RuntimeError: its connection is lost,
+LOST_TEXTS = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Connection refused",
     "Broken pipe",
     "Socket closed",
     "remote process exited",
-    "Timed out waiting",
     "Read error",
+    "caused pair closure",
 )
+#: or it has not come in time.
+LATE_TEXTS = ("Timed out waiting",)
 #: Signals that the launcher itself sends.
 _FROM_LAUNCHER = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
 #: How long after the first failure a cause may still be told, after its consequences were.
@@ -75,14 +77,29 @@ class Report:
 def report(endings: Sequence[Ending], *, host: str, out_of_memory: bool = False) -> Report:
     """Name the culprit among `endings`: all ranks of this node, first those whose failure torch noticed first."""
     culprit = min(endings, key=_order(endings))
-    line = f"rank {culprit.rank} on {host} {_cause(culprit, out_of_memory)}"
-    parts = [line, _stack(culprit).rstrip(), *_others(endings, culprit)]
+    blamed = _blamed(culprit)
+    if blamed is None:
+        line = f"rank {culprit.rank} on {host} {_cause(culprit, out_of_memory)}"
+        parts = [line, _stack(culprit).rstrip(), *_others(endings, culprit)]
+    else:
+        line = f"rank {blamed['rank']} on {blamed['host'] or host} did not come: {blamed['text']}"
+        told = [ending for ending in endings if ending.rank != blamed["rank"]]
+        parts = [line, f"It is at:\n{blamed['stack']}" if blamed["stack"] else "", *_others(told, None)]
     return Report(
         text="\n".join(part for part in parts if part),
         exit_code=_exit_code(culprit),
-        certain=_order(endings)(culprit)[0] < _Suspicion.NOTICED,
+        # A rank that is elsewhere, and says so, has not gone because of another one.
+        certain=_order(endings)(culprit)[0] < _Suspicion.NOTICED or (blamed is not None and blamed["alive"]),
         time=culprit.time or time.time(),
     )
+
+
+def _blamed(culprit: Ending) -> Mapping[str, Any] | None:
+    """Return what the likeliest culprit knows of another rank for which it has waited in vain."""
+    if culprit.words is None or not is_consequence(culprit.words):
+        return None
+    blamed: Mapping[str, Any] | None = culprit.words.get("blamed")
+    return None if blamed is None or blamed["rank"] == culprit.rank else blamed
 
 
 def culprit_of(endings: Sequence[Ending]) -> Ending | None:
@@ -136,7 +153,20 @@ def _suspicion(ending: Ending, first: float | None) -> _Suspicion:
 
 def is_consequence(words: Mapping[str, Any]) -> bool:
     """Say whether an error only tells that the connection to another rank was lost."""
-    return bool(_NETWORK_TYPES.intersection(words["types"])) or any(text in _told(words) for text in _NETWORK_TEXTS)
+    said = _told(words)
+    return bool(NETWORK_TYPES.intersection(words["types"])) or any(t in said for t in (*LOST_TEXTS, *LATE_TEXTS))
+
+
+def mark(ending: Ending) -> tuple[Any, ...] | None:
+    """Return what tells an exception of the script's from others: also where it came from, and after which step.
+
+    None for what may come of anything: a signal, or a connection that was lost.
+    """
+    words = ending.words
+    if words is None or is_consequence(words) or "SystemExit" in words["types"]:
+        return None
+    places = [line for line in _told(words).splitlines() if line.lstrip().startswith("File ")]
+    return (_message(words), *places[-1:], words["step"])
 
 
 def summary(ending: Ending) -> str:
@@ -188,12 +218,15 @@ def _exit_code(ending: Ending) -> int:
     return 128 - code if code < 0 else code or 1
 
 
-def _others(endings: Iterable[Ending], culprit: Ending) -> list[str]:
+def _others(endings: Iterable[Ending], culprit: Ending | None) -> list[str]:
     """Return one line for each thing that became of other ranks: ``ranks 0, 2-7: ended by the launcher``."""
     fates: dict[str, list[int]] = {}
     for ending in endings:
         if ending is not culprit:
-            fates.setdefault(_fate(ending), []).append(ending.rank)
+            fate = _fate(ending)
+            if culprit is not None and ending.words is not None and fate == _cause(culprit, False):
+                fate = "failed alike"
+            fates.setdefault(fate, []).append(ending.rank)
     return [f"{_ranks(ranks)}: {fate}" for fate, ranks in fates.items()]
 
 

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-#: How long ranks may take to leave once another one has failed, or on Ctrl-C. Torch would wait 30 s.
-LEAVE_S = 5.0
-#: The same for other signals to the launcher: what schedulers give, so that a script can save.
-TERMINATE_S = 30.0
+#: How long ranks may take to leave once another one has failed, or on Ctrl-C: so that all is over within 5 s. Torch
+#: would wait 30 s.
+LEAVE_S = 4.0
 #: How long a rank that has told its failure may take to end.
 LAST_WORDS_S = 10.0
 _LOOK_S = 0.1
@@ -57,12 +56,13 @@ class Watch(threading.Thread):
         error_file: Callable[[int], Path],
         recalled: Callable[[], bool],
         groups: bool,
+        grace_s: float,
     ) -> None:
         super().__init__(name="plugframe-watch", daemon=True)
         self.deaths: dict[int, Death] = {}
         self.killed: set[int] = set()
         self._ranks, self._received, self._done, self._error_file = ranks, received, done, error_file
-        self._recalled, self._groups = recalled, groups
+        self._recalled, self._groups, self._grace_s = recalled, groups, grace_s
         self._beats = 0
         self._ended = threading.Event()
         self._waiters: dict[int, threading.Thread] = {}
@@ -105,7 +105,7 @@ class Watch(threading.Thread):
         alive = [rank for rank in ranks if is_child(rank.pid)]
         signum = self._received()
         if signum is not None:
-            return alive if silent_s >= (LEAVE_S if signum is signal.SIGINT else TERMINATE_S) else []
+            return alive if silent_s >= (LEAVE_S if signum is signal.SIGINT else self._grace_s) else []
         if silent_s >= LEAVE_S and (len(alive) < len(ranks) or self._recalled()):
             return [rank for rank in alive if not self._done(rank.local_rank)]
         return [rank for rank in alive if self._age_of_last_words(rank) > LAST_WORDS_S]

@@ -48,6 +48,7 @@ class Core:
         plugins: extensions by name, and plugin objects of any kind.
         callbacks: objects whose methods `call` calls, and whose ``on_…`` hooks are called.
         loggers: loggers by name, or objects.
+        timeout_s: seconds a collective may take before it is an error that says where every rank is; 30 minutes.
 
     Raises:
         UsageError: (and its subclasses) for a wrong setting; one that contradicts the command line included.
@@ -68,6 +69,7 @@ class Core:
         plugins: Any = (),
         callbacks: Any = (),
         loggers: Any = (),
+        timeout_s: float | None = None,
     ) -> None:
         self._settings = {
             "accelerator": accelerator,
@@ -82,6 +84,7 @@ class Core:
             "plugins": _as_tuple(plugins),
             "callbacks": _as_tuple(callbacks),
             "loggers": _as_tuple(loggers),
+            "timeout_s": timeout_s,
         }
         self._resolve()
 
@@ -222,6 +225,7 @@ class Core:
             if not self._alone():
                 raise starting.not_launched(self.plan, call)
             session.start()
+            self._phase.explain = session.explain
             atexit.register(session.close)
         return session.started()
 
@@ -235,7 +239,11 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 def _callback(callback: Any) -> Any:
     """Return a callback object; on a command line it is written ``package.module:Class``."""
     if not isinstance(callback, str):
-        return callback() if isinstance(callback, type) else callback
+        made = callback() if isinstance(callback, type) else callback
+        if made is None or isinstance(made, (int, float, bytes, list, tuple, dict, set)):
+            text = "pass objects with methods that lite.call() may name, or write 'package.module:Class'."
+            raise SettingError(f"callbacks={callback!r}: {text}")
+        return made
     module_name, colon, attribute = callback.partition(":")
     if not colon:
         raise SettingError(f"callbacks={callback!r}: write 'package.module:Class'.")

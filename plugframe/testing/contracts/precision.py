@@ -426,6 +426,7 @@ class PrecisionContract(PluginContract):
             optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
             other.precision_backward(loss=self.loss(other, module, float("inf")), args=(), kwargs={})
             self._step(other, optimizer)
+            other.precision_state()  # what the step found may be taken in as late as here
             if repr(plugin.precision_state()) != fresh:
                 broken(APART, f"an overflow under one object made the other's state {plugin.precision_state()}")
             other.precision_teardown()
@@ -455,10 +456,11 @@ class PrecisionContract(PluginContract):
 
     def test_set_up_and_tear_down_leave_nothing(self) -> None:
         """After each, and after a tear-down without a set-up, everything is as it was."""
+        modes = self._modes()
         self.make().precision_teardown()
         with self.within():
             pass  # what torch sets up once in a process is there now
-        before, modes = traces(), self._modes()
+        before = traces()
         with self.within() as plugin:
             module = plugin.precision_convert_module(module=self.model())
             plugin.precision_backward(loss=self.loss(plugin, module), args=(), kwargs={})

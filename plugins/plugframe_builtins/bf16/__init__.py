@@ -6,6 +6,7 @@ mixed = Plugin(
     factory="plugframe_builtins.precisions:MixedPrecision",
     summary="Parameters in float32, arithmetic in bfloat16 where that is safe.",
     preset={"dtype": "bfloat16"},
+    retired={"bfloat16": "use precision='bf16-mixed', or 'bf16-true' for all in bfloat16."},
 )
 short = Plugin(alias_of="bf16-mixed", summary="Short for bf16-mixed.")
 true = Plugin(

@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
 from torch.nn.parallel import DistributedDataParallel
 
 from plugframe.base import ForwardShim
+from plugframe_builtins.ddp.unused import torchs_missing, without_gradient
 
 _LOOK = attrgetter("requires_grad", "dtype")
 
@@ -78,14 +79,15 @@ class Engine:
         self._ddp: DistributedDataParallel | None = None
         self._averages = True
         self._must_average = False
-        self._expects = self._ran = False
+        self._expects = self._ran = self._awaits = False
         self._parameters: list[nn.Parameter] = []
+        self._trained: list[nn.Parameter] = []
         self._looks: tuple[Any, ...] = ()
         self._seen = 0
         self._build()
 
     def __del__(self) -> None:
-        self._disconnect()
+        self.disconnect()
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -101,7 +103,13 @@ class Engine:
         ddp.require_backward_grad_sync = self._expects = self._averages or self._must_average
         self._ran = True
         self._must_average = False
-        return ddp(call, *args, **kwargs)
+        try:
+            return ddp(call, *args, **kwargs)
+        except RuntimeError as error:
+            missing = torchs_missing(error, self.module)
+            if not missing:
+                raise
+            raise without_gradient(missing) from None
 
     def before_backward(self, loss: Tensor) -> None:
         """Have the backward that comes average gradients, whatever went before.
@@ -112,6 +120,8 @@ class Engine:
         ddp = self._ddp
         if ddp is None:
             return
+        unused_fits = ddp.static_graph or ddp.find_unused_parameters
+        self._awaits = self._averages and not unused_fits
         if self._averages:
             # What is unused depends on the loss: of several, none may use all that the forward has made.
             if not ddp.static_graph and (ddp.find_unused_parameters or not self._expects):
@@ -121,6 +131,23 @@ class Engine:
         elif self._ran:
             self.local = not self._expects
         self._expects = self._ran = False
+
+    def after_backward(self) -> None:
+        """Refuse a backward that left some parameters without a gradient: other ranks wait for it, for ever.
+
+        Raises:
+            CollectiveMismatchError: naming the first of them.
+        """
+        if not self._awaits:
+            return
+        self._awaits = False
+        if all(parameter.grad is not None for parameter in self._trained):
+            return
+        trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        missing = [name for name, parameter in trained if parameter.grad is None]
+        # A model that had no part in this loss at all may have one in the next.
+        if missing and len(missing) < len(trained):
+            raise without_gradient(missing)
 
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:
         """Say whether the optimizer updates any parameter of the module."""
@@ -166,21 +193,23 @@ class Engine:
         return tuple(map(_LOOK, self._parameters)) != self._looks
 
     def _build(self) -> None:
-        self._disconnect()
+        self.disconnect()
         self._seen = self._registrations.count
         self._parameters = list(self.module.parameters())
         self._looks = tuple(map(_LOOK, self._parameters))
+        self._trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         # Adam's and SGD's parameter lists are looked through at every step.
         self._owned = frozenset(map(id, self._parameters))
         self._has_buffers = any(True for _ in self.module.buffers())
-        if any(parameter.requires_grad for parameter in self._parameters):
+        if self._trained:
             self._ddp = self._connect(ForwardShim(self.module))
             # A static graph is recorded in the first backward, which torch cannot do without averaging.
             self._must_average = self._ddp.static_graph
 
-    def _disconnect(self) -> None:
+    def disconnect(self) -> None:
+        """Exchange nothing any more. What an exception holds would otherwise keep the other ranks waiting."""
         # The reducer must not be the last to hold the process group: it would destroy it without releasing the
         # GIL, and wait for gloo's threads, which may be waiting for the GIL (seen in 1 of 20 tear-downs).
         ddp, self._ddp = vars(self).get("_ddp"), None
-        for name in ("logger", "reducer") if ddp is not None else ():
+        for name in ("logger", "reducer", "process_group") if ddp is not None else ():
             vars(ddp).pop(name, None)

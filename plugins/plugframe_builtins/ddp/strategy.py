@@ -116,6 +116,8 @@ class DDP(Strategy):
     @hookimpl
     def strategy_teardown(self) -> None:
         self._group = None
+        for engine in self._alive():
+            engine.disconnect()
         self._engines.clear()
         self._undo.close()
 
@@ -171,6 +173,8 @@ class DDP(Strategy):
         for engine in self._alive():
             engine.before_backward(loss)
         super().strategy_backward(loss, module, args, kwargs)
+        for engine in self._alive():
+            engine.after_backward()
 
     @hookimpl
     def strategy_no_sync(self, module: nn.Module, engine: AnyEngine, enabled: bool) -> AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ import functools
 import os
 import pickle
 import socket
+import struct
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,10 @@ from plugframe.hooks import Job, hookimpl
 from plugframe.launch import supervise
 
 #: What keeps each communication library off the network, where all ranks are on one host.
-_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_GLOO = "GLOO_SOCKET_IFNAME"
+_INTERFACE_VARIABLES = (_GLOO, "NCCL_SOCKET_IFNAME")
+#: The number of Linux' request for an interface's address.
+_SIOCGIFADDR = 0x8915
 _LOOPBACK_NAMES = ("lo", "lo0")
 
 
@@ -43,8 +47,9 @@ class Elastic(Launcher):
                 check_sendable(job.function, job.args)
             else:
                 check_forkable()
-        if job.num_nodes == 1:
-            job = replace(job, environ={**on_loopback(), **job.environ})
+        alone = job.num_nodes == 1 and job.min_nodes is None
+        environ = on_loopback() if alone else on_interface(job.main_address or "", job.main_port or 0)
+        job = replace(job, environ={**environ, **job.environ})
         return supervise(job, start_method=self.start_method)
 
 
@@ -52,6 +57,38 @@ def on_loopback() -> dict[str, str]:
     """Return the variables that keep the ranks' own sockets on loopback, but for those the user has set."""
     names = [name for _, name in socket.if_nameindex() if name in _LOOPBACK_NAMES]
     return {variable: names[0] for variable in _INTERFACE_VARIABLES if names and variable not in os.environ}
+
+
+def on_interface(address: str, port: int) -> dict[str, str]:
+    """Return the variable that keeps gloo's sockets on the interface that leads to the other nodes.
+
+    By itself gloo takes the one that the host's name leads to, which may be another, or none.
+    """
+    if _GLOO in os.environ:
+        return {}
+    try:
+        family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(place)  # nothing is sent: the system only looks up the way
+            mine = probe.getsockname()[0]
+    except OSError:
+        return {}  # the launcher will say that the address leads nowhere
+    name = next((name for _, name in socket.if_nameindex() if mine == _address_of(name)), None)
+    return {_GLOO: name} if name is not None else {}
+
+
+def _address_of(interface: str) -> str | None:
+    """Return the IPv4 address of an interface; None if it has none, or the system does not tell."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        try:
+            answer = fcntl.ioctl(any_socket.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        except OSError:
+            return None
+    return socket.inet_ntoa(answer[20:24])
 
 
 def check_sendable(function: Callable[..., Any], args: tuple[Any, ...]) -> None:

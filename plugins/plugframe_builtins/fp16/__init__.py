@@ -6,6 +6,7 @@ mixed = Plugin(
     factory="plugframe_builtins.precisions:MixedPrecision",
     summary="Parameters in float32, arithmetic in float16 where that is safe, the loss scaled.",
     preset={"dtype": "float16"},
+    retired=dict.fromkeys(("fp16", "float16", "half"), "use precision='16-mixed', or '16-true' for all in float16."),
 )
 short = Plugin(alias_of="16-mixed", summary="Short for 16-mixed.")
 true = Plugin(

@@ -11,4 +11,7 @@ plugin = Plugin(
         Option("timeout_s", float, None, "Seconds an exchange may take; unset: --timeout, else 1800.", above=0),
     ),
     provides=("process-group",),
+    retired=dict.fromkeys(
+        ("gloo", "nccl", "mpi", "xccl"), "that is a backend: use collective='torch' and its backend=."
+    ),
 )

@@ -15,8 +15,8 @@ from plugframe_builtins.torch_collective.compat import all_gather_single
 WIDTH = 192
 
 
-def agree(call: str, tensor: Tensor, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Check that all ranks of `group` make the same call with the same shape, dtype and kind of device.
+def agree(call: str, tensor: Tensor | None, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Check that all ranks of `group` make the same call, of a tensor with the same shape, dtype and kind of device.
 
     Unequal tensors would abort one rank and leave the other with uninitialised memory, so each rank first
     sends a fixed number of bytes that say what it is up to, through `device`.
@@ -24,7 +24,7 @@ def agree(call: str, tensor: Tensor, group: dist.ProcessGroup, device: torch.dev
     Raises:
         CollectiveMismatchError: on all ranks, with what each of them called.
     """
-    mine = _encode(_describe(call, tensor)).to(device)
+    mine = _encode(call if tensor is None else _describe(call, tensor)).to(device)
     everyone = mine.new_empty(group.size() * WIDTH)
     all_gather_single(everyone, mine, group=group)
     rows = everyone.view(-1, WIDTH)

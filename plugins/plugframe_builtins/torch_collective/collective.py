@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from plugframe.base import Collective
 from plugframe.context import Context
-from plugframe.errors import OrderError, PlugframeWarning, SettingError
+from plugframe.errors import CollectiveMismatchError, OrderError, PlugframeWarning, SettingError
 from plugframe.hooks import ReduceOp, hookimpl
 from plugframe_builtins.torch_collective import objects
 from plugframe_builtins.torch_collective.agreement import agree
@@ -43,6 +44,7 @@ class TorchCollective(Collective):
         self.backend = backend
         self.timeout_s = timeout_s
         self._undo = ExitStack()
+        self._words: dist.ProcessGroup | None = None
         self._types: frozenset[str] = frozenset()
         self._barriers = 0
 
@@ -64,7 +66,18 @@ class TorchCollective(Collective):
                 backend = self.backend or context.hooks.accelerator_collective_backend()
                 stack.enter_context(connected(context, backend=backend, timeout_s=timeout_s))
             self._types = frozenset(backends(dist.get_backend_config()))
+            if context.device.type == "cpu" and context.world.world_size > 1:
+                # What a strategy sends in forward and backward would otherwise meet what the ranks agree by, and of
+                # different sizes that ends a process.
+                words: Any = dist.new_group(timeout=timedelta(seconds=timeout_s))
+                self._words = words
+                stack.callback(self._forget_words)
             self._undo = stack.pop_all()
+
+    def _forget_words(self) -> None:
+        group, self._words = self._words, None
+        if dist.is_initialized():
+            dist.destroy_process_group(group)
 
     def _warn_ignored(self) -> None:
         given = {"backend": self.backend, "timeout_s": self.timeout_s or self.context.timeout_s}
@@ -131,17 +144,24 @@ class TorchCollective(Collective):
 
     @hookimpl
     def collective_all_gather_object(self, obj: Any, group: Any) -> list[Any]:
-        return objects.all_gather(obj, group=self._peers(group), device=self._reached())
+        peers = self._peers(group)
+        self._agree("all_gather_object", None, peers)
+        return objects.all_gather(obj, group=peers, device=self._reached())
 
     @hookimpl
     def collective_broadcast_object(self, obj: Any, src: int, group: Any) -> Any:
-        return objects.broadcast(obj, src, group=self._peers(group, src), device=self._reached())
+        peers = self._peers(group, src)
+        self._agree(f"broadcast_object(src={src})", None, peers)
+        return objects.broadcast(obj, src, group=peers, device=self._reached())
 
     @hookimpl
     def collective_barrier(self, name: str, group: Any) -> None:
         peers = self._peers(group)
         try:
+            self._agree("barrier", None, peers)
             dist.barrier(group=peers)
+        except CollectiveMismatchError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(f"The barrier {name!r} failed on rank {dist.get_rank()}: {error}") from error
 
@@ -186,10 +206,11 @@ class TorchCollective(Collective):
             raise SettingError(f"src={src} is not in this group, which has the ranks {members} of the job.")
         return peers
 
-    def _agree(self, call: str, tensor: Tensor, peers: dist.ProcessGroup) -> None:
+    def _agree(self, call: str, tensor: Tensor | None, peers: dist.ProcessGroup) -> None:
+        group = self._words if self._words is not None and peers is dist.group.WORLD else peers
         # Where the group reaches CPU memory too, reading the answer does not wait for the accelerator's queue.
-        agree(call, tensor, peers, self._reached())
-        if tensor.layout is not torch.strided:
+        agree(call, tensor, group, self._reached())
+        if tensor is not None and tensor.layout is not torch.strided:
             raise SettingError(f"{call} takes dense tensors, got {tensor.layout}: use tensor.to_dense() first.")
 
     def _wire(self, tensor: Tensor) -> Tensor:

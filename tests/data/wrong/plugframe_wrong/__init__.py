@@ -8,8 +8,11 @@ _NAMES = {
     "launcher": "Right OnlyOne NoResult Swallows Leaves Stumbles",
     "logger": "Right Drops FromOne EveryRank Early OneFile Twice Open",
     "strategy": "Right Alone Halves Finite Repeats Leaves Ignores Common Misnamed Mute Raises Unsent Unmarked Renamed "
-    "Lacks",
-    "collective": "Right Drops Writes",
+    "Lacks Drifts Restarts Unequal Prefixes Adds Again Remembers Loses Talks",
+    "collective": "Right Drops Writes Joins Adds Terse Rounds Cuts Reverses Everyone Passes Nameless Alone Hides Wide "
+    "Leaves Single",
+    "accelerator": "Right Counts Adds Settles Other Narrow Unheard Smoke Copies Draws Shrinks Indexed Leaves",
+    "precision": "Right Full Copies Halves Raw Settles Scaled Twice Steps Drops Forgets Common Stands Leaves",
     "extension": "Right Provides Repeats Forgets Swallows Nudges OnceOnly Leaves Amnesia",
 }
 _MORE = {
@@ -19,7 +22,10 @@ _MORE = {
     "strategy_Ignores": {"options": (Option("bucket_cap_mb", int, 25, "size of a buffer"),)},
     "strategy_Misnamed": {"options": (Option("bucket_size", int, 25, "size of a buffer"),)},
     "strategy_Mute": {"summary": ""},
+    "strategy_Loses": {"provides": ("local-backward",)},
     "collective": {"provides": ("process-group",)},
+    "collective_Single": {"provides": (), "ranks": "one"},
+    "accelerator": {"devices": ("cpu",)},
     "launcher": {"provides": ("function", "interactive")},
     "launcher_Stumbles": {"provides": ("function",)},
 }

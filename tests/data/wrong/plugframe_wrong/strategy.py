@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from plugframe.base import Strategy
 from plugframe.context import Context
-from plugframe.hooks import hookimpl
+from plugframe.hooks import Engine, hookimpl
 from plugframe_builtins.ddp.strategy import DDP
 
 
@@ -84,6 +86,103 @@ class Leaves(Right):
         super().strategy_setup(context)
         # Another value each time: a suite that looks after a first job would not see one that stays.
         os.environ["WRONG_STRATEGY"] = str(int(os.environ.get("WRONG_STRATEGY", "0")) + 1)
+
+
+class Drifts(Right):
+    """Lets every rank keep its own running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__(broadcast_buffers=False)
+
+
+class Restarts(Right):
+    """Begins every optimizer anew (law 4)."""
+
+    @hookimpl
+    def strategy_load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        pass
+
+
+class Unequal(Right):
+    """Begins on every rank with the weights that it has."""
+
+    @hookimpl
+    def strategy_setup_module(self, module: nn.Module) -> Engine:
+        return Strategy.strategy_setup_module(self, module)
+
+
+class Prefixes(Right):
+    """Saves the weights under the keys of a wrapper."""
+
+    @hookimpl
+    def strategy_module_state(self, module: nn.Module, sharded: bool) -> dict[str, Any]:
+        state = super().strategy_module_state(module, sharded)
+        return {f"module.{name}": tensor for name, tensor in state.items()}
+
+
+class Adds(Right):
+    """Leaves a buffer of its own in the user's model."""
+
+    @hookimpl
+    def strategy_setup_module(self, module: nn.Module) -> Engine:
+        engine = super().strategy_setup_module(module)
+        self._undo.callback(module.register_buffer, "averaged", torch.ones(1))
+        return engine
+
+
+class Again(Right):
+    """Goes through its own hook a second time."""
+
+    inside = False
+
+    @hookimpl
+    def strategy_module_state(self, module: nn.Module, sharded: bool) -> dict[str, Any]:
+        if self.inside:
+            return super().strategy_module_state(module, sharded)
+        self.inside = True
+        try:
+            state: dict[str, Any] = self.context.hooks.strategy_module_state(module=module, sharded=sharded)
+        finally:
+            self.inside = False
+        return state
+
+
+class Remembers(Right):
+    """Reads other data in its second job."""
+
+    jobs = 0
+
+    @hookimpl
+    def strategy_setup(self, context: Context) -> None:
+        super().strategy_setup(context)
+        self.jobs += 1
+
+    @hookimpl
+    def strategy_data_shard(self) -> tuple[int, int]:
+        rank, size = super().strategy_data_shard()
+        return (rank + self.jobs) % size, size
+
+
+class Loses(Right):
+    """Loses what was accumulated without an exchange."""
+
+    @hookimpl
+    def strategy_no_sync(self, module: nn.Module, engine: Engine, enabled: bool) -> AbstractContextManager[Any]:
+        return self._losing(module, super().strategy_no_sync(module, engine, enabled))
+
+    @contextmanager
+    def _losing(self, module: nn.Module, context: AbstractContextManager[Any]) -> Iterator[None]:
+        with context:
+            yield
+        module.zero_grad()
+
+
+class Talks(Right):
+    """Describes itself in one text, which is taken for lines of a letter each."""
+
+    @hookimpl
+    def strategy_describe(self) -> str:  # type: ignore[override]
+        return "gradients are averaged"
 
 
 class Ignores(Right):

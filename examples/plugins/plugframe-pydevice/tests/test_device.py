@@ -1,0 +1,71 @@
+"""The device by itself, and trainings on it as users start them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from plugframe_pydevice import backend
+from plugframe_pydevice.accelerator import PyDevice
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+
+
+def test_results_are_the_cpus() -> None:
+    """A forward and its gradient give the CPU's numbers, and what views and in-place operators share is shared."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    found: list[torch.Tensor] = []
+    for device in ("cpu", "pydevice:1"):
+        leaf = weight.to(device).detach().requires_grad_()
+        loss = ((x.to(device) @ leaf.T).relu().softmax(-1) ** 2).sum()
+        rows = torch.autograd.grad(loss, leaf)[0]
+        rows[1:3].mul_(2)
+        rows.t()[0].fill_(1)
+        found.append(rows.cpu())
+    assert torch.allclose(found[0], found[1])
+
+
+def test_memory_is_counted() -> None:
+    """Bytes are those of the tensors, by device; the peak stays until it is reset."""
+    plugin, device = PyDevice(), torch.device("pydevice", 3)
+    before = plugin.accelerator_memory_stats(device)["allocated_bytes"]
+    tensor = torch.zeros(1000, device=device)
+    assert plugin.accelerator_memory_stats(device)["allocated_bytes"] == before + 4000
+    del tensor
+    stats = plugin.accelerator_memory_stats(device)
+    assert stats["allocated_bytes"] == before
+    assert stats["peak_allocated_bytes"] >= before + 4000
+
+
+def test_wrong_places_are_errors() -> None:
+    """Tensors of two devices do not mix, and a device that is not there has no tensors."""
+    here = torch.ones(2, device="pydevice:0")
+    with pytest.raises(RuntimeError, match="same device"):
+        here + torch.ones(2)
+    with pytest.raises(RuntimeError, match="same device"):
+        here + torch.ones(2, device="pydevice:1")
+    with pytest.raises(RuntimeError, match=f"There is no pydevice:{backend.device_count()}"):
+        torch.ones(2, device=f"pydevice:{backend.device_count()}")
+
+
+@pytest.mark.parametrize(
+    ("options", "loss"),
+    [
+        (("--devices=1",), 0.2186),
+        (("--accelerator=pydevice", "--devices=2", "--strategy=ddp", "--precision=bf16-mixed"), 0.9216),
+    ],
+    ids=["auto", "ddp"],
+)
+def test_a_training_ends_where_the_cpus_does(options: tuple[str, ...], loss: float, tmp_path: Path) -> None:
+    """From the command line: chosen by itself on one device, and by name on two in mixed precision."""
+    command = [sys.executable, "-m", "plugframe", "run", str(TRAIN), *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "accelerator pydevice" in done.stderr
+    assert float(done.stdout.split()[-1]) == pytest.approx(loss, abs=0.01)

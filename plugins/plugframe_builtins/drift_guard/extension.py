@@ -1,0 +1,76 @@
+"""An extension that notices when the models of the ranks have drifted apart."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from plugframe.base import Extension
+from plugframe.base.sync import check_in_sync, named_tensors
+from plugframe.context import Context
+from plugframe.errors import SettingError, UnsupportedError
+from plugframe.hooks import hookimpl
+
+
+class DriftGuard(Extension):
+    """Compare parameters and the state of optimizers across ranks every few optimizer steps.
+
+    They must be the same bit for bit; the error, on all ranks, names the first that is not. For strategies that keep
+    the whole model on every rank.
+
+    Args:
+        every: optimizer steps between two comparisons.
+    """
+
+    def __init__(self, *, every: int = 100) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise SettingError(f"every={every!r} of extension 'drift-guard' must be a number of steps from 1.")
+        self.every = every
+        self._context: Context | None = None
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self._optimizers: list[weakref.ref[Optimizer]] = []
+        self._steps = 0
+
+    @hookimpl
+    def on_launch(self, context: Context) -> None:
+        self._forget()
+        self._context = context if context.world.world_size > 1 else None
+
+    @hookimpl
+    def on_teardown(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._context = None
+        self._modules.clear()
+        self._optimizers.clear()
+        self._steps = 0
+
+    @hookimpl
+    def on_setup(self, module: nn.Module) -> None:
+        if self._context is None:
+            return
+        if any(hasattr(parameter, "full_tensor") for parameter in module.parameters()):
+            raise UnsupportedError(
+                "Extension 'drift-guard' compares what every rank has, and this strategy keeps a part of the model on "
+                "each: there is nothing to compare. Leave it out."
+            )
+        self._modules.append(weakref.ref(module))
+
+    @hookimpl
+    def on_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self._context is None:
+            return
+        if not any(reference() is optimizer for reference in self._optimizers):
+            self._optimizers.append(weakref.ref(optimizer))
+        self._steps += 1
+        if self._steps % self.every == 0:
+            named = named_tensors(_alive(self._modules), _alive(self._optimizers))
+            check_in_sync(named, self._context.hooks, f" at optimizer step {self._steps}")
+
+
+def _alive(references: list[weakref.ref[Any]]) -> list[Any]:
+    return [each for each in (reference() for reference in references) if each is not None]

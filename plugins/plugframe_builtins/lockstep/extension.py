@@ -1,0 +1,150 @@
+"""An extension that lets no call run before all ranks have come to the same one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch import nn
+
+from plugframe.base import Extension
+from plugframe.base.ring import END, Ring
+from plugframe.context import Context
+from plugframe.errors import CollectiveMismatchError, SettingError
+from plugframe.hooks import hookimpl
+from plugframe_builtins.lockstep.channel import Channel
+from plugframe_builtins.lockstep.difference import Word, difference
+
+
+def _compared() -> Any:
+    """Return a wrapper of a hook that all ranks call."""
+
+    @hookimpl(wrapper=True)
+    def wrapper(self: Lockstep) -> Generator[None, Any, Any]:
+        self.compare(None)
+        return (yield)
+
+    return wrapper
+
+
+def _compared_in_group() -> Any:
+    """Return a wrapper of a hook that the ranks of a group call."""
+
+    @hookimpl(wrapper=True)
+    def wrapper(self: Lockstep, group: Any) -> Generator[None, Any, Any]:
+        self.compare(group)
+        return (yield)
+
+    return wrapper
+
+
+class Lockstep(Extension):
+    """Compare every call at which ranks meet before it runs; the first difference is an error on all ranks.
+
+    Compared are the operation, shape, dtype, the line of the code it comes from, how many such calls a rank has made,
+    and how many batches it has read and forwards it has begun with gradients on. See docs/divergence.md.
+
+    Args:
+        sites: whether two calls that differ in nothing but their line are an error too.
+    """
+
+    def __init__(self, *, sites: bool = True) -> None:
+        if not isinstance(sites, bool):
+            raise SettingError(f"sites={sites!r} of extension 'lockstep' must be True or False.")
+        self.sites = sites
+        self._context: Context | None = None
+        self._calls: Ring | None = None
+        self._channel: Channel | None = None
+        self._busy = self._sharded = False
+        self._batches = self._forwards = 0
+
+    collective_all_gather = _compared_in_group()
+    collective_all_reduce = _compared_in_group()
+    collective_reduce_scatter = _compared_in_group()
+    collective_broadcast = _compared_in_group()
+    collective_all_gather_object = _compared_in_group()
+    collective_broadcast_object = _compared_in_group()
+    collective_barrier = _compared_in_group()
+    strategy_setup_module = _compared()
+    strategy_setup_optimizers = _compared()
+    strategy_setup_module_and_optimizers = _compared()
+    strategy_backward = _compared()
+    strategy_optimizer_step = _compared()
+    strategy_clip_gradients = _compared()
+    checkpoint_save = _compared()
+    checkpoint_load = _compared()
+
+    @hookimpl(wrapper=True)
+    def strategy_next_batch(self, exhausted: Any) -> Generator[None, Any, Any]:
+        batch = yield
+        # One rank may evaluate alone.
+        self._batches += batch is not exhausted and torch.is_grad_enabled()
+        return batch
+
+    @hookimpl(wrapper=True)
+    def precision_forward_context(self) -> Generator[None, Any, Any]:
+        # Strategies may exchange in forward; without gradients those that keep the whole model on every rank do not.
+        if self._calls is not None and (torch.is_grad_enabled() or self._sharded):
+            self._forwards += 1
+            entry = self._calls.begin("forward", None, None, True)
+            try:
+                self.compare(None)
+            finally:
+                entry[END] = True
+        return (yield)
+
+    @hookimpl
+    def on_setup(self, module: nn.Module) -> None:
+        self._sharded = self._sharded or any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
+
+    @hookimpl
+    def on_launch(self, context: Context) -> None:
+        self._batches = self._forwards = 0
+        self._sharded = False
+        if context.calls is not None and context.world.world_size > 1:
+            self._context, self._calls = context, context.calls
+            self._channel = Channel.open(context)
+
+    @hookimpl
+    def on_teardown(self) -> None:
+        self._context = self._calls = None
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+
+    def compare(self, group: Any) -> None:
+        """Wait until every rank is at its next call, and compare them.
+
+        Raises:
+            CollectiveMismatchError: on all ranks, with the call and line of each.
+        """
+        if self._calls is None or self._context is None or self._busy:
+            return
+        call = self._calls.running()
+        if call is None:
+            return
+        word = Word(call=call, batches=self._batches, forwards=self._forwards)
+        told = json.dumps(word.as_list())
+        self._busy = True
+        try:
+            if group is None and self._channel is not None:
+                words = self._channel.exchange(told)
+            else:
+                words = self._context.hooks.collective_all_gather_object(obj=told, group=group)
+        finally:
+            self._busy = False
+        if words is None or all(each == told for each in words):
+            return
+        ranks = range(len(words)) if group is None else self._members(group, len(words))
+        found = difference({r: Word.of(json.loads(w)) for r, w in zip(ranks, words, strict=True)}, sites=self.sites)
+        if found:
+            raise CollectiveMismatchError(found)
+
+    def _members(self, group: Any, size: int) -> list[int]:
+        assert self._context is not None
+        try:
+            return list(torch.distributed.get_process_group_ranks(group))
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError):
+            return list(range(size))

@@ -1,0 +1,26 @@
+"""Whatever ends a rank is told once, with the right rank, and takes the others with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import failure_cases
+
+#: Every cause once, by `plugframe run`; and in each other way to start, one that only the launcher sees, and a hang.
+#: All others are for ``benchmarks/failures.py``.
+CELLS = [
+    (cause, rank, others, how)
+    for cause, rank, others, how in failure_cases.cells()
+    if (how == "plugframe run" and rank == (0 if cause == "background save" else 1) and others == "waiting")
+    or (how == "plugframe run" and cause == "alone in a collective" and rank == 1)
+    or (how != "plugframe run" and cause in ("SIGKILL", "hang") and rank == 0 and others == "waiting")
+]
+
+
+@pytest.mark.parametrize("failure", CELLS, ids=["-".join(map(str, cell)).replace(" ", "_") for cell in CELLS])
+def test_a_failure_is_told(failure: tuple[str, int, str, str], tmp_path: Path) -> None:
+    """Cause, rank and exit code; at most one traceback; nobody and nothing is left behind."""
+    problems, _ = failure_cases.check(failure, tmp_path)
+    assert not problems, problems

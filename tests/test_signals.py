@@ -1,0 +1,85 @@
+"""What comes of a signal to the launcher: every rank is gone, one line says so, and the exit code is the signal's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TRAIN = """
+import os, signal, sys, time
+from plugframe import Lite
+
+lite = Lite(accelerator="cpu")
+lite.launch()
+lite.barrier()
+if os.fork() == 0:
+    open(f"here-{lite.global_rank}-child-{os.getpid()}", "w").close()
+    signal.pause()  # a child of the script's own, a server for data, say
+    os._exit(0)
+open(f"here-{lite.global_rank}-itself-{os.getpid()}", "w").close()
+if sys.argv[1] == "waiting" and lite.global_rank == 0:
+    lite.barrier()
+while True:
+    if sys.argv[1] == "waiting":
+        signal.pause()
+"""
+
+#: Signal, to the launcher alone or to all of its group as from a terminal, the exit code, and what the ranks do.
+SIGNALS = [
+    ("SIGINT", False, 130, "busy"),
+    ("SIGINT", True, 130, "waiting"),
+    ("SIGTERM", False, 143, "waiting"),
+    ("SIGHUP", False, 129, "busy"),
+    ("SIGKILL", False, -signal.SIGKILL, "waiting"),
+    ("SIGKILL", False, -signal.SIGKILL, "busy"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "code", "doing"), SIGNALS, ids=[f"{n}{'-group' if g else ''}-{d}" for n, g, _, d in SIGNALS]
+)
+def test_a_signal_ends_all(name: str, group: bool, code: int, doing: str, tmp_path: Path) -> None:
+    """Ranks in a collective or in a loop of their own, and what they have started; of SIGKILL nobody can say a word."""
+    (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "temporary").mkdir()
+    command = [sys.executable, "-m", "plugframe", "run", "--devices=2", "train.py", doing]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "temporary")}
+    with (tmp_path / "said").open("w") as said:
+        launcher = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=said, stderr=said, start_new_session=True
+        )
+        try:
+            wait_for(lambda: len(list(tmp_path.glob("here-*"))) == 4)
+            (os.killpg if group else os.kill)(launcher.pid, signal.Signals[name])
+            assert launcher.wait(60) == code, (tmp_path / "said").read_text()
+            pids = [int(path.name.rpartition("-")[2]) for path in tmp_path.glob("here-*")]
+            if name == "SIGKILL":  # a rank's own children go where the system sends them
+                pids = [int(path.name.rpartition("-")[2]) for path in tmp_path.glob("here-*-itself-*")]
+            wait_for(lambda: not any(map(is_alive, pids)))
+        finally:
+            for path in tmp_path.glob("here-*"):
+                if is_alive(int(path.name.rpartition("-")[2])):
+                    os.kill(int(path.name.rpartition("-")[2]), signal.SIGKILL)
+    lines = [line for line in (tmp_path / "said").read_text().splitlines() if not line.startswith("plugframe: 2 ranks")]
+    assert lines == ([] if name == "SIGKILL" else [f"{name}: every rank has been ended."])
+    assert name == "SIGKILL" or not list((tmp_path / "temporary").iterdir())
+
+
+def wait_for(condition: object) -> None:
+    until = time.monotonic() + 60.0
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
