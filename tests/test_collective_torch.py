@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import runpy
 import sys
@@ -363,6 +365,26 @@ def nothing_is_left_behind(world: World) -> None:
         assert (dict(os.environ), sys.excepthook) == before
 
 
+def a_forked_child_leaves_groups_of_its_parent_alone(world: World) -> None:
+    """A group that only a cycle keeps is not destroyed in a forked child, where its threads are not."""
+    collective = TorchCollective()
+    collective.collective_setup(context=context_of(world))
+    cycle: list[Any] = [dist.new_group()]
+    cycle.append(cycle)
+    dist.destroy_process_group(cycle[0])
+    collective.collective_teardown()
+    gc.disable()
+    del cycle
+    child = multiprocessing.get_context("fork").Process(target=gc.collect, daemon=True)
+    child.start()
+    child.join(30.0)
+    code = child.exitcode
+    child.kill()
+    child.join()
+    gc.enable()
+    assert code == 0, "the child waits for threads that it does not have"
+
+
 def a_failed_set_up_leaves_nothing_either(world: World) -> None:
     """If the ranks cannot meet, environment and excepthook are what they were."""
     before = dict(os.environ), sys.excepthook
@@ -440,6 +462,7 @@ def an_absent_rank_is_an_error_after_the_time_allowed(world: World) -> None:
 
 SETUP_CHECKS = [
     nothing_is_left_behind,
+    a_forked_child_leaves_groups_of_its_parent_alone,
     a_failed_set_up_leaves_nothing_either,
     interfaces_chosen_by_the_user_or_for_many_nodes_stay,
     a_users_process_group_is_used_and_left_alone,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,32 +124,29 @@ def test_a_fake_cluster_can_change(fake_cluster: Callable[..., Any]) -> None:
 
 
 LITTER = """
-import os
+import os, tempfile
 import pytest
 
-@pytest.mark.usefixtures("nothing_left_behind")
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
 def test_variable():
     os.environ["LEFT_BY_A_TEST"] = "1"
 
-@pytest.mark.usefixtures("nothing_left_behind")
+def test_file():
+    tempfile.mkdtemp(prefix="left-by-a-test")
+
 def test_clean(tmp_path):
     (tmp_path / "file").write_text("")
 """
 
 
-def test_what_is_left_behind_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_left_behind_is_told(tmp_path: Path) -> None:
     """A test under the fixture fails for what it leaves, with the law, and one that leaves nothing passes."""
     (tmp_path / "test_litter.py").write_text(LITTER)
-    said: dict[str, str] = {}
-
-    class Reports:
-        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-            if report.when == "teardown":
-                said[report.nodeid.rpartition("::")[2]] = report.longreprtext
-
-    monkeypatch.setenv("PYTEST_CURRENT_TEST", "the inner one removes it")
-    monkeypatch.setenv("LEFT_BY_A_TEST", "")
-    options = ["-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:faulthandler", "--capture=no"]
-    pytest.main([*options, "--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path)], [Reports()])
-    assert said["test_clean"] == ""
-    assert "Law 9 (nothing is left behind): after the test environment variables are not" in said["test_variable"]
+    command = [sys.executable, "-m", "pytest", "-rEA", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path)]
+    environment = {**os.environ, "COLUMNS": "400"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    law = "Law 9 (nothing is left behind): after the test"
+    assert f"test_variable - Failed: {law} environment variables are not as they were: LEFT" in done.stdout, done.stdout
+    assert f"test_file - Failed: {law} temporary files are left: left-by-a-test" in done.stdout, done.stdout
+    assert "3 passed, 2 errors" in done.stdout, done.stdout

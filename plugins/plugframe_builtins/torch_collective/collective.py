@@ -21,6 +21,7 @@ from plugframe_builtins.torch_collective import objects
 from plugframe_builtins.torch_collective.agreement import agree
 from plugframe_builtins.torch_collective.compat import all_gather_single, reduce_scatter_single
 from plugframe_builtins.torch_collective.connection import backends, check_existing, connected, loopback_only
+from plugframe_builtins.torch_collective.forked import keep_groups_of_the_parent
 from plugframe_builtins.torch_collective.reduction import Reduction
 
 DEFAULT_TIMEOUT_S = 1800.0
@@ -56,6 +57,7 @@ class TorchCollective(Collective):
                 "give one of them."
             )
         super().collective_setup(context)
+        keep_groups_of_the_parent()
         timeout_s = self.timeout_s or context.timeout_s or DEFAULT_TIMEOUT_S
         with ExitStack() as stack:
             stack.enter_context(loopback_only(context))
