@@ -42,6 +42,7 @@ class Candidates:
         self._instances = by_kind(request.value("plugins", ()))
         self._automatic: dict[str, list[Choice]] = {}
         self._implied: dict[str, Setting] = {}
+        self._added: list[Setting] = []
         for kind in NAMES:
             for setting in (request.get(kind), request.overridden.get(kind)):
                 if setting is not None and _is_name(setting.value):
@@ -51,6 +52,9 @@ class Candidates:
         """Take note of what an alias says about other kinds: of the launcher, say."""
         entry = self.catalogue.find(kind, str(setting.value))
         for other, value in self.catalogue.describe(entry).implies.items():
+            if other == "extension":
+                self._added.append(Setting(value, f"{kind}={setting.value!r}, which adds it"))
+                continue
             if other not in NAMES:
                 raise PluginLoadError(f"{entry.origin} is broken: implies={{{other!r}: …}} names no kind of plugin.")
             implied = Setting(value, f"{kind}={setting.value!r}, which stands for {other}={value!r}")
@@ -133,7 +137,10 @@ class Candidates:
         if setting and other and choices and [c.qualified for c in choices] != [c.qualified for c in rivals]:
             raise contradiction(field, setting, other)
         apart = [Setting(instance, f"plugins= in {CODE}") for instance in self._instances.get(kind, ())]
-        return (*(choices or rivals), *(self.given(kind, each) for each in apart))
+        found = [*(choices or rivals), *(self.given(kind, each) for each in apart)]
+        there = {choice.qualified for choice in found}
+        added = [self.given(kind, each) for each in self._added if kind == "extension"]
+        return (*found, *(choice for choice in added if choice.qualified not in there))
 
     def _listed(self, kind: str, setting: Setting | None) -> list[Choice]:
         if setting is None:

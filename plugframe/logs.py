@@ -13,3 +13,17 @@ def tell(message: str) -> None:
         logger.info(message)
     else:
         print(f"plugframe: {message}", file=sys.stderr)
+
+
+def failing() -> bool:
+    """Say whether this process ends by an error, which should be the last thing that is read."""
+    return sys.exc_info()[0] is not None or getattr(sys, "last_value", None) is not None
+
+
+def size_text(num_bytes: float) -> str:
+    """Return a number of bytes for people: ``"512 B"``, ``"1.5 MB"``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000 or unit == "GB":
+            return f"{num_bytes:.4g} {unit}" if unit != "B" else f"{num_bytes:.0f} B"
+        num_bytes /= 1000
+    raise AssertionError

@@ -106,6 +106,11 @@ class Plan:
         """Ranks of the job."""
         return self.world.world_size if self.world else len(self.devices) * self.num_nodes
 
+    @property
+    def simulated(self) -> bool:
+        """Whether the other ranks of the job do not exist."""
+        return "simulated" in self.choices["environment"].descriptor.provides
+
     def all_choices(self) -> list[Choice]:
         """Return every plugin in use."""
         return [*self.choices.values(), *self.extensions, *self.loggers]

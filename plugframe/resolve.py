@@ -90,8 +90,9 @@ class _Resolver:
     def plan(self) -> Plan:
         environment = self._environment()
         launched = bool(environment.instance.environment_launched())
-        self.world = environment.instance.environment_world() if launched else None
-        self._validate(environment, _count(self.request.value("devices")))
+        if launched:
+            self._validate(environment, _count(self.request.value("devices")))
+            self.world = environment.instance.environment_world()
         strategy = self.candidates.asked("strategy")
         accelerator = self._accelerator(strategy)
         devices, why = self._devices(accelerator, environment, strategy)
@@ -150,9 +151,8 @@ class _Resolver:
         )
 
     def _validate(self, environment: Choice, num_processes: int | None) -> None:
-        if self.world is not None:
-            num_nodes = self.request.value("num_nodes")
-            environment.instance.environment_validate(num_processes=num_processes, num_nodes=num_nodes)
+        num_nodes = self.request.value("num_nodes")
+        environment.instance.environment_validate(num_processes=num_processes, num_nodes=num_nodes)
 
     # ------------------------------------------------------------------ on which devices
 
@@ -208,10 +208,13 @@ class _Resolver:
     ) -> tuple[tuple[int, ...], str]:
         """Return the device of each local rank, and why these."""
         parse, setting, world = accelerator.instance.accelerator_parse_devices, self.request.get("devices"), self.world
-        if setting is not None:
+        if world is not None and "simulated" in environment.descriptor.provides:
+            devices = tuple(parse(devices=1)) * world.local_world_size
+            why = "the first of this machine stands for all"
+        elif setting is not None:
             value = list(setting.value) if isinstance(setting.value, tuple) else setting.value
             devices, why = tuple(parse(devices=value)), f"asked for in {setting.source}"
-            if _count(value) is None:
+            if world is not None and _count(value) is None:
                 self._validate(environment, len(devices))
         elif world is not None:
             try:

@@ -80,6 +80,8 @@ class Checkpoints:
         self._saved_at = time.monotonic()
         name = f"step-{step:012d}.ckpt"
         handle = self._save(self._at(name), state, info={"step": step, "metrics": told}, wait=wait)
+        if self._session.plan.simulated:
+            return True  # nothing was written, so nothing has become too much
         # A checkpoint that is still being written counts from the next save on, which waits for it.
         self._pending = name if handle is not None else ""
         self._agreed(self._prune)

@@ -32,6 +32,17 @@ def checked_path(path: Any) -> str:
     return os.fspath(path)
 
 
+class Unwritten:
+    """The handle of a save that writes nothing."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+    def done(self) -> bool:
+        """Say yes."""
+        return True
+
+
 def save(
     session: Session,
     path: Any,
@@ -59,6 +70,10 @@ def save(
     hooks = session.hooks
     tree = collect(state, hooks, sharded="sharded" in provides, naming=naming, filters=filters)
     tree[RUN] = _run_state(session, loaders)
+    if session.plan.simulated:
+        # The parts of all other ranks would be missing, or this one's in their place.
+        warnings.warn("Nothing is saved: the other ranks of this job are simulated.", PlugframeWarning, stacklevel=3)
+        return None if wait else Unwritten()
     handle: SaveHandle | None = hooks.checkpoint_save(
         path=target, state=tree, info={**_info(session), **(info or {})}, wait=wait
     )

@@ -88,6 +88,7 @@ globals().update(
         slurm={"variables": srun},
         mpi={"variables": open_mpi},
         lsf={"variables": jsrun},
+        simulate={"variables": nothing, "options": {"ranks": 1}},
         kubeflow={"variables": pod, "shapes": ((1, 1), (2, 1), (3, 1))},
     )
 )

@@ -15,8 +15,19 @@ from plugframe.request import OPTION_KINDS
 
 MODULE = "-m"
 HELP = ("-h", "--help")
-#: The option that adds an extension.
-_ADDS = "--plugins"
+
+
+@dataclass(frozen=True)
+class Shorthand:
+    """An option that is the name of a plugin.
+
+    Attributes:
+        word: what it stands for: ``--plugins=lockstep``.
+        option: the option of the plugin that its value is for: ``--environment.ranks``; empty if it takes none.
+    """
+
+    word: str
+    option: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,19 +52,19 @@ class Words:
 def split(
     words: Iterable[str],
     options: Mapping[str, click.Option],
-    extensions: Callable[[], Iterable[str]] = tuple,
+    shorthands: Callable[[], Mapping[str, Shorthand]] = dict,
 ) -> Words:
     """Tell plugframe's options from the script and its arguments.
 
     Before the script every option must be one of plugframe's. After it, long options that plugframe has are
     plugframe's, up to a bare ``--``; everything else is the script's, in its order. Options of plugins are
     plugframe's too: ``--strategy.timeout-s=60``, with its value after ``=`` as nobody knows yet whether it has one.
-    Before the script the name of an extension is an option that adds it.
+    Before the script the names of some plugins are options.
 
     Args:
         words: what follows ``plugframe run``.
         options: plugframe's long options by spelling, with dashes.
-        extensions: asked for the names of those that are installed.
+        shorthands: asked for the options that are names of plugins, with dashes.
 
     Raises:
         click.UsageError: for an unknown option before the script, an option without its value, one given twice
@@ -61,7 +72,7 @@ def split(
     """
     queue = deque(words)
     own: dict[str, str] = {}
-    command = _script(queue, options, own, extensions)
+    command = _script(queue, options, own, shorthands)
     if not command:
         return Words(own=("--help",))
     late: list[str] = []
@@ -92,7 +103,7 @@ def _script(
     queue: deque[str],
     options: Mapping[str, click.Option],
     own: dict[str, str],
-    extensions: Callable[[], Iterable[str]],
+    shorthands: Callable[[], Mapping[str, Shorthand]],
 ) -> list[str]:
     """Take everything up to and with the script; return the script, or nothing if help was asked for."""
     model = False
@@ -109,10 +120,7 @@ def _script(
                 _take_of_plugin(word, own)
                 continue
             if _spelling(word) not in options:
-                names = {f"--{name.replace('_', '-')}": name for name in extensions()}
-                if word.replace("_", "-") not in names:
-                    raise click.UsageError(_unknown(word, [*options, *names]))
-                word = f"{_ADDS}={names[word.replace('_', '-')]}"
+                word = _long(word, queue, own, shorthands(), options)
             _take(word, queue, options, own)
         elif word == "model" and not model:
             model = True
@@ -121,6 +129,26 @@ def _script(
     if model:
         return ["model"]  # nothing came after it: then it is the script
     raise click.UsageError("SCRIPT is missing: type 'plugframe run train.py', or 'plugframe run -m package.module'.")
+
+
+def _long(
+    word: str,
+    queue: deque[str],
+    own: dict[str, str],
+    shorthands: Mapping[str, Shorthand],
+    options: Iterable[str],
+) -> str:
+    """Return what the name of a plugin stands for; its value goes to the plugin's option."""
+    name, equals, value = word.partition("=")
+    short = shorthands.get(_spelling(word))
+    if short is None or (equals and not short.option):
+        raise click.UsageError(_unknown(word, [*options, *shorthands]))
+    if short.option:
+        if not equals and (not queue or queue[0].startswith("-")):
+            wanted = short.option.rpartition(".")[2].upper()
+            raise click.UsageError(f"{name} needs a value: type {name}={wanted}.")
+        _take_of_plugin(f"{short.option}={value if equals else queue.popleft()}", own)
+    return short.word
 
 
 def _module(queue: deque[str]) -> str:

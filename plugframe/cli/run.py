@@ -6,14 +6,14 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from plugframe.cli.arguments import Words, split
+from plugframe.cli.arguments import Shorthand, Words, split
 from plugframe.cli.target import check
 from plugframe.errors import PlugframeWarning, SettingError, UsageError
 from plugframe.trust import handed
@@ -29,7 +29,7 @@ class RunCommand(click.Command):
     """A command whose options may also stand after the script."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        words = Words(own=()) if ctx.resilient_parsing else split(args, self._long_options(), _extensions)
+        words = Words(own=()) if ctx.resilient_parsing else split(args, self._long_options(), _shorthands)
         rest = super().parse_args(ctx, list(words.own))
         ctx.params["words"] = words
         return rest
@@ -42,10 +42,23 @@ class RunCommand(click.Command):
         return {name: option for option in options for name in option.opts if name.startswith("--")}
 
 
-def _extensions() -> list[str]:
+def _shorthands() -> dict[str, Shorthand]:
+    """Return what the names of extensions stand for, and of environments that have an option for how much of it."""
+    from plugframe.errors import PluginError
     from plugframe.registry import Registry
 
-    return Registry.discover().names("extension")
+    registry = Registry.discover()
+    found = {}
+    for entry in registry.entries("environment"):
+        with suppress(PluginError):  # a broken one cannot be typed
+            for option in registry.describe(entry).options[:1]:
+                typed = f"--environment.{option.name.replace('_', '-')}"
+                found[_dashed(entry.name)] = Shorthand(f"--environment={entry.name}", typed)
+    return found | {_dashed(name): Shorthand(f"--plugins={name}") for name in registry.names("extension")}
+
+
+def _dashed(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 @click.command("run", cls=RunCommand, short_help="Run a script on every rank.")
@@ -113,7 +126,7 @@ def command(
 
     Options may stand before or after SCRIPT. After it, those that are not listed here go to the script, and
     everything after a bare -- does. `plugframe list-plugins` shows the names that are installed; before SCRIPT the
-    name of an extension adds it: --lockstep is --plugins=lockstep.
+    name of an extension adds it: --lockstep is --plugins=lockstep. --simulate=64 runs one rank of 64, alone.
     Options of a plugin are typed with its kind, and those of loggers and extensions with their names too;
     `plugframe list-plugins NAME` shows them.
 

@@ -85,6 +85,8 @@ class Plugin:
         priority: how eagerly ``"auto"`` picks it, higher first; None means never.
         provides: capabilities other plugins can ask for, such as ``"process-group"``. Of a checkpoint, ``"sharded"``
             means that every rank writes its part; of a strategy, that every rank keeps only its part of a model.
+            ``"simulated"`` of an environment and a collective: the other ranks do not exist; nothing is saved, and the
+            first device of this machine stands for those of the job.
             ``"local-backward"`` of a strategy: under ``strategy_no_sync`` neither forward nor backward exchanges
             anything, and a later backward averages all that was accumulated.
         needs: for each kind, the capabilities the plugin of that kind must provide, such as
@@ -97,7 +99,8 @@ class Plugin:
         variables: environment variables that must be set for an environment to be considered under ``"auto"``.
         alias_of: this name stands for another name of the same kind.
         best_of: this name stands for the best available plugin that carries this tag.
-        implies: settings of other kinds that an alias stands for, such as ``{"launcher": "spawn"}``.
+        implies: settings of other kinds that come with this name, such as ``{"launcher": "spawn"}``; an
+            ``"extension"`` is added to those asked for.
         retired: names users may still type, each with the sentence that says what to type instead.
         options: what its user can set by name, of the keyword arguments of the factory.
         preset: keyword arguments always handed to the factory, for two names that share one.

@@ -47,6 +47,8 @@ class CollectiveContract(PluginContract):
         """Run all checks on that many ranks, once for the suite; return what is to be said, by the check's name."""
         if num_ranks > 1 and self.descriptor.ranks == "one":
             pytest.skip("It works with one rank only.")
+        if num_ranks > 1 and "simulated" in self.descriptor.provides:
+            pytest.skip("Its other ranks do not exist.")
         self.make()
         settings = ranks.Settings(
             spec=self.spec,

@@ -28,6 +28,7 @@ from plugframe_builtins.dcp_checkpoint.planner import PiecePlanner
 from plugframe_builtins.dcp_checkpoint.portion import Piece, common, digest, portion, table
 from plugframe_builtins.dcp_checkpoint.staging import Staged, Staging
 from plugframe_builtins.dcp_checkpoint.writer import FolderWriter
+from plugframe_builtins.torch_collective.connection import host_backend
 
 
 class _Offer(NamedTuple):
@@ -189,7 +190,7 @@ class ShardedCheckpoint(Checkpoint):
             return None
         if self._group is None:
             # Of its own: a save in the background must not mix with what the loop exchanges meanwhile.
-            group = dist.new_group(backend="gloo")
+            group = dist.new_group(backend=host_backend())
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
         return self._group

@@ -53,6 +53,8 @@ def start(context: Context, *, shared_memory_op: bool, build_timeout_s: float) -
     undo = ExitStack()
     if _INDUCTOR not in os.environ:
         undo.callback(os.environ.pop, _INDUCTOR, None)
+    if "LOCAL_RANK" not in os.environ:  # stage 3 reads it in every step, and not every launcher sets it
+        undo.callback(os.environ.pop, "LOCAL_RANK", None)
     with undo, variables_of(context):
         deepspeed = _imported()
         device = library("accelerator").get_accelerator().device_name()
@@ -71,8 +73,9 @@ def start(context: Context, *, shared_memory_op: bool, build_timeout_s: float) -
                 with _nothing_to_compile(deepspeed.ops):
                     _connect(deepspeed)
             _use_new_names(connects.cdb)
-        return undo.pop_all()
-    raise AssertionError
+        kept = undo.pop_all()
+    os.environ.setdefault("LOCAL_RANK", str(context.world.local_rank))
+    return kept
 
 
 def variables_of(context: Context) -> Any:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from plugframe.context import Context
 from plugframe_builtins.torch_collective.compat import all_gather_single
+from plugframe_builtins.torch_collective.connection import host_backend
 
 #: Bytes of a word on the wire; of a longer one the end follows in another exchange.
 _WIDTH = 512
@@ -28,7 +29,7 @@ class Channel:
         if context.hooks.collective_process_group() is None:
             return None
         timeout = timedelta(seconds=context.timeout_s or _DEFAULT_TIMEOUT_S)
-        group: Any = dist.new_group(backend="gloo", timeout=timeout)
+        group: Any = dist.new_group(backend=host_backend(), timeout=timeout)
         return cls(group)
 
     def close(self) -> None:

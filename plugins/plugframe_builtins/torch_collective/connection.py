@@ -80,6 +80,11 @@ def backends(backend: str) -> dict[str, str]:
     return {device: name for device, _, name in pairs}
 
 
+def host_backend() -> str:
+    """Return the backend of the job's process group for memory on the CPU; ``"gloo"`` where that reaches none."""
+    return backends(dist.get_backend_config()).get("cpu", "gloo")
+
+
 def _check_backend(backend: str) -> None:
     known = [name for name in dist.Backend.backend_list if name != "undefined"]
     for name in backends(backend).values():
@@ -101,4 +106,5 @@ def _device_id(backend: str, device: torch.device) -> torch.device | None:
         return None
     by_device = backends(backend)
     name = by_device.get(device.type, by_device.get(""))
-    return None if name in (None, "gloo") else device
+    # One of another make may take none, and a group that is bound early only connects sooner.
+    return device if name == dist.Backend.default_device_backend_map.get(device.type) else None

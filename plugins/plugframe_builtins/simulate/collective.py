@@ -1,0 +1,50 @@
+"""The collective of a rank whose others do not exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from plugframe.context import Context
+from plugframe.hooks import hookimpl
+from plugframe.logs import failing, tell
+from plugframe_builtins.simulate.group import BACKEND, register
+from plugframe_builtins.simulate.traffic import Traffic
+from plugframe_builtins.torch_collective.collective import TorchCollective
+
+
+class SimulatedCollective(TorchCollective):
+    """``torch.distributed`` over a process group that sends nothing; at tear-down it tells what would have been sent.
+
+    Everything else is the torch collective: what ranks agree on beforehand, what is refused, shapes and dtypes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(backend=BACKEND)
+        self._traffic = Traffic()
+
+    @hookimpl
+    def collective_setup(self, context: Context) -> None:
+        register(self._traffic)
+        super().collective_setup(context)
+        world = context.world
+        nodes = f"{world.num_nodes} node{'s' if world.num_nodes > 1 else ''} of {world.local_world_size}"
+        tell(
+            f"simulated: rank 0 of {world.world_size} on {nodes}, alone. Losses and metrics mean nothing: what another "
+            "rank would send is taken to be what this one has."
+        )
+
+    @hookimpl
+    def collective_teardown(self) -> None:
+        traffic, self._traffic = self._traffic, Traffic()
+        super().collective_teardown()
+        if traffic.lines() and not failing():
+            tell(f"not sent by this rank: {', '.join(traffic.lines())}")
+
+    @hookimpl
+    def collective_broadcast_object(self, obj: Any, src: int, group: Any) -> Any:
+        self._peers(group, src)
+        return obj
+
+    @hookimpl
+    def collective_monitored_barrier(self, name: str, timeout_s: float) -> None:
+        self._peers(None)
