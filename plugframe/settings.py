@@ -26,7 +26,8 @@ def find_file(environ: Mapping[str, str], folder: Path) -> Path | None:
     named = environ.get(CONFIG)
     if named:
         if not Path(named).is_file():
-            raise SettingError(f"The settings file {named!r} does not exist.")
+            what = "is a folder" if Path(named).is_dir() else "does not exist"
+            raise SettingError(f"The settings file {named!r} {what}.")
         if read_file(Path(named)) is None:
             raise SettingError(f"The settings file {named!r} has no section [{SECTION}].")
         return Path(named)

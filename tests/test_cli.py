@@ -275,7 +275,7 @@ def test_every_setting_has_an_option() -> None:
         (["--num-nodes=2:4", "--rdzv-endpoint=a", "--node-rank=1"], "--node-rank is for a fixed number of nodes"),
         (["--num-nodes=2", "--rdzv-endpoint=a:1"], "type --num-nodes=2:2, or give --node-rank and --main-address"),
         (["--num-nodes=2:4", "--rdzv-endpoint=a", "--rdzv-timeout=0"], "--rdzv-timeout=0: it is a number of seconds"),
-        (["--grace-period=-1"], "-1.0 is not in the range x>=0"),
+        (["--grace-period=-1"], "--grace-period=-1: it is a number of seconds from 0"),
         (["--config=nowhere.toml"], "does not exist"),
         (["--plugins=guard,guard"], "extension 'guard' is given twice"),
     ],
@@ -356,7 +356,7 @@ def test_several_ranks_go_to_the_launcher(world: Ground) -> None:
         "guard",
         "--logger=paper",
         "--loggers=paper",
-        "--callback=a.b:C,d:E",
+        "--callback=json.decoder:C,csv:E",
     ]
     assert plug("run", "model", "train.py", *words[:-2], "x", words[-1]).code == 0
     (job,) = world.jobs
@@ -371,7 +371,7 @@ def test_several_ranks_go_to_the_launcher(world: Ground) -> None:
         "PLUGFRAME_DEVICES": "2",
         "PLUGFRAME_PLUGINS": "guard",
         "PLUGFRAME_LOGGERS": "paper",
-        "PLUGFRAME_CALLBACKS": "a.b:C,d:E",
+        "PLUGFRAME_CALLBACKS": "json.decoder:C,csv:E",
     }
     assert job == Job(num_processes=2, command=("train.py", "x"), environ=job.environ)
     assert not world.replaced

@@ -147,6 +147,8 @@ def _long(
         if not equals and (not queue or queue[0].startswith("-")):
             wanted = short.option.rpartition(".")[2].upper()
             raise click.UsageError(f"{name} needs a value: type {name}={wanted}.")
+        if equals and not value:
+            raise click.UsageError(f"{name} needs a value after the '='.")
         _take_of_plugin(f"{short.option}={value if equals else queue.popleft()}", own)
     return short.word
 
@@ -201,6 +203,8 @@ def _take(word: str, queue: deque[str], options: Mapping[str, click.Option], own
         value = queue.popleft()
     if option.is_flag and equals:
         raise click.UsageError(f"{name} takes no value.")
+    if not option.is_flag and not value:
+        raise click.UsageError(f"{name} needs a value after the '='; without the option it is left open.")
     taken = name if option.is_flag else f"{name}={value}"
     key = f"{option.name} {len(own)}" if option.multiple else str(option.name)
     if own.get(key, taken).partition("=")[2] != taken.partition("=")[2]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from plugframe.cli.arguments import Shorthand, Words, split
-from plugframe.cli.target import check
+from plugframe.cli.target import check, check_callback
 from plugframe.errors import PlugframeWarning, SettingError, UsageError
 from plugframe.trust import handed
 
@@ -95,7 +94,7 @@ def _dashed(name: str) -> str:
     "--grace-period",
     "grace_s",
     metavar="SECONDS",
-    type=click.FloatRange(min=0),
+    type=float,
     help="How long ranks may go on after SIGTERM, to save; 30.",
 )
 @click.option("--max-restarts", metavar="N", type=click.IntRange(min=0), help="Start failed ranks again this often.")
@@ -139,6 +138,8 @@ def command(
       plugframe run train.py --devices=2 -- --devices is for the script
     """
     _check(words)
+    for callback in filter(None, ",".join(settings["callbacks"]).split(",")):
+        check_callback(callback, words.command)
     settings["num_nodes"], min_nodes = _bounds(settings["num_nodes"])
     variables = _variables(settings, config, words.options)
     variables |= handed(disabled, {**os.environ, **variables})
@@ -228,9 +229,6 @@ def _variables(settings: Mapping[str, Any], config: str | None, options: Mapping
 
     typed = {field: value for field, value in settings.items() if value not in (None, ())}
     texts = {field: ",".join(value) if field in LISTS else str(value) for field, value in typed.items()}
-    for callback in filter(None, texts.get("callbacks", "").split(",")):
-        if not re.fullmatch(r"[\w.]+:[\w.]+", callback):
-            raise SettingError(f"--callbacks={callback!r} does not name a class: type package.module:Class.")
     variables = {variable(field): text for field, text in texts.items()}
     variables |= {variable_of(name): text for name, text in options.items()}
     variables[FROM_COMMAND_LINE] = ",".join([*texts, *options])

@@ -123,6 +123,8 @@ def decide(
         variables = {**variables, variable("environment"): "auto"}
     if nodes.rdzv_timeout_s is not None and not 0 < nodes.rdzv_timeout_s < float("inf"):
         raise SettingError(f"--rdzv-timeout={nodes.rdzv_timeout_s:g}: it is a number of seconds above 0.")
+    if nodes.grace_s is not None and not 0 <= nodes.grace_s < float("inf"):
+        raise SettingError(f"--grace-period={nodes.grace_s:g}: it is a number of seconds from 0.")
     node_rank, main_address, main_port = 0, None, None
     if nodes.min_nodes is not None:
         main_address, main_port = _endpoint(nodes)

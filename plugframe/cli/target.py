@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -22,6 +23,23 @@ def check(command: Sequence[str]) -> None:
         _check_module(command[1])
     else:
         _check_script(Path(command[0]))
+
+
+def check_callback(text: str, command: Sequence[str]) -> None:
+    """Check that ``package.module:Class`` names a package the ranks will find.
+
+    Raises:
+        SettingError: saying what is wrong with it.
+    """
+    if not re.fullmatch(r"[\w.]+:[\w.]+", text):
+        raise SettingError(f"--callbacks={text!r} does not name a class: type package.module:Class.")
+    top = text.partition(":")[0].partition(".")[0]
+    # Python looks beside the script first.
+    beside = os.getcwd() if command[0] == MODULE else str(Path(command[0]).parent)
+    if PathFinder.find_spec(top, [beside]) is None and importlib.util.find_spec(top) is None:
+        raise SettingError(
+            f"--callbacks={text!r}: there is no module {top!r} beside the script or among the installed ones."
+        )
 
 
 def _check_script(path: Path) -> None:
