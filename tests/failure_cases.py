@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +60,9 @@ def job(lite=None):
         if CAUSE == "exit 0": sys.exit(0)
         if CAUSE == "SIGKILL": os.kill(os.getpid(), signal.SIGKILL)
         if CAUSE == "SIGSEGV": os.kill(os.getpid(), signal.SIGSEGV)
+        if CAUSE == "out of memory":
+            kept = []
+            while True: kept.append(bytearray(50_000_000))
         if CAUSE == "hang": hangs()
         if CAUSE == "alone in a collective": lite.barrier("alone")
         if CAUSE == "unequal collectives": lite.all_reduce(torch.zeros(2))
@@ -106,6 +111,7 @@ FAULTS = {
     "exit 0": Fault(1, r"rank {rank}\b.* left"),
     "SIGKILL": Fault(137, r"rank {rank} on \S+ was killed by SIGKILL"),
     "SIGSEGV": Fault(139, r"rank {rank} on \S+ was killed by SIGSEGV"),
+    "out of memory": Fault(137, r"rank {rank} on \S+ was killed by SIGKILL, out of memory"),
     "hang": Fault(1, r"rank {rank} on \S+ did not come", waits=True),
     "alone in a collective": Fault(1, r"rank {other} on \S+ did not come", waits=True),
     "unequal collectives": Fault(
@@ -138,10 +144,41 @@ def command(cause: str, rank: int, others: str, how: str) -> list[str]:
     """Return what starts the job of a cell."""
     words = ["job.py", cause, str(rank), others, how]
     if how == "plugframe run":
-        return [sys.executable, "-m", "plugframe", "run", "--devices=2", "--strategy=ddp", "--accelerator=cpu", *words]
+        words = ["-m", "plugframe", "run", "--devices=2", "--strategy=ddp", "--accelerator=cpu", *words]
     if how == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *words]
+        words = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *words]
     return [sys.executable, *words]
+
+
+@contextmanager
+def little_memory() -> Iterator[list[str]]:
+    """Give the words before a command that let it have 1.5 GB, in a control group that exists meanwhile.
+
+    Raises:
+        OSError: where this process may make none.
+    """
+    groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    own = next((path for _, controllers, path in groups if controllers == "memory"), None)
+    if own is not None:
+        parent, limit = Path("/sys/fs/cgroup/memory") / own.lstrip("/"), "memory.limit_in_bytes"
+    else:
+        parent, limit = Path("/sys/fs/cgroup") / groups[-1][2].lstrip("/"), "memory.max"
+    group = parent / f"plugframe-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / limit).write_text(f"{1_500_000_000}")
+        yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
+    finally:
+        group.rmdir()
+
+
+def why_no_little_memory() -> str:
+    """Return why memory cannot be limited here, an empty string if it can."""
+    try:
+        with little_memory():
+            return ""
+    except OSError as error:
+        return f"this process may limit no memory: {error}"
 
 
 def check(cell: tuple[str, int, str, str], folder: Path) -> tuple[str, float]:
@@ -151,10 +188,10 @@ def check(cell: tuple[str, int, str, str], folder: Path) -> tuple[str, float]:
     # A short path: sockets of loader workers are below it.
     with tempfile.TemporaryDirectory(prefix="pf-", ignore_cleanup_errors=True) as temporary:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": temporary}
-        with said.open("w") as out:
-            done = subprocess.run(
-                command(*cell), cwd=folder, env=environment, stdout=out, stderr=out, timeout=120, check=False
-            )
+        limited = little_memory() if cell[0] == "out of memory" else nullcontext([])
+        with said.open("w") as out, limited as before:
+            words = [*before, *command(*cell)]
+            done = subprocess.run(words, cwd=folder, env=environment, stdout=out, stderr=out, timeout=120, check=False)
         left, ended = _left_behind(folder, Path(temporary))
     text = said.read_text()
     fault = FAULTS[cell[0]]

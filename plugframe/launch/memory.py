@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def out_of_memory_kills() -> int:
     """Return how many processes of this control group the kernel has killed so; 0 where it does not tell."""
+    for counters in _counters():
+        try:
+            words = counters.read_text(encoding="utf-8").split()
+            return int(words[words.index("oom_kill") + 1])
+        except (OSError, ValueError):
+            continue
+    return 0
+
+
+def _counters() -> Iterator[Path]:
+    """Yield where the kernel may count: for control groups of version 2, then of version 1.
+
+    In a container the group's own path may be that of the host, and the group be mounted at the top.
+    """
     try:
-        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-        own = next(line.removeprefix("0::/") for line in groups if line.startswith("0::/"))
-        events = Path("/sys/fs/cgroup", own, "memory.events").read_text(encoding="utf-8").split()
-        return int(events[events.index("oom_kill") + 1])
-    except (OSError, StopIteration, ValueError):
-        return 0
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in groups:
+        top, name = Path("/sys/fs/cgroup"), "memory.events"
+        if "memory" in controllers.split(","):
+            top, name = top / "memory", "memory.oom_control"
+        elif controllers:
+            continue
+        yield from (top / path.lstrip("/") / name, top / name)
