@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import pickle
 import runpy
 import sys
 import warnings
@@ -73,12 +74,36 @@ def both(c: Any, make: Callable[[int], Tensor]) -> list[Tensor]:
     return [make(rank) for rank in range(c.world.world_size)]
 
 
+#: So many of a small tensor no longer go along with what the ranks agree on, but take an exchange of their own.
+MANY = 300
+
+
+def same(result: Tensor, large: Tensor) -> Tensor:
+    """Return the result of a small tensor, which that of many of it has to repeat."""
+    for row in (large[0], large[-1]):
+        assert (row.dtype, row.shape) == (result.dtype, result.shape)
+        assert torch.equal(row.contiguous().view(-1).view(torch.uint8), result.contiguous().view(-1).view(torch.uint8))
+    return result
+
+
+def many(tensor: Tensor) -> Tensor:
+    return tensor.detach().unsqueeze(0).expand(MANY, *tensor.shape)
+
+
 def gathered(c: Any, tensor: Tensor, **kwargs: Any) -> Tensor:
-    return c.collective_all_gather(tensor=tensor, **{"group": None, "sync_grads": False, **kwargs})
+    kwargs = {"group": None, "sync_grads": False, **kwargs}
+    result: Tensor = c.collective_all_gather(tensor=tensor, **kwargs)
+    if tensor.layout is torch.strided and tensor.numel():
+        large = c.collective_all_gather(tensor=many(tensor), **{**kwargs, "sync_grads": False})
+        same(result.detach(), large.transpose(0, 1))
+    return result
 
 
 def reduced(c: Any, tensor: Tensor, op: str, group: Any = None) -> Tensor:
-    return c.collective_all_reduce(tensor=tensor, op=op, group=group)
+    result = c.collective_all_reduce(tensor=tensor, op=op, group=group)
+    if tensor.numel():
+        same(result, c.collective_all_reduce(tensor=many(tensor), op=op, group=group))
+    return result
 
 
 def gather_stacks_in_every_dtype(c: Any) -> None:
@@ -113,7 +138,8 @@ def shapes_follow_one_law(c: Any) -> None:
 
 
 def broadcast(c: Any, tensor: Tensor, src: int = 0) -> Tensor:
-    return c.collective_broadcast(tensor=tensor, src=src, group=None)
+    result = c.collective_broadcast(tensor=tensor, src=src, group=None)
+    return same(result, c.collective_broadcast(tensor=many(tensor), src=src, group=None)) if tensor.numel() else result
 
 
 def reductions_compute_their_names(c: Any) -> None:
@@ -243,6 +269,34 @@ def objects_travel(c: Any) -> None:
     assert c.collective_broadcast_object(obj=mine, src=1, group=None)["rank"] == 1
 
 
+def what_cannot_be_sent_is_told_on_all_ranks(c: Any) -> None:
+    """An object that cannot be pickled is its rank's own error, and one of the others that names the rank."""
+    rank = c.world.global_rank
+    obj = (lambda: None) if rank == 1 else "x" * 1000
+    error, said = (
+        ((AttributeError, pickle.PicklingError), "pickle")
+        if rank == 1
+        else (
+            CollectiveMismatchError,
+            "Rank 1 could not send its object: .*pickle",
+        )
+    )
+    with pytest.raises(error, match=said):
+        c.collective_all_gather_object(obj=obj, group=None)
+    with pytest.raises(error, match=said):
+        c.collective_broadcast_object(obj=obj, src=1, group=None)
+    assert c.collective_broadcast_object(obj=obj, src=0, group=None) == "x" * 1000
+
+
+def a_gather_with_gradients_is_another_call(c: Any) -> None:
+    """One rank that wants gradients back and one that does not is an error, not a hang in backward."""
+    with pytest.raises(CollectiveMismatchError, match="all_gather with gradients of"):
+        c.collective_all_gather(tensor=torch.ones(2), group=None, sync_grads=c.world.global_rank == 0)
+    sparse = torch.eye(2).to_sparse() if c.world.global_rank == 0 else torch.eye(2)
+    with pytest.raises(CollectiveMismatchError, match="float32 sparse_coo on cpu"):
+        c.collective_all_reduce(tensor=sparse, op="sum", group=None)
+
+
 def groups_hold_their_members_alone(c: Any) -> None:
     """A group has its own size and global source ranks; a rank outside it is told so instead of hanging."""
     rank = c.world.global_rank
@@ -325,6 +379,8 @@ CHECKS = [
     gradients_flow_back_to_every_input,
     broadcast_gives_the_source_ranks_tensor,
     objects_travel,
+    what_cannot_be_sent_is_told_on_all_ranks,
+    a_gather_with_gradients_is_another_call,
     groups_hold_their_members_alone,
     a_monitored_barrier_names_who_is_missing,
     the_process_group_is_torchs,

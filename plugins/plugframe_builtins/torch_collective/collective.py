@@ -17,11 +17,11 @@ from plugframe.base import Collective
 from plugframe.context import Context
 from plugframe.errors import CollectiveMismatchError, OrderError, PlugframeWarning, SettingError
 from plugframe.hooks import ReduceOp, hookimpl
-from plugframe_builtins.torch_collective import objects
-from plugframe_builtins.torch_collective.agreement import agree
+from plugframe_builtins.torch_collective.agreement import ROOM, agree
 from plugframe_builtins.torch_collective.compat import all_gather_single, reduce_scatter_single
 from plugframe_builtins.torch_collective.connection import backends, check_existing, connected, loopback_only
 from plugframe_builtins.torch_collective.forked import keep_groups_of_the_parent
+from plugframe_builtins.torch_collective.objects import Parcel
 from plugframe_builtins.torch_collective.reduction import Reduction
 
 DEFAULT_TIMEOUT_S = 1800.0
@@ -100,8 +100,14 @@ class TorchCollective(Collective):
     @hookimpl
     def collective_all_gather(self, tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
         peers = self._peers(group)
-        self._agree("all_gather", tensor, peers)
-        return _gather_with_grads(tensor, self, peers) if sync_grads else self._gather(tensor, peers)
+        if sync_grads:
+            self._agree("all_gather with gradients", tensor, peers)
+            return _gather_with_grads(tensor, self, peers)
+        rows = self._agree("all_gather", tensor, peers, carry=self._light(tensor))
+        if rows is not None:
+            everyone: Tensor = rows.view(tensor.dtype).view(peers.size(), *tensor.shape)
+            return everyone.to(tensor.device)
+        return self._gather(tensor, peers)
 
     def _gather(self, tensor: Tensor, peers: dist.ProcessGroup) -> Tensor:
         mine = self._wire(_flat(tensor))
@@ -114,8 +120,15 @@ class TorchCollective(Collective):
     @hookimpl
     def collective_all_reduce(self, tensor: Tensor, op: ReduceOp, group: Any) -> Tensor:
         peers = self._peers(group)
-        self._agree(f"all_reduce({op})", tensor, peers)
-        reduction = Reduction(op, tensor)
+        try:
+            reduction = Reduction(op, tensor)
+        except Exception:
+            self._agree(f"all_reduce({op})", tensor, peers)  # the others are not left waiting
+            raise
+        rows = self._agree(f"all_reduce({op})", tensor, peers, carry=self._light(reduction.send))
+        if rows is not None:
+            result = reduction.combine(rows)
+            return reduction.receive(result.to(tensor.device), shape=tensor.shape, size=peers.size())
         result = self._wire(reduction.send)
         if result.numel():
             dist.all_reduce(result, reduction.op, group=peers)
@@ -138,7 +151,10 @@ class TorchCollective(Collective):
     @hookimpl
     def collective_broadcast(self, tensor: Tensor, src: int, group: Any) -> Tensor:
         peers = self._peers(group, src)
-        self._agree(f"broadcast(src={src})", tensor, peers)
+        rows = self._agree(f"broadcast(src={src})", tensor, peers, carry=self._light(tensor))
+        if rows is not None:
+            row: Tensor = rows[dist.get_process_group_ranks(peers).index(src)].clone()
+            return row.view(tensor.dtype).view(tensor.shape).to(tensor.device)
         result = self._wire(_flat(tensor).clone())
         if result.numel():
             dist.broadcast(result.view(torch.uint8), src, group=peers)
@@ -147,21 +163,26 @@ class TorchCollective(Collective):
     @hookimpl
     def collective_all_gather_object(self, obj: Any, group: Any) -> list[Any]:
         peers = self._peers(group)
-        self._agree("all_gather_object", None, peers)
-        return objects.all_gather(obj, group=peers, device=self._reached())
+        parcel = Parcel(obj)
+        rows = self._agree("all_gather_object", None, peers, carry=parcel.carry)
+        return parcel.gathered(rows, group=peers, device=self._reached())
 
     @hookimpl
     def collective_broadcast_object(self, obj: Any, src: int, group: Any) -> Any:
         peers = self._peers(group, src)
-        self._agree(f"broadcast_object(src={src})", None, peers)
-        return objects.broadcast(obj, src, group=peers, device=self._reached())
+        here = dist.get_rank() == src
+        parcel = Parcel(obj, sends=here)
+        rows = self._agree(f"broadcast_object(src={src})", None, peers, carry=parcel.carry)
+        found = parcel.broadcast(rows, src, group=peers, device=self._reached())
+        return obj if here else found
 
     @hookimpl
     def collective_barrier(self, name: str, group: Any) -> None:
         peers = self._peers(group)
         try:
             self._agree("barrier", None, peers)
-            dist.barrier(group=peers)
+            if self._reached().type != "cpu":  # on the CPU that was one: nobody has an answer before all have come
+                dist.barrier(group=peers)
         except CollectiveMismatchError:
             raise
         except RuntimeError as error:
@@ -208,12 +229,20 @@ class TorchCollective(Collective):
             raise SettingError(f"src={src} is not in this group, which has the ranks {members} of the job.")
         return peers
 
-    def _agree(self, call: str, tensor: Tensor | None, peers: dist.ProcessGroup) -> None:
+    def _agree(self, call: str, tensor: Tensor | None, peers: dist.ProcessGroup, carry: Any = None) -> Any:
+        """Have the ranks compare their calls; return what each sent along, None if this rank sends nothing so."""
         group = self._words if self._words is not None and peers is dist.group.WORLD else peers
         # Where the group reaches CPU memory too, reading the answer does not wait for the accelerator's queue.
-        agree(call, tensor, group, self._reached())
+        rows = agree(call, tensor, group, self._reached(), carry=carry)
         if tensor is not None and tensor.layout is not torch.strided:
             raise SettingError(f"{call} takes dense tensors, got {tensor.layout}: use tensor.to_dense() first.")
+        return None if carry is None else rows
+
+    def _light(self, tensor: Tensor) -> Tensor | None:
+        """Return the bytes of a tensor that is small, and lies where the ranks compare their calls; None of others."""
+        if tensor.layout is not torch.strided or not 0 < tensor.nbytes <= ROOM:
+            return None
+        return _flat(tensor).view(torch.uint8) if tensor.device.type == self._reached().type else None
 
     def _wire(self, tensor: Tensor) -> Tensor:
         """Return `tensor` where this backend can read it."""

@@ -46,6 +46,15 @@ class Reduction:
             return torch.float32
         return tensor.dtype
 
+    def combine(self, rows: Tensor) -> Tensor:
+        """Reduce here what the ranks sent as bytes, of dtype uint8 and shape (ranks, n); alike on all of them."""
+        values = rows.view(self.send.dtype)
+        if self.op == dist.ReduceOp.SUM:
+            return values.sum(0, dtype=values.dtype)
+        if self.op == dist.ReduceOp.PRODUCT:
+            return values.prod(0, dtype=values.dtype)
+        return values.amax(0) if self.op == dist.ReduceOp.MAX else values.amin(0)
+
     def receive(self, reduced: Tensor, *, shape: torch.Size, size: int) -> Tensor:
         """Turn the flat `reduced`, from `size` ranks, into the result of that shape, in the input's dtype."""
         if self._mean:
