@@ -10,10 +10,10 @@ from typing import Any
 from plugframe.agreement import agree
 from plugframe.alarm import Alarm
 from plugframe.base.ring import Ring
+from plugframe.base.telling import tell
 from plugframe.context import Context
 from plugframe.errors import OrderError, PlugframeWarning
 from plugframe.hooks.markers import PROJECT
-from plugframe.logs import tell
 from plugframe.meetings import record
 from plugframe.pipeline import BoundHooks, Pipeline
 from plugframe.plan import Choice, Plan

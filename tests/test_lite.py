@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pickle
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Generator
@@ -117,6 +118,24 @@ def test_several_devices_in_plain_python_say_to_launch(monkeypatch: pytest.Monke
             call()
     assert lite.world_size == 2
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_a_forgotten_backward_is_told_once(called: bool) -> None:
+    """Gradients that came past ``lite.backward`` are a warning at the first step; those by way of it are none."""
+    with Lite(accelerator="cpu", devices=1) as lite:
+        model = torch.nn.Linear(2, 1)
+        model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        optimizer.step()  # without gradients there is nothing to say
+        model = torch.nn.Linear(2, 1)
+        model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                loss = model(torch.ones(1, 2)).sum()
+                lite.backward(loss) if called else loss.backward()
+                optimizer.step()
+    assert len([item for item in caught if "call lite.backward(loss)" in str(item.message)]) == (0 if called else 1)
 
 
 def test_construction_touches_nothing() -> None:

@@ -27,10 +27,12 @@ class Phase:
     Attributes:
         backward: whether gradients are being computed: a forward that runs then is one run again, by activation
             checkpointing, in the middle of a call that is over.
+        called: whether ``lite.backward`` was ever called.
         explain: makes of an error that came of another rank the one that says where all ranks are; None with one.
     """
 
     backward = False
+    called = False
     explain: Callable[[RuntimeError], Exception | None] | None = None
 
 

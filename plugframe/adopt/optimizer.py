@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.optim import Optimizer
 
 from plugframe.adopt.swap import KEY, State, adopt, release
 from plugframe.base.strategy import Strategy
+from plugframe.errors import PlugframeWarning
+
+if TYPE_CHECKING:
+    from plugframe.adopt.module import Phase
 
 Names = list[list[str]]
 
@@ -23,18 +28,20 @@ class OptimizerState(State):
         patched: the ``step`` a scheduler had put on the instance, None if there was none.
         inside: whether a step is running, so that a loss scaler that calls ``step`` gets the inner one.
         names: of its parameters by group, when it was set up; None if they were not known.
+        phase: asked once, after the first step, whether the gradients came by way of `Lite`; None where nobody asks.
         steps: how many it has made, those before the checkpoint it was resumed from included.
     """
 
     #: Those in use. The launcher's side of a rank asks when the rank has failed, and no object leads it here.
     alive: ClassVar[weakref.WeakSet[OptimizerState]] = weakref.WeakSet()
 
-    def __init__(self, optimizer: Optimizer, hooks: Any, names: Names | None) -> None:
+    def __init__(self, optimizer: Optimizer, hooks: Any, names: Names | None, phase: Phase | None) -> None:
         self.hooks = hooks
         self.names = names
         self.patched: Callable[..., Any] | None = optimizer.__dict__.pop("step", None)
         self.inside = False
         self.steps = 0
+        self.phase = phase
         self.alive.add(self)
 
     def plain_dict(self, obj: Any) -> dict[str, Any]:
@@ -42,9 +49,11 @@ class OptimizerState(State):
         return {key: value for key, value in obj.__dict__.items() if key not in (KEY, "step")}
 
 
-def adopt_optimizer(optimizer: Optimizer, *, hooks: Any, names: Names | None = None) -> None:
+def adopt_optimizer(
+    optimizer: Optimizer, *, hooks: Any, names: Names | None = None, phase: Phase | None = None
+) -> None:
     """Adopt `optimizer` in place."""
-    state = OptimizerState(optimizer, hooks, names)
+    state = OptimizerState(optimizer, hooks, names, phase)
     namespace: dict[str, Any] = {"step": _make_step(type(optimizer).step, state.patched)}
     if keeps_gradients(hooks):
         namespace["zero_grad"] = zeroing(type(optimizer).zero_grad)
@@ -114,6 +123,9 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
         finally:
             state.inside = False
         state.steps += 1
+        if state.phase is not None:
+            _check_gradients(self, state.phase)
+            state.phase = None
         if state.hooks.on_optimizer_step is not None:
             state.hooks.on_optimizer_step(optimizer=self)
         return result
@@ -124,6 +136,18 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
     if hasattr(patched, "_wrapped_by_lr_sched"):
         marked._wrapped_by_lr_sched = True
     return step
+
+
+def _check_gradients(optimizer: Optimizer, phase: Phase) -> None:
+    """Say it if there are gradients and ``lite.backward`` was never called, as in a script that is half converted."""
+    if phase.called or all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+        return
+    warnings.warn(
+        "An optimizer stepped on gradients of loss.backward(): call lite.backward(loss), which scales losses in "
+        "float16, weighs uneven batches, and which some strategies need.",
+        PlugframeWarning,
+        stacklevel=4,
+    )
 
 
 def _bound(

@@ -14,6 +14,7 @@ from plugframe.base.launcher import Launcher
 from plugframe.base.logger import Logger
 from plugframe.base.precision import Precision, cast_floating, default_dtype
 from plugframe.base.strategy import ForwardShim, Strategy
+from plugframe.base.telling import failing, size_text, tell
 from plugframe.base.tree import map_tensors
 
 __all__ = [
@@ -30,9 +31,12 @@ __all__ = [
     "cast_floating",
     "check_reduction",
     "default_dtype",
+    "failing",
     "fresh",
     "map_tensors",
     "parse_devices",
     "persistent_buffers",
+    "size_text",
     "sync_buffers",
+    "tell",
 ]

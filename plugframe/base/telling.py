@@ -1,4 +1,4 @@
-"""One line on the terminal, from one rank."""
+"""What is told on the terminal: one line, from one rank; and sizes for people."""
 
 from __future__ import annotations
 

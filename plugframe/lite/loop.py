@@ -35,7 +35,7 @@ class Loop(Core):
         weight = self.batch_weight
         if weight != 1.0:
             tensor = tensor * weight
-        self._phase.backward = True
+        self._phase.backward = self._phase.called = True
         try:
             self._hooks.strategy_backward(loss=tensor, module=model, args=args, kwargs=kwargs)
         finally:

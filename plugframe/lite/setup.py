@@ -181,7 +181,8 @@ class SetUp(Core):
             self._hooks.on_setup(module=module)
 
     def _adopt_optimizer(self, optimizer: Optimizer, names: Names | None) -> None:
-        adopt_optimizer(optimizer, hooks=self._hooks, names=names)
+        phase = self._phase if self._session.world.global_rank == 0 else None
+        adopt_optimizer(optimizer, hooks=self._hooks, names=names, phase=phase)
         self._session.on_close(_release, weakref.ref(optimizer), release_optimizer)
 
     def _agree(self, loaders: Iterable[DataLoader[Any]]) -> int:

@@ -11,10 +11,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from plugframe.base import Extension
+from plugframe.base import Extension, failing, tell
 from plugframe.context import Context
 from plugframe.hooks import hookimpl
-from plugframe.logs import failing, tell
 from plugframe_builtins.costs.memory import Memory
 
 _READING, _MOVING, _FORWARD = "reading batches", "moving batches", "forward"

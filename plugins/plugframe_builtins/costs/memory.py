@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from plugframe.logs import size_text
+from plugframe.base import size_text
 
 try:
     import resource

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from plugframe.logs import size_text
+from plugframe.base import size_text
 
 
 class Traffic:
