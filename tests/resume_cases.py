@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -316,11 +317,12 @@ def _start_launcher(settings: Settings, folder: Path, attempt: int, kill_at: int
     options = ["--accelerator=cpu", f"--devices={settings['ranks']}", f"--strategy={settings['strategy']}"]
     options += [f"--precision={settings['precision']}", f"--checkpoint={settings['checkpoint']}"]
     command = [sys.executable, "-m", "plugframe", "run", *options, str(Path(__file__)), str(job)]
-    temporary = folder / f"temporary-{attempt}"  # a launcher that is killed leaves its folder to the next one
-    temporary.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
-    # A file and not a pipe: ranks that were left behind would hold it open.
-    with open(folder / f"said-{attempt}", "w") as said:
+    # A launcher that is killed leaves its folder to the next one. A short path: sockets of loader workers are below it.
+    with (
+        tempfile.TemporaryDirectory(prefix="pf-", ignore_cleanup_errors=True) as temporary,
+        open(folder / f"said-{attempt}", "w") as said,  # not a pipe: ranks that were left behind would hold it open
+    ):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": temporary}
         done = subprocess.run(command, env=environment, stdout=said, stderr=said, timeout=180, check=False)
     assert done.returncode == -signal.SIGKILL, (folder / f"said-{attempt}").read_text()
     pids = [int(path.name.rpartition("-")[2]) for path in folder.glob(f"pid-{attempt}-*")]

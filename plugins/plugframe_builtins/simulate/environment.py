@@ -20,10 +20,17 @@ class Simulated(Environment):
     name = "simulate"
 
     def __init__(self, *, ranks: int | None = None) -> None:
-        if ranks is None or ranks < 1:
-            raise SettingError("environment='simulate' needs the number of ranks: type --simulate=64, say.")
-        self.ranks = ranks
+        if ranks is not None and ranks < 1:
+            raise SettingError(f"ranks={ranks} of environment 'simulate': it is a whole number from 1.")
+        self._ranks = ranks
         self._per_node = 1
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the job."""
+        if self._ranks is None:
+            raise SettingError("environment='simulate' needs the number of ranks: type --simulate=64, say.")
+        return self._ranks
 
     @hookimpl
     def environment_detect(self) -> bool:
