@@ -24,6 +24,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tutorial_says_what_happens(kind: str) -> None:
     """From the empty folder to the wheel: every command is run, the contract suite of the new package included."""

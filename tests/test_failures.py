@@ -8,14 +8,15 @@ import pytest
 
 import failure_cases
 
-#: Every cause once, by `plugframe run`; and in each other way to start, one that only the launcher sees, and a hang.
+#: Every cause once, by `plugframe run`; in each other way to start one that only the launcher sees; and a hang.
 #: All others are for ``benchmarks/failures.py``.
 CELLS = [
     (cause, rank, others, how)
     for cause, rank, others, how in failure_cases.cells()
     if (how == "plugframe run" and rank == (0 if cause == "background save" else 1) and others == "waiting")
     or (how == "plugframe run" and cause == "alone in a collective" and rank == 1)
-    or (how != "plugframe run" and cause in ("SIGKILL", "hang") and rank == 0 and others == "waiting")
+    or (how != "plugframe run" and cause == "SIGKILL" and rank == 0 and others == "waiting")
+    or (how == "launch(fn)" and cause == "hang" and rank == 0)
 ]
 
 
