@@ -42,7 +42,9 @@ def main() -> None:
         said = [job.communicate(timeout=900)[1].decode(errors="replace") for job in jobs]
         failed = [text for job, text in zip(jobs, said, strict=True) if job.returncode != 0]
         left = sorted(path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_"))
-    print(f"{number - len(failed)} of {number} jobs of two ranks ended well, all within {time.monotonic() - begun:.0f} s")
+    print(
+        f"{number - len(failed)} of {number} jobs of two ranks ended well, all within {time.monotonic() - begun:.0f} s"
+    )
     print(f"left in the temporary folder: {', '.join(left) or 'nothing'}")
     print("\n".join(failed), end="")
 

@@ -57,7 +57,7 @@ def _hook(kind: Kind, name: str) -> str:
     function = getattr(kind.spec, name)
     signature = str(inspect.signature(function)).replace("'", "").replace("(self, ", "(").replace("(self)", "()")
     going = deprecated_of(function)
-    note = f"\n\n**Going:** {going}" if going else ""
+    note = f"\n\n**Going:** {going}" if going.hook or going.arguments else ""
     return f"### `{name}`\n\n```python\n{name}{signature}\n```\n\n{_prose(function)}{note}"
 
 

@@ -27,7 +27,9 @@ OPTION_KINDS = (*NAMES, *MANY)
 CODE = "the code"
 #: Set for ranks by what launched them.
 LAUNCHED = "PLUGFRAME_LAUNCHED"
-OTHER_VARIABLES = (FROM_COMMAND_LINE, LAUNCHED, "PLUGFRAME_TRACE", CONFIG, DISABLE, ALLOW)
+#: Set for ranks that wait for one under a debugger: no timeout in the code shall end them.
+PATIENT = "PLUGFRAME_PATIENT"
+OTHER_VARIABLES = (FROM_COMMAND_LINE, LAUNCHED, PATIENT, "PLUGFRAME_TRACE", CONFIG, DISABLE, ALLOW)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ def gather(code: Mapping[str, Any], *, environ: Mapping[str, str] | None = None,
     """
     environ = os.environ if environ is None else environ
     given = {f: Setting(v, CODE) for f, v in code.items() if not _absent(v) or (v == [] and f not in LISTS)}
+    if environ.get(PATIENT):
+        given.pop("timeout_s", None)
     typed, options, notes = _from_environ(environ)
     # "auto" in the code is its default; typed, it is a choice that the file shall not undo.
     filed, written = _from_file(environ, folder or Path.cwd())

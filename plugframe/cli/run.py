@@ -98,6 +98,21 @@ def _dashed(name: str) -> str:
     help="How long ranks may go on after SIGTERM, to save; 30.",
 )
 @click.option("--max-restarts", metavar="N", type=click.IntRange(min=0), help="Start failed ranks again this often.")
+@click.option("--log-dir", metavar="DIR", help="Keep what each rank says: DIR/attempt-0/rank-0.stdout.log, …")
+@click.option(
+    "--tee",
+    metavar="0|1|2|3",
+    help="Show of each rank, line by line: 1 stdout, 2 stderr, 3 both; 0:3,1:2 for some ranks. With --log-dir 3.",
+)
+@click.option(
+    "--numa-binding",
+    metavar="MODE",
+    type=click.Choice(("node", "socket", "exclusive", "core-complex")),
+    help="Bind ranks to CPUs near their GPU: node, socket, exclusive or core-complex, as torchrun does.",
+)
+@click.option(
+    "--debug-rank", metavar="RANK", type=click.IntRange(min=0), help="Run one rank under pdb; the others wait for it."
+)
 @click.option(
     "--disable-plugin",
     "disabled",
@@ -119,6 +134,10 @@ def command(
     rdzv_endpoint: str | None,
     rdzv_timeout_s: float | None,
     grace_s: float | None,
+    log_dir: str | None,
+    tee: str | None,
+    numa_binding: str | None,
+    debug_rank: int | None,
     **settings: Any,
 ) -> None:
     """Run SCRIPT on every rank, with the plugins asked for by name.
@@ -160,6 +179,10 @@ def command(
         rdzv_timeout_s=rdzv_timeout_s,
         min_nodes=min_nodes,
         grace_s=grace_s,
+        log_dir=log_dir,
+        tee=tee,
+        numa_binding=numa_binding,
+        debug_rank=debug_rank,
     )
     if min_nodes is not None:
         variables = {**variables, variable("num_nodes"): "auto"}  # the ranks are told by how many came

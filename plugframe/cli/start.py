@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+from plugframe.cli import attending
 from plugframe.errors import PlugframeWarning, SettingError
 from plugframe.hooks.launcher import Job
 from plugframe.plan import Choice, Plan
@@ -32,6 +33,10 @@ class Nodes:
     rdzv_timeout_s: float | None = None
     min_nodes: int | None = None
     grace_s: float | None = None
+    log_dir: str | None = None
+    tee: str | None = None
+    numa_binding: str | None = None
+    debug_rank: int | None = None
 
     def typed(self) -> list[str]:
         """Return the names of the options that were typed."""
@@ -69,6 +74,9 @@ class Start:
             if job.min_nodes is not None:
                 node = f" on {job.min_nodes} to {job.num_nodes} nodes that meet at {job.main_address}:{job.main_port}"
             restarts = f", up to {job.max_restarts} restarts" if job.max_restarts else ""
+            restarts += f", output kept in {job.log_dir}" if job.log_dir is not None else ""
+            restarts += f", bound to the CPUs by {job.numa_binding}" if job.numa_binding is not None else ""
+            restarts += f", rank {job.debug_rank} under pdb" if job.debug_rank is not None else ""
             what = (
                 f"{ranks} of {shlex.join(['python', *self.command])} by launcher {self.launcher.origin}"
                 f"{node if job.main_address else ''}{restarts}"
@@ -111,7 +119,8 @@ def decide(
         _check_single(nodes)
     asked_for = (
         nodes.max_restarts
-        or nodes.grace_s is not None
+        or any(value is not None for value in (nodes.grace_s, nodes.log_dir, nodes.tee, nodes.numa_binding))
+        or nodes.debug_rank is not None
         or request.get("launcher") is not None
         or _launcher_options(request)
     )
@@ -130,6 +139,8 @@ def decide(
         main_address, main_port = _endpoint(nodes)
     elif several:
         node_rank, main_address, main_port = _meeting(plan.num_nodes, nodes)
+    if nodes.debug_rank is not None:
+        variables = attending.patient(variables, request)
     job = Job(
         num_processes=len(plan.devices),
         num_nodes=plan.num_nodes,
@@ -137,12 +148,13 @@ def decide(
         node_rank=node_rank,
         main_address=main_address,
         main_port=main_port,
-        max_restarts=nodes.max_restarts or 0,
         environ=variables,
         command=tuple(command),
         grace_s=Job.grace_s if nodes.grace_s is None else nodes.grace_s,
         timeout_s=Job.timeout_s if nodes.rdzv_timeout_s is None else nodes.rdzv_timeout_s,
+        **attending.fields(plan, nodes),
     )
+    attending.check(job)
     return Start(command=command, variables=variables, launcher=launcher, job=job)
 
 

@@ -30,6 +30,14 @@ class Job:
         args: its positional arguments.
         timeout_s: how long to wait for the other nodes.
         grace_s: how long ranks may go on after a signal to the launcher (but Ctrl-C), to save and leave.
+        log_dir: a folder for files that keep what each rank says; None if they are not wanted.
+        tee: which of a rank's streams, ``"stdout"`` and ``"stderr"``, the terminal shows with the rank before each
+            line: of all ranks alike, or by global rank. None: both where there is a `log_dir`, else neither. What is
+            not shown so goes to the files alone, and without a `log_dir` to the terminal as it is.
+        numa_binding: how to bind ranks to the CPUs near their devices, in torchrun's words: ``"node"``.
+        debug_rank: global rank of a script that runs under a debugger and gets the terminal; None for none.
+
+    A launcher that cannot do what one of the last four asks for raises an `UnsupportedError`.
     """
 
     num_processes: int
@@ -46,6 +54,10 @@ class Job:
     args: tuple[Any, ...] = ()
     timeout_s: float = 300.0
     grace_s: float = 30.0
+    log_dir: str | None = None
+    tee: Mapping[int, Sequence[str]] | Sequence[str] | None = None
+    numa_binding: str | None = None
+    debug_rank: int | None = None
 
 
 class LauncherSpec(Protocol):

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import pickle
+import signal
 import socket
 import sys
 import time
@@ -20,7 +21,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from plugframe.errors import OrderError, RankFailedError, UsageError
+from plugframe.errors import OrderError, PlugframeError, RankFailedError, UnsupportedError, UsageError
 from plugframe.hooks.launcher import Job
 from plugframe.launch import rank as rank_script
 from plugframe.launch.elastic import Elastic
@@ -29,6 +30,7 @@ from plugframe.launch.folder import temporary_folder
 from plugframe.launch.function import UNGUARDED, run_function
 from plugframe.launch.memory import out_of_memory_kills
 from plugframe.launch.nodes import ElsewhereError, Nodes
+from plugframe.launch.output import PREFIX, Output
 from plugframe.launch.rendezvous import Loopback
 from plugframe.launch.report import Ending, Report, culprit_of, mark, report, summary
 from plugframe.launch.signals import WARNING, Signals
@@ -43,11 +45,14 @@ _VANISHED_BEATS, _VANISHED_LOOKS = 10, 3
 def supervise(job: Job, *, start_method: str | None = None) -> Any:
     """See `plugframe.launch.supervise`."""
     _check(job, start_method)
+    output, numa = _asked(job)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_for_debugging(job))
+        stack.enter_context(output.flowing())
         root = stack.enter_context(temporary_folder())
         stack.enter_context(_environment(job, {rank_script.ERROR_FILE: os.path.join(root, "start.json")}))
         stack.enter_context(_silence())
-        result, error = _Supervision(job, start_method, root).run()
+        result, error = _Supervision(job, start_method, root, output, numa).run()
     if error is not None:
         raise error  # here, where no frame keeps the store, and its port, alive
     return result
@@ -70,13 +75,39 @@ def _check(job: Job, start_method: str | None) -> None:
         raise UsageError(f"node_rank={job.node_rank}: node ranks go from 0 to {job.num_nodes - 1} here.")
 
 
+def _asked(job: Job) -> tuple[Output, Any]:
+    """Return what becomes of the ranks' output and torch's options for NUMA; refuse what cannot be had."""
+    output, numa = Output.of(job), None
+    if job.function is not None and sys.platform != "linux" and (job.log_dir is not None or job.tee):
+        raise UnsupportedError("--log-dir and --tee are for scripts here: torch redirects functions on Linux alone.")
+    if job.numa_binding is not None:
+        from plugframe.launch.numa import numa_options
+
+        numa = numa_options(job.numa_binding, job.num_processes)
+    output.check()
+    return output, numa
+
+
+def _for_debugging(job: Job) -> contextlib.AbstractContextManager[None]:
+    """Return what the terminal needs while a rank is debugged."""
+    if job.debug_rank is None:
+        return contextlib.nullcontext()
+    from plugframe.launch import debug
+
+    debug.check_rank(job)
+    return debug.terminal(job)
+
+
 class _Supervision:
     """One run of a job's ranks on this node, restarts included."""
 
-    def __init__(self, job: Job, start_method: str | None, root: str) -> None:
+    def __init__(self, job: Job, start_method: str | None, root: str, output: Output, numa: Any) -> None:
         self.job = job
-        self.files = RankFiles(root, self._on_attempt)
-        self.signals = Signals(on_second=lambda: self.watch.kill_all(), on_warning=self._warn_ranks)
+        self.files = RankFiles(root, self._on_attempt, output)
+        self.signals = Signals(
+            on_second=lambda: self.watch.kill_all(), on_warning=self._warn_ranks, on_interrupt=self._interrupt_debugger
+        )
+        self._numa = numa
         self.handler = self._rendezvous()
         self.agent = self._agent(start_method)
         self.watch = Watch(
@@ -120,6 +151,12 @@ class _Supervision:
         except _VanishedError as error:
             self.watch.kill_all()
             return None, RankFailedError(str(error), exit_code=1)
+        except (AssertionError, OSError, RuntimeError, ValueError) as error:
+            if self._numa is None or self._last_ranks or isinstance(error, PlugframeError):
+                raise
+            from plugframe.launch.numa import refused
+
+            return None, refused(str(self.job.numa_binding), error)
         finally:
             self.watch.end()
             self.handler.shutdown()
@@ -165,8 +202,9 @@ class _Supervision:
             rdzv_handler=self.handler,
             max_restarts=job.max_restarts,
             monitor_interval=_MONITOR_S,
+            **({} if self._numa is None else {"numa_options": self._numa}),
         )
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"log_line_prefix_template": PREFIX}
         if "shutdown_timeout" in inspect.signature(LocalElasticAgent).parameters:  # not in every torch
             options["shutdown_timeout"] = math.ceil(job.grace_s)
         return LocalElasticAgent(spec, self.files, start_method=start_method or "", **options)
@@ -184,6 +222,14 @@ class _Supervision:
         for rank in self._ranks():
             if is_child(rank.pid):
                 os.kill(rank.pid, WARNING)
+
+    def _interrupt_debugger(self) -> bool:
+        """Pass Ctrl-C on to the rank under the debugger, which it stops; say whether there is one here."""
+        for rank in self._ranks():
+            if rank.global_rank == self.job.debug_rank and is_child(rank.pid):
+                os.kill(rank.pid, signal.SIGINT)
+                return True
+        return False
 
     def _on_beat(self) -> None:
         self.watch.beat()
@@ -263,12 +309,18 @@ class _Supervision:
         self.watch.kill_all()
         if read_words(self.files.start_file) is not None:
             return None, OrderError(UNGUARDED)
+        debugged = result.failures.get(-1 if self.job.debug_rank is None else self.job.debug_rank)
+        if debugged is not None and debugged.exitcode == rank_script.INTERRUPTED:
+            text = f"rank {self.job.debug_rank} has left the debugger: every rank has been ended."
+            found = Report(text=text, exit_code=rank_script.INTERRUPTED, certain=True, time=time.time())
+            return None, self._told(found)
         oom = out_of_memory_kills() > self._oom_kills
         return None, self._told(report(self._endings(result), host=socket.gethostname(), out_of_memory=oom))
 
     def _told(self, here: Report) -> RankFailedError:
         """Return the error for a failure here, or on another node if that one was the cause."""
-        mine = {"text": here.text, "exit_code": here.exit_code, "certain": here.certain, "time": here.time}
+        kept = "" if self.files.kept is None else f"\nwhat the ranks said: {self.files.kept}"
+        mine = {"text": here.text + kept, "exit_code": here.exit_code, "certain": here.certain, "time": here.time}
         told = self.handler.tell_failure(mine)
         cause = min(told, key=lambda other: (not other["certain"], other["time"]))
         text = cause["text"] if cause == mine else f"{cause['text']}\nnode {self.job.node_rank}: ended by the launcher"
@@ -318,7 +370,8 @@ def _num_cores() -> int:
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """Keep torch's own account of a failure from the terminal: ours says it once."""
-    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing")]
+    names = ("torch.distributed.elastic", "torch.multiprocessing", "torch.numa")
+    loggers = [logging.getLogger(name) for name in names]
     before = [logger.propagate for logger in loggers]
     handler = logging.NullHandler()
     for logger in loggers:
@@ -328,6 +381,8 @@ def _silence() -> Iterator[None]:
         with warnings.catch_warnings():
             # Python's, when it forks beside the store's thread, which the ranks have no use for.
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+            # Torch leaves it to the collector to close the files of a rank that has ended.
+            warnings.filterwarnings("ignore", message=r"unclosed file .*\.log'", category=ResourceWarning)
             yield
     finally:
         for logger, propagate in zip(loggers, before, strict=True):

@@ -1,31 +1,39 @@
-"""The files through which a rank tells its launcher how it fared."""
+"""The files of a rank: those through which it tells its launcher how it fared, and those that keep its output."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 from plugframe.launch.function import DONE_FILE
-from plugframe.launch.rank import CRASH_FILE, ERROR_FILE
+from plugframe.launch.output import STREAMS, Output
+from plugframe.launch.rank import CRASH_FILE, DEBUG, ERROR_FILE
 from plugframe.launch.signals import TORCH_SIGNALS
 
 
 class RankFiles(LogsSpecs):
     """One folder for each attempt and local rank, below a folder that the launcher removes at the end.
 
-    Torch asks it for files whenever it starts the ranks: output goes to the terminal, as it is.
+    Torch asks it for files whenever it starts the ranks: output goes to the terminal, as it is, unless asked otherwise.
     """
 
-    def __init__(self, root: str, on_attempt: Callable[[int], None]) -> None:
+    def __init__(self, root: str, on_attempt: Callable[[int], None], output: Output) -> None:
         super().__init__(root)
         self.root = Path(root)
         self.attempt = -1
         self._on_attempt = on_attempt
+        self._output = output
+        self._kept = -1
+
+    @property
+    def kept(self) -> Path | None:
+        """The folder with the output of the current attempt; None if it is not kept."""
+        return self._output.attempt_folder(self._kept) if self._output.folder is not None and self._kept >= 0 else None
 
     @property
     def root_log_dir(self) -> str:
@@ -41,6 +49,8 @@ class RankFiles(LogsSpecs):
         if self.attempt >= 0:
             self._on_attempt(self.attempt + 1)
         self.attempt += 1
+        ranks = {local_rank: int(environ["RANK"]) for local_rank, environ in envs.items()}
+        self._kept = self._output.begin(self._kept + 1, list(ranks.values()))
         error_files = {}
         for local_rank, environ in envs.items():
             folder = self._folder(local_rank)
@@ -49,8 +59,20 @@ class RankFiles(LogsSpecs):
             environ[ERROR_FILE] = error_files[local_rank]
             environ["TORCHELASTIC_RESTART_COUNT"] = str(self.attempt)
             environ[TORCH_SIGNALS] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"  # torch's default, for a launcher inside a rank
-        quiet = dict.fromkeys(envs, "")
-        return LogsDest(stdouts=quiet, stderrs=dict(quiet), error_files=error_files)
+            if self._output.at_terminal is not None:
+                environ[DEBUG] = str(int(ranks[local_rank] == self._output.at_terminal))
+        (stdouts, shown_stdouts), (stderrs, shown_stderrs) = (self._streams(ranks, stream) for stream in STREAMS)
+        return LogsDest(stdouts, stderrs, shown_stdouts, shown_stderrs, error_files)
+
+    def _streams(self, ranks: Mapping[int, int], stream: str) -> tuple[dict[int, str], dict[int, str]]:
+        """Return where a stream of each local rank goes, and of those files the ones that the terminal shows."""
+        files, shown = {}, {}
+        for local_rank, rank in ranks.items():
+            folder = self._folder(local_rank)
+            files[local_rank] = self._output.file(rank, stream, attempt=self._kept, otherwise=folder)
+            if self._output.shows(rank, stream):
+                shown[local_rank] = files[local_rank]
+        return files, shown
 
     def error_file(self, local_rank: int) -> Path:
         """Return where a rank of the current attempt leaves its last words."""

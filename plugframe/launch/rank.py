@@ -26,6 +26,8 @@ from typing import NoReturn
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 #: Name of a file beside the error file: the stack of a rank that crashed.
 CRASH_FILE = "crash.txt"
+#: Set where one rank is debugged: 1 for that one, 0 for the others.
+DEBUG = "PLUGFRAME_LAUNCH_DEBUG"
 #: Exit code of a rank that ended on Ctrl-C (128 + SIGINT).
 INTERRUPTED = 130
 
@@ -39,10 +41,16 @@ def main() -> None:
         del sys.path[0]  # only now: what is imported above is the standard library's, whatever lies elsewhere
     parent, *command = sys.argv[1:]
     prepare(int(parent))
+    debugged = _debugged()
     try:
         code, module = _load(command)
         sys.modules["__main__"] = module
-        exec(code, module.__dict__)
+        if debugged:
+            from plugframe.launch.debug import run
+
+            run(code, module)
+        else:
+            exec(code, module.__dict__)
     except SystemExit as leave:
         if exit_code(leave) != 0:
             record(leave)
@@ -54,6 +62,17 @@ def main() -> None:
         if not record(error):
             sys.__excepthook__(type(error), error, strip(error.__traceback__))
         sys.exit(1)
+
+
+def _debugged() -> bool:
+    """Say whether this rank runs under a debugger; take what belongs to the one that does from the others."""
+    word = os.environ.pop(DEBUG, "")
+    if word == "0":
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+        sys.breakpointhook = lambda *args, **kwargs: None
+    return word == "1"
 
 
 def leave_interrupted() -> NoReturn:

@@ -23,16 +23,28 @@ class Signals:
 
     Signals that are ignored stay so (``nohup``). Outside the main thread it does nothing.
 
+    Args:
+        on_second: called for every signal after the first.
+        on_warning: called for `WARNING`.
+        on_interrupt: called for Ctrl-C, and says whether somebody else has taken it.
+
     Attributes:
         received: the first signal that came, None before.
         warned: whether a warning came and was passed on.
     """
 
-    def __init__(self, on_second: Callable[[], None], on_warning: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        *,
+        on_second: Callable[[], None],
+        on_warning: Callable[[], None],
+        on_interrupt: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.received: signal.Signals | None = None
         self.warned = False
         self._on_warning = on_warning
         self._on_second = on_second
+        self._on_interrupt = on_interrupt
         self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
         self._variable = os.environ.get(TORCH_SIGNALS)
@@ -60,6 +72,8 @@ class Signals:
         elif number == WARNING:
             self.warned = True
             self._on_warning()
+        elif number == signal.SIGINT and self._on_interrupt():
+            return
         elif self.received is None:
             self.received = signal.Signals(number)
             raise SignalException(f"received {self.received.name}", self.received)

@@ -112,19 +112,28 @@ def check_sendable(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
 
 
 def check_forkable() -> None:
-    """Refuse to fork once a device is in use: the copies could not use it.
+    """Refuse to fork where the copies could not use what this process has: a process group, or a device.
 
     Raises:
-        UnsupportedError: naming the device.
+        UnsupportedError: naming it, and of a device the lines that may have used it first.
     """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise UnsupportedError(
+            "launcher='fork' cannot start ranks from a process that has a process group: tear down the Lite, or "
+            "destroy the group, that it belongs to, or use launcher='spawn'."
+        )
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         return
     is_initialized = getattr(torch.get_device_module(accelerator), "is_initialized", None)
     if is_initialized is not None and is_initialized():
+        from plugframe_builtins.elastic.first_use import first_uses
+
+        found = first_uses(accelerator.type)
+        where = f", by the look of the code in {', or in '.join(found)}" if found else ""
         raise UnsupportedError(
-            f"launcher='fork' cannot start ranks after this process has used a {accelerator.type} device: restart "
-            "it and use the device only in the launched function, or use launcher='spawn'."
+            f"launcher='fork' cannot start ranks after this process has used a {accelerator.type} device{where}: "
+            "restart it and use the device only in the launched function, or use launcher='spawn'."
         )
 
 

@@ -220,6 +220,11 @@ class TorchCollective(Collective):
     def _peers(self, group: Any, src: int | None = None) -> dist.ProcessGroup:
         """Return the process group behind `group`, of which this rank and `src` must be members."""
         peers = dist.group.WORLD if group is None else group
+        if peers is None and self._types:
+            raise OrderError(
+                "The process group of this job is gone: another Lite, or the script, made it and has destroyed it "
+                "before this Lite was torn down. Tear down the one that made it last."
+            )
         if peers is None:
             raise OrderError("The torch collective is not set up: call lite.launch() first.")
         if dist.get_rank(peers) < 0:

@@ -11,11 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[1]))
 
 from hosts import Hosts, hosts, why_not
 
@@ -118,7 +116,7 @@ class Slurm:
         words += ["env", f"SLURM_CONF={self._folder}/slurm.conf", *command]
         return self._hosts.start(host, words, cwd=cwd, log=log)
 
-    def _wait(self, condition: object, *, timeout_s: float = 60.0) -> None:
+    def _wait(self, condition: Callable[[], object], *, timeout_s: float = 60.0) -> None:
         until = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > until:

@@ -1,0 +1,249 @@
+"""What ranks say: kept in files, shown line by line, or left alone; and ranks bound to CPUs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from plugframe.cli import cli
+from plugframe.errors import RankFailedError, UnsupportedError, UsageError
+from plugframe.hooks.launcher import Job
+from plugframe.launch import supervise
+from plugframe.launch.output import Output, parse_tee
+from plugframe_builtins.elastic.launcher import Elastic
+
+SPEAKING = """
+import os, sys
+rank = os.environ["RANK"]
+print("out of", rank)
+print("err of", rank, file=sys.stderr)
+"""
+
+Write = Callable[[str], str]
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Write a script to a folder of its own, which becomes the working directory, and return its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(body: str) -> str:
+        Path("train.py").write_text(textwrap.dedent(body))
+        return "train.py"
+
+    return write
+
+
+def kept(folder: str = "logs") -> dict[str, str]:
+    """Return the content of every file below a folder, by its path there."""
+    return {str(path.relative_to(folder)): path.read_text() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def said_by(ranks: Sequence[int], attempt: int) -> dict[str, str]:
+    """Return the files of ranks that ran `SPEAKING`."""
+    return {
+        f"attempt-{attempt}/rank-{rank}.std{stream}.log": f"{stream} of {rank}\n"
+        for rank in ranks
+        for stream in ("out", "err")
+    }
+
+
+# ---------------------------------------------------------------------- the files
+
+
+def test_output_is_kept_by_attempt_and_rank(script: Write, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each attempt has a folder, each rank two files; the terminal shows the same with the rank before each line."""
+    path = script(f"{SPEAKING}\nif os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and rank == '1': os._exit(3)")
+    supervise(Job(num_processes=2, command=(path,), max_restarts=1, log_dir="new/logs"))
+    # A rank that leaves at once says only what was not kept back; the other one may have been ended before its first.
+    again = {name: text for name, text in kept("new/logs").items() if name.startswith("attempt-1")}
+    assert again == said_by((0, 1), 1)
+    assert {name for name in kept("new/logs") if name.startswith("attempt-0")} == set(said_by((0, 1), 0))
+    out, err = capfd.readouterr()
+    assert {"[rank 0] out of 0", "[rank 1] out of 1"} <= set(out.splitlines())
+    assert {"[rank 0] err of 0", "[rank 1] err of 1"} <= set(err.splitlines())
+    assert all(line.startswith("[rank ") for line in out.splitlines())
+
+
+def test_nothing_is_written_over_and_a_failure_names_the_folder(
+    script: Write, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A job over the folder of another one goes on counting; its report says where the output is."""
+    path = script(SPEAKING)
+    supervise(Job(num_processes=1, command=(path,), log_dir="logs", tee=()))
+    assert capfd.readouterr() == ("", "")
+    path = script(f"{SPEAKING}\nraise ValueError('no such colour')")
+    with pytest.raises(RankFailedError) as caught:
+        supervise(Job(num_processes=1, command=(path,), log_dir="logs", tee=()))
+    assert kept() == {**said_by((0,), 0), **said_by((0,), 1)}
+    assert caught.value.report.splitlines()[-1] == f"what the ranks said: {Path('logs').absolute() / 'attempt-1'}"
+    # Of another node's ranks, which share the folder, a number is not taken.
+    assert Output.of(Job(num_processes=1, log_dir="logs")).begin(1, [2, 3]) == 1
+
+
+def test_a_function_is_heard_too(script: Write, capfd: pytest.CaptureFixture[str]) -> None:
+    """Forked ranks write to their files, and rank 0's result comes back."""
+    script("")
+
+    def speak() -> int:
+        print("out of", os.environ["RANK"], flush=True)
+        print("err of", os.environ["RANK"], file=sys.stderr, flush=True)
+        return 7
+
+    job = Job(num_processes=2, function=speak, log_dir="logs", tee={1: ("stderr",)})
+    assert Elastic(start_method="fork").launcher_launch(job) == 7
+    assert kept() == said_by((0, 1), 0)
+    assert capfd.readouterr() == ("", "[rank 1] err of 1\n")
+
+
+def test_without_a_folder_nothing_is_left(script: Write, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is shown line by line goes by way of temporary files; the rest is the terminal's as it is."""
+    path = script(SPEAKING)
+    supervise(Job(num_processes=2, command=(path,), tee={1: ("stdout",)}))
+    out, err = capfd.readouterr()
+    assert sorted(out.splitlines()) == ["[rank 1] out of 1", "out of 0"]
+    assert sorted(err.splitlines()) == ["err of 0", "err of 1"]
+    assert os.listdir() == ["train.py"]
+
+
+# ---------------------------------------------------------------------- what is typed
+
+
+@pytest.mark.parametrize(
+    ("text", "means"),
+    [
+        ("0", ()),
+        ("1", ("stdout",)),
+        ("out", ("stdout",)),
+        ("err", ("stderr",)),
+        ("3", ("stdout", "stderr")),
+        ("all", ("stdout", "stderr")),
+        ("0:3,12:err", {0: ("stdout", "stderr"), 12: ("stderr",)}),
+    ],
+)
+def test_streams_are_numbers_or_words(text: str, means: Mapping[int, Sequence[str]] | Sequence[str]) -> None:
+    """torchrun's numbers, words for them, and either of some ranks."""
+    assert parse_tee(text, 13) == means
+
+
+def test_what_goes_where() -> None:
+    """All to files and to the terminal by default; a rank under a debugger keeps the terminal to itself."""
+    plain = Output.of(Job(num_processes=2))
+    assert plain.file(0, "stdout", attempt=0, otherwise=Path("tmp")) == ""
+    assert not plain.shows(0, "stdout")
+    keeping = Output.of(Job(num_processes=2, log_dir="/logs", debug_rank=1))
+    assert keeping.file(0, "stderr", attempt=4, otherwise=Path("tmp")) == "/logs/attempt-4/rank-0.stderr.log"
+    assert keeping.shows(0, "stderr")
+    assert keeping.file(1, "stderr", attempt=4, otherwise=Path("tmp")) == ""
+    assert not keeping.shows(1, "stderr")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--log-dir=train.py"], "train.py is a file: name a folder"),
+        (["--log-dir=train.py/a/b"], r"a/b cannot be made: .*train.py is a file: name a folder"),
+        (["--log-dir=/proc/nothing"], "/proc/nothing cannot be written to .*: name another folder"),
+        (["--log-dir", ""], "--log-dir needs a value"),
+        (["--tee=4"], "--tee=4: type 1 or out, 2 or err, 3 or all, 0 for neither"),
+        (["--tee=0:3,0:1"], "--tee=0:3,0:1: type 1 or out, .* each of them once"),
+        (["--tee=0:3,2:1"], "--tee=0:3,2:1: there is no rank 2, ranks go from 0 to 1 here"),
+        (["--numa-binding=near"], "'near' is not one of 'node', 'socket', 'exclusive', 'core-complex'"),
+    ],
+)
+def test_a_wrong_word_is_one_line_and_starts_nothing(script: Write, words: list[str], said: str) -> None:
+    """What was asked, what was found, what to type; no rank has run."""
+    path = script("open('ran', 'w')")
+    result = CliRunner().invoke(cli, ["run", "--devices=2", "--accelerator=cpu", *words, path])
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    with pytest.raises(AssertionError, match=said):
+        raise AssertionError(result.stderr)
+    assert os.listdir() == ["train.py"]
+
+
+def test_what_was_typed_reaches_the_launcher(script: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for one rank, which then needs a launcher; a dry run tells it and makes no folder."""
+    path, jobs = script(""), list[Job]()
+    monkeypatch.setattr(Elastic, "launcher_launch", lambda self, job: jobs.append(job))
+    words = ["run", "--devices=1", "--accelerator=cpu", path, "--log-dir=logs", "--tee=0:out", "--numa-binding=node"]
+    assert CliRunner().invoke(cli, words).exit_code == 0
+    (job,) = jobs
+    assert (job.log_dir, job.tee, job.numa_binding, job.debug_rank) == ("logs", {0: ("stdout",)}, "node", None)
+    shown = CliRunner().invoke(cli, [*words, "--dry-run"]).stdout
+    assert "output kept in logs, bound to the CPUs by node" in shown
+    assert os.listdir() == ["train.py"]
+    monkeypatch.setattr(Elastic, "launcher_launch", lambda self, job: None)
+    told = CliRunner().invoke(cli, ["run", "--devices=1", "--accelerator=cpu", path, "--tee=0"]).stderr
+    assert told == ("plugframe: warning: --tee=0 has no effect: without --log-dir all output goes to the terminal.\n")
+
+
+# ---------------------------------------------------------------------- NUMA
+
+
+def bind(**settings: Any) -> None:
+    supervise(Job(num_processes=2, command=("train.py",), numa_binding="node", **settings))
+
+
+def test_a_binding_that_cannot_be_is_one_line(script: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU, no numactl, no NUMA information, an unknown word, and what torch itself cannot do."""
+    script("open('ran', 'w')")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    with pytest.raises(UnsupportedError, match="each of the 2 ranks near the GPU .* and this machine has 1: leave"):
+        bind()
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UnsupportedError, match="--numa-binding=node needs the program numactl: install it"):
+        bind()
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    with monkeypatch.context() as patch:
+        patch.setattr("plugframe.launch.numa._NODES", "/nowhere")
+        with pytest.raises(UnsupportedError, match="this machine tells nothing of its NUMA nodes .no /nowhere."):
+            bind()
+    with pytest.raises(UsageError, match="--numa-binding=near: type one of node, socket, exclusive, core-complex"):
+        supervise(Job(num_processes=2, command=("train.py",), numa_binding="near"))
+
+    def unknown(index: int) -> Any:
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", unknown)
+    with pytest.raises(UnsupportedError, match="torch could not bind the ranks .RuntimeError: no such device."):
+        bind()
+    assert os.listdir() == ["train.py"]
+
+
+def test_ranks_are_bound_by_numactl(script: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each rank of a script runs under numactl, with the CPUs that torch names for it."""
+    path = script("import os; open(os.environ['RANK'], 'w').write(os.environ['BOUND'])")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "numactl").write_text('#!/bin/sh\nexport BOUND="$1"\nshift\nexec "$@"\n')
+    (programs / "numactl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    # What a machine without GPUs lacks, and no more: the node of each of them.
+    monkeypatch.setattr("torch.numa.binding._get_numa_node_index_for_gpu_index", lambda gpu_index: 0)
+    supervise(Job(num_processes=2, command=(path,), numa_binding="node"))
+    assert Path("0").read_text() == Path("1").read_text()
+    assert Path("0").read_text().startswith("--physcpubind=")
+
+
+def test_ranks_are_bound_near_their_own_devices(script: Write) -> None:
+    """torch goes by local rank: other devices than the first ones are refused, in one line."""
+    from plugframe.cli.attending import fields
+    from plugframe.cli.start import Nodes
+    from plugframe.plan import Plan
+
+    plan = Plan(choices={}, devices=(2, 3), devices_reason="asked for", num_nodes=1, launched=False)
+    with pytest.raises(UnsupportedError, match="the devices asked for are 2, 3: hide the others"):
+        fields(plan, Nodes(numa_binding="node"))
