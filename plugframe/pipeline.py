@@ -27,6 +27,19 @@ class BoundHooks:
         raise AttributeError(f"There is no hook {name!r}; `plugframe.hooks` lists them.")
 
 
+def check_hooks(choice: Choice, plugin: Any) -> list[str]:
+    """Check the hooks of one plugin by itself; return what of them is deprecated.
+
+    Raises:
+        PluginContractError: as when it is used.
+    """
+    pipeline = Pipeline()
+    pipeline.add(choice, plugin)
+    if not KINDS[choice.kind].many:
+        pipeline.bind()  # a wrapper of a hook needs somebody who provides it
+    return pipeline.deprecations
+
+
 class Pipeline:
     """Holds the selected plugins and their hooks.
 
@@ -62,7 +75,7 @@ class Pipeline:
         try:
             self._manager.register(plugin, name=label)
         except pluggy.PluginValidationError as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()).rstrip(".") + "."
             raise PluginContractError(f"{origin} breaks the plugin contract: {reason}{_mend(choice)}") from error
         except ValueError as error:
             # pluggy compares plugins with ==, and two equal dataclass objects would be one to it.

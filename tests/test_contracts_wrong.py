@@ -54,6 +54,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("strategy", "Remembers", strategy_ranks.APART, "on_ranks[jobs_are_apart-2]"),
     ("strategy", "Loses", strategy_ranks.LOCAL, "on_ranks[a_local_backward_needs_no_other_rank-2]"),
     ("strategy", "Talks", strategy.DESCRIBED, "it_can_be_described_before_it_is_set_up"),
+    ("strategy", "Curt", strategy.BACKWARD, "backward_takes_what_its_caller_gives"),
     ("strategy", "Ignores", base.LAW_10, "an_unknown_option_is_refused"),
     ("collective", "Drops", collective_ranks.LAW_5, "on_ranks[gathering_stacks-1]"),
     ("collective", "Writes", collective_ranks.INPUTS, "on_ranks[shapes_are_kept-1]"),

@@ -51,6 +51,8 @@ def test_broken_packages_are_named_with_what_to_do(packages: Use) -> None:
     assert "ImportError: libacme" in lines["FAIL  strategy broken-import"]
     assert "(plugframe-broken 0.3.0): its " in lines["FAIL  strategy broken-import"]
     assert "Mend or uninstall plugframe-broken" in lines["FAIL  strategy broken-exit"]
+    assert "overrides strategy_next_batch without a mark" in lines["FAIL  strategy broken-hook"]
+    assert "which is no hook" in lines["FAIL  strategy broken-extra"]
     assert "pip install --upgrade plugframe" in lines["FAIL  strategy broken-api"]
     assert "pip install 'plugframe-broken[sdk]'" in lines["-     strategy broken-needs"]
     assert "  ok    strategy ddp: loads" in result.stdout.splitlines()

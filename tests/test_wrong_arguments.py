@@ -71,6 +71,18 @@ def test_no_option_is_left_out() -> None:
     assert {option.opts[0] for option in takers} <= set(WRONG)
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_an_option_of_many_plugins_is_that_of_one(before: bool) -> None:
+    """The kind of an option is in the singular, also after the script, which would else get it in silence."""
+    for word, right in (
+        ("--loggers.csv.folder=out", "type --logger.csv.folder."),
+        ("--plugins.profiler.path=out", "type --extension.profiler.path."),
+    ):
+        result = CliRunner().invoke(cli, ["run", *([word, "train.py"] if before else ["train.py", word])])
+        assert result.exit_code == 2
+        assert right in result.output
+
+
 @pytest.mark.parametrize(("option", "value", "said"), CASES, ids=[f"{option}={value}" for option, value, _ in CASES])
 def test_a_wrong_value_is_refused(
     option: str, value: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -173,8 +173,13 @@ def _unknown(word: str, options: Iterable[str]) -> str:
 
 
 def _is_of_plugin(word: str) -> bool:
-    kind, dot, _ = word.partition("=")[0].removeprefix("--").partition(".")
-    return word.startswith("--") and bool(dot) and kind in OPTION_KINDS
+    kind, dot, rest = word.partition("=")[0].removeprefix("--").partition(".")
+    if not (word.startswith("--") and dot):
+        return False
+    singular = {"plugin": "extension", "plugins": "extension"}.get(kind, kind.removesuffix("s"))
+    if kind not in OPTION_KINDS and singular in OPTION_KINDS:
+        raise click.UsageError(f"plugframe run has no option {word.partition('=')[0]!r}: type --{singular}.{rest}.")
+    return kind in OPTION_KINDS
 
 
 def _take_of_plugin(word: str, own: dict[str, str]) -> str:

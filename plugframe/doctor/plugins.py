@@ -17,6 +17,8 @@ from typing import Any
 from plugframe._compat import metadata, tomllib
 from plugframe.doctor.finding import Finding, Status
 from plugframe.errors import MissingDependencyError, PlugframeError
+from plugframe.pipeline import check_hooks
+from plugframe.plan import Choice
 from plugframe.registry import Entry, Registry, name_and_version, normalize
 
 AREA = "plugins"
@@ -67,6 +69,8 @@ def _load(registry: Registry, entry: Entry) -> Answer:
         made = registry.make(entry)
     except MissingDependencyError as error:
         return "note", _line(error)
+    choice = Choice(kind=entry.kind, name=entry.name, reason="examined", descriptor=descriptor, entry=entry)
+    check_hooks(choice, made)
     if entry.kind != "accelerator":
         return "ok", "loads"
     if not made.accelerator_is_available():

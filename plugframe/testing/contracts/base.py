@@ -16,7 +16,7 @@ from plugframe.declared import disagreements
 from plugframe.errors import MissingDependencyError, PlugframeError, PluginContractError, closest
 from plugframe.hooks import API, KINDS, Plugin
 from plugframe.instances import hooks_of
-from plugframe.pipeline import Pipeline
+from plugframe.pipeline import check_hooks
 from plugframe.plan import Choice
 from plugframe.registry import Entry, Registry
 from plugframe.testing.contracts.running import broken, one_line
@@ -141,15 +141,12 @@ class PluginContract:
         """Each has its implementation, with the specification's arguments; nothing else is marked as a hook."""
         entry = self.entry
         choice = Choice(kind=self.kind, name=entry.name, reason="under test", descriptor=self.descriptor, entry=entry)
-        pipeline = Pipeline()
         try:
-            pipeline.add(choice, self.make())
-            if not KINDS[self.kind].many:
-                pipeline.bind()  # a wrapper of a hook needs somebody who provides it
+            deprecations = check_hooks(choice, self.make())
         except PluginContractError as error:
             broken(COMPLETE, str(error))
-        if pipeline.deprecations:
-            broken(COMPLETE, pipeline.deprecations[0])
+        if deprecations:
+            broken(COMPLETE, deprecations[0])
 
     def test_nothing_else_looks_like_a_hook(self) -> None:
         """A method that is named like a hook of the kind and is none would never be called."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from plugframe.testing.contracts.running import Alone, broken, chosen, once, one
 ONE_RANK = "One rank (what works with one rank only is refused with more: each would train by itself)"
 HONOURED = "Honoured (a precision that the descriptor does not list is refused, with both names)"
 DESCRIBED = "Described (strategy_describe gives lines for --dry-run, before anything is set up)"
+BACKWARD = "Backward (what the script gives to lite.backward arrives)"
 
 #: A capability: gradients stay each rank's own, by design, and something else is averaged from time to time.
 LOCAL_GRADIENTS = "local-gradients"
@@ -143,6 +145,13 @@ class StrategyContract(PluginContract):
             broken(rule, f"with {what} Lite raised {one_line(error)}, not an UnsupportedError")
         else:
             broken(rule, f"with {what} nothing is said")
+
+    def test_backward_takes_what_its_caller_gives(self) -> None:
+        """An implementation that leaves out args and kwargs drops the retain_graph=True of a script in silence."""
+        taken = inspect.signature(self.make().strategy_backward).parameters
+        left_out = [name for name in ("args", "kwargs") if name not in taken]
+        if left_out:
+            broken(BACKWARD, f"strategy_backward does not take {' and '.join(left_out)}: hand them to loss.backward()")
 
     def test_it_can_be_described_before_it_is_set_up(self) -> None:
         """strategy_describe gives texts of one line each."""

@@ -145,7 +145,11 @@ class Bench:
             moved = float((expected[name] - value).double().norm())
             apart = float((found[name].double() - expected[name].double()).norm())
             if not apart <= self.tolerance * max(moved, 1e-3):
-                broken(law, f"{what}, {name} is {apart:.3g} from plain torch's, which moved it by {moved:.3g}")
+                broken(
+                    law,
+                    f"{what}, {name} is {apart:.3g} from plain torch's, which moved it by {moved:.3g}; "
+                    f"{self.tolerance:g} of that is allowed (tolerance= of the suite, for what rounds by design)",
+                )
 
 
 @contextmanager

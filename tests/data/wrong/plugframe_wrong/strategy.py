@@ -185,6 +185,14 @@ class Talks(Right):
         return "gradients are averaged"
 
 
+class Curt(Right):
+    """Drops what a script gives to backward besides the loss."""
+
+    @hookimpl
+    def strategy_backward(self, loss: Tensor, module: nn.Module | None) -> None:  # type: ignore[override]
+        super().strategy_backward(loss, module, (), {})
+
+
 class Ignores(Right):
     """Takes any option, and does nothing about it (law 10)."""
 
