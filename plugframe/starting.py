@@ -10,7 +10,7 @@ from typing import Any
 
 from plugframe.errors import OrderError, RankFailedError, UnsupportedError
 from plugframe.hooks.launcher import Job
-from plugframe.plan import Plan
+from plugframe.plan import Choice, Plan
 from plugframe.registry import Registry
 from plugframe.request import LAUNCHED, Request
 from plugframe.resolve import resolve_launcher
@@ -25,9 +25,9 @@ def start_script(plan: Plan, request: Request, registry: Registry) -> None:
     from plugframe.launch import script_command
 
     options, command = script_command()
-    launcher = _launcher(request, registry, "script")
+    choice, launcher = _launcher(request, registry, "script")
     try:
-        launcher.launcher_launch(job=_job(plan, interpreter_options=options, command=command))
+        launcher.launcher_launch(job=_job(plan, choice, interpreter_options=options, command=command))
     except RankFailedError as error:
         print(error.report, file=sys.stderr)
         raise SystemExit(error.exit_code) from None
@@ -39,8 +39,9 @@ def start_function(
 ) -> Any:
     """Call ``function(*args)`` on every rank and return what rank 0 returned."""
     wants = "interactive" if _typed_at_a_prompt(function, args) else "function"
+    choice, launcher = _launcher(request, registry, wants)
     try:
-        return _launcher(request, registry, wants).launcher_launch(job=_job(plan, function=function, args=args))
+        return launcher.launcher_launch(job=_job(plan, choice, function=function, args=args))
     except RankFailedError as error:
         if error.exit_code == 128 + signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -58,7 +59,7 @@ def not_launched(plan: Plan, call: str) -> OrderError:
     )
 
 
-def _launcher(request: Request, registry: Registry, wants: str) -> Any:
+def _launcher(request: Request, registry: Registry, wants: str) -> tuple[Choice, Any]:
     from plugframe.launch.function import refuse_while_importing
 
     refuse_while_importing()
@@ -68,18 +69,18 @@ def _launcher(request: Request, registry: Registry, wants: str) -> Any:
         raise OrderError(f"This process is a rank of a job already, and {why} does not say so: leave environment= out.")
     choice = resolve_launcher(request, registry, wants)
     if choice.instance is not None:
-        return choice.instance
+        return choice, choice.instance
     assert choice.entry is not None
-    return registry.make(choice.entry, choice.arguments)
+    return choice, registry.make(choice.entry, choice.arguments)
 
 
-def _job(plan: Plan, **what: Any) -> Job:
-    if plan.num_nodes > 1:
+def _job(plan: Plan, launcher: Choice, **what: Any) -> Job:
+    if plan.num_nodes > 1 and "nodes" not in launcher.descriptor.provides:
         raise UnsupportedError(
             f"launch() starts the ranks of one node, and num_nodes={plan.num_nodes}: start the script on every node "
             "with `plugframe run --num-nodes N --node-rank K --main-address HOST script.py`, or under a scheduler."
         )
-    return Job(num_processes=len(plan.devices), **what)
+    return Job(num_processes=len(plan.devices), num_nodes=plan.num_nodes, **what)
 
 
 def _typed_at_a_prompt(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:

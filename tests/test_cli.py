@@ -396,6 +396,17 @@ def test_several_nodes(world: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == [(2, 1, "10.0.0.1", 29500), (2, 0, "10.0.0.2", 4000)]
 
 
+def test_a_launcher_that_starts_every_node_needs_no_address(world: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told how many there are, and where they meet only if that was typed."""
+    everywhere = Plugin(factory=_factory("make_launcher"), priority=0, provides=("script", "nodes"))
+    monkeypatch.setattr(sys.modules[__name__], "launcher", everywhere)
+    words = ("run", "--num-nodes=2", "--devices=1", "train.py")
+    assert plug(*words).code == 0
+    assert plug(*words, "--main-address=10.0.0.1", "--main-port=4000").code == 0
+    found = [(job.num_nodes, job.node_rank, job.main_address, job.main_port) for job in world.jobs]
+    assert found == [(2, 0, None, None), (2, 0, "10.0.0.1", 4000)]
+
+
 def test_nodes_that_come_and_go(world: Ground) -> None:
     """The launcher is told how many at least and at most, and where they meet; the ranks are not told a number."""
     words = ("run", "--num-nodes=2:4", "--devices=1", "train.py", "--grace-period=60", "--rdzv-timeout=9")

@@ -137,6 +137,10 @@ def decide(
     node_rank, main_address, main_port = 0, None, None
     if nodes.min_nodes is not None:
         main_address, main_port = _endpoint(nodes)
+    elif "nodes" in launcher.descriptor.provides:
+        if nodes.node_rank is not None:
+            _no_effect(["--node-rank"], f"launcher {launcher.name!r} starts every node")
+        main_address, main_port = nodes.main_address, nodes.main_port
     elif several:
         node_rank, main_address, main_port = _meeting(plan.num_nodes, nodes)
     if nodes.debug_rank is not None:

@@ -64,7 +64,8 @@ class LauncherSpec(Protocol):
     """Hooks of the kind ``launcher``.
 
     A descriptor says what it can start: ``provides=("script",)``, ``("function",)`` or both, and
-    ``"interactive"`` if a function typed at a prompt or in a notebook cell will do.
+    ``"interactive"`` if a function typed at a prompt or in a notebook cell will do; ``"nodes"`` if one call starts the
+    ranks of every node, which meet where it says: then nobody has to be told an address.
     """
 
     @provider

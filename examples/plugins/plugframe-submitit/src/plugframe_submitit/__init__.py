@@ -5,8 +5,8 @@ from plugframe import Option, Plugin
 plugin = Plugin(
     factory="plugframe_submitit.launcher:Submitit",
     summary="Submits the job through submitit, follows its output and gives its result.",
-    # A function is sent by value, so that one typed at a prompt will do.
-    provides=("script", "function", "interactive"),
+    # A function is sent by value, so that one typed at a prompt will do. One command starts all nodes.
+    provides=("script", "function", "interactive", "nodes"),
     requires=("submitit", "cloudpickle"),
     extra="submitit",
     options=(
