@@ -43,11 +43,11 @@ def start_function(
     try:
         return launcher.launcher_launch(job=_job(plan, choice, function=function, args=args))
     except RankFailedError as error:
-        if error.exit_code == 128 + signal.SIGINT:
-            raise KeyboardInterrupt from None
-        from plugframe.launch.uncaught import tell_if_uncaught
+        from plugframe.launch.uncaught import JobInterrupt, tell_if_uncaught
 
         tell_if_uncaught()
+        if error.exit_code == 128 + signal.SIGINT:
+            raise JobInterrupt(error) from None
         raise
 
 

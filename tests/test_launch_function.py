@@ -97,6 +97,24 @@ def test_every_way_for_a_function_to_fail_has_its_words(function: Callable[[], A
     assert error.exit_code == exit_code
 
 
+def test_a_failure_is_not_held_up_by_what_the_rank_has_forked(tmp_path: Path) -> None:
+    """A forked process holds the pipe on which torch waits for its rank: it goes with the rank."""
+    child = tmp_path / "child"
+
+    def fork_and_fail() -> None:
+        if os.environ["RANK"] != "1":
+            signal.pause()
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+        child.write_text(str(pid))
+        raise ValueError("beside a child")
+
+    assert "rank 1" in failure("fork", fork_and_fail).report
+    stat = Path("/proc", child.read_text(), "stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
 def test_what_cannot_be_spawned_is_refused_before_anything_starts() -> None:
     """One line names what cannot be sent, why, and the two ways out."""
     ways_out = "define it at the top level of a module, or use launcher='fork'"

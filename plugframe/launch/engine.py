@@ -28,6 +28,7 @@ from plugframe.launch.elastic import Elastic
 from plugframe.launch.files import RankFiles, read_words
 from plugframe.launch.folder import temporary_folder
 from plugframe.launch.function import UNGUARDED, run_function
+from plugframe.launch.guardian import Guardian
 from plugframe.launch.memory import out_of_memory_kills
 from plugframe.launch.nodes import ElsewhereError, Nodes
 from plugframe.launch.output import PREFIX, Output
@@ -104,6 +105,7 @@ class _Supervision:
     def __init__(self, job: Job, start_method: str | None, root: str, output: Output, numa: Any) -> None:
         self.job = job
         self.files = RankFiles(root, self._on_attempt, output)
+        self.guardian = Guardian(root)
         self.signals = Signals(
             on_second=lambda: self.watch.kill_all(), on_warning=self._warn_ranks, on_interrupt=self._interrupt_debugger
         )
@@ -116,7 +118,6 @@ class _Supervision:
             done=self.files.done,
             error_file=self.files.error_file,
             recalled=lambda: self.handler.recalled,
-            groups=job.function is None,
             grace_s=job.grace_s,
         )
         self._last_ranks: list[Rank] = []
@@ -127,7 +128,7 @@ class _Supervision:
     def run(self) -> tuple[Any, Exception | None]:
         """Return what the function returned on rank 0, and the error to raise."""
         try:
-            with self.signals:
+            with self.guardian, self.signals:
                 return self._run()
         finally:
             del self.agent  # and with it the store and its port: the rest of this object is a cycle, and stays a while
@@ -233,6 +234,7 @@ class _Supervision:
 
     def _on_beat(self) -> None:
         self.watch.beat()
+        self.guardian.guard([rank.pid for rank in self._ranks()])
         self._beats += 1
         if self.job.function is not None and self._beats % _VANISHED_BEATS == 0:
             self._look_for_vanished()

@@ -9,8 +9,21 @@ from typing import Any
 from plugframe.errors import RankFailedError
 
 
+class JobInterrupt(KeyboardInterrupt):  # noqa: N818 - as its base is named
+    """Ctrl-C has ended the ranks of a function.
+
+    Attributes:
+        report: one line that says so.
+        exit_code: 130.
+    """
+
+    def __init__(self, error: RankFailedError) -> None:
+        super().__init__(error.report)
+        self.report, self.exit_code = error.report, error.exit_code
+
+
 def tell_if_uncaught() -> None:
-    """Have the interpreter leave with a `RankFailedError`'s report and exit code, should it come to the very top."""
+    """Have the interpreter leave with the report and exit code of such an error, should one come to the very top."""
     if not isinstance(sys.excepthook, _Hook):
         sys.excepthook = _Hook(sys.excepthook)
 
@@ -20,7 +33,7 @@ class _Hook:
         self._before = before
 
     def __call__(self, kind: type[BaseException], error: BaseException, stack: TracebackType | None) -> None:
-        if not isinstance(error, RankFailedError):
+        if not isinstance(error, RankFailedError | JobInterrupt):
             self._before(kind, error, stack)
             return
         print(error.report, file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -55,14 +56,13 @@ class Watch(threading.Thread):
         done: Callable[[int], bool],
         error_file: Callable[[int], Path],
         recalled: Callable[[], bool],
-        groups: bool,
         grace_s: float,
     ) -> None:
         super().__init__(name="plugframe-watch", daemon=True)
         self.deaths: dict[int, Death] = {}
         self.killed: set[int] = set()
         self._ranks, self._received, self._done, self._error_file = ranks, received, done, error_file
-        self._recalled, self._groups, self._grace_s = recalled, groups, grace_s
+        self._recalled, self._grace_s = recalled, grace_s
         self._beats = 0
         self._ended = threading.Event()
         self._waiters: dict[int, threading.Thread] = {}
@@ -83,7 +83,7 @@ class Watch(threading.Thread):
             waiter.join(_LOOK_S)
 
     def kill_all(self) -> None:
-        """End every rank of the current attempt that is alive, at once, and what a script's rank has started."""
+        """End every rank of the current attempt that is alive, at once, and what the ranks have started."""
         for rank in self._ranks():
             self._kill(rank)
 
@@ -93,11 +93,12 @@ class Watch(threading.Thread):
             silent_s = 0.0 if self._beats != seen else silent_s + _LOOK_S
             seen = self._beats
             for rank in self._overstaying(silent_s):
-                self.killed.add(rank.pid)
+                if is_child(rank.pid):
+                    self.killed.add(rank.pid)
                 self._kill(rank)
 
     def _overstaying(self, silent_s: float) -> list[Rank]:
-        """Return the ranks whose time is up.
+        """Return the ranks whose time is up, or that of what they have left behind.
 
         Counted in looks, not by the clock: a launcher that was stopped and goes on (Ctrl-Z, fg) has not waited.
         """
@@ -105,9 +106,10 @@ class Watch(threading.Thread):
         alive = [rank for rank in ranks if is_child(rank.pid)]
         signum = self._received()
         if signum is not None:
-            return alive if silent_s >= (LEAVE_S if signum is signal.SIGINT else self._grace_s) else []
+            limit_s = LEAVE_S if signum is signal.SIGINT else self._grace_s
+            return ranks if silent_s >= limit_s or not alive else []
         if silent_s >= LEAVE_S and (len(alive) < len(ranks) or self._recalled()):
-            return [rank for rank in alive if not self._done(rank.local_rank)]
+            return [rank for rank in ranks if not self._done(rank.local_rank)]
         return [rank for rank in alive if self._age_of_last_words(rank) > LAST_WORDS_S]
 
     def _age_of_last_words(self, rank: Rank) -> float:
@@ -117,13 +119,10 @@ class Watch(threading.Thread):
             return 0.0
 
     def _kill(self, rank: Rank) -> None:
-        try:
-            if self._groups:
-                os.killpg(rank.pid, signal.SIGKILL)
-            elif is_child(rank.pid):
+        if is_child(rank.pid):  # by itself: a function's rank may have no group of its own yet
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            return  # it has gone by itself
+        _kill_group(rank.pid)
 
     def _await_deaths(self) -> None:
         for rank in self._ranks():
@@ -141,6 +140,13 @@ class Watch(threading.Thread):
         if end is not None:
             code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
             self.deaths[pid] = Death(time.time(), code)
+            if code != 0:
+                _kill_group(pid)  # what was forked from a function's rank holds what torch waits for
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left, or it is being taken away
+        os.killpg(pid, signal.SIGKILL)
 
 
 def is_child(pid: int) -> bool:
