@@ -461,6 +461,27 @@ def test_options_without_effect_are_said(world: Ground) -> None:
     assert "warning: --main-port has no effect: one node needs no address" in _only_line(result)
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["--precison=16"], "--precision"),
+        (["--device", "3"], "--devices"),
+        (["--guard"], "--guard before SCRIPT"),
+        (["--guards=1"], "--guard before SCRIPT"),
+        (["--learning-rate=3", "--seed=1", "-x"], ""),
+        (["--", "--precison=16"], ""),
+    ],
+)
+def test_a_word_of_the_script_that_looks_like_an_option_is_said(world: Ground, words: list[str], meant: str) -> None:
+    """It goes to the script all the same: that may be what it is."""
+    result = plug("run", "--devices=1", "train.py", *words)
+    [(command, _)] = world.replaced
+    assert command[command.index("train.py") + 1 :] == [word for word in words if word != "--"]
+    wanted = f"plugframe: warning: {words[0].partition('=')[0]} goes to the script. "
+    wanted += f"For plugframe's type {meant}; else write it after a bare --."
+    assert result.err.splitlines() == ([wanted] if meant else [])
+
+
 def test_a_misspelt_variable_is_said(world: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     """A PLUGFRAME_ variable that is no setting is one line on stderr, without a source line."""
     monkeypatch.setenv("PLUGFRAME_STRATEGIE", "many")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 import click
 
@@ -15,6 +16,8 @@ from plugframe.request import OPTION_KINDS
 
 MODULE = "-m"
 HELP = ("-h", "--help")
+#: How much a word of the script must look like an option of plugframe to be told: one letter off in most.
+_CLOSE = 0.88
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Words:
         late: names of those options of plugframe that stood after the script, such as ``--devices``.
         options: of plugins: ``--strategy.timeout-s`` and what was typed for it.
         valueless: the option of a plugin that stood right before the script, without a value.
+        notes: of words that went to the script and look like plugframe's.
     """
 
     own: tuple[str, ...]
@@ -47,6 +51,7 @@ class Words:
     late: tuple[str, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
     valueless: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def split(
@@ -76,6 +81,7 @@ def split(
     if not command:
         return Words(own=("--help",))
     late: list[str] = []
+    left: list[str] = []
     last = next(reversed(own.items()), ("", ""))
     valueless = last[0] if "." in last[0] and last[1] == last[0] else ""
     while queue:
@@ -88,6 +94,7 @@ def split(
         elif word.startswith("--") and _spelling(word) in options:
             late.append(_take(word, queue, options, own))
         else:
+            left += [word.partition("=")[0]] if word.startswith("--") else []
             command.append(word)
     of_plugins = {name: word.partition("=")[2] or "true" for name, word in own.items() if name.startswith("--")}
     return Words(
@@ -96,7 +103,16 @@ def split(
         late=tuple(late),
         options=of_plugins,
         valueless=valueless,
+        notes=tuple(_notes(left, options, shorthands() if left else {})),
     )
+
+
+def _notes(left: Iterable[str], options: Iterable[str], shorthands: Iterable[str]) -> Iterator[str]:
+    """Say which words left to the script may have been meant for plugframe."""
+    for word in dict.fromkeys(left):
+        for meant in get_close_matches(_spelling(word).lower(), [*options, *shorthands], n=1, cutoff=_CLOSE):
+            where = " before SCRIPT" if meant in shorthands else ""
+            yield f"{word} goes to the script. For plugframe's type {meant}{where}; else write it after a bare --."
 
 
 def _script(

@@ -187,6 +187,8 @@ def command(
     if min_nodes is not None:
         variables = {**variables, variable("num_nodes"): "auto"}  # the ranks are told by how many came
     with _told(words, config) as told:
+        for note in words.notes:
+            warnings.warn(PlugframeWarning(note), stacklevel=1)
         registry = Registry.discover(environ=environ)
         request = gather({}, environ=environ)
         request = replace(request, notes=(*request.notes, *registry.notes()))
