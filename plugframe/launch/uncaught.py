@@ -9,7 +9,7 @@ from typing import Any
 from plugframe.errors import RankFailedError
 
 
-class JobInterrupt(KeyboardInterrupt):  # noqa: N818 - as its base is named
+class JobInterrupt(KeyboardInterrupt):
     """Ctrl-C has ended the ranks of a function.
 
     Attributes:
