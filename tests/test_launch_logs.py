@@ -84,10 +84,35 @@ def test_nothing_is_written_over_and_a_failure_names_the_folder(
     path = script(f"{SPEAKING}\nraise ValueError('no such colour')")
     with pytest.raises(RankFailedError) as caught:
         supervise(Job(num_processes=1, command=(path,), log_dir="logs", tee=()))
-    assert kept() == {**said_by((0,), 0), **said_by((0,), 1)}
+    failure = kept().pop("attempt-1/rank-0.failure.txt")
+    assert failure.splitlines()[0] == "Traceback (most recent call last):"
+    assert failure.splitlines()[-1] == "ValueError: no such colour"
+    assert {name: text for name, text in kept().items() if text != failure} == said_by((0,), 0) | said_by((0,), 1)
     assert caught.value.report.splitlines()[-1] == f"what the ranks said: {Path('logs').absolute() / 'attempt-1'}"
     # Of another node's ranks, which share the folder, a number is not taken.
     assert Output.of(Job(num_processes=1, log_dir="logs")).begin(1, [2, 3]) == 1
+
+
+def test_tracebacks_of_other_ranks_are_in_files(script: Write) -> None:
+    """The terminal has that of the culprit; the others are kept, or a line says how to have them."""
+    path = script("""
+        import os, signal, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or it may be ended before it has failed
+        if os.environ["RANK"] == "0":
+            open("failed", "w").close()
+            raise ValueError("no such colour")
+        while not os.path.exists("failed"):
+            time.sleep(0.01)
+        [][1]
+    """)
+    for folder in ("logs", None):
+        Path("failed").unlink(missing_ok=True)
+        with pytest.raises(RankFailedError) as caught:
+            supervise(Job(num_processes=2, command=(path,), log_dir=folder, tee=()))
+        hint = "the tracebacks of the others: plugframe run --log-dir=DIR keeps them"
+        assert (hint in caught.value.report.splitlines()) == (folder is None)
+    last = sorted(kept()[f"attempt-0/rank-{rank}.failure.txt"].splitlines()[-1] for rank in (0, 1))
+    assert last == ["IndexError: list index out of range", "ValueError: no such colour"]
 
 
 def test_a_function_is_heard_too(script: Write, capfd: pytest.CaptureFixture[str]) -> None:

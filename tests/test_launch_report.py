@@ -61,6 +61,20 @@ def test_a_lost_connection_is_a_consequence(lost: Ending, other: Ending, said: s
     assert found.certain
 
 
+@pytest.mark.parametrize(
+    ("other", "by_itself"),
+    [
+        (raised(0, "KeyError: 'own'", 12.0), True),
+        (raised(0, "ValueError: cause", 12.0), False),
+        (raised(0, LOST, 12.0, "RuntimeError"), False),
+        (Ending(rank=0, exit_code=-15), False),
+    ],
+)
+def test_other_ranks_may_have_failed_by_themselves(other: Ending, by_itself: bool) -> None:
+    """Then their tracebacks tell something that the culprit's does not."""
+    assert report((raised(1, "ValueError: cause", 10.0), other), host="h").others_failed == by_itself
+
+
 def test_a_lost_connection_alone_is_told_as_it_is() -> None:
     """With nobody else to name, the network is the cause; nor is what comes much later taken for it."""
     lost = raised(0, LOST, 10.0)

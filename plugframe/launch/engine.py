@@ -281,6 +281,8 @@ class _Supervision:
             death = self.watch.deaths.get(rank.pid)
             failure = failures.get(rank.global_rank)
             words = self.files.words(rank.local_rank)
+            if words is not None:
+                self.files.keep_words(rank.global_rank, words)
             endings[rank.global_rank] = Ending(
                 rank=rank.global_rank,
                 exit_code=failure.exitcode if failure is not None else death.exit_code if death is not None else None,
@@ -322,6 +324,8 @@ class _Supervision:
     def _told(self, here: Report) -> RankFailedError:
         """Return the error for a failure here, or on another node if that one was the cause."""
         kept = "" if self.files.kept is None else f"\nwhat the ranks said: {self.files.kept}"
+        if here.others_failed and self.files.kept is None and self.job.command:
+            kept = "\nthe tracebacks of the others: plugframe run --log-dir=DIR keeps them"
         mine = {"text": here.text + kept, "exit_code": here.exit_code, "certain": here.certain, "time": here.time}
         told = self.handler.tell_failure(mine)
         cause = min(told, key=lambda other: (not other["certain"], other["time"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -81,6 +82,15 @@ class RankFiles(LogsSpecs):
     def words(self, local_rank: int) -> dict[str, Any] | None:
         """Return what a rank of the current attempt said of its failure, None if nothing."""
         return read_words(self.error_file(local_rank))
+
+    def keep_words(self, rank: int, words: Mapping[str, Any]) -> None:
+        """Write what a rank said of its failure, its traceback, beside its output; nothing if that is not kept."""
+        if self.kept is None:
+            return
+        message = words["message"]
+        text = message["extraInfo"]["py_callstack"] or f"{message['message']}\n"
+        with contextlib.suppress(OSError):  # a full disk is no reason to hide the failure
+            (self.kept / f"rank-{rank}.failure.txt").write_text(text, encoding="utf-8")
 
     def crash(self, local_rank: int) -> str:
         """Return the stack a rank left when it crashed, without what surrounds the user's code."""

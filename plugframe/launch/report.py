@@ -66,12 +66,14 @@ class Report:
         exit_code: for the launcher to leave with.
         certain: False if what failed only noticed that somebody else had gone.
         time: when, in seconds since the epoch.
+        others_failed: whether ranks beside the culprit failed by themselves, in another way.
     """
 
     text: str
     exit_code: int
     certain: bool
     time: float
+    others_failed: bool = False
 
 
 def report(endings: Sequence[Ending], *, host: str, out_of_memory: bool = False) -> Report:
@@ -91,7 +93,15 @@ def report(endings: Sequence[Ending], *, host: str, out_of_memory: bool = False)
         # A rank that is elsewhere, and says so, has not gone because of another one.
         certain=_order(endings)(culprit)[0] < _Suspicion.NOTICED or (blamed is not None and blamed["alive"]),
         time=culprit.time or time.time(),
+        others_failed=any(_failed_alone(ending, culprit) for ending in endings),
     )
+
+
+def _failed_alone(ending: Ending, culprit: Ending) -> bool:
+    words = ending.words
+    if ending is culprit or words is None or is_consequence(words) or "SystemExit" in words["types"]:
+        return False
+    return culprit.words is None or _message(words) != _message(culprit.words)
 
 
 def _blamed(culprit: Ending) -> Mapping[str, Any] | None:
