@@ -31,3 +31,17 @@ def test_importing_the_facade_imports_nothing() -> None:
     code = "import sys; from plugframe import Plugin; print({'torch', 'pluggy', 'click'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_lite_imports_little_beside_torch() -> None:
+    """Of torch's parts that take long to import, only those that are used."""
+    heavy = ("torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo")
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+from plugframe import Lite
+Lite(accelerator="cpu", devices=1).teardown()
+print(sorted(({set(heavy)} & set(sys.modules)) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

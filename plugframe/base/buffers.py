@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from plugframe.checkpoint.shards import is_shard
 
 
 @torch.no_grad()
@@ -29,4 +30,4 @@ def persistent_buffers(module: nn.Module) -> list[Tensor]:
     """Return the buffers that are in the module's state, each once; those that are split over ranks left out."""
     names = set(module.state_dict(keep_vars=True))
     named = module.named_buffers()
-    return [buffer for name, buffer in named if name in names and not isinstance(buffer, DTensor) and buffer.numel()]
+    return [buffer for name, buffer in named if name in names and not is_shard(buffer) and buffer.numel()]

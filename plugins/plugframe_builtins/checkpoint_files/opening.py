@@ -1,4 +1,7 @@
-"""Opening whatever lies at a path: a file or a folder of ours, or what others wrote."""
+"""Opening whatever lies at a path: a file or a folder of ours, or what others wrote.
+
+What stands on torch.distributed.checkpoint takes long to import, and is where it is used.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,9 @@ from torch import Tensor
 from plugframe.checkpoint import Contents, StoredTensor, join
 from plugframe.context import Context
 from plugframe.errors import CheckpointCorruptError, CheckpointError, closest
-from plugframe_builtins.checkpoint_files import folder, torch_folder
+from plugframe_builtins.checkpoint_files import folder
 from plugframe_builtins.checkpoint_files.files import Files
 from plugframe_builtins.checkpoint_files.found import Chunk, Found, Laid
-from plugframe_builtins.checkpoint_files.source import FileSource
 from plugframe_builtins.checkpoint_files.verifying import Part, check_sizes, parts_of, read_parts
 from plugframe_builtins.safetensors_checkpoint import foreign, reader
 
@@ -65,6 +67,8 @@ class _Outcome:
 def _load(path: str, trusted: bool, lazy: bool, rank: int, num_ranks: int) -> tuple[dict[str, Any], str]:
     if os.path.isdir(path):
         if _is_torchs(path):
+            from plugframe_builtins.checkpoint_files import torch_folder
+
             return torch_folder.read(path, trusted=trusted), ""
         found = folder.find(path)
         files = Files(path, found.files)
@@ -88,6 +92,8 @@ def _take(found: Found, files: Files, lazy: bool, rank: int, num_ranks: int) -> 
     check_sizes(found, files)
     tensors: dict[str, Tensor | StoredTensor] = {}
     if lazy:
+        from plugframe_builtins.checkpoint_files.source import FileSource
+
         # Every rank will read other parts: together they verify all, and each a share.
         read_parts(files, parts_of(found), share=rank, num_shares=num_ranks)
         tensors.update(FileSource(found, files).tensors())
@@ -154,6 +160,8 @@ def inspect(path: str) -> Contents:
     Raises:
         CheckpointError: if nothing, or something else, is there; or something that is read only if trusted.
     """
+    from plugframe_builtins.checkpoint_files.source import FileSource
+
     found = _find(path)
     return Contents(
         format=found.format,
@@ -170,6 +178,8 @@ def _find(path: str) -> Found:
     try:
         if os.path.isdir(path):
             if _is_torchs(path):
+                from plugframe_builtins.checkpoint_files import torch_folder
+
                 torch_folder.read(path, trusted=False)
             return folder.find(path)
         _check_present(path)
@@ -189,6 +199,8 @@ def _find(path: str) -> Found:
 
 def _is_torchs(path: str) -> bool:
     """Say whether a folder is one of torch's own; what others lay beside a manifest of ours is no part of it."""
+    from plugframe_builtins.checkpoint_files import torch_folder
+
     return torch_folder.is_one(path) and not folder.opens(path)
 
 
