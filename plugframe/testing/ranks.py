@@ -69,7 +69,7 @@ def run_ranks(
     processes = get_context("forkserver")
     with _store() as port, _output() as folder, _one_thread():
         _keep_helpers_files_apart()
-        processes.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "pytest"])
+        processes.set_forkserver_preload(["plugframe.testing.preload", "pytest"])
         call = pickle.dumps((fn, args))
         ranks: list[tuple[Any, Any]] = []
         outcomes: list[tuple[bool, Any] | None] = []
