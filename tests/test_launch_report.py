@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from plugframe.launch.rank import formatted
 from plugframe.launch.report import Ending, culprit_of, report
 
 LOST = "RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:40125"
@@ -82,6 +83,22 @@ def test_a_lost_connection_alone_is_told_as_it_is() -> None:
     assert first_line(lost, victim) == f"rank 0 on h failed: {LOST}"
     assert first_line(lost, raised(1, "ValueError: in a teardown", 70.0)) == f"rank 0 on h failed: {LOST}"
     assert not report((lost, victim), host="h").certain
+
+
+def test_only_the_last_frame_of_a_traceback_is_marked() -> None:
+    """Python 3.13 marks every call, which doubles the lines of a traceback."""
+
+    def fails(number: int) -> float:
+        return (1 + 2) / number
+
+    def calls() -> float:
+        return 1 + fails(0)
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        calls()
+    lines = "".join(formatted(caught.value)).splitlines()
+    marked = [index for index, line in enumerate(lines) if line.strip() and not line.strip(" ~^")]
+    assert marked in ([], [len(lines) - 2])  # Python 3.10 marks nothing
 
 
 def test_ranks_ended_by_the_launcher_are_victims() -> None:

@@ -165,12 +165,19 @@ def one_line(error: BaseException) -> str:
 
 
 def formatted(error: BaseException) -> list[str]:
-    """Return the traceback, from the user's frames on; of an error that says what the user did, with those alone."""
+    """Return the traceback, from the user's frames on; of an error that says what the user did, with those alone.
+
+    What Python marks below a line of code is left out but in the last frame: it takes as many lines as the code.
+    """
     told = traceback.TracebackException(type(error), error, strip(error.__traceback__))
     if any(kind.__name__ == "PlugframeError" for kind in type(error).__mro__):
         users = [frame for frame in told.stack if not _is_internal(frame.filename)]
         told.stack = traceback.StackSummary.from_list(users or told.stack)
-    return list(told.format())
+    pieces = list(told.format())
+    frames = [index for index, piece in enumerate(pieces) if piece.startswith("  File ")]
+    for index in frames[:-1]:
+        pieces[index] = "".join(line for line in pieces[index].splitlines(keepends=True) if line.strip(" ~^\n"))
+    return pieces
 
 
 def _is_internal(file: str) -> bool:

@@ -220,6 +220,7 @@ def _rank_main(call: bytes, variables: dict[str, str], cwd: str, output: str, ti
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+    warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0", RuntimeWarning)  # torch's compiler
     rank, size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
     world = World(global_rank=rank, local_rank=rank, world_size=size, local_world_size=size)
     try:
