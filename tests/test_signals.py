@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 TRAIN = """
-import os, signal, sys, time
+import os, signal, sys, time, warnings
 from plugframe import Lite
+
+warnings.simplefilter("ignore")  # Python from 3.12 on warns of a fork beside threads
 
 def job(lite):
     lite.barrier()
