@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed.checkpoint
-import torch.distributed.fsdp
 import torch.distributed.tensor.parallel
 import torch.nn.parallel
 import torch.utils.data
