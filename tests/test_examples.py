@@ -100,6 +100,7 @@ def test_image_classifier_in_plain_torch_goes_on_from_its_checkpoint(
 
 
 @needs_digits
+@pytest.mark.slow
 def test_image_classifier_is_the_same_on_two_ranks_as_on_one_that_was_stopped(tmp_path: Path) -> None:
     """One process, stopped and resumed, reads 97 % of the digits; two ranks have its loss in every step."""
     options = ("--checkpoint", "saved", "--losses", "one.jsonl")
@@ -134,6 +135,7 @@ def test_language_model_learns_the_same_on_one_rank_and_on_two(tmp_path: Path) -
 
 
 @needs_deepspeed
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [("deepspeed_stage_3", "fsdp")])
 def test_language_model_goes_on_under_another_strategy(first: str, second: str, tmp_path: Path) -> None:
     """Unchanged, in parts on two ranks from the command line; its checkpoint goes on as if nothing had changed."""

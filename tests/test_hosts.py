@@ -151,6 +151,7 @@ def test_a_wrong_address_is_told_in_time(three: Hosts, tmp_path: Path) -> None:
     assert all("Traceback" not in text for text in said)
 
 
+@pytest.mark.slow
 def test_nodes_come_and_go(three: Hosts, tmp_path: Path) -> None:
     """One is killed and comes back, one is cut off, killed, and comes back: each time the others go on."""
     (tmp_path / "train.py").write_text(ELASTIC)

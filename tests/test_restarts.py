@@ -18,6 +18,7 @@ def test_a_job_goes_on(cause: str, tmp_path: Path) -> None:
     assert not problems, problems
 
 
+@pytest.mark.slow
 def test_many_jobs_begin_at_once(tmp_path: Path) -> None:
     """They share a machine and no port."""
     script = tmp_path / "train.py"
