@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -340,11 +341,10 @@ def listening_addresses() -> list[str]:
     import socket
     import struct
 
-    links = [
-        os.readlink(f"/proc/self/fd/{fd}")
-        for fd in os.listdir("/proc/self/fd")
-        if os.path.exists(f"/proc/self/fd/{fd}")
-    ]
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # that of the listing itself, or one that another thread closed
+            links.append(os.readlink(f"/proc/self/fd/{fd}"))
     mine = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
     addresses = []
     for table, family in (("/proc/net/tcp", socket.AF_INET), ("/proc/net/tcp6", socket.AF_INET6)):

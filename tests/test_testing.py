@@ -16,7 +16,7 @@ import torch
 from plugframe import Lite, Plugin, SettingError, UnknownPluginError
 from plugframe.base import Strategy
 from plugframe.registry import Registry
-from plugframe.testing import FakeAccelerator, RanksFailed
+from plugframe.testing import FakeAccelerator, RanksFailed, leftovers
 from plugframe.world import World
 
 
@@ -150,3 +150,14 @@ def test_what_is_left_behind_is_told(tmp_path: Path) -> None:
     assert f"test_variable - Failed: {law} environment variables are not as they were: LEFT" in done.stdout, done.stdout
     assert f"test_file - Failed: {law} temporary files are left: left-by-a-test" in done.stdout, done.stdout
     assert "3 passed, 2 errors" in done.stdout, done.stdout
+
+
+def test_a_thread_that_ends_while_leftovers_are_looked_for_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is listed may be gone when it is read: there is nothing to tell of it, and the others are told."""
+    gone = Path("/proc/self/task/0/children")
+    listed = [gone, *Path("/proc/self/task").glob("*/children")]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(listed))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        found = leftovers.children()
+        child.communicate(b"\n")
+    assert len(listed) == 1 or any(str(child.pid) in told for told in found)

@@ -83,15 +83,19 @@ def _common() -> dict[str, Any]:
 def children() -> set[str]:
     """Return this process's children, where the system lists them; helpers of multiprocessing apart."""
     found = set()
-    for listing in Path("/proc/self/task").glob("*/children"):
-        for pid in listing.read_text().split():
-            try:
-                command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-            except OSError:
-                continue  # it ended meanwhile
+    for thread in Path("/proc/self/task").glob("*/children"):
+        for pid in _text(thread).split():
+            command = _text(Path(f"/proc/{pid}/cmdline")).replace("\0", " ")
             if command and not any(name in command for name in _STANDING):
                 found.add(f"process {pid} ({command[:80].strip()})")
     return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""  # the thread or process it is about ended meanwhile
 
 
 def _listening() -> set[str]:
