@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from plugframe.world import World
@@ -23,6 +24,7 @@ class Context:
         hooks: every hook by name, bound: ``context.hooks.collective_barrier(name="x")`` runs the selected
             collective's implementation, extensions included. Arguments go by keyword.
         names: the resolved plugin name of each kind: ``{"strategy": "ddp", "precision": "32-true", …}``.
+        provides: the capabilities of the selected plugin of each kind, as its descriptor lists them.
         timeout_s: seconds a collective may take before it is an error, from ``--timeout``; None when not set.
         calls: the last calls of this rank at which ranks meet; None with one rank.
     """
@@ -31,5 +33,6 @@ class Context:
     device: torch.device
     hooks: Any
     names: dict[str, str]
+    provides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     timeout_s: float | None = None
     calls: Ring | None = None

@@ -113,6 +113,7 @@ class Session:
             device=self.device,
             hooks=self.hooks,
             names={kind: choice.name for kind, choice in self.plan.choices.items()},
+            provides={kind: tuple(choice.descriptor.provides) for kind, choice in self.plan.choices.items()},
             timeout_s=self.plan.timeout_s,
             calls=Ring(packages) if self.world.world_size > 1 else None,
         )

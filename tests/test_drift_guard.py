@@ -125,6 +125,19 @@ def test_parts_cannot_be_compared() -> None:
         check_replicated(("sharded",), "assert_in_sync()")
 
 
+def guarded_parts(world: World) -> str:
+    """Ask for the guard where every rank keeps a part; return what it is refused with."""
+    with pytest.raises(UnsupportedError) as caught:
+        Lite(plugins="drift-guard", strategy="fsdp", accelerator="cpu", devices=2).launch()
+    return str(caught.value)
+
+
+def test_the_guard_is_refused_where_parts_are_kept() -> None:
+    """On all ranks, before anything is set up: it would compare nothing and say nothing."""
+    told = "Extension 'drift-guard' compares what every rank has, and this strategy keeps a part of the model on each"
+    assert [each.startswith(told) for each in run_ranks(2, guarded_parts)] == [True, True]
+
+
 def test_a_wrong_number_of_steps_is_refused() -> None:
     """Steps between two comparisons are counted from 1."""
     with pytest.raises(SettingError, match="every=0 of extension 'drift-guard' must be a number of steps from 1"):

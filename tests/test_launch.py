@@ -366,10 +366,31 @@ supervise(Job(num_processes=2, command=({path!r},)))
             launcher.kill()
         for pid in pids:
             wait_until_gone(pid)
-    left = list(Path(os.environ["TMPDIR"]).glob("plugframe-launch-*/attempt-0"))
-    sweep()  # as the next launcher does
-    assert len(left) == 1
-    assert not left[0].exists()
+    # Its guardian, or the next launcher where it was killed before it had one.
+    while list(Path(os.environ["TMPDIR"]).glob("plugframe-launch-*")):
+        sweep()
+
+
+def test_the_folder_of_a_killed_launcher_goes_with_the_next() -> None:
+    """Where nobody outlives a launcher its folder stays, and the next launcher knows it by its lock."""
+    code = """
+import signal
+from plugframe.launch.folder import temporary_folder
+with temporary_folder() as folder:
+    print(folder, flush=True)
+    signal.pause()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        try:
+            folder = Path(launcher.stdout.readline().strip())
+            sweep()
+            assert folder.exists()  # it is in use
+        finally:
+            launcher.kill()
+    assert folder.exists()
+    sweep()
+    assert not folder.exists()
 
 
 def test_nothing_listens_outside_loopback(script: Write) -> None:

@@ -98,7 +98,11 @@ def test_tracebacks_of_other_ranks_are_in_files(script: Write) -> None:
     path = script("""
         import os, signal, time
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or it may be ended before it has failed
-        if os.environ["RANK"] == "0":
+        rank = os.environ["RANK"]
+        open(f"ready-{rank}", "w").close()
+        while not (os.path.exists("ready-0") and os.path.exists("ready-1")):
+            time.sleep(0.01)
+        if rank == "0":
             open("failed", "w").close()
             raise ValueError("no such colour")
         while not os.path.exists("failed"):
@@ -106,7 +110,8 @@ def test_tracebacks_of_other_ranks_are_in_files(script: Write) -> None:
         [][1]
     """)
     for folder in ("logs", None):
-        Path("failed").unlink(missing_ok=True)
+        for name in ("failed", "ready-0", "ready-1"):
+            Path(name).unlink(missing_ok=True)
         with pytest.raises(RankFailedError) as caught:
             supervise(Job(num_processes=2, command=(path,), log_dir=folder, tee=()))
         hint = "the tracebacks of the others: plugframe run --log-dir=DIR keeps them"

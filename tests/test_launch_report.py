@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pluggy
 import pytest
 
+from plugframe import UnsupportedError, hookimpl
+from plugframe.hooks import KINDS
 from plugframe.launch.rank import formatted
 from plugframe.launch.report import Ending, culprit_of, report
 
@@ -99,6 +102,23 @@ def test_only_the_last_frame_of_a_traceback_is_marked() -> None:
     lines = "".join(formatted(caught.value)).splitlines()
     marked = [index for index, line in enumerate(lines) if line.strip() and not line.strip(" ~^")]
     assert marked in ([], [len(lines) - 2])  # Python 3.10 marks nothing
+
+
+def test_of_what_a_plugin_refuses_the_users_frames_are_shown() -> None:
+    """The way from a call to the plugin that answers it, pluggy's included, says nothing to who made the call."""
+
+    class Refuses:
+        @hookimpl
+        def on_setup(self, module: object) -> None:
+            raise UnsupportedError("not with this strategy")
+
+    manager = pluggy.PluginManager("plugframe")
+    manager.add_hookspecs(KINDS["extension"].spec)
+    manager.register(Refuses())
+    with pytest.raises(UnsupportedError) as caught:
+        manager.hook.on_setup(module=None)
+    files = [line.split('"')[1] for line in formatted(caught.value) if line.startswith("  File ")]
+    assert files == [__file__] * 2
 
 
 def test_ranks_ended_by_the_launcher_are_victims() -> None:

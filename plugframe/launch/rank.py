@@ -33,6 +33,8 @@ INTERRUPTED = 130
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _PACKAGE = os.path.dirname(_HERE) + os.sep
+#: Packages that lie between a user's call and what answers it.
+_CARRIERS = ("plugframe_builtins", "pluggy")
 
 
 def main() -> None:
@@ -181,7 +183,8 @@ def formatted(error: BaseException) -> list[str]:
 
 
 def _is_internal(file: str) -> bool:
-    return file.startswith(_PACKAGE) or f"{os.sep}plugframe_builtins{os.sep}" in file
+    carriers = [folder for name in _CARRIERS if name in sys.modules for folder in sys.modules[name].__path__]
+    return file.startswith((_PACKAGE, *(folder + os.sep for folder in carriers)))
 
 
 def strip(stack: TracebackType | None) -> TracebackType | None:

@@ -9,9 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from plugframe.base import Extension
-from plugframe.base.sync import check_in_sync, named_tensors
+from plugframe.base.sync import check_in_sync, check_replicated, named_tensors
 from plugframe.context import Context
-from plugframe.errors import SettingError, UnsupportedError
+from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
 
 
@@ -37,6 +37,7 @@ class DriftGuard(Extension):
     @hookimpl
     def on_launch(self, context: Context) -> None:
         self._forget()
+        check_replicated(context.provides.get("strategy", ()), "Extension 'drift-guard'")
         self._context = context if context.world.world_size > 1 else None
 
     @hookimpl
@@ -51,14 +52,8 @@ class DriftGuard(Extension):
 
     @hookimpl
     def on_setup(self, module: nn.Module) -> None:
-        if self._context is None:
-            return
-        if any(hasattr(parameter, "full_tensor") for parameter in module.parameters()):
-            raise UnsupportedError(
-                "Extension 'drift-guard' compares what every rank has, and this strategy keeps a part of the model on "
-                "each: there is nothing to compare. Leave it out."
-            )
-        self._modules.append(weakref.ref(module))
+        if self._context is not None:
+            self._modules.append(weakref.ref(module))
 
     @hookimpl
     def on_optimizer_step(self, optimizer: Optimizer) -> None:
