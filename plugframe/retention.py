@@ -6,13 +6,13 @@ import functools
 import os
 import re
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from plugframe.adopt.optimizer import resumed_at
+from plugframe.base.telling import warn_caller
 from plugframe.checkpoint.atomic import remove_leftovers
-from plugframe.errors import CheckpointCorruptError, CheckpointError, PlugframeError, PlugframeWarning, SettingError
+from plugframe.errors import CheckpointCorruptError, CheckpointError, PlugframeError, SettingError
 from plugframe.session import Session
 
 _NAME = re.compile(r"step-(\d{12})\.ckpt")
@@ -131,7 +131,7 @@ class Checkpoints:
                 self._agreed(functools.partial(act, name))
                 if self._session.world.global_rank == 0:
                     text = f"{error} It is {what}, and the one before it taken."
-                    warnings.warn(text, PlugframeWarning, stacklevel=3)
+                    warn_caller(text)
                 continue
             self.step = int(_step(name))
             for value in state.values():

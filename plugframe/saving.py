@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from plugframe import __version__
 from plugframe.adopt.reading import Loaders
+from plugframe.base.telling import warn_caller
 from plugframe.checkpoint.stored import materialize
-from plugframe.errors import CheckpointError, PlugframeWarning, SettingError
+from plugframe.errors import CheckpointError, SettingError
 from plugframe.hooks.checkpoint import SaveHandle
 from plugframe.naming import Naming
 from plugframe.seed import rng_state, set_rng_state
@@ -66,13 +66,13 @@ def save(
     rank = session.world.global_rank
     if not wait and "async" not in provides and rank == 0:
         name = session.plan.choices["checkpoint"].name
-        warnings.warn(f"wait=False has no effect: checkpoint {name!r} saves at once.", PlugframeWarning, stacklevel=3)
+        warn_caller(f"wait=False has no effect: checkpoint {name!r} saves at once.")
     hooks = session.hooks
     tree = collect(state, hooks, sharded="sharded" in provides, naming=naming, filters=filters)
     tree[RUN] = _run_state(session, loaders)
     if session.plan.simulated:
         # The parts of all other ranks would be missing, or this one's in their place.
-        warnings.warn("Nothing is saved: the other ranks of this job are simulated.", PlugframeWarning, stacklevel=3)
+        warn_caller("Nothing is saved: the other ranks of this job are simulated.")
         return None if wait else Unwritten()
     handle: SaveHandle | None = hooks.checkpoint_save(
         path=target, state=tree, info={**_info(session), **(info or {})}, wait=wait
@@ -143,7 +143,7 @@ def _passed_over(restore: Restore) -> str:
 def _tell(session: Session, message: str) -> None:
     """Warn on rank 0, at the line of the user's call."""
     if message and session.world.global_rank == 0:
-        warnings.warn(message, PlugframeWarning, stacklevel=4)
+        warn_caller(message)
 
 
 def _run_state(session: Session, loaders: Loaders) -> dict[str, Any]:
@@ -156,11 +156,9 @@ def _run_state(session: Session, loaders: Loaders) -> dict[str, Any]:
     epochs = [kept["epoch"] for kept in common["known"]]
     ranks = hooks.collective_all_gather_object(obj=(mine, epochs), group=None)
     if session.world.global_rank == 0 and any(others != epochs for _, others in ranks):
-        warnings.warn(
+        warn_caller(
             f"The ranks have begun different numbers of epochs of their loaders ({[each for _, each in ranks]}), and "
-            "now read the data in different orders: begin to read a loader on all ranks or on none.",
-            PlugframeWarning,
-            stacklevel=4,
+            "now read the data in different orders: begin to read a loader on all ranks or on none."
         )
     return {"precision": hooks.precision_state(), "rng": [each for each, _ in ranks], "loaders": common}
 
@@ -176,7 +174,7 @@ def _restore_run(session: Session, run: Mapping[str, Any], loaders: Loaders) -> 
             message = (
                 f"The random generators were not restored: {len(run['rng'])} ranks saved, {world.world_size} load."
             )
-            warnings.warn(message + what, PlugframeWarning, stacklevel=4)
+            warn_caller(message + what)
         return
     mine = run["rng"][world.global_rank]
     loaders.go_on(run["loaders"], mine["loaders"])

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import warnings
 from contextlib import ExitStack
 from typing import Any
 
 from plugframe.agreement import agree
 from plugframe.alarm import Alarm
 from plugframe.base.ring import Ring
-from plugframe.base.telling import tell
+from plugframe.base.telling import tell, warn_caller
 from plugframe.context import Context
-from plugframe.errors import OrderError, PlugframeWarning
+from plugframe.errors import OrderError
 from plugframe.hooks.markers import PROJECT
 from plugframe.meetings import record
 from plugframe.pipeline import BoundHooks, Pipeline
@@ -57,7 +56,7 @@ class Session:
         self.hooks: BoundHooks = self._pipeline.bind()
         if self.world.global_rank == 0:
             for message in dict.fromkeys(self._pipeline.deprecations):
-                warnings.warn(message, PlugframeWarning, stacklevel=2)
+                warn_caller(message)
 
     def _add(self, choice: Choice, catalogue: Catalogue) -> Any:
         plugin = choice.instance

@@ -98,7 +98,9 @@ class Restore:
         """Plan to put `loaded` into `state`, whose plain values are replaced, and return what has no place in it."""
         missing = [key for key in state if key not in loaded]
         if missing:
-            self._strictly(f"missing: {', '.join(map(repr, missing))}")
+            others = ", ".join(repr(key) for key in loaded if key not in state)
+            instead = f" (there {'are' if ',' in others else 'is'} {others})" if others else ""
+            self._strictly(f"missing: {', '.join(map(repr, missing))}{instead}")
         for key in state:
             if key in loaded:
                 self._put(state, key, state[key], loaded[key], str(key))

@@ -56,7 +56,7 @@ def told(tree: ast.Module) -> set[int]:
             found.add(id(node.value))
         elif isinstance(node, ast.keyword) and node.arg in ("help", "epilog"):
             found.update(map(id, ast.walk(node.value)))
-        elif isinstance(node, ast.Call) and re.search(r"(Error|Warning|\bwarn)$", ast.unparse(node.func)):
+        elif isinstance(node, ast.Call) and re.search(r"(Error|Warning|\bwarn|\bwarn_caller)$", ast.unparse(node.func)):
             found.update(id(part) for argument in node.args for part in ast.walk(argument))
     return found
 

@@ -157,7 +157,10 @@ def test_a_thread_that_ends_while_leftovers_are_looked_for_is_no_error(monkeypat
     gone = Path("/proc/self/task/0/children")
     listed = [gone, *Path("/proc/self/task").glob("*/children")]
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(listed))
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+    command = [sys.executable, "-c", "print(flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()  # for a moment a new process has no command
         found = leftovers.children()
         child.communicate(b"\n")
     assert len(listed) == 1 or any(str(child.pid) in told for told in found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import random
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,7 +27,8 @@ from plugframe.adopt.shard import (
 )
 from plugframe.adopt.sources import has_state, random_sources
 from plugframe.adopt.swap import KEY, adopt, plain_class, release
-from plugframe.errors import OrderError, PlugframeWarning, SettingError
+from plugframe.base.telling import warn_caller
+from plugframe.errors import OrderError, SettingError
 from plugframe.seed import rng_state
 
 _EXHAUSTED = object()
@@ -84,11 +84,7 @@ def _iter(self: Any) -> Iterator[Any]:
     if again and state.index == 0:
         hint = " A stream with state_dict() that is read without workers goes on by itself." if state.iterable else ""
         what = f"{again} batches of a {type(self).__name__} are read again and passed over, to go on where the run was."
-        warnings.warn(
-            what + hint,
-            PlugframeWarning,
-            stacklevel=2,
-        )
+        warn_caller(what + hint)
     with state.replaying(kept):
         iterator = begin(self)
         for _ in range(again):

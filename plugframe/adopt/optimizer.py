@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 
 from plugframe.adopt.swap import KEY, State, adopt, release
 from plugframe.base.strategy import Strategy
-from plugframe.errors import PlugframeWarning
+from plugframe.base.telling import warn_caller
 
 if TYPE_CHECKING:
     from plugframe.adopt.module import Phase
@@ -142,11 +141,9 @@ def _check_gradients(optimizer: Optimizer, phase: Phase) -> None:
     """Say it if there are gradients and ``lite.backward`` was never called, as in a script that is half converted."""
     if phase.called or all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
         return
-    warnings.warn(
+    warn_caller(
         "An optimizer stepped on gradients of loss.backward(): call lite.backward(loss), which scales losses in "
-        "float16, weighs uneven batches, and which some strategies need.",
-        PlugframeWarning,
-        stacklevel=4,
+        "float16, weighs uneven batches, and which some strategies need."
     )
 
 

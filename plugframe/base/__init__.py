@@ -14,7 +14,7 @@ from plugframe.base.launcher import Launcher
 from plugframe.base.logger import Logger
 from plugframe.base.precision import Precision, cast_floating, default_dtype
 from plugframe.base.strategy import ForwardShim, Strategy
-from plugframe.base.telling import failing, size_text, tell
+from plugframe.base.telling import failing, size_text, tell, warn_caller
 from plugframe.base.tree import map_tensors
 
 __all__ = [
@@ -39,4 +39,5 @@ __all__ = [
     "size_text",
     "sync_buffers",
     "tell",
+    "warn_caller",
 ]

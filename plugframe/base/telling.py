@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
+
+from plugframe.errors import PlugframeWarning
+
+#: Packages whose frames lie between a line of the user's and what is told of it.
+_BETWEEN = ("plugframe", "plugframe_builtins", "pluggy", "torch", "contextlib", "functools")
 
 
 def tell(message: str) -> None:
@@ -13,6 +19,14 @@ def tell(message: str) -> None:
         logger.info(message)
     else:
         print(f"plugframe: {message}", file=sys.stderr)
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the line of the user's that led here, whatever lies between: hooks, and a scheduler's wrapper."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, PlugframeWarning, stacklevel=level)
 
 
 def failing() -> bool:

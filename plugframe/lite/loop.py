@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar, cast
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 
 from plugframe import checks, exchange
 from plugframe.adopt import state_of
-from plugframe.errors import PlugframeWarning
+from plugframe.base.telling import warn_caller
 from plugframe.lite.core import Core
 
 T = TypeVar("T")
@@ -56,11 +55,9 @@ class Loop(Core):
             return 1.0
         weight = active[0].weight
         if len(active) > 1 and any(other.weight != weight for other in active):
-            warnings.warn(
+            warn_caller(
                 "Several loaders are being read, and their last batches are uneven in different ways: this loss is "
-                "not weighed. Set them up with weigh_uneven=False to say so.",
-                PlugframeWarning,
-                stacklevel=3,
+                "not weighed. Set them up with weigh_uneven=False to say so."
             )
             return 1.0
         return 1.0 if weight is None else weight

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,7 +26,8 @@ from plugframe.adopt.loader import check_unread, divides_itself, sources_of
 from plugframe.adopt.module import checked_name
 from plugframe.adopt.sources import get_state, set_state
 from plugframe.base.deferred import check_values, resuming
-from plugframe.errors import OrderError, PlugframeWarning, SettingError
+from plugframe.base.telling import warn_caller
+from plugframe.errors import OrderError, SettingError
 from plugframe.lite.core import Core
 from plugframe.naming import Names, names_of
 
@@ -165,12 +165,10 @@ class SetUp(Core):
             held = [p for group in optimizer.param_groups for p in group["params"]]
             stray = sum(id(p) not in known for p in held)
             if stray and self.world_size > 1 and self.is_global_zero:
-                warnings.warn(
+                warn_caller(
                     f"{stray} of the {len(held)} parameters of this {type(optimizer).__name__} belong to no module "
                     "that was set up: their gradients are each rank's own. Call lite.setup_module() for their module, "
-                    "and make the optimizer after it; or exchange them with lite.all_reduce().",
-                    PlugframeWarning,
-                    stacklevel=3,
+                    "and make the optimizer after it; or exchange them with lite.all_reduce()."
                 )
 
     def _adopt(self, module: nn.Module, engine: Any, names: tuple[Any, ...]) -> None:

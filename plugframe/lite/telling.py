@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from plugframe import seed as seeds
-from plugframe.errors import PlugframeWarning, SettingError
+from plugframe.base.telling import warn_caller
+from plugframe.errors import SettingError
 from plugframe.lite.core import Core
 
 
@@ -56,7 +56,7 @@ class Telling(Core):
         if self.loggers:
             self._hooks.logger_log(metrics={k: _number(k, v) for k, v in metrics.items()}, step=step)
         else:
-            warnings.warn(f"log() has no effect. {self._no_logger()}", PlugframeWarning, stacklevel=3)
+            warn_caller(f"log() has no effect. {self._no_logger()}")
 
     seed_everything = _Seeding()
 

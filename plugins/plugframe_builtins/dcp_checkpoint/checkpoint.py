@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -16,9 +15,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from plugframe.base import Checkpoint
+from plugframe.base.telling import warn_caller
 from plugframe.checkpoint import Contents, StoredTensor, split_stored
 from plugframe.context import Context
-from plugframe.errors import CheckpointError, PlugframeWarning, UnsupportedError
+from plugframe.errors import CheckpointError, UnsupportedError
 from plugframe.hooks import SaveHandle, hookimpl
 from plugframe_builtins.checkpoint_files import opening
 from plugframe_builtins.checkpoint_files.tensorfile import CODES
@@ -71,7 +71,7 @@ class ShardedCheckpoint(Checkpoint):
         if sys.exc_info()[0] is None:
             raise error
         # Something else is on its way out, and is the error to tell.
-        warnings.warn(str(error), PlugframeWarning, stacklevel=2)
+        warn_caller(str(error))
 
     @hookimpl
     def checkpoint_save(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import nn
 
-from plugframe.errors import PlugframeWarning
+from plugframe.base.telling import warn_caller
 
 
 class _Synced(nn.SyncBatchNorm):
@@ -54,11 +53,9 @@ def sync_batchnorm(module: nn.Module, *, warn: bool) -> Callable[[], None]:
         elif isinstance(child, tuple(_SYNCED)) and not isinstance(child, nn.SyncBatchNorm):
             skipped.add(type(child).__qualname__)
     if skipped and warn:
-        warnings.warn(
+        warn_caller(
             f"sync_batchnorm=True leaves {', '.join(sorted(skipped))} as it is: a subclass of BatchNorm may do "
-            "more than nn.SyncBatchNorm would.",
-            PlugframeWarning,
-            stacklevel=2,
+            "more than nn.SyncBatchNorm would."
         )
 
     def undo() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -18,8 +17,9 @@ from torch.optim import Optimizer
 
 from plugframe.base import Strategy
 from plugframe.base.deferred import is_deferred, materialize_module
+from plugframe.base.telling import warn_caller
 from plugframe.context import Context
-from plugframe.errors import OrderError, PlugframeWarning, SettingError, UnsupportedError
+from plugframe.errors import OrderError, SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe_builtins.ddp.batchnorm import sync_batchnorm
@@ -197,11 +197,9 @@ class DDP(Strategy):
 
     def _warn_local(self, optimizer: Optimizer) -> None:
         if self.context.world.global_rank == 0 and self.context.world.world_size > 1:
-            warnings.warn(
+            warn_caller(
                 f"{type(optimizer).__name__}.step() uses gradients that were accumulated under no_backward_sync() and "
-                "never averaged: every rank goes its own way. Run the last backward before a step outside of it.",
-                PlugframeWarning,
-                stacklevel=2,
+                "never averaged: every rank goes its own way. Run the last backward before a step outside of it."
             )
 
 

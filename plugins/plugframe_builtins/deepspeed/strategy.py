@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from plugframe.base import sync_buffers
-from plugframe.errors import CheckpointError, OrderError, PlugframeWarning, SettingError, UnsupportedError
+from plugframe.base.telling import warn_caller
+from plugframe.errors import CheckpointError, OrderError, SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe_builtins.deepspeed import config as configs
@@ -139,11 +139,7 @@ class DeepSpeed(SetUp):
             )
         applied = engine.step()
         if not applied and not self._is_fp16 and self.context.world.global_rank == 0:
-            warnings.warn(
-                f"Gradients were not finite, and DeepSpeed left this step of {type(optimizer).__name__} out.",
-                PlugframeWarning,
-                stacklevel=2,
-            )
+            warn_caller(f"Gradients were not finite, and DeepSpeed left this step of {type(optimizer).__name__} out.")
         self._sync_buffers(engine)
         return None
 

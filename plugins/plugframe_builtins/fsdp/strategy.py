@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -18,8 +17,9 @@ from torch.optim import Optimizer
 
 from plugframe.base import Strategy
 from plugframe.base.deferred import deferring, is_deferred, records
+from plugframe.base.telling import warn_caller
 from plugframe.context import Context
-from plugframe.errors import OrderError, PlugframeWarning, SettingError, UnsupportedError
+from plugframe.errors import OrderError, SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe_builtins.ddp.sameness import check_same_model
@@ -210,11 +210,9 @@ class FSDP(Strategy):
         if choice is not False:
             blocks = units if choice is True else find_units(module, choice, min_numel=self.unit_min_numel)
             if not blocks and self.context.world.global_rank == 0:
-                warnings.warn(
+                warn_caller(
                     f"activation_checkpointing={choice!r} finds no block in this {type(module).__name__}: name the "
-                    "classes of its blocks.",
-                    PlugframeWarning,
-                    stacklevel=2,
+                    "classes of its blocks."
                 )
             self._undo.callback(recompute(blocks))
         if self.compile is not False:
@@ -310,21 +308,17 @@ class FSDP(Strategy):
     def _warn_kept(self) -> None:
         dtypes = self.context.hooks.precision_dtypes()
         if make_policy(self.mp_policy, dtypes).reduce_dtype is not None and self.context.world.global_rank == 0:
-            warnings.warn(
+            warn_caller(
                 "zero_grad() cannot drop gradients that were accumulated under no_backward_sync() and never averaged "
                 f"in precision={self.context.names['precision']!r}: torch keeps them apart until they are reduced. Run "
-                "the last backward outside of it before.",
-                PlugframeWarning,
-                stacklevel=2,
+                "the last backward outside of it before."
             )
 
     def _warn_local(self, optimizer: Optimizer) -> None:
         if self.context.world.global_rank == 0:
-            warnings.warn(
+            warn_caller(
                 f"{type(optimizer).__name__}.step() leaves out gradients accumulated under no_backward_sync() "
-                "and never averaged: they wait for a backward outside of it. Run the last backward so.",
-                PlugframeWarning,
-                stacklevel=2,
+                "and never averaged: they wait for a backward outside of it. Run the last backward so."
             )
 
     @hookimpl

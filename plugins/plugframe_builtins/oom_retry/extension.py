@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from plugframe.base import Extension
+from plugframe.base.telling import warn_caller
 from plugframe.context import Context
-from plugframe.errors import OrderError, PlugframeWarning, SettingError
+from plugframe.errors import OrderError, SettingError
 from plugframe.hooks import hookimpl
 from plugframe_builtins.oom_retry import batches
 from plugframe_builtins.oom_retry.averaging import Units
@@ -278,7 +278,7 @@ class OomRetry(Extension):
         parts = [part for module in self._units.modules() for part in module.modules()]
         if any(isinstance(part, _NORMALISING) and part.training for part in parts):
             message += " Batch normalisation sees only so many samples now, and its results are not those of the batch."
-        warnings.warn(message, PlugframeWarning, stacklevel=3)
+        warn_caller(message)
 
 
 def _listed(sizes: list[int]) -> str:

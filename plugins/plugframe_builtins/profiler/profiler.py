@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from plugframe.base import Extension
+from plugframe.base.telling import warn_caller
 from plugframe.context import Context
-from plugframe.errors import PlugframeWarning, SettingError
+from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
 from plugframe_builtins.profiler.trace import Trace
 
@@ -115,9 +115,7 @@ class Profiler(Extension):
             path = path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
         trace.write(path, rank=rank)
         if trace.dropped and rank == 0:
-            warnings.warn(
+            warn_caller(
                 f"{path} holds the first {trace.max_events} events; {trace.dropped} later ones were dropped: "
-                "use Profiler(max_events=…) for more.",
-                PlugframeWarning,
-                stacklevel=2,
+                "use Profiler(max_events=…) for more."
             )

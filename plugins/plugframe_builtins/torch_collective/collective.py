@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -14,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plugframe.base import Collective
+from plugframe.base.telling import warn_caller
 from plugframe.context import Context
-from plugframe.errors import CollectiveMismatchError, OrderError, PlugframeWarning, SettingError
+from plugframe.errors import CollectiveMismatchError, OrderError, SettingError
 from plugframe.hooks import ReduceOp, hookimpl
 from plugframe_builtins.torch_collective.agreement import ROOM, agree
 from plugframe_builtins.torch_collective.compat import all_gather_single, reduce_scatter_single
@@ -85,11 +85,9 @@ class TorchCollective(Collective):
         given = {"backend": self.backend, "timeout_s": self.timeout_s or self.context.timeout_s}
         ignored = [f"{name}={value!r}" for name, value in given.items() if value]
         if ignored and self.context.world.global_rank == 0:
-            warnings.warn(
+            warn_caller(
                 f"{' and '.join(ignored)} of the torch collective have no effect: torch.distributed was "
-                "initialised before, and its process group is used as it is.",
-                PlugframeWarning,
-                stacklevel=2,
+                "initialised before, and its process group is used as it is."
             )
 
     @hookimpl
