@@ -452,6 +452,7 @@ def test_scripted_modules_are_modules(lite: Lite) -> None:
     x = torch.ones(2, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
         modules: list[Any] = [torch.jit.script(nn.Linear(4, 2)), torch.jit.trace(nn.Linear(4, 2), x)]
         for module in modules:
             model, optimizer = lite.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))

@@ -117,8 +117,10 @@ def test_one_rank_is_debugged_while_the_others_wait(debug: Callable[..., Termina
     )
     assert place == f"> {tmp_path / 'train.py'}(1)<module>()"
     assert line == "-> import torch"
-    assert terminal.type("c").splitlines()[-1].startswith(("-> print(", "-> breakpoint("))  # by Python's version
-    assert terminal.type("p lite.plan.timeout_s, lite.global_rank").splitlines()[1] == f"({PATIENCE_S:.1f}, 1)"
+    # What the others say comes in between at any time.
+    stopped = terminal.type("c").splitlines()
+    assert any(line.startswith(("-> print(", "-> breakpoint(")) for line in stopped), stopped  # by Python's version
+    assert f"({PATIENCE_S:.1f}, 1)" in terminal.type("p lite.plan.timeout_s, lite.global_rank").splitlines()
     terminal.type("c", expect="sum 2.0 on 1")
     assert terminal.end() == 0
     # The others' output is kept and shown as ever; that of the one with the terminal is there alone.

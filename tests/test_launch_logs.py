@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.numa.binding
 from click.testing import CliRunner
 
 from plugframe.cli import cli
@@ -261,8 +262,9 @@ def test_ranks_are_bound_by_numactl(script: Write, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    # What a machine without GPUs lacks, and no more: the node of each of them.
-    monkeypatch.setattr("torch.numa.binding._get_numa_node_index_for_gpu_index", lambda gpu_index: 0)
+    # What a machine without GPUs lacks, and no more: the node of each of them. The name is torch's own, and changes.
+    (asked,) = (name for name in vars(torch.numa.binding) if name.startswith("_get_numa_node_index_for_"))
+    monkeypatch.setattr(torch.numa.binding, asked, lambda *args, **kwargs: 0)
     supervise(Job(num_processes=2, command=(path,), numa_binding="node"))
     assert Path("0").read_text() == Path("1").read_text()
     assert Path("0").read_text().startswith("--physcpubind=")
