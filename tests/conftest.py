@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from plugins_env import installed, packages  # noqa: F401 - fixtures
 
@@ -26,6 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
     tempfile.tempdir = None
     for name in [n for n in os.environ if n.startswith("PLUGFRAME_")]:
         del os.environ[name]
+    # Results are compared bit by bit between this process and ranks, which have one thread each.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

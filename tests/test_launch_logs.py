@@ -146,6 +146,16 @@ def test_without_a_folder_nothing_is_left(script: Write, capfd: pytest.CaptureFi
     assert os.listdir() == ["train.py"]
 
 
+def test_lines_of_ranks_are_written_in_one_piece(
+    script: Write, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under PYTHONUNBUFFERED, too, both streams write whole lines: pieces of those of two ranks would be mixed."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    modes = "[(stream.line_buffering, stream.write_through) for stream in (sys.stdout, sys.stderr)]"
+    supervise(Job(num_processes=1, command=(script(f"import sys\nprint({modes})"),)))
+    assert capfd.readouterr().out == "[(True, False), (True, False)]\n"
+
+
 # ---------------------------------------------------------------------- what is typed
 
 

@@ -90,10 +90,11 @@ def prepare(parent: int) -> None:
         crash = os.path.join(os.path.dirname(os.environ[ERROR_FILE]), CRASH_FILE)
         # A descriptor, not a file object: it stays open until the very end of the process.
         faulthandler.enable(os.open(crash, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:
-        # Whole lines: with -u, or PYTHONUNBUFFERED, those of several ranks are torn.
-        reconfigure(line_buffering=True, write_through=False)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            # One write per line: under -u or PYTHONUNBUFFERED the lines of several ranks are interleaved.
+            reconfigure(line_buffering=True, write_through=False)
 
 
 def die_with_parent(parent: int) -> None:
