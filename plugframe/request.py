@@ -29,7 +29,11 @@ CODE = "the code"
 LAUNCHED = "PLUGFRAME_LAUNCHED"
 #: Set for ranks that wait for one under a debugger: no timeout in the code shall end them.
 PATIENT = "PLUGFRAME_PATIENT"
-OTHER_VARIABLES = (FROM_COMMAND_LINE, LAUNCHED, PATIENT, "PLUGFRAME_TRACE", CONFIG, DISABLE, ALLOW)
+#: The file in which the ranks of one node meet, in a folder that only the owner of the job can open.
+MEETING = "PLUGFRAME_JOB_STORE"
+#: Shared by the ranks of a job, and by the launchers of several nodes; see `plugframe.base.job_token`.
+TOKEN = "PLUGFRAME_JOB_TOKEN"
+OTHER_VARIABLES = (FROM_COMMAND_LINE, LAUNCHED, PATIENT, MEETING, TOKEN, "PLUGFRAME_TRACE", CONFIG, DISABLE, ALLOW)
 
 
 @dataclass(frozen=True)
