@@ -356,7 +356,8 @@ class _VanishedError(Exception):
 def _environment(job: Job, extra: Mapping[str, str]) -> Iterator[None]:
     """Set the ranks' variables in this process, from which they inherit them; put back what was there."""
     wanted = {**job.environ, **extra, LAUNCHED: "1"}
-    if TOKEN not in os.environ:
+    if TOKEN not in os.environ and job.num_nodes == 1 and job.min_nodes is None:
+        # Launchers of several nodes cannot agree on one by themselves.
         wanted[TOKEN] = secrets.token_hex(32)
     if "OMP_NUM_THREADS" not in os.environ:
         # One process for each core's worth of threads: the default, all cores in every rank, is many times slower.
