@@ -1,4 +1,4 @@
-"""Run the scripts of tests/kinds under every strategy and write what becomes of them: python docs/draw_kinds.py [NAME…]"""
+"""Run the scripts of tests/kinds under every strategy and draw the table: python docs/draw_kinds.py [NAME…]"""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def reasons(rows: dict[tuple[str, str], Row]) -> str:
     for (name, variant), row in rows.items():
         for strategy, outcome in row.items():
             if outcome.word == "refused":
-                found.setdefault(" ".join(outcome.text.split()), []).append(f"{f'{name} {variant}'.strip()}: {strategy}")
+                found.setdefault(" ".join(outcome.text.split()), []).append(
+                    f"{f'{name} {variant}'.strip()}: {strategy}"
+                )
     return "\n".join(f"- {text}\n  ({'; '.join(where)})" for text, where in sorted(found.items()))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from plugframe._compat import metadata
 
@@ -66,23 +68,61 @@ def normalize(distribution: str) -> str:
 
 
 def published() -> tuple[Entry, ...]:
-    """Return every plugin that the distributions on the path publish; of two with one name the first counts."""
+    """Return every plugin that the distributions on the path publish; of two with one name the first counts.
+
+    Except of those that call themselves plugframe: the one that this module belongs to counts, see `impostor`.
+    """
+    return _read()[0]
+
+
+def impostor() -> str:
+    """Return where a distribution is that calls itself plugframe and is another; empty if there is none.
+
+    It has come before the real one on the path, or there is metadata of no other.
+    """
+    return _read()[1]
+
+
+def _read() -> tuple[tuple[Entry, ...], str]:
     return _published(tuple((place, *_state(place)) for place in sys.path))
 
 
 @functools.lru_cache(maxsize=1)
-def _published(places: tuple[tuple[str, int, int], ...]) -> tuple[Entry, ...]:
+def _published(places: tuple[tuple[str, int, int], ...]) -> tuple[tuple[Entry, ...], str]:
     """Read all metadata, again only after the path or one of its folders has changed."""
     seen: set[str] = set()
     found: list[Entry] = []
+    instead: tuple[str, list[Entry]] | None = None
     for distribution in metadata.distributions():
         name, version = name_and_version(distribution)
-        if name == UNKNOWN or normalize(name) not in seen:
-            seen.add(normalize(name))
-            found += [
-                Entry(kind, point, value, name, version, extras) for kind, point, value, extras in _points(distribution)
-            ]
-    return tuple(dict.fromkeys(found))
+        if name != UNKNOWN and normalize(name) in seen:
+            continue
+        entries = [
+            Entry(kind, point, value, name, version, extras) for kind, point, value, extras in _points(distribution)
+        ]
+        if normalize(name) == OWN_DISTRIBUTION and not _is_this(distribution):
+            instead = instead or (str(distribution.locate_file("")), entries)
+            continue
+        seen.add(normalize(name))
+        found += entries
+    if instead is not None and OWN_DISTRIBUTION not in seen:
+        # Run from a folder that is not installed: what is installed under this name is the best that is known.
+        found += instead[1]
+    return tuple(dict.fromkeys(found)), "" if instead is None else instead[0]
+
+
+def _is_this(distribution: Any) -> bool:
+    """Say whether a distribution holds the package that runs, or is an editable installation of it."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    try:
+        origin = json.loads(_text(distribution, "direct_url.json") or "{}")
+        if origin.get("dir_info", {}).get("editable"):
+            folder = os.path.join(unquote(origin["url"].removeprefix("file://")), OWN_DISTRIBUTION)
+        else:
+            folder = str(distribution.locate_file(OWN_DISTRIBUTION))
+        return os.path.samefile(folder, package)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
 
 
 def _state(place: str) -> tuple[int, int]:

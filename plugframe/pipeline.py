@@ -108,7 +108,9 @@ class Pipeline:
             deprecated = deprecated_of(caller.spec.function if caller.spec else None)
             for impl in caller.get_hookimpls():
                 # What a plugin inherits from plugframe's own bases is not its author's to mend.
-                if impl.plugin is not plugin or impl.function.__module__.startswith(f"{PROJECT}."):
+                # A function that was made by hand may have no module.
+                module = getattr(impl.function, "__module__", None) or ""
+                if impl.plugin is not plugin or module.startswith(f"{PROJECT}."):
                     continue
                 whole = {f"implements {caller.name}": deprecated.hook} if deprecated.hook else {}
                 names = [name for name in deprecated.arguments if name in (*impl.argnames, *impl.kwargnames)]

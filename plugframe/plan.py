@@ -88,6 +88,8 @@ class Plan:
         world: this process's place, if `launched`.
         timeout_s: of collectives; None where none was asked for.
         notes: what was passed over, and why.
+        settings_file: the file that settings were read from; None if there is none.
+        callbacks: each that was asked for by name, and where.
     """
 
     choices: Mapping[str, Choice]
@@ -100,6 +102,8 @@ class Plan:
     loggers: tuple[Choice, ...] = ()
     timeout_s: float | None = None
     notes: tuple[str, ...] = field(default=())
+    settings_file: str | None = None
+    callbacks: tuple[tuple[str, str], ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -123,6 +127,9 @@ class Plan:
         rows.insert(2, ("nodes", str(self.num_nodes), f"{self.world_size} ranks in all"))
         rows += [("extension", c.origin, c.reason) for c in self.extensions]
         rows += [("logger", c.origin, c.reason) for c in self.loggers]
+        rows += [("callback", name, f"asked for in {source}") for name, source in self.callbacks]
+        if self.settings_file is not None:
+            rows.append(("settings file", self.settings_file, "of the project around the working directory"))
         options = [option for choice in self.all_choices() for option in choice.options]
         return rows + [(option.key, option.text, f"asked for in {option.source}") for option in options]
 

@@ -22,7 +22,7 @@ from plugframe.errors import (
     closest,
 )
 from plugframe.hooks.descriptor import API, Plugin
-from plugframe.installed import OWN_DISTRIBUTION, PREFIX, Entry, name_and_version, normalize, published
+from plugframe.installed import OWN_DISTRIBUTION, PREFIX, Entry, impostor, name_and_version, normalize, published
 from plugframe.trust import Policy, read_policy
 
 __all__ = ["OWN_DISTRIBUTION", "PREFIX", "Entry", "Registry", "article", "name_and_version", "normalize"]
@@ -55,8 +55,10 @@ class Registry:
         return cls(entries, policy)
 
     def notes(self) -> tuple[str, ...]:
-        """Return what to tell the user about the policy."""
-        return self.policy.notes(self._entries)
+        """Return what to tell the user about the policy, and about a stranger under plugframe's name."""
+        place = impostor()
+        other = f"The distribution in {place} calls itself plugframe, and is not the one that runs: uninstall it."
+        return (*self.policy.notes(self._entries), *([other] if place else []))
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """Return what is installed and may be used, built-ins first; of one kind if given."""

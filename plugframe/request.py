@@ -29,7 +29,11 @@ CODE = "the code"
 LAUNCHED = "PLUGFRAME_LAUNCHED"
 #: Set for ranks that wait for one under a debugger: no timeout in the code shall end them.
 PATIENT = "PLUGFRAME_PATIENT"
-OTHER_VARIABLES = (FROM_COMMAND_LINE, LAUNCHED, PATIENT, "PLUGFRAME_TRACE", CONFIG, DISABLE, ALLOW)
+#: The file in which the ranks of one node meet, in a folder that only the owner of the job can open.
+MEETING = "PLUGFRAME_JOB_STORE"
+#: Shared by the ranks of a job, and by the launchers of several nodes; see `plugframe.base.job_token`.
+TOKEN = "PLUGFRAME_JOB_TOKEN"
+OTHER_VARIABLES = (FROM_COMMAND_LINE, LAUNCHED, PATIENT, MEETING, TOKEN, "PLUGFRAME_TRACE", CONFIG, DISABLE, ALLOW)
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,14 @@ class Request:
             contradict each other is known once names are resolved.
         options: of plugins, from the command line and a settings file.
         notes: what looks like a setting and is none; told once it is known which rank this is.
+        file: the settings file, if there is one.
     """
 
     settings: Mapping[str, Setting]
     overridden: Mapping[str, Setting] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     options: tuple[Given, ...] = ()
+    file: Path | None = None
 
     def get(self, field: str) -> Setting | None:
         """Return the setting of `field`, None if it was not given or is ``"auto"``."""
@@ -84,7 +90,8 @@ def gather(code: Mapping[str, Any], *, environ: Mapping[str, str] | None = None,
         given.pop("timeout_s", None)
     typed, options, notes = _from_environ(environ)
     # "auto" in the code is its default; typed, it is a choice that the file shall not undo.
-    filed, written = _from_file(environ, folder or Path.cwd())
+    path = find_file(environ, folder or Path.cwd())
+    filed, written = _from_file(path)
     filed = {f: s for f, s in filed.items() if f not in typed}
     options = [*written, *options]
     if environ.get(LAUNCHED):
@@ -97,7 +104,7 @@ def gather(code: Mapping[str, Any], *, environ: Mapping[str, str] | None = None,
     for name in (*NUMBERS, "devices", "callbacks"):
         if name in overridden and _canonical(given[name].value) != _canonical(overridden[name].value):
             raise contradiction(name, given[name], overridden[name])
-    return Request({**filed, **typed, **given}, overridden, tuple(notes), tuple(options))
+    return Request({**filed, **typed, **given}, overridden, tuple(notes), tuple(options), path)
 
 
 def contradiction(field: str, first: Setting, second: Setting) -> SettingError:
@@ -181,8 +188,7 @@ def _number(field: str, text: str, source: str) -> float | int:
         raise SettingError(f"{field}={text!r} in {source} is not a number.") from None
 
 
-def _from_file(environ: Mapping[str, str], folder: Path) -> tuple[dict[str, Setting], list[Given]]:
-    path = find_file(environ, folder)
+def _from_file(path: Path | None) -> tuple[dict[str, Setting], list[Given]]:
     data = read_file(path) if path else None
     found: dict[str, Setting] = {}
     options: list[Given] = []

@@ -125,6 +125,8 @@ class _Resolver:
             loggers=loggers,
             timeout_s=self.request.value("timeout_s"),
             notes=tuple(self.candidates.notes),
+            settings_file=str(self.request.file) if self.request.file else None,
+            callbacks=_callbacks(self.request),
         )
 
     # ------------------------------------------------------------------ who started this process
@@ -264,6 +266,13 @@ class _Resolver:
         if problem:
             raise UnsupportedError(f"precision={choice.name!r} {problem}: choose another precision or accelerator.")
         return choice
+
+
+def _callbacks(request: Request) -> tuple[tuple[str, str], ...]:
+    """Return the callbacks that were asked for by name, which no code shows, and where."""
+    setting = request.get("callbacks")
+    values = setting.value if setting is not None and isinstance(setting.value, (list, tuple)) else ()
+    return tuple((name, setting.source) for name in values if setting is not None and isinstance(name, str))
 
 
 def _ask(choice: Choice, question: str) -> bool:

@@ -106,7 +106,7 @@ class Session:
         return context
 
     def _context(self) -> Context:
-        packages = {type(plugin).__module__.partition(".")[0] for plugin in self.plugins.values()}
+        packages = {(type(plugin).__module__ or "").partition(".")[0] for plugin in self.plugins.values()}
         return Context(
             world=self.world,
             device=self.device,

@@ -16,7 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 import plugframe
-from plugframe import Plugin
+from plugframe import Plugin, hookimpl
+from plugframe.base import Accelerator
 from plugframe.cli import cli
 from plugframe.cli.arguments import split
 from plugframe.cli.run import command as run_command
@@ -30,20 +31,28 @@ from plugframe.world import World
 # ---------------------------------------------------------------------- a small world of plugins
 
 
-class FakeAccelerator:
+class FakeAccelerator(Accelerator):
     """Three devices of type cpu."""
 
+    @hookimpl
     def accelerator_is_available(self) -> bool:
         return True
 
+    @hookimpl
     def accelerator_device_count(self) -> int:
         return 3
 
+    @hookimpl
     def accelerator_parse_devices(self, devices: Any) -> tuple[int, ...]:
         return tuple(range(3 if devices in ("auto", "-1") else int(devices)))
 
+    @hookimpl
     def accelerator_device(self, index: int) -> Any:
         return SimpleNamespace(type="cpu")
+
+    @hookimpl
+    def accelerator_collective_backend(self) -> str:
+        return "gloo"
 
 
 class FailingAccelerator(FakeAccelerator):
@@ -513,6 +522,16 @@ def test_a_failed_or_interrupted_job(
     assert (result.code, result.err.strip()) == (code, said)
 
 
+def test_a_dry_run_shows_the_settings_file_and_its_callbacks(world: Ground) -> None:
+    """Code that a file names is seen before it runs, with the file."""
+    Path("plugframe.toml").write_text('callbacks = ["json:JSONDecoder"]\n', encoding="utf-8")
+    out = plug("run", "--dry-run", "--devices=2", "train.py").out
+    file = Path("plugframe.toml").resolve()
+    rows = [line.split() for line in out.splitlines()]
+    assert ["callback", "json:JSONDecoder", "asked", "for", "in", str(file)] in rows
+    assert any(row[:3] == ["settings", "file", str(file)] for row in rows)
+
+
 def test_dry_run(world: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     """--dry-run shows every choice with its reason and what would be started, and starts nothing."""
     install(monkeypatch, _entry("accelerator", "acme", "missing_descriptor", "acme-accel"))
@@ -549,7 +568,7 @@ def test_list_plugins(world: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     result = plug("list-plugins")
     rows = [line.split(maxsplit=5) for line in result.out.splitlines()]
     assert rows[0] == ["kind", "name", "package", "version", "needs", "status"]
-    assert ["strategy", "many", "plugframe", "0.1.0", "-", "ok"] in rows
+    assert ["strategy", "many", "plugframe", "0.1.0", "-", "not checked"] in rows
     assert ["strategy", "many", "acme-ddp", "1.2", "-", "shadowed by the built-in; use acme-ddp:many"] in rows
     assert [
         "strategy",
@@ -583,7 +602,7 @@ def test_list_plugins_as_json(world: Ground, monkeypatch: pytest.MonkeyPatch) ->
         "package": "plugframe",
         "version": "0.1.0",
         "needs": "",
-        "status": "ok",
+        "status": "not checked",
     }
 
 
@@ -611,7 +630,7 @@ def test_list_plugins_check(world: Ground, monkeypatch: pytest.MonkeyPatch) -> N
     assert found["dangling"]["status"].startswith("broken: it stands for another plugin, and strategy='gone'")
     assert result.code == 1
     install(monkeypatch)
-    assert plug("list-plugins", "--check").code == 0
+    assert plug("list-plugins", "--check", "--kind=accelerator").code == 0
 
 
 def test_a_chatty_descriptor_does_not_spoil_the_listing(
@@ -691,6 +710,32 @@ def test_env(world: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     text = plug("env")
     assert text.code == 0
     assert "devices:\n" in text.out
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("PLUGFRAME_X_PWD", "hunter2", ""),
+        ("PLUGFRAME_DB_PASS", "hunter2", ""),
+        ("TORCH_auth_header", "hunter2", ""),
+        ("TORCH_EXTENSIONS_DIR", "/data/aB3/0123456789abcdef0123456789abcdef/x", "same"),
+        ("TORCH_HOME", "s3://me:hunter2@store.example/models", "s3://…@store.example/models"),
+        ("TORCH_X", "redis://:hunter2@host/0 and http://u:p@h", "redis://…@host/0 and http://…@h"),
+        ("PLUGFRAME_LOGGERS", "hf_abcdefghijklmnop", ""),
+        ("PLUGFRAME_NOTE", "Bearer abcdefghijkl", ""),
+        ("PLUGFRAME_NOTE", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abc", ""),
+        ("PLUGFRAME_NOTE", "AKIAIOSFODNN7EXAMPLE", ""),
+        ("PLUGFRAME_NOTE", "0123456789abcdef0123456789abcdef", ""),
+        ("PLUGFRAME_NOTE", "wJalrXUtnFEMI7K7MDENGbPxRfiCYEXAMPLEKEY1", ""),
+        ("TORCH_LOGS", "+dynamo,graph_breaks,recompiles,output_code", "same"),
+        ("PLUGFRAME_STRATEGY", "deepspeed_stage_3_offload_nvme", "same"),
+    ],
+)
+def test_env_shows_no_secret(monkeypatch: pytest.MonkeyPatch, name: str, value: str, shown: str) -> None:
+    """By its name or by its value, and the user and password of a URL."""
+    monkeypatch.setenv(name, value)
+    found = json.loads(plug("env", "--json").out)["variables"][name]
+    assert found == {"": "(set, not shown)", "same": value}.get(shown, shown)
 
 
 def test_help_and_version() -> None:

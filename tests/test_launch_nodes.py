@@ -14,10 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 
-from plugframe.errors import RankFailedError, UsageError
+from plugframe.errors import EnvironmentMismatchError, RankFailedError, UsageError
 from plugframe.hooks.launcher import Job
 from plugframe.launch import nodes, supervise
+from plugframe.launch.rendezvous import listening, serve
+from plugframe.launch.signed import Signed
+from plugframe.request import TOKEN
 
 #: Runs jobs, one for each line it reads, and prints how each one went.
 OTHER_NODE = """
@@ -77,6 +83,7 @@ class TwoNodes:
 @pytest.fixture
 def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(TOKEN, "known to both launchers")
     with Path("stderr").open("w") as stderr:
         pipe = subprocess.PIPE
         command = [sys.executable, "-c", OTHER_NODE]
@@ -199,3 +206,61 @@ def test_nodes_that_do_not_find_each_other_say_where_they_looked(
         assert f"process {os.getpid()} (" in text
         assert text.endswith("): choose another --main-port.")
     assert os.listdir() == ["train.py"]
+
+
+def test_a_launcher_without_the_token_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever serves at the main address without the job's token cannot send this node's ranks anywhere."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").touch()
+    store = serve(listening("127.0.0.1", 0), "127.0.0.1")
+    monkeypatch.setenv(TOKEN, "another")
+    Signed(store).set("plugframe/nodes", "2")
+    monkeypatch.setenv(TOKEN, "the job's")
+    job = Job(
+        num_processes=1,
+        num_nodes=2,
+        node_rank=1,
+        main_address="127.0.0.1",
+        main_port=store.port,
+        command=("train.py",),
+        timeout_s=10.0,
+    )
+    with pytest.raises(EnvironmentMismatchError, match=f"without this {TOKEN}, or with another one"):
+        supervise(job)
+
+
+def test_words_are_signed_with_their_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value counts only under the key that it was written to, with the token; without a token any does."""
+    store = HashStore()
+    monkeypatch.setenv(TOKEN, "token")
+    words = Signed(store)
+    words.set("port", "1")
+    assert words.get("port") == b"1"
+    assert words.compare_set("port", "1", "2") == b"2"
+    assert words.compare_set("port", "1", "3") == b"2"
+    assert words.compare_set("new", "", "4") == b"4"
+    store.set("host", store.get("port"))
+    for forged in ("host", "plain"):
+        store.set("plain", "1")
+        with pytest.raises(EnvironmentMismatchError, match="start all launchers of the job with the same"):
+            words.get(forged)
+    monkeypatch.delenv(TOKEN)
+    assert Signed(store).get("plain") == b"1"
+
+
+def test_torchs_rendezvous_opens_no_state_of_a_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch's elastic rendezvous would unpickle is verified before torch sees it."""
+    monkeypatch.setenv(TOKEN, "token")
+    store = HashStore()
+    backend = C10dRendezvousBackend(Signed(store), "job")  # type: ignore[arg-type]
+    state, token, _ = backend.set_state(b"first") or (b"", None, False)
+    assert backend.set_state(b"second", token) is not None
+    found = backend.get_state()
+    assert state == b"first"
+    assert found is not None
+    assert found[0] == b"second"
+    (key,) = (key for key in store.list_keys() if "job" in key)
+    store.set(key, b"Y29kZQ==")
+    with pytest.raises(RendezvousConnectionError) as caught:
+        backend.get_state()
+    assert isinstance(caught.value.__cause__, EnvironmentMismatchError)

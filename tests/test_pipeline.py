@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import pluggy
@@ -411,3 +412,13 @@ def test_plugframe_trace_traces(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "plugframe: precision_convert_input(data=tuple)" in lines
     assert "plugframe: strategy_backward(loss=Tensor(), module=Linear, args=tuple, kwargs=dict)" in lines
     assert "plugframe: strategy_teardown()" in lines
+
+
+def test_a_hook_without_a_module_is_a_hook_like_any() -> None:
+    """Code that makes a function by hand may give it no module: that is no reason to fail."""
+    function = hookimpl(FunctionType((lambda self: None).__code__, {}, "on_teardown"))
+    assert function.__module__ is None
+    plugin = type("Made", (), {"on_teardown": function})()
+    pipeline = Pipeline()
+    add(pipeline, "extension", plugin)
+    assert pipeline.deprecations == []

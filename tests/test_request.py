@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -236,17 +237,58 @@ def test_a_misspelt_variable_is_noted(empty: Path, name: str, hint: str) -> None
 # ---------------------------------------------------------------------- settings files
 
 
-def test_the_file_is_found_upward(empty: Path) -> None:
-    """The nearest file counts; a pyproject.toml without our section is passed by."""
+def test_the_file_is_found_upward_in_the_project(empty: Path) -> None:
+    """The nearest file counts, up to the root of the project: its first pyproject.toml, or its repository."""
     inner = empty / "project" / "src"
     inner.mkdir(parents=True)
     (empty / "pyproject.toml").write_text('[tool.plugframe]\nstrategy = "outer"\nnum-nodes = 2\n')
     assert ask(inner).value("num_nodes") == 2
-    (empty / "project" / "pyproject.toml").write_text('[project]\nname = "mine"\n[tool.other]\nx = 1\n')
-    assert ask(inner).value("strategy") == "outer"
     (empty / "project" / "plugframe.toml").write_text('strategy = "inner"\n')
     request = ask(inner)
     assert (request.value("strategy"), request.get("num_nodes")) == ("inner", None)
+    (empty / "project" / "plugframe.toml").unlink()
+    for root in ("pyproject.toml", ".git", ".hg"):
+        (empty / "project" / root).write_text("")
+        assert ask(inner).settings == {}, root
+        (empty / "project" / root).unlink()
+
+
+def test_outside_of_a_project_no_folder_above_counts(empty: Path) -> None:
+    """Without a root anywhere above, a settings file in a parent folder may be anybody's; the folder's own counts."""
+    inner = empty / "scratch"
+    inner.mkdir()
+    (empty / "plugframe.toml").write_text('callbacks = ["os:abort"]\n')
+    assert ask(inner).settings == {}
+    assert ask(empty).value("callbacks") == ["os:abort"]
+
+
+@pytest.mark.parametrize("place", ["plugframe.toml", "."])
+@pytest.mark.parametrize(
+    ("mode", "said"), [(0o002, "can be written by every user"), (0o020, "can be written by the group with gid 65534")]
+)
+def test_a_file_that_others_can_write_is_refused(empty: Path, place: str, mode: int, said: str) -> None:
+    """It names code that runs in the job. Naming the file says that it is trusted."""
+    file = empty / "plugframe.toml"
+    file.write_text("devices = 2\n")
+    if mode == 0o020:
+        if os.getuid() != 0:
+            pytest.skip("only root can give a file to another group")
+        os.chown(empty / place, -1, 65534)
+    (empty / place).chmod((empty / place).stat().st_mode | mode)
+    with pytest.raises(SettingError, match=rf"{re.escape(str(file))} is not read, because .* {said}: .*--config="):
+        ask(empty)
+    assert ask(empty, CONFIG=str(file)).value("devices") == 2
+
+
+def test_a_file_of_another_user_is_refused(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the user and that of root are read, nobody else's."""
+    (empty / "plugframe.toml").write_text("devices = 2\n")
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    if (empty / "plugframe.toml").stat().st_uid == 0:
+        assert ask(empty).value("devices") == 2
+        os.chown(empty / "plugframe.toml", 65534, -1)
+    with pytest.raises(SettingError, match=r"belongs to another user \(uid \d+\)"):
+        ask(empty)
 
 
 def test_a_named_file_is_the_one(empty: Path) -> None:

@@ -107,7 +107,7 @@ def test_all_of_them_are_listed(packages: Use, monkeypatch: pytest.MonkeyPatch, 
     }
     assert set(theirs) == expected
     assert theirs["plugframe-acme:acmechip"]["version"] == "1.4.0"
-    assert rows["plugframe:ddp"]["status"] == "ok"
+    assert rows["plugframe:ddp"]["status"] == "not checked"
     assert rows["plugframe-broken:ddp"]["status"] == "shadowed by the built-in; use plugframe-broken:ddp"
     for name in ("plugframe-acme:acme", "plugframe-twin:acme"):
         assert theirs[name]["status"] == f"the same name in several packages; use {name}"
@@ -117,7 +117,7 @@ def test_all_of_them_are_listed(packages: Use, monkeypatch: pytest.MonkeyPatch, 
 def test_checking_tells_the_broken_from_the_others(
     packages: Use, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Each descriptor is loaded by itself, implementations not at all; the exit code says that something is broken."""
+    """Each descriptor and class is loaded apart, no plugin is made; the exit code says that something is broken."""
     packages("acme", "broken", "slow")
     monkeypatch.setenv("SLOW_TRACE", str(tmp_path / "trace"))
     result = CliRunner().invoke(cli, ["list-plugins", "--check", "--json"])
@@ -128,7 +128,7 @@ def test_checking_tells_the_broken_from_the_others(
     assert status["broken-api"].startswith("incompatible: ")
     assert status["broken-needs"].startswith("missing acme_vendor_sdk: type")
     assert {status[name] for name in ("acme", "acmechip", "acme-counter", "acme-logger", "slow")} == {"ok"}
-    assert (tmp_path / "trace").read_text() == "descriptors\n"
+    assert (tmp_path / "trace").read_text() == "descriptors\nimplementations\n"
 
 
 # ---------------------------------------------------------------------- a name is all it takes

@@ -271,3 +271,15 @@ def test_ranks_are_held_to_what_was_typed(tmp_path: Path) -> None:
     expected = "extension 'evil' (evil-two 6.6) is disabled by 'evil-two' in the command line (--disable-plugin)"
     assert done.stdout.startswith(expected)
     assert not (tmp_path / "trap").exists()
+
+
+def test_a_package_that_calls_itself_plugframe_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier on the path, it gets neither the built-ins' names nor their trust; one line says where it is."""
+    before = {(entry.kind, entry.name): entry.value for entry in Registry.discover().entries() if entry.builtin}
+    publish(tmp_path, "Plugframe", "9.9", "strategy", "ddp", "mine", source=STRATEGY)
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry.discover()
+    assert {(entry.kind, entry.name): entry.value for entry in registry.entries() if entry.builtin} == before
+    assert not any(entry.name == "mine" for entry in registry.entries())
+    (note,) = registry.notes()
+    assert note == f"The distribution in {tmp_path} calls itself plugframe, and is not the one that runs: uninstall it."

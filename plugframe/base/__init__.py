@@ -8,10 +8,11 @@ from plugframe.base.buffers import persistent_buffers, sync_buffers
 from plugframe.base.checkpoint import Checkpoint
 from plugframe.base.collective import Collective, check_reduction
 from plugframe.base.devices import parse_devices
-from plugframe.base.environment import Environment, fresh
+from plugframe.base.environment import Environment, fresh, private_store
 from plugframe.base.extension import Extension
 from plugframe.base.launcher import Launcher
 from plugframe.base.logger import Logger
+from plugframe.base.objects import job_token, pack, unpack
 from plugframe.base.precision import Precision, cast_floating, default_dtype
 from plugframe.base.strategy import ForwardShim, Strategy
 from plugframe.base.telling import failing, size_text, tell, warn_caller
@@ -33,11 +34,15 @@ __all__ = [
     "default_dtype",
     "failing",
     "fresh",
+    "job_token",
     "map_tensors",
+    "pack",
     "parse_devices",
     "persistent_buffers",
+    "private_store",
     "size_text",
     "sync_buffers",
     "tell",
+    "unpack",
     "warn_caller",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 from plugframe.context import Context
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks import EnvironmentSpec, hookimpl
+from plugframe.request import MEETING
 from plugframe.world import World
 
 
@@ -194,6 +195,23 @@ def _listen(host: str, port: int) -> int | None:
                 raise
             return None
         return listener.detach()
+
+
+def private_store(world: World) -> Any:
+    """Return the store in the launcher's private folder at which the ranks of one node meet; None if there is none.
+
+    A TCP store is open to every user of the machine. The folder (mode 0700) is open to the owner of the job alone.
+    """
+    path = os.environ.get(MEETING)
+    if path is None or world.world_size == 1 or world.num_nodes > 1:
+        return None
+    from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+    folder = os.stat(os.path.dirname(path))
+    if folder.st_uid != os.getuid():
+        raise EnvironmentMismatchError(f"{MEETING}={path} lies in another user's folder: unset it.")
+    # Without a number of users, since the last one of them would remove the file while others come again.
+    return fresh(FileStore(path), world)
 
 
 def fresh(store: Any, world: World) -> Any:

@@ -153,9 +153,29 @@ def _families(registry: Registry) -> Iterable[str]:
         yield from (name.partition("_")[0] + "_" for name in descriptor.variables if "_" in name)
 
 
+#: Names of variables whose values are secret.
+_SECRET_NAMES = re.compile(
+    r"TOKEN|SECRET|PASS|PWD|AUTH|JWT|CREDENTIAL|KEY|COOKIE|SESSION|PRIVATE|SIGNATURE", re.IGNORECASE
+)
+#: Values that are secret under any name: keys and tokens of known services, JSON web tokens, private keys.
+_SECRET_VALUES = re.compile(
+    r"(?:^|[^A-Za-z0-9])(?:gh[pousr]_|github_pat_|glpat-|hf_|sk-|sk_|pk_|rk_|xox[a-z]-|npm_|pypi-|dop_v1_|ya29\.|AIza)[\w.-]{8,}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{12,}|\beyJ[\w-]{8,}\.[\w-]+|-----BEGIN |\b(?:Bearer|Basic)\s+\S{8,}",
+)
+#: User and password in a URL.
+_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
+#: Random words: 32 hexadecimal digits or more, or as many letters of both cases with digits.
+_RANDOM = re.compile(
+    r"(?<![\w/.-])(?:[0-9a-fA-F]{32,}|(?=[\w+/=-]*\d)(?=[\w+/=-]*[a-z])(?=[\w+/=-]*[A-Z])[A-Za-z0-9+_=-]{32,})(?![\w/.])"
+)
+_HIDDEN = "(set, not shown)"
+
+
 def _open(name: str, value: str) -> str:
-    secret = re.search(r"TOKEN|SECRET|PASSW|JWT|CREDENTIAL|KEY", name)
-    return "(set, not shown)" if secret else value
+    """Return what may be shown of a variable: nothing that looks like a secret, by its name or by its value."""
+    if _SECRET_NAMES.search(name) or _SECRET_VALUES.search(value) or _RANDOM.search(value):
+        return _HIDDEN
+    return _LOGIN.sub("…@", value)
 
 
 def _line(error: Exception) -> str:

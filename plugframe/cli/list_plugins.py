@@ -11,10 +11,20 @@ from typing import NamedTuple
 import click
 
 from plugframe.cli.disabling import disabling
-from plugframe.errors import PluginError, RefusedPluginError, SettingError, UnknownPluginError, UsageError, closest
+from plugframe.errors import (
+    PluginContractError,
+    PluginError,
+    RefusedPluginError,
+    SettingError,
+    UnknownPluginError,
+    UsageError,
+    closest,
+)
 from plugframe.hooks.descriptor import Plugin
 from plugframe.registry import Entry, Registry
 
+#: Status of a plugin of which metadata alone was read, and of one whose descriptor and hooks were looked at.
+NOT_CHECKED, OK = "not checked", "ok"
 #: What is wrong with a plugin that was loaded, None if nothing is; and its summary.
 Checked = tuple["str | None", str]
 
@@ -28,7 +38,7 @@ class Row(NamedTuple):
         package: the distribution that publishes it.
         version: of that distribution.
         needs: distributions of the extras it needs.
-        status: ``"ok"``, or what is wrong and what to type.
+        status: ``"ok"``, ``"not checked"``, or what is wrong and what to type.
         summary: what the descriptor says of itself; empty unless it was loaded.
     """
 
@@ -50,7 +60,9 @@ class Row(NamedTuple):
 @click.argument("name", required=False)
 @click.option("--kind", metavar="KIND", help="Only this kind: accelerator, strategy, precision, …")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects.")
-@click.option("--check", is_flag=True, help="Load every descriptor and say what is broken; exit code 1 if any is.")
+@click.option(
+    "--check", is_flag=True, help="Load every descriptor and class and say what is broken; exit code 1 if any is."
+)
 @click.option(
     "--timeout",
     "timeout_s",
@@ -136,7 +148,7 @@ def _row(registry: Registry, entry: Entry, checked: Checked | None, statuses: _S
         package=entry.distribution,
         version=entry.version,
         needs=", ".join(registry.needs(entry)),
-        status=status or statuses.of(entry),
+        status=status or statuses.of(entry, checked=checked is not None),
         summary=summary,
     )
 
@@ -151,7 +163,11 @@ class _Statuses:
         self._published = Counter((entry.kind, entry.name) for entry in usable)
         self._own_kinds = {entry.kind for entry in [*usable, *self._refused] if entry.builtin}
 
-    def of(self, entry: Entry) -> str:
+    def of(self, entry: Entry, *, checked: bool) -> str:
+        status = self._of(entry)
+        return OK if checked and status == NOT_CHECKED else status
+
+    def _of(self, entry: Entry) -> str:
         if entry in self._refused:
             return self._refused[entry]
         if self._registry.missing(entry):
@@ -160,14 +176,14 @@ class _Statuses:
             return f"shadowed by the built-in; use {entry.qualified}"
         if not entry.builtin and self._published[entry.kind, entry.name] > 1:
             return f"the same name in several packages; use {entry.qualified}"
-        return "ok" if entry.kind in self._own_kinds else _stray(entry.kind)
+        return NOT_CHECKED if entry.kind in self._own_kinds else _stray(entry.kind)
 
 
 def _stray(kind: str) -> str:
     """Return the status of a plugin of a kind that plugframe itself has no plugin of."""
     from plugframe.hooks.kinds import KINDS
 
-    return "ok" if kind in KINDS else f"broken: there is no such kind.{closest(kind, KINDS)}"
+    return NOT_CHECKED if kind in KINDS else f"broken: there is no such kind.{closest(kind, KINDS)}"
 
 
 def _check_all(registry: Registry, entries: Iterable[Entry], timeout_s: float) -> dict[Entry, Checked]:
@@ -197,6 +213,8 @@ def _checked(registry: Registry, entry: Entry) -> Checked:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # whatever it prints must not end up in the listing
             return _loaded(registry, entry)
+    except PluginContractError as error:
+        return f"broken: {' '.join(str(error).removeprefix(f'{entry.origin} ').split())}", ""
     except PluginError as error:
         words = str(error).removeprefix(f"{entry.origin} ")
         broken = words.removeprefix("is broken: ")
@@ -217,7 +235,23 @@ def _loaded(registry: Registry, entry: Entry) -> Checked:
     for kind, name in descriptor.implies.items():
         registry.find(kind, name, look_inside=False)
     absent = registry.absent(entry)
+    if not absent and descriptor.factory:
+        _check_class(registry, entry, descriptor)
     return (f"missing {absent}" if absent else None), _summary(descriptor)
+
+
+def _check_class(registry: Registry, entry: Entry, descriptor: Plugin) -> None:
+    """Check the hooks of a plugin's class: one that was removed, misspelt or left out is found before it is used.
+
+    No plugin is made: what a constructor asks of the machine is `plugframe doctor`'s to find.
+    """
+    from plugframe.pipeline import check_hooks
+    from plugframe.plan import Choice
+
+    cls = registry.factory(entry)
+    if isinstance(cls, type):
+        choice = Choice(kind=entry.kind, name=entry.name, reason="", descriptor=descriptor, entry=entry)
+        check_hooks(choice, object.__new__(cls))
 
 
 def _summary(descriptor: Plugin) -> str:

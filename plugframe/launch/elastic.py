@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
@@ -24,9 +24,10 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
-from plugframe.errors import UsageError
+from plugframe.errors import EnvironmentMismatchError, UsageError
 from plugframe.launch.nodes import ElsewhereError, Nodes, Patient
 from plugframe.launch.rendezvous import listening, serve
+from plugframe.launch.signed import Signed
 
 #: How long a round waits for more nodes once the fewest are there.
 LAST_CALL_S = 5.0
@@ -82,7 +83,7 @@ class Elastic(Nodes):
         try:
             waiting = self._torch.num_nodes_waiting()
         except RendezvousConnectionError as error:
-            raise self._without_main() from error
+            raise self._unreachable(error) from error
         self.recalled = waiting > 0 or self.recalled
         return int(self.recalled)
 
@@ -108,14 +109,15 @@ class Elastic(Nodes):
             self._hosts = False
             store = self._reach()
         bounds = f"{self._min_nodes}:{self._max_nodes}"
-        theirs = store.compare_set("plugframe/nodes", "", bounds).decode()
+        theirs = Signed(store).compare_set("plugframe/nodes", "", bounds).decode()
         if theirs != bounds:
             raise UsageError(f"This node was started with --num-nodes={bounds}, another with --num-nodes={theirs}.")
         run_id = self.get_run_id()
         handler: DynamicRendezvousHandler = DynamicRendezvousHandler.from_backend(
             run_id=run_id,
             store=store,
-            backend=C10dRendezvousBackend(store, run_id),
+            # The backend's values are pickles: only those of launchers with this job's token are opened.
+            backend=C10dRendezvousBackend(cast("Store", Signed(store)), run_id),
             min_nodes=self._min_nodes,
             max_nodes=self._max_nodes,
             timeout=RendezvousTimeout(
@@ -139,7 +141,12 @@ class Elastic(Nodes):
         except RendezvousClosedError:
             raise ElsewhereError("") from None  # whoever closed it has told why
         except RendezvousConnectionError as error:
-            raise self._without_main() from error
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: RendezvousConnectionError) -> Exception:
+        """Return what torch's error means: that the store has gone, or that a stranger has written into it."""
+        forged = error.__cause__
+        return forged if isinstance(forged, EnvironmentMismatchError) else self._without_main()
 
     def _ranks_meet(self) -> RendezvousStoreInfo:
         """Return where the ranks of this round meet: in a store of their own, beside node 0's launcher."""
@@ -148,8 +155,9 @@ class Elastic(Nodes):
                 with socket.create_connection((self._address, self._port), timeout=self._timeout_s) as line:
                     address = line.getsockname()[0]  # the one by which the others can reach this node
                 self._store = serve(listening(address, 0), address)
-                self.control.set("plugframe/ranks", f"{address} {self._store.port}")
-            address, port = Patient("plugframe", self.control, self._look_closely).get("ranks").decode().split()
+                self.words.set("plugframe/ranks", f"{address} {self._store.port}")
+            told = Patient("plugframe", self.control, self._look_closely).get("ranks")
+            address, port = self.words.opened("plugframe/ranks", told).decode().split()
         except (OSError, DistError) as error:
             raise self._without_main() from error
         return RendezvousStoreInfo(address, int(port))

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import pickle
+import secrets
 import signal
 import socket
 import sys
@@ -36,7 +37,7 @@ from plugframe.launch.rendezvous import Loopback
 from plugframe.launch.report import Ending, Report, culprit_of, mark, report, summary
 from plugframe.launch.signals import WARNING, Signals
 from plugframe.launch.watch import Rank, Watch, is_child
-from plugframe.request import LAUNCHED
+from plugframe.request import LAUNCHED, TOKEN
 
 _MONITOR_S = 0.05
 #: Beats between two looks for ranks that have vanished, and how many such looks are proof.
@@ -104,7 +105,8 @@ class _Supervision:
 
     def __init__(self, job: Job, start_method: str | None, root: str, output: Output, numa: Any) -> None:
         self.job = job
-        self.files = RankFiles(root, self._on_attempt, output)
+        one_node = job.num_nodes == 1 and job.min_nodes is None
+        self.files = RankFiles(root, self._on_attempt, output, one_node=one_node)
         self.guardian = Guardian(root)
         self.signals = Signals(
             on_second=lambda: self.watch.kill_all(), on_warning=self._warn_ranks, on_interrupt=self._interrupt_debugger
@@ -354,6 +356,9 @@ class _VanishedError(Exception):
 def _environment(job: Job, extra: Mapping[str, str]) -> Iterator[None]:
     """Set the ranks' variables in this process, from which they inherit them; put back what was there."""
     wanted = {**job.environ, **extra, LAUNCHED: "1"}
+    if TOKEN not in os.environ and job.num_nodes == 1 and job.min_nodes is None:
+        # Launchers of several nodes cannot agree on one by themselves.
+        wanted[TOKEN] = secrets.token_hex(32)
     if "OMP_NUM_THREADS" not in os.environ:
         # One process for each core's worth of threads: the default, all cores in every rank, is many times slower.
         wanted.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // job.num_processes)))

@@ -15,6 +15,7 @@ from plugframe.launch.function import DONE_FILE
 from plugframe.launch.output import STREAMS, Output
 from plugframe.launch.rank import CRASH_FILE, DEBUG, ERROR_FILE
 from plugframe.launch.signals import TORCH_SIGNALS
+from plugframe.request import MEETING
 
 
 class RankFiles(LogsSpecs):
@@ -23,8 +24,9 @@ class RankFiles(LogsSpecs):
     Torch asks it for files whenever it starts the ranks: output goes to the terminal, as it is, unless asked otherwise.
     """
 
-    def __init__(self, root: str, on_attempt: Callable[[int], None], output: Output) -> None:
+    def __init__(self, root: str, on_attempt: Callable[[int], None], output: Output, *, one_node: bool) -> None:
         super().__init__(root)
+        self._one_node = one_node
         self.root = Path(root)
         self.attempt = -1
         self._on_attempt = on_attempt
@@ -59,6 +61,10 @@ class RankFiles(LogsSpecs):
             error_files[local_rank] = str(self.error_file(local_rank))
             environ[ERROR_FILE] = error_files[local_rank]
             environ["TORCHELASTIC_RESTART_COUNT"] = str(self.attempt)
+            if self._one_node:
+                # Not the store on loopback, which every user of the machine can reach: it serves scripts that call
+                # init_process_group themselves.
+                environ[MEETING] = str(self.root / f"attempt-{self.attempt}" / "store")
             environ[TORCH_SIGNALS] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"  # torch's default, for a launcher inside a rank
             if self._output.at_terminal is not None:
                 environ[DEBUG] = str(int(ranks[local_rank] == self._output.at_terminal))

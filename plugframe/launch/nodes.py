@@ -18,6 +18,7 @@ from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStore
 from plugframe.errors import UsageError
 from plugframe.launch.holder import holder_of
 from plugframe.launch.rendezvous import STORE_TIMEOUT_S, Loopback, listening, serve
+from plugframe.launch.signed import Signed
 
 _POLL_S = 0.1
 #: How often a launcher asks whether another one has failed or starts again.
@@ -72,6 +73,11 @@ class Nodes(Loopback):
         assert self._control is not None
         return self._control
 
+    @property
+    def words(self) -> Signed:
+        """The same store for what the launchers tell each other."""
+        return Signed(self.control)
+
     def next_rendezvous(self) -> RendezvousInfo:
         self._attempt += 1
         if self._control is None:
@@ -123,7 +129,7 @@ class Nodes(Loopback):
 
     def _failures(self) -> list[dict[str, Any]]:
         keys = [f"{_FAILED}/{node}" for node in range(self._num_nodes)]
-        return [json.loads(self.control.get(key)) for key in keys if self.control.check([key])]
+        return [json.loads(self.words.get(key)) for key in keys if self.control.check([key])]
 
     def get_run_id(self) -> str:
         return f"{self._address}:{self._port}"
@@ -201,14 +207,14 @@ class Nodes(Loopback):
 
     def _tell(self, told: dict[str, Any]) -> None:
         self.control.set(_FAILED, "1")
-        self.control.set(f"{_FAILED}/{self._node_rank}", json.dumps(told))  # last: see `part`
+        self.words.set(f"{_FAILED}/{self._node_rank}", json.dumps(told))  # last: see `part`
 
     def _key(self, name: str) -> str:
         return f"plugframe/{self._attempt}/{name}"
 
     def _connect(self) -> Store:
         store = serve(self._listen(), self._address) if self._node_rank == 0 else self._reach()
-        count = store.compare_set("plugframe/nodes", "", str(self._num_nodes)).decode()
+        count = Signed(store).compare_set("plugframe/nodes", "", str(self._num_nodes)).decode()
         if count != str(self._num_nodes):
             raise UsageError(
                 f"Node {self._node_rank} was started as one of {self._num_nodes} nodes, another of {count}."
@@ -265,7 +271,7 @@ class Nodes(Loopback):
     def _meet(self) -> None:
         """Wait until every node has come to this attempt."""
         me = f"process {os.getpid()} on {socket.gethostname()}"
-        holder = self.control.compare_set(self._key(f"node/{self._node_rank}"), "", me).decode()
+        holder = self.words.compare_set(self._key(f"node/{self._node_rank}"), "", me).decode()
         if holder != me:
             raise UsageError(f"Node rank {self._node_rank} was given twice: to {me}, and to {holder}.")
         missing = list(range(self._num_nodes))
@@ -291,8 +297,8 @@ class Nodes(Loopback):
             except OSError:
                 server = listening("0.0.0.0", 0)
             store = self._store = serve(server, host)
-            self.control.set(self._key("port"), str(store.port))
-        return int(self.control.get(self._key("port")))
+            self.words.set(self._key("port"), str(store.port))
+        return int(self.words.get(self._key("port")))
 
     def _where(self) -> str:
         return f"{self._address}:{self._port}"

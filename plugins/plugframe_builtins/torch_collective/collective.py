@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from plugframe.base import Collective
+from plugframe.base import Collective, job_token
 from plugframe.base.telling import warn_caller
 from plugframe.context import Context
 from plugframe.errors import CollectiveMismatchError, OrderError, SettingError
@@ -48,6 +48,7 @@ class TorchCollective(Collective):
         self._words: dist.ProcessGroup | None = None
         self._types: frozenset[str] = frozenset()
         self._barriers = 0
+        self._token = b""
 
     @hookimpl
     def collective_setup(self, context: Context) -> None:
@@ -68,6 +69,7 @@ class TorchCollective(Collective):
                 backend = self.backend or context.hooks.accelerator_collective_backend()
                 stack.enter_context(connected(context, backend=backend, timeout_s=timeout_s))
             self._types = frozenset(backends(dist.get_backend_config()))
+            self._token = job_token(_store(), context.world.global_rank) if context.world.world_size > 1 else b""
             if context.device.type == "cpu" and context.world.world_size > 1:
                 # What a strategy sends in forward and backward would otherwise meet what the ranks agree by, and of
                 # different sizes that ends a process.
@@ -161,7 +163,7 @@ class TorchCollective(Collective):
     @hookimpl
     def collective_all_gather_object(self, obj: Any, group: Any) -> list[Any]:
         peers = self._peers(group)
-        parcel = Parcel(obj)
+        parcel = Parcel(obj, self._token)
         rows = self._agree("all_gather_object", None, peers, carry=parcel.carry)
         return parcel.gathered(rows, group=peers, device=self._reached())
 
@@ -169,7 +171,7 @@ class TorchCollective(Collective):
     def collective_broadcast_object(self, obj: Any, src: int, group: Any) -> Any:
         peers = self._peers(group, src)
         here = dist.get_rank() == src
-        parcel = Parcel(obj, sends=here)
+        parcel = Parcel(obj, self._token, sends=here)
         rows = self._agree(f"broadcast_object(src={src})", None, peers, carry=parcel.carry)
         found = parcel.broadcast(rows, src, group=peers, device=self._reached())
         return obj if here else found
@@ -256,6 +258,11 @@ class TorchCollective(Collective):
     def _reached(self) -> torch.device:
         """Return the CPU, if this backend can read its memory, else this rank's device."""
         return torch.device("cpu") if "cpu" in self._types else self.context.device
+
+
+def _store() -> Any:
+    group: Any = dist.group.WORLD
+    return group.get_group_store() if hasattr(group, "get_group_store") else None
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -6,14 +6,13 @@ what is longer takes an exchange of its own.
 
 from __future__ import annotations
 
-import io
-import pickle
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from plugframe.base import pack, unpack
 from plugframe.checkpoint import as_bytes
 from plugframe.errors import CollectiveMismatchError
 from plugframe_builtins.torch_collective.agreement import ROOM
@@ -30,11 +29,12 @@ class Parcel:
         carry: what goes along with the agreement: dtype uint8, shape (n,).
     """
 
-    def __init__(self, obj: Any, *, sends: bool = True) -> None:
+    def __init__(self, obj: Any, token: bytes, *, sends: bool = True) -> None:
+        self._token = token
         self.error: Exception | None = None
         self._data = b""
         try:
-            self._data = pickle.dumps(obj) if sends else b""
+            self._data = pack(obj, token) if sends else b""
             length = len(self._data)
         except Exception as error:  # noqa: BLE001 - whatever an object raises; the others wait to be told
             self.error = error
@@ -54,7 +54,7 @@ class Parcel:
             rows = everyone.cpu().view(group.size(), length)
         else:
             rows = rows[:, _HEAD:]
-        return [_unpacked(row[:size]) for row, size in zip(rows, sizes, strict=True)]
+        return [self._unpacked(row[:size]) for row, size in zip(rows, sizes, strict=True)]
 
     def broadcast(self, rows: Tensor, src: int, *, group: dist.ProcessGroup, device: torch.device) -> Any:
         """Return the object of rank `src` of the job; the members of `group` call it."""
@@ -62,10 +62,10 @@ class Parcel:
         source = dist.get_process_group_ranks(group).index(src)
         size = sizes[source]
         if size <= ROOM - _HEAD:
-            return _unpacked(rows[source, _HEAD : _HEAD + size])
+            return self._unpacked(rows[source, _HEAD : _HEAD + size])
         data = self._tensor(size, device)
         dist.broadcast(data, src, group=group)
-        return _unpacked(data.cpu())
+        return self._unpacked(data.cpu())
 
     def _opened(self, rows: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[int]]:
         if self.error is not None:
@@ -82,6 +82,6 @@ class Parcel:
         padded = bytearray(self._data.ljust(length, b"\0"))
         return torch.frombuffer(padded, dtype=torch.uint8).to(device)
 
-
-def _unpacked(data: Tensor) -> Any:
-    return pickle.load(io.BytesIO(as_bytes(data.contiguous())))
+    def _unpacked(self, data: Tensor) -> Any:
+        data = data.contiguous()
+        return unpack(bytes(as_bytes(data)), self._token)

@@ -6,7 +6,7 @@ import os
 from datetime import timedelta
 from typing import Any
 
-from plugframe.base import Environment
+from plugframe.base import Environment, private_store
 from plugframe.context import Context
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks import hookimpl
@@ -73,6 +73,9 @@ class TorchElastic(Environment):
     @hookimpl
     def environment_store(self, context: Context, timeout_s: float) -> Any:
         world = context.world
+        private = private_store(world)
+        if private is not None:
+            return private
         if world.world_size == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
             return super().environment_store(context, timeout_s)
         from torch.distributed import rendezvous  # type: ignore[attr-defined]
