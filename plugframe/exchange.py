@@ -43,8 +43,10 @@ class Leaf:
 
 
 def is_whole(data: Any) -> bool:
-    """Say whether `data` is a tensor that this rank has as a whole, which needs no comparison of its own."""
-    return isinstance(data, Tensor) and (type(data) is Tensor or not hasattr(data, "full_tensor"))
+    """Say whether `data` is one tensor that can be sent, which needs no comparison of its own."""
+    if not isinstance(data, Tensor) or data.dtype is torch.uint64:
+        return False
+    return type(data) is Tensor or not hasattr(data, "full_tensor")
 
 
 def gather(data: Any, hooks: Any, group: Any, device: torch.device, *, sync_grads: bool, pad: float | None) -> Any:
@@ -175,17 +177,17 @@ def _leaves(
 
 def _leaf(value: Any, call: str, device: torch.device, *, objects: bool, what: Callable[[Tensor], str]) -> Leaf:
     if isinstance(value, Tensor):
-        return Leaf(value, what(value), _spread(value, call))
+        return Leaf(value, what(value), _spread(value, call) or ("" if objects else _without_reductions(value)))
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
         try:
             made = torch.tensor(value)  # a copy: what is reduced in place is not the user's array
-            return Leaf(_on(made, device), what(made))
+            return Leaf(_on(made, device), what(made), "" if objects else _without_reductions(made))
         except TypeError:  # of strings, dates or objects, or numbers that torch does not have
             pass
     elif isinstance(value, _NUMBERS):
-        kind = next(kind for kind in _NUMBERS if isinstance(value, kind))
-        if kind is int and not -(1 << 63) <= value < 1 << 63:
+        kind: Any = next(kind for kind in _NUMBERS if isinstance(value, kind))
+        if kind is int and not -(1 << 63) <= kind(value) < 1 << 63:
             return Leaf(value, "int", f"{call}() takes integers of 64 bits, got {value!r}: pass a float.")
         return Leaf(kind(value), kind.__name__)
     if objects:
@@ -208,6 +210,13 @@ def _spread(tensor: Tensor, call: str) -> str:
     )
 
 
+def _without_reductions(tensor: Tensor) -> str:
+    """Return why torch cannot reduce a tensor, ``""`` if it can."""
+    if tensor.dtype is not torch.uint64:
+        return ""
+    return "all_reduce() does not take torch.uint64: convert the tensor with .to(torch.int64) first."
+
+
 def _agreed(leaves: dict[str, Leaf], hooks: Any, group: Any, call: str) -> dict[str, Leaf]:
     """Compare places and kinds over ranks; return `leaves`, whose Python numbers are of one type on all of them.
 
@@ -215,7 +224,7 @@ def _agreed(leaves: dict[str, Leaf], hooks: Any, group: Any, call: str) -> dict[
         SettingError: for what cannot be sent; ranks that could send theirs get a `CollectiveMismatchError`.
         CollectiveMismatchError: on all ranks, with the first keys or values that differ.
     """
-    mine = {path: leaf.what for path, leaf in leaves.items()}
+    mine = {path: f"{leaf.what} (refused)" if leaf.error else leaf.what for path, leaf in leaves.items()}
     digest = hashlib.blake2b(repr(sorted(mine.items())).encode(), digest_size=16).hexdigest()
     digests = hooks.collective_all_gather_object(obj=digest, group=group)
     everyone = [mine]
@@ -231,7 +240,7 @@ def _agreed(leaves: dict[str, Leaf], hooks: Any, group: Any, call: str) -> dict[
     different = {path: each for path, each in unequal.items() if path not in widest}
     if different:
         raise CollectiveMismatchError(_difference(different, group, call))
-    kinds = dict(zip(_WIDTHS, _NUMBERS, strict=True))
+    kinds: dict[str, Any] = dict(zip(_WIDTHS, _NUMBERS, strict=True))
     return {**leaves, **{path: Leaf(kinds[name](leaves[path].value), name) for path, name in widest.items()}}
 
 
@@ -298,7 +307,7 @@ class _Unsendable:
 
 
 def off_device(data: Any) -> Any:
-    """Return `data` with its tensors on the CPU, to be sent as an object; what cannot be sent fails as it is pickled."""
+    """Return `data` with its tensors on the CPU, to be sent as an object; if that fails, it fails when pickled."""
 
     def one(tensor: Tensor) -> Tensor:
         error = _spread(tensor, "broadcast")

@@ -18,11 +18,11 @@ Reduce = Callable[[Tensor, str], Tensor]
 #: Reduced as they are: nothing is lost in their own dtype.
 _AS_IT_IS = frozenset({torch.float32, torch.float64, torch.complex64, torch.complex128})
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32)
-_HALVES = tuple(
-    getattr(torch, name)
-    for name in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-    if hasattr(torch, name)
+#: Floats of fewer than 32 bits.
+_HALVES = sorted(
+    {each for each in vars(torch).values() if isinstance(each, torch.dtype) and each.is_floating_point}, key=str
 )
+_HALVES = [each for each in _HALVES if each.itemsize < 4]
 #: Dimensions of size 1 after those of a tensor that is sent in a wider dtype. The ranks compare shapes before they
 #: send anything, so that another dtype on another rank is found without an exchange of its own.
 _MARKS = {
@@ -124,8 +124,6 @@ def is_dropped(frame: FrameType) -> bool:
 
 def _checked(tensor: Tensor, hooks: Any, group: Any) -> Reduce:
     """Return the collective's own all_reduce, whose error about ranks that differ says what was passed here."""
-    if tensor.dtype is torch.uint64:
-        raise SettingError("all_reduce() does not take torch.uint64: convert the tensor with .to(torch.int64) first.")
     hook = hooks.collective_all_reduce
 
     def reduce(sent: Tensor, op: str) -> Tensor:
@@ -149,7 +147,7 @@ def _reduced(tensor: Tensor, op: str, reduce: Reduce) -> Tensor:
     if dtype in _AS_IT_IS or tensor.is_complex() or tensor.layout is not torch.strided:
         return reduce(tensor, op)  # which refuses sparse ones
     if tensor.is_floating_point():
-        result = reduce(_marked(tensor.float(), dtype), op).view(tensor.shape)
+        result: Tensor = reduce(_marked(tensor.float(), dtype), op).view(tensor.shape)
         return result.to(dtype) if op == "mean" else result
     if op != "mean":
         sent = tensor if dtype is torch.int64 else _marked(tensor.long(), dtype)
@@ -173,7 +171,8 @@ def _extreme(tensor: Tensor, op: str, reduce: Reduce) -> Tensor:
     missing = wide.isnan()
     pair = torch.stack([wide.masked_fill(missing, -sign * torch.inf), missing.to(wide.dtype) * sign])
     values, found = reduce(_marked(pair, dtype), op).view(pair.shape)
-    return values.masked_fill(found != 0, torch.nan).to(dtype)
+    result: Tensor = values.masked_fill(found != 0, torch.nan).to(dtype)
+    return result
 
 
 def _marked(sent: Tensor, dtype: torch.dtype) -> Tensor:
@@ -191,7 +190,8 @@ def _mean_of_int64(sums: Tensor) -> Tensor:
     high, low, size = sums
     rest = high.remainder(size).mul_(1 << 32).add_(low)
     whole = high.div(size, rounding_mode="floor").mul_(1 << 32).add_(rest.div(size, rounding_mode="floor"))
-    return _float64(whole, whole.device) + _float64(rest.remainder(size), whole.device) / size
+    fraction: Tensor = _float64(rest.remainder(size), rest.device) / size
+    return _float64(whole, whole.device) + fraction
 
 
 def _float64(value: Any, device: torch.device) -> Tensor:

@@ -120,7 +120,7 @@ class Session:
         )
 
     def _watch(self, context: Context) -> None:
-        """Record every collective call from here on; report ranks that wait, and explain calls that fail for one missing."""
+        """Record every collective call from here on, and report and explain those that a rank does not come to."""
         if context.calls is None:
             return
         alarm = Alarm(context, context.calls)

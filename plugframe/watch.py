@@ -99,9 +99,7 @@ def report(accounts: Mapping[int, Account | None], rank: int, waited_s: float) -
     sites = {(call.file, call.line) for call in map(_running, accounts.values()) if call is not None}
     # Ranks that came to one call by one line make no mistake: one of them has more to do there, such as writing.
     mistaken = len(sites) > 1 or _running(accounts[found.culprit]) is None
-    return (
-        f"plugframe: still waiting{waited_for} after {waited_s:.3g} s: {found.text if mistaken else found.places}"
-    )
+    return f"plugframe: still waiting{waited_for} after {waited_s:.3g} s: {found.text if mistaken else found.places}"
 
 
 def _running(account: Account | None) -> Call | None:

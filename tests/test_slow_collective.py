@@ -37,8 +37,8 @@ def test_ranks_that_are_slow_together_are_not_told_of() -> None:
     [
         (
             account(1, None, doing="in validate (train.py:31)"),
-            "plugframe: still waiting for rank 1 after 30 s: rank 0 waits in barrier (train.py:57, call 8); rank 1 is in "
-            "validate (train.py:31).",
+            "plugframe: still waiting for rank 1 after 30 s: rank 0 waits in barrier (train.py:57, call 8); "
+            "rank 1 is in validate (train.py:31).",
         ),
         (account(1, 7, line=40), "rank 1 waits in barrier (train.py:40, call 7). Every rank must make the same calls"),
         (account(1, None, left=True), "rank 1 has left."),

@@ -60,7 +60,9 @@ class Ranks(Core):
             return hooks.collective_all_gather(tensor=data, group=group, sync_grads=sync_grads)
         return exchange.gather(data, hooks, group, device, sync_grads=sync_grads, pad=pad)
 
-    def all_reduce(self, data: Any, group: Any = None, reduce_op: Any = "mean", *, timeout_s: float | None = None) -> Any:
+    def all_reduce(
+        self, data: Any, group: Any = None, reduce_op: Any = "mean", *, timeout_s: float | None = None
+    ) -> Any:
         """Return `data` with every tensor reduced over ranks, of the same shape, for one rank too.
 
         A tensor without a graph is reduced in place and returned, as torch and Fabric do. One with a graph stays as
