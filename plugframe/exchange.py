@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +14,12 @@ from torch import Tensor
 from plugframe.base.accounts import ranks_text
 from plugframe.base.tree import map_tensors
 from plugframe.errors import CollectiveMismatchError, SettingError
+from plugframe.nested import containers, walk
 from plugframe.reduction import reduce_integer, reduce_tensor
 
 #: Python's numbers, each of which can hold the ones before it.
 _NUMBERS = (bool, int, float, complex)
 _DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 #: Characters of what a message says of one rank.
 _LONG = 160
 _WIDTHS = [kind.__name__ for kind in _NUMBERS]
@@ -66,7 +64,7 @@ def gather(data: Any, hooks: Any, group: Any, device: torch.device, *, sync_grad
             tensor = padded(tensor, pad, hooks, group)
         return hooks.collective_all_gather(tensor=tensor, group=group, sync_grads=sync_grads)
 
-    return _walk(lambda path, value: one(path), data)
+    return walk(lambda path, value: one(path), data)
 
 
 def reduce(data: Any, op: str, hooks: Any, group: Any, device: torch.device) -> Any:
@@ -79,78 +77,7 @@ def reduce(data: Any, op: str, hooks: Any, group: Any, device: torch.device) -> 
             return reduce_integer(sent, op, hooks, group, device)
         return reduce_tensor(_tensor(sent, device), op, hooks, group)
 
-    return _walk(one, data)
-
-
-def _walk(fn: Callable[[str, Any], Any], data: Any, path: str = "") -> Any:
-    """Return `data` with ``fn(path, value)`` in place of every value that is no container.
-
-    The order is the same on all ranks: mappings go by sorted key. Containers keep their types and their order;
-    one in which nothing changed is returned itself.
-    """
-    if isinstance(data, Mapping):
-        values = {key: _walk(fn, data[key], f"{path}[{label}]") for label, key in _keys(data)}
-        if all(values[key] is data[key] for key in values):
-            return data
-        values = {key: values[key] for key in data}
-        return values if type(data) is dict else _like(data, values)
-    if isinstance(data, tuple) and hasattr(data, "_fields"):
-        items = [_walk(fn, value, f"{path}.{name}") for name, value in zip(data._fields, data, strict=True)]
-        return data if _same(items, data) else type(data)(*items)
-    if isinstance(data, (list, tuple)):
-        items = [_walk(fn, value, f"{path}[{number}]") for number, value in enumerate(data)]
-        return data if _same(items, data) else type(data)(items)
-    if dataclasses.is_dataclass(data) and not isinstance(data, type):
-        names = [field.name for field in dataclasses.fields(data)]
-        items = [_walk(fn, getattr(data, name), f"{path}.{name}") for name in names]
-        if _same(items, [getattr(data, name) for name in names]):
-            return data
-        made = copy.copy(data)
-        for name, value in zip(names, items, strict=True):
-            object.__setattr__(made, name, value)
-        return made
-    return fn(path, data)
-
-
-def _same(new: Sequence[Any], old: Sequence[Any]) -> bool:
-    return all(one is other for one, other in zip(new, old, strict=True))
-
-
-def _keys(data: Mapping[Any, Any]) -> list[tuple[str, Any]]:
-    """Return keys with what they are called on every rank, sorted by that."""
-    found: dict[str, Any] = {}
-    for key in data:
-        label = _ADDRESS.sub("", repr(key))
-        while label in found:
-            label += "'"
-        found[label] = key
-    return sorted(found.items(), key=lambda item: item[0])
-
-
-def _like(data: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
-    """Return a mapping of the user's own class, with what else it holds, and `values`."""
-    made: Any = copy.copy(data)
-    for key, value in values.items():
-        made[key] = value
-    return made
-
-
-def _containers(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield where containers are and of which size: what paths of values do not tell, such as an empty list."""
-    if isinstance(data, Mapping):
-        keys = _keys(data)
-        shown = ", ".join(label for label, _ in keys)
-        yield path, f"a mapping with {shown or 'no'} key{'s' * (len(keys) != 1)}"
-        for label, key in keys:
-            yield from _containers(data[key], f"{path}[{label}]")
-    elif isinstance(data, (list, tuple)):
-        yield path, f"a {'tuple' if isinstance(data, tuple) else 'list'} of {len(data)}"
-        for number, value in enumerate(data):
-            yield from _containers(value, f"{path}[{number}]")
-    elif dataclasses.is_dataclass(data) and not isinstance(data, type):
-        yield path, f"a {type(data).__name__}"
-        for field in dataclasses.fields(data):
-            yield from _containers(getattr(data, field.name), f"{path}.{field.name}")
+    return walk(one, data)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -165,13 +92,13 @@ def _leaves(
     data: Any, call: str, device: torch.device, *, objects: bool = False, what: Callable[[Tensor], str] = _shape
 ) -> dict[str, Leaf]:
     """Return what is to be sent, by its place; containers are there too, to be compared."""
-    found = {f"{path} ": Leaf(None, text) for path, text in _containers(data)}
+    found = {f"{path} ": Leaf(None, text) for path, text in containers(data)}
 
     def look(path: str, value: Any) -> Any:
         found[path] = _leaf(value, call, device, objects=objects, what=what)
         return value
 
-    _walk(look, data)
+    walk(look, data)
     return found
 
 
@@ -187,9 +114,10 @@ def _leaf(value: Any, call: str, device: torch.device, *, objects: bool, what: C
             pass
     elif isinstance(value, _NUMBERS):
         kind: Any = next(kind for kind in _NUMBERS if isinstance(value, kind))
-        if kind is int and not -(1 << 63) <= kind(value) < 1 << 63:
+        number: Any = value
+        if kind is int and not -(1 << 63) <= number < 1 << 63:
             return Leaf(value, "int", f"{call}() takes integers of 64 bits, got {value!r}: pass a float.")
-        return Leaf(kind(value), kind.__name__)
+        return Leaf(kind(number), kind.__name__)
     if objects:
         return Leaf(value, "object")
     return Leaf(
