@@ -78,14 +78,19 @@ def reduce_tensor(tensor: Tensor, op: str, hooks: Any, group: Any) -> Tensor:
     result = _reduced(tensor, op, reduce)
     if result.dtype is not tensor.dtype and not (result.is_floating_point() and tensor.is_floating_point()):
         return result
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-        return result  # an expanded tensor: several elements lie in one place
+    if not tensor.is_contiguous() and _overlaps(tensor):
+        return result
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         with torch.inference_mode():
             tensor.copy_(result)
     else:
         tensor.detach().copy_(result)
     return tensor if result.dtype is tensor.dtype else result
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Say whether several elements lie in one place, as in an expanded tensor."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def reduce_integer(value: int, op: str, hooks: Any, group: Any, device: torch.device) -> Tensor:

@@ -361,7 +361,7 @@ def ones(world: World) -> Any:
 
     @contextmanager
     def opened() -> Any:
-        with Lite(accelerator="cpu", strategy="ddp", devices=world.world_size, timeout_s=10.0) as lite:
+        with Lite(accelerator="cpu", strategy="ddp", devices=world.world_size, timeout_s=60.0) as lite:
             lite.launch()
             yield [lite]
 
