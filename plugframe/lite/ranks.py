@@ -123,7 +123,8 @@ class Ranks(Core):
         if not 0 <= src < self.world_size:
             raise SettingError(f"broadcast(src={src!r}): ranks go from 0 to {self.world_size - 1}.")
         self._meet("broadcast", None, timeout_s)
-        sent = exchange.off_device(obj) if src == self.global_rank else None
+        # A simulated source has what this rank has.
+        sent = exchange.off_device(obj) if src == self.global_rank or self.plan.simulated else None
         found = self._hooks.collective_broadcast_object(obj=sent, src=src, group=None)
         return cast("T", exchange.on_device(found, context.device))
 
