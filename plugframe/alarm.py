@@ -90,6 +90,16 @@ class Alarm:
         kind = CollectiveTimeoutError if late else RankLostError
         return kind(f"{head}: {found.text}{stack}", blamed=blamed)
 
+    def look(self, occasion: str) -> dict[int, Account | None]:
+        """Ask every rank where it is; nothing if another rank does it on this occasion, or if there is no way to."""
+        line = self._line
+        if line is None or not line.claim(occasion):
+            return {}
+        accounts: dict[int, Account | None] = dict.fromkeys(range(self._size))
+        accounts.update(line.ask(LATE_S, looking=True))
+        accounts[self._rank] = self.account()
+        return accounts
+
     def account(self, *, own: bool = False, error: str = "", left: bool = False) -> Account:
         """Say where this rank is."""
         frame = sys._current_frames().get(self._owner) if not own else sys._getframe(1)
@@ -99,6 +109,7 @@ class Alarm:
             rank=self._rank,
             host=socket.gethostname(),
             running=None if left else running,
+            waited_s=0.0 if left else self._ring.waited_s(),
             last=last,
             doing=doing,
             stack="" if left else stack,
@@ -174,16 +185,30 @@ class _Line:
     def start(self) -> None:
         self._thread.start()
 
-    def ask(self, seconds: float) -> dict[int, Account]:
-        """Have every rank say where it is, and return what they said within so many seconds."""
+    def claim(self, occasion: str) -> bool:
+        """Say whether this rank is the first to come with this occasion."""
+        if self._over or self._closing:
+            return False
+        try:
+            first = self._speaks.compare_set(self._key("occasion", occasion), "", str(self._rank))
+        except RuntimeError:  # the store has gone
+            return False
+        return bool(first.decode() == str(self._rank))
+
+    def ask(self, seconds: float, *, looking: bool = False) -> dict[int, Account]:
+        """Have every rank say where it is, and return what they said within so many seconds.
+
+        Args:
+            looking: nothing has failed: an alarm that follows asks anew.
+        """
         if self._over:
             return dict(self._left)
         try:
             turn = self._turn
-            if turn == 0 or time.monotonic() - self._rang > _ONE_ALARM_S:
+            if looking or turn == 0 or time.monotonic() - self._rang > _ONE_ALARM_S:
                 turn += 1
                 if self._speaks.compare_set(self._key("alarm", turn), "", str(self._rank)).decode() == str(self._rank):
-                    word = json.dumps({"word": "alarm"})
+                    word = json.dumps({"word": "look" if looking else "alarm"})
                     keys = [self._key("to", rank, turn) for rank in range(self._size)]
                     self._speaks.multi_set(keys, [word] * self._size)
             return self._answers(turn, seconds)
@@ -201,7 +226,7 @@ class _Line:
                     if self._speaks.check([key]):
                         found[rank] = Account.of(json.loads(self._speaks.get(key)))
                         break
-            if time.monotonic() > until or self._over:
+            if time.monotonic() > until or self._over or self._closing:
                 break
             time.sleep(_POLL_S)
         return {**self._left, **found}
@@ -226,7 +251,8 @@ class _Line:
                 key = self._key("to", self._rank, self._turn + 1)
                 self._waits.wait([key], _FOR_EVER)
                 told = json.loads(self._waits.get(key))
-                self._rang = time.monotonic()
+                if told["word"] != "look":
+                    self._rang = time.monotonic()
                 self._turn += 1
                 if told["word"] == "left":
                     account = Account.of(told["account"])

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from plugframe.base.ring import Ring
 
+#: Seconds after which ranks that wait for another are told of.
+REPORT_AFTER_S = 30.0
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Context:
@@ -26,6 +29,8 @@ class Context:
         names: the resolved plugin name of each kind: ``{"strategy": "ddp", "precision": "32-true", …}``.
         provides: the capabilities of the selected plugin of each kind, as its descriptor lists them.
         timeout_s: seconds a collective may take before it is an error, from ``--timeout``; None when not set.
+        report_after_s: seconds after which one line says which ranks wait for which, from ``--report-after``; 0 for
+            never.
         calls: the last calls of this rank at which ranks meet; None with one rank.
     """
 
@@ -35,4 +40,5 @@ class Context:
     names: dict[str, str]
     provides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     timeout_s: float | None = None
+    report_after_s: float = REPORT_AFTER_S
     calls: Ring | None = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from plugframe.context import REPORT_AFTER_S
 from plugframe.hooks.descriptor import Plugin
 from plugframe.registry import Entry
 from plugframe.world import World
@@ -87,6 +88,7 @@ class Plan:
         launched: whether the job's processes exist already.
         world: this process's place, if `launched`.
         timeout_s: of collectives; None where none was asked for.
+        report_after_s: seconds after which ranks that wait for another are told; 0 for never.
         notes: what was passed over, and why.
         settings_file: the file that settings were read from; None if there is none.
         callbacks: each that was asked for by name, and where.
@@ -101,6 +103,7 @@ class Plan:
     extensions: tuple[Choice, ...] = ()
     loggers: tuple[Choice, ...] = ()
     timeout_s: float | None = None
+    report_after_s: float = REPORT_AFTER_S
     notes: tuple[str, ...] = field(default=())
     settings_file: str | None = None
     callbacks: tuple[tuple[str, str], ...] = ()

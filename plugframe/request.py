@@ -19,7 +19,7 @@ from plugframe.trust import ALLOW, DISABLE, KEYS
 NAMES = ("accelerator", "strategy", "precision", "collective", "checkpoint", "environment", "launcher")
 #: Settings that hold any number of plugins.
 LISTS = ("plugins", "loggers", "callbacks")
-NUMBERS = ("num_nodes", "timeout_s")
+NUMBERS = ("num_nodes", "timeout_s", "report_after_s")
 FIELDS = (*NAMES, "devices", *NUMBERS, *LISTS)
 #: Kinds whose plugins can have options.
 OPTION_KINDS = (*NAMES, *MANY)
@@ -88,6 +88,7 @@ def gather(code: Mapping[str, Any], *, environ: Mapping[str, str] | None = None,
     given = {f: Setting(v, CODE) for f, v in code.items() if not _absent(v) or (v == [] and f not in LISTS)}
     if environ.get(PATIENT):
         given.pop("timeout_s", None)
+        given.pop("report_after_s", None)
     typed, options, notes = _from_environ(environ)
     # "auto" in the code is its default; typed, it is a choice that the file shall not undo.
     path = find_file(environ, folder or Path.cwd())
@@ -183,7 +184,7 @@ def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Setting], list[
 
 def _number(field: str, text: str, source: str) -> float | int:
     try:
-        return float(text) if field == "timeout_s" else int(text)
+        return float(text) if field.endswith("_s") else int(text)
     except ValueError:
         raise SettingError(f"{field}={text!r} in {source} is not a number.") from None
 
@@ -224,6 +225,8 @@ def _check(field: str, setting: Setting) -> None:
         raise SettingError(f"num_nodes={value!r} in {source}: it is a whole number from 1.")
     if field == "timeout_s" and not (isinstance(value, (int, float)) and 0 < value < math.inf):
         raise SettingError(f"timeout_s={value!r} in {source}: it is a number of seconds above 0.")
+    if field == "report_after_s" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+        raise SettingError(f"report_after_s={value!r} in {source}: it is a number of seconds, 0 for never.")
     if field in LISTS and source != CODE:
         names = value if isinstance(value, (list, tuple)) else (None,)
         if not all(isinstance(name, str) for name in names):

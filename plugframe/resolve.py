@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from plugframe.candidates import Candidates, Catalogue
+from plugframe.context import REPORT_AFTER_S
 from plugframe.errors import (
     PlugframeError,
     PlugframeWarning,
@@ -124,6 +125,7 @@ class _Resolver:
             extensions=extensions,
             loggers=loggers,
             timeout_s=self.request.value("timeout_s"),
+            report_after_s=self.request.value("report_after_s", REPORT_AFTER_S),
             notes=tuple(self.candidates.notes),
             settings_file=str(self.request.file) if self.request.file else None,
             callbacks=_callbacks(self.request),

@@ -17,6 +17,7 @@ from plugframe.meetings import record
 from plugframe.pipeline import BoundHooks, Pipeline
 from plugframe.plan import Choice, Plan
 from plugframe.resolve import Catalogue
+from plugframe.watch import watch_over
 from plugframe.world import World
 
 #: In this order they are set up; an accelerator first, so that tensors can exist.
@@ -114,14 +115,18 @@ class Session:
             names={kind: choice.name for kind, choice in self.plan.choices.items()},
             provides={kind: tuple(choice.descriptor.provides) for kind, choice in self.plan.choices.items()},
             timeout_s=self.plan.timeout_s,
+            report_after_s=self.plan.report_after_s,
             calls=Ring(packages) if self.world.world_size > 1 else None,
         )
 
     def _watch(self, context: Context) -> None:
-        """From here on every call at which ranks meet is kept, and one that a rank did not come to is explained."""
+        """Record every collective call from here on, and report and explain those that a rank does not come to."""
         if context.calls is None:
             return
         alarm = Alarm(context, context.calls)
+        watch = watch_over(context, alarm)
+        if watch is not None:
+            self._undo.callback(watch.close)
         self.explain, self._leave = alarm.explain, alarm.close
         self._undo.callback(alarm.close)
         self._undo.callback(record(self.hooks, context.calls, alarm.explain))

@@ -171,6 +171,7 @@ def test_saying_the_same_twice_is_fine(empty: Path, code: dict[str, Any], enviro
         ("num_nodes", "2", "num_nodes='2' in the code: it is a whole number"),
         ("num_nodes", False, "num_nodes=False in the code"),
         ("timeout_s", 0, "timeout_s=0 in the code: it is a number of seconds above 0"),
+        ("report_after_s", -1, "report_after_s=-1 in the code: it is a number of seconds, 0 for never"),
         ("timeout_s", float("nan"), "timeout_s=nan"),
         ("timeout_s", float("inf"), "timeout_s=inf"),
         ("timeout_s", "soon", "timeout_s='soon'"),

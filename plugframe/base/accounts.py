@@ -18,6 +18,7 @@ class Account:
         rank: its global rank.
         host: where it runs.
         running: the call it is in, None if it is in none.
+        waited_s: for how long it is in it.
         last: the newest call that has ended, None if there is none.
         doing: what it does outside of calls: ``"in forward (model.py:31)"``; empty where it is not known.
         stack: where it is, for people.
@@ -28,6 +29,7 @@ class Account:
     rank: int
     host: str
     running: Call | None = None
+    waited_s: float = 0.0
     last: Call | None = None
     doing: str = ""
     stack: str = ""
@@ -51,11 +53,13 @@ class Finding:
 
     Attributes:
         text: one line: who is where, and what the mistake may be.
+        places: of it, who is where.
         culprit: the rank that did not come, None if there is no telling.
     """
 
     text: str
     culprit: int | None
+    places: str = ""
 
 
 def find(accounts: Mapping[int, Account | None], rank: int, *, seconds: float) -> Finding:
@@ -75,7 +79,7 @@ def find(accounts: Mapping[int, Account | None], rank: int, *, seconds: float) -
         clauses.setdefault(_clause(account, seconds), []).append(number)
     told = "; ".join(_sentence(numbers, clause) for clause, numbers in clauses.items())
     hint = _hint(accounts, culprit, here)
-    return Finding(f"{told}.{f' {hint}' if hint else ''}", culprit)
+    return Finding(f"{told}.{f' {hint}' if hint else ''}", culprit, f"{told}.")
 
 
 def _culprit(accounts: Mapping[int, Account | None], rank: int) -> int | None:

@@ -16,6 +16,8 @@ from typing import Any
 SIZE = 64
 #: Where in an entry it stands whether the call has ended.
 END = 9
+#: And when it began.
+BEGAN = 8
 
 _getframe, _now = sys._getframe, time.monotonic
 
@@ -116,7 +118,12 @@ class Ring:
 
     def waited_s(self) -> float:
         """Return for how many seconds the innermost call that has not ended is running."""
-        return next((time.monotonic() - e[8] for e in reversed(list(self._entries)) if not e[END]), 0.0)
+        return next((time.monotonic() - e[BEGAN] for e in reversed(list(self._entries)) if not e[END]), 0.0)
+
+    def waiting(self) -> tuple[Call, float] | None:
+        """Return the innermost call that has not ended and when it began, as `time.monotonic` counts."""
+        entry = next((entry for entry in reversed(list(self._entries)) if not entry[END]), None)
+        return None if entry is None else (_call(entry), entry[BEGAN])
 
     def last(self) -> Call | None:
         """Return the newest call that has ended, None if there is none."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from plugframe.cli.start import Nodes
 
 #: The name of an option, and of a setting, that ends a job in which ranks wait.
-_TIMEOUT = "timeout_s"
+_TIMEOUT, _REPORT = "timeout_s", "report_after_s"
 #: Kinds of plugins whose options are not for the ranks.
 _STARTERS = ("environment", "launcher")
 
@@ -72,11 +72,13 @@ def patient(variables: Mapping[str, str], request: Request) -> dict[str, str]:
     typed = [each.spelled(each.name) for each in given if each.by == "command"]
     commanded = variables[FROM_COMMAND_LINE].split(",")
     typed += ["--timeout"] if _TIMEOUT in commanded else []
+    typed += ["--report-after"] if _REPORT in commanded else []
     for option in typed:
         _no_effect(option, "with --debug-rank nothing times out")
     names = [variable(_TIMEOUT), *(variable_of_option(each.kind, each.plugin, each.name) for each in given)]
-    commanded = [*filter(None, commanded), *([] if _TIMEOUT in commanded else [_TIMEOUT])]
-    outlasting = dict.fromkeys(names, str(PATIENCE_S))
+    commanded = [*filter(None, commanded), *({_TIMEOUT, _REPORT} - set(commanded))]
+    # That the ranks wait for the one under the debugger is known.
+    outlasting = {**dict.fromkeys(names, str(PATIENCE_S)), variable(_REPORT): "0"}
     return {**variables, **outlasting, PATIENT: "1", FROM_COMMAND_LINE: ",".join(commanded)}
 
 

@@ -74,6 +74,9 @@ def _dashed(name: str) -> str:
 @click.option("--callbacks", "--callback", metavar="CLASSES", multiple=True, help="As package.module:Class.")
 @click.option("--timeout", "timeout_s", metavar="SECONDS", help="How long one collective may take.")
 @click.option(
+    "--report-after", "report_after_s", metavar="SECONDS", help="When to say which rank is waited for; 30, 0 for never."
+)
+@click.option(
     "--num-nodes",
     metavar="N|MIN:MAX",
     help="Machines of the job; run the command on each of them. MIN:MAX if they may come and go.",

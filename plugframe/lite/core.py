@@ -49,6 +49,8 @@ class Core:
         callbacks: objects whose methods `call` calls, and whose ``on_…`` hooks are called.
         loggers: loggers by name, or objects.
         timeout_s: seconds a collective may take before it is an error that says where every rank is; 30 minutes.
+        report_after_s: seconds after which one line on stderr says which ranks wait in a collective and where the
+            others are, while the job goes on waiting; 30, and 0 for never.
 
     Raises:
         UsageError: (and its subclasses) for a wrong setting; one that contradicts the command line included.
@@ -70,6 +72,7 @@ class Core:
         callbacks: Any = (),
         loggers: Any = (),
         timeout_s: float | None = None,
+        report_after_s: float | None = None,
     ) -> None:
         self._settings = {
             "accelerator": accelerator,
@@ -85,6 +88,7 @@ class Core:
             "callbacks": _as_tuple(callbacks),
             "loggers": _as_tuple(loggers),
             "timeout_s": timeout_s,
+            "report_after_s": report_after_s,
         }
         self._resolve()
 
