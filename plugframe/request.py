@@ -29,7 +29,9 @@ CODE = "the code"
 LAUNCHED = "PLUGFRAME_LAUNCHED"
 #: Set for ranks that wait for one under a debugger: no timeout in the code shall end them.
 PATIENT = "PLUGFRAME_PATIENT"
-OTHER_VARIABLES = (FROM_COMMAND_LINE, LAUNCHED, PATIENT, "PLUGFRAME_TRACE", CONFIG, DISABLE, ALLOW)
+#: Set by a process that acts as a rank, for the programs it starts: see `plugframe.descent`.
+RANK = "PLUGFRAME_RANK"
+OTHER_VARIABLES = (FROM_COMMAND_LINE, LAUNCHED, PATIENT, RANK, "PLUGFRAME_TRACE", CONFIG, DISABLE, ALLOW)
 
 
 @dataclass(frozen=True)

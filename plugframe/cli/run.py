@@ -156,6 +156,9 @@ def command(
       plugframe run -m package.train --dry-run
       plugframe run train.py --devices=2 -- --devices is for the script
     """
+    from plugframe.descent import start_afresh
+
+    start_afresh()
     _check(words)
     for callback in filter(None, ",".join(settings["callbacks"]).split(",")):
         check_callback(callback, words.command)

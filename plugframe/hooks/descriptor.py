@@ -97,6 +97,8 @@ class Plugin:
         requires: modules that must be importable before the factory is imported.
         extra: the requirement that installs what it needs: ``"plugframe[deepspeed]"``.
         variables: environment variables that must be set for an environment to be considered under ``"auto"``.
+        own_variables: environment variables in which an environment tells a rank its place; ``*`` stands for any
+            characters. A program that the rank starts does not take them for its own. Empty means `variables`.
         alias_of: this name stands for another name of the same kind.
         best_of: this name stands for the best available plugin that carries this tag.
         implies: settings of other kinds that come with this name, such as ``{"launcher": "spawn"}``; an
@@ -120,6 +122,7 @@ class Plugin:
     requires: tuple[str, ...] = ()
     extra: str = ""
     variables: tuple[str, ...] = ()
+    own_variables: tuple[str, ...] = ()
     alias_of: str = ""
     best_of: str = ""
     implies: Mapping[str, str] = field(default_factory=dict)
@@ -144,7 +147,7 @@ class Plugin:
 
     def _check_types(self) -> None:
         """Refuse here, where the author is named, what would end everybody's job once it is compared."""
-        for name in ("devices", "precisions", "provides", "tags", "requires", "variables"):
+        for name in ("devices", "precisions", "provides", "tags", "requires", "variables", "own_variables"):
             words = getattr(self, name)
             if not isinstance(words, (tuple, list)) or not all(isinstance(word, str) for word in words):
                 raise ValueError(f"Plugin({name}={words!r}): write a tuple of strings, such as ('a',).")

@@ -21,6 +21,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 
+from plugframe.descent import unmarked
 from plugframe.errors import OrderError, PlugframeError, RankFailedError, UnsupportedError, UsageError
 from plugframe.hooks.launcher import Job
 from plugframe.launch import rank as rank_script
@@ -52,6 +53,7 @@ def supervise(job: Job, *, start_method: str | None = None) -> Any:
         stack.enter_context(output.flowing())
         root = stack.enter_context(temporary_folder())
         stack.enter_context(_environment(job, {rank_script.ERROR_FILE: os.path.join(root, "start.json")}))
+        stack.enter_context(unmarked())
         stack.enter_context(_silence())
         result, error = _Supervision(job, start_method, root, output, numa).run()
     if error is not None:
