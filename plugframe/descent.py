@@ -16,7 +16,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from plugframe.base.telling import tell
 from plugframe.errors import OrderError, PluginError
 from plugframe.options import variable_of
 from plugframe.registry import Registry
@@ -77,6 +76,8 @@ class Place:
                 "tells the rank's place, and joins nothing. Call it in the rank, or make a Lite in this process."
             )
         if self.parent is not None and not launched:
+            from plugframe.base.telling import tell  # with torch, for which a command line does not wait
+
             tell(
                 f"this program was started by a rank of another job (process {self.parent}) and runs by itself: that "
                 "job's variables and command line do not count here"

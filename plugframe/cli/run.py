@@ -195,7 +195,7 @@ def command(
         registry = Registry.discover(environ=environ)
         request = gather({}, environ=environ)
         request = replace(request, notes=(*request.notes, *registry.notes()))
-        plan = resolve(request, registry, environ)
+        plan = resolve(request, registry, environ, launching=nodes.says_where)
         registry.require(choice.entry for choice in plan.all_choices() if choice.entry is not None)
         start = decide(plan, request, registry, command=words.command, variables=variables, nodes=nodes)
         _try(registry, [*plan.all_choices(), *([start.launcher] if start.launcher else [])])

@@ -87,6 +87,8 @@ class Plugin:
             means that every rank writes its part; of a strategy, that every rank keeps only its part of a model.
             ``"simulated"`` of an environment and a collective: the other ranks do not exist; nothing is saved, and the
             first device of this machine stands for those of the job.
+            ``"by-hand"`` of an environment: the user has set its variables, perhaps for nodes and not for processes, so
+            it does not count where ``plugframe run`` is told which node it is on.
             ``"local-backward"`` of a strategy: under ``strategy_no_sync`` neither forward nor backward exchanges
             anything, and a later backward averages all that was accumulated.
         needs: for each kind, the capabilities the plugin of that kind must provide, such as

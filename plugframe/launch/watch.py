@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-#: How long ranks may take to leave once another one has failed, or on Ctrl-C: so that all is over within 5 s. Torch
-#: would wait 30 s.
+#: How long ranks may take to leave once another one has failed: so that all is over within 5 s. Torch would wait 30 s.
 LEAVE_S = 4.0
+#: The same on Ctrl-C, where somebody is at the terminal and waits: so that all is over within 1.5 s.
+INTERRUPTED_S = 0.8
 #: How long a rank that has told its failure may take to end.
 LAST_WORDS_S = 10.0
 _LOOK_S = 0.1
@@ -106,7 +107,7 @@ class Watch(threading.Thread):
         alive = [rank for rank in ranks if is_child(rank.pid)]
         signum = self._received()
         if signum is not None:
-            limit_s = LEAVE_S if signum is signal.SIGINT else self._grace_s
+            limit_s = INTERRUPTED_S if signum is signal.SIGINT else self._grace_s
             return ranks if silent_s >= limit_s or not alive else []
         if silent_s >= LEAVE_S and (len(alive) < len(ranks) or self._recalled()):
             return [rank for rank in ranks if not self._done(rank.local_rank)]
