@@ -62,6 +62,10 @@ if __name__ == "__main__":
     assert "PLUGFRAME_RANK" not in os.environ
     if last and how == "plugframe run":
         subprocess.run([*python, "child.py", "torn down"], check=True)
+    if last and how == "torchrun":
+        given = {"env": dict(os.environ), "capture_output": True, "text": True}
+        done = subprocess.run([*python, "child.py", "copied"], **given)
+        assert f"Rank 1 of this job is process {os.getpid()}" in done.stderr, done.stderr
     with open("said-ranks", "a") as file:
         file.write(f"{lite.world_size}:{lite.global_rank}:{'RANK' in os.environ} ")
 """

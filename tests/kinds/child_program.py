@@ -1,6 +1,7 @@
 """a rank starts another program that has a Lite of its own"""
 
 # variants: subprocess environment spawn torn_down
+# strategies: ddp fsdp
 import multiprocessing
 import os
 import subprocess
