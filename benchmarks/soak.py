@@ -63,7 +63,10 @@ def steps(times: int) -> None:
         model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         model, optimizer = lite.setup(model, torch.optim.Adam(model.parameters(), lr=0.1))
         loader, tests, workers = lite.setup_dataloaders(
-            *(DataLoader(DATA, batch_size=4, shuffle=shuffle, num_workers=n) for shuffle, n in ((1, 0), (0, 0), (1, 2)))
+            *(
+                DataLoader(DATA, batch_size=4, shuffle=shuffle, num_workers=n)
+                for shuffle, n in ((True, 0), (False, 0), (True, 2))
+            )
         )
         done = [0]
 
