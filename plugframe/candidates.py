@@ -44,24 +44,33 @@ class Candidates:
         self._implied: dict[str, Setting] = {}
         self._added: list[Setting] = []
         for kind in NAMES:
-            for setting in (request.get(kind), request.overridden.get(kind)):
-                if setting is not None and _is_name(setting.value):
+            objects = [Setting(each, f"plugins= in {CODE}") for each in self._instances.get(kind, ())]
+            for setting in (request.get(kind), request.overridden.get(kind), *objects):
+                if setting is not None:
                     self._imply(kind, setting)
 
     def _imply(self, kind: str, setting: Setting) -> None:
-        """Take note of what an alias says about other kinds: of the launcher, say."""
-        entry = self.catalogue.find(kind, str(setting.value))
-        for other, value in self.catalogue.describe(entry).implies.items():
+        """Take note of what a name, or an object's class, says about other kinds: of the launcher, say."""
+        asked = f"{kind}={_shown(setting.value)}"
+        if _is_name(setting.value):
+            entry = self.catalogue.find(kind, str(setting.value))
+            origin, descriptor = entry.origin, self.catalogue.describe(entry)
+        else:
+            choice = self._object(kind, setting.value, "")
+            origin, descriptor = choice.origin, choice.descriptor
+        for other, value in descriptor.implies.items():
             if other == "extension":
-                self._added.append(Setting(value, f"{kind}={setting.value!r}, which adds it"))
+                self._added.append(Setting(value, f"{asked}, which adds it"))
                 continue
             if other not in NAMES:
-                raise PluginLoadError(f"{entry.origin} is broken: implies={{{other!r}: …}} names no kind of plugin.")
-            implied = Setting(value, f"{kind}={setting.value!r}, which stands for {other}={value!r}")
-            rival = self.request.get(other) or self._implied.get(other)
+                raise PluginLoadError(f"{origin} is broken: implies={{{other!r}: …}} names no kind of plugin.")
+            implied = Setting(value, f"{asked}, which stands for {other}={value!r}")
+            own = [Setting(each, f"plugins= in {CODE}") for each in self._instances.get(other, ())]
+            rival = self.request.get(other) or self._implied.get(other) or next(iter(own), None)
             if rival and self.given(other, rival).qualified != self.given(other, implied).qualified:
                 raise contradiction(other, rival, implied)
-            self._implied[other] = implied
+            if not own:
+                self._implied[other] = implied
 
     # ------------------------------------------------------------------ what was asked for
 
@@ -140,7 +149,8 @@ class Candidates:
         found = [*(choices or rivals), *(self.given(kind, each) for each in apart)]
         there = {choice.qualified for choice in found}
         added = [self.given(kind, each) for each in self._added if kind == "extension"]
-        return (*found, *(choice for choice in added if choice.qualified not in there))
+        missing = {choice.qualified: choice for choice in added if choice.qualified not in there}
+        return (*found, *missing.values())
 
     def _listed(self, kind: str, setting: Setting | None) -> list[Choice]:
         if setting is None:

@@ -33,7 +33,12 @@ PATIENT = "PLUGFRAME_PATIENT"
 MEETING = "PLUGFRAME_JOB_STORE"
 #: Shared by the ranks of a job, and by the launchers of several nodes; see `plugframe.base.job_token`.
 TOKEN = "PLUGFRAME_JOB_TOKEN"
-OTHER_VARIABLES = (FROM_COMMAND_LINE, LAUNCHED, PATIENT, MEETING, TOKEN, "PLUGFRAME_TRACE", CONFIG, DISABLE, ALLOW)
+#: Set by a process that acts as a rank, for the programs it starts: see `plugframe.descent`.
+RANK = "PLUGFRAME_RANK"
+OTHER_VARIABLES = (
+    *(FROM_COMMAND_LINE, LAUNCHED, PATIENT, MEETING, TOKEN, RANK),
+    *("PLUGFRAME_TRACE", CONFIG, DISABLE, ALLOW),
+)
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,18 @@ from plugframe.world import World
 __all__ = ["Catalogue", "Job", "resolve", "resolve_launcher"]
 
 
-def resolve(request: Request, catalogue: Catalogue, environ: Mapping[str, str]) -> Plan:
+def resolve(request: Request, catalogue: Catalogue, environ: Mapping[str, str], *, launching: bool = False) -> Plan:
     """Return the plan for `request`. What was passed over is warned of, on rank 0.
+
+    Args:
+        launching: it was typed how ranks are to be started, so that this process is none, whatever variables are set
+            by hand.
 
     Raises:
         UsageError: (and its subclasses) if it cannot be met; nothing asked for is ever replaced.
         PluginError: if a plugin that was asked for is broken.
     """
-    resolver = _Resolver(request, catalogue, environ)
+    resolver = _Resolver(request, catalogue, environ, launching)
     try:
         return resolver.plan()
     finally:
@@ -82,8 +86,9 @@ def _tell(notes: Iterable[str]) -> None:
 class _Resolver:
     """One resolution, in the order in which one thing decides the next."""
 
-    def __init__(self, request: Request, catalogue: Catalogue, environ: Mapping[str, str]) -> None:
+    def __init__(self, request: Request, catalogue: Catalogue, environ: Mapping[str, str], launching: bool) -> None:
         self.request = request
+        self.launching = launching
         self.environ = environ
         self.candidates = Candidates(request, catalogue)
         self.world: World | None = None
@@ -140,6 +145,8 @@ class _Resolver:
         for candidate in self.candidates.automatic("environment"):
             variables = candidate.descriptor.variables
             if not all(v in self.environ for v in variables):
+                continue
+            if self.launching and "by-hand" in candidate.descriptor.provides:
                 continue
             try:
                 made = self.candidates.made(candidate)

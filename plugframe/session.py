@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -44,6 +47,8 @@ class Session:
         self.explain: Any = None
         self._leave: Any = None
         self._undo = ExitStack()
+        self._adopted: dict[int, tuple[weakref.ref[Any], Callable[[Any], Any]]] = {}
+        self._numbers = itertools.count()
         self._pipeline = Pipeline(trace=os.environ.get("PLUGFRAME_TRACE") == "1")
         for choice in plan.choices.values():
             self.plugins[choice.kind] = self._add(choice, catalogue)
@@ -135,6 +140,14 @@ class Session:
         """Have ``undo(*args)`` called at tear-down, before what was set up earlier."""
         self._undo.callback(undo, *args)
 
+    def release_on_close(self, obj: Any, release: Callable[[Any], Any]) -> None:
+        """Have ``release(obj)`` called at tear-down, the last first, if `obj` is still there.
+
+        Nothing is kept of one that has gone: a script may set up a model for every fold, or a loader for every epoch.
+        """
+        adopted, number = self._adopted, next(self._numbers)
+        adopted[number] = (weakref.ref(obj, lambda _: adopted.pop(number, None)), release)
+
     def close(self) -> None:
         """Tear everything down, in reverse; all of it, even if some fails."""
         if self.context is None or os.getpid() != self._process:
@@ -146,6 +159,9 @@ class Session:
                 self.hooks.on_teardown()
         finally:
             self.context = None
+            for reference, release in list(self._adopted.values()):
+                self._undo.callback(_release, reference, release)
+            self._adopted.clear()
             self._undo.close()
 
     def started(self) -> Context:
@@ -157,6 +173,12 @@ class Session:
         if self.context is None:
             raise OrderError("The job does not run: call lite.launch() first.")
         return self.context
+
+
+def _release(reference: weakref.ref[Any], release: Callable[[Any], Any]) -> None:
+    obj = reference()
+    if obj is not None:
+        release(obj)
 
 
 def _has_hooks(callback: Any) -> bool:

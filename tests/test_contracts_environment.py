@@ -79,6 +79,16 @@ def pod(self: Any, *, num_nodes: int, ranks_per_node: int, rank: int, port: int)
     }
 
 
+def by_hand(self: Any, *, num_nodes: int, ranks_per_node: int, rank: int, port: int) -> dict[str, str]:
+    """What somebody sets who starts each rank in a shell of its own."""
+    node, local = divmod(rank, ranks_per_node)
+    return {
+        **{"LOCAL_RANK": f"{local}", "NODE_RANK": f"{node}", "WORLD_SIZE": f"{num_nodes * ranks_per_node}"},
+        **{"LOCAL_WORLD_SIZE": f"{ranks_per_node}", "MASTER_PORT": f"{port}"},
+        "MASTER_ADDR": "127.0.0.1" if num_nodes == 1 else "node0",
+    }
+
+
 globals().update(
     of_builtins(
         "environment",
@@ -88,6 +98,7 @@ globals().update(
         slurm={"variables": srun},
         mpi={"variables": open_mpi},
         lsf={"variables": jsrun},
+        manual={"variables": by_hand},
         simulate={"variables": nothing, "options": {"ranks": 1}},
         kubeflow={"variables": pod, "shapes": ((1, 1), (2, 1), (3, 1))},
     )

@@ -14,7 +14,11 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 
+from plugframe import Lite
 from plugframe.cli import cli
+from plugframe.errors import SettingError
+from plugframe_builtins.simulate.collective import SimulatedCollective
+from plugframe_builtins.simulate.environment import Simulated
 from plugframe_builtins.simulate.group import BACKEND, register
 from plugframe_builtins.simulate.traffic import Traffic
 
@@ -83,6 +87,18 @@ def test_a_strategy_runs_on_64_ranks(options: tuple[str, ...], shape: str, param
     assert "Nothing is saved: the other ranks of this job are simulated." in done.stderr
     gathers = "all_reduce 1." if not options else "reduce_scatter 1.322 MB in 5 calls"
     assert gathers in done.stderr
+
+
+@pytest.mark.parametrize("keyword", ["environment", "plugins"])
+def test_an_object_implies_what_its_name_does(keyword: str) -> None:
+    """The collective that sends nothing and the costs; given beside it once more, or contradicted, as with the name."""
+    made = {keyword: Simulated(ranks=SIZE)}
+    for more in ({}, {"collective": "simulate"}, {"collective": SimulatedCollective()}):
+        lite = Lite(accelerator="cpu", strategy="ddp", devices=4, **made, **more)
+        assert lite.plan.choices["collective"].name == "simulate"
+        assert [choice.name for choice in lite.plan.extensions] == ["costs"]
+    with pytest.raises(SettingError, match="collective='torch' in the code, but 'simulate'.*stands for collective"):
+        Lite(accelerator="cpu", strategy="ddp", collective="torch", **made)
 
 
 def test_a_mistake_that_a_cluster_would_find_is_found(tmp_path: Path) -> None:

@@ -159,6 +159,9 @@ def command(
       plugframe run -m package.train --dry-run
       plugframe run train.py --devices=2 -- --devices is for the script
     """
+    from plugframe.descent import start_afresh
+
+    start_afresh()
     _check(words)
     for callback in filter(None, ",".join(settings["callbacks"]).split(",")):
         check_callback(callback, words.command)
@@ -195,7 +198,7 @@ def command(
         registry = Registry.discover(environ=environ)
         request = gather({}, environ=environ)
         request = replace(request, notes=(*request.notes, *registry.notes()))
-        plan = resolve(request, registry, environ)
+        plan = resolve(request, registry, environ, launching=nodes.says_where)
         registry.require(choice.entry for choice in plan.all_choices() if choice.entry is not None)
         start = decide(plan, request, registry, command=words.command, variables=variables, nodes=nodes)
         _try(registry, [*plan.all_choices(), *([start.launcher] if start.launcher else [])])

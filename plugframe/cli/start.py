@@ -44,6 +44,13 @@ class Nodes:
         given = {name: value for name, value in vars(self).items() if name != "min_nodes" and value is not None}
         return [f"--{names.get(name, name.replace('_', '-'))}" for name in given]
 
+    @property
+    def says_where(self) -> bool:
+        """Whether it was typed which node this is, or where nodes meet: then the ranks are still to be started."""
+        return any(
+            value is not None for value in (self.node_rank, self.main_address, self.main_port, self.rdzv_endpoint)
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Start:

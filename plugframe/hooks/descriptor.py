@@ -87,6 +87,8 @@ class Plugin:
             means that every rank writes its part; of a strategy, that every rank keeps only its part of a model.
             ``"simulated"`` of an environment and a collective: the other ranks do not exist; nothing is saved, and the
             first device of this machine stands for those of the job.
+            ``"by-hand"`` of an environment: the user has set its variables, perhaps for nodes and not for processes, so
+            it does not count where ``plugframe run`` is told which node it is on.
             ``"local-backward"`` of a strategy: under ``strategy_no_sync`` neither forward nor backward exchanges
             anything, and a later backward averages all that was accumulated.
         needs: for each kind, the capabilities the plugin of that kind must provide, such as
@@ -97,6 +99,8 @@ class Plugin:
         requires: modules that must be importable before the factory is imported.
         extra: the requirement that installs what it needs: ``"plugframe[deepspeed]"``.
         variables: environment variables that must be set for an environment to be considered under ``"auto"``.
+        own_variables: environment variables in which an environment tells a rank its place; ``*`` stands for any
+            characters. A program that the rank starts does not take them for its own. Empty means `variables`.
         alias_of: this name stands for another name of the same kind.
         best_of: this name stands for the best available plugin that carries this tag.
         implies: settings of other kinds that come with this name, such as ``{"launcher": "spawn"}``; an
@@ -120,6 +124,7 @@ class Plugin:
     requires: tuple[str, ...] = ()
     extra: str = ""
     variables: tuple[str, ...] = ()
+    own_variables: tuple[str, ...] = ()
     alias_of: str = ""
     best_of: str = ""
     implies: Mapping[str, str] = field(default_factory=dict)
@@ -144,7 +149,7 @@ class Plugin:
 
     def _check_types(self) -> None:
         """Refuse here, where the author is named, what would end everybody's job once it is compared."""
-        for name in ("devices", "precisions", "provides", "tags", "requires", "variables"):
+        for name in ("devices", "precisions", "provides", "tags", "requires", "variables", "own_variables"):
             words = getattr(self, name)
             if not isinstance(words, (tuple, list)) or not all(isinstance(word, str) for word in words):
                 raise ValueError(f"Plugin({name}={words!r}): write a tuple of strings, such as ('a',).")

@@ -8,13 +8,12 @@ import logging
 import math
 import os
 import pickle
-import secrets
 import signal
 import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -36,8 +35,9 @@ from plugframe.launch.output import PREFIX, Output
 from plugframe.launch.rendezvous import Loopback
 from plugframe.launch.report import Ending, Report, culprit_of, mark, report, summary
 from plugframe.launch.signals import WARNING, Signals
+from plugframe.launch.survivors import Survivors
+from plugframe.launch.variables import variables_of_ranks
 from plugframe.launch.watch import Rank, Watch, is_child
-from plugframe.request import LAUNCHED, TOKEN
 
 _MONITOR_S = 0.05
 #: Beats between two looks for ranks that have vanished, and how many such looks are proof.
@@ -52,7 +52,7 @@ def supervise(job: Job, *, start_method: str | None = None) -> Any:
         stack.enter_context(_for_debugging(job))
         stack.enter_context(output.flowing())
         root = stack.enter_context(temporary_folder())
-        stack.enter_context(_environment(job, {rank_script.ERROR_FILE: os.path.join(root, "start.json")}))
+        stack.enter_context(variables_of_ranks(job, {rank_script.ERROR_FILE: os.path.join(root, "start.json")}))
         stack.enter_context(_silence())
         result, error = _Supervision(job, start_method, root, output, numa).run()
     if error is not None:
@@ -114,12 +114,14 @@ class _Supervision:
         self._numa = numa
         self.handler = self._rendezvous()
         self.agent = self._agent(start_method)
+        self.survivors = Survivors()
         self.watch = Watch(
             ranks=self._ranks,
             received=lambda: self.signals.received,
             done=self.files.done,
             error_file=self.files.error_file,
             recalled=lambda: self.handler.recalled,
+            ended_well=self.survivors.end_copies if job.function is not None else lambda rank: None,
             grace_s=job.grace_s,
         )
         self._last_ranks: list[Rank] = []
@@ -306,6 +308,8 @@ class _Supervision:
             if self.handler.recalled:  # while this node waited for the others to end
                 return None, self._elsewhere("")
             self.handler.part()
+            self._ranks()
+            self.survivors.tell(self._last_ranks)
             if self.signals.warned:
                 text = f"{WARNING.name}: every rank has left."
                 return None, RankFailedError(text, exit_code=128 + WARNING)
@@ -350,32 +354,6 @@ class _HopelessError(Exception):
 
 class _VanishedError(Exception):
     """A rank left with exit code 0 before its function returned."""
-
-
-@contextlib.contextmanager
-def _environment(job: Job, extra: Mapping[str, str]) -> Iterator[None]:
-    """Set the ranks' variables in this process, from which they inherit them; put back what was there."""
-    wanted = {**job.environ, **extra, LAUNCHED: "1"}
-    if TOKEN not in os.environ and job.num_nodes == 1 and job.min_nodes is None:
-        # Launchers of several nodes cannot agree on one by themselves.
-        wanted[TOKEN] = secrets.token_hex(32)
-    if "OMP_NUM_THREADS" not in os.environ:
-        # One process for each core's worth of threads: the default, all cores in every rank, is many times slower.
-        wanted.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // job.num_processes)))
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -12,12 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-#: How long ranks may take to leave once another one has failed, or on Ctrl-C: so that all is over within 5 s. Torch
-#: would wait 30 s.
+#: How long ranks may take to leave once another one has failed: so that all is over within 5 s. Torch would wait 30 s.
 LEAVE_S = 4.0
+#: The same on Ctrl-C, where somebody is at the terminal and waits: so that all is over within 1.5 s.
+INTERRUPTED_S = 0.8
 #: How long a rank that has told its failure may take to end.
 LAST_WORDS_S = 10.0
 _LOOK_S = 0.1
+#: Every so many looks it is looked whether a rank is stopped.
+_STOPPED_LOOKS = 10
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,18 @@ class Watch(threading.Thread):
         done: Callable[[int], bool],
         error_file: Callable[[int], Path],
         recalled: Callable[[], bool],
+        ended_well: Callable[[Rank], None],
         grace_s: float,
     ) -> None:
         super().__init__(name="plugframe-watch", daemon=True)
         self.deaths: dict[int, Death] = {}
         self.killed: set[int] = set()
         self._ranks, self._received, self._done, self._error_file = ranks, received, done, error_file
-        self._recalled, self._grace_s = recalled, grace_s
+        self._recalled, self._ended_well, self._grace_s = recalled, ended_well, grace_s
         self._beats = 0
         self._ended = threading.Event()
         self._waiters: dict[int, threading.Thread] = {}
+        self._stopped: set[int] = set()
 
     def beat(self) -> None:
         """Note that torch has found every rank alive."""
@@ -88,14 +93,28 @@ class Watch(threading.Thread):
             self._kill(rank)
 
     def run(self) -> None:
-        seen, silent_s = 0, 0.0
+        seen, silent_s, looks = 0, 0.0, 0
         while not self._ended.wait(_LOOK_S):
+            looks += 1
+            if looks % _STOPPED_LOOKS == 0:
+                self._tell_stopped()
             silent_s = 0.0 if self._beats != seen else silent_s + _LOOK_S
             seen = self._beats
             for rank in self._overstaying(silent_s):
                 if is_child(rank.pid):
                     self.killed.add(rank.pid)
                 self._kill(rank)
+
+    def _tell_stopped(self) -> None:
+        """Say once of a rank that it is stopped, by SIGSTOP or a terminal: the others wait for it."""
+        for rank in self._ranks():
+            stopped = _state(rank.pid) == "T"
+            if stopped and rank.pid not in self._stopped:
+                text = f"rank {rank.global_rank} (process {rank.pid}) is stopped, and the others will wait for it"
+                print(f"plugframe: {text}: `kill -CONT {rank.pid}` lets it go on", file=sys.stderr, flush=True)
+                self._stopped.add(rank.pid)
+            elif not stopped:
+                self._stopped.discard(rank.pid)
 
     def _overstaying(self, silent_s: float) -> list[Rank]:
         """Return the ranks whose time is up, or that of what they have left behind.
@@ -106,7 +125,7 @@ class Watch(threading.Thread):
         alive = [rank for rank in ranks if is_child(rank.pid)]
         signum = self._received()
         if signum is not None:
-            limit_s = LEAVE_S if signum is signal.SIGINT else self._grace_s
+            limit_s = INTERRUPTED_S if signum is signal.SIGINT else self._grace_s
             return ranks if silent_s >= limit_s or not alive else []
         if silent_s >= LEAVE_S and (len(alive) < len(ranks) or self._recalled()):
             return [rank for rank in ranks if not self._done(rank.local_rank)]
@@ -127,12 +146,13 @@ class Watch(threading.Thread):
     def _await_deaths(self) -> None:
         for rank in self._ranks():
             if rank.pid not in self._waiters and hasattr(os, "waitid"):
-                waiter = threading.Thread(target=self._await_death, args=(rank.pid,), daemon=True)
+                waiter = threading.Thread(target=self._await_death, args=(rank,), daemon=True)
                 self._waiters[rank.pid] = waiter
                 waiter.start()
 
-    def _await_death(self, pid: int) -> None:
+    def _await_death(self, rank: Rank) -> None:
         """Learn how a process ended without taking that from torch, which waits for it too."""
+        pid = rank.pid
         try:
             end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         except ChildProcessError:
@@ -140,8 +160,11 @@ class Watch(threading.Thread):
         if end is not None:
             code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
             self.deaths[pid] = Death(time.time(), code)
+            # What was forked from a function's rank holds what torch waits for.
             if code != 0:
-                _kill_group(pid)  # what was forked from a function's rank holds what torch waits for
+                _kill_group(pid)
+            else:
+                self._ended_well(rank)
 
 
 def _kill_group(pid: int) -> None:
@@ -157,9 +180,20 @@ def is_child(pid: int) -> bool:
         except ProcessLookupError:
             return False
         return True
+    fields = _stat(pid)
+    return len(fields) > 1 and fields[0] not in "ZX" and int(fields[1]) == os.getpid()
+
+
+def _state(pid: int) -> str:
+    """Return the letter of the state that Linux gives a child of this process; empty where there is none."""
+    fields = _stat(pid)
+    return fields[0] if len(fields) > 1 and int(fields[1]) == os.getpid() else ""
+
+
+def _stat(pid: int) -> list[str]:
+    """Return state, parent and so on of a process as Linux tells them; nothing where it does not."""
     try:
         # The name, in parentheses, may hold anything: state and parent come after the last one.
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    return fields[0] not in "ZX" and int(fields[1]) == os.getpid()
+        return []

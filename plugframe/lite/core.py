@@ -16,9 +16,10 @@ from plugframe import starting
 from plugframe.adopt.module import Phase
 from plugframe.adopt.reading import Loaders
 from plugframe.context import Context
+from plugframe.descent import Place, own_variables
 from plugframe.errors import SettingError, closest
 from plugframe.registry import Registry
-from plugframe.request import gather
+from plugframe.request import FROM_COMMAND_LINE, gather
 from plugframe.resolve import resolve
 from plugframe.session import Session
 from plugframe.stopping import Stopping
@@ -92,11 +93,15 @@ class Core:
         }
         self._resolve()
 
-    def _resolve(self) -> None:
+    def _resolve(self, *, travelled: bool = False) -> None:
+        self._place = Place(travelled=travelled)
+        weakref.finalize(self, self._place.close).atexit = False
         self._request = gather(self._settings)
         self._registry = Registry.discover()
         self._request = replace(self._request, notes=(*self._request.notes, *self._registry.notes()))
         self.plan = resolve(self._request, self._registry, os.environ)
+        if self.plan.launched or (self.plan.world_size == 1 and FROM_COMMAND_LINE in os.environ):
+            self._place.claim(own_variables(self._registry))
         self._callbacks = [_callback(c) for c in self._request.value("callbacks", ())]
         self._session = Session(self.plan, self._registry, self._callbacks)
         self._hooks = self._session.hooks
@@ -118,12 +123,13 @@ class Core:
             "_loaders",
             "_phase",
             "_stopping",
+            "_place",
         )
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._resolve()
+        self._resolve(travelled=True)
 
     def __enter__(self) -> Self:
         return self
@@ -213,6 +219,7 @@ class Core:
         self._modules.clear()
         self._loaders.clear()
         self._stopping.close()
+        self._place.close()
         atexit.unregister(self._session.close)
 
     def _alone(self) -> bool:
@@ -228,6 +235,7 @@ class Core:
         if session.context is None:
             if not self._alone():
                 raise starting.not_launched(self.plan, call)
+            self._place.check(call, launched=self.plan.launched)
             session.start()
             self._phase.explain = session.explain
             atexit.register(session.close)

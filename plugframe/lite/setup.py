@@ -134,7 +134,7 @@ class SetUp(Core):
                 weigh=weigh_uneven,
             )
             self._loaders.add(state)
-            self._session.on_close(_release, weakref.ref(loader), release_loader)
+            self._session.release_on_close(loader, _if_adopted(release_loader))
         return dataloaders[0] if len(dataloaders) == 1 else list(dataloaders)
 
     def _prepare(self, module: nn.Module, move_to_device: bool, call: str) -> nn.Module:
@@ -173,15 +173,16 @@ class SetUp(Core):
 
     def _adopt(self, module: nn.Module, engine: Any, names: tuple[Any, ...]) -> None:
         adopt_module(module, hooks=self._hooks, engine=engine, phase=self._phase, forward_methods=names)
+        self._modules[:] = [reference for reference in self._modules if reference() is not None]
         self._modules.append(weakref.ref(module))
-        self._session.on_close(_release, self._modules[-1], release_module)
+        self._session.release_on_close(module, _if_adopted(release_module))
         if self._hooks.on_setup is not None:
             self._hooks.on_setup(module=module)
 
     def _adopt_optimizer(self, optimizer: Optimizer, names: Names | None) -> None:
         phase = self._phase if self._session.world.global_rank == 0 else None
         adopt_optimizer(optimizer, hooks=self._hooks, names=names, phase=phase)
-        self._session.on_close(_release, weakref.ref(optimizer), release_optimizer)
+        self._session.release_on_close(optimizer, _if_adopted(release_optimizer))
 
     def _agree(self, loaders: Iterable[DataLoader[Any]]) -> int:
         """Return rank 0's seed, and give the users' own generators rank 0's state: all ranks draw alike."""
@@ -196,7 +197,6 @@ class SetUp(Core):
         return torch.is_grad_enabled() and any(module.training for module in self._living())
 
 
-def _release(reference: weakref.ref[Any], release: Callable[[Any], Any]) -> None:
-    obj = reference()
-    if obj is not None and state_of(obj) is not None:
-        release(obj)
+def _if_adopted(release: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return what gives an object back unless that was done already."""
+    return lambda obj: release(obj) if state_of(obj) is not None else None

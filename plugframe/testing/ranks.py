@@ -39,6 +39,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from plugframe.request import RANK
 from plugframe.world import World
 
 #: How long the other ranks may take to end by themselves once one has failed.
@@ -71,12 +72,13 @@ def run_ranks(
         _keep_helpers_files_apart()
         processes.set_forkserver_preload(["plugframe.testing.preload", "pytest"])
         call = pickle.dumps((fn, args))
+        inherited = {name: value for name, value in os.environ.items() if name != RANK}
         ranks: list[tuple[Any, Any]] = []
         outcomes: list[tuple[bool, Any] | None] = []
         try:
             for rank in range(num_ranks):
                 here, there = processes.Pipe(duplex=False)
-                variables = {**os.environ, **_variables(rank, num_ranks, port), **(env or {})}
+                variables = {**inherited, **_variables(rank, num_ranks, port), **(env or {})}
                 task = (call, variables, os.getcwd(), str(folder / f"{rank}"), timeout_s, there)
                 # Not a daemon: a rank may have processes of its own, such as a loader's workers.
                 process = processes.Process(target=_rank_main, args=task, name=f"rank {rank}", daemon=False)

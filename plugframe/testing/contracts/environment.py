@@ -133,6 +133,7 @@ class EnvironmentContract(PluginContract):
                 except UsageError as error:
                     broken(CHOSEN, f"on rank {rank} of {nodes} nodes with {each} ranks each: {one_line(error)}")
                 name, world = lite.plan.choices["environment"].name, lite.plan.world
+                lite.teardown()
             if name != self.spec.rpartition(":")[2]:
                 broken(CHOSEN, f"{name!r} was chosen on rank {rank} of {nodes} nodes with {each}: raise its priority")
             if world is None or world.global_rank != rank:

@@ -170,6 +170,7 @@ class FSDP(Strategy):
         share_out(module, values, device=self._home, broadcast=self._broadcast)
         self._successors.note(parameters, dict(module.named_parameters(remove_duplicate=False)))
         engine = Engine(shim, units[::-1], self._company)
+        self._engines = [reference for reference in self._engines if reference() is not None]
         self._engines.append(weakref.ref(engine))
         return engine
 

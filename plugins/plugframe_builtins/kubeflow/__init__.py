@@ -7,4 +7,5 @@ plugin = Plugin(
     summary="Kubeflow: the pods of a PyTorchJob, one process in each.",
     priority=20,
     variables=("KUBERNETES_PORT", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"),
+    own_variables=("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "PET_*"),
 )

@@ -7,4 +7,5 @@ plugin = Plugin(
     summary="mpirun of Open MPI, MPICH or Intel MPI.",
     # Above slurm, inside whose jobs it runs; below lsf, whose jsrun sets Open MPI's variables as well.
     priority=40,
+    own_variables=("OMPI_COMM_WORLD_*", "OMPI_UNIVERSE_SIZE", "PMI_*", "PMIX_*", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )

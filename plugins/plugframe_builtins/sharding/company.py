@@ -7,6 +7,8 @@ ranks tell each other what they are about to do; those at the end of their loade
 
 from __future__ import annotations
 
+import itertools
+import weakref
 import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -42,13 +44,16 @@ class Company:
     def __init__(self, hooks: Any, num_ranks: int) -> None:
         self._hooks = hooks
         self._num_ranks = num_ranks
-        self._models: list[Member] = []
+        # Weakly: a model that its user has let go goes, with all that shards it.
+        self._models: weakref.WeakValueDictionary[int, Member] = weakref.WeakValueDictionary()
+        self._numbers = itertools.count()
         self._last: Member | None = None
 
     def join(self, model: Member) -> int:
         """Take a model in; return its number for `announce`."""
-        self._models.append(model)
-        return len(self._models) - 1
+        number = next(self._numbers)
+        self._models[number] = model
+        return number
 
     def announce(self, number: int) -> None:
         """Say that a forward of that model comes. Every rank must call it, or be in `keep`."""
@@ -62,7 +67,12 @@ class Company:
             wanted = max(self._tell(_DONE))
             if wanted == _DONE:
                 return
-            self._last = self._models[wanted]
+            self._last = self._models.get(wanted)
+            if self._last is None:
+                raise CollectiveMismatchError(
+                    f"Other ranks evaluate a model (the {wanted + 1}. that was set up) that this rank has let go: keep "
+                    "it on all ranks until the evaluation has ended."
+                )
             self._last.help()
 
     def _tell(self, number: int) -> list[int]:

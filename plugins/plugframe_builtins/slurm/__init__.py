@@ -8,4 +8,8 @@ plugin = Plugin(
     # Below mpi: the variables of the job are also there for an mpirun inside it.
     priority=30,
     variables=("SLURM_JOB_ID",),
+    own_variables=(
+        *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_GTIDS"),
+        *("SLURM_TASK_PID", "SLURM_STEPID", "SLURM_STEP_*"),
+    ),
 )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -24,8 +28,35 @@ def only_this_attempt(store: Any, world: World, *, timeout_s: float) -> Any:
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     lobby = PrefixStore("plugframe/attempt", store)
+    _take_place(lobby, world.global_rank)
     prefix = _answer(lobby, world, timeout_s) if world.global_rank == 0 else _ask(lobby, world, timeout_s)
     return PrefixStore(f"plugframe/{prefix}", store)
+
+
+def _take_place(lobby: Any, rank: int) -> None:
+    """Refuse a second process with the variables of one rank: a program that the rank has started, and handed them."""
+    host, key = socket.gethostname(), f"process/{rank}"
+    me = f"{host} {os.getpid()}"
+    holder: str = lobby.compare_set(key, "", me).decode()
+    if holder == me:
+        return
+    other, _, pid = holder.rpartition(" ")
+    if other == host and _lives(int(pid)):
+        raise EnvironmentMismatchError(
+            f"Rank {rank} of this job is process {pid}, and this is another, {os.getpid()}, with its variables: start "
+            "it without them ('env -u RANK -u LOCAL_RANK python …'), or while the rank has its Lite: it sees to that."
+        )
+    lobby.set(key, me)  # of the attempt before
+
+
+def _lives(pid: int) -> bool:
+    try:
+        if sys.platform == "linux":
+            return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
 
 
 def _ask(lobby: Any, world: World, timeout_s: float) -> str:

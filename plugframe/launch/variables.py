@@ -1,0 +1,39 @@
+"""The environment variables that ranks inherit from their launcher."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from plugframe.descent import unmarked
+from plugframe.hooks.launcher import Job
+from plugframe.request import LAUNCHED, TOKEN
+
+
+@contextmanager
+def variables_of_ranks(job: Job, extra: Mapping[str, str]) -> Iterator[None]:
+    """Set the ranks' variables in this process, from which they inherit them; put back what was there."""
+    wanted = {**job.environ, **extra, LAUNCHED: "1"}
+    if TOKEN not in os.environ and job.num_nodes == 1 and job.min_nodes is None:
+        # Launchers of several nodes cannot agree on one by themselves.
+        wanted[TOKEN] = secrets.token_hex(32)
+    if "OMP_NUM_THREADS" not in os.environ:
+        # One process for each core's worth of threads: the default, all cores in every rank, is many times slower.
+        wanted.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // job.num_processes)))
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        with unmarked():
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

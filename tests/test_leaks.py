@@ -1,0 +1,95 @@
+"""What is set up again and again in one process leaves nothing behind: no object, no thread, no descriptor."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from plugframe import Lite
+from plugframe.testing import run_ranks
+from plugframe.world import World
+
+DATA = TensorDataset(torch.zeros(4, 2))
+#: How often something is done before objects are counted and between two counts, and how many a thing done may leave.
+WARM_UP, TIMES, ALLOWED = 20, 20, 0.95
+
+
+def train(lite: Lite) -> None:
+    """Set up a model, an optimizer and a loader, make a step, and forget them."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for (batch,) in lite.setup_dataloaders(DataLoader(DATA, batch_size=2)):
+        optimizer.zero_grad()
+        lite.backward(model(batch).sum())
+        optimizer.step()
+
+
+def left_by(do: Callable[[], None]) -> dict[str, float]:
+    """Return the kinds of things of which `do` leaves more and more, and how many each time."""
+    for _ in range(WARM_UP):
+        do()
+    before = counted()
+    for _ in range(TIMES):
+        do()
+    more = counted()
+    more.subtract(before)
+    return {kind: number / TIMES for kind, number in more.items() if number / TIMES > ALLOWED}
+
+
+def counted() -> Counter[str]:
+    for _ in range(2):
+        gc.collect()
+    found = Counter(f"object {type(each).__module__}.{type(each).__qualname__}" for each in gc.get_objects())
+    found["thread"] = threading.active_count()
+    if os.path.isdir("/proc/self/fd"):
+        found["descriptor"] = len(os.listdir("/proc/self/fd"))
+    return found
+
+
+def of_ranks(world: World) -> dict[str, Any]:
+    """Return what each strategy leaves on this rank."""
+    found = {}
+    for strategy in ("ddp", "fsdp"):
+        with Lite(accelerator="cpu", strategy=strategy) as lite:
+            found[strategy] = left_by(lambda: train(lite))
+    return found
+
+
+def test_set_ups_leave_nothing() -> None:
+    """Hundreds of models and loaders in one Lite: a model for every fold, a loader for every evaluation."""
+    with Lite(accelerator="cpu", devices=1) as lite:
+        assert left_by(lambda: train(lite)) == {}
+
+
+def test_what_is_alive_at_tear_down_is_given_back() -> None:
+    """All that is still there, the last first, although much of what came before has gone."""
+    lite = Lite(accelerator="cpu", devices=1)
+    models = [lite.setup(nn.Linear(2, 2)) for _ in range(3)]
+    del models[1]
+    lite.teardown()
+    assert [type(model) for model in models] == [nn.Linear, nn.Linear]
+
+
+def test_lites_leave_nothing() -> None:
+    """A Lite, what it set up and its tear-down, again and again."""
+
+    def job() -> None:
+        with Lite(accelerator="cpu", devices=1) as lite:
+            train(lite)
+
+    assert left_by(job) == {}
+
+
+@pytest.mark.parametrize("num_ranks", [2])
+def test_set_ups_of_ranks_leave_nothing(num_ranks: int) -> None:
+    """Nor do engines, whose models have gone."""
+    assert run_ranks(num_ranks, of_ranks) == [{"ddp": {}, "fsdp": {}}] * num_ranks
