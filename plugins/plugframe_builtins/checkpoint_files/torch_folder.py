@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe.printable import printable_cause
 
 METADATA = ".metadata"
 
@@ -39,8 +40,8 @@ def read(path: str, *, trusted: bool) -> dict[str, Any]:
         text = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointCorruptError(
             f"{path} is no whole checkpoint of torch.distributed.checkpoint: "
-            f"{type(error).__name__}: {text.rstrip('.')}."
-        ) from error
+            f"{type(error).__name__}: {text[:300].rstrip('.')}."
+        ) from printable_cause(error)
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import fsspec  # type: ignore[import-untyped]
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
 from plugframe.errors import CheckpointError, closest
+from plugframe.printable import printable_cause
 
 # A URL may be chained, which fsspec writes as "simplecache::s3://…".
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*"
@@ -35,7 +36,7 @@ def told(what: str, *, after: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         text = " ".join((str(error) or "no message").split())
-        raise CheckpointError(f"{what}: {type(error).__name__}: {text[:500].rstrip('.')}{after}.") from error
+        raise CheckpointError(f"{what}: {type(error).__name__}: {text[:500].rstrip('.')}{after}.") from printable_cause(error)
 
 
 class RemoteFolder:
