@@ -12,6 +12,8 @@ from typing import Any
 from plugframe.adopt.optimizer import resumed_at
 from plugframe.base.telling import warn_caller
 from plugframe.checkpoint.atomic import remove_leftovers
+from plugframe.checkpoint.lock import FolderLock
+from plugframe.checkpoint.travelling import Packed, pack_error, unpack_error
 from plugframe.errors import CheckpointCorruptError, CheckpointError, PlugframeError, SettingError
 from plugframe.session import Session
 
@@ -46,6 +48,8 @@ class Checkpoints:
         self._keep_last, self._keep_best, self._every_s = keep_last, keep_best, every_s
         self._saved_at: float | None = None
         self._pending = ""
+        self._lock = FolderLock(folder)
+        self._locked = False
 
     def save(
         self,
@@ -66,6 +70,9 @@ class Checkpoints:
 
         Returns:
             Whether it was saved, the same on all ranks.
+
+        Raises:
+            CheckpointError: if it was not saved; if another job saves into this folder, before anything is written.
         """
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**12:
             raise SettingError(f"step={step!r} of a checkpoint must be a whole number from 0 on.")
@@ -75,7 +82,7 @@ class Checkpoints:
                 f"keep_best compares {self._keep_best[0]!r}, and metrics= has "
                 f"{', '.join(map(repr, told)) or 'nothing'}."
             )
-        if not force and not self._due():
+        if not self._agreed(functools.partial(self._may_save, force)):
             return False
         self._saved_at = time.monotonic()
         name = f"step-{step:012d}.ckpt"
@@ -84,13 +91,15 @@ class Checkpoints:
             return True  # nothing was written, so nothing has become too much
         # A checkpoint that is still being written counts from the next save on, which waits for it.
         self._pending = name if handle is not None else ""
-        self._agreed(self._prune)
+        problem = self._agreed(functools.partial(self._prune, name))
+        if problem:
+            self._warn(problem)
         return True
 
     def latest(self) -> str | None:
         """Return the path of the newest checkpoint, None if there is none. Every rank must call it."""
-        names = self._agreed(self._names)
-        return self._at(names[-1]) if names else None
+        name = self._agreed(self._newest)
+        return self._at(name) if name else None
 
     def best(self) -> str | None:
         """Return the path of the best checkpoint by ``keep_best``, None if none has that metric.
@@ -102,11 +111,15 @@ class Checkpoints:
         names = self._agreed(self._ranked)
         return self._at(names[0]) if names else None
 
-    def resume(self, state: dict[str, Any], *, strict: bool = True) -> bool:
+    def resume(self, state: dict[str, Any], *, strict: bool = True, rng: bool = True) -> bool:
         """Put the newest whole checkpoint into `state`, if there is any. Every rank must call it.
 
-        A damaged one is set aside as ``damaged-…`` and told of, and the one before it is taken. One that was never
-        finished, because its save was killed, is removed and told of.
+        A damaged one is renamed to ``damaged-…`` with a warning, and the one before it is taken. What a save left
+        that was killed before it wrote a manifest is removed with a warning, the only thing that ever is. While
+        another job saves into the folder, both are passed over and stay.
+
+        Args:
+            rng: whether to restore the random generators; see ``lite.load``.
 
         Returns:
             Whether a checkpoint was loaded; `step` is its step then.
@@ -116,22 +129,21 @@ class Checkpoints:
             CheckpointMismatchError: if the newest whole one does not fit `state`.
         """
         num_damaged = 0
-        for name in reversed(self._agreed(self._names)):
+        names, alone, warning = self._agreed(self._look)
+        if warning:
+            self._warn(warning)
+        for name in reversed(names):
+            if self._agreed(functools.partial(self._is_unfinished, name)):
+                done, text = self._agreed(functools.partial(self._remove_unfinished, name, alone))
+                self._warn(f"{text} It is {done}, and the one before it taken.")
+                continue
             try:
-                self._agreed(functools.partial(self._check_step, name))
-                self._load(self._at(name), state, strict=strict)
-            except CheckpointError as error:
-                if _is_unfinished(error):
-                    what, act = "removed", self._remove
-                elif isinstance(error, CheckpointCorruptError):
-                    what, act = "set aside", self._set_aside
-                    num_damaged += 1
-                else:
-                    raise
-                self._agreed(functools.partial(act, name))
-                if self._session.world.global_rank == 0:
-                    text = f"{error} It is {what}, and the one before it taken."
-                    warn_caller(text)
+                self._agreed(functools.partial(self._check_info, name))
+                self._load(self._at(name), state, strict=strict, rng=rng)
+            except CheckpointCorruptError as error:
+                num_damaged += 1
+                done = self._agreed(functools.partial(self._set_aside, name, alone))
+                self._warn(f"{error} It is {done}, and the one before it taken.")
                 continue
             self.step = int(_step(name))
             for value in state.values():
@@ -147,33 +159,99 @@ class Checkpoints:
         """Return the path of something in the folder, which may be at a URL."""
         return f"{self.folder.rstrip('/')}/{name}" if "://" in self.folder else os.path.join(self.folder, name)
 
+    def _warn(self, text: str) -> None:
+        if self._session.world.global_rank == 0:
+            warn_caller(text)
+
     # ------------------------------------------------------------------ on rank 0, for all
 
     def _agreed(self, look: Callable[[], Any]) -> Any:
         """Return what `look` finds on rank 0: what is in the folder may change between two looks."""
         found: Any = None
+        packed: Packed = None
+        failure: PlugframeError | None = None
         if self._session.world.global_rank == 0:
             try:
                 found = look()
-            except PlugframeError as error:
-                found = error
-        found = self._session.hooks.collective_broadcast_object(obj=found, src=0, group=None)
-        if isinstance(found, PlugframeError):
-            raise found
+            except Exception as error:  # noqa: BLE001 the other ranks wait for word, whatever went wrong here
+                failure, packed = self._as_ours(error)
+        found, packed = self._session.hooks.collective_broadcast_object(obj=(found, packed), src=0, group=None)
+        if packed is not None:
+            raise failure or unpack_error(packed)
         return found
 
-    def _due(self) -> bool:
-        if self._every_s is None:
+    def _as_ours(self, error: Exception) -> tuple[PlugframeError, Packed]:
+        """Return what to raise on rank 0, and what on the others."""
+        if isinstance(error, CheckpointError):
+            return error, pack_error(error)
+        if isinstance(error, PlugframeError):
+            return error, pack_error(CheckpointError(str(error)))
+        failure = CheckpointError(f"cannot look after {self.folder}: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure, pack_error(failure)
+
+    def _may_save(self, force: bool) -> bool:
+        """Say whether a checkpoint is due; hold the folder if so.
+
+        Raises:
+            CheckpointError: if another job holds it.
+        """
+        since = None if self._saved_at is None else time.monotonic() - self._saved_at
+        if not force and since is not None and self._every_s is not None and since < self._every_s:
+            return False
+        if not self._hold(make=True):
+            raise CheckpointError(
+                f"lite.checkpoints({self.folder!r}): another job ({self._lock.owner()}) saves into this folder, and "
+                "nothing was written: give each job a folder of its own, or end the other one."
+            )
+        return True
+
+    def _hold(self, *, make: bool) -> bool:
+        """Hold the folder for this job; say whether nobody else does. A URL cannot be held."""
+        if "://" in self.folder or self._session.plan.simulated:
             return True
-        since = time.monotonic() - self._saved_at if self._saved_at is not None else None
-        return bool(self._agreed(lambda: since is None or since >= (self._every_s or 0.0)))
+        try:
+            if make:
+                os.makedirs(self.folder, exist_ok=True)
+            elif not os.path.isdir(self.folder):
+                return True
+            if not self._locked:
+                self._locked = True
+                self._session.on_close(self._lock.release)
+            return self._lock.take()
+        except OSError as error:
+            if make:
+                raise CheckpointError(f"cannot write {self.folder}: {error.strerror or error}.") from error
+            return False  # it can be read perhaps, and nothing in it be changed
+
+    def _look(self) -> tuple[list[str], bool, str]:
+        """Return the names of the checkpoints, whether this job may change the folder, and what to say if not."""
+        alone = self._hold(make=False)
+        names = self._names()
+        warning = ""
+        if not alone and names:
+            warning = (
+                f"Another job ({self._lock.owner()}) saves into {self.folder}: nothing in it is removed or set aside "
+                "here, and save() is refused while that job runs."
+            )
+        return names, alone, warning
 
     def _names(self) -> list[str]:
         names: list[str] = self._session.hooks.checkpoint_list(folder=self.folder)
         return sorted(name for name in names if _NAME.fullmatch(name))
 
-    def _whole(self) -> list[str]:
-        return [name for name in self._names() if name != self._pending]
+    def _newest(self) -> str | None:
+        names = [name for name in self._names() if name != self._pending]
+        return next((name for name in reversed(names) if not self._is_unfinished(name)), None)
+
+    def _finished(self) -> list[str]:
+        """Return the names of the checkpoints whose saves have ended."""
+        return [name for name in self._names() if name != self._pending and not self._is_unfinished(name)]
+
+    def _is_unfinished(self, name: str) -> bool:
+        # By what lies there, never by an error: this alone lets `resume` remove something.
+        ask = getattr(self._session.plugins["checkpoint"], "unfinished", None)
+        return ask is not None and ask(self._at(name)) is True
 
     def _ranked(self) -> list[str]:
         """Return the checkpoints that have the metric, the best first, of equal ones the newest."""
@@ -181,37 +259,45 @@ class Checkpoints:
         metric, direction, _ = self._keep_best
         sign = 1.0 if direction == "min" else -1.0
         found = []
-        for name in self._whole():
+        for name in self._finished():
             try:
                 info = self._session.plugins["checkpoint"].inspect(self._at(name)).info
+                value = _metrics(info, self._at(name)).get(metric)
             except CheckpointError:
                 continue  # damaged: it is told of when it is loaded
-            value = info.get("metrics", {}).get(metric)
             if value is not None and value == value:  # not a NaN, which is no best of anything
                 found.append((sign * value, -_step(name), name))
         return [name for *_, name in sorted(found)]
 
-    def _check_step(self, name: str) -> None:
+    def _check_info(self, name: str) -> None:
         """Refuse a checkpoint that was saved as that of another step: it took another's place."""
         try:
             info = self._session.plugins["checkpoint"].inspect(self._at(name)).info
         except PlugframeError:
             return  # what is wrong with it, if anything is, loading it tells
-        if info.get("step", _step(name)) != _step(name):
+        _metrics(info, self._at(name))
+        step = info.get("step", _step(name))
+        if step != _step(name):
+            shown = f"that of step {step}" if type(step) is int and step < 10**12 else "that of no step"
             raise CheckpointCorruptError(
-                f"{self._at(name)} has the wrong name: expected the checkpoint of step {_step(name)}, found that of "
-                f"step {info['step']}."
+                f"{self._at(name)} has the wrong name: expected the checkpoint of step {_step(name)}, found {shown}."
             )
 
-    def _prune(self) -> None:
-        names = self._whole()
-        kept = set(names if self._keep_last is None else names[-self._keep_last :])
-        if self._keep_best is not None:
-            kept.update(self._ranked()[: self._keep_best[2]])
-        for name in names:
-            if name not in kept:
-                self._remove(name)
-        self._sweep()
+    def _prune(self, saved: str) -> str:
+        """Remove what is no longer kept; return what to say if that fails, since `saved` is there all the same."""
+        try:
+            if self._keep_last is not None:
+                names = self._finished()
+                kept = {saved, *names[-self._keep_last :]}
+                if self._keep_best is not None:
+                    kept.update(self._ranked()[: self._keep_best[2]])
+                for name in names:
+                    if name not in kept:
+                        self._session.hooks.checkpoint_remove(path=self._at(name))
+            self._sweep()
+        except Exception as error:  # noqa: BLE001 whatever it is, the save has not failed
+            return f"{self._at(saved)} is saved, but an older checkpoint that is no longer kept stays: {error}"
+        return ""
 
     def _sweep(self) -> None:
         """Remove what saves and removals that were killed left beside the checkpoints."""
@@ -222,11 +308,27 @@ class Checkpoints:
             if draft is not None and draft[1] != self._pending:
                 remove_leftovers(self._at(draft[1]))
 
-    def _remove(self, name: str) -> None:
+    def _remove_unfinished(self, name: str, alone: bool) -> tuple[str, str]:
+        """Return what was done, and a text that says why."""
+        text = f"{self._at(name)} is not complete."
+        try:
+            self._session.plugins["checkpoint"].inspect(self._at(name))
+        except PlugframeError as error:
+            text = str(error)
+        # Asked again, at the last moment.
+        if not alone or not self._is_unfinished(name):
+            return "passed over", text
         self._session.hooks.checkpoint_remove(path=self._at(name))
+        return "removed", text
 
-    def _set_aside(self, name: str) -> None:
-        self._session.hooks.checkpoint_move(path=self._at(name), target=self._at(f"damaged-{name}"))
+    def _set_aside(self, name: str, alone: bool) -> str:
+        if not alone:
+            return "passed over"
+        there = set(self._session.hooks.checkpoint_list(folder=self.folder))
+        targets = (f"damaged-{name}{more}" for more in ("", *(f"-{number}" for number in range(2, len(there) + 3))))
+        target = next(target for target in targets if target not in there)  # what was set aside before stays as well
+        self._session.hooks.checkpoint_move(path=self._at(name), target=self._at(target))
+        return "set aside"
 
 
 def _check(keep_last: Any, keep_best: Any, every_s: Any) -> None:
@@ -249,6 +351,17 @@ def _step(name: str) -> int:
     return int(found[1])
 
 
-def _is_unfinished(error: CheckpointError) -> bool:
-    """Say whether a checkpoint lacks what is written last; the ranks agree on a text, not on a type."""
-    return "is not complete" in str(error)
+def _metrics(info: Mapping[str, Any], path: str) -> dict[str, float]:
+    """Return the metrics a checkpoint was saved with.
+
+    Raises:
+        CheckpointCorruptError: if they are none.
+    """
+    metrics = info.get("metrics", {})
+    numbers = isinstance(metrics, Mapping) and all(
+        isinstance(name, str) and (type(value) is float or (type(value) is int and value.bit_length() < 1024))
+        for name, value in metrics.items()
+    )
+    if not numbers:
+        raise CheckpointCorruptError(f"{path}: its metrics are no numbers by name.")
+    return {name: float(value) for name, value in metrics.items()}

@@ -92,7 +92,7 @@ def join(tensors: Mapping[str, Tensor | StoredTensor], structure: Any, *, where:
     joiner = _Joiner(tensors)
     try:
         state = joiner.decode(structure, 0)
-    except Exception as error:  # whatever a value in the place of another leads to: it is not what was written
+    except Exception as error:  # noqa: BLE001 whatever a value in the place of another leads to
         raise CheckpointCorruptError(
             f"{where}: its structure is not what was written: {str(error)[:200]}."
         ) from printable_cause(error)

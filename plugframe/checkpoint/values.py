@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 #: A larger integer is no value of a run: Python takes minutes to write it out.
 MAX_INT_BITS = 2**20
 

@@ -204,9 +204,9 @@ def _some(names: Sequence[str]) -> str:
 def _unpack(path: str, fields: Any, data: bytes) -> Found:
     if fields["format"] != FORMAT or fields["version"] != VERSION:
         raise ValueError("it is of another format or version")
-    files = {name: _unpack_head(packed) for name, packed in fields["files"].items()}
-    if not all(map(is_data, files)):
+    if not all(map(is_data, fields["files"])):
         raise ValueError("a file has a name no data file has")
+    files = {name: _unpack_head(packed) for name, packed in fields["files"].items()}
     names = list(files)
     tensors = {name: _unpack_tensor(name, packed, names, files) for name, packed in fields["tensors"].items()}
     _check_files(files, tensors)
@@ -256,7 +256,7 @@ def _unpack_tensor(name: str, packed: Any, names: Sequence[str], files: Mapping[
 
 
 def _check_files(files: Mapping[str, Head], tensors: Mapping[str, Laid]) -> None:
-    """Check that every byte of every file is one of its header or of one chunk: nothing is there twice or for nobody."""
+    """Check that every byte of every file belongs to its header or to one chunk: none to two, none to nobody."""
     stretches: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
     for laid in tensors.values():
         for chunk in laid.chunks:

@@ -160,7 +160,7 @@ def inspect(path: str) -> Contents:
     """
     try:
         return _inspect(path)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 a file may hold anything
         failure = _as_ours(error, path)
         raise failure from failure.__cause__
 

@@ -34,9 +34,11 @@ def told(what: str, *, after: str = "") -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 of whichever library
         text = " ".join((str(error) or "no message").split())
-        raise CheckpointError(f"{what}: {type(error).__name__}: {text[:500].rstrip('.')}{after}.") from printable_cause(error)
+        raise CheckpointError(f"{what}: {type(error).__name__}: {text[:500].rstrip('.')}{after}.") from printable_cause(
+            error
+        )
 
 
 class RemoteFolder:

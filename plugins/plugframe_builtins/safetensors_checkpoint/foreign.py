@@ -80,7 +80,7 @@ def read_torch(path: str, *, trusted: bool) -> dict[str, Any]:
     _check_archive(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=not trusted, mmap=False)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 a file may hold anything
         raise _explain(path, error) from printable_cause(error)
     if not isinstance(state, dict):
         raise CheckpointError(

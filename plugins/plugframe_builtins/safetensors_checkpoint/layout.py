@@ -108,9 +108,9 @@ def parse_header(header: bytes, *, where: str) -> dict[str, Slot]:
         slots = unpack_slots(header)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         text = repr(error)[:200]
-        raise CheckpointCorruptError(
-            f"{where}: its header is not one of this format: {text}."
-        ) from printable_cause(error)
+        raise CheckpointCorruptError(f"{where}: its header is not one of this format: {text}.") from printable_cause(
+            error
+        )
     check_slots(slots, where=where)
     for name in (STRUCTURE, MANIFEST):
         if name not in slots:
