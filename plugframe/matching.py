@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from plugframe.checkpoint.shards import is_shard
 from plugframe.checkpoint.stored import StoredTensor
 
-#: What wrappers of torch put between the names of modules: compilation, data parallelism, activation checkpointing.
-_WRAPPERS = frozenset(("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+#: What wrappers of torch put between the names of modules: compilation, data parallelism, sharding, and activation
+#: checkpointing, whose wrappers call what they hold ``_…_wrapped_module``.
+_WRAPPER = re.compile(r"_orig_mod|module|_[a-z]+_wrapped_module")
 
 
 def match(own: Iterable[Any], saved: Iterable[Any]) -> dict[Any, Any]:
@@ -39,7 +41,7 @@ def match(own: Iterable[Any], saved: Iterable[Any]) -> dict[Any, Any]:
 def _plain(name: Any) -> Any:
     if not isinstance(name, str):
         return name
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if not _WRAPPER.fullmatch(part))
 
 
 def twins(module: nn.Module, own: Mapping[str, Any]) -> list[list[str]]:

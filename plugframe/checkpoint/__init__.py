@@ -41,6 +41,7 @@ from plugframe.checkpoint.stored import Source, StoredTensor, fill, materialize
 from plugframe.checkpoint.travelling import Packed, first_error, pack_error, unpack_error
 from plugframe.checkpoint.tree import dump_structure, join, parse_structure, split, split_stored
 from plugframe.checkpoint.values import dtype_name, dtype_of
+from plugframe.printable import names_text, printable, printable_cause
 
 __all__ = [
     "DIGEST_CHARS",
@@ -74,10 +75,13 @@ __all__ = [
     "local_of",
     "make_folders",
     "materialize",
+    "names_text",
     "open_locked",
     "pack_error",
     "parse_structure",
     "pieces",
+    "printable",
+    "printable_cause",
     "remove_if_dead",
     "remove_leftovers",
     "replacing",

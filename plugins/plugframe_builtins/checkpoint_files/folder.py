@@ -21,13 +21,14 @@ from plugframe.checkpoint import (
     dtype_of,
     info_of,
     is_digest,
+    names_text,
     parse_structure,
+    printable_cause,
     seal,
     split,
     unseal,
 )
 from plugframe.errors import CheckpointCorruptError, CheckpointError, CheckpointUnfinishedError
-from plugframe.printable import names_text, printable_cause
 from plugframe_builtins.checkpoint_files.coverage import fills, fills_file
 from plugframe_builtins.checkpoint_files.found import Chunk, Found, Head, Laid
 from plugframe_builtins.checkpoint_files.regular import open_regular

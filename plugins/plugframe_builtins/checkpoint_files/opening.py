@@ -11,10 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugframe.checkpoint import Contents, StoredTensor, first_error, is_being_written, join, pack_error
+from plugframe.checkpoint import (
+    Contents,
+    StoredTensor,
+    first_error,
+    is_being_written,
+    join,
+    pack_error,
+    printable_cause,
+)
 from plugframe.context import Context
 from plugframe.errors import CheckpointCorruptError, CheckpointError, CheckpointURLError, closest
-from plugframe.printable import printable_cause
 from plugframe_builtins.checkpoint_files import folder
 from plugframe_builtins.checkpoint_files.files import Files
 from plugframe_builtins.checkpoint_files.found import Chunk, Found, Laid

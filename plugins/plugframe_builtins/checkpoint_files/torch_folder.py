@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from plugframe.checkpoint import printable_cause
 from plugframe.errors import CheckpointCorruptError, CheckpointError
-from plugframe.printable import printable_cause
 
 METADATA = ".metadata"
 

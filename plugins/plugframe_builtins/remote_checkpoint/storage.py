@@ -10,8 +10,8 @@ from typing import Any, BinaryIO, cast
 import fsspec  # type: ignore[import-untyped]
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
+from plugframe.checkpoint import printable_cause
 from plugframe.errors import CheckpointError, closest
-from plugframe.printable import printable_cause
 
 # A URL may be chained, which fsspec writes as "simplecache::s3://…".
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*"

@@ -15,8 +15,8 @@ from typing import IO, Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from plugframe.checkpoint import names_text, printable_cause
 from plugframe.errors import CheckpointCorruptError, CheckpointError
-from plugframe.printable import names_text, printable_cause
 from plugframe_builtins.checkpoint_files import tensorfile
 from plugframe_builtins.checkpoint_files.found import Found, Head, laid_whole
 

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 
 import torch
 
-from plugframe.checkpoint import DIGEST_CHARS, MAX_MANIFEST_BYTES, digest
+from plugframe.checkpoint import DIGEST_CHARS, MAX_MANIFEST_BYTES, digest, printable_cause
 from plugframe.errors import CheckpointCorruptError, CheckpointError
-from plugframe.printable import printable_cause
 from plugframe_builtins.checkpoint_files.tensorfile import (
     CODES,
     MAX_HEADER_BYTES,

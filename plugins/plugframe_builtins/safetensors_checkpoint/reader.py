@@ -9,9 +9,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from plugframe.checkpoint import Entry, Manifest, as_bytes, dtype_name, join, parse_structure
+from plugframe.checkpoint import Entry, Manifest, as_bytes, dtype_name, join, parse_structure, printable_cause
 from plugframe.errors import CheckpointCorruptError, CheckpointError
-from plugframe.printable import printable_cause
 from plugframe_builtins.checkpoint_files.files import Files
 from plugframe_builtins.checkpoint_files.found import Found, Head, laid_whole
 from plugframe_builtins.checkpoint_files.verifying import Part, read_parts, wrong_size
