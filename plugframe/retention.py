@@ -49,7 +49,7 @@ class Checkpoints:
         self._saved_at: float | None = None
         self._pending = ""
         self._lock = FolderLock(folder)
-        self._locked = False
+        self._saves = False
 
     def save(
         self,
@@ -128,6 +128,13 @@ class Checkpoints:
             CheckpointError: if there are checkpoints and all of them are damaged.
             CheckpointMismatchError: if the newest whole one does not fit `state`.
         """
+        try:
+            return self._resume(state, strict=strict, rng=rng)
+        finally:
+            if not self._saves:
+                self._lock.release()  # who only reads is in nobody's way
+
+    def _resume(self, state: dict[str, Any], *, strict: bool, rng: bool) -> bool:
         num_damaged = 0
         names, alone, warning = self._agreed(self._look)
         if warning:
@@ -215,8 +222,8 @@ class Checkpoints:
                 os.makedirs(self.folder, exist_ok=True)
             elif not os.path.isdir(self.folder):
                 return True
-            if not self._locked:
-                self._locked = True
+            if make and not self._saves:
+                self._saves = True
                 self._session.on_close(self._lock.release)
             return self._lock.take()
         except OSError as error:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from plugframe import (
     CheckpointCorruptError,
@@ -212,6 +213,24 @@ def test_a_generator_state_that_does_not_fit_changes_nothing(
     assert torch.equal(model.weight, kept)
     assert state["value"] == 1
     assert torch.equal(rng_state()["torch"], before["torch"])
+
+
+def test_the_generator_of_a_loader_is_tried_before(lite: Lite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that a loader's own generator does not take leaves everything alone; rng=False goes on without it."""
+    generator, data = torch.Generator(), list(range(8))
+    loader = lite.setup_dataloaders(DataLoader(data, shuffle=True, generator=generator))  # type: ignore[arg-type]
+    batches = iter(loader)
+    next(batches)
+    monkeypatch.setattr("plugframe.adopt.reading.pack", lambda state: torch.zeros(3, dtype=torch.uint8))
+    lite.save(tmp_path / "x", {"n": 1})
+    before, state = generator.get_state(), {"n": 0}
+    with pytest.raises(CheckpointMismatchError, match="the state of a Generator of a loader .*pass rng=False"):
+        lite.load(tmp_path / "x", state)
+    assert state == {"n": 0}
+    assert torch.equal(generator.get_state(), before)
+    lite.load(tmp_path / "x", state, rng=False)
+    assert state == {"n": 1}
+    assert len(list(loader)) == 7
 
 
 class Scaler:

@@ -91,12 +91,12 @@ def names_that_differ_by_wrappers_load(on: On) -> None:
         for parameter in model.parameters():
             nn.init.zeros_(parameter)
         state = {rename(key): value for key, value in source.state_dict().items()}
-        on.lite.load_raw(on.put("x", state), model)
+        on.lite.load_raw(on.put("x.pt", state), model)
         assert same_values(model, source)
         state["more.weight"] = state.pop(rename("2.weight"))
-        on.put("x", state)
+        on.put("x.pt", state)
         with pytest.raises(CheckpointMismatchError, match="missing in object: 2.weight; unexpected in object: more.we"):
-            on.lite.load_raw(on.path("x"), model)
+            on.lite.load_raw(on.path("x.pt"), model)
 
 
 def test_a_name_that_could_mean_two_is_not_guessed() -> None:
@@ -158,23 +158,23 @@ def one_of_two_tied_names_is_enough(on: On) -> None:
     own, _ = on.lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
     for kept in ("table.weight", "head.weight"):
         nn.init.zeros_(own.table.weight)
-        on.lite.load_raw(on.put("x", {f"module.{kept}": source.table.weight.detach()}), own)
+        on.lite.load_raw(on.put("x.pt", {f"module.{kept}": source.table.weight.detach()}), own)
         assert torch.equal(whole(own.table.weight.detach()), source.table.weight)
         assert torch.equal(whole(own.head.weight.detach()), source.table.weight)
-    on.put("y", {})
+    on.put("y.pt", {})
     with pytest.raises(CheckpointMismatchError, match=r"missing in object: table\.weight, head\.weight"):
-        on.lite.load_raw(on.path("y"), own)
+        on.lite.load_raw(on.path("y.pt"), own)
 
 
 def two_values_for_tied_weights_are_refused(on: On) -> None:
     """A state of a model whose weights are not tied does not load into one whose are: one of the two would be lost."""
     own = on.lite.setup_module(Tied(2))
     source = Tied(1, tied=False)
-    on.put("x", source.state_dict())
+    on.put("x.pt", source.state_dict())
     with pytest.raises(CheckpointMismatchError, match="table.weight and head.weight are one tensor here"):
-        on.lite.load_raw(on.path("x"), own)
+        on.lite.load_raw(on.path("x.pt"), own)
     source.head.weight.data.copy_(source.table.weight.data)
-    on.lite.load_raw(on.put("y", {key: value.clone() for key, value in source.state_dict().items()}), own)
+    on.lite.load_raw(on.put("y.pt", {key: value.clone() for key, value in source.state_dict().items()}), own)
     assert torch.equal(whole(own.head.weight.detach()), source.head.weight)
 
 
@@ -235,9 +235,9 @@ def a_state_of_an_optimizer_that_cannot_be_is_refused(on: On) -> None:
         ({"state": {name: 3}, "param_groups": content["optimizer"]["param_groups"]}, "the state of weight is a int"),
     ]
     for other, text in broken:
-        on.put("y", {**content, "optimizer": other, "model": {k: torch.zeros_like(v) for k, v in before.items()}})
+        on.put("y.pt", {**content, "optimizer": other, "model": {k: torch.zeros_like(v) for k, v in before.items()}})
         with pytest.raises(CheckpointMismatchError, match=text):
-            on.lite.load(on.path("y"), {"model": model, "optimizer": optimizer})
+            on.lite.load(on.path("y.pt"), {"model": model, "optimizer": optimizer})
         assert all(torch.equal(value, before[key]) for key, value in values(model).items())
 
 
