@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import functools
-import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from plugframe.adopt.optimizer import resumed_at
 from plugframe.base.telling import warn_caller
-from plugframe.checkpoint.atomic import remove_leftovers
-from plugframe.checkpoint.lock import FolderLock
 from plugframe.checkpoint.travelling import Packed, pack_error, unpack_error
 from plugframe.errors import CheckpointCorruptError, CheckpointError, PlugframeError, SettingError
+from plugframe.run_folder import RunFolder, name_of, step_of
 from plugframe.session import Session
-
-_NAME = re.compile(r"step-(\d{12})\.ckpt")
-_DRAFT = re.compile(r"\.(step-\d{12}\.ckpt)\.tmp-[0-9a-f]{16}")
 
 
 class Checkpoints:
@@ -45,11 +39,9 @@ class Checkpoints:
         self.step = 0
         self._session = session
         self._save, self._load = save, load
-        self._keep_last, self._keep_best, self._every_s = keep_last, keep_best, every_s
+        self._keep_best, self._every_s = keep_best, every_s
         self._saved_at: float | None = None
-        self._pending = ""
-        self._lock = FolderLock(folder)
-        self._saves = False
+        self._files = RunFolder(session, folder, keep_last=keep_last, keep_best=keep_best)
 
     def save(
         self,
@@ -85,21 +77,21 @@ class Checkpoints:
         if not self._agreed(functools.partial(self._may_save, force)):
             return False
         self._saved_at = time.monotonic()
-        name = f"step-{step:012d}.ckpt"
-        handle = self._save(self._at(name), state, info={"step": step, "metrics": told}, wait=wait)
+        name = name_of(step)
+        handle = self._save(self._files.at(name), state, info={"step": step, "metrics": told}, wait=wait)
         if self._session.plan.simulated:
             return True  # nothing was written, so nothing has become too much
         # A checkpoint that is still being written counts from the next save on, which waits for it.
-        self._pending = name if handle is not None else ""
-        problem = self._agreed(functools.partial(self._prune, name))
+        self._files.pending = name if handle is not None else ""
+        problem = self._agreed(functools.partial(self._files.prune, name))
         if problem:
             self._warn(problem)
         return True
 
     def latest(self) -> str | None:
         """Return the path of the newest checkpoint, None if there is none. Every rank must call it."""
-        name = self._agreed(self._newest)
-        return self._at(name) if name else None
+        name = self._agreed(self._files.newest)
+        return self._files.at(name) if name else None
 
     def best(self) -> str | None:
         """Return the path of the best checkpoint by ``keep_best``, None if none has that metric.
@@ -108,8 +100,8 @@ class Checkpoints:
         """
         if self._keep_best is None:
             raise SettingError("best() compares by keep_best=('val_loss', 'min', 1), say, which was not given.")
-        names = self._agreed(self._ranked)
-        return self._at(names[0]) if names else None
+        names = self._agreed(self._files.ranked)
+        return self._files.at(names[0]) if names else None
 
     def resume(self, state: dict[str, Any], *, strict: bool = True, rng: bool = True) -> bool:
         """Put the newest whole checkpoint into `state`, if there is any. Every rank must call it.
@@ -131,28 +123,28 @@ class Checkpoints:
         try:
             return self._resume(state, strict=strict, rng=rng)
         finally:
-            if not self._saves:
-                self._lock.release()  # who only reads is in nobody's way
+            if not self._files.saves:
+                self._files.lock.release()  # who only reads is in nobody's way
 
     def _resume(self, state: dict[str, Any], *, strict: bool, rng: bool) -> bool:
         num_damaged = 0
-        names, alone, warning = self._agreed(self._look)
+        names, alone, warning = self._agreed(self._files.look)
         if warning:
             self._warn(warning)
         for name in reversed(names):
-            if self._agreed(functools.partial(self._is_unfinished, name)):
-                done, text = self._agreed(functools.partial(self._remove_unfinished, name, alone))
+            if self._agreed(functools.partial(self._files.is_unfinished, name)):
+                done, text = self._agreed(functools.partial(self._files.remove_unfinished, name, alone))
                 self._warn(f"{text} It is {done}, and the one before it taken.")
                 continue
             try:
-                self._agreed(functools.partial(self._check_info, name))
-                self._load(self._at(name), state, strict=strict, rng=rng)
+                self._agreed(functools.partial(self._files.check_info, name))
+                self._load(self._files.at(name), state, strict=strict, rng=rng)
             except CheckpointCorruptError as error:
                 num_damaged += 1
-                done = self._agreed(functools.partial(self._set_aside, name, alone))
+                done = self._agreed(functools.partial(self._files.set_aside, name, alone))
                 self._warn(f"{error} It is {done}, and the one before it taken.")
                 continue
-            self.step = int(_step(name))
+            self.step = step_of(name)
             for value in state.values():
                 resumed_at(value, self.step)
             return True
@@ -161,10 +153,6 @@ class Checkpoints:
                 f"All {num_damaged} checkpoints in {self.folder} are damaged and set aside: remove them to start anew."
             )
         return False
-
-    def _at(self, name: str) -> str:
-        """Return the path of something in the folder, which may be at a URL."""
-        return f"{self.folder.rstrip('/')}/{name}" if "://" in self.folder else os.path.join(self.folder, name)
 
     def _warn(self, text: str) -> None:
         if self._session.world.global_rank == 0:
@@ -206,136 +194,13 @@ class Checkpoints:
         since = None if self._saved_at is None else time.monotonic() - self._saved_at
         if not force and since is not None and self._every_s is not None and since < self._every_s:
             return False
-        if not self._hold(make=True):
+        if not self._files.hold(make=True):
+            owner = self._files.lock.owner()
             raise CheckpointError(
-                f"lite.checkpoints({self.folder!r}): another job ({self._lock.owner()}) saves into this folder, and "
+                f"lite.checkpoints({self.folder!r}): another job ({owner}) saves into this folder, and "
                 "nothing was written: give each job a folder of its own, or end the other one."
             )
         return True
-
-    def _hold(self, *, make: bool) -> bool:
-        """Hold the folder for this job; say whether nobody else does. A URL cannot be held."""
-        if "://" in self.folder or self._session.plan.simulated:
-            return True
-        try:
-            if make:
-                os.makedirs(self.folder, exist_ok=True)
-            elif not os.path.isdir(self.folder):
-                return True
-            if make and not self._saves:
-                self._saves = True
-                self._session.on_close(self._lock.release)
-            return self._lock.take()
-        except OSError as error:
-            if make:
-                raise CheckpointError(f"cannot write {self.folder}: {error.strerror or error}.") from error
-            return False  # it can be read perhaps, and nothing in it be changed
-
-    def _look(self) -> tuple[list[str], bool, str]:
-        """Return the names of the checkpoints, whether this job may change the folder, and what to say if not."""
-        alone = self._hold(make=False)
-        names = self._names()
-        warning = ""
-        if not alone and names:
-            warning = (
-                f"Another job ({self._lock.owner()}) saves into {self.folder}: nothing in it is removed or set aside "
-                "here, and save() is refused while that job runs."
-            )
-        return names, alone, warning
-
-    def _names(self) -> list[str]:
-        names: list[str] = self._session.hooks.checkpoint_list(folder=self.folder)
-        return sorted(name for name in names if _NAME.fullmatch(name))
-
-    def _newest(self) -> str | None:
-        names = [name for name in self._names() if name != self._pending]
-        return next((name for name in reversed(names) if not self._is_unfinished(name)), None)
-
-    def _finished(self) -> list[str]:
-        """Return the names of the checkpoints whose saves have ended."""
-        return [name for name in self._names() if name != self._pending and not self._is_unfinished(name)]
-
-    def _is_unfinished(self, name: str) -> bool:
-        # By what lies there, never by an error: this alone lets `resume` remove something.
-        ask = getattr(self._session.plugins["checkpoint"], "unfinished", None)
-        return ask is not None and ask(self._at(name)) is True
-
-    def _ranked(self) -> list[str]:
-        """Return the checkpoints that have the metric, the best first, of equal ones the newest."""
-        assert self._keep_best is not None
-        metric, direction, _ = self._keep_best
-        sign = 1.0 if direction == "min" else -1.0
-        found = []
-        for name in self._finished():
-            try:
-                info = self._session.plugins["checkpoint"].inspect(self._at(name)).info
-                value = _metrics(info, self._at(name)).get(metric)
-            except CheckpointError:
-                continue  # damaged: it is told of when it is loaded
-            if value is not None and value == value:  # not a NaN, which is no best of anything
-                found.append((sign * value, -_step(name), name))
-        return [name for *_, name in sorted(found)]
-
-    def _check_info(self, name: str) -> None:
-        """Refuse a checkpoint that was saved as that of another step: it took another's place."""
-        try:
-            info = self._session.plugins["checkpoint"].inspect(self._at(name)).info
-        except PlugframeError:
-            return  # what is wrong with it, if anything is, loading it tells
-        _metrics(info, self._at(name))
-        step = info.get("step", _step(name))
-        if step != _step(name):
-            shown = f"that of step {step}" if type(step) is int and step < 10**12 else "that of no step"
-            raise CheckpointCorruptError(
-                f"{self._at(name)} has the wrong name: expected the checkpoint of step {_step(name)}, found {shown}."
-            )
-
-    def _prune(self, saved: str) -> str:
-        """Remove what is no longer kept; return what to say if that fails, since `saved` is there all the same."""
-        try:
-            if self._keep_last is not None:
-                names = self._finished()
-                kept = {saved, *names[-self._keep_last :]}
-                if self._keep_best is not None:
-                    kept.update(self._ranked()[: self._keep_best[2]])
-                for name in names:
-                    if name not in kept:
-                        self._session.hooks.checkpoint_remove(path=self._at(name))
-            self._sweep()
-        except Exception as error:  # noqa: BLE001 whatever it is, the save has not failed
-            return f"{self._at(saved)} is saved, but an older checkpoint that is no longer kept stays: {error}"
-        return ""
-
-    def _sweep(self) -> None:
-        """Remove what saves and removals that were killed left beside the checkpoints."""
-        if "://" in self.folder:
-            return  # where nothing lies beside them
-        for name in self._session.hooks.checkpoint_list(folder=self.folder):
-            draft = _DRAFT.fullmatch(name)
-            if draft is not None and draft[1] != self._pending:
-                remove_leftovers(self._at(draft[1]))
-
-    def _remove_unfinished(self, name: str, alone: bool) -> tuple[str, str]:
-        """Return what was done, and a text that says why."""
-        text = f"{self._at(name)} is not complete."
-        try:
-            self._session.plugins["checkpoint"].inspect(self._at(name))
-        except PlugframeError as error:
-            text = str(error)
-        # Asked again, at the last moment.
-        if not alone or not self._is_unfinished(name):
-            return "passed over", text
-        self._session.hooks.checkpoint_remove(path=self._at(name))
-        return "removed", text
-
-    def _set_aside(self, name: str, alone: bool) -> str:
-        if not alone:
-            return "passed over"
-        there = set(self._session.hooks.checkpoint_list(folder=self.folder))
-        targets = (f"damaged-{name}{more}" for more in ("", *(f"-{number}" for number in range(2, len(there) + 3))))
-        target = next(target for target in targets if target not in there)  # what was set aside before stays as well
-        self._session.hooks.checkpoint_move(path=self._at(name), target=self._at(target))
-        return "set aside"
 
 
 def _check(keep_last: Any, keep_best: Any, every_s: Any) -> None:
@@ -350,25 +215,3 @@ def _check(keep_last: Any, keep_best: Any, every_s: Any) -> None:
         raise SettingError(
             f"keep_best={keep_best!r} must name a metric, 'min' or 'max', and how many: ('val_loss', 'min', 1)."
         )
-
-
-def _step(name: str) -> int:
-    found = _NAME.fullmatch(name)
-    assert found is not None
-    return int(found[1])
-
-
-def _metrics(info: Mapping[str, Any], path: str) -> dict[str, float]:
-    """Return the metrics a checkpoint was saved with.
-
-    Raises:
-        CheckpointCorruptError: if they are none.
-    """
-    metrics = info.get("metrics", {})
-    numbers = isinstance(metrics, Mapping) and all(
-        isinstance(name, str) and (type(value) is float or (type(value) is int and value.bit_length() < 1024))
-        for name, value in metrics.items()
-    )
-    if not numbers:
-        raise CheckpointCorruptError(f"{path}: its metrics are no numbers by name.")
-    return {name: float(value) for name, value in metrics.items()}

@@ -7,6 +7,7 @@ from typing import Any
 
 from plugframe.adopt.reading import Loaders
 from plugframe.base.telling import warn_caller
+from plugframe.checkpoint.stored import materialize
 from plugframe.seed import rng_problem, rng_state, set_rng_state
 from plugframe.session import Session
 from plugframe.state import Restore
@@ -71,6 +72,7 @@ class RunState:
 
     def _problem(self) -> str | None:
         try:
+            self._run = materialize(self._run)
             if not isinstance(self._run["precision"], dict):
                 return "the state of the loss scaler is none"
             ranks, common = self._run["rng"], self._run["loaders"]

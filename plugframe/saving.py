@@ -108,7 +108,7 @@ def load(
     restore = Restore(session.hooks, path=target, strict=strict, naming=naming)
     rest = restore.into(state, loaded)
     # Read and tried before anything is written: what can fail must have failed then.
-    kept = RunState(session, materialize(run), loaders, rng=rng) if run is not None else None
+    kept = RunState(session, run, loaders, rng=rng) if run is not None else None
     if kept is not None:
         kept.plan(restore)
     restore.apply()

@@ -18,7 +18,7 @@ from plugframe.adopt.sources import has_state
 from plugframe.checkpoint.stored import StoredTensor, fill, materialize
 from plugframe.checkpoint.tree import MAX_DEPTH
 from plugframe.checkpoint.values import is_numpy
-from plugframe.errors import CheckpointError, CheckpointMismatchError
+from plugframe.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 from plugframe.matching import complete, contradictions, match
 from plugframe.naming import Naming, differences, renamed, to_names, to_numbers
 from plugframe.optimizer_state import is_optimizer_state, like_now, misfits
@@ -321,6 +321,9 @@ class Restore:
             with suppress(Exception):
                 if state is not None:
                     value.load_state_dict(state)
+        if isinstance(error, CheckpointCorruptError):
+            # One rank's object says so, not the file: the other ranks raise another class.
+            error = CheckpointMismatchError(str(error))
         raise error or CheckpointError(
             f"{self.path}: an object did not take its state on rank {told[0]}; nothing was changed. {told[1]}"
         )

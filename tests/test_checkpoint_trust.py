@@ -579,7 +579,7 @@ def test_a_second_job_in_a_folder_is_refused_by_name(lite: Lite, tmp_path: Path)
     """It saves nothing, removes nothing and sets nothing aside, while the first one lives; then all goes on."""
     kept = lite.checkpoints(tmp_path)
     kept.save(1, {"a": torch.arange(100)})
-    kept._lock.release()
+    kept._files.lock.release()
     unfinished = tmp_path / step_name(8)
     unfinished.mkdir()
     other = subprocess.Popen(
