@@ -531,6 +531,24 @@ def test_fuzzed_manifests_never_get_through(sharded: Lite, tmp_path: Path) -> No
 # ---------------------------------------------------------------------- 4: what only a later rank has
 
 
+def _unfit_on_one(lite: Lite, path: str) -> str:
+    """Save a generator state that does not fit, of rank 1 alone; return what loading it says on this rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        if lite.global_rank == 1:
+            patch.setattr("plugframe.run_state.rng_state", lambda: {**rng_state(), "python": 3})
+        lite.save(path, {"a": torch.ones(2)})
+    state, before = {"a": torch.zeros(2)}, torch.get_rng_state()
+    with pytest.raises(
+        CheckpointMismatchError, match=r"nothing was changed\. the state of Python's generator"
+    ) as caught:
+        lite.load(path, state)
+    assert not state["a"].any()
+    assert torch.equal(torch.get_rng_state(), before)
+    lite.load(path, state, rng=False)
+    assert state["a"].all()
+    return str(caught.value).replace(" on rank 1", "")
+
+
 def _held_by_one(world: World, folder: str) -> list[str]:
     """Save tensors that one rank has, at several places, in every format; return the errors."""
     said = []
@@ -549,17 +567,18 @@ def _held_by_one(world: World, folder: str) -> list[str]:
                     said.append("saved")
                 except CheckpointError as error:
                     said.append(str(error))
+            said.append(_unfit_on_one(lite, f"{folder}/{checkpoint}"))
             # A list of its own length on each rank is rank 0's, as every plain value.
             lite.save(f"{folder}/{checkpoint}", {"seen": [torch.ones(1)] * (1 + rank), "n": rank})
     return said
 
 
-def test_a_tensor_that_only_a_later_rank_has_is_refused_by_key(tmp_path: Path) -> None:
-    """Nothing is left out in silence: all ranks raise the same error, and nothing is written."""
+def test_what_is_wrong_on_one_rank_is_refused_on_all(tmp_path: Path) -> None:
+    """A tensor that a later rank alone has is refused by key, a generator state of one rank before anything changes."""
     first, second = run_ranks(2, _held_by_one, str(tmp_path))
     assert first == second
-    for number, name in enumerate(["model.1.weight", "large.w", "list.*.b"] * 2):
-        assert f"'{name}' is a tensor on rank 1 and not on rank 0" in first[number], first[number]
+    for number, name in enumerate(["model.1.weight", "large.w", "list.*.b", ""] * 2):
+        assert not name or f"'{name}' is a tensor on rank 1 and not on rank 0" in first[number], first[number]
     assert sorted(os.listdir(tmp_path)) == ["dcp", "safetensors"]
 
 

@@ -137,6 +137,42 @@ def compiled_parts_or_not_a_checkpoint_is_one(on: On) -> None:
         assert all(torch.equal(a, b) for a, b in zip(saved, loaded, strict=True))
 
 
+class Wrapper(nn.Module):
+    """Holds a model under the name that data parallel wrappers have for theirs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)  # type: ignore[no-any-return]
+
+
+def a_wrapper_of_the_users_own_makes_no_difference(on: On) -> None:
+    """Model and optimizer go from a model that is wrapped to one that is not, and back, by name."""
+    pairs = []
+    for model in (Wrapper(net(1)), net(2)):
+        own, optimizer = on.lite.setup(model, torch.optim.Adam(list(model.parameters())[:: 1 if pairs else -1], lr=0.1))
+        on.lite.backward(own(torch.ones(2, 4)).mean(), model=own)
+        optimizer.step()
+        pairs.append((own, optimizer))
+    for (first, first_optimizer), (second, second_optimizer) in (pairs, pairs[::-1]):
+        on.lite.save(on.path("x"), {"model": first, "optimizer": first_optimizer})
+        on.lite.load(on.path("x"), {"model": second, "optimizer": second_optimizer})
+        assert same_values(first, second)
+        moments = [
+            {
+                name.removeprefix("module."): whole(optimizer.state[parameter]["exp_avg"])
+                for name, parameter in model.named_parameters()
+            }
+            for model, optimizer in ((first, first_optimizer), (second, second_optimizer))
+        ]
+        assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
+        with torch.no_grad():
+            for parameter in first.parameters():
+                parameter.zero_()
+
+
 class Tied(nn.Module):
     """An embedding whose weight is the head's."""
 
@@ -264,6 +300,7 @@ def the_state_of_no_parameter_comes_back(on: On) -> None:
 CHECKS = (
     names_that_differ_by_wrappers_load,
     compiled_parts_or_not_a_checkpoint_is_one,
+    a_wrapper_of_the_users_own_makes_no_difference,
     one_of_two_tied_names_is_enough,
     two_values_for_tied_weights_are_refused,
     nothing_of_the_file_is_left_in_the_objects,

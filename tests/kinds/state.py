@@ -55,7 +55,7 @@ for _ in range(2):
         loss = net(torch.ones(2, 4)).square().mean()
         back(loss)
         opt.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     lite.save(os.path.join(folder, "y"), {"model": model, "optimizer": optimizer})
     lite.load(os.path.join(folder, "y"), {"model": model, "optimizer": optimizer})
 if torch.allclose(torch.tensor(losses[::2]), torch.tensor(losses[1::2]), rtol=1e-4):
