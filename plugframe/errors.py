@@ -21,7 +21,9 @@
     ├── OutOfSyncError                what should be equal on all ranks is not; names the first that differs
     ├── CheckpointError               a checkpoint cannot be written or read
     │   ├── CheckpointCorruptError    what lies on disk is not what was written
-    │   └── CheckpointMismatchError   it is whole, but does not fit the objects it is loaded into
+    │   ├── CheckpointUnfinishedError its save never ended: what is written last is not there
+    │   ├── CheckpointMismatchError   it is whole, but does not fit the objects it is loaded into
+    │   └── CheckpointURLError        a URL was given to a format that writes to paths of the file system
     ├── RankFailedError               a rank raised, died or left early; holds its report
     └── PlugframeWarning              (a UserWarning) something asked for has no effect
 
@@ -33,9 +35,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
+from plugframe.printable import printable
+
 
 class PlugframeError(Exception):
-    """Base of all errors raised by plugframe."""
+    """Base of all errors raised by plugframe.
+
+    Its text may name keys of a file or repeat what another rank said: control characters in it are escaped, so that
+    no text reaches a terminal as a command to it.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(each) if isinstance(each, str) else each for each in args))
 
 
 class UsageError(PlugframeError, ValueError):
@@ -126,8 +137,16 @@ class CheckpointCorruptError(CheckpointError):
     """What lies on disk is not what was written."""
 
 
+class CheckpointUnfinishedError(CheckpointError):
+    """The save of a checkpoint never ended: what is written last, and makes it one, is not there."""
+
+
 class CheckpointMismatchError(CheckpointError):
     """A whole checkpoint does not fit the objects it is loaded into."""
+
+
+class CheckpointURLError(CheckpointError):
+    """A URL was given to a checkpoint format that writes to paths of the file system."""
 
 
 class RankFailedError(PlugframeError, RuntimeError):
@@ -140,7 +159,7 @@ class RankFailedError(PlugframeError, RuntimeError):
 
     def __init__(self, report: str, *, exit_code: int = 1) -> None:
         super().__init__(report)
-        self.report = report
+        self.report = printable(report)
         self.exit_code = exit_code
 
     def _render_traceback_(self) -> list[str]:

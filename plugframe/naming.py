@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from plugframe.adopt.module import COMPILED
+from plugframe.matching import match
 
 #: The names of an optimizer's parameters, group by group.
 Names = list[list[str]]
@@ -46,6 +47,25 @@ def to_names(state: Mapping[str, Any], names: Names | None) -> dict[str, Any]:
     }
 
 
+def renamed(state: Mapping[str, Any], names: Names | None) -> Mapping[str, Any]:
+    """Return a saved state with an optimizer's own names where the saved ones differ only by wrappers."""
+    saved = [list(group["params"]) for group in state["param_groups"]]
+    if names is None or not _named(saved):
+        return state
+    found = match((name for group in names for name in group), (name for group in saved for name in group))
+    own = {theirs: mine for mine, theirs in found.items() if mine != theirs}
+    if not own:
+        return state
+    return {
+        **state,
+        "state": {own.get(name, name): kept for name, kept in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [own.get(name, name) for name in params]}
+            for group, params in zip(state["param_groups"], saved, strict=True)
+        ],
+    }
+
+
 def differences(state: Mapping[str, Any], names: Names | None) -> list[str]:
     """Return what an optimizer with these names and a saved state do not have in common, in words."""
     saved = [list(group["params"]) for group in state["param_groups"]]
@@ -68,7 +88,7 @@ def to_numbers(state: Mapping[str, Any], names: Names | None) -> dict[str, Any]:
     number = {name: position for position, name in enumerate(name for group in order for name in group)}
     return {
         **state,
-        "state": {number[name]: kept for name, kept in state["state"].items() if name in number},
+        "state": {number.get(name, name): kept for name, kept in state["state"].items()},
         "param_groups": [
             {**group, "params": [number[name] for name in own]}
             for group, own in zip(state["param_groups"], order, strict=True)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import functools
-import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from plugframe.adopt.optimizer import resumed_at
 from plugframe.base.telling import warn_caller
-from plugframe.checkpoint.atomic import remove_leftovers
+from plugframe.checkpoint.travelling import Packed, pack_error, unpack_error
 from plugframe.errors import CheckpointCorruptError, CheckpointError, PlugframeError, SettingError
+from plugframe.run_folder import RunFolder, name_of, step_of
 from plugframe.session import Session
-
-_NAME = re.compile(r"step-(\d{12})\.ckpt")
-_DRAFT = re.compile(r"\.(step-\d{12}\.ckpt)\.tmp-[0-9a-f]{16}")
 
 
 class Checkpoints:
@@ -43,9 +39,9 @@ class Checkpoints:
         self.step = 0
         self._session = session
         self._save, self._load = save, load
-        self._keep_last, self._keep_best, self._every_s = keep_last, keep_best, every_s
+        self._keep_best, self._every_s = keep_best, every_s
         self._saved_at: float | None = None
-        self._pending = ""
+        self._files = RunFolder(session, folder, keep_last=keep_last, keep_best=keep_best)
 
     def save(
         self,
@@ -66,6 +62,9 @@ class Checkpoints:
 
         Returns:
             Whether it was saved, the same on all ranks.
+
+        Raises:
+            CheckpointError: if it was not saved; if another job saves into this folder, before anything is written.
         """
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**12:
             raise SettingError(f"step={step!r} of a checkpoint must be a whole number from 0 on.")
@@ -75,22 +74,24 @@ class Checkpoints:
                 f"keep_best compares {self._keep_best[0]!r}, and metrics= has "
                 f"{', '.join(map(repr, told)) or 'nothing'}."
             )
-        if not force and not self._due():
+        if not self._agreed(functools.partial(self._may_save, force)):
             return False
         self._saved_at = time.monotonic()
-        name = f"step-{step:012d}.ckpt"
-        handle = self._save(self._at(name), state, info={"step": step, "metrics": told}, wait=wait)
+        name = name_of(step)
+        handle = self._save(self._files.at(name), state, info={"step": step, "metrics": told}, wait=wait)
         if self._session.plan.simulated:
             return True  # nothing was written, so nothing has become too much
         # A checkpoint that is still being written counts from the next save on, which waits for it.
-        self._pending = name if handle is not None else ""
-        self._agreed(self._prune)
+        self._files.pending = name if handle is not None else ""
+        problem = self._agreed(functools.partial(self._files.prune, name))
+        if problem:
+            self._warn(problem)
         return True
 
     def latest(self) -> str | None:
         """Return the path of the newest checkpoint, None if there is none. Every rank must call it."""
-        names = self._agreed(self._names)
-        return self._at(names[-1]) if names else None
+        name = self._agreed(self._files.newest)
+        return self._files.at(name) if name else None
 
     def best(self) -> str | None:
         """Return the path of the best checkpoint by ``keep_best``, None if none has that metric.
@@ -99,14 +100,18 @@ class Checkpoints:
         """
         if self._keep_best is None:
             raise SettingError("best() compares by keep_best=('val_loss', 'min', 1), say, which was not given.")
-        names = self._agreed(self._ranked)
-        return self._at(names[0]) if names else None
+        names = self._agreed(self._files.ranked)
+        return self._files.at(names[0]) if names else None
 
-    def resume(self, state: dict[str, Any], *, strict: bool = True) -> bool:
+    def resume(self, state: dict[str, Any], *, strict: bool = True, rng: bool = True) -> bool:
         """Put the newest whole checkpoint into `state`, if there is any. Every rank must call it.
 
-        A damaged one is set aside as ``damaged-…`` and told of, and the one before it is taken. One that was never
-        finished, because its save was killed, is removed and told of.
+        A damaged one is renamed to ``damaged-…`` with a warning, and the one before it is taken. What a save left
+        that was killed before it wrote a manifest is removed with a warning, the only thing that ever is. While
+        another job saves into the folder, both are passed over and stay.
+
+        Args:
+            rng: whether to restore the random generators; see ``lite.load``.
 
         Returns:
             Whether a checkpoint was loaded; `step` is its step then.
@@ -115,25 +120,31 @@ class Checkpoints:
             CheckpointError: if there are checkpoints and all of them are damaged.
             CheckpointMismatchError: if the newest whole one does not fit `state`.
         """
+        try:
+            return self._resume(state, strict=strict, rng=rng)
+        finally:
+            if not self._files.saves:
+                self._files.lock.release()  # who only reads is in nobody's way
+
+    def _resume(self, state: dict[str, Any], *, strict: bool, rng: bool) -> bool:
         num_damaged = 0
-        for name in reversed(self._agreed(self._names)):
-            try:
-                self._agreed(functools.partial(self._check_step, name))
-                self._load(self._at(name), state, strict=strict)
-            except CheckpointError as error:
-                if _is_unfinished(error):
-                    what, act = "removed", self._remove
-                elif isinstance(error, CheckpointCorruptError):
-                    what, act = "set aside", self._set_aside
-                    num_damaged += 1
-                else:
-                    raise
-                self._agreed(functools.partial(act, name))
-                if self._session.world.global_rank == 0:
-                    text = f"{error} It is {what}, and the one before it taken."
-                    warn_caller(text)
+        names, alone, warning = self._agreed(self._files.look)
+        if warning:
+            self._warn(warning)
+        for name in reversed(names):
+            if self._agreed(functools.partial(self._files.is_unfinished, name)):
+                done, text = self._agreed(functools.partial(self._files.remove_unfinished, name, alone))
+                self._warn(f"{text} It is {done}, and the one before it taken.")
                 continue
-            self.step = int(_step(name))
+            try:
+                self._agreed(functools.partial(self._files.check_info, name))
+                self._load(self._files.at(name), state, strict=strict, rng=rng)
+            except CheckpointCorruptError as error:
+                num_damaged += 1
+                done = self._agreed(functools.partial(self._files.set_aside, name, alone))
+                self._warn(f"{error} It is {done}, and the one before it taken.")
+                continue
+            self.step = step_of(name)
             for value in state.values():
                 resumed_at(value, self.step)
             return True
@@ -143,90 +154,53 @@ class Checkpoints:
             )
         return False
 
-    def _at(self, name: str) -> str:
-        """Return the path of something in the folder, which may be at a URL."""
-        return f"{self.folder.rstrip('/')}/{name}" if "://" in self.folder else os.path.join(self.folder, name)
+    def _warn(self, text: str) -> None:
+        if self._session.world.global_rank == 0:
+            warn_caller(text)
 
     # ------------------------------------------------------------------ on rank 0, for all
 
     def _agreed(self, look: Callable[[], Any]) -> Any:
         """Return what `look` finds on rank 0: what is in the folder may change between two looks."""
         found: Any = None
+        packed: Packed = None
+        failure: PlugframeError | None = None
         if self._session.world.global_rank == 0:
             try:
                 found = look()
-            except PlugframeError as error:
-                found = error
-        found = self._session.hooks.collective_broadcast_object(obj=found, src=0, group=None)
-        if isinstance(found, PlugframeError):
-            raise found
+            except Exception as error:  # noqa: BLE001 the other ranks wait for word, whatever went wrong here
+                failure, packed = self._as_ours(error)
+        found, packed = self._session.hooks.collective_broadcast_object(obj=(found, packed), src=0, group=None)
+        if packed is not None:
+            raise failure or unpack_error(packed)
         return found
 
-    def _due(self) -> bool:
-        if self._every_s is None:
-            return True
-        since = time.monotonic() - self._saved_at if self._saved_at is not None else None
-        return bool(self._agreed(lambda: since is None or since >= (self._every_s or 0.0)))
+    def _as_ours(self, error: Exception) -> tuple[PlugframeError, Packed]:
+        """Return what to raise on rank 0, and what on the others."""
+        if isinstance(error, CheckpointError):
+            return error, pack_error(error)
+        if isinstance(error, PlugframeError):
+            return error, pack_error(CheckpointError(str(error)))
+        failure = CheckpointError(f"cannot look after {self.folder}: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure, pack_error(failure)
 
-    def _names(self) -> list[str]:
-        names: list[str] = self._session.hooks.checkpoint_list(folder=self.folder)
-        return sorted(name for name in names if _NAME.fullmatch(name))
+    def _may_save(self, force: bool) -> bool:
+        """Say whether a checkpoint is due; hold the folder if so.
 
-    def _whole(self) -> list[str]:
-        return [name for name in self._names() if name != self._pending]
-
-    def _ranked(self) -> list[str]:
-        """Return the checkpoints that have the metric, the best first, of equal ones the newest."""
-        assert self._keep_best is not None
-        metric, direction, _ = self._keep_best
-        sign = 1.0 if direction == "min" else -1.0
-        found = []
-        for name in self._whole():
-            try:
-                info = self._session.plugins["checkpoint"].inspect(self._at(name)).info
-            except CheckpointError:
-                continue  # damaged: it is told of when it is loaded
-            value = info.get("metrics", {}).get(metric)
-            if value is not None and value == value:  # not a NaN, which is no best of anything
-                found.append((sign * value, -_step(name), name))
-        return [name for *_, name in sorted(found)]
-
-    def _check_step(self, name: str) -> None:
-        """Refuse a checkpoint that was saved as that of another step: it took another's place."""
-        try:
-            info = self._session.plugins["checkpoint"].inspect(self._at(name)).info
-        except PlugframeError:
-            return  # what is wrong with it, if anything is, loading it tells
-        if info.get("step", _step(name)) != _step(name):
-            raise CheckpointCorruptError(
-                f"{self._at(name)} has the wrong name: expected the checkpoint of step {_step(name)}, found that of "
-                f"step {info['step']}."
+        Raises:
+            CheckpointError: if another job holds it.
+        """
+        since = None if self._saved_at is None else time.monotonic() - self._saved_at
+        if not force and since is not None and self._every_s is not None and since < self._every_s:
+            return False
+        if not self._files.hold(make=True):
+            owner = self._files.lock.owner()
+            raise CheckpointError(
+                f"lite.checkpoints({self.folder!r}): another job ({owner}) saves into this folder, and "
+                "nothing was written: give each job a folder of its own, or end the other one."
             )
-
-    def _prune(self) -> None:
-        names = self._whole()
-        kept = set(names if self._keep_last is None else names[-self._keep_last :])
-        if self._keep_best is not None:
-            kept.update(self._ranked()[: self._keep_best[2]])
-        for name in names:
-            if name not in kept:
-                self._remove(name)
-        self._sweep()
-
-    def _sweep(self) -> None:
-        """Remove what saves and removals that were killed left beside the checkpoints."""
-        if "://" in self.folder:
-            return  # where nothing lies beside them
-        for name in self._session.hooks.checkpoint_list(folder=self.folder):
-            draft = _DRAFT.fullmatch(name)
-            if draft is not None and draft[1] != self._pending:
-                remove_leftovers(self._at(draft[1]))
-
-    def _remove(self, name: str) -> None:
-        self._session.hooks.checkpoint_remove(path=self._at(name))
-
-    def _set_aside(self, name: str) -> None:
-        self._session.hooks.checkpoint_move(path=self._at(name), target=self._at(f"damaged-{name}"))
+        return True
 
 
 def _check(keep_last: Any, keep_best: Any, every_s: Any) -> None:
@@ -241,14 +215,3 @@ def _check(keep_last: Any, keep_best: Any, every_s: Any) -> None:
         raise SettingError(
             f"keep_best={keep_best!r} must name a metric, 'min' or 'max', and how many: ('val_loss', 'min', 1)."
         )
-
-
-def _step(name: str) -> int:
-    found = _NAME.fullmatch(name)
-    assert found is not None
-    return int(found[1])
-
-
-def _is_unfinished(error: CheckpointError) -> bool:
-    """Say whether a checkpoint lacks what is written last; the ranks agree on a text, not on a type."""
-    return "is not complete" in str(error)

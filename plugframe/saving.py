@@ -13,9 +13,9 @@ from plugframe.checkpoint.stored import materialize
 from plugframe.errors import CheckpointError, SettingError
 from plugframe.hooks.checkpoint import SaveHandle
 from plugframe.naming import Naming
-from plugframe.seed import rng_state, set_rng_state
+from plugframe.run_state import RunState, run_state
 from plugframe.session import Session
-from plugframe.state import Filter, Restore, collect
+from plugframe.state import Filter, Restore, check_held, collect
 
 #: The key of a checkpoint under which plugframe keeps what an exact resume needs besides the user's objects.
 RUN = "__plugframe__"
@@ -69,7 +69,8 @@ def save(
         warn_caller(f"wait=False has no effect: checkpoint {name!r} saves at once.")
     hooks = session.hooks
     tree = collect(state, hooks, sharded="sharded" in provides, naming=naming, filters=filters)
-    tree[RUN] = _run_state(session, loaders)
+    check_held(tree, session, target)
+    tree[RUN] = run_state(session, loaders)
     if session.plan.simulated:
         # The parts of all other ranks would be missing, or this one's in their place.
         warn_caller("Nothing is saved: the other ranks of this job are simulated.")
@@ -91,6 +92,7 @@ def load(
     loaders: Loaders,
     naming: Naming,
     trusted: bool,
+    rng: bool = True,
 ) -> dict[str, Any]:
     """Read a checkpoint into `state` and return what has no place in it. Called on every rank."""
     target = checked_path(path)
@@ -103,14 +105,16 @@ def load(
     run = loaded.pop(RUN, None)
     if state is None:
         return {key: materialize(value) for key, value in loaded.items()}
-    # Read before anything is written: what can fail must have failed then.
-    run = materialize(run)
     restore = Restore(session.hooks, path=target, strict=strict, naming=naming)
     rest = restore.into(state, loaded)
+    # Read and tried before anything is written: what can fail must have failed then.
+    kept = RunState(session, run, loaders, rng=rng) if run is not None else None
+    if kept is not None:
+        kept.plan(restore)
     restore.apply()
     _tell(session, _passed_over(restore))
-    if run is not None:
-        _restore_run(session, run, loaders)
+    if kept is not None:
+        kept.finish()
     else:
         _tell(
             session,
@@ -144,43 +148,6 @@ def _tell(session: Session, message: str) -> None:
     """Warn on rank 0, at the line of the user's call."""
     if message and session.world.global_rank == 0:
         warn_caller(message)
-
-
-def _run_state(session: Session, loaders: Loaders) -> dict[str, Any]:
-    hooks = session.hooks
-    common, own = loaders.where()
-    mine = {**rng_state(), "loaders": own}
-    device = hooks.accelerator_rng_state(device=session.device)
-    if device is not None:
-        mine["device"] = device
-    epochs = [kept["epoch"] for kept in common["known"]]
-    ranks = hooks.collective_all_gather_object(obj=(mine, epochs), group=None)
-    if session.world.global_rank == 0 and any(others != epochs for _, others in ranks):
-        warn_caller(
-            f"The ranks have begun different numbers of epochs of their loaders ({[each for _, each in ranks]}), and "
-            "now read the data in different orders: begin to read a loader on all ranks or on none."
-        )
-    return {"precision": hooks.precision_state(), "rng": [each for each, _ in ranks], "loaders": common}
-
-
-def _restore_run(session: Session, run: Mapping[str, Any], loaders: Loaders) -> None:
-    hooks, world = session.hooks, session.world
-    hooks.precision_load_state(state=run["precision"])
-    if len(run["rng"]) != world.world_size:
-        loaders.go_on(run["loaders"], None)
-        if world.global_rank == 0:
-            begun = any(kept["position"] for kept in run["loaders"]["known"])
-            what = " An epoch that had begun begins anew." if begun else ""
-            message = (
-                f"The random generators were not restored: {len(run['rng'])} ranks saved, {world.world_size} load."
-            )
-            warn_caller(message + what)
-        return
-    mine = run["rng"][world.global_rank]
-    loaders.go_on(run["loaders"], mine["loaders"])
-    if "device" in mine:
-        hooks.accelerator_set_rng_state(state=mine["device"], device=session.device)
-    set_rng_state(mine)
 
 
 def _info(session: Session) -> dict[str, Any]:

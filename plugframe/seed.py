@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import platform
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,12 +73,51 @@ def rng_state(taken: tuple[Any, Any, Any] | None = None) -> dict[str, Any]:
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put back what `rng_state` gave."""
-    torch.set_rng_state(state["torch"].to(torch.uint8))
-    python = state["python"]
-    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    if "numpy" in state:
+    _put(state, torch.default_generator, random, _numpy() if "numpy" in state else None)
+
+
+def rng_problem(state: Any) -> str | None:
+    """Return why `set_rng_state` would fail, None if it would not; no generator of the process is touched."""
+    own = None
+    try:
+        if "numpy" in state:
+            numpy = _numpy()
+            if numpy is None:
+                return "the state of NumPy's generator has no place: NumPy is not installed"
+            own = numpy.RandomState()
+        _put(state, torch.Generator(), random.Random(), own)
+    except _Unfit as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 a file may hold anything
+        return f"the states of the random generators are none: {type(error).__name__}: {error}"
+    return None
+
+
+class _Unfit(ValueError):
+    """The state of a generator is not one of the version that is here."""
+
+
+def _put(state: Any, of_torch: torch.Generator, of_python: Any, of_numpy: Any) -> None:
+    with _unfit("torch's generator", f"torch {torch.__version__}"):
+        of_torch.set_state(state["torch"].to(torch.uint8))
+    with _unfit("Python's generator", f"Python {platform.python_version()}"):
+        python = state["python"]
+        of_python.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    if of_numpy is not None:
         import numpy
 
-        kept = state["numpy"]
-        keys = numpy.array(kept["keys"].tolist(), dtype=numpy.uint32)
-        numpy.random.set_state((kept["name"], keys, *kept["rest"]))
+        with _unfit("NumPy's generator", f"NumPy {numpy.__version__}"):
+            kept = state["numpy"]
+            keys = numpy.array(kept["keys"].tolist(), dtype=numpy.uint32)
+            of_numpy.set_state((kept["name"], keys, *kept["rest"]))
+
+
+@contextmanager
+def _unfit(what: str, version: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _Unfit(
+            f"the state of {what} was saved by another version, {version} does not take it "
+            f"({type(error).__name__}: {str(error)[:200]})"
+        ) from error

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,8 +17,12 @@ from plugframe.adopt.module import COMPILED, compiled_from
 from plugframe.adopt.sources import has_state
 from plugframe.checkpoint.stored import StoredTensor, fill, materialize
 from plugframe.checkpoint.tree import MAX_DEPTH
-from plugframe.errors import CheckpointError, CheckpointMismatchError
-from plugframe.naming import Naming, differences, to_names, to_numbers
+from plugframe.checkpoint.values import is_numpy
+from plugframe.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from plugframe.matching import complete, contradictions, match
+from plugframe.naming import Naming, differences, renamed, to_names, to_numbers
+from plugframe.optimizer_state import is_optimizer_state, like_now, misfits
+from plugframe.printable import names_text, printable_cause
 
 Filter = Callable[[str, Any], bool]
 
@@ -64,6 +69,45 @@ def _collect(value: Any, hooks: Any, sharded: bool, naming: Naming, inside: tupl
     return items if isinstance(value, list) else tuple(items)
 
 
+def check_held(tree: Mapping[str, Any], session: Any, path: str) -> None:
+    """Refuse a state that would lose tensors: a checkpoint holds the keys of rank 0. Every rank must call it.
+
+    Raises:
+        CheckpointError: on all ranks, naming a key under which only a later rank has a tensor.
+    """
+    if session.world.world_size == 1 or session.plan.simulated:
+        return
+    hooks = session.hooks
+    mine = set(_tensor_names(tree, ()))
+    summary = hashlib.sha256("\0".join(sorted(mine)).encode("utf-8", "backslashreplace")).hexdigest()
+    if len(set(hooks.collective_all_gather_object(obj=summary, group=None))) == 1:
+        return
+    first = hooks.collective_broadcast_object(obj=sorted(mine), src=0, group=None)
+    everyone = hooks.collective_all_gather_object(obj=sorted(mine.difference(first)), group=None)
+    for rank, others in enumerate(everyone):
+        if others:
+            more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+            raise CheckpointError(
+                f"cannot save {path}, nothing was written: {others[0]!r}{more} is a tensor on rank {rank} and not on "
+                "rank 0, whose keys a checkpoint holds. Gather it to rank 0 (lite.all_gather), or let every rank have "
+                "the same keys."
+            )
+
+
+def _tensor_names(tree: Any, path: tuple[str, ...]) -> Iterator[str]:
+    """Yield the keys that lead to each tensor; the places in a list, of which ranks may have more or fewer, as one."""
+    if len(path) > MAX_DEPTH:
+        return
+    if isinstance(tree, (Tensor, StoredTensor)) or is_numpy(tree, "ndarray"):
+        yield ".".join(path)
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _tensor_names(value, (*path, str(key)))
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _tensor_names(value, (*path, "*"))
+
+
 def _module_state(module: nn.Module, hooks: Any, sharded: bool) -> dict[str, Any]:
     """Return the module's state, under the same keys whether it is compiled or not."""
     state: dict[str, Any] = hooks.strategy_module_state(module=module, sharded=sharded)
@@ -90,6 +134,7 @@ class Restore:
         #: What `strict` would have refused: it stays as it is.
         self.passed_over: list[str] = []
         self._objects: list[tuple[str, Any, Any]] = []
+        self._acts: list[tuple[str, Callable[[], Callable[[], object]], Callable[[], object]]] = []
         self._writes: dict[str, list[Callable[[], object]]] = {
             kind: [] for kind in ("optimizer", "module", "tensor", "value")
         }
@@ -103,8 +148,23 @@ class Restore:
             self._strictly(f"missing: {', '.join(map(repr, missing))}{instead}")
         for key in state:
             if key in loaded:
-                self._put(state, key, state[key], loaded[key], str(key))
+                try:
+                    self._put(state, key, state[key], loaded[key], str(key))
+                except Exception as error:  # noqa: BLE001 a file may hold anything, and the other ranks wait for word
+                    self.problems.append(
+                        f"{key} does not take what the checkpoint has: {type(error).__name__}: {error}"
+                    )
         return {key: materialize(value) for key, value in loaded.items() if key not in state}
+
+    def also(self, where: str, *, remember: Callable[[], Callable[[], object]], act: Callable[[], object]) -> None:
+        """Plan one thing more, after the objects of the user's own and before anything else is written.
+
+        Args:
+            where: what it restores, for messages.
+            remember: called before, returns what undoes it.
+            act: does it. If it raises, on any rank, all is undone on all ranks.
+        """
+        self._acts.append((where, remember, act))
 
     def _strictly(self, text: str) -> None:
         (self.problems if self.strict else self.passed_over).append(text)
@@ -158,25 +218,31 @@ class Restore:
             self.problems.append(f"{where} is a {type(loaded).__name__}, not the state of a module")
             return
         own = _module_state(module, self.hooks, sharded=True)
-        if loaded and all(str(key).startswith(COMPILED) for key in loaded):
-            loaded = _without_prefix(loaded)  # saved by torch itself from a compiled module
-        missing = [key for key in own if key not in loaded]
-        unexpected = [key for key in loaded if key not in own]
+        found = match(own, loaded)
+        complete(module, own, found)
+        taken = set(found.values())
+        missing = [key for key in own if key not in found]
+        unexpected = [key for key in loaded if key not in taken]
         for what, names in (("missing", missing), ("unexpected", unexpected)):
             if names:
-                self._strictly(f"{what} in {where}: {', '.join(names)}")
+                self._strictly(f"{what} in {where}: {names_text(names)}")
         for key, value in own.items():
-            if isinstance(value, Tensor) and key in loaded:
-                problem = _misfit(f"{where}.{key}", value, loaded[key])
+            if isinstance(value, Tensor) and key in found:
+                problem = _misfit(f"{where}.{key}", value, loaded[found[key]])
                 self.problems += [problem] if problem is not None else []
+        self.problems += [f"{where}: {text}" for text in contradictions(module, own, found, loaded)]
         prefix = "" if compiled_from(module) is None else COMPILED
-        fitting = {prefix + key: value for key, value in loaded.items() if key in own}
+        # What is no tensor, an extra state, goes to the user's code: nothing in it may lie in the file still.
+        fitting = {
+            prefix + key: loaded[name] if isinstance(own[key], Tensor) else materialize(loaded[name])
+            for key, name in found.items()
+        }
         self._writes["module"].append(
             lambda: self.hooks.strategy_load_module_state(module=module, state=fitting, strict=self.strict)
         )
 
     def _optimizer(self, optimizer: Optimizer, loaded: Any, where: str) -> None:
-        if not isinstance(loaded, Mapping) or "param_groups" not in loaded:
+        if not is_optimizer_state(loaded):
             self.problems.append(f"{where} is not the state of an optimizer")
             return
         own = [len(group["params"]) for group in optimizer.param_groups]
@@ -185,10 +251,14 @@ class Restore:
             self.problems.append(
                 f"{where} has parameter groups of {own} parameters, the checkpoint has groups of {other}"
             )
+            return
         names = self.naming(optimizer)
+        loaded = renamed(loaded, names)
         self.problems += [f"{where}: {text}" for text in differences(loaded, names)]
+        state = like_now(optimizer, to_numbers(loaded, names))
+        self.problems += [f"{where}: {text}" for text in misfits(optimizer, state, names)]
         self._writes["optimizer"].append(
-            lambda: self.hooks.strategy_load_optimizer_state(optimizer=optimizer, state=to_numbers(loaded, names))
+            lambda: self.hooks.strategy_load_optimizer_state(optimizer=optimizer, state=state)
         )
 
     def apply(self) -> None:
@@ -208,7 +278,13 @@ class Restore:
         self._load_objects()
         for writes in self._writes.values():
             for write in writes:
-                write()
+                try:
+                    write()
+                except Exception as error:  # noqa: BLE001 what was checked before fails now: a disk, or a device
+                    raise CheckpointError(
+                        f"{self.path} could not be put in place ({type(error).__name__}: {error}). Some objects are "
+                        "changed, others are not: load again, or another checkpoint, before you go on."
+                    ) from printable_cause(error)
 
     def _load_objects(self) -> None:
         """Have every object load its state, or none."""
@@ -224,14 +300,30 @@ class Restore:
             except Exception as problem:  # noqa: BLE001 the other ranks wait for word, whatever went wrong here
                 error, failure = problem, f"{where}: {type(problem).__name__}: {problem}"
                 break
+        undo: list[Callable[[], object]] = []
+        for where, remember, act in self._acts if error is None else ():
+            try:
+                undo.append(remember())
+                act()
+            except Exception as problem:  # noqa: BLE001 as above
+                failure = f"{where}: {type(problem).__name__}: {problem}"
+                error = CheckpointMismatchError(f"{self.path} does not fit; nothing was changed. {failure}")
+                error.__cause__ = problem
+                break
         told = self._first(failure)
         if told is None:
             return
+        for back in reversed(undo):
+            with suppress(Exception):
+                back()
         for value, state in reversed(before):
             # The error to tell is the one that came first.
             with suppress(Exception):
                 if state is not None:
                     value.load_state_dict(state)
+        if isinstance(error, CheckpointCorruptError):
+            # One rank's object says so, not the file: the other ranks raise another class.
+            error = CheckpointMismatchError(str(error))
         raise error or CheckpointError(
             f"{self.path}: an object did not take its state on rank {told[0]}; nothing was changed. {told[1]}"
         )
@@ -253,12 +345,19 @@ def _copied(value: Any) -> Any:
 def _misfit(where: str, value: Tensor, loaded: Any) -> str | None:
     """Return why a tensor cannot take what was loaded, None if it can."""
     if not isinstance(loaded, (Tensor, StoredTensor)):
-        return f"{where} is a tensor, the checkpoint has {loaded!r:.60}"
+        return f"{where} is a tensor, the checkpoint has {_brief(loaded)}"
     if value.shape != loaded.shape:
         return f"{where} has shape {tuple(value.shape)}, the checkpoint has {tuple(loaded.shape)}"
     if not torch.can_cast(loaded.dtype, value.dtype):
         return f"{where} is of {value.dtype}, which cannot hold the checkpoint's {loaded.dtype}"
     return None
+
+
+def _brief(value: Any) -> str:
+    try:
+        return repr(value)[:60]
+    except ValueError:  # Python writes no decimal text of so long an integer
+        return f"a {type(value).__name__}"
 
 
 def _holds_objects(value: Any) -> bool:

@@ -14,9 +14,12 @@ import torch
 from plugframe.adopt.epochs import EpochOf
 from plugframe.adopt.order import Draws, Order
 from plugframe.adopt.shard import ShardedIterable, Start
-from plugframe.adopt.sources import get_state, pack, set_state, unpack
+from plugframe.adopt.sources import fits, get_state, pack, set_state, unpack
 from plugframe.adopt.swap import KEY, State
-from plugframe.seed import rng_state, set_rng_state, take_rng
+from plugframe.seed import rng_problem, rng_state, set_rng_state, take_rng
+
+#: What is a number in the place of a loader that is saved.
+_NUMBERS = ("number", "seed", "epoch", "position")
 
 
 class Reading:
@@ -179,20 +182,40 @@ class LoaderState(State):
         self.kept = None
         if own is None:
             return
-        for source, state in zip(self.sources, own["generators"], strict=False):
+        for source, state in zip(self.sources, own.get("generators", ()), strict=False):
             set_state(source, unpack(state))
         loader = self.loader()
         if "loader" in own and loader is not None:
             loader.load_state_dict(own["loader"])
             self.moved = True
         if common["position"]:
-            self.kept = {"position": common["position"], "rng": own["rng"], "place": own.get("place")}
+            self.kept = {"position": common["position"], "rng": own.get("rng"), "place": own.get("place")}
+
+    def problem(self, own: Mapping[str, Any]) -> str | None:
+        """Return why `go_on` would fail of the state of a generator, None if it would not."""
+        for source, state in zip(self.sources, own.get("generators", ()), strict=False):
+            if not fits(source, unpack(state)):
+                return f"the state of a {type(source).__name__} of a loader was saved by another version"
+        return rng_problem(own["rng"]) if own.get("rng") is not None else None
+
+    def remember(self) -> Callable[[], None]:
+        """Return what undoes `go_on`; a loader's own ``load_state_dict`` aside."""
+        before = self.order.seed, self.epoch, self.kept, self.moved
+        states = [get_state(source) for source in self.sources]
+
+        def back() -> None:
+            self.order.seed, self.epoch, self.kept, self.moved = before
+            for source, state in zip(self.sources, states, strict=True):
+                set_state(source, state)
+
+        return back
 
     @contextmanager
     def replaying(self, kept: Mapping[str, Any]) -> Iterator[None]:
         """Have the random numbers of the pass that is gone on with, and those of now again afterwards."""
         now = rng_state()
-        set_rng_state(kept["rng"])
+        if kept["rng"] is not None:
+            set_rng_state(kept["rng"])
         try:
             yield
         finally:
@@ -245,6 +268,33 @@ class Loaders:
         states = {number: state.where() for number, state in sorted(self._states.items())}
         common = {"next": self._next, "known": [common for common, _ in states.values()]}
         return common, {str(number): own for number, (_, own) in states.items()}
+
+    def problem(self, common: Any, own: Any) -> str | None:
+        """Return why `go_on` would fail, None if it would not; nothing is changed."""
+        try:
+            numbers = [common["next"], *(kept[key] for kept in common["known"] for key in _NUMBERS)]
+            if not all(type(number) is int and number >= 0 for number in numbers):
+                return "the positions of the loaders are no numbers"
+            for number, state in self._states.items():
+                mine = None if own is None else own.get(str(number))
+                problem = None if mine is None else state.problem(mine)
+                if problem is not None:
+                    return problem
+        except Exception as error:  # noqa: BLE001 a file may hold anything
+            return f"the positions of the loaders are none: {type(error).__name__}: {error}"
+        return None
+
+    def remember(self) -> Callable[[], None]:
+        """Return what undoes `go_on`."""
+        before = dict(self._waiting), self._next, self.begun
+        backs = [state.remember() for state in self._states.values()]
+
+        def back() -> None:
+            self._waiting, self._next, self.begun = before
+            for each in backs:
+                each()
+
+        return back
 
     def go_on(self, common: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
         """Have every loader go on where `where` was asked, also one that is still to be set up."""

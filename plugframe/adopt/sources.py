@@ -49,6 +49,25 @@ def set_state(source: Any, state: Any) -> None:
         source.set_state(state)
 
 
+def fits(source: Any, state: Any) -> bool:
+    """Say whether a generator would take a state; `source` itself is not touched."""
+    fresh: Any
+    if isinstance(source, torch.Generator):
+        fresh = torch.Generator(device=source.device)
+    elif isinstance(source, random.Random):
+        fresh = random.Random()
+    else:
+        import numpy
+
+        kind = getattr(source, "bit_generator", None)
+        fresh = numpy.random.RandomState() if kind is None else numpy.random.Generator(type(kind)())
+    try:
+        set_state(fresh, state)
+    except Exception:  # noqa: BLE001 a file may hold anything
+        return False
+    return True
+
+
 def pack(state: Any) -> Any:
     """Return a state as a tensor or a text, which a checkpoint can hold: NumPy's have numbers of 128 bits."""
     return state if isinstance(state, Tensor) else json.dumps(_to_json(state))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from plugframe.checkpoint.atomic import draft_name
 from plugframe.context import Context
-from plugframe.errors import CheckpointError, UnsupportedError
+from plugframe.errors import CheckpointError, CheckpointURLError, UnsupportedError
 from plugframe.hooks import CheckpointSpec, hookimpl
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Checkpoint(CheckpointSpec):
     @hookimpl
     def checkpoint_list(self, folder: str) -> list[str]:
         if "://" in folder:
-            raise CheckpointError(f"{folder} is a URL: this checkpoint format keeps to paths of the file system.")
+            raise CheckpointURLError(f"{folder} is a URL: this checkpoint format keeps to paths of the file system.")
         try:
             return os.listdir(folder)
         except FileNotFoundError:
@@ -70,6 +70,14 @@ class Checkpoint(CheckpointSpec):
             CheckpointError: if it is nothing this plugin reads.
         """
         raise UnsupportedError(f"{type(self).__name__} cannot say what {path} holds: load it instead.")
+
+    def unfinished(self, path: str) -> bool:
+        """Say whether `path` holds only what a save left that ended before it made a checkpoint of it.
+
+        ``lite.checkpoints(folder).resume()`` removes such a path, and nothing else. Decide it by what lies there, never
+        by an error, and say False of what another process may be writing now. No hook, and optional, as `inspect`.
+        """
+        return False
 
     def export(self, path: str, tensors: Mapping[str, Tensor | StoredTensor]) -> None:
         """Write tensors at `path` for tools that know nothing of this project: no hook, and optional, as `inspect`."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plugframe.base.deferred import deferring, materialize_module
+from plugframe.checkpoint.stored import materialize
 from plugframe.context import Context
 from plugframe.hooks import Engine, StrategySpec, hookimpl
 
@@ -127,7 +128,7 @@ class Strategy(StrategySpec):
     def strategy_load_module_state(
         self, module: nn.Module, state: dict[str, Any], strict: bool
     ) -> tuple[list[str], list[str]]:
-        result = module.load_state_dict(state, strict=False)
+        result = module.load_state_dict(materialize(state), strict=False)
         return list(result.missing_keys), list(result.unexpected_keys)
 
     @hookimpl
@@ -136,4 +137,4 @@ class Strategy(StrategySpec):
 
     @hookimpl
     def strategy_load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(materialize(state))

@@ -7,6 +7,7 @@ import sys
 import warnings
 
 from plugframe.errors import PlugframeWarning
+from plugframe.printable import printable
 
 #: Packages whose frames lie between a line of the user's and what is told of it.
 _BETWEEN = ("plugframe", "plugframe_builtins", "pluggy", "torch", "contextlib", "functools")
@@ -14,6 +15,7 @@ _BETWEEN = ("plugframe", "plugframe_builtins", "pluggy", "torch", "contextlib", 
 
 def tell(message: str) -> None:
     """Log `message`, or print it to stderr in a program that has not set up logging."""
+    message = printable(message)
     logger = logging.getLogger("plugframe")
     if logger.hasHandlers():
         logger.info(message)
@@ -26,7 +28,7 @@ def warn_caller(message: str) -> None:
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, PlugframeWarning, stacklevel=level)
+    warnings.warn(printable(message), PlugframeWarning, stacklevel=level)
 
 
 def failing() -> bool:

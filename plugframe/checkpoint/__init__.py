@@ -10,6 +10,7 @@ from plugframe.checkpoint.atomic import (
     check_space,
     draft_name,
     exchange,
+    is_being_written,
     make_folders,
     open_locked,
     remove_if_dead,
@@ -20,24 +21,44 @@ from plugframe.checkpoint.atomic import (
 from plugframe.checkpoint.behind import Checksums
 from plugframe.checkpoint.buffers import as_bytes, pieces
 from plugframe.checkpoint.contents import Contents
-from plugframe.checkpoint.manifest import DIGEST_CHARS, SEGMENT_BYTES, Checksum, Entry, Manifest, digest, seal, unseal
+from plugframe.checkpoint.manifest import (
+    DIGEST_CHARS,
+    MAX_MANIFEST_BYTES,
+    SEGMENT_BYTES,
+    Checksum,
+    Entry,
+    Manifest,
+    checked_size,
+    checked_sums,
+    digest,
+    info_of,
+    is_digest,
+    seal,
+    unseal,
+)
 from plugframe.checkpoint.shards import is_shard, local_of, view_locally
 from plugframe.checkpoint.stored import Source, StoredTensor, fill, materialize
+from plugframe.checkpoint.travelling import Packed, first_error, pack_error, unpack_error
 from plugframe.checkpoint.tree import dump_structure, join, parse_structure, split, split_stored
 from plugframe.checkpoint.values import dtype_name, dtype_of
+from plugframe.printable import names_text, printable, printable_cause
 
 __all__ = [
     "DIGEST_CHARS",
+    "MAX_MANIFEST_BYTES",
     "SEGMENT_BYTES",
     "Checksum",
     "Checksums",
     "Contents",
     "Entry",
     "Manifest",
+    "Packed",
     "Source",
     "StoredTensor",
     "as_bytes",
     "check_space",
+    "checked_size",
+    "checked_sums",
     "digest",
     "draft_name",
     "dtype_name",
@@ -45,14 +66,22 @@ __all__ = [
     "dump_structure",
     "exchange",
     "fill",
+    "first_error",
+    "info_of",
+    "is_being_written",
+    "is_digest",
     "is_shard",
     "join",
     "local_of",
     "make_folders",
     "materialize",
+    "names_text",
     "open_locked",
+    "pack_error",
     "parse_structure",
     "pieces",
+    "printable",
+    "printable_cause",
     "remove_if_dead",
     "remove_leftovers",
     "replacing",
@@ -60,6 +89,7 @@ __all__ = [
     "split",
     "split_stored",
     "sync_folder",
+    "unpack_error",
     "unseal",
     "view_locally",
 ]

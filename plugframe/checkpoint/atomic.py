@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
-from plugframe.errors import CheckpointError
+from plugframe.errors import CheckpointError, CheckpointURLError
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def _put(temporary: str, target: str) -> None:
 
 def _target(path: str, over_folder: Callable[[str], bool] | None) -> str:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-        raise CheckpointError(f"{path} is a URL: this checkpoint format writes to a path of the file system.")
+        raise CheckpointURLError(f"{path} is a URL: this checkpoint format writes to a path of the file system.")
     folder = bool(path) and os.path.isdir(path)
     if folder and over_folder is not None and over_folder(path):
         return os.path.realpath(path)
@@ -202,6 +202,23 @@ def _lock(descriptor: int) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def is_being_written(path: str) -> bool:
+    """Say whether somebody has the file at `path` open for writing, as `open_locked` opens it.
+
+    Where there are no locks nobody can tell, and it counts as being written.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        return not _lock(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_if_dead(temporary: str) -> bool:

@@ -8,12 +8,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
 from plugframe.checkpoint.tree import join, parse_structure, split
 from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe.printable import printable_cause
+
+_T = TypeVar("_T")
+_HEXADECIMAL = frozenset("0123456789abcdef")
+#: A longer manifest is none: that of a thousand ranks with a thousand tensors each has a tenth of it.
+MAX_MANIFEST_BYTES = 2**30
 
 #: A part has one checksum for each stretch of this many bytes, so that several threads can verify it.
 SEGMENT_BYTES = 16 * 1024 * 1024
@@ -152,14 +158,53 @@ class Manifest:
         try:
             fields = parse_structure(body)
             return cls(
-                format=fields["format"],
-                version=fields["version"],
+                format=_a(str, fields["format"]),
+                version=_a(int, fields["version"]),
                 structure=_unpack(fields["structure"]),
                 tensors={name: _unpack(packed) for name, packed in fields["tensors"].items()},
-                info=join({}, fields["info"], where=where),
+                info=info_of(fields["info"], where=where),
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointCorruptError(f"{where}: its manifest is not one: {error!r}.") from error
+            text = repr(error)[:200]
+            raise CheckpointCorruptError(f"{where}: its manifest is not one: {text}.") from printable_cause(error)
+
+
+def info_of(packed: Any, *, where: str) -> dict[str, Any]:
+    """Return what a manifest says of the run.
+
+    Raises:
+        CheckpointCorruptError: if it is no dict of plain values.
+    """
+    info = join({}, packed, where=where)
+    if not isinstance(info, dict):
+        raise CheckpointCorruptError(f"{where}: its info is a {type(info).__name__}, not a dict.")
+    return info
+
+
+def checked_size(value: Any) -> int:
+    """Return a number of bytes or elements from a manifest; a ValueError for anything else."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{str(value)[:40]!r} is no size")
+    return value
+
+
+def checked_sums(value: Any, size_bytes: int) -> tuple[str, ...]:
+    """Return the checksums of a part of that size; a ValueError for any other number of them, or what is none."""
+    sums = tuple(_a(list, value))
+    if len(sums) != -(-size_bytes // SEGMENT_BYTES) or not all(map(is_digest, sums)):
+        raise ValueError("its checksums are not those of its segments")
+    return sums
+
+
+def is_digest(value: Any) -> bool:
+    """Say whether a value is what `digest` returns."""
+    return isinstance(value, str) and len(value) == DIGEST_CHARS and set(value) <= _HEXADECIMAL
+
+
+def _a(cls: type[_T], value: Any) -> _T:
+    if type(value) is not cls:
+        raise ValueError(f"a {type(value).__name__} stands where a {cls.__name__} belongs")
+    return value
 
 
 def _pack(entry: Entry) -> list[Any]:
@@ -167,5 +212,10 @@ def _pack(entry: Entry) -> list[Any]:
 
 
 def _unpack(packed: Any) -> Entry:
-    dtype, shape, size_bytes, xxh3 = packed
-    return Entry(dtype=dtype, shape=tuple(shape), size_bytes=size_bytes, xxh3=tuple(xxh3))
+    dtype, shape, size_bytes, xxh3 = _a(list, packed)
+    return Entry(
+        dtype=_a(str, dtype),
+        shape=tuple(map(checked_size, _a(list, shape))),
+        size_bytes=checked_size(size_bytes),
+        xxh3=checked_sums(xxh3, size_bytes),
+    )

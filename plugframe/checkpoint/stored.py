@@ -119,11 +119,17 @@ def fill(pairs: Iterable[tuple[Tensor, Tensor | StoredTensor]]) -> None:
 
 
 def materialize(tree: Any) -> Any:
-    """Return `tree` (dicts, lists, tuples) with every `StoredTensor` read whole."""
+    """Return `tree` (dicts, lists, tuples) with every `StoredTensor` read whole, each once."""
+    return _materialized(tree, {})
+
+
+def _materialized(tree: Any, read: dict[int, Tensor]) -> Any:
     if isinstance(tree, StoredTensor):
-        return tree.read()
+        if id(tree) not in read:
+            read[id(tree)] = tree.read()
+        return read[id(tree)]
     if type(tree) is dict:
-        return {key: materialize(value) for key, value in tree.items()}
+        return {key: _materialized(value, read) for key, value in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)(map(materialize, tree))
+        return type(tree)([_materialized(value, read) for value in tree])
     return tree

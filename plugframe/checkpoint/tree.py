@@ -16,21 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plugframe.checkpoint import strict_json
 from plugframe.checkpoint.refusal import describe, refuse, refuse_tensor
 from plugframe.checkpoint.shards import is_shard, local_of, view_locally
 from plugframe.checkpoint.stored import StoredTensor, Viewed, viewed
 from plugframe.checkpoint.values import (
+    MAX_INT_BITS,
     dtype_name,
     dtype_of,
     encode_scalar,
     from_numpy,
     is_numpy,
+    large_int,
     special_float,
 )
 from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe.printable import printable_cause
 
 #: Deeper trees are refused: the JSON parser's own recursion limit is not far beyond.
 MAX_DEPTH = 100
+#: A tensor may be in a state this often; more is no state, but a file that unfolds to more than any memory.
+MAX_REFERENCES = 50_000
 
 
 def split(
@@ -86,8 +92,10 @@ def join(tensors: Mapping[str, Tensor | StoredTensor], structure: Any, *, where:
     joiner = _Joiner(tensors)
     try:
         state = joiner.decode(structure, 0)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointCorruptError(f"{where}: its structure is not what was written: {error}.") from error
+    except Exception as error:  # noqa: BLE001 whatever a value in the place of another leads to
+        raise CheckpointCorruptError(
+            f"{where}: its structure is not what was written: {str(error)[:200]}."
+        ) from printable_cause(error)
     unused = [name for name in tensors if name not in joiner.used]
     if unused:
         raise CheckpointCorruptError(f"{where}: tensor {unused[0]!r} is not part of its structure.")
@@ -105,12 +113,9 @@ def parse_structure(data: bytes) -> Any:
     """Return what `dump_structure` wrote.
 
     Raises:
-        ValueError: if `data` is no JSON, or nested beyond measure.
+        ValueError: if `data` is no JSON, names a key twice, or is nested beyond measure.
     """
-    try:
-        return json.loads(data.decode("utf-8", "surrogatepass"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    return strict_json.parse(data)
 
 
 class _Splitter:
@@ -122,6 +127,7 @@ class _Splitter:
         self._aliases = aliases
         self._stored = stored
         self._nodes: dict[Any, tuple[Any, Any]] = {}
+        self._num_references: Counter[Any] = Counter()
         self._open: set[int] = set()
 
     def run(self, state: Any, where: str) -> Any:
@@ -135,6 +141,8 @@ class _Splitter:
     def encode(self, value: Any, path: tuple[Any, ...]) -> Any:
         if value is None or isinstance(value, bool):
             return value
+        if isinstance(value, int) and int.bit_length(value) > MAX_INT_BITS:
+            return self._problem(f"{_spell(path)} is an integer of {int.bit_length(value)} bits: save it as a tensor")
         if isinstance(value, (str, int, float, complex, bytes)):
             return encode_scalar(value)
         if isinstance(value, Tensor):
@@ -196,7 +204,7 @@ class _Splitter:
         if identity not in self._nodes:
             # The value is kept with its node: its address tells it from others only while it lives.
             self._nodes[identity] = (value, self._store(value.detach(), path))
-        return self._nodes[identity][1]
+        return self._refer(identity, path)
 
     def _store(self, plain: Tensor, path: tuple[Any, ...]) -> Any:
         name = self._name(path)
@@ -221,6 +229,12 @@ class _Splitter:
             self.tensors[name] = base
             node = {"complex_tensor": name} if value.dtype.is_complex else {"bits": [dtype_name(value.dtype), name]}
             self._nodes[identity] = (value, {"tensor": name} if base is value else node)
+        return self._refer(identity, path)
+
+    def _refer(self, identity: Any, path: tuple[Any, ...]) -> Any:
+        self._num_references[identity] += 1
+        if self._num_references[identity] == MAX_REFERENCES + 1:
+            return self._problem(f"{_spell(path)} is the same tensor for the {MAX_REFERENCES + 1}th time: save it once")
         return self._nodes[identity][1]
 
     def _name(self, path: tuple[Any, ...]) -> str:
@@ -241,7 +255,7 @@ class _Splitter:
 
 class _Joiner:
     def __init__(self, tensors: Mapping[str, Tensor | StoredTensor]) -> None:
-        self.used: set[str] = set()
+        self.used: Counter[str] = Counter()
         self._tensors = tensors
         self._made: dict[tuple[str, str], Tensor | StoredTensor] = {}
         self._tags: dict[str, Callable[[Any, int], Any]] = {
@@ -254,7 +268,7 @@ class _Joiner:
             "bits": lambda body, _: self._bits(*body),
             "float": lambda body, _: special_float(body),
             "complex": lambda body, depth: complex(*[self.decode(item, depth) for item in body]),
-            "int": lambda body, _: int(body, 16),
+            "int": lambda body, _: large_int(body),
             "bytes": lambda body, _: base64.b64decode(body, validate=True),
             "dtype": lambda body, _: dtype_of(body),
         }
@@ -266,12 +280,16 @@ class _Joiner:
             raise ValueError("it is nested too deeply")
         if isinstance(node, list):
             return [self.decode(item, depth + 1) for item in node]
-        if len(node) != 1 or (tag := next(iter(node))) not in self._tags:
+        if not isinstance(node, dict) or len(node) != 1 or (tag := next(iter(node))) not in self._tags:
             raise ValueError(f"unknown entry {str(node)[:60]}")
         return self._tags[tag](node[tag], depth + 1)
 
     def _items(self, body: Any, depth: int) -> dict[Any, Any]:
-        return {self.decode(key, depth): self.decode(item, depth) for key, item in body}
+        items = [(self.decode(key, depth), self.decode(item, depth)) for key, item in body]
+        found = dict(items)
+        if len(found) != len(items) or any(isinstance(key, bool) or not isinstance(key, (str, int)) for key in found):
+            raise ValueError("a dict has a key twice, or one that is neither str nor int")
+        return found
 
     def _bits(self, dtype: Any, name: Any) -> Tensor | StoredTensor:
         wanted = dtype_of(dtype)
@@ -286,7 +304,9 @@ class _Joiner:
     ) -> Tensor | StoredTensor:
         if name not in self._tensors:
             raise ValueError(f"tensor {name!r} is missing")
-        self.used.add(name)
+        self.used[name] += 1
+        if self.used[name] > MAX_REFERENCES:
+            raise ValueError(f"tensor {name!r} is named more than {MAX_REFERENCES} times")
         if (kind, name) not in self._made:
             self._made[kind, name] = make(self._tensors[name])
         return self._made[kind, name]

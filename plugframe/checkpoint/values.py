@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: A larger integer is no value of a run: Python takes minutes to write it out.
+MAX_INT_BITS = 2**20
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Return ``"float32"`` for ``torch.float32``."""
@@ -39,6 +42,13 @@ def encode_scalar(value: str | int | float | complex | bytes) -> Any:
     if isinstance(value, complex):
         return {"complex": [encode_scalar(value.real), encode_scalar(value.imag)]}
     return {"bytes": base64.b64encode(value).decode("ascii")}
+
+
+def large_int(text: Any) -> int:
+    """Return the integer of a hexadecimal text; a ValueError for one beyond `MAX_INT_BITS`."""
+    if not isinstance(text, str) or len(text) > MAX_INT_BITS // 4 + 3:
+        raise ValueError("an integer is longer than any that is saved")
+    return int(text, 16)
 
 
 def special_float(text: Any) -> float:

@@ -13,11 +13,13 @@ from plugframe.cli.disabling import disabling
 from plugframe.errors import (
     CheckpointCorruptError,
     CheckpointError,
+    CheckpointURLError,
     PluginError,
     SettingError,
     UnsupportedError,
     closest,
 )
+from plugframe.printable import names_text, printable
 from plugframe.registry import Entry, Registry
 
 if TYPE_CHECKING:
@@ -198,7 +200,7 @@ def _telling(problems: list[CheckpointError], path: str) -> CheckpointError | No
     """Return what went wrong with the plugin that knows such checkpoints: the others say that they do not."""
     damaged: list[CheckpointError] = [error for error in problems if isinstance(error, CheckpointCorruptError)]
     # The first plugin that keeps to paths has nothing to say of a URL.
-    told = damaged or [error for error in problems if f"{path} is a URL" not in str(error)] or problems
+    told = damaged or [error for error in problems if not isinstance(error, CheckpointURLError)] or problems
     return told[0] if told else None
 
 
@@ -232,7 +234,7 @@ def _write_weights(plugins: Mapping[Entry, Any], state: Mapping[str, Any], key: 
         held = ", ".join(map(str, weights)) or "nothing"
         raise SettingError(f"--weights={key} names a dict without tensors: it holds {held[:_SHOWN_CHARACTERS]}.")
     if others:
-        click.echo(f"left out, since the file holds tensors only: {', '.join(others)}", err=True)
+        click.echo(f"left out, since the file holds tensors only: {names_text(others)}", err=True)
     for plugin in [each for each in plugins.values() if hasattr(each, "export")]:
         try:
             plugin.export(target, tensors)
@@ -260,7 +262,7 @@ def _at(state: Mapping[str, Any], key: str) -> Any:
 def _tensors(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
     """Yield every tensor in a tree with its name."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        yield ".".join(map(str, path)), value
+        yield _spell(path), value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _tensors(item, (*path, key))
@@ -280,7 +282,11 @@ def _values(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
         for number, item in enumerate(value):
             yield from _values(item, (*path, number))
     else:
-        yield ".".join(map(str, path)), value
+        yield _spell(path), value
+
+
+def _spell(path: tuple[Any, ...]) -> str:
+    return printable(".".join(map(str, path)), one_line=True)
 
 
 def _row(name: str, tensor: Any) -> dict[str, Any]:
@@ -294,6 +300,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, int) and value.bit_length() > 1024:
+        return hex(value)  # Python writes no decimal text of that length
     finite = not isinstance(value, float) or abs(value) < float("inf")
     return value if value is None or (isinstance(value, (bool, int, float, str)) and finite) else repr(value)
 
@@ -308,14 +316,17 @@ def _show(contents: Contents, tensors: Mapping[str, Any], values: Mapping[str, A
         "size": f"{_bytes(contents.size_bytes)} in {contents.num_files} file{'s' * (contents.num_files != 1)}",
         "ranks": info.pop("world_size", None),
         **{str(name): value for name, value in info.items()},
-        "plugins": "; ".join(map(str, plugins.values())) if isinstance(plugins, Mapping) else plugins,
+        "plugins": "; ".join(_short(each, bare=True) for each in plugins.values())
+        if isinstance(plugins, Mapping)
+        else plugins,
         "resumes": "exactly" if _RUN in contents.state else "with what it holds",
         "tensors": f"{len(tensors)}, {_bytes(sum(tensor.nbytes for tensor in tensors.values()))}",
     }
     width = max(map(len, facts))
     for name, value in facts.items():
         if value is not None:
-            click.echo(f"{name.ljust(width)}  {value}")
+            shown = printable(_short(value, bare=True), one_line=True)
+            click.echo(f"{printable(name, one_line=True).ljust(width)}  {shown}")
     if tensors:
         click.echo()
         rows = [_row(name, tensor) for name, tensor in tensors.items()]
@@ -332,8 +343,14 @@ def _shape(shape: list[int]) -> str:
     return "×".join(map(str, shape)) or "()"
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
+def _short(value: Any, *, bare: bool = False) -> str:
+    """Return a value as text, not too long; a string as it is if `bare`."""
+    if bare and isinstance(value, str):
+        return value
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no decimal text of so long an integer
+        text = "an integer too long to print"
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from plugframe.errors import PlugframeError, RankFailedError, UsageError, closest
+from plugframe.printable import printable
 
 #: What a shell reports for a program ended by Ctrl-C: 128 + SIGINT.
 INTERRUPTED = 130
@@ -60,5 +61,5 @@ class Commands(click.Group):
 
 
 def _one_line(message: str, exit_code: int) -> int:
-    print(f"plugframe: {' '.join(message.split())}", file=sys.stderr)
+    print(f"plugframe: {printable(' '.join(message.split()))}", file=sys.stderr)
     return exit_code

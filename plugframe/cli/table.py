@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from plugframe.printable import printable
+
 
 def show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table with the given column names; an empty cell is a dash."""
-    filled = [[cell or "-" for cell in row] for row in rows]
+    filled = [[printable(cell, one_line=True) or "-" for cell in row] for row in rows]
     if sys.stdout.isatty():
         _draw(columns, filled)
     else:

@@ -61,6 +61,7 @@ class Keeping(Core):
         *,
         weights_only: bool | None = None,
         trusted: bool = False,
+        rng: bool = True,
     ) -> dict[str, Any]:
         """Put what lies at `path` into the objects of `state`, and its plain values into the dict itself.
 
@@ -72,6 +73,8 @@ class Keeping(Core):
             weights_only: taken for scripts that pass it, and without effect: only `trusted` lets a file run code.
             trusted: let a file or folder that another tool wrote with pickle run the code in it; never needed, and
                 without effect, for what plugframe wrote.
+            rng: whether to restore the states of the random generators. Those of another version of Python, NumPy or
+                torch may not fit the generators here, and are refused; False goes on without them.
 
         Returns:
             What has no place in `state`.
@@ -89,6 +92,7 @@ class Keeping(Core):
             loaders=self._loaders,
             naming=self._naming,
             trusted=trusted,
+            rng=rng,
         )
 
     def checkpoints(

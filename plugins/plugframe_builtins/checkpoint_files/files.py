@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable
 
 from plugframe.errors import CheckpointCorruptError
+from plugframe_builtins.checkpoint_files.regular import open_regular
 
 #: A process may have about a thousand files open.
 _MAX_OPEN = 200
@@ -37,7 +38,8 @@ class Files:
         if file in self._open:
             return os.fstat(self._open[file]).st_size
         try:
-            return os.stat(self.name(file)).st_size
+            with open_regular(self.name(file)) as opened:
+                return os.fstat(opened.fileno()).st_size
         except FileNotFoundError:
             return None
 
@@ -65,7 +67,8 @@ class Files:
         if file in self._open:
             return self._open[file]
         try:
-            descriptor = os.open(self.name(file), os.O_RDONLY)
+            with open_regular(self.name(file)) as opened:
+                descriptor = os.dup(opened.fileno())
         except FileNotFoundError:
             raise CheckpointCorruptError(f"{self.path} is not whole: the file {file} is missing.") from None
         if not self._keep:

@@ -13,9 +13,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from plugframe.checkpoint import dtype_name, dtype_of, join, parse_structure, seal, split, unseal
-from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe.checkpoint import (
+    MAX_MANIFEST_BYTES,
+    checked_size,
+    checked_sums,
+    dtype_name,
+    dtype_of,
+    info_of,
+    is_digest,
+    names_text,
+    parse_structure,
+    printable_cause,
+    seal,
+    split,
+    unseal,
+)
+from plugframe.errors import CheckpointCorruptError, CheckpointError, CheckpointUnfinishedError
+from plugframe_builtins.checkpoint_files.coverage import fills, fills_file
 from plugframe_builtins.checkpoint_files.found import Chunk, Found, Head, Laid
+from plugframe_builtins.checkpoint_files.regular import open_regular
 
 FORMAT = "plugframe sharded"
 VERSION = 1
@@ -79,8 +95,14 @@ def find(path: str) -> Found:
         CheckpointCorruptError: if the manifest is not what was written.
     """
     data: bytes | None = None
-    with suppress(FileNotFoundError), open(os.path.join(path, MANIFEST), "rb") as file:
-        data = file.read()
+    where = os.path.join(path, MANIFEST)
+    with suppress(FileNotFoundError), open_regular(where) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_MANIFEST_BYTES:
+            raise CheckpointCorruptError(f"{where}: it is no manifest: it has {size} bytes.")
+        data = file.read(len(OPENING))
+        # What does not begin as one is not read to its end: that may be far away.
+        data += file.read() if data == OPENING else file.read(64 * 1024)
     return unpack(path, data, lambda: os.listdir(path))
 
 
@@ -109,15 +131,22 @@ def unpack(path: str, data: bytes | None, list_names: Callable[[], Iterable[str]
         )
     try:
         return _unpack(path, parse_structure(body), data)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise CheckpointCorruptError(f"{where}: it is no manifest: {error!r}.") from error
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        text = repr(error)[:300]
+        raise CheckpointCorruptError(f"{where}: it is no manifest: {text}.") from printable_cause(error)
 
 
 def opens(path: str) -> bool:
     """Say whether the manifest in a folder, perhaps damaged, begins as those of this form do."""
-    with suppress(OSError), open(os.path.join(path, MANIFEST), "rb") as file:
+    with suppress(OSError, CheckpointError), open_regular(os.path.join(path, MANIFEST)) as file:
         return file.read(len(OPENING)) == OPENING
     return False
+
+
+def is_unfinished(names: Iterable[str]) -> bool:
+    """Say whether a folder with these names in it is what a save left that never wrote its manifest."""
+    names = set(names)
+    return MANIFEST not in names and all(map(is_ours, names))
 
 
 def is_checkpoint(path: str) -> bool:
@@ -135,7 +164,7 @@ def check_content(path: str, shown: str) -> None:
     names = os.listdir(path)
     opening: bytes | None = None
     if MANIFEST in names:
-        with open(os.path.join(path, MANIFEST), "rb") as file:
+        with open_regular(os.path.join(path, MANIFEST)) as file:
             opening = file.read(len(OPENING))
     check_names(names, opening, shown)
 
@@ -149,9 +178,8 @@ def check_names(names: Iterable[str], opening: bytes | None, shown: str) -> None
             return
         foreign = foreign or ([] if any(map(is_data, names)) else [MANIFEST])
     if foreign:
-        more = ", …" if len(foreign) > 5 else ""
         raise CheckpointError(
-            f"{shown} is a folder that holds something else ({', '.join(foreign[:5])}{more}): "
+            f"{shown} is a folder that holds something else ({_some(foreign)}): "
             f"give a new folder, such as {os.path.join(shown, 'last')!r}."
         )
 
@@ -160,25 +188,29 @@ def _without_manifest(path: str, names: Iterable[str]) -> CheckpointError:
     names = sorted(names)
     if not names:
         # A save may have been killed when it had made the folder and nothing else.
-        return CheckpointError(f"{path} is not complete: it is an empty folder. Load another checkpoint.")
-    if all(map(is_ours, names)):
-        return CheckpointError(
+        return CheckpointUnfinishedError(f"{path} is not complete: it is an empty folder. Load another checkpoint.")
+    if is_unfinished(names):
+        return CheckpointUnfinishedError(
             f"{path} is not complete: it has no {MANIFEST}, which is written last. Load another checkpoint."
         )
-    more = ", …" if len(names) > 5 else "."
     return CheckpointError(
-        f"{path} is a folder, not a checkpoint file: give the file's name. It holds: {', '.join(names[:5])}{more}"
+        f"{path} is a folder, not a checkpoint file: give the file's name. It holds: {_some(names)}."
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    return names_text(names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def _unpack(path: str, fields: Any, data: bytes) -> Found:
     if fields["format"] != FORMAT or fields["version"] != VERSION:
-        raise ValueError(f"format {fields['format']!r}, version {fields['version']!r}")
-    files = {name: Head(size_bytes=s, head_bytes=h, xxh3=crc) for name, (s, h, crc) in fields["files"].items()}
-    if not all(map(is_data, files)):
+        raise ValueError("it is of another format or version")
+    if not all(map(is_data, fields["files"])):
         raise ValueError("a file has a name no data file has")
+    files = {name: _unpack_head(packed) for name, packed in fields["files"].items()}
     names = list(files)
     tensors = {name: _unpack_tensor(name, packed, names, files) for name, packed in fields["tensors"].items()}
+    _check_files(files, tensors)
     return Found(
         path=path,
         format=FORMAT,
@@ -187,35 +219,49 @@ def _unpack(path: str, fields: Any, data: bytes) -> Found:
         structure=fields["structure"],
         tensors=tensors,
         files=files,
-        info=join({}, fields["info"], where=path),
+        info=info_of(fields["info"], where=path),
         identity=data[-10:-2].decode("ascii"),
     )
 
 
+def _unpack_head(packed: Any) -> Head:
+    size_bytes, head_bytes, xxh3 = packed
+    if not is_digest(xxh3):
+        raise ValueError("the header of a file has no checksum")
+    return Head(size_bytes=checked_size(size_bytes), head_bytes=checked_size(head_bytes), xxh3=xxh3)
+
+
 def _unpack_tensor(name: str, packed: Any, names: Sequence[str], files: Mapping[str, Head]) -> Laid:
     dtype, shape, chunks = packed
-    laid = Laid(
-        dtype=dtype_of(dtype),
-        shape=tuple(shape),
-        chunks=tuple(
-            Chunk(offsets=tuple(o), sizes=tuple(s), file=names[int(number)], start=start, xxh3=tuple(xxh3))
-            for o, s, number, start, xxh3 in chunks
-        ),
-    )
-    filled = 0
-    for chunk in laid.chunks:
-        numbers = (*laid.shape, *chunk.offsets, *chunk.sizes, chunk.start)
-        inside = len(chunk.offsets) == len(chunk.sizes) == len(laid.shape) and all(
-            type(number) is int and 0 <= number < 2**63 for number in numbers
-        )
-        inside = inside and all(o + s <= n for o, s, n in zip(chunk.offsets, chunk.sizes, laid.shape, strict=True))
-        # A tensor of no elements may have any shape, but its strides must be numbers torch can hold.
-        inside = inside and math.prod(max(size, 1) for size in laid.shape) < 2**59
-        size_bytes = math.prod(chunk.sizes) * laid.dtype.itemsize
-        head = files[chunk.file]
-        if not inside or chunk.start < head.head_bytes or chunk.start + size_bytes > head.size_bytes:
+    laid = Laid(dtype=dtype_of(dtype), shape=tuple(map(checked_size, shape)), chunks=())
+    # A tensor of no elements may have any shape, but its strides must be numbers torch can hold.
+    if math.prod(max(size, 1) for size in laid.shape) >= 2**59:
+        raise ValueError(f"tensor {name!r} is out of place")
+    made: list[Chunk] = []
+    for packed_offsets, packed_sizes, number, start, xxh3 in chunks:
+        offsets, sizes = tuple(map(checked_size, packed_offsets)), tuple(map(checked_size, packed_sizes))
+        file = names[checked_size(number)]
+        inside = len(offsets) == len(sizes) == len(laid.shape)
+        if not inside or any(o + s > n for o, s, n in zip(offsets, sizes, laid.shape, strict=True)):
             raise ValueError(f"tensor {name!r} is out of place")
-        filled += math.prod(chunk.sizes)
-    if filled != math.prod(laid.shape) or len({chunk.offsets for chunk in laid.chunks}) != len(laid.chunks):
-        raise ValueError(f"the chunks of tensor {name!r} do not fill it")
-    return laid
+        size_bytes = math.prod(sizes) * laid.dtype.itemsize
+        head = files[file]
+        if not head.head_bytes <= checked_size(start) <= head.size_bytes - size_bytes:
+            raise ValueError(f"tensor {name!r} is out of place")
+        sums = checked_sums(xxh3, size_bytes)
+        made.append(Chunk(offsets=offsets, sizes=sizes, file=file, start=start, xxh3=sums))
+    distinct = len({chunk.offsets for chunk in made}) == len(made)
+    if not distinct or not fills(laid.shape, [(chunk.offsets, chunk.sizes) for chunk in made]):
+        raise ValueError(f"the chunks of tensor {name!r} do not fill it exactly once")
+    return Laid(dtype=laid.dtype, shape=laid.shape, chunks=tuple(made))
+
+
+def _check_files(files: Mapping[str, Head], tensors: Mapping[str, Laid]) -> None:
+    """Check that every byte of every file belongs to its header or to one chunk: none to two, none to nobody."""
+    stretches: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
+    for laid in tensors.values():
+        for chunk in laid.chunks:
+            stretches[chunk.file].append((chunk.start, math.prod(chunk.sizes) * laid.dtype.itemsize))
+    for name, head in files.items():
+        if not fills_file(head.head_bytes, head.size_bytes, stretches[name]):
+            raise ValueError(f"the chunks in {name} do not fill it exactly once")

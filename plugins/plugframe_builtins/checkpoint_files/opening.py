@@ -6,19 +6,27 @@ What stands on torch.distributed.checkpoint takes long to import, and is where i
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plugframe.checkpoint import Contents, StoredTensor, join
+from plugframe.checkpoint import (
+    Contents,
+    StoredTensor,
+    first_error,
+    is_being_written,
+    join,
+    pack_error,
+    printable_cause,
+)
 from plugframe.context import Context
-from plugframe.errors import CheckpointCorruptError, CheckpointError, closest
+from plugframe.errors import CheckpointCorruptError, CheckpointError, CheckpointURLError, closest
 from plugframe_builtins.checkpoint_files import folder
 from plugframe_builtins.checkpoint_files.files import Files
 from plugframe_builtins.checkpoint_files.found import Chunk, Found, Laid
-from plugframe_builtins.checkpoint_files.verifying import Part, check_sizes, parts_of, read_parts
+from plugframe_builtins.checkpoint_files.regular import open_regular
+from plugframe_builtins.checkpoint_files.verifying import Part, check_sizes, headers_of, parts_of, read_parts
 from plugframe_builtins.safetensors_checkpoint import foreign, reader
 
 
@@ -29,39 +37,36 @@ def load(path: str, *, trusted: bool, lazy: bool, context: Context) -> dict[str,
     """
     world = context.world
     state: dict[str, Any] = {}
-    outcome = _Outcome()
+    identity = ""
+    failure: CheckpointError | None = None
     try:
-        state, outcome.identity = _load(path, trusted, lazy, world.global_rank, world.world_size)
-    except CheckpointError as error:
-        outcome.error = error
-    except OSError as error:
-        outcome.error = CheckpointError(f"cannot read {path}: {error.strerror or error}.")
-        outcome.error.__cause__ = error
+        state, identity = _load(path, trusted, lazy, world.global_rank, world.world_size)
+    except Exception as error:  # noqa: BLE001 the other ranks wait for word, whatever went wrong here
+        failure = _as_ours(error, path)
     if world.world_size > 1:
-        told = (type(outcome.error) is CheckpointCorruptError, str(outcome.error)) if outcome.error else None
-        everyone = context.hooks.collective_all_gather_object(obj=(told, outcome.identity), group=None)
-        outcome.agree(path, everyone)
-    if outcome.error is not None:
-        raise outcome.error
+        everyone = context.hooks.collective_all_gather_object(obj=(pack_error(failure), identity), group=None)
+        failure = first_error([packed for packed, _ in everyone], failure, world.global_rank)
+        if failure is None and len({each for _, each in everyone}) > 1:
+            failure = CheckpointError(
+                f"the ranks found different checkpoints at {path}: is it being written, or not shared by all nodes?"
+            )
+    if failure is not None:
+        raise failure
     return state
 
 
-@dataclass
-class _Outcome:
-    error: CheckpointError | None = None
-    identity: str = ""
-
-    def agree(self, path: str, everyone: list[tuple[tuple[bool, str] | None, str]]) -> None:
-        """Make it that of all ranks: the first error of any, worded alike."""
-        told = next((told for told, _ in everyone if told is not None), None)
-        if told is not None:
-            corrupt, text = told
-            if self.error is None or str(self.error) != text:
-                self.error = CheckpointCorruptError(text) if corrupt else CheckpointError(text)
-        elif len({identity for _, identity in everyone}) > 1:
-            self.error = CheckpointError(
-                f"the ranks found different checkpoints at {path}: is it being written, or not shared by all nodes?"
-            )
+def _as_ours(error: Exception, path: str) -> CheckpointError:
+    """Return an error of reading `path` as one of ours: the file may hold anything, and be larger than any memory."""
+    if isinstance(error, CheckpointError):
+        return error
+    if isinstance(error, OSError):
+        text = error.strerror or str(error)
+    else:
+        text = f"{type(error).__name__}: {' '.join((str(error) or 'no message').split())[:300].rstrip('.')}"
+    failure = CheckpointError(f"cannot read {path}: {text}.")
+    failure.__cause__ = printable_cause(error)
+    failure.__suppress_context__ = True
+    return failure
 
 
 def _load(path: str, trusted: bool, lazy: bool, rank: int, num_ranks: int) -> tuple[dict[str, Any], str]:
@@ -74,7 +79,7 @@ def _load(path: str, trusted: bool, lazy: bool, rank: int, num_ranks: int) -> tu
         files = Files(path, found.files)
         return _take(found, files, lazy, rank, num_ranks), found.identity
     _check_present(path)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         kind = reader.sniff(file, path)
         if kind == "own" and not lazy:
             return reader.read(file, path), ""
@@ -108,7 +113,7 @@ def _take(found: Found, files: Files, lazy: bool, rank: int, num_ranks: int) -> 
 def _read_whole(found: Found, files: Files) -> dict[str, Tensor]:
     """Read every tensor, each byte once and verified as read."""
     whole = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in found.tensors.items()}
-    parts = [part for part in parts_of(found) if part.what.startswith("the header")]
+    parts = headers_of(found)
     apart: list[tuple[Part, Tensor, Tensor]] = []
     for name, laid in found.tensors.items():
         for chunk in laid.chunks:
@@ -146,7 +151,7 @@ def check_file(path: str, shown: str) -> None:
         CheckpointError: saying what is in the way.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             reader.sniff(file, path)
     except (CheckpointError, OSError) as error:
         raise CheckpointError(
@@ -160,9 +165,32 @@ def inspect(path: str) -> Contents:
     Raises:
         CheckpointError: if nothing, or something else, is there; or something that is read only if trusted.
     """
+    try:
+        return _inspect(path)
+    except Exception as error:  # noqa: BLE001 a file may hold anything
+        failure = _as_ours(error, path)
+        raise failure from failure.__cause__
+
+
+def unfinished(path: str) -> bool:
+    """Say whether `path` is what a save left that never wrote its manifest, and nobody writes there now."""
+    try:
+        return (
+            not os.path.islink(path)
+            and folder.is_unfinished(os.listdir(path))
+            and not any(is_being_written(os.path.join(path, name)) for name in os.listdir(path))
+        )
+    except OSError:
+        return False  # a file, or what cannot be looked into
+
+
+def _inspect(path: str) -> Contents:
     from plugframe_builtins.checkpoint_files.source import FileSource
 
     found = _find(path)
+    state = join(FileSource(found, Files(path, found.files)).tensors(), found.structure, where=path)
+    if not isinstance(state, dict):
+        raise CheckpointCorruptError(f"{path}: its structure is a {type(state).__name__}, not a dict.")
     return Contents(
         format=found.format,
         version=found.version,
@@ -170,28 +198,25 @@ def inspect(path: str) -> Contents:
         num_files=len(found.files) + (not os.path.isfile(path)),
         verifiable=found.version > 0,
         info=found.info,
-        state=join(FileSource(found, Files(path, found.files)).tensors(), found.structure, where=path),
+        state=state,
     )
 
 
 def _find(path: str) -> Found:
-    try:
-        if os.path.isdir(path):
-            if _is_torchs(path):
-                from plugframe_builtins.checkpoint_files import torch_folder
+    if os.path.isdir(path):
+        if _is_torchs(path):
+            from plugframe_builtins.checkpoint_files import torch_folder
 
-                torch_folder.read(path, trusted=False)
-            return folder.find(path)
-        _check_present(path)
-        with open(path, "rb") as file:
-            kind = reader.sniff(file, path)
-            if kind == "torch":
-                raise CheckpointError(
-                    f"{path} is a file of torch.save, which has to be read whole: load it, and save it again."
-                )
-            lying = reader.find(file, path) if kind == "own" else foreign.find(file, path)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}.") from error
+            torch_folder.read(path, trusted=False)
+        return folder.find(path)
+    _check_present(path)
+    with open_regular(path) as file:
+        kind = reader.sniff(file, path)
+        if kind == "torch":
+            raise CheckpointError(
+                f"{path} is a file of torch.save, which has to be read whole: load it, and save it again."
+            )
+        lying = reader.find(file, path) if kind == "own" else foreign.find(file, path)
     if lying is None:
         raise CheckpointError(f"{path} is a safetensors file with dtypes that torch {torch.__version__} lacks.")
     return lying
@@ -210,7 +235,7 @@ def _check_present(path: str) -> None:
     if os.path.lexists(path):
         raise CheckpointError(f"{path} is not a regular file.")
     if "://" in path:
-        raise CheckpointError(f"{path} is a URL: this checkpoint format keeps to paths of the file system.")
+        raise CheckpointURLError(f"{path} is a URL: this checkpoint format keeps to paths of the file system.")
     above, name = os.path.split(path)
     if not os.path.isdir(above or "."):
         raise CheckpointError(f"{path} does not exist, nor does the folder {above}.")

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from plugframe.checkpoint import SEGMENT_BYTES, Checksums, StoredTensor, pieces, replacing
+from plugframe.checkpoint import SEGMENT_BYTES, Checksums, StoredTensor, parse_structure, pieces, replacing
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 
 #: The format itself allows no longer header.
@@ -38,6 +38,10 @@ CODES: Mapping[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+
+class UnknownDtype(ValueError):
+    """A header names a dtype of the format that torch lacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +81,19 @@ def unpack_slots(header: bytes) -> dict[str, Slot]:
     """Return the slots in the JSON of a header.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError or RecursionError: if it is no such JSON.
+        UnknownDtype: if it names a dtype that torch lacks.
+        ValueError, TypeError, KeyError or AttributeError: if it is no such JSON.
     """
-    entries = json.loads(header.decode("utf-8"))
+    entries = parse_structure(header)
     return {name: _slot(entry) for name, entry in entries.items() if name != "__metadata__"}
 
 
 def _slot(entry: Any) -> Slot:
     start, end = entry["data_offsets"]
-    return Slot(dtype=_DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), start=start, end=end)
+    code = entry["dtype"]
+    if not isinstance(code, str) or code not in _DTYPES:
+        raise UnknownDtype(f"dtype {str(code)[:20]!r}")
+    return Slot(dtype=_DTYPES[code], shape=tuple(entry["shape"]), start=start, end=end)
 
 
 def check_slots(slots: Mapping[str, Slot], *, where: str) -> None:

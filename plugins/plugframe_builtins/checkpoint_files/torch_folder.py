@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from plugframe.checkpoint import printable_cause
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 
 METADATA = ".metadata"
@@ -35,12 +36,12 @@ def read(path: str, *, trusted: bool) -> dict[str, Any]:
         )
     try:
         return _read(path)
-    except (Exception, CheckpointException) as error:
+    except (Exception, CheckpointException) as error:  # noqa: BLE001 a file may hold anything
         text = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointCorruptError(
             f"{path} is no whole checkpoint of torch.distributed.checkpoint: "
-            f"{type(error).__name__}: {text.rstrip('.')}."
-        ) from error
+            f"{type(error).__name__}: {text[:300].rstrip('.')}."
+        ) from printable_cause(error)
 
 
 def _read(path: str) -> dict[str, Any]:

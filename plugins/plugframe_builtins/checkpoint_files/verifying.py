@@ -28,6 +28,8 @@ class Part:
 
     Attributes:
         what: for messages: ``tensor 'model.weight'``.
+        tensor: None if its bytes are only to be verified.
+        header: whether it is the header of a file, and no tensor.
     """
 
     what: str
@@ -36,15 +38,21 @@ class Part:
     size_bytes: int
     xxh3: tuple[str, ...]
     tensor: Tensor | None = None
+    header: bool = False
+
+
+def headers_of(found: Found) -> list[Part]:
+    """Return the headers of the files that have a checksum."""
+    return [
+        Part(f"the header of {name}", name, 0, head.head_bytes, (head.xxh3,), header=True)
+        for name, head in found.files.items()
+        if head.xxh3 is not None
+    ]
 
 
 def parts_of(found: Found) -> list[Part]:
     """Return everything in the files that has a checksum, in the order in which it lies there."""
-    parts = [
-        Part(f"the header of {name}", name, 0, head.head_bytes, (head.xxh3,))
-        for name, head in found.files.items()
-        if head.xxh3 is not None
-    ]
+    parts = headers_of(found)
     for name, laid in found.tensors.items():
         for chunk in laid.chunks:
             if chunk.xxh3 is not None:
@@ -133,10 +141,10 @@ def _turns(parts: Sequence[Part]) -> list[list[tuple[Part, int]]]:
 
 
 def _read_turn(files: Files, turn: list[tuple[Part, int]]) -> list[tuple[bool, str]]:
-    """Return what is damaged: whether it is none of a tensor, and the text."""
+    """Return what is damaged: whether it is a header, and the text."""
     scratch = memoryview(bytearray(_CHUNK_BYTES)) if any(part.tensor is None for part, _ in turn) else memoryview(b"")
     texts = [(part, _read_segment(files, part, number, scratch)) for part, number in turn]
-    return [(not part.what.startswith("tensor"), text) for part, text in texts if text is not None]
+    return [(part.header, text) for part, text in texts if text is not None]
 
 
 def _read_segment(files: Files, part: Part, number: int, scratch: memoryview) -> str | None:

@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from plugframe.base import Checkpoint
 from plugframe.base.telling import warn_caller
-from plugframe.checkpoint import Contents, StoredTensor, split_stored
+from plugframe.checkpoint import Contents, Packed, StoredTensor, first_error, pack_error, split_stored, unpack_error
 from plugframe.context import Context
-from plugframe.errors import CheckpointError, UnsupportedError
+from plugframe.errors import CheckpointError, CheckpointURLError, UnsupportedError
 from plugframe.hooks import SaveHandle, hookimpl
 from plugframe_builtins.checkpoint_files import opening
 from plugframe_builtins.checkpoint_files.tensorfile import CODES
@@ -34,7 +34,7 @@ from plugframe_builtins.torch_collective.connection import host_backend
 class _Offer(NamedTuple):
     """What a rank brings to a save."""
 
-    error: str | None
+    error: Packed
     digest: bytes
     save_id: str
     folder: str
@@ -82,7 +82,7 @@ class ShardedCheckpoint(Checkpoint):
         offers: list[_Offer] = self._exchange(offer)
         failed = next((each.error for each in offers if each.error is not None), None)
         if failed is not None:
-            raise CheckpointError(failed)
+            raise unpack_error(failed)
         shared = set(table(tensors))
         if len({each.digest for each in offers}) > 1:
             # A rank with an empty part of a shared tensor cannot tell that it is shared: then none looks.
@@ -107,14 +107,16 @@ class ShardedCheckpoint(Checkpoint):
     @hookimpl
     def checkpoint_load(self, path: str, trusted: bool, lazy: bool) -> dict[str, Any]:
         error = self._untold()
-        errors = self._exchange(str(error) if error else None)
-        failed = next((each for each in errors if each is not None), None)
+        failed = first_error(self._exchange(pack_error(error)), error, self.context.world.global_rank)
         if failed is not None:
-            raise error or CheckpointError(failed)
+            raise failed
         return opening.load(path, trusted=trusted, lazy=lazy, context=self.context)
 
     def inspect(self, path: str) -> Contents:
         return opening.inspect(path)
+
+    def unfinished(self, path: str) -> bool:
+        return opening.unfinished(path)
 
     def _untold(self) -> CheckpointError | None:
         """Wait for the save in the background; return what went wrong, unless somebody was told before."""
@@ -131,17 +133,18 @@ class ShardedCheckpoint(Checkpoint):
         """Do what can go wrong on one rank alone, before anything is written."""
         error = self._untold()
         if error is not None:
-            return _Offer(str(error), b"", "", ""), {}, None
+            return _Offer(pack_error(error), b"", "", ""), {}, None
         try:
             if not path or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-                raise CheckpointError(f"{path!r} is no path of the file system, which a sharded checkpoint needs.")
+                raise CheckpointURLError(f"{path!r} is no path of the file system, which a sharded checkpoint needs.")
             tensors, structure = split_stored(state, dtypes=CODES.keys(), where=path, sharded=True)
             first = self.context.world.global_rank == 0
             save_id, folder = writing.begin(os.path.abspath(path), path) if first else ("", "")
         except CheckpointError as problem:
-            return _Offer(str(problem), b"", "", ""), {}, None
+            return _Offer(pack_error(problem), b"", "", ""), {}, None
         except Exception as problem:  # noqa: BLE001 the other ranks wait for word, whatever went wrong here
-            return _Offer(f"cannot write {path}: {type(problem).__name__}: {problem}", b"", "", ""), {}, None
+            text = f"cannot write {path}: {type(problem).__name__}: {problem}"
+            return _Offer(pack_error(CheckpointError(text)), b"", "", ""), {}, None
         return _Offer(None, digest(table(tensors)), save_id, folder), tensors, structure
 
     def _save(self, pieces: Mapping[str, Piece], writer: FolderWriter) -> None:

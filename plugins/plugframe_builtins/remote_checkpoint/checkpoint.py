@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from plugframe.base import Checkpoint
-from plugframe.checkpoint import Contents, StoredTensor, split_stored
+from plugframe.checkpoint import Contents, StoredTensor, first_error, pack_error, split_stored
 from plugframe.context import Context
-from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe.errors import CheckpointError
 from plugframe.hooks import SaveHandle, hookimpl
+from plugframe_builtins.checkpoint_files import folder as form
 from plugframe_builtins.checkpoint_files import opening
 from plugframe_builtins.checkpoint_files.tensorfile import CODES
 from plugframe_builtins.dcp_checkpoint.checkpoint import ShardedCheckpoint
@@ -119,6 +120,15 @@ class RemoteCheckpoint(Checkpoint):
         with told(f"cannot read {path}"):
             return reading.inspect(RemoteFolder(path))
 
+    def unfinished(self, path: str) -> bool:
+        local = local_path(path)
+        if local is not None:
+            return opening.unfinished(local)
+        with told(f"cannot look into {path}"):
+            names = list(RemoteFolder(path).sizes())
+        # There are no empty folders in a store: nothing is there.
+        return bool(names) and form.is_unfinished(names)
+
     def _save(self, path: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
         rank, num_ranks = self.context.world.global_rank, self.context.world.world_size
 
@@ -177,14 +187,11 @@ class RemoteCheckpoint(Checkpoint):
             results.append(act())
         except CheckpointError as error:
             failure = error
-        mine = None if failure is None else (isinstance(failure, CheckpointCorruptError), str(failure))
-        everyone = self._exchange((mine, [tell(result) for result in results]))
-        failed = next((failed for failed, _ in everyone if failed is not None), None)
+        everyone = self._exchange((pack_error(failure), [tell(result) for result in results]))
+        failed = first_error([packed for packed, _ in everyone], failure, self.context.world.global_rank)
         if failed is None:
             return results[0], [told_by[0] for _, told_by in everyone]
-        if failure is None or mine != failed:
-            failure = CheckpointCorruptError(failed[1]) if failed[0] else CheckpointError(failed[1])
-        raise failure
+        raise failed
 
     def _exchange(self, obj: Any) -> list[Any]:
         if self.context.world.world_size == 1:

@@ -18,7 +18,7 @@ from plugframe_builtins.checkpoint_files import folder as form
 from plugframe_builtins.checkpoint_files.files import Files
 from plugframe_builtins.checkpoint_files.found import Chunk, Found, Laid
 from plugframe_builtins.checkpoint_files.source import FileSource
-from plugframe_builtins.checkpoint_files.verifying import Part, check_sizes, parts_of, read_parts
+from plugframe_builtins.checkpoint_files.verifying import Part, check_sizes, headers_of, parts_of, read_parts
 from plugframe_builtins.remote_checkpoint.storage import RemoteFolder, told
 
 #: Who reads on where the last read ended is given this much at once: requests cost more than bytes.
@@ -152,7 +152,7 @@ def inspect(folder: RemoteFolder) -> Contents:
 def _read_whole(found: Found, files: RemoteFiles) -> dict[str, Tensor]:
     """Read every tensor, each byte once and verified as read."""
     whole = {name: torch.empty(laid.shape, dtype=laid.dtype, device="cpu") for name, laid in found.tensors.items()}
-    parts = [part for part in parts_of(found) if part.what.startswith("the header")]
+    parts = headers_of(found)
     apart: list[tuple[str, Laid, Chunk, Tensor]] = []
     for name, laid in found.tensors.items():
         for chunk in laid.chunks:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, cast
 import fsspec  # type: ignore[import-untyped]
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
+from plugframe.checkpoint import printable_cause
 from plugframe.errors import CheckpointError, closest
 
 # A URL may be chained, which fsspec writes as "simplecache::s3://…".
@@ -33,9 +34,11 @@ def told(what: str, *, after: str = "") -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 of whichever library
         text = " ".join((str(error) or "no message").split())
-        raise CheckpointError(f"{what}: {type(error).__name__}: {text[:500].rstrip('.')}{after}.") from error
+        raise CheckpointError(f"{what}: {type(error).__name__}: {text[:500].rstrip('.')}{after}.") from printable_cause(
+            error
+        )
 
 
 class RemoteFolder:

@@ -19,6 +19,7 @@ from plugframe.checkpoint import digest
 from plugframe.errors import CheckpointError
 from plugframe_builtins.checkpoint_files import folder as form
 from plugframe_builtins.checkpoint_files import tensorfile
+from plugframe_builtins.checkpoint_files.coverage import fills
 from plugframe_builtins.checkpoint_files.found import Chunk, Head, Laid
 from plugframe_builtins.dcp_checkpoint.portion import Piece
 from plugframe_builtins.remote_checkpoint.reading import read_manifest
@@ -160,7 +161,7 @@ def _tensors(folder: RemoteFolder, written: Sequence[Written]) -> dict[str, Laid
     for name, (dtype, shape, chunks) in merged.items():
         chunks.sort(key=lambda chunk: chunk.offsets)
         filled = sum(math.prod(chunk.sizes) for chunk in chunks)
-        if filled != math.prod(shape) or len({chunk.offsets for chunk in chunks}) != len(chunks):
+        if not fills(shape, [(chunk.offsets, chunk.sizes) for chunk in chunks]):
             raise CheckpointError(
                 f"cannot write {folder.url}: the parts of {name!r} on all ranks have {filled} elements, the whole has "
                 f"{math.prod(shape)}; what was there before is untouched."

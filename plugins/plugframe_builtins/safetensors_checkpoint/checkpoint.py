@@ -38,6 +38,9 @@ class SafetensorsCheckpoint(Checkpoint):
     def inspect(self, path: str) -> Contents:
         return opening.inspect(path)
 
+    def unfinished(self, path: str) -> bool:
+        return opening.unfinished(path)
+
     def export(self, path: str, tensors: Mapping[str, Tensor | StoredTensor]) -> None:
         tensorfile.write_plain(path, tensors)
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from plugframe.checkpoint import DIGEST_CHARS, digest
+import torch
+
+from plugframe.checkpoint import DIGEST_CHARS, MAX_MANIFEST_BYTES, digest, printable_cause
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 from plugframe_builtins.checkpoint_files.tensorfile import (
     CODES,
@@ -103,10 +105,16 @@ def parse_header(header: bytes, *, where: str) -> dict[str, Slot]:
         )
     try:
         slots = unpack_slots(header)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointCorruptError(f"{where}: its header is not one of this format: {error!r}.") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        text = repr(error)[:200]
+        raise CheckpointCorruptError(f"{where}: its header is not one of this format: {text}.") from printable_cause(
+            error
+        )
     check_slots(slots, where=where)
     for name in (STRUCTURE, MANIFEST):
         if name not in slots:
             raise CheckpointCorruptError(f"{where}: its header lacks {name!r}.")
+        slot = slots[name]
+        if slot.dtype is not torch.uint8 or len(slot.shape) != 1 or slot.size_bytes > MAX_MANIFEST_BYTES:
+            raise CheckpointCorruptError(f"{where}: {name!r} is not what was written.")
     return slots

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from plugframe.checkpoint import Entry, Manifest, as_bytes, dtype_name, join, parse_structure
+from plugframe.checkpoint import Entry, Manifest, as_bytes, dtype_name, join, parse_structure, printable_cause
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 from plugframe_builtins.checkpoint_files.files import Files
 from plugframe_builtins.checkpoint_files.found import Found, Head, laid_whole
@@ -140,7 +140,8 @@ def _structure(
     try:
         return parse_structure(bytes(as_bytes(data)))
     except ValueError as error:
-        raise CheckpointCorruptError(f"{path}: its structure is not one: {error}.") from error
+        text = str(error)[:200]
+        raise CheckpointCorruptError(f"{path}: its structure is not one: {text}.") from printable_cause(error)
 
 
 def _tail(files: Files, size_bytes: int) -> str:

@@ -59,6 +59,9 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
     pairs: list[tuple[Tensor, Tensor | StoredTensor]] = []
     entries: dict[Any, Any] = {}
     for number, kept in state["state"].items():
+        if number not in by_number:  # of no parameter: what the optimizer keeps for all of them
+            entries[number] = materialize(kept)
+            continue
         parameter = by_number[number]
         now = optimizer.state.get(parameter, {})
         entries[number] = {name: _place(value, parameter, now.get(name), pairs) for name, value in kept.items()}
