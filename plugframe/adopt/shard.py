@@ -32,6 +32,7 @@ def share_indices(
     count: int,
     even: bool,
     halve: bool = True,
+    trains: Callable[[], bool] = bool,
 ) -> Iterator[Share]:
     """Yield this rank's (batch, weight) for every window of ``size * count`` indices.
 
@@ -45,6 +46,7 @@ def share_indices(
             read exactly once, and the numbers of batches are still equal where that is possible.
         halve: whether a rank that would be one batch short may read its last batch in two. A stream cannot: torch
             makes batches of a size, and sees no ends but the last.
+        trains: asked at the end whether the pass has turned out to need `even` after all.
     """
     held: list[Any] = []
     # Only evaluations over several ranks may need the last full batch once more; nothing else is read ahead, since
@@ -59,7 +61,7 @@ def share_indices(
         held = window[index::count]
     if window and not drop_last:
         mine = window[index::count]
-        if not mine and even:
+        if not mine and (even or trains()):
             mine, weight = window[:size], 0.0
         else:
             weight = len(mine) * count / len(window)
@@ -71,13 +73,15 @@ def share_indices(
         yield held, 1.0
 
 
-def share_batches(take: Callable[[int], list[Any]], *, index: int, count: int, even: bool) -> Iterator[Share]:
+def share_batches(
+    take: Callable[[int], list[Any]], *, index: int, count: int, even: bool, trains: Callable[[], bool] = bool
+) -> Iterator[Share]:
     """Yield this rank's (batch, weight) for every window of `count` whole batches, of a sampler of the user's own."""
     while window := take(count):
         sizes = [_size(batch) for batch in window]
         if index < len(window):
             yield window[index], sizes[index] * count / max(sum(sizes), 1)
-        elif even:
+        elif even or trains():
             yield window[0], 0.0
 
 
@@ -107,6 +111,7 @@ class Start(NamedTuple):
         weigh: told the weight of every batch, in order.
         skip: batches to leave out, read before this process was started.
         seeds: gives each batch its seed, if worker processes make it.
+        trains: asked at the end whether every rank needs a batch in every window after all.
     """
 
     draws: Draws | None
@@ -114,6 +119,7 @@ class Start(NamedTuple):
     weigh: Callable[[float], None]
     skip: int
     seeds: Seeds | None = None
+    trains: Callable[[], bool] = bool
 
 
 class ShardedIndices(StandIn):
@@ -151,10 +157,16 @@ class ShardedIndices(StandIn):
         if flat:
             size, drop_last = self._inner.batch_size, self._inner.drop_last
             shares = share_indices(
-                take, size=size, drop_last=drop_last, index=self._index, count=self._count, even=start.even
+                take,
+                size=size,
+                drop_last=drop_last,
+                index=self._index,
+                count=self._count,
+                even=start.even,
+                trains=start.trains,
             )
         else:
-            shares = share_batches(take, index=self._index, count=self._count, even=start.even)
+            shares = share_batches(take, index=self._index, count=self._count, even=start.even, trains=start.trains)
         for batch, weight in itertools.islice(shares, start.skip, None):
             start.weigh(weight)
             yield batch
@@ -255,6 +267,10 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
         self._told[0], self._told[1] = epoch, even
         self._told[2] += 1
 
+    def tell_more(self, *, even: bool) -> None:
+        """Say in the middle of an epoch that its steps must be even."""
+        self._told[1] = even
+
     def length(self, even: bool, original: Callable[[], int]) -> int:
         """Return what `original`, which counts the batches of a loader, says for this rank's share."""
         self._counted = even
@@ -287,7 +303,7 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
             "index": self._index,
             "count": self._count,
         }
-        shares = share_indices(take, **place, even=even, halve=False)
+        shares = share_indices(take, **place, even=even, halve=False, trains=lambda: bool(self._told[1]))
         for batch, weight in shares:
             for item in batch:
                 yield Weighed(item, weight) if self._weighed else item
