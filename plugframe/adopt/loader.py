@@ -140,8 +140,12 @@ def _batches(state: LoaderState, reading: Reading, iterator: Iterator[Any]) -> I
             if batch is _EXHAUSTED:
                 return
             if type(batch) is Weighed:
-                batch, weight = batch
+                batch, weight, window = batch
                 reading.weights.append(float(weight))
+                if window is not None:
+                    state.compare_window(window)
+            elif not reading.handed and state.iterable is not None and state.iterable.window is not None:
+                state.compare_window(state.iterable.window)
             if evaluates and reading.weights and not reading.weights[0]:
                 state.withhold(reading)
                 continue

@@ -69,7 +69,7 @@ class ModuleState(State):
         weights = self.weights
         weights.used = True
         if torch.is_grad_enabled():
-            weights.graded = not weights.uneven
+            weights.graded |= not weights.uneven
             if training:
                 weights.trains = True
 

@@ -6,7 +6,7 @@ import functools
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Reading:
         handed: whether a batch was handed over.
         first: whether its second batch was not asked for yet.
         unsure: whether it may turn out to be read ahead, or not to train.
+        mixed: whether its batches so far weigh differently.
         ahead: whether its second batch was asked for before a model had run on the first.
         used: whether a model has run since its first batch was handed over.
         trains: whether one has in training mode with gradients, or a backward.
@@ -46,7 +47,7 @@ class Reading:
         entries: the batches that may still be trained on, as far as they are taken note of.
     """
 
-    closed = handed = unsure = ahead = used = trains = met = False
+    closed = handed = unsure = mixed = ahead = used = trains = met = False
 
     def __init__(self, epoch: int, sources: list[Any], *, even: bool, owner: Any = None) -> None:
         self.epoch = epoch
@@ -84,6 +85,7 @@ class LoaderState(State):
         beginning: the pass that begins now.
         job: the loaders of the job it belongs to.
         early: whether it was set up before any loader of the job was read.
+        compare: compares the first window of a stream with those of the other ranks; None once it has.
         trained: whether a pass over it trained that did not look like it when it began.
     """
 
@@ -99,6 +101,7 @@ class LoaderState(State):
     job: Loaders | None = None
     early = True
     trained = False
+    compare: Callable[..., None] | None = None
 
     def __init__(self, *, hooks: Any, device: Any, order: Order, training: Callable[[], bool], weigh: bool) -> None:
         self.hooks = hooks
@@ -185,6 +188,19 @@ class LoaderState(State):
                 "for batch in loader: ...), so that samples are divided for it; or exchange once, after the loop."
             )
 
+    def compare_window(self, window: str) -> None:
+        """Compare the first window of a stream with those of the other ranks, once.
+
+        Raises:
+            SettingError: if they differ.
+        """
+        assert self.iterable is not None
+        self.iterable.compare = False
+        self.iterable.window = None
+        compare, self.compare = self.compare, None
+        if compare is not None and window:
+            compare(digest=window, key=str(self.order.number))
+
     def hand_over(self, reading: Reading, batch: Any = None) -> None:
         """Note that `reading` has just read a batch."""
         weights = self.weights
@@ -196,7 +212,9 @@ class LoaderState(State):
         if reading.weights:
             weight = reading.weights.popleft()
             # One that only keeps step counts for nothing, whatever a loss is.
-            reading.weight = weight if self.weigh or not weight else 1.0
+            weight = weight if self.weigh or not weight else 1.0
+            reading.mixed |= not reading.first and weight != reading.weight
+            reading.weight = weight
         if self.readings[-1] is not reading:
             self.readings.remove(reading)
             self.readings.append(reading)
@@ -296,6 +314,8 @@ class Loaders:
         self.weights = weights
         self._next = 0
         self._states: weakref.WeakValueDictionary[int, LoaderState] = weakref.WeakValueDictionary()
+        #: Datasets that were compared: later they may keep what belongs to a rank, such as a cache.
+        self._compared: dict[int, weakref.ref[Any]] = {}
         self._waiting: dict[int, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {}
 
     def number(self) -> int:
@@ -308,6 +328,15 @@ class Loaders:
             return min(self._waiting)
         self._next += 1
         return self._next - 1
+
+    def is_new(self, dataset: Any) -> bool:
+        """Say whether a dataset was never set up before; one that cannot be known again always is."""
+        self._compared = {key: ref for key, ref in self._compared.items() if ref() is not None}
+        if id(dataset) in self._compared:
+            return False
+        with suppress(TypeError):
+            self._compared[id(dataset)] = weakref.ref(dataset)
+        return True
 
     def add(self, state: LoaderState) -> None:
         """Remember a loader; one that a checkpoint knows goes on from there."""

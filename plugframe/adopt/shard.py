@@ -19,6 +19,7 @@ from plugframe.adopt.order import Draws, Order
 from plugframe.adopt.seeded import SeededIndices, Seeds
 from plugframe.adopt.sources import has_state
 from plugframe.adopt.standin import StandIn, rebuilt
+from plugframe.adopt.windows import digest_of
 
 Share = tuple[Any, float]
 
@@ -222,11 +223,15 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
     """Stands in for an iterable dataset: yields this rank's share of every window, as `Weighed` items if `weighed`.
 
     It is pickled into worker processes.
+
+    Attributes:
+        compare: whether what the first window is known by is wanted, for a comparison with the other ranks.
+        window: that, where it was read in this process and is not in the first item.
     """
 
     _own = (
         *("_inner", "_size", "_drop_last", "_index", "_count", "_weighed", "_order"),
-        *("_told", "_turn", "_passes", "_counted", "_draws", "_place"),
+        *("_told", "_turn", "_passes", "_counted", "_draws", "_place", "compare", "window"),
     )
 
     def __init__(
@@ -246,6 +251,8 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
         self._counted: bool | None = None
         self._draws: Draws | None = None
         self._place: Any = None
+        self.compare = False
+        self.window: str | None = None
 
     def place(self) -> dict[str, Any] | None:
         """Return where the pass that began last is, None if the stream cannot tell."""
@@ -303,10 +310,34 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
             "index": self._index,
             "count": self._count,
         }
+        worker = get_worker_info()
+        noted: list[str] = []
+        if self.compare and (worker is None or worker.id == 0):
+            take = _noting(take, noted)
         shares = share_indices(take, **place, even=even, halve=False, trains=lambda: bool(self._told[1]))
         for batch, weight in shares:
             for item in batch:
-                yield Weighed(item, weight) if self._weighed else item
+                window = noted.pop() if noted else None
+                if self._weighed:
+                    yield Weighed(item, weight, window)
+                else:
+                    self.window = window or self.window
+                    yield item
+
+
+def _noting(take: Callable[[int], list[Any]], noted: list[str]) -> Callable[[int], list[Any]]:
+    """Return `take`, which notes in `noted` what the first window it gives is known by."""
+    first = True
+
+    def taking(number: int) -> list[Any]:
+        nonlocal first
+        window = take(number)
+        if first:
+            first = False
+            noted.append(digest_of(window))
+        return window
+
+    return taking
 
 
 class SizedShardedIterable(ShardedIterable):
@@ -329,10 +360,11 @@ class SizedShardedIterable(ShardedIterable):
 
 
 class Weighed(NamedTuple):
-    """An item of a stream, and what the batch it belongs to weighs."""
+    """An item of a stream, what the batch it belongs to weighs, and what the first window of all is known by."""
 
     item: Any
     weight: float
+    window: str | None = None
 
 
 class WeighedCollate:
@@ -346,4 +378,5 @@ class WeighedCollate:
         first = data[0] if self.batched and data else data
         if not isinstance(first, Weighed):  # called by the user
             return self.inner(data)
-        return Weighed(self.inner([item for item, _ in data] if self.batched else first.item), first.weight)
+        inner = [each.item for each in data] if self.batched else first.item
+        return Weighed(self.inner(inner), first.weight, first.window)

@@ -231,7 +231,7 @@ class Weights:
         readings = [reading for reading in self.open if reading.stamp == self.backwards] or self.open[-1:]
         if not torch.is_grad_enabled():
             readings = self.open[-1:]
-        if any(reading.ahead and not self._is_last(reading) for reading in readings):
+        if any(reading.ahead and reading.mixed and not self._is_last(reading) for reading in readings):
             return _AHEAD
         weights = {reading.weight for reading in readings}
         return weights.pop() if len(weights) == 1 else _SEVERAL
@@ -262,6 +262,8 @@ class Weights:
             OrderError: if its batches cannot be known.
         """
         marks = [] if batch is not None else list(_marked(loss, through=False))
+        if batch is None and not marks and self.graded:
+            return 1.0, []  # its model ran before any uneven batch was read
         if not marks:
             weight = self.of(batch) if batch is not None else self._unmatched()
             return _counted(weight, reduction), []
