@@ -72,6 +72,8 @@ class ModuleState(State):
             weights.graded |= not weights.uneven
             if training:
                 weights.trains = True
+                if weights.parts is not None and not is_compiling():
+                    weights.check_parts()
 
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``call(*args, **kwargs)`` under precision and strategy."""

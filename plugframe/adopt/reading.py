@@ -42,6 +42,7 @@ class Reading:
         used: whether a model has run since its first batch was handed over.
         trains: whether one has in training mode with gradients, or a backward.
         met: whether the script exchanged something between ranks since.
+        exchanges: how many collectives there were when it began; None where nobody can tell.
         closed: whether it is over.
         stamp: how many backwards there were when its last batch was handed over.
         entries: the batches that may still be trained on, as far as they are taken note of.
@@ -55,6 +56,7 @@ class Reading:
         self.owner = owner
         self.first = True
         self.stamp = 0
+        self.exchanges: int | None = None
         self.entries: deque[Entry] = deque()
         self.position = 0
         self.weight = 1.0
@@ -181,7 +183,8 @@ class LoaderState(State):
             OrderError: if the loop exchanges something for every batch: the other ranks would wait for it.
         """
         reading.weights.popleft()
-        if reading.met:
+        counts = self.weights.exchanges
+        if reading.met or (counts is not None and counts() != reading.exchanges):
             raise OrderError(
                 "This rank has no samples left for the last batch of an evaluation whose loop exchanges something "
                 "between ranks for every batch: turn gradients off before the loop, not in it (with torch.no_grad(): "

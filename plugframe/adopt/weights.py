@@ -9,12 +9,13 @@ not matter in which order batches are read and used.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from plugframe.base.telling import warn_caller
 from plugframe.base.tree import leaves
 from plugframe.errors import OrderError
 
@@ -36,6 +37,16 @@ _SEVERAL = (
 _NESTED = (
     "This loss adds up batches that are uneven between ranks in different ways, and one model's output of one is the "
     "input of another: call lite.backward() for each batch by itself."
+)
+
+_TWICE = (
+    "The last batch of a loader on this rank repeats samples of another rank, to keep step with it in training, and it "
+    "was not trained on: whatever it was counted in has them twice. Turn gradients off before the loop (with "
+    "torch.no_grad(): for batch in loader: ...), or weigh what you count with lite.batch_weight."
+)
+_PARTS = (
+    "A loader that is divided between ranks was evaluated, and nothing was reduced or gathered before the training "
+    "went on: each rank's result is of its own part of the samples. Use lite.all_reduce() or lite.all_gather() on it."
 )
 
 Weight = float | str
@@ -127,20 +138,33 @@ class Weights:
         backwards: how many there were.
         met: whether the script exchanged something between ranks since this was last taken note of.
         open: the passes that are being read, the one read last at the end.
+        exchanges: counts the collectives so far, where evaluations make none by themselves; None if nobody can.
+        speaks: whether this rank says what holds for all.
+        parts: that count, after an evaluation in whose results nothing was exchanged; None after any other.
     """
+
+    exchanges: Callable[[], int] | None = None
+    speaks = False
 
     def __init__(self) -> None:
         self.open: list[Reading] = []
-        self.clear()
+        self._reset()
 
     def clear(self) -> None:
         """Forget all."""
+        self.check_padding()
+        self._reset()
+
+    def _reset(self) -> None:
         self.uneven = self.used = self.trains = self.graded = self.met = False
         self.backwards = 0
         self.open.clear()
         self._known = _Known()
         self._pending: list[Entry] = []
         self._current: Weight | None = None
+        self._padding: tuple[Entry, int] | None = None
+        self._told_parts = False
+        self.parts: int | None = None
 
     # ------------------------------------------------------------------ reading
 
@@ -154,6 +178,8 @@ class Weights:
         if reading.weight != 1.0:
             self.uneven = True
             self._pending.append(entry)
+        if not reading.weight:
+            self._padding = (entry, self.backwards)
 
     def to_front(self, reading: Reading) -> None:
         """Take note of which of the open passes is read."""
@@ -170,6 +196,38 @@ class Weights:
         if reading in self.open:  # not after tear-down
             self.open.remove(reading)
         self.moved_on()
+        evaluated = reading.used and not reading.trains and reading.owner.count > 1
+        if evaluated and self.exchanges is not None and self.exchanges() == reading.exchanges:
+            self.parts = reading.exchanges
+
+    def check_parts(self) -> None:
+        """Say once that the results of an evaluation were each rank's own, if the training goes on after it."""
+        parts, self.parts = self.parts, None
+        if self.speaks and self.exchanges is not None and self.exchanges() == parts and not self._told_parts:
+            self._told_parts = True
+            warn_caller(_PARTS)
+
+    def check_padding(self, *, exchanged: bool = False) -> None:
+        """Say it if a batch that only keeps step was not trained on, and so counted in something else.
+
+        Args:
+            exchanged: whether the script exchanges a result now; without, a model must have seen the batch: a loop
+                that only reads may want nothing of it.
+        """
+        if self._padding is None:
+            return
+        entry, backwards = self._padding
+        reading = entry.reading
+        if self.backwards != backwards:
+            self._padding = None
+        elif reading.closed and (exchanged or reading.used) and not (reading.ahead and self._kept(reading)):
+            self._padding = None
+            warn_caller(_TWICE)
+
+    @staticmethod
+    def _kept(reading: Reading) -> bool:
+        """Say whether somebody keeps the batches of a pass, and may still train on them."""
+        return any(entry.alive() for entry in list(reading.entries)[:-1])
 
     def moved_on(self) -> None:
         """Forget which batch the last forward belonged to: another was handed over."""
@@ -187,6 +245,8 @@ class Weights:
         """Take note that the first batch of a pass is about to be handed over."""
         self.absorb()
         reading.used = reading.trains = reading.met = False
+        reading.exchanges = self.exchanges() if self.exchanges is not None else None
+        self.check_padding()
         self._pending = [entry for entry in self._pending if self._counts(entry, reading)]
         self.uneven = bool(self._pending) or any(each.weight != 1.0 for each in self.open if each is not reading)
 
@@ -238,8 +298,7 @@ class Weights:
 
     def _is_last(self, reading: Reading) -> bool:
         """Say whether of a pass that was read ahead the batch read last is the only one that somebody holds."""
-        *others, last = reading.entries
-        return last.alive() and not any(entry.alive() for entry in others)
+        return reading.entries[-1].alive() and not self._kept(reading)
 
     # ------------------------------------------------------------------ in backward
 
@@ -252,6 +311,15 @@ class Weights:
         if self._current is None and self.open and not self.open[-1].ahead:
             return self.open[-1].weight
         return _counted(self._unmatched(), "mean")
+
+    def exchanged(self) -> None:
+        """Take note that the script exchanges something between ranks."""
+        self.met = True
+        self.check_padding(exchanged=True)
+
+    def asked(self) -> None:
+        """Take note that the script weighs what it counts by itself."""
+        self._padding = None
 
     def weigh(self, loss: Tensor, batch: Any, reduction: str) -> tuple[float, list[Any]]:
         """Return what to multiply `loss` with; and where it adds up several batches, handles of hooks that weigh them.

@@ -86,7 +86,10 @@ class Loop(Core):
             OrderError: if batches were read ahead, and there is no telling which is meant.
         """
         weights = self._phase.weights
-        return weights.current() if weights.uneven else 1.0
+        if not weights.uneven:
+            return 1.0
+        weights.asked()
+        return weights.current()
 
     def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[Any]:
         """Return a context in which gradients are accumulated but not exchanged: for all but the last micro-batch.

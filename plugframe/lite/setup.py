@@ -130,6 +130,7 @@ class SetUp(Core):
         shared = list(dataloaders) if use_distributed_sampler else []
         divided = [loader for loader in shared if not divides_itself(loader, *shard)]
         seed = self._agree(divided, shared)
+        self._count_exchanges()
         compare = self._comparison() if any(isinstance(d.dataset, IterableDataset) for d in shared) else None
         for loader in dataloaders:
             order = Order(seed, self._loaders.number())
@@ -217,6 +218,15 @@ class SetUp(Core):
         for source, state in zip(sources, states, strict=True):
             set_state(source, state)
         return int(seed)
+
+    def _count_exchanges(self) -> None:
+        """Have the collectives counted, where a forward makes none: then it can be told whether the script did."""
+        group = self._hooks.collective_process_group()
+        counter = getattr(group, "_get_sequence_number_for_group", None)  # not public; there in torch 2.4 to 2.13
+        provides = self.plan.choices["strategy"].descriptor.provides
+        if self.world_size > 1 and counter is not None and "sharded" not in provides:
+            self._phase.weights.exchanges = counter
+            self._phase.weights.speaks = self.is_global_zero
 
     def _comparison(self) -> Callable[..., None] | None:
         """Return what compares the first windows of streams, at the store at which the ranks met; None without one."""
