@@ -196,7 +196,7 @@ class Weights:
         if reading in self.open:  # not after tear-down
             self.open.remove(reading)
         self.moved_on()
-        evaluated = reading.used and not reading.trains and reading.owner.count > 1
+        evaluated = reading.used and not reading.trains and not reading.met and reading.owner.count > 1
         if evaluated and self.exchanges is not None and self.exchanges() == reading.exchanges:
             self.parts = reading.exchanges
 
@@ -315,6 +315,7 @@ class Weights:
     def exchanged(self) -> None:
         """Take note that the script exchanges something between ranks."""
         self.met = True
+        self.parts = None  # not every collective of plugframe's own is counted
         self.check_padding(exchanged=True)
 
     def asked(self) -> None:
