@@ -115,7 +115,7 @@ def _calling(plain_call: Callable[..., Any]) -> Callable[..., Any]:
         state: ModuleState | None = self.__dict__.get(KEY)
         if state is None or state.inside:
             return plain_call(self, *args, **kwargs)
-        if not state.phase.backward:
+        if state.weights.active and not state.phase.backward:
             state.note(self.training)
         return state.run(functools.partial(plain_call, self), args, kwargs)
 
@@ -215,7 +215,7 @@ def _guarded(name: str, method: FunctionType) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         call = functools.partial(method, self)
         marked = name in state.forward_methods
-        if marked:
+        if marked and state.weights.active:
             state.note(self.training)
         run = state.run if marked else functools.partial(_run_watched, self, name, state)
         if not yields:

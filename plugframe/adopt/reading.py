@@ -32,7 +32,8 @@ class Reading:
         skip: batches to leave out at the beginning.
         begun: whether a sampler was asked for its indices.
         before: the states of the process's generators, and of the user's own, when it began.
-        owner: what its loader knows.
+        owner: tells its loader from others; not the loader's state, which would keep itself alive.
+        count: of the shares of its loader.
         even: whether it began as a pass of the training, in which every rank takes part in every step.
         handed: whether a batch was handed over.
         first: whether its second batch was not asked for yet.
@@ -48,6 +49,7 @@ class Reading:
         entries: the batches that may still be trained on, as far as they are taken note of.
     """
 
+    count = 1
     closed = handed = unsure = mixed = ahead = used = trains = met = False
 
     def __init__(self, epoch: int, sources: list[Any], *, even: bool, owner: Any = None) -> None:
@@ -78,6 +80,7 @@ class LoaderState(State):
         index: of this rank's share of the data.
         count: of the shares.
         weights: of the batches at hand, in the job.
+        token: tells it from others.
         seeding: whether batches are being handed to worker processes that seed themselves for each.
         draws: gives the random numbers for the sampler in an epoch.
         sources: the user's own generators that its samples are drawn from.
@@ -120,6 +123,7 @@ class LoaderState(State):
         self.beginning: Reading | None = None
         self.loader: Callable[[], Any] = lambda: None
         self.weights = Weights()
+        self.token = object()
 
     def plain_dict(self, obj: Any) -> dict[str, Any]:
         """Return the attributes of the plain object."""
@@ -131,7 +135,8 @@ class LoaderState(State):
             target.tell(self.epoch)
         if self.job is not None:
             self.job.begun = True
-        reading = self.beginning = Reading(self.epoch, self.sources, even=self._even(), owner=self)
+        reading = self.beginning = Reading(self.epoch, self.sources, even=self._even(), owner=self.token)
+        reading.count = self.count
         # A pass without gradients is no epoch of the training: one rank may evaluate alone, and the order stays common.
         self.epoch += torch.is_grad_enabled()
         if self.iterable is not None:
@@ -345,6 +350,7 @@ class Loaders:
         """Remember a loader; one that a checkpoint knows goes on from there."""
         state.job = self
         state.weights = self.weights
+        self.weights.active |= state.count > 1
         state.early = not self.begun
         self._states[state.order.number] = state
         if state.order.number in self._waiting:

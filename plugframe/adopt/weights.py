@@ -131,6 +131,7 @@ class Weights:
     """What the batches at hand weigh, in one job.
 
     Attributes:
+        active: whether there is a loader whose batches can be uneven.
         uneven: whether a batch that does not weigh 1 may be at hand; without, nothing below is called in a step.
         used: whether a model ran since this was last taken note of.
         trains: the same of a model in training mode with gradients, or of a backward.
@@ -156,7 +157,7 @@ class Weights:
         self._reset()
 
     def _reset(self) -> None:
-        self.uneven = self.used = self.trains = self.graded = self.met = False
+        self.active = self.uneven = self.used = self.trains = self.graded = self.met = False
         self.backwards = 0
         self.open.clear()
         self._known = _Known()
@@ -196,7 +197,7 @@ class Weights:
         if reading in self.open:  # not after tear-down
             self.open.remove(reading)
         self.moved_on()
-        evaluated = reading.used and not reading.trains and not reading.met and reading.owner.count > 1
+        evaluated = reading.used and not reading.trains and not reading.met and reading.count > 1
         if evaluated and self.exchanges is not None and self.exchanges() == reading.exchanges:
             self.parts = reading.exchanges
 
