@@ -126,16 +126,33 @@ def _batches(state: LoaderState, reading: Reading, iterator: Iterator[Any]) -> I
     move = state.hooks.accelerator_move_batch if state.device is not None else None
     state.open(reading)
     state.beginning = reading  # a loader class may ask for its indices only now
+    evaluates = False
     try:
         while True:
-            batch = next_batch(iterator=iterator, exhausted=_EXHAUSTED)
+            if reading.unsure:
+                evaluates = state.evaluates(reading)
+            if evaluates:
+                # So that a strategy whose ranks evaluate together knows it too, at the end of the loader.
+                with torch.no_grad():
+                    batch = next_batch(iterator=iterator, exhausted=_EXHAUSTED)
+            else:
+                batch = next_batch(iterator=iterator, exhausted=_EXHAUSTED)
             if batch is _EXHAUSTED:
                 return
             if type(batch) is Weighed:
-                batch, weight = batch
+                batch, weight, window = batch
                 reading.weights.append(float(weight))
-            state.hand_over(reading)
-            yield batch if move is None else move(batch=batch, device=state.device)
+                if window is not None:
+                    state.compare_window(window)
+            elif not reading.handed and state.iterable is not None and state.iterable.window is not None:
+                state.compare_window(state.iterable.window)
+            if evaluates and reading.weights and not reading.weights[0]:
+                state.withhold(reading)
+                continue
+            if move is not None:
+                batch = move(batch=batch, device=state.device)
+            state.hand_over(reading, batch)
+            yield batch
     finally:
         state.close(reading)
 
@@ -168,7 +185,7 @@ def adopt_loader(
     check_unread(loader)
     state = LoaderState(hooks=hooks, device=device, order=order, training=training, weigh=weigh)
     state.sources = sources_of(loader)
-    state.index = index
+    state.index, state.count = index, count
     # A loader that keeps its own position is not to be moved on twice.
     state.resumes = not has_state(loader)
     state.loader = weakref.ref(loader)

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
+from torch.compiler import is_compiling
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from plugframe.adopt.optimizer import keeps_gradients, zeroing
 from plugframe.adopt.swap import KEY, State, adopt, plain_class, release
+from plugframe.adopt.weights import Weights
 from plugframe.base.precision import Precision
 from plugframe.errors import SettingError, UsageError, closest
 
@@ -29,11 +32,15 @@ class Phase:
             checkpointing, in the middle of a call that is over.
         called: whether ``lite.backward`` was ever called.
         explain: makes of an error that came of another rank the one that says where all ranks are; None with one.
+        weights: of the batches at hand.
     """
 
     backward = False
     called = False
     explain: Callable[[RuntimeError], Exception | None] | None = None
+
+    def __init__(self) -> None:
+        self.weights = Weights()
 
 
 class ModuleState(State):
@@ -49,6 +56,7 @@ class ModuleState(State):
         self.hooks = hooks
         self.engine = engine
         self.phase = phase
+        self.weights = phase.weights
         self.forward_methods = forward_methods
         self.inside = False
         # What the precision leaves as it is costs nothing: three calls for each forward would.
@@ -56,9 +64,22 @@ class ModuleState(State):
         self._convert_output = _own(hooks, "precision_convert_output")
         self._context = _own(hooks, "precision_forward_context")
 
+    def note(self, training: bool) -> None:
+        """Note what the script uses the model for, which says what it reads a loader for."""
+        weights = self.weights
+        weights.used = True
+        if torch.is_grad_enabled():
+            weights.graded |= not weights.uneven
+            if training:
+                weights.trains = True
+                if weights.parts is not None and not is_compiling():
+                    weights.check_parts()
+
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``call(*args, **kwargs)`` under precision and strategy."""
         engine = self.engine
+        # A compiled step is not looked into: there the batch read last counts.
+        weight = self.weights.of((args, kwargs)) if self.weights.uneven and not is_compiling() else None
         self.inside = True
         try:
             if self._convert_input is not None:
@@ -68,7 +89,11 @@ class ModuleState(State):
             else:
                 with self._context():
                     result = call(*args, **kwargs) if engine is None else engine(call, *args, **kwargs)
-            return result if self._convert_output is None else self._convert_output(data=result)
+            if self._convert_output is not None:
+                result = self._convert_output(data=result)
+            if weight is not None:
+                self.weights.mark(result, weight)
+            return result
         except RuntimeError as error:
             # A strategy may exchange in forward too.
             failure = self.phase.explain(error) if self.phase.explain is not None else None
@@ -90,6 +115,8 @@ def _calling(plain_call: Callable[..., Any]) -> Callable[..., Any]:
         state: ModuleState | None = self.__dict__.get(KEY)
         if state is None or state.inside:
             return plain_call(self, *args, **kwargs)
+        if state.weights.active and not state.phase.backward:
+            state.note(self.training)
         return state.run(functools.partial(plain_call, self), args, kwargs)
 
     return __call__
@@ -188,6 +215,8 @@ def _guarded(name: str, method: FunctionType) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         call = functools.partial(method, self)
         marked = name in state.forward_methods
+        if marked and state.weights.active:
+            state.note(self.training)
         run = state.run if marked else functools.partial(_run_watched, self, name, state)
         if not yields:
             return run(call, args, kwargs)

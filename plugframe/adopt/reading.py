@@ -6,7 +6,7 @@ import functools
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from plugframe.adopt.order import Draws, Order
 from plugframe.adopt.shard import ShardedIterable, Start
 from plugframe.adopt.sources import fits, get_state, pack, set_state, unpack
 from plugframe.adopt.swap import KEY, State
+from plugframe.adopt.weights import Entry, Weights
+from plugframe.errors import OrderError
 from plugframe.seed import rng_problem, rng_state, set_rng_state, take_rng
 
 #: What is a number in the place of a loader that is saved.
@@ -33,11 +35,34 @@ class Reading:
         skip: batches to leave out at the beginning.
         begun: whether a sampler was asked for its indices.
         before: the states of the process's generators, and of the user's own, when it began.
+        owner: tells its loader from others; not the loader's state, which would keep itself alive.
+        count: of the shares of its loader.
+        even: whether it began as a pass of the training, in which every rank takes part in every step.
+        handed: whether a batch was handed over.
+        first: whether its second batch was not asked for yet.
+        unsure: whether it may turn out to be read ahead, or not to train.
+        mixed: whether its batches so far weigh differently.
+        ahead: whether its second batch was asked for before a model had run on the first.
+        used: whether a model has run since its first batch was handed over.
+        trains: whether one has in training mode with gradients, or a backward.
+        met: whether the script exchanged something between ranks since.
+        exchanges: how many collectives there were when it began; None where nobody can tell.
+        closed: whether it is over.
+        stamp: how many backwards there were when its last batch was handed over.
+        entries: the batches that may still be trained on, as far as they are taken note of.
     """
 
-    def __init__(self, epoch: int, sources: list[Any], *, even: bool) -> None:
+    count = 1
+    closed = handed = unsure = mixed = ahead = used = trains = met = False
+
+    def __init__(self, epoch: int, sources: list[Any], *, even: bool, owner: Any = None) -> None:
         self.epoch = epoch
         self.even = even
+        self.owner = owner
+        self.first = True
+        self.stamp = 0
+        self.exchanges: int | None = None
+        self.entries: deque[Entry] = deque()
         self.position = 0
         self.weight = 1.0
         self.weights: deque[float] = deque()
@@ -56,6 +81,9 @@ class LoaderState(State):
         weight: what the last batch weighs against those of the other ranks; None outside of an epoch.
         divided: whether its indices are divided between the ranks here.
         index: of this rank's share of the data.
+        count: of the shares.
+        weights: of the batches at hand, in the job.
+        token: tells it from others.
         seeding: whether batches are being handed to worker processes that seed themselves for each.
         draws: gives the random numbers for the sampler in an epoch.
         sources: the user's own generators that its samples are drawn from.
@@ -65,11 +93,14 @@ class LoaderState(State):
         beginning: the pass that begins now.
         job: the loaders of the job it belongs to.
         early: whether it was set up before any loader of the job was read.
+        compare: compares the first window of a stream with those of the other ranks; None once it has.
+        trained: whether a pass over it trained that did not look like it when it began.
     """
 
     iterable: ShardedIterable | None = None
     divided = False
     index = 0
+    count = 1
     seeding = False
     draws: Callable[[int], Draws | None]
     weight: float | None = None
@@ -77,6 +108,8 @@ class LoaderState(State):
     moved = False
     job: Loaders | None = None
     early = True
+    trained = False
+    compare: Callable[..., None] | None = None
 
     def __init__(self, *, hooks: Any, device: Any, order: Order, training: Callable[[], bool], weigh: bool) -> None:
         self.hooks = hooks
@@ -92,6 +125,8 @@ class LoaderState(State):
         self.kept: Mapping[str, Any] | None = None
         self.beginning: Reading | None = None
         self.loader: Callable[[], Any] = lambda: None
+        self.weights = Weights()
+        self.token = object()
 
     def plain_dict(self, obj: Any) -> dict[str, Any]:
         """Return the attributes of the plain object."""
@@ -103,12 +138,16 @@ class LoaderState(State):
             target.tell(self.epoch)
         if self.job is not None:
             self.job.begun = True
-        reading = self.beginning = Reading(self.epoch, self.sources, even=self.training())
+        reading = self.beginning = Reading(self.epoch, self.sources, even=self._even(), owner=self.token)
+        reading.count = self.count
         # A pass without gradients is no epoch of the training: one rank may evaluate alone, and the order stays common.
         self.epoch += torch.is_grad_enabled()
         if self.iterable is not None:
             self.iterable.tell(reading.epoch, even=reading.even)
         return reading
+
+    def _even(self) -> bool:
+        return self.training() or (self.trained and torch.is_grad_enabled())
 
     def begin_indices(self) -> Callable[[], Start]:
         """Return what gives the sampler, at its first index, what the pass that begins now starts with."""
@@ -124,27 +163,96 @@ class LoaderState(State):
         reading.begun = True
         skip, reading.skip = reading.skip, 0
         seeds = functools.partial(self.order.seed_of, reading.epoch, self.index) if seeding else None
-        return Start(self.draws(reading.epoch), reading.even, reading.weights.append, skip, seeds)
+        trains = functools.partial(getattr, reading, "trains")
+        return Start(self.draws(reading.epoch), reading.even, reading.weights.append, skip, seeds, trains)
 
-    def hand_over(self, reading: Reading) -> None:
+    def evaluates(self, reading: Reading) -> bool:
+        """Look at what the script has done with the batches so far, and say whether it evaluates.
+
+        What a pass is for is read from the gradient and training modes when it begins; a script may say it only
+        inside of its loop. A model that runs with gradients in training mode, or a backward, means training.
+        """
+        self.weights.absorb()
+        if reading.first:
+            reading.first = False
+            reading.ahead = not reading.used
+        if reading.trains and not reading.even:
+            # Every model is in evaluation mode, as where the running statistics of one are kept, and yet it trains.
+            self.trained = True
+            if self.iterable is not None:
+                self.iterable.tell_more(even=True)
+        reading.unsure = not reading.trains
+        return reading.used and not reading.trains
+
+    def withhold(self, reading: Reading) -> None:
+        """Leave out a batch that would only keep step with the other ranks: an evaluation has seen its samples.
+
+        Raises:
+            OrderError: if the loop exchanges something for every batch: the other ranks would wait for it.
+        """
+        reading.weights.popleft()
+        counts = self.weights.exchanges
+        if reading.met or (counts is not None and counts() != reading.exchanges):
+            raise OrderError(
+                "This rank has no samples left for the last batch of an evaluation whose loop exchanges something "
+                "between ranks for every batch: turn gradients off before the loop, not in it (with torch.no_grad(): "
+                "for batch in loader: ...), so that samples are divided for it; or exchange once, after the loop."
+            )
+
+    def compare_window(self, window: str) -> None:
+        """Compare the first window of a stream with those of the other ranks, once.
+
+        Raises:
+            SettingError: if they differ.
+        """
+        assert self.iterable is not None
+        self.iterable.compare = False
+        self.iterable.window = None
+        compare, self.compare = self.compare, None
+        if compare is not None and window:
+            compare(digest=window, key=str(self.order.number))
+
+    def hand_over(self, reading: Reading, batch: Any = None) -> None:
         """Note that `reading` has just read a batch."""
+        weights = self.weights
+        if not reading.handed:
+            reading.handed = True
+            weights.begin(reading)
+            reading.unsure = self.count > 1
         reading.position += 1
         if reading.weights:
             weight = reading.weights.popleft()
-            reading.weight = weight if self.weigh else 1.0
+            # One that only keeps step counts for nothing, whatever a loss is.
+            weight = weight if self.weigh or not weight else 1.0
+            reading.mixed |= not reading.first and weight != reading.weight
+            reading.weight = weight
         if self.readings[-1] is not reading:
             self.readings.remove(reading)
             self.readings.append(reading)
         self.weight = reading.weight
+        if self.count > 1:
+            self._note(reading, batch)
+
+    def _note(self, reading: Reading, batch: Any) -> None:
+        weights = self.weights
+        weights.to_front(reading)
+        reading.stamp = weights.backwards
+        # The even batches of a plain loop need no note: it uses the one that was read last.
+        if reading.first or reading.ahead or reading.weight != 1.0 or len(weights.open) > 1:
+            weights.hand_over(reading, batch)
+        if weights.uneven:
+            weights.moved_on()
 
     def open(self, reading: Reading) -> None:
         """Note that `reading` is being read."""
         if not self.readings and self.job is not None:
             self.job.active.append(self)
         self.readings.append(reading)
+        self.weights.open.append(reading)
 
     def close(self, reading: Reading) -> None:
         """Note that `reading` is over: the weight that counts is that of a pass around it, if there is one."""
+        self.weights.close(reading)
         self.readings.remove(reading)
         self.weight = self.readings[-1].weight if self.readings else None
         if not self.readings and self.job is not None and self in self.job.active:
@@ -228,13 +336,17 @@ class Loaders:
     Attributes:
         active: those that are being read.
         begun: whether any was read, since a checkpoint was loaded.
+        weights: of the batches at hand.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Weights) -> None:
         self.active: list[LoaderState] = []
         self.begun = False
+        self.weights = weights
         self._next = 0
         self._states: weakref.WeakValueDictionary[int, LoaderState] = weakref.WeakValueDictionary()
+        #: Datasets that were compared: later they may keep what belongs to a rank, such as a cache.
+        self._compared: dict[int, weakref.ref[Any]] = {}
         self._waiting: dict[int, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {}
 
     def number(self) -> int:
@@ -248,9 +360,20 @@ class Loaders:
         self._next += 1
         return self._next - 1
 
+    def is_new(self, dataset: Any) -> bool:
+        """Say whether a dataset was never set up before; one that cannot be known again always is."""
+        self._compared = {key: ref for key, ref in self._compared.items() if ref() is not None}
+        if id(dataset) in self._compared:
+            return False
+        with suppress(TypeError):
+            self._compared[id(dataset)] = weakref.ref(dataset)
+        return True
+
     def add(self, state: LoaderState) -> None:
         """Remember a loader; one that a checkpoint knows goes on from there."""
         state.job = self
+        state.weights = self.weights
+        self.weights.active |= state.count > 1
         state.early = not self.begun
         self._states[state.order.number] = state
         if state.order.number in self._waiting:
@@ -261,6 +384,7 @@ class Loaders:
         self.active.clear()
         self._states.clear()
         self._waiting.clear()
+        self.weights.clear()
         self._next, self.begun = 0, False
 
     def where(self) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -19,6 +19,7 @@ from plugframe.adopt.order import Draws, Order
 from plugframe.adopt.seeded import SeededIndices, Seeds
 from plugframe.adopt.sources import has_state
 from plugframe.adopt.standin import StandIn, rebuilt
+from plugframe.adopt.windows import digest_of
 
 Share = tuple[Any, float]
 
@@ -32,6 +33,7 @@ def share_indices(
     count: int,
     even: bool,
     halve: bool = True,
+    trains: Callable[[], bool] = bool,
 ) -> Iterator[Share]:
     """Yield this rank's (batch, weight) for every window of ``size * count`` indices.
 
@@ -45,6 +47,7 @@ def share_indices(
             read exactly once, and the numbers of batches are still equal where that is possible.
         halve: whether a rank that would be one batch short may read its last batch in two. A stream cannot: torch
             makes batches of a size, and sees no ends but the last.
+        trains: asked at the end whether the pass has turned out to need `even` after all.
     """
     held: list[Any] = []
     # Only evaluations over several ranks may need the last full batch once more; nothing else is read ahead, since
@@ -59,7 +62,7 @@ def share_indices(
         held = window[index::count]
     if window and not drop_last:
         mine = window[index::count]
-        if not mine and even:
+        if not mine and (even or trains()):
             mine, weight = window[:size], 0.0
         else:
             weight = len(mine) * count / len(window)
@@ -71,13 +74,15 @@ def share_indices(
         yield held, 1.0
 
 
-def share_batches(take: Callable[[int], list[Any]], *, index: int, count: int, even: bool) -> Iterator[Share]:
+def share_batches(
+    take: Callable[[int], list[Any]], *, index: int, count: int, even: bool, trains: Callable[[], bool] = bool
+) -> Iterator[Share]:
     """Yield this rank's (batch, weight) for every window of `count` whole batches, of a sampler of the user's own."""
     while window := take(count):
         sizes = [_size(batch) for batch in window]
         if index < len(window):
             yield window[index], sizes[index] * count / max(sum(sizes), 1)
-        elif even:
+        elif even or trains():
             yield window[0], 0.0
 
 
@@ -107,6 +112,7 @@ class Start(NamedTuple):
         weigh: told the weight of every batch, in order.
         skip: batches to leave out, read before this process was started.
         seeds: gives each batch its seed, if worker processes make it.
+        trains: asked at the end whether every rank needs a batch in every window after all.
     """
 
     draws: Draws | None
@@ -114,6 +120,7 @@ class Start(NamedTuple):
     weigh: Callable[[float], None]
     skip: int
     seeds: Seeds | None = None
+    trains: Callable[[], bool] = bool
 
 
 class ShardedIndices(StandIn):
@@ -151,10 +158,16 @@ class ShardedIndices(StandIn):
         if flat:
             size, drop_last = self._inner.batch_size, self._inner.drop_last
             shares = share_indices(
-                take, size=size, drop_last=drop_last, index=self._index, count=self._count, even=start.even
+                take,
+                size=size,
+                drop_last=drop_last,
+                index=self._index,
+                count=self._count,
+                even=start.even,
+                trains=start.trains,
             )
         else:
-            shares = share_batches(take, index=self._index, count=self._count, even=start.even)
+            shares = share_batches(take, index=self._index, count=self._count, even=start.even, trains=start.trains)
         for batch, weight in itertools.islice(shares, start.skip, None):
             start.weigh(weight)
             yield batch
@@ -210,11 +223,15 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
     """Stands in for an iterable dataset: yields this rank's share of every window, as `Weighed` items if `weighed`.
 
     It is pickled into worker processes.
+
+    Attributes:
+        compare: whether what the first window is known by is wanted, for a comparison with the other ranks.
+        window: that, where it was read in this process and is not in the first item.
     """
 
     _own = (
         *("_inner", "_size", "_drop_last", "_index", "_count", "_weighed", "_order"),
-        *("_told", "_turn", "_passes", "_counted", "_draws", "_place"),
+        *("_told", "_turn", "_passes", "_counted", "_draws", "_place", "compare", "window"),
     )
 
     def __init__(
@@ -234,6 +251,8 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
         self._counted: bool | None = None
         self._draws: Draws | None = None
         self._place: Any = None
+        self.compare = False
+        self.window: str | None = None
 
     def place(self) -> dict[str, Any] | None:
         """Return where the pass that began last is, None if the stream cannot tell."""
@@ -254,6 +273,10 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
         """Set the epoch that starts, and whether its steps must be even."""
         self._told[0], self._told[1] = epoch, even
         self._told[2] += 1
+
+    def tell_more(self, *, even: bool) -> None:
+        """Say in the middle of an epoch that its steps must be even."""
+        self._told[1] = even
 
     def length(self, even: bool, original: Callable[[], int]) -> int:
         """Return what `original`, which counts the batches of a loader, says for this rank's share."""
@@ -287,10 +310,34 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
             "index": self._index,
             "count": self._count,
         }
-        shares = share_indices(take, **place, even=even, halve=False)
+        worker = get_worker_info()
+        noted: list[str] = []
+        if self.compare and (worker is None or worker.id == 0):
+            take = _noting(take, noted)
+        shares = share_indices(take, **place, even=even, halve=False, trains=lambda: bool(self._told[1]))
         for batch, weight in shares:
             for item in batch:
-                yield Weighed(item, weight) if self._weighed else item
+                window = noted.pop() if noted else None
+                if self._weighed:
+                    yield Weighed(item, weight, window)
+                else:
+                    self.window = window or self.window
+                    yield item
+
+
+def _noting(take: Callable[[int], list[Any]], noted: list[str]) -> Callable[[int], list[Any]]:
+    """Return `take`, which notes in `noted` what the first window it gives is known by."""
+    first = True
+
+    def taking(number: int) -> list[Any]:
+        nonlocal first
+        window = take(number)
+        if first:
+            first = False
+            noted.append(digest_of(window))
+        return window
+
+    return taking
 
 
 class SizedShardedIterable(ShardedIterable):
@@ -313,10 +360,11 @@ class SizedShardedIterable(ShardedIterable):
 
 
 class Weighed(NamedTuple):
-    """An item of a stream, and what the batch it belongs to weighs."""
+    """An item of a stream, what the batch it belongs to weighs, and what the first window of all is known by."""
 
     item: Any
     weight: float
+    window: str | None = None
 
 
 class WeighedCollate:
@@ -330,4 +378,5 @@ class WeighedCollate:
         first = data[0] if self.batched and data else data
         if not isinstance(first, Weighed):  # called by the user
             return self.inner(data)
-        return Weighed(self.inner([item for item, _ in data] if self.batched else first.item), first.weight)
+        inner = [each.item for each in data] if self.batched else first.item
+        return Weighed(self.inner(inner), first.weight, first.window)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 
 
 def map_tensors(fn: Callable[[Tensor], Any], data: Any) -> Any:
@@ -57,3 +58,29 @@ def _map_dataclass(fn: Callable[[Tensor], Any], data: Any) -> Any:
     for name, value in zip(names, new, strict=True):
         object.__setattr__(result, name, value)
     return result
+
+
+def leaves(data: Any, *, depth: int = 8) -> Iterator[Any]:
+    """Yield everything in `data` that is no container: tensors, numbers, objects.
+
+    A dataclass, and an object of the user's own with tensors in its attributes, are yielded before what is in them.
+
+    Args:
+        depth: levels to descend at most: objects may refer to each other.
+    """
+    inside: Any = ()
+    if isinstance(data, Mapping):
+        inside = data.values()
+    elif isinstance(data, (list, tuple)):
+        inside = data
+    else:
+        yield data
+        if not isinstance(data, (Tensor, Module, type)) and hasattr(data, "__dict__"):
+            inside = [value for value in vars(data).values() if _is_data(value)]
+    if depth:
+        for value in inside:
+            yield from leaves(value, depth=depth - 1)
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, (Tensor, Mapping, list, tuple)) or dataclasses.is_dataclass(value)

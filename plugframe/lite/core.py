@@ -106,8 +106,8 @@ class Core:
         self._session = Session(self.plan, self._registry, self._callbacks)
         self._hooks = self._session.hooks
         self._modules: list[weakref.ref[nn.Module]] = []
-        self._loaders = Loaders()
         self._phase = Phase()
+        self._loaders = Loaders(self._phase.weights)
         self._stopping = Stopping()
 
     def __getstate__(self) -> dict[str, Any]:

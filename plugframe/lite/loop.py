@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plugframe import checks, exchange
 from plugframe.adopt import state_of
-from plugframe.base.telling import warn_caller
+from plugframe.errors import SettingError
 from plugframe.lite.core import Core
 
 T = TypeVar("T")
@@ -20,47 +20,76 @@ T = TypeVar("T")
 class Loop(Core):
     """What a training step calls."""
 
-    def backward(self, tensor: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+    def backward(
+        self,
+        tensor: Tensor,
+        *args: Any,
+        model: nn.Module | None = None,
+        batch: Any = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        **kwargs: Any,
+    ) -> None:
         """Compute gradients, in place of ``tensor.backward(*args, **kwargs)``. Every rank must call it.
 
+        The gradients that the ranks end with are those of one process on the batches of all of them, for the loss
+        that `reduction` says. A batch that ranks share unevenly weighs by its samples, whenever it was read: it is
+        known by the tensors that a model was called with, and a loss may add up several batches.
+
         Args:
-            tensor: the loss, a mean over this rank's batch; 0-d, or any shape with ``gradient=``.
+            tensor: the loss of this rank's batch; 0-d, or any shape with ``gradient=``.
             model: the module the loss belongs to, where several were set up and the strategy wants to know; the
                 only one that was set up is known without.
+            batch: what the loader gave, any part of it that has tensors; needed only where batches are read ahead
+                and models are called with new tensors that were made from them.
+            reduction: "mean" of the samples, or "sum": then the gradients are those of the sum over the batches of
+                all ranks. A loss that is divided by a number all ranks have in common (of tokens, after
+                ``lite.all_reduce``) is a sum.
+
+        Raises:
+            OrderError: if batches are uneven between ranks and there is no telling which of them the loss is of.
         """
         checks.check_loss(tensor, set_up=bool(self._modules))
+        if reduction not in ("mean", "sum"):
+            raise SettingError(f"backward(reduction={reduction!r}): it is 'mean' or 'sum'.")
         if model is None and len(self._modules) == 1:
             model = self._modules[0]()
-        weight = self.batch_weight
-        if weight != 1.0:
-            tensor = tensor * weight
+        weights, scale = self._phase.weights, 1.0
+        handles: list[Any] = []
+        if weights.uneven:
+            scale, handles = weights.weigh(tensor, batch, reduction)
+        if reduction == "sum":
+            scale *= self._hooks.strategy_data_shard()[1]
+        if scale != 1.0:
+            tensor = tensor * scale
+        weights.used = weights.trains = True
+        weights.graded = False
+        weights.backwards += 1
         self._phase.backward = self._phase.called = True
         try:
             self._hooks.strategy_backward(loss=tensor, module=model, args=args, kwargs=kwargs)
         finally:
             self._phase.backward = False
+            for handle in handles:
+                handle.remove()
         if self._hooks.on_backward is not None:
             self._hooks.on_backward(loss=tensor)
 
     @property
     def batch_weight(self) -> float:
-        """What the batch that was read last weighs against those of the other ranks: samples × ranks / all samples.
+        """What the batch at hand weighs against those of the other ranks: samples × ranks / all samples.
 
         It is 1 but for a last batch that ranks share unevenly, and 0 for one a rank was given only to keep step.
         `backward` multiplies the loss by it; the mean over ranks of ``loss * lite.batch_weight`` is the mean over
-        all samples.
+        all samples. At hand is the batch that a model was called with, or the one that was read since.
+
+        Raises:
+            OrderError: if batches were read ahead, and there is no telling which is meant.
         """
-        active = self._loaders.active
-        if not active:
+        weights = self._phase.weights
+        if not weights.uneven:
             return 1.0
-        weight = active[0].weight
-        if len(active) > 1 and any(other.weight != weight for other in active):
-            warn_caller(
-                "Several loaders are being read, and their last batches are uneven in different ways: this loss is "
-                "not weighed. Set them up with weigh_uneven=False to say so."
-            )
-            return 1.0
-        return 1.0 if weight is None else weight
+        weights.asked()
+        return weights.current()
 
     def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[Any]:
         """Return a context in which gradients are accumulated but not exchanged: for all but the last micro-batch.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from plugframe import checks
 from plugframe.adopt import (
@@ -24,7 +25,9 @@ from plugframe.adopt import (
 )
 from plugframe.adopt.loader import check_unread, divides_itself, sources_of
 from plugframe.adopt.module import checked_name
+from plugframe.adopt.sameness import check_same, check_undivided, divider, signature
 from plugframe.adopt.sources import get_state, set_state
+from plugframe.adopt.windows import check_window
 from plugframe.base.deferred import check_values, resuming
 from plugframe.base.telling import warn_caller
 from plugframe.errors import OrderError, SettingError
@@ -112,15 +115,23 @@ class SetUp(Core):
             use_distributed_sampler: False leaves the samples undivided.
             move_to_device: whether batches come on this rank's device.
             weigh_uneven: whether `backward` weighs a last batch that is smaller on some ranks, so that the mean
-                over ranks stays the mean over samples; it is meant for losses that are means.
+                over ranks stays the mean over samples; it is meant for losses that are means, see `backward`.
+
+        Raises:
+            SettingError: on all ranks, if their data differ (lengths, indices, file lists, tensors; no sample is read),
+                or if a dataset is known to divide itself between ranks. A stream whose first samples differ between
+                ranks is refused when they are read.
         """
         checks.check_loaders(dataloaders)
         context = self._started("setup_dataloaders")
         shard = self._hooks.strategy_data_shard()
         for loader in dataloaders:
             check_unread(loader)
-        divided = [d for d in dataloaders if use_distributed_sampler and not divides_itself(d, *shard)]
-        seed = self._agree(divided)
+        shared = list(dataloaders) if use_distributed_sampler else []
+        divided = [loader for loader in shared if not divides_itself(loader, *shard)]
+        seed = self._agree(divided, shared)
+        self._count_exchanges()
+        compare = self._comparison() if any(isinstance(d.dataset, IterableDataset) for d in shared) else None
         for loader in dataloaders:
             order = Order(seed, self._loaders.number())
             state = adopt_loader(
@@ -133,6 +144,8 @@ class SetUp(Core):
                 split=use_distributed_sampler,
                 weigh=weigh_uneven,
             )
+            if state.iterable is not None and compare is not None:
+                state.compare, state.iterable.compare = compare, True
             self._loaders.add(state)
             self._session.release_on_close(loader, _if_adopted(release_loader))
         return dataloaders[0] if len(dataloaders) == 1 else list(dataloaders)
@@ -184,14 +197,49 @@ class SetUp(Core):
         adopt_optimizer(optimizer, hooks=self._hooks, names=names, phase=phase)
         self._session.release_on_close(optimizer, _if_adopted(release_optimizer))
 
-    def _agree(self, loaders: Iterable[DataLoader[Any]]) -> int:
-        """Return rank 0's seed, and give the users' own generators rank 0's state: all ranks draw alike."""
+    def _agree(self, loaders: Sequence[DataLoader[Any]], shared: Sequence[DataLoader[Any]]) -> int:
+        """Return rank 0's seed, and give the users' own generators rank 0's state: all ranks draw alike.
+
+        Args:
+            loaders: whose generators are made alike.
+            shared: whose data must be the same on all ranks.
+
+        Raises:
+            SettingError: on all ranks, if the data of a loader differ, or are divided already.
+        """
         sources = [source for loader in loaders for source in sources_of(loader)]
-        mine = (torch.initial_seed(), [get_state(source) for source in sources])
-        seed, states = self._hooks.collective_broadcast_object(obj=mine, src=0, group=None)
+        if self.world_size == 1:
+            return torch.initial_seed()
+        found = [(signature(d, deep=self._loaders.is_new(d.dataset)), divider(d)) for d in shared]
+        states = [get_state(source) for source in sources] if self.is_global_zero else None
+        everyone = self._hooks.collective_all_gather_object(obj=(torch.initial_seed(), states, found), group=None)
+        check_same([[each for each, _ in found] for _, _, found in everyone])
+        check_undivided([[name for _, name in found] for _, _, found in everyone])
+        seed, states, _ = everyone[0]
         for source, state in zip(sources, states, strict=True):
             set_state(source, state)
         return int(seed)
+
+    def _count_exchanges(self) -> None:
+        """Have the collectives counted, where a forward makes none: then it can be told whether the script did."""
+        group = self._hooks.collective_process_group()
+        counter = getattr(group, "_get_sequence_number_for_group", None)  # not public; there in torch 2.4 to 2.13
+        provides = self.plan.choices["strategy"].descriptor.provides
+        if self.world_size > 1 and counter is not None and "sharded" not in provides:
+            self._phase.weights.exchanges = counter
+            self._phase.weights.speaks = self.is_global_zero
+
+    def _comparison(self) -> Callable[..., None] | None:
+        """Return what compares the first windows of streams, at the store at which the ranks met; None without one."""
+        group = self._hooks.collective_process_group()
+        if self.world_size == 1 or not hasattr(group, "get_group_store"):
+            return None
+        store = group.get_group_store()
+        # A job may be set up more than once over one store: the user's own process group stays.
+        turn = store.add(f"plugframe/streams/{self.global_rank}", 1)
+        return functools.partial(
+            check_window, store=store, prefix=f"{turn}", rank=self.global_rank, num_ranks=self.world_size
+        )
 
     def _training(self) -> bool:
         return torch.is_grad_enabled() and any(module.training for module in self._living())

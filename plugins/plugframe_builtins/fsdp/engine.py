@@ -105,7 +105,8 @@ class Engine:
             raise
         finally:
             self._inside = False
-        if not torch.is_grad_enabled():
+        if evaluates:
+            # With gradients too: a rank that only helped has its part alone again, and all must gather next time.
             self.reshard()
         return sealed.content
 
