@@ -29,7 +29,9 @@ CODE = "the code"
 LAUNCHED = "PLUGFRAME_LAUNCHED"
 #: Set for ranks that wait for one under a debugger: no timeout in the code shall end them.
 PATIENT = "PLUGFRAME_PATIENT"
-OTHER_VARIABLES = (FROM_COMMAND_LINE, LAUNCHED, PATIENT, "PLUGFRAME_TRACE", CONFIG, DISABLE, ALLOW)
+#: A number that all ranks of a job share and no other job has: the seed where the code asks for any.
+JOB_SEED = "PLUGFRAME_JOB_SEED"
+OTHER_VARIABLES = (FROM_COMMAND_LINE, LAUNCHED, PATIENT, JOB_SEED, "PLUGFRAME_TRACE", CONFIG, DISABLE, ALLOW)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from plugframe.adopt.epochs import EpochOf
 from plugframe.adopt.order import Draws, Order
+from plugframe.adopt.own import Held
 from plugframe.adopt.shard import ShardedIterable, Start
 from plugframe.adopt.sources import get_state, pack, set_state, unpack
 from plugframe.adopt.swap import KEY, State
@@ -55,7 +56,9 @@ class LoaderState(State):
         index: of this rank's share of the data.
         seeding: whether batches are being handed to worker processes that seed themselves for each.
         draws: gives the random numbers for the sampler in an epoch.
-        sources: the user's own generators that its samples are drawn from.
+        sources: the user's own generators that the order of its samples is drawn from.
+        held: those in this process that the samples themselves are changed with; see `plugframe.adopt.own`.
+        salts: of those that its dataset or ``collate_fn`` held at set-up.
         resumes: whether it goes on in the middle of an epoch by what is known here.
         loader: returns the loader, while there is one.
         moved: whether the loader has been told where to go on, and the pass that does is still to begin.
@@ -85,6 +88,8 @@ class LoaderState(State):
         self.replaced: dict[str, Any] = {}
         self.targets: list[EpochOf] = []
         self.sources: list[Any] = []
+        self.held: Held = {}
+        self.salts: dict[str, int] = {}
         self.readings: list[Reading] = []
         self.kept: Mapping[str, Any] | None = None
         self.beginning: Reading | None = None

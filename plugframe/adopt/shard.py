@@ -255,6 +255,10 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
         self._told[0], self._told[1] = epoch, even
         self._told[2] += 1
 
+    def seed_of_worker(self, worker: int) -> int:
+        """Return a seed for worker `worker` in the epoch that starts, equal on all ranks."""
+        return self._order.seed_of(int(self._told[0]), -1, worker)
+
     def length(self, even: bool, original: Callable[[], int]) -> int:
         """Return what `original`, which counts the batches of a loader, says for this rank's share."""
         self._counted = even

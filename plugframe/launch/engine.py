@@ -36,7 +36,7 @@ from plugframe.launch.rendezvous import Loopback
 from plugframe.launch.report import Ending, Report, culprit_of, mark, report, summary
 from plugframe.launch.signals import WARNING, Signals
 from plugframe.launch.watch import Rank, Watch, is_child
-from plugframe.request import LAUNCHED
+from plugframe.request import JOB_SEED, LAUNCHED
 
 _MONITOR_S = 0.05
 #: Beats between two looks for ranks that have vanished, and how many such looks are proof.
@@ -354,6 +354,8 @@ class _VanishedError(Exception):
 def _environment(job: Job, extra: Mapping[str, str]) -> Iterator[None]:
     """Set the ranks' variables in this process, from which they inherit them; put back what was there."""
     wanted = {**job.environ, **extra, LAUNCHED: "1"}
+    if job.num_nodes == 1:  # several nodes share where they meet
+        wanted[JOB_SEED] = os.urandom(8).hex()
     if "OMP_NUM_THREADS" not in os.environ:
         # One process for each core's worth of threads: the default, all cores in every rank, is many times slower.
         wanted.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // job.num_processes)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from plugframe.adopt import (
     release_optimizer,
     state_of,
 )
-from plugframe.adopt.loader import check_unread, divides_itself, sources_of
+from plugframe.adopt.loader import check_unread, divides_itself, held_by, sources_of
 from plugframe.adopt.module import checked_name
 from plugframe.adopt.sources import get_state, set_state
 from plugframe.base.deferred import check_values, resuming
@@ -183,13 +183,19 @@ class SetUp(Core):
         adopt_optimizer(optimizer, hooks=self._hooks, names=names, phase=phase)
         self._session.on_close(_release, weakref.ref(optimizer), release_optimizer)
 
-    def _agree(self, loaders: Iterable[DataLoader[Any]]) -> int:
+    def _agree(self, loaders: Sequence[DataLoader[Any]]) -> int:
         """Return rank 0's seed, and give the users' own generators rank 0's state: all ranks draw alike."""
         sources = [source for loader in loaders for source in sources_of(loader)]
-        mine = (torch.initial_seed(), [get_state(source) for source in sources])
-        seed, states = self._hooks.collective_broadcast_object(obj=mine, src=0, group=None)
+        # Ranks that read the same batches must change them alike too.
+        held = [held_by(loader) for loader in loaders] if self._hooks.strategy_data_shard()[1] < self.world_size else []
+        states_held = [{path: get_state(source) for path, source in each.items()} for each in held]
+        mine = (torch.initial_seed(), [get_state(source) for source in sources], states_held)
+        seed, states, states_held = self._hooks.collective_broadcast_object(obj=mine, src=0, group=None)
         for source, state in zip(sources, states, strict=True):
             set_state(source, state)
+        for each, of_rank_0 in zip(held, states_held, strict=True):
+            for path in each.keys() & of_rank_0.keys():
+                set_state(each[path], of_rank_0[path])
         return int(seed)
 
     def _training(self) -> bool:
