@@ -7,8 +7,9 @@ import inspect
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -16,6 +17,9 @@ from plugframe.adopt.optimizer import keeps_gradients, zeroing
 from plugframe.adopt.swap import KEY, State, adopt, plain_class, release
 from plugframe.base.precision import Precision
 from plugframe.errors import SettingError, UsageError, closest
+
+if TYPE_CHECKING:
+    from plugframe.draws import DrawCheck
 
 #: What ``torch.compile(module)`` puts before every key of the module's state.
 COMPILED = "_orig_mod."
@@ -28,11 +32,13 @@ class Phase:
         backward: whether gradients are being computed: a forward that runs then is one run again, by activation
             checkpointing, in the middle of a call that is over.
         called: whether ``lite.backward`` was ever called.
+        draws: looks at the random numbers of the first steps; None once it has.
         explain: makes of an error that came of another rank the one that says where all ranks are; None with one.
     """
 
     backward = False
     called = False
+    draws: DrawCheck | None = None
     explain: Callable[[RuntimeError], Exception | None] | None = None
 
 
@@ -59,6 +65,8 @@ class ModuleState(State):
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``call(*args, **kwargs)`` under precision and strategy."""
         engine = self.engine
+        draws = self.phase.draws
+        drawn = None if draws is None or torch.compiler.is_compiling() else draws.enter()
         self.inside = True
         try:
             if self._convert_input is not None:
@@ -77,6 +85,8 @@ class ModuleState(State):
             raise failure from error
         finally:
             self.inside = False
+            if drawn is not None and draws is not None:
+                draws.leave(drawn)
 
 
 def _own(hooks: Any, name: str) -> Callable[..., Any] | None:

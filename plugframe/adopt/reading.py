@@ -105,6 +105,7 @@ class LoaderState(State):
             target.tell(self.epoch)
         if self.job is not None:
             self.job.begun = True
+            self.job.passes += 1
         reading = self.beginning = Reading(self.epoch, self.sources, even=self.training())
         # A pass without gradients is no epoch of the training: one rank may evaluate alone, and the order stays common.
         self.epoch += torch.is_grad_enabled()
@@ -210,11 +211,13 @@ class Loaders:
     Attributes:
         active: those that are being read.
         begun: whether any was read, since a checkpoint was loaded.
+        passes: how many passes were begun.
     """
 
     def __init__(self) -> None:
         self.active: list[LoaderState] = []
         self.begun = False
+        self.passes = 0
         self._next = 0
         self._states: weakref.WeakValueDictionary[int, LoaderState] = weakref.WeakValueDictionary()
         self._waiting: dict[int, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {}

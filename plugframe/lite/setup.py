@@ -27,9 +27,11 @@ from plugframe.adopt.module import checked_name
 from plugframe.adopt.sources import get_state, set_state
 from plugframe.base.deferred import check_values, resuming
 from plugframe.base.telling import warn_caller
+from plugframe.draws import DrawCheck
 from plugframe.errors import OrderError, SettingError
 from plugframe.lite.core import Core
 from plugframe.naming import Names, names_of
+from plugframe.streams import RankStreams
 
 
 class SetUp(Core):
@@ -64,6 +66,7 @@ class SetUp(Core):
         self._adopt(module, engine, names)
         for optimizer, own in zip(prepared, called, strict=True):
             self._adopt_optimizer(optimizer, own)
+        self._draw_apart()
         extra = () if scheduler is None else (scheduler,)
         return (module, *prepared, *extra) if optimizers or extra else module
 
@@ -78,6 +81,7 @@ class SetUp(Core):
         module = self._prepare(module, move_to_device, "setup_module")
         engine = self._hooks.strategy_setup_module(module=module)
         self._adopt(module, engine, names)
+        self._draw_apart()
         return module
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
@@ -197,6 +201,18 @@ class SetUp(Core):
             for path in each.keys() & of_rank_0.keys():
                 set_state(each[path], of_rank_0[path])
         return int(seed)
+
+    def _draw_apart(self) -> None:
+        """From the first set-up of a model on ranks may have random numbers of their own."""
+        if self._streams is not None:
+            return
+        index, count = self._hooks.strategy_data_shard()
+        self._streams = RankStreams(index=index, count=count, hooks=self._hooks)
+        self._session.on_close(self._streams.close)
+        self._streams.open()
+        if self.world_size > 1 and not self.plan.simulated:
+            context = self._session.started()
+            self._phase.draws = DrawCheck(index=index, hooks=self._hooks, context=context, loaders=self._loaders)
 
     def _training(self) -> bool:
         return torch.is_grad_enabled() and any(module.training for module in self._living())
