@@ -13,9 +13,10 @@ from plugframe.checkpoint.stored import materialize
 from plugframe.errors import CheckpointError, SettingError
 from plugframe.hooks.checkpoint import SaveHandle
 from plugframe.naming import Naming
-from plugframe.seed import rng_state, set_rng_state
+from plugframe.seed import PROCESS, mix, rng_state, set_rng_state
 from plugframe.session import Session
 from plugframe.state import Filter, Restore, collect
+from plugframe.streams import RankStreams, restored
 
 #: The key of a checkpoint under which plugframe keeps what an exact resume needs besides the user's objects.
 RUN = "__plugframe__"
@@ -105,6 +106,8 @@ def load(
         return {key: materialize(value) for key, value in loaded.items()}
     # Read before anything is written: what can fail must have failed then.
     run = materialize(run)
+    if run is not None:
+        loaders.check(run["loaders"])
     restore = Restore(session.hooks, path=target, strict=strict, naming=naming)
     rest = restore.into(state, loaded)
     restore.apply()
@@ -150,6 +153,10 @@ def _run_state(session: Session, loaders: Loaders) -> dict[str, Any]:
     hooks = session.hooks
     common, own = loaders.where()
     mine = {**rng_state(), "loaders": own}
+    mine["index"] = hooks.strategy_data_shard()[0]
+    common_draws = PROCESS.streams.state() if PROCESS.streams is not None else None
+    if common_draws is not None:
+        mine["common"] = common_draws
     device = hooks.accelerator_rng_state(device=session.device)
     if device is not None:
         mine["device"] = device
@@ -166,21 +173,37 @@ def _run_state(session: Session, loaders: Loaders) -> dict[str, Any]:
 def _restore_run(session: Session, run: Mapping[str, Any], loaders: Loaders) -> None:
     hooks, world = session.hooks, session.world
     hooks.precision_load_state(state=run["precision"])
-    if len(run["rng"]) != world.world_size:
-        loaders.go_on(run["loaders"], None)
-        if world.global_rank == 0:
-            begun = any(kept["position"] for kept in run["loaders"]["known"])
-            what = " An epoch that had begun begins anew." if begun else ""
-            message = (
-                f"The random generators were not restored: {len(run['rng'])} ranks saved, {world.world_size} load."
-            )
-            warn_caller(message + what)
-        return
-    mine = run["rng"][world.global_rank]
-    loaders.go_on(run["loaders"], mine["loaders"])
-    if "device" in mine:
-        hooks.accelerator_set_rng_state(state=mine["device"], device=session.device)
-    set_rng_state(mine)
+    saved: list[Mapping[str, Any]] = run["rng"]
+    index, count = hooks.strategy_data_shard()
+    before = {each.get("index", rank): each for rank, each in enumerate(saved)}
+    mine = saved[world.global_rank] if len(saved) == world.world_size else before.get(index)
+    if mine is not None and mine.get("index", index) != index:
+        mine = before.get(index)  # as many ranks, which now share the data in another way
+    state = dict(mine or saved[0])
+    # A place that an older plugframe saved holds for as many ranks alone.
+    anew = len(saved) != world.world_size and any(k["position"] and "layout" not in k for k in run["loaders"]["known"])
+    # What the order of samples goes by is the same on all ranks.
+    loaders.go_on(run["loaders"], None if anew else state["loaders"], same=mine is not None)
+    if "device" in state:
+        hooks.accelerator_set_rng_state(state=state["device"], device=session.device)
+    set_rng_state(state)
+    restored(state.get("common"))
+    apart = len(before) > 1 and "common" in saved[0]
+    if mine is None and (apart or PROCESS.per_rank):
+        RankStreams(index=index, count=count, hooks=hooks).seed_apart(mix(saved[0]["torch"].tolist()))
+    if len(saved) != world.world_size or ("index" in saved[0] and len(before) != count):
+        what = " An epoch that had begun begins anew." if anew else ""
+        _tell(session, _other_ranks(len(saved), world.world_size, new=count - len(before)) + what)
+
+
+def _other_ranks(before: int, now: int, *, new: int) -> str:
+    """Say what becomes of random numbers where another number of ranks loads."""
+    if new > 0:
+        what = f"{new} new one{'s' * (new != 1)} with numbers derived from those of the first"
+    else:
+        what = "those of the others are left out"
+    ranks = f"{before} rank{'s' * (before != 1)} saved, {now} load"
+    return f"{ranks}: each goes on with the random numbers of its share of the data, {what}."
 
 
 def _info(session: Session) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class ProcessSeed:
         seed: None before the first `seed_everything`.
         drawn: whether the seed was drawn here: then it must be rank 0's on all ranks once they can communicate.
         per_rank: what `seed_everything` was told; None if nothing.
+        restored: whether its generators were put back from a checkpoint since.
+        common: the state of the numbers that are equal on all ranks there; None if all were.
         streams: gives each rank its own numbers; None before the first set-up of a model.
     """
 
@@ -42,6 +44,8 @@ class ProcessSeed:
         self.seed: int | None = None
         self.drawn = False
         self.per_rank: bool | None = None
+        self.restored = False
+        self.common: torch.Tensor | None = None
         self.streams: RankStreams | None = None
 
 
@@ -87,6 +91,7 @@ def seed_process(
     if per_rank is not None and not isinstance(per_rank, bool):
         raise SettingError(f"per_rank={per_rank!r} of seed_everything() must be True, False or None.")
     PROCESS.seed, PROCESS.drawn, PROCESS.per_rank = number, drawn, per_rank
+    PROCESS.restored, PROCESS.common = False, None
     seed_generators(number)
     if device is not None:
         device(number)

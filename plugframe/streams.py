@@ -42,9 +42,16 @@ class RankStreams:
             PROCESS.streams = None
 
     def seeded(self, process: ProcessSeed) -> None:
-        """Note that the process was seeded: all ranks draw alike now."""
+        """Note that the process was seeded: all ranks draw alike now, but where a checkpoint gave each its own."""
         self._give_back()
-        if process.per_rank and process.seed is not None and self.count > 1:
+        if process.restored and (process.common is not None or not process.per_rank):
+            self._common = None if process.common is None else _common_split(process.common)
+        elif process.restored and self.count > 1:
+            state = torch.get_rng_state()
+            self._common = _common_split(state)
+            if self.index:
+                self.seed_apart(mix(state.tolist()))
+        elif process.per_rank and process.seed is not None and self.count > 1:
             self._common = _common_split(torch.get_rng_state())
             if self.index:
                 self.seed_apart(mix(process.seed, "rank"))
@@ -58,12 +65,6 @@ class RankStreams:
     def state(self) -> torch.Tensor | None:
         """Return the state of the numbers that stay equal, for a checkpoint; None if this rank has no others."""
         return None if self._common is None else self._common.get_state()
-
-    def restore(self, state: torch.Tensor | None) -> None:
-        """Put back what `state` gave: the generators are each rank's own now if there is any, else equal."""
-        self._give_back()
-        if state is not None:
-            self._common = _common_split(state.to(torch.uint8))
 
     def _give_back(self) -> None:
         if self._common is not None:
@@ -81,3 +82,16 @@ def _common_split(state: torch.Tensor) -> torch.Generator:
     generator.set_state(state)
     random_split.__defaults__ = (generator,)
     return generator
+
+
+def restored(common: torch.Tensor | None) -> None:
+    """Note that the generators of this process were put back from a checkpoint.
+
+    Args:
+        common: what `RankStreams.state` gave when it was saved. If it is None all ranks drew alike then; where
+            `seed_everything` now asks for their own numbers, they have them from here on.
+    """
+    PROCESS.restored = True
+    PROCESS.common = None if common is None else common.to(torch.uint8)
+    if PROCESS.streams is not None:
+        PROCESS.streams.seeded(PROCESS)

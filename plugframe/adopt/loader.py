@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Se
 from torch.utils.data import sampler as torch_samplers
 
 from plugframe.adopt.epochs import epoch_targets
+from plugframe.adopt.layout import Layout
 from plugframe.adopt.order import Draws, Order
 from plugframe.adopt.own import Held, held_sources, reseed, salts
 from plugframe.adopt.reading import LoaderState, Reading
@@ -79,7 +80,7 @@ def _iter(self: Any) -> Iterator[Any]:
         return original(self)  # type: ignore[no-any-return]
     # A class with a way of its own to begin may read whatever it likes before and after; one that keeps its own
     # position begins as torch's does.
-    seeded = _is_indexed(state, original) or (state.divided and not state.resumes)
+    seeded = state.indexed or (state.divided and not state.resumes)
     begin = functools.partial(_begin_seeded, state, original) if seeded else original
     reading = state.begin()
     if state.moved:
@@ -92,12 +93,15 @@ def _iter(self: Any) -> Iterator[Any]:
     kept, state.kept = state.kept, None
     reading.position = kept["position"]
     # Where batches are made from indices, those that were read need not be made again; a stream can only be read.
-    if _is_indexed(state, original):
+    reading.origin, reading.first = kept["origin"], kept["first"]
+    if state.indexed:
         reading.skip = reading.position
     elif kept["place"] is not None and state.iterable is not None and self.num_workers == 0:
         state.iterable.go_on(kept["place"])
         with state.replaying(kept):  # what it drew to begin, it drew before the checkpoint was saved
             return _batches(state, reading, begin(self))
+    if state.iterable is not None:
+        state.iterable.pass_over(reading.origin)
     again = reading.position - reading.skip
     if again and state.index == 0:
         hint = " A stream with state_dict() that is read without workers goes on by itself." if state.iterable else ""
@@ -110,10 +114,6 @@ def _iter(self: Any) -> Iterator[Any]:
             if reading.weights:
                 reading.weights.popleft()
     return _batches(state, reading, iterator)
-
-
-def _is_indexed(state: LoaderState, original: Any) -> bool:
-    return state.divided and original is DataLoader.__iter__
 
 
 def _begin_seeded(state: LoaderState, original: Callable[[Any], Iterator[Any]], loader: Any) -> Iterator[Any]:
@@ -202,6 +202,8 @@ def adopt_loader(
         begin = state.begin_indices
         part = (0, 1) if divides_itself(loader, index, count) else shard
         _stand_in(loader, state, name, ShardedIndices(inner, index=part[0], count=part[1], begin=begin, even=training))
+    state.indexed = state.divided and type(loader).__iter__ is DataLoader.__iter__
+    state.layout = _layout(loader, state, index, count)
     _seed_apart(loader, state, index, count)
     namespace: dict[str, Any] = {"__iter__": _iter}
     if type(state.iterable) is SizedShardedIterable:
@@ -219,6 +221,23 @@ def release_loader(loader: DataLoader[Any]) -> None:
     for target in state.targets:
         target.release()
     _forget_workers(loader)
+
+
+def _layout(loader: DataLoader[Any], state: LoaderState, index: int, count: int) -> Layout:
+    """Return what a position in the loader goes by; where ranks or batches cannot change, its kind says why."""
+    size, plain = loader.batch_size or 1, type(loader).__iter__ is DataLoader.__iter__
+    if not state.resumes:
+        return Layout("it keeps its position itself", size, count)
+    if not plain:
+        return Layout("its __iter__ decides what it reads", size, count)
+    if state.iterable is not None:
+        return Layout("stream", size, count, loader.num_workers)
+    if not state.divided:
+        return Layout("the script divides its data itself (use_distributed_sampler=False)", size, count)
+    if divides_itself(loader, index, count):
+        return Layout("its sampler divides the data itself", size, count)
+    inner = state.replaced["batch_sampler" if loader.batch_sampler is not None else "sampler"]
+    return Layout("samples", size, count) if is_flat(inner) else Layout("batches", 1, count)
 
 
 def _seed_apart(loader: DataLoader[Any], state: LoaderState, index: int, count: int) -> None:

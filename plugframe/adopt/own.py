@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugframe.adopt.sources import get_state, is_source, pack
+from plugframe.adopt.sources import get_state, is_source, pack, set_state, unpack
 from plugframe.adopt.standin import StandIn
 
 #: By where they are held, as in ``"dataset.transforms.1.rng"``.
@@ -108,6 +108,17 @@ def _named_by(cls: type) -> list[tuple[str, Any]]:
                 if isinstance(method, FunctionType):
                     found += [(f"{name}.{key}", value) for key, value in _named(method)]
     return found
+
+
+def pack_held(held: Held) -> dict[str, Any]:
+    """Return the states of generators, for a checkpoint."""
+    return {path: pack(get_state(source)) for path, source in held.items()}
+
+
+def unpack_held(held: Held, states: Mapping[str, Any]) -> None:
+    """Put back what `pack_held` gave."""
+    for path in held.keys() & states.keys():
+        set_state(held[path], unpack(states[path]))
 
 
 def salts(held: Held) -> dict[str, int]:

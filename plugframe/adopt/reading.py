@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from plugframe.adopt.epochs import EpochOf
+from plugframe.adopt.layout import Layout, converted
 from plugframe.adopt.order import Draws, Order
-from plugframe.adopt.own import Held
+from plugframe.adopt.own import Held, pack_held, unpack_held
 from plugframe.adopt.shard import ShardedIterable, Start
 from plugframe.adopt.sources import get_state, pack, set_state, unpack
 from plugframe.adopt.swap import KEY, State
@@ -29,19 +30,25 @@ class Reading:
         weight: of the batch handed over last.
         weights: of the batches that were put together since, in order.
         skip: batches to leave out at the beginning.
+        origin: what all ranks together had read of the epoch when their number last changed: samples, or batches of
+            a batch sampler; positions count from there.
+        first: the number of the first batch from there, which its random numbers go by.
         begun: whether a sampler was asked for its indices.
-        before: the states of the process's generators, and of the user's own, when it began.
+        before: the states of the process's generators, of those the order is drawn from, and of those its samples
+            are changed with, when it began.
     """
 
-    def __init__(self, epoch: int, sources: list[Any], *, even: bool) -> None:
+    def __init__(self, epoch: int, sources: list[Any], held: Held, *, even: bool) -> None:
         self.epoch = epoch
         self.even = even
         self.position = 0
         self.weight = 1.0
         self.weights: deque[float] = deque()
         self.skip = 0
+        self.origin = 0
+        self.first = 0
         self.begun = False
-        self.before = (take_rng(), [get_state(source) for source in sources])
+        self.before = (take_rng(), [get_state(source) for source in sources], pack_held(held))
 
 
 class LoaderState(State):
@@ -54,6 +61,8 @@ class LoaderState(State):
         weight: what the last batch weighs against those of the other ranks; None outside of an epoch.
         divided: whether its indices are divided between the ranks here.
         index: of this rank's share of the data.
+        layout: what the place of a pass goes by besides its position.
+        indexed: whether it can leave out what was read, and need not read it again.
         seeding: whether batches are being handed to worker processes that seed themselves for each.
         draws: gives the random numbers for the sampler in an epoch.
         sources: the user's own generators that the order of its samples is drawn from.
@@ -70,6 +79,8 @@ class LoaderState(State):
     iterable: ShardedIterable | None = None
     divided = False
     index = 0
+    layout = Layout()
+    indexed = False
     seeding = False
     draws: Callable[[int], Draws | None]
     weight: float | None = None
@@ -106,7 +117,7 @@ class LoaderState(State):
         if self.job is not None:
             self.job.begun = True
             self.job.passes += 1
-        reading = self.beginning = Reading(self.epoch, self.sources, even=self.training())
+        reading = self.beginning = Reading(self.epoch, self.sources, self.held, even=self.training())
         # A pass without gradients is no epoch of the training: one rank may evaluate alone, and the order stays common.
         self.epoch += torch.is_grad_enabled()
         if self.iterable is not None:
@@ -123,11 +134,20 @@ class LoaderState(State):
             # A loader class that starts anew within one pass, as one without an end does: that is another epoch.
             again = self.begin()
             reading.epoch, reading.position, reading.before = again.epoch, 0, again.before
+            reading.origin = reading.first = 0
             self.beginning = reading
         reading.begun = True
         skip, reading.skip = reading.skip, 0
         seeds = functools.partial(self.order.seed_of, reading.epoch, self.index) if seeding else None
-        return Start(self.draws(reading.epoch), reading.even, reading.weights.append, skip, seeds)
+        return Start(
+            self.draws(reading.epoch),
+            reading.even,
+            reading.weights.append,
+            skip,
+            seeds,
+            origin=reading.origin,
+            first=reading.first,
+        )
 
     def hand_over(self, reading: Reading) -> None:
         """Note that `reading` has just read a batch."""
@@ -155,7 +175,7 @@ class LoaderState(State):
 
     def where(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return where the loader stands, for a checkpoint: what all ranks share, and what is this rank's own."""
-        common = {
+        common: dict[str, Any] = {
             "number": self.order.number,
             "seed": self.order.seed,
             "epoch": self.epoch,
@@ -163,23 +183,46 @@ class LoaderState(State):
             "early": self.early,
         }
         if not self.readings:
-            return common, {"generators": [pack(get_state(source)) for source in self.sources]}
+            return common, {
+                "generators": [pack(get_state(source)) for source in self.sources],
+                "held": pack_held(self.held),
+            }
         reading = self.readings[-1]
         common["epoch"] = reading.epoch
-        rng, sources = reading.before
+        rng, sources, held = reading.before
         own: dict[str, Any] = {"generators": [pack(state) for state in sources]}
+        own["held"] = pack_held(self.held) if self.indexed else held
         if self.resumes:
             common["position"] = reading.position
+            common.update(origin=reading.origin, first=reading.first, layout=list(self.layout))
             own["rng"] = rng_state(rng)
             place = self.iterable.place() if self.iterable is not None and reading.position else None
             if place is not None:
                 own["place"] = place
         elif (loader := self.loader()) is not None:
+            common["layout"] = list(self.layout)
             own["loader"] = loader.state_dict()
         return common, own
 
-    def go_on(self, common: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
-        """Have the next pass begin where `where` was asked; without what is a rank's own, at the epoch's beginning."""
+    def check(self, common: Mapping[str, Any]) -> None:
+        """Refuse a place that cannot be gone on from here.
+
+        Raises:
+            CheckpointMismatchError: saying what to do.
+        """
+        converted(common, self.layout)
+
+    def go_on(self, common: Mapping[str, Any], own: Mapping[str, Any] | None, *, same: bool) -> None:
+        """Have the next pass begin where `where` was asked.
+
+        Args:
+            own: what is a rank's own, None if no rank had it.
+            same: whether it is this rank's; if not, that of another one, which shares what the order is drawn from.
+
+        Raises:
+            CheckpointMismatchError: see `check`.
+        """
+        place = converted(common, self.layout)
         self.order.seed = common["seed"]
         self.epoch = common["epoch"]
         self.kept = None
@@ -187,12 +230,14 @@ class LoaderState(State):
             return
         for source, state in zip(self.sources, own["generators"], strict=False):
             set_state(source, unpack(state))
+        if same:
+            unpack_held(self.held, own.get("held", {}))
         loader = self.loader()
         if "loader" in own and loader is not None:
             loader.load_state_dict(own["loader"])
             self.moved = True
-        if common["position"]:
-            self.kept = {"position": common["position"], "rng": own["rng"], "place": own.get("place")}
+        if place.position or place.origin:
+            self.kept = {**place._asdict(), "rng": own["rng"], "place": own.get("place")}
 
     @contextmanager
     def replaying(self, kept: Mapping[str, Any]) -> Iterator[None]:
@@ -220,7 +265,7 @@ class Loaders:
         self.passes = 0
         self._next = 0
         self._states: weakref.WeakValueDictionary[int, LoaderState] = weakref.WeakValueDictionary()
-        self._waiting: dict[int, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {}
+        self._waiting: dict[int, tuple[Mapping[str, Any], Mapping[str, Any] | None, bool]] = {}
 
     def number(self) -> int:
         """Return a number for another loader, the same on every rank.
@@ -239,7 +284,8 @@ class Loaders:
         state.early = not self.begun
         self._states[state.order.number] = state
         if state.order.number in self._waiting:
-            state.go_on(*self._waiting.pop(state.order.number))
+            common, own, same = self._waiting.pop(state.order.number)
+            state.go_on(common, own, same=same)
 
     def clear(self) -> None:
         """Forget all."""
@@ -254,15 +300,26 @@ class Loaders:
         common = {"next": self._next, "known": [common for common, _ in states.values()]}
         return common, {str(number): own for number, (_, own) in states.items()}
 
-    def go_on(self, common: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
+    def check(self, common: Mapping[str, Any]) -> None:
+        """Refuse places that loaders cannot go on from: before anything is changed.
+
+        Raises:
+            CheckpointMismatchError: saying what to do.
+        """
+        for kept in common["known"]:
+            state = self._states.get(kept["number"])
+            if state is not None:
+                state.check(kept)
+
+    def go_on(self, common: Mapping[str, Any], own: Mapping[str, Any] | None, *, same: bool) -> None:
         """Have every loader go on where `where` was asked, also one that is still to be set up."""
         self._waiting.clear()
         for kept in common["known"]:
             number = kept["number"]
-            place = (kept, None if own is None else own.get(str(number)))
+            mine = None if own is None else own.get(str(number))
             if number in self._states:
-                self._states[number].go_on(*place)
-            elif number >= self._next and (kept["early"] or kept["position"]):
-                self._waiting[number] = place
+                self._states[number].go_on(kept, mine, same=same)
+            elif number >= self._next and (kept["early"] or kept["position"] or kept.get("origin")):
+                self._waiting[number] = (kept, mine, same)
         self._next = max(self._next, common["next"])
         self.begun = False

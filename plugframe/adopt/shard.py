@@ -107,6 +107,8 @@ class Start(NamedTuple):
         weigh: told the weight of every batch, in order.
         skip: batches to leave out, read before this process was started.
         seeds: gives each batch its seed, if worker processes make it.
+        origin: how many indices (or batches, of a batch sampler) all ranks read before: the shares begin after them.
+        first: the number of the first batch after `origin`.
     """
 
     draws: Draws | None
@@ -114,6 +116,8 @@ class Start(NamedTuple):
     weigh: Callable[[float], None]
     skip: int
     seeds: Seeds | None = None
+    origin: int = 0
+    first: int = 0
 
 
 class ShardedIndices(StandIn):
@@ -138,16 +142,18 @@ class ShardedIndices(StandIn):
         # And this not there: with worker processes torch asks for an iterator twice, and uses the second.
         start = begun()
         # One rank reads what the user's own sampler yields; every batch weighs 1.
-        alone = self._count == 1
+        alone = self._count == 1 and not start.origin
         batches = itertools.islice(_drawn(self._inner, start.draws), start.skip, None) if alone else self._part(start)
         if start.seeds is None:
             yield from batches
         else:
-            yield from map(SeededIndices, batches, map(start.seeds, itertools.count(start.skip)))
+            yield from map(SeededIndices, batches, map(start.seeds, itertools.count(start.first + start.skip)))
 
     def _part(self, start: Start) -> Iterator[Any]:
         flat = is_flat(self._inner)
         take = _taker(self._inner.sampler if flat else self._inner, start.draws)
+        if start.origin:
+            take(start.origin)
         if flat:
             size, drop_last = self._inner.batch_size, self._inner.drop_last
             shares = share_indices(
@@ -214,7 +220,7 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
 
     _own = (
         *("_inner", "_size", "_drop_last", "_index", "_count", "_weighed", "_order"),
-        *("_told", "_turn", "_passes", "_counted", "_draws", "_place"),
+        *("_told", "_turn", "_passes", "_counted", "_draws", "_place", "_origin"),
     )
 
     def __init__(
@@ -234,6 +240,7 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
         self._counted: bool | None = None
         self._draws: Draws | None = None
         self._place: Any = None
+        self._origin = 0
 
     def place(self) -> dict[str, Any] | None:
         """Return where the pass that began last is, None if the stream cannot tell."""
@@ -245,6 +252,10 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
         """Have the next pass begin where `place` was asked."""
         self._inner.load_state_dict(place["stream"])
         self._place = place["draws"]
+
+    def pass_over(self, number: int) -> None:
+        """Have the next pass begin after `number` items, which are read for nothing. Without worker processes."""
+        self._origin = number
 
     def share_memory(self) -> None:
         """Let worker processes that outlive an epoch hear `tell`."""
@@ -282,9 +293,13 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
             draws.restore(self._place)
             self._place = None
         self._draws = None if worker else draws
-        return self._share(_taker(self._inner, draws), bool(even))
+        take = _taker(self._inner, draws)
+        origin, self._origin = self._origin, 0
+        return self._share(take, bool(even), origin)
 
-    def _share(self, take: Callable[[int], list[Any]], even: bool) -> Iterator[Any]:
+    def _share(self, take: Callable[[int], list[Any]], even: bool, origin: int) -> Iterator[Any]:
+        while origin and take(min(origin, self._size)):
+            origin -= min(origin, self._size)
         place: dict[str, Any] = {
             "size": self._size,
             "drop_last": self._drop_last,
