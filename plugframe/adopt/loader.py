@@ -237,7 +237,7 @@ def _layout(loader: DataLoader[Any], state: LoaderState, index: int, count: int)
     if divides_itself(loader, index, count):
         return Layout("its sampler divides the data itself", size, count)
     inner = state.replaced["batch_sampler" if loader.batch_sampler is not None else "sampler"]
-    return Layout("samples", size, count) if is_flat(inner) else Layout("batches", 1, count)
+    return Layout("samples", inner.batch_size, count) if is_flat(inner) else Layout("batches", 1, count)
 
 
 def _seed_apart(loader: DataLoader[Any], state: LoaderState, index: int, count: int) -> None:
