@@ -19,15 +19,16 @@ from plugframe.seed import PROCESS
 _WHAT = ("the model (dropout and the like)", "the loop by torch", "the loop by random", "the loop by numpy")
 #: Sent for what cannot be told yet: a pass over a loader began meanwhile, which draws a number itself.
 _UNKNOWN = -1
-#: How many forwards are looked at, and how many backwards, in a loop in which every backward begins a pass.
-_FORWARDS, _BACKWARDS = 16, 6
+#: How many forwards are looked at, and after how many steps the ranks compare: two models in turn make a round of the
+#: loop two or more steps. Where every step begins a pass there are some more.
+_FORWARDS, _STEPS, _MOST_STEPS = 16, 4, 8
 
 
 class DrawCheck:
-    """Compares the ranks' random numbers at the first and the second backward of a job, and never again.
+    """Compares the ranks' random numbers after the first optimizer steps of a job, and never again.
 
-    Nothing is exchanged but a few numbers at those two: a step costs what it did. Between the two lies one whole round
-    of the loop, whatever it draws outside of the model.
+    A few numbers are exchanged at each of those: later steps cost what they did. What the loop draws outside of the
+    model is what is drawn from the end of one step to the end of the next.
 
     Args:
         index: of this rank's share of the data; ranks with equal index must draw alike.
@@ -42,7 +43,7 @@ class DrawCheck:
         self._context = context
         self._loaders = loaders
         self._forwards = 0
-        self._backwards = 0
+        self._steps = 0
         self._model = 0
         self._before: list[int] = []
         self._passes = 0
@@ -59,13 +60,13 @@ class DrawCheck:
         if self._of_torch() != before:
             self._model = before
 
-    def at_backward(self) -> bool:
-        """Compare, and return whether the check is over. Called on every rank before a backward.
+    def at_step(self) -> bool:
+        """Compare, and return whether the check is over. Called on every rank after an optimizer step.
 
         Raises:
             OutOfSyncError: on all ranks, if the ranks of a tensor group drew different numbers for the same data.
         """
-        self._backwards += 1
+        self._steps += 1
         mine = [self._index, self._model, *self._of_loop()]
         sent = torch.tensor(mine, dtype=torch.int64, device=self._context.device)
         rows = self._hooks.collective_all_gather(tensor=sent, group=None, sync_grads=False).tolist()
@@ -77,8 +78,8 @@ class DrawCheck:
                 "per_rank=True) gives each its own; per_rank=False says that equal ones are meant.",
                 warn=True,
             )
-        waiting = self._backwards == 1 or any(_UNKNOWN in row[2:] for row in rows)
-        if same or not waiting or self._backwards >= _BACKWARDS:
+        waiting = self._steps < _STEPS or any(_UNKNOWN in row[2:] for row in rows)
+        if same or not waiting or self._steps >= _MOST_STEPS:
             return True
         self._before, self._passes = self._all(), self._loaders.passes
         return False

@@ -321,7 +321,7 @@ def ranks_of_one_group_must_draw_alike(lite: Lite) -> None:
     torch.rand(1)
     check.leave(before)
     with pytest.raises(OutOfSyncError, match="Ranks 0 and 1 read the same batches, and the model drew different"):
-        check.at_backward()
+        check.at_step()
 
 
 CHECKS = (

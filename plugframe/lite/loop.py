@@ -31,8 +31,6 @@ class Loop(Core):
         checks.check_loss(tensor, set_up=bool(self._modules))
         if model is None and len(self._modules) == 1:
             model = self._modules[0]()
-        if self._phase.draws is not None and self._phase.draws.at_backward():
-            self._phase.draws = None
         weight = self.batch_weight
         if weight != 1.0:
             tensor = tensor * weight

@@ -184,7 +184,7 @@ class SetUp(Core):
 
     def _adopt_optimizer(self, optimizer: Optimizer, names: Names | None) -> None:
         phase = self._phase if self._session.world.global_rank == 0 else None
-        adopt_optimizer(optimizer, hooks=self._hooks, names=names, phase=phase)
+        adopt_optimizer(optimizer, hooks=self._hooks, names=names, phase=phase, job=self._phase)
         self._session.on_close(_release, weakref.ref(optimizer), release_optimizer)
 
     def _agree(self, loaders: Sequence[DataLoader[Any]]) -> int:
