@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from plugframe import Lite, OutOfSyncError, SettingError, seed_everything
 from plugframe.adopt.own import held_sources
 from plugframe.draws import DrawCheck
-from plugframe.seed import GLOBAL_SEED, JOB_SEED, PROCESS
+from plugframe.seed import GLOBAL_SEED, JOB_SEED, PROCESS, seed_process
 from plugframe.world import World
 from ranks import run_checks
 
@@ -233,8 +233,8 @@ def a_drawn_seed_is_rank_0s(lite: Lite) -> None:
     """``seed_everything()`` gives all ranks one seed, whether the job runs already or begins later."""
     assert len(set(everyones(lite, lite.seed_everything()))) == 1
     assert len(set(everyones(lite, torch.rand(()).item()))) == 1
-    seed_everything(5)
-    PROCESS.seed, PROCESS.drawn = 100 + lite.global_rank, True  # as two processes with nothing in common would
+    # As two processes with nothing in common would.
+    seed_process(100 + lite.global_rank, drawn=True, per_rank=None)
     from plugframe.agreement import agree
 
     agree(lite.plan, lite._session.started())
