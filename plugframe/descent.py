@@ -19,7 +19,7 @@ from typing import Any
 from plugframe.errors import OrderError, PluginError
 from plugframe.options import variable_of
 from plugframe.registry import Registry
-from plugframe.request import FIELDS, FROM_COMMAND_LINE, LAUNCHED, MEETING, PATIENT, RANK, TOKEN, variable
+from plugframe.request import FIELDS, FROM_COMMAND_LINE, JOB_SEED, LAUNCHED, MEETING, PATIENT, RANK, TOKEN, variable
 
 
 class Place:
@@ -157,7 +157,7 @@ def _started() -> str:
 def _settings(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that carry what was typed for the job; what the user has set by hand is left out."""
     typed = environ.get(FROM_COMMAND_LINE, "").split(",")
-    names = [FROM_COMMAND_LINE, LAUNCHED, PATIENT, MEETING, TOKEN]
+    names = [FROM_COMMAND_LINE, LAUNCHED, PATIENT, MEETING, TOKEN, JOB_SEED]
     names += [variable(word) for word in typed if word in FIELDS]
     names += [variable_of(word) for word in typed if word.startswith("--")]
     return {name: environ[name] for name in names if name in environ}

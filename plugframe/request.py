@@ -33,10 +33,12 @@ PATIENT = "PLUGFRAME_PATIENT"
 MEETING = "PLUGFRAME_JOB_STORE"
 #: Shared by the ranks of a job, and by the launchers of several nodes; see `plugframe.base.job_token`.
 TOKEN = "PLUGFRAME_JOB_TOKEN"
+#: A number that all ranks of a job share and no other job has: the seed where the code asks for any.
+JOB_SEED = "PLUGFRAME_JOB_SEED"
 #: Set by a process that acts as a rank, for the programs it starts: see `plugframe.descent`.
 RANK = "PLUGFRAME_RANK"
 OTHER_VARIABLES = (
-    *(FROM_COMMAND_LINE, LAUNCHED, PATIENT, MEETING, TOKEN, RANK),
+    *(FROM_COMMAND_LINE, LAUNCHED, PATIENT, MEETING, TOKEN, JOB_SEED, RANK),
     *("PLUGFRAME_TRACE", CONFIG, DISABLE, ALLOW),
 )
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from plugframe.adopt.reading import Loaders
 from plugframe.base.telling import warn_caller
 from plugframe.checkpoint.stored import materialize
-from plugframe.seed import rng_problem, rng_state, set_rng_state
+from plugframe.seed import PROCESS, mix, rng_problem, rng_state, set_rng_state
 from plugframe.session import Session
 from plugframe.state import Restore
+from plugframe.streams import RankStreams, restored
 
 
 def run_state(session: Session, loaders: Loaders) -> dict[str, Any]:
     """Return it, of all ranks. Every rank must call it."""
     hooks = session.hooks
     common, own = loaders.where()
-    mine = {**rng_state(), "loaders": own}
+    mine = {**rng_state(), "loaders": own, "index": hooks.strategy_data_shard()[0]}
+    common_draws = PROCESS.streams.state() if PROCESS.streams is not None else None
+    if common_draws is not None:
+        mine["common"] = common_draws
     device = hooks.accelerator_rng_state(device=session.device)
     if device is not None:
         mine["device"] = device
@@ -44,8 +48,10 @@ class RunState:
         self._run = run
         self._loaders = loaders
         self._rng = rng
-        self._num_saved = 0
-        self._mine: dict[str, Any] | None = None
+        # What the rank saved that had this rank's share of the data, or rank 0 in its place.
+        self._own: dict[str, Any] = {}
+        self._has_own = self._begins_anew = False
+        self._told = ""
 
     def plan(self, restore: Restore) -> None:
         """Check everything, and plan what can be undone. Problems are those of the whole load."""
@@ -63,36 +69,60 @@ class RunState:
 
     def finish(self) -> None:
         """Put back the random generators, last of all: what was written before may have drawn from them."""
-        if self._num_saved != self._session.world.world_size:
-            self._tell_of_ranks()
-        elif self._rng and self._mine is not None:
-            if "device" in self._mine:
-                self._session.hooks.accelerator_set_rng_state(state=self._mine["device"], device=self._session.device)
-            set_rng_state(self._mine)
+        if self._rng:
+            hooks, device = self._session.hooks, self._session.device
+            if "device" in self._own:
+                hooks.accelerator_set_rng_state(state=self._own["device"], device=device)
+            set_rng_state(self._own)
+            restored(self._own.get("common"))
+            self._draw_apart()
+        if self._told and self._session.world.global_rank == 0:
+            warn_caller(self._told)
+
+    def _draw_apart(self) -> None:
+        """Give a rank that no rank saved for numbers of its own, where the ranks had such."""
+        saved = self._run["rng"]
+        apart = len(_shares(saved)) > 1 and "common" in saved[0]
+        if not self._has_own and (apart or PROCESS.per_rank):
+            index, count = self._session.hooks.strategy_data_shard()
+            streams = RankStreams(index=index, count=count, hooks=self._session.hooks)
+            streams.seed_apart(mix(saved[0]["torch"].tolist()))
 
     def _problem(self) -> str | None:
         try:
             self._run = materialize(self._run)
             if not isinstance(self._run["precision"], dict):
                 return "the state of the loss scaler is none"
-            ranks, common = self._run["rng"], self._run["loaders"]
-            self._num_saved = len(ranks)
-            if self._num_saved == self._session.world.world_size:
-                self._mine = dict(ranks[self._session.world.global_rank])
-                own = self._mine["loaders"]
-            else:
-                own = None
+            self._choose()
+            common, own = self._run["loaders"], self._own["loaders"]
         except Exception as error:  # noqa: BLE001 a file may hold anything
             return f"what it holds of the run is not what was saved: {type(error).__name__}: {error}"
-        if self._rng and self._mine is not None:
-            problem = rng_problem(self._mine) or self._device_problem(self._mine) or self._loaders.problem(common, own)
-            return problem and f"{problem}: pass rng=False to go on without the states of random generators"
-        if self._mine is not None:
-            self._mine["loaders"] = own = {
-                number: {key: value for key, value in each.items() if key not in ("rng", "generators")}
-                for number, each in own.items()
-            }
-        return self._loaders.problem(common, own)
+        without = {
+            number: {key: value for key, value in each.items() if key not in ("rng", "generators", "held")}
+            for number, each in own.items()
+        }
+        problem = self._loaders.problem(common, without)
+        if problem is not None or not self._rng:
+            self._own["loaders"] = without
+            return problem
+        problem = rng_problem(self._own) or self._device_problem(self._own) or self._loaders.problem(common, own)
+        return problem and f"{problem}: pass rng=False to go on without the states of random generators"
+
+    def _choose(self) -> None:
+        """Choose what this rank goes on with of what the ranks saved that there were."""
+        saved: list[Mapping[str, Any]] = self._run["rng"]
+        world, (index, count) = self._session.world, self._session.hooks.strategy_data_shard()
+        shares = _shares(saved)
+        mine = saved[world.global_rank] if len(saved) == world.world_size else shares.get(index)
+        if mine is not None and mine.get("index", index) != index:
+            mine = shares.get(index)  # as many ranks, which now share the data in another way
+        self._own, self._has_own = dict(mine or saved[0]), mine is not None
+        others = len(saved) != world.world_size
+        # A place that an older plugframe saved holds for as many ranks alone.
+        self._begins_anew = others and any(k["position"] and "layout" not in k for k in self._run["loaders"]["known"])
+        if others or ("index" in saved[0] and len(shares) != count):
+            what = " An epoch that had begun begins anew." if self._begins_anew else ""
+            self._told = _other_ranks(len(saved), world.world_size, new=count - len(shares)) + what
 
     def _device_problem(self, mine: Mapping[str, Any]) -> str | None:
         """Try the state of the device's generator, and put back what it had."""
@@ -116,14 +146,21 @@ class RunState:
         return lambda: hooks.precision_load_state(state=before)
 
     def _go_on(self) -> None:
-        self._loaders.go_on(self._run["loaders"], None if self._mine is None else self._mine["loaders"])
+        # What the order of samples goes by is the same on all ranks.
+        own = None if self._begins_anew else self._own["loaders"]
+        self._loaders.go_on(self._run["loaders"], own, same=self._has_own)
 
-    def _tell_of_ranks(self) -> None:
-        world = self._session.world
-        if world.global_rank == 0:
-            begun = any(kept["position"] for kept in self._run["loaders"]["known"])
-            what = " An epoch that had begun begins anew." if begun else ""
-            message = (
-                f"The random generators were not restored: {self._num_saved} ranks saved, {world.world_size} load."
-            )
-            warn_caller(message + what)
+
+def _shares(saved: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """Return what was saved by the index of the share of the data."""
+    return {each.get("index", rank): each for rank, each in enumerate(saved)}
+
+
+def _other_ranks(before: int, now: int, *, new: int) -> str:
+    """Say what becomes of random numbers where another number of ranks loads."""
+    if new > 0:
+        what = f"{new} new one{'s' * (new != 1)} with numbers derived from those of the first"
+    else:
+        what = "those of the others are left out"
+    ranks = f"{before} rank{'s' * (before != 1)} saved, {now} load"
+    return f"{ranks}: each goes on with the random numbers of its share of the data, {what}."

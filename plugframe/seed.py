@@ -2,48 +2,149 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import numbers
+import os
 import platform
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from plugframe.errors import SettingError
+from plugframe.request import JOB_SEED
+
+if TYPE_CHECKING:
+    from plugframe.streams import RankStreams
 
 #: What every generator of 32 bits and more accepts.
 MAX_SEED = 2**32 - 1
+#: Gives the seed where the code gives none, as in Lightning.
+GLOBAL_SEED = "PL_GLOBAL_SEED"
+#: Tell one job from another where some other launcher has started the ranks.
+_MEETING = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
 
 
-def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
+class ProcessSeed:
+    """How this process was seeded last. There is one, as there is one set of global generators in a process.
+
+    Attributes:
+        seed: None before the first `seed_everything`.
+        drawn: whether the seed was drawn here: then it must be rank 0's on all ranks once they can communicate.
+        per_rank: what `seed_everything` was told; None if nothing.
+        restored: whether its generators were put back from a checkpoint since.
+        common: the state of the numbers that are equal on all ranks there; None if all were.
+        streams: gives each rank its own numbers; None before the first set-up of a model.
+    """
+
+    def __init__(self) -> None:
+        self.seed: int | None = None
+        self.drawn = False
+        self.per_rank: bool | None = None
+        self.restored = False
+        self.common: torch.Tensor | None = None
+        self.streams: RankStreams | None = None
+
+
+#: Seeds belong to the process and not to a `Lite`: most scripts seed before they make one.
+PROCESS = ProcessSeed()
+
+
+def seed_everything(
+    seed: int | str | None = None,
+    workers: bool = False,
+    verbose: bool = True,
+    *,
+    per_rank: bool | None = None,
+) -> int:
     """Seed Python's, NumPy's and torch's generators, on every device, and return the seed.
 
-    Every rank that is to have equal initial weights must call it, with the same seed. Loader workers are seeded
-    from it in any case, differently on every rank; the order of samples depends on it alone.
+    Every rank must call it, with the same seed. The order of samples depends on the seed alone; loader workers are
+    seeded from it too, differently on every rank.
 
     Args:
-        seed: 0 … 2**32 - 1; None draws one from the operating system.
+        seed: 0 … 2**32 - 1, an integer of any kind or its digits. None takes that of the variable
+            ``PL_GLOBAL_SEED``, or draws one: the same on all ranks, once they can communicate at the latest.
         workers: accepted for scripts that pass it; loader workers are always seeded.
         verbose: accepted for scripts that pass it; nothing is printed.
+        per_rank: True gives each rank of the data axis its own numbers (dropout, noise, actions) from the first
+            set-up of a model on, derived from the seed; ranks that read the same batches go on drawing alike. What
+            is drawn before, and by ``random_split``, is equal on all ranks. False leaves all numbers equal. None
+            does too, and one line says so if that shows in training.
 
     Raises:
         SettingError: for any other seed.
     """
     del workers, verbose
-    if seed is None:
-        seed = random.SystemRandom().randint(0, MAX_SEED)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise SettingError(f"seed={seed!r} is not a seed: it is a whole number from 0 to {MAX_SEED}.")
+    number, drawn = found_seed(seed)
+    seed_process(number, drawn=drawn, per_rank=per_rank)
+    return number
+
+
+def seed_process(
+    number: int, *, drawn: bool, per_rank: bool | None, device: Callable[[int], None] | None = None
+) -> None:
+    """Seed the generators of this process, and those of its device with `device`; see `seed_everything`."""
+    if per_rank is not None and not isinstance(per_rank, bool):
+        raise SettingError(f"per_rank={per_rank!r} of seed_everything() must be True, False or None.")
+    PROCESS.seed, PROCESS.drawn, PROCESS.per_rank = number, drawn, per_rank
+    PROCESS.restored, PROCESS.common = False, None
+    seed_generators(number)
+    if device is not None:
+        device(number)
+    if PROCESS.streams is not None:
+        PROCESS.streams.seeded(PROCESS)
+
+
+def checked_seed(seed: Any, what: str) -> int:
+    """Return a seed as an ``int``.
+
+    Raises:
+        SettingError: if it is none, naming it as `what`.
+    """
+    # Integral is what NumPy's integers are too, and its booleans are not.
+    whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+    digits = isinstance(seed, str) and seed.isascii() and seed.isdecimal()
+    number = int(seed) if whole or (digits and len(seed) <= len(str(MAX_SEED))) else -1
+    if not 0 <= number <= MAX_SEED:
+        raise SettingError(f"{what} is not a seed: it is a whole number from 0 to {MAX_SEED}.")
+    return number
+
+
+def found_seed(seed: Any) -> tuple[int, bool]:
+    """Return the seed the code gives, or the environment, or one that is drawn; and whether it was drawn.
+
+    Raises:
+        SettingError: if what is given is no seed.
+    """
+    if seed is not None:
+        return checked_seed(seed, f"seed={seed!r}"), False
+    given = os.environ.get(GLOBAL_SEED)
+    if given:
+        return checked_seed(given, f"{GLOBAL_SEED}={given!r} in the environment"), False
+    shared = os.environ.get(JOB_SEED)
+    if not shared and os.environ.get("WORLD_SIZE", "1") != "1":
+        shared = " ".join(filter(None, map(os.environ.get, _MEETING)))
+    return mix(shared) if shared else random.SystemRandom().randint(0, MAX_SEED), True
+
+
+def mix(*parts: Any) -> int:
+    """Return a seed that depends on all `parts`, which are plain values."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of this process."""
     random.seed(seed)
     torch.manual_seed(seed)
     numpy = _numpy()
     if numpy:
         numpy.seed(seed)
-    return seed
 
 
 def _numpy() -> Any:

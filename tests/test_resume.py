@@ -346,8 +346,8 @@ def after(batches: Iterator[Any], start: int) -> Iterator[Any]:
     yield from batches
 
 
-def test_another_number_of_ranks_begins_the_epoch_anew(tmp_path: Path) -> None:
-    """What was saved on other ranks than there are now keeps the epoch, and says what it does not keep."""
+def test_an_older_checkpoint_of_other_ranks_begins_the_epoch_anew(tmp_path: Path) -> None:
+    """A place that holds for another number of ranks alone keeps the epoch, and says what it does not keep."""
     with Lite(accelerator="cpu", devices=1) as lite:
         lite.seed_everything(1)
         loader = lite.setup_dataloaders(DataLoader(range(9), shuffle=True))
@@ -365,11 +365,14 @@ def test_another_number_of_ranks_begins_the_epoch_anew(tmp_path: Path) -> None:
 
         def of_two_ranks(**kwargs: Any) -> Any:
             content.update(load(**kwargs))
-            content["__plugframe__"]["rng"] *= 2
+            run = content["__plugframe__"]
+            run["rng"] *= 2
+            for kept in run["loaders"]["known"]:
+                kept.pop("layout", None)  # as an older plugframe saved it
             return dict(content)
 
         session.hooks.checkpoint_load = of_two_ranks
-        with pytest.warns(PlugframeWarning, match=r"2 ranks saved, 1 load. An epoch that had begun begins anew"):
+        with pytest.warns(PlugframeWarning, match=r"2 ranks saved, 1 load: .* An epoch that had begun begins anew"):
             lite.load(tmp_path / "y", {})
         assert int(next(iter(loader))) == third
     assert order != sorted(order)

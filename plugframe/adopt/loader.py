@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import functools
-import random
-import sys
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler, get_worker_info
 from torch.utils.data import sampler as torch_samplers
 
 from plugframe.adopt.epochs import epoch_targets
+from plugframe.adopt.layout import Layout
 from plugframe.adopt.order import Draws, Order
+from plugframe.adopt.own import Held, held_sources, reseed, salts
 from plugframe.adopt.reading import LoaderState, Reading
-from plugframe.adopt.seeded import SeededDataset
+from plugframe.adopt.seeded import SeededDataset, seed_here, tell_seed
 from plugframe.adopt.shard import (
     ShardedIndices,
     ShardedIterable,
@@ -35,21 +35,40 @@ _EXHAUSTED = object()
 
 
 class RankedWorker:
-    """Seeds a worker process by rank as well: equal seeds on all ranks would augment alike on all of them."""
+    """Seeds a worker process by rank as well: equal seeds on all ranks would augment alike on all of them.
 
-    def __init__(self, inner: Callable[[int], None] | None, rank: int) -> None:
+    What a stream that is divided here is told of its seed is equal on all ranks: it may shuffle by it.
+
+    Args:
+        inner: the loader's own ``worker_init_fn``.
+        rank: of this rank's share of the data.
+        collate: the loader's ``collate_fn``.
+        salts: of the generators that the dataset and `collate` hold; see `plugframe.adopt.own`.
+    """
+
+    def __init__(
+        self,
+        inner: Callable[[int], None] | None,
+        rank: int,
+        collate: Any = None,
+        salts: Mapping[str, int] | None = None,
+    ) -> None:
         self.inner = inner
         self.rank = rank
+        self.collate = collate
+        self.salts = salts or {}
 
     def __call__(self, worker: int) -> None:
+        info = get_worker_info()
+        base = info.seed if info else torch.initial_seed()
+        seed = (base + self.rank * 0x9E3779B97F4A7C15) % 2**63
         if self.rank:
-            info = get_worker_info()
-            seed = (info.seed if info else torch.initial_seed()) + self.rank * 0x9E3779B97F4A7C15
-            torch.manual_seed(seed % 2**63)
-            random.seed(seed % 2**63)
-            numpy = sys.modules.get("numpy.random")
-            if numpy:
-                numpy.seed(seed % 2**32)
+            seed_here(seed)
+        dataset = info.dataset if info else None
+        if type(dataset) in (ShardedIterable, SizedShardedIterable):
+            tell_seed(cast("ShardedIterable", dataset).seed_of_worker(worker))
+        elif dataset is not None:
+            reseed(held_sources(dataset=dataset, collate_fn=self.collate), self.salts, seed)
         if self.inner is not None:
             self.inner(worker)
 
@@ -61,7 +80,7 @@ def _iter(self: Any) -> Iterator[Any]:
         return original(self)  # type: ignore[no-any-return]
     # A class with a way of its own to begin may read whatever it likes before and after; one that keeps its own
     # position begins as torch's does.
-    seeded = _is_indexed(state, original) or (state.divided and not state.resumes)
+    seeded = state.indexed or (state.divided and not state.resumes)
     begin = functools.partial(_begin_seeded, state, original) if seeded else original
     reading = state.begin()
     if state.moved:
@@ -74,12 +93,15 @@ def _iter(self: Any) -> Iterator[Any]:
     kept, state.kept = state.kept, None
     reading.position = kept["position"]
     # Where batches are made from indices, those that were read need not be made again; a stream can only be read.
-    if _is_indexed(state, original):
+    reading.origin, reading.first = kept["origin"], kept["first"]
+    if state.indexed:
         reading.skip = reading.position
     elif kept["place"] is not None and state.iterable is not None and self.num_workers == 0:
         state.iterable.go_on(kept["place"])
         with state.replaying(kept):  # what it drew to begin, it drew before the checkpoint was saved
             return _batches(state, reading, begin(self))
+    if state.iterable is not None:
+        state.iterable.pass_over(reading.origin)
     again = reading.position - reading.skip
     if again and state.index == 0:
         hint = " A stream with state_dict() that is read without workers goes on by itself." if state.iterable else ""
@@ -94,10 +116,6 @@ def _iter(self: Any) -> Iterator[Any]:
     return _batches(state, reading, iterator)
 
 
-def _is_indexed(state: LoaderState, original: Any) -> bool:
-    return state.divided and original is DataLoader.__iter__
-
-
 def _begin_seeded(state: LoaderState, original: Callable[[Any], Iterator[Any]], loader: Any) -> Iterator[Any]:
     """Begin a pass; worker processes, if there are any, are given a dataset that seeds them for each batch."""
     if loader.num_workers == 0:
@@ -105,7 +123,7 @@ def _begin_seeded(state: LoaderState, original: Callable[[Any], Iterator[Any]], 
     dataset = loader.dataset
     state.seeding = True
     # DataLoader refuses to have its dataset set; the user's own is back before anybody sees the loader again.
-    object.__setattr__(loader, "dataset", SeededDataset(dataset))
+    object.__setattr__(loader, "dataset", SeededDataset(dataset, loader.collate_fn, state.salts))
     try:
         return original(loader)
     finally:
@@ -201,8 +219,9 @@ def adopt_loader(
         begin = state.begin_indices
         part = (0, 1) if divides_itself(loader, index, count) else shard
         _stand_in(loader, state, name, ShardedIndices(inner, index=part[0], count=part[1], begin=begin, even=training))
-    if count > 1 and loader.num_workers > 0:
-        _stand_in(loader, state, "worker_init_fn", RankedWorker(loader.worker_init_fn, index))
+    state.indexed = state.divided and type(loader).__iter__ is DataLoader.__iter__
+    state.layout = _layout(loader, state, index, count)
+    _seed_apart(loader, state, index, count)
     namespace: dict[str, Any] = {"__iter__": _iter}
     if type(state.iterable) is SizedShardedIterable:
         namespace["__len__"] = _len
@@ -219,6 +238,38 @@ def release_loader(loader: DataLoader[Any]) -> None:
     for target in state.targets:
         target.release()
     _forget_workers(loader)
+
+
+def _layout(loader: DataLoader[Any], state: LoaderState, index: int, count: int) -> Layout:
+    """Return what a position in the loader goes by; where ranks or batches cannot change, its kind says why."""
+    size, plain = loader.batch_size or 1, type(loader).__iter__ is DataLoader.__iter__
+    if not state.resumes:
+        return Layout("it keeps its position itself", size, count)
+    if not plain:
+        return Layout("its __iter__ decides what it reads", size, count)
+    if state.iterable is not None:
+        return Layout("stream", size, count, loader.num_workers)
+    if not state.divided:
+        return Layout("the script divides its data itself (use_distributed_sampler=False)", size, count)
+    if divides_itself(loader, index, count):
+        return Layout("its sampler divides the data itself", size, count)
+    inner = state.replaced["batch_sampler" if loader.batch_sampler is not None else "sampler"]
+    return Layout("samples", inner.batch_size, count) if is_flat(inner) else Layout("batches", 1, count)
+
+
+def _seed_apart(loader: DataLoader[Any], state: LoaderState, index: int, count: int) -> None:
+    """Have the generators that samples are changed with give other numbers on each rank."""
+    if state.iterable is None:
+        held = held_by(loader)
+        state.salts = salts(held)
+        # A dataset that hears of the epoch may shuffle itself then, alike on all ranks.
+        if loader.num_workers == 0 and not hasattr(loader.dataset, "set_epoch"):
+            state.held = held
+            if index:
+                reseed(held, state.salts, index)
+    if loader.num_workers > 0 and (count > 1 or state.iterable is not None):
+        ranked = RankedWorker(loader.worker_init_fn, index, loader.collate_fn, state.salts)
+        _stand_in(loader, state, "worker_init_fn", ranked)
 
 
 def _stand_in(loader: Any, state: LoaderState, name: str, value: Any) -> None:
@@ -316,6 +367,17 @@ def divides_itself(loader: DataLoader[Any], index: int, count: int) -> bool:
 
 def _epoch_candidates(loader: DataLoader[Any]) -> list[Any]:
     return [*_samplers(loader), loader.dataset]
+
+
+def held_by(loader: DataLoader[Any]) -> Held:
+    """Return the user's own generators that the samples of a map-style loader are changed with."""
+    if isinstance(loader.dataset, IterableDataset):
+        return {}
+    ordering = {id(source) for source in sources_of(loader)}
+    # In this process those of the script are left alone: it may draw from them what must be equal on all ranks.
+    module_level = loader.num_workers > 0
+    held = held_sources(module_level=module_level, dataset=loader.dataset, collate_fn=loader.collate_fn)
+    return {path: source for path, source in held.items() if id(source) not in ordering}
 
 
 def sources_of(loader: DataLoader[Any]) -> list[Any]:

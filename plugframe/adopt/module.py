@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from plugframe.adopt.weights import Weights
 from plugframe.base.precision import Precision
 from plugframe.errors import SettingError, UsageError, closest
 
+if TYPE_CHECKING:
+    from plugframe.draws import DrawCheck
+
 #: What ``torch.compile(module)`` puts before every key of the module's state.
 COMPILED = "_orig_mod."
 
@@ -31,12 +34,14 @@ class Phase:
         backward: whether gradients are being computed: a forward that runs then is one run again, by activation
             checkpointing, in the middle of a call that is over.
         called: whether ``lite.backward`` was ever called.
+        draws: looks at the random numbers of the first steps; None once it has.
         explain: makes of an error that came of another rank the one that says where all ranks are; None with one.
         weights: of the batches at hand.
     """
 
     backward = False
     called = False
+    draws: DrawCheck | None = None
     explain: Callable[[RuntimeError], Exception | None] | None = None
 
     def __init__(self) -> None:
@@ -80,6 +85,8 @@ class ModuleState(State):
         engine = self.engine
         # A compiled step is not looked into: there the batch read last counts.
         weight = self.weights.of((args, kwargs)) if self.weights.uneven and not is_compiling() else None
+        draws = self.phase.draws
+        drawn = None if draws is None or is_compiling() else draws.enter()
         self.inside = True
         try:
             if self._convert_input is not None:
@@ -102,6 +109,8 @@ class ModuleState(State):
             raise failure from error
         finally:
             self.inside = False
+            if drawn is not None and draws is not None:
+                draws.leave(drawn)
 
 
 def _own(hooks: Any, name: str) -> Callable[..., Any] | None:

@@ -28,19 +28,23 @@ class OptimizerState(State):
         inside: whether a step is running, so that a loss scaler that calls ``step`` gets the inner one.
         names: of its parameters by group, when it was set up; None if they were not known.
         phase: asked once, after the first step, whether the gradients came by way of `Lite`; None where nobody asks.
+        job: says whether random numbers are still compared between the ranks, after the first steps.
         steps: how many it has made, those before the checkpoint it was resumed from included.
     """
 
     #: Those in use. The launcher's side of a rank asks when the rank has failed, and no object leads it here.
     alive: ClassVar[weakref.WeakSet[OptimizerState]] = weakref.WeakSet()
 
-    def __init__(self, optimizer: Optimizer, hooks: Any, names: Names | None, phase: Phase | None) -> None:
+    def __init__(
+        self, optimizer: Optimizer, hooks: Any, names: Names | None, phase: Phase | None, job: Phase | None
+    ) -> None:
         self.hooks = hooks
         self.names = names
         self.patched: Callable[..., Any] | None = optimizer.__dict__.pop("step", None)
         self.inside = False
         self.steps = 0
         self.phase = phase
+        self.job = job
         self.alive.add(self)
 
     def plain_dict(self, obj: Any) -> dict[str, Any]:
@@ -49,10 +53,15 @@ class OptimizerState(State):
 
 
 def adopt_optimizer(
-    optimizer: Optimizer, *, hooks: Any, names: Names | None = None, phase: Phase | None = None
+    optimizer: Optimizer,
+    *,
+    hooks: Any,
+    names: Names | None = None,
+    phase: Phase | None = None,
+    job: Phase | None = None,
 ) -> None:
     """Adopt `optimizer` in place."""
-    state = OptimizerState(optimizer, hooks, names, phase)
+    state = OptimizerState(optimizer, hooks, names, phase, job)
     namespace: dict[str, Any] = {"step": _make_step(type(optimizer).step, state.patched)}
     if keeps_gradients(hooks):
         namespace["zero_grad"] = zeroing(type(optimizer).zero_grad)
@@ -125,6 +134,8 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
         if state.phase is not None:
             _check_gradients(self, state.phase)
             state.phase = None
+        if state.job is not None and state.job.draws is not None and state.job.draws.at_step():
+            state.job.draws = None
         if state.hooks.on_optimizer_step is not None:
             state.hooks.on_optimizer_step(optimizer=self)
         return result

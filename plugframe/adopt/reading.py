@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from plugframe.adopt.epochs import EpochOf
+from plugframe.adopt.layout import Layout, converted
 from plugframe.adopt.order import Draws, Order
+from plugframe.adopt.own import Held, pack_held, unpack_held
 from plugframe.adopt.shard import ShardedIterable, Start
 from plugframe.adopt.sources import fits, get_state, pack, set_state, unpack
 from plugframe.adopt.swap import KEY, State
 from plugframe.adopt.weights import Entry, Weights
-from plugframe.errors import OrderError
+from plugframe.errors import CheckpointMismatchError, OrderError
 from plugframe.seed import rng_problem, rng_state, set_rng_state, take_rng
 
 #: What is a number in the place of a loader that is saved.
@@ -33,13 +35,17 @@ class Reading:
         weight: of the batch handed over last.
         weights: of the batches that were put together since, in order.
         skip: batches to leave out at the beginning.
+        origin: what all ranks together had read of the epoch when their number last changed: samples, or batches of
+            a batch sampler; positions count from there.
+        first: the number of the first batch from there, which its random numbers go by.
         begun: whether a sampler was asked for its indices.
-        before: the states of the process's generators, and of the user's own, when it began.
+        before: the states of the process's generators, of those the order is drawn from, and of those its samples
+            are changed with, when it began.
         owner: tells its loader from others; not the loader's state, which would keep itself alive.
         count: of the shares of its loader.
         even: whether it began as a pass of the training, in which every rank takes part in every step.
         handed: whether a batch was handed over.
-        first: whether its second batch was not asked for yet.
+        opening: whether its second batch was not asked for yet.
         unsure: whether it may turn out to be read ahead, or not to train.
         mixed: whether its batches so far weigh differently.
         ahead: whether its second batch was asked for before a model had run on the first.
@@ -55,11 +61,11 @@ class Reading:
     count = 1
     closed = handed = unsure = mixed = ahead = used = trains = met = False
 
-    def __init__(self, epoch: int, sources: list[Any], *, even: bool, owner: Any = None) -> None:
+    def __init__(self, epoch: int, sources: list[Any], held: Held, *, even: bool, owner: Any = None) -> None:
         self.epoch = epoch
         self.even = even
         self.owner = owner
-        self.first = True
+        self.opening = True
         self.stamp = 0
         self.exchanges: int | None = None
         self.entries: deque[Entry] = deque()
@@ -67,8 +73,10 @@ class Reading:
         self.weight = 1.0
         self.weights: deque[float] = deque()
         self.skip = 0
+        self.origin = 0
+        self.first = 0
         self.begun = False
-        self.before = (take_rng(), [get_state(source) for source in sources])
+        self.before = (take_rng(), [get_state(source) for source in sources], pack_held(held))
 
 
 class LoaderState(State):
@@ -84,9 +92,13 @@ class LoaderState(State):
         count: of the shares.
         weights: of the batches at hand, in the job.
         token: tells it from others.
+        layout: what the place of a pass goes by besides its position.
+        indexed: whether it can leave out what was read, and need not read it again.
         seeding: whether batches are being handed to worker processes that seed themselves for each.
         draws: gives the random numbers for the sampler in an epoch.
-        sources: the user's own generators that its samples are drawn from.
+        sources: the user's own generators that the order of its samples is drawn from.
+        held: those in this process that the samples themselves are changed with; see `plugframe.adopt.own`.
+        salts: of those that its dataset or ``collate_fn`` held at set-up.
         resumes: whether it goes on in the middle of an epoch by what is known here.
         loader: returns the loader, while there is one.
         moved: whether the loader has been told where to go on, and the pass that does is still to begin.
@@ -101,6 +113,8 @@ class LoaderState(State):
     divided = False
     index = 0
     count = 1
+    layout = Layout()
+    indexed = False
     seeding = False
     draws: Callable[[int], Draws | None]
     weight: float | None = None
@@ -121,6 +135,8 @@ class LoaderState(State):
         self.replaced: dict[str, Any] = {}
         self.targets: list[EpochOf] = []
         self.sources: list[Any] = []
+        self.held: Held = {}
+        self.salts: dict[str, int] = {}
         self.readings: list[Reading] = []
         self.kept: Mapping[str, Any] | None = None
         self.beginning: Reading | None = None
@@ -138,7 +154,9 @@ class LoaderState(State):
             target.tell(self.epoch)
         if self.job is not None:
             self.job.begun = True
-        reading = self.beginning = Reading(self.epoch, self.sources, even=self._even(), owner=self.token)
+            self.job.passes += 1
+        reading = Reading(self.epoch, self.sources, self.held, even=self._even(), owner=self.token)
+        self.beginning = reading
         reading.count = self.count
         # A pass without gradients is no epoch of the training: one rank may evaluate alone, and the order stays common.
         self.epoch += torch.is_grad_enabled()
@@ -159,12 +177,21 @@ class LoaderState(State):
             # A loader class that starts anew within one pass, as one without an end does: that is another epoch.
             again = self.begin()
             reading.epoch, reading.position, reading.before = again.epoch, 0, again.before
+            reading.origin = reading.first = 0
             self.beginning = reading
         reading.begun = True
         skip, reading.skip = reading.skip, 0
         seeds = functools.partial(self.order.seed_of, reading.epoch, self.index) if seeding else None
-        trains = functools.partial(getattr, reading, "trains")
-        return Start(self.draws(reading.epoch), reading.even, reading.weights.append, skip, seeds, trains)
+        return Start(
+            self.draws(reading.epoch),
+            reading.even,
+            reading.weights.append,
+            skip,
+            seeds,
+            trains=functools.partial(getattr, reading, "trains"),
+            origin=reading.origin,
+            first=reading.first,
+        )
 
     def evaluates(self, reading: Reading) -> bool:
         """Look at what the script has done with the batches so far, and say whether it evaluates.
@@ -173,8 +200,8 @@ class LoaderState(State):
         inside of its loop. A model that runs with gradients in training mode, or a backward, means training.
         """
         self.weights.absorb()
-        if reading.first:
-            reading.first = False
+        if reading.opening:
+            reading.opening = False
             reading.ahead = not reading.used
         if reading.trains and not reading.even:
             # Every model is in evaluation mode, as where the running statistics of one are kept, and yet it trains.
@@ -224,7 +251,7 @@ class LoaderState(State):
             weight = reading.weights.popleft()
             # One that only keeps step counts for nothing, whatever a loss is.
             weight = weight if self.weigh or not weight else 1.0
-            reading.mixed |= not reading.first and weight != reading.weight
+            reading.mixed |= not reading.opening and weight != reading.weight
             reading.weight = weight
         if self.readings[-1] is not reading:
             self.readings.remove(reading)
@@ -238,7 +265,7 @@ class LoaderState(State):
         weights.to_front(reading)
         reading.stamp = weights.backwards
         # The even batches of a plain loop need no note: it uses the one that was read last.
-        if reading.first or reading.ahead or reading.weight != 1.0 or len(weights.open) > 1:
+        if reading.opening or reading.ahead or reading.weight != 1.0 or len(weights.open) > 1:
             weights.hand_over(reading, batch)
         if weights.uneven:
             weights.moved_on()
@@ -260,7 +287,7 @@ class LoaderState(State):
 
     def where(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return where the loader stands, for a checkpoint: what all ranks share, and what is this rank's own."""
-        common = {
+        common: dict[str, Any] = {
             "number": self.order.number,
             "seed": self.order.seed,
             "epoch": self.epoch,
@@ -268,23 +295,38 @@ class LoaderState(State):
             "early": self.early,
         }
         if not self.readings:
-            return common, {"generators": [pack(get_state(source)) for source in self.sources]}
+            return common, {
+                "generators": [pack(get_state(source)) for source in self.sources],
+                "held": pack_held(self.held),
+            }
         reading = self.readings[-1]
         common["epoch"] = reading.epoch
-        rng, sources = reading.before
+        rng, sources, held = reading.before
         own: dict[str, Any] = {"generators": [pack(state) for state in sources]}
+        own["held"] = pack_held(self.held) if self.indexed else held
         if self.resumes:
             common["position"] = reading.position
+            common.update(origin=reading.origin, first=reading.first, layout=list(self.layout))
             own["rng"] = rng_state(rng)
             place = self.iterable.place() if self.iterable is not None and reading.position else None
             if place is not None:
                 own["place"] = place
         elif (loader := self.loader()) is not None:
+            common["layout"] = list(self.layout)
             own["loader"] = loader.state_dict()
         return common, own
 
-    def go_on(self, common: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
-        """Have the next pass begin where `where` was asked; without what is a rank's own, at the epoch's beginning."""
+    def go_on(self, common: Mapping[str, Any], own: Mapping[str, Any] | None, *, same: bool) -> None:
+        """Have the next pass begin where `where` was asked.
+
+        Args:
+            own: what is a rank's own, None if no rank had it.
+            same: whether it is this rank's; if not, that of another one, which shares what the order is drawn from.
+
+        Raises:
+            CheckpointMismatchError: if this loader cannot go on from there.
+        """
+        place = converted(common, self.layout)
         self.order.seed = common["seed"]
         self.epoch = common["epoch"]
         self.kept = None
@@ -292,15 +334,23 @@ class LoaderState(State):
             return
         for source, state in zip(self.sources, own.get("generators", ()), strict=False):
             set_state(source, unpack(state))
+        if same:
+            unpack_held(self.held, own.get("held", {}))
         loader = self.loader()
         if "loader" in own and loader is not None:
             loader.load_state_dict(own["loader"])
             self.moved = True
-        if common["position"]:
-            self.kept = {"position": common["position"], "rng": own.get("rng"), "place": own.get("place")}
+        if place.position or place.origin:
+            self.kept = {**place._asdict(), "rng": own.get("rng"), "place": own.get("place")}
 
-    def problem(self, own: Mapping[str, Any]) -> str | None:
-        """Return why `go_on` would fail of the state of a generator, None if it would not."""
+    def problem(self, common: Mapping[str, Any], own: Mapping[str, Any] | None) -> str | None:
+        """Return why `go_on` would fail, None if it would not."""
+        try:
+            converted(common, self.layout)
+        except CheckpointMismatchError as error:
+            return str(error)
+        if own is None:
+            return None
         for source, state in zip(self.sources, own.get("generators", ()), strict=False):
             if not fits(source, unpack(state)):
                 return f"the state of a {type(source).__name__} of a loader was saved by another version"
@@ -310,11 +360,13 @@ class LoaderState(State):
         """Return what undoes `go_on`; a loader's own ``load_state_dict`` aside."""
         before = self.order.seed, self.epoch, self.kept, self.moved
         states = [get_state(source) for source in self.sources]
+        held = pack_held(self.held)
 
         def back() -> None:
             self.order.seed, self.epoch, self.kept, self.moved = before
             for source, state in zip(self.sources, states, strict=True):
                 set_state(source, state)
+            unpack_held(self.held, held)
 
         return back
 
@@ -337,17 +389,19 @@ class Loaders:
         active: those that are being read.
         begun: whether any was read, since a checkpoint was loaded.
         weights: of the batches at hand.
+        passes: how many passes were begun.
     """
 
     def __init__(self, weights: Weights) -> None:
         self.active: list[LoaderState] = []
         self.begun = False
         self.weights = weights
+        self.passes = 0
         self._next = 0
         self._states: weakref.WeakValueDictionary[int, LoaderState] = weakref.WeakValueDictionary()
         #: Datasets that were compared: later they may keep what belongs to a rank, such as a cache.
         self._compared: dict[int, weakref.ref[Any]] = {}
-        self._waiting: dict[int, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {}
+        self._waiting: dict[int, tuple[Mapping[str, Any], Mapping[str, Any] | None, bool]] = {}
 
     def number(self) -> int:
         """Return a number for another loader, the same on every rank.
@@ -377,7 +431,8 @@ class Loaders:
         state.early = not self.begun
         self._states[state.order.number] = state
         if state.order.number in self._waiting:
-            state.go_on(*self._waiting.pop(state.order.number))
+            common, own, same = self._waiting.pop(state.order.number)
+            state.go_on(common, own, same=same)
 
     def clear(self) -> None:
         """Forget all."""
@@ -399,9 +454,10 @@ class Loaders:
             numbers = [common["next"], *(kept[key] for kept in common["known"] for key in _NUMBERS)]
             if not all(type(number) is int and number >= 0 for number in numbers):
                 return "the positions of the loaders are no numbers"
-            for number, state in self._states.items():
-                mine = None if own is None else own.get(str(number))
-                problem = None if mine is None else state.problem(mine)
+            for kept in common["known"]:
+                state = self._states.get(kept["number"])
+                mine = None if own is None else own.get(str(kept["number"]))
+                problem = None if state is None else state.problem(kept, mine)
                 if problem is not None:
                     return problem
         except Exception as error:  # noqa: BLE001 a file may hold anything
@@ -420,15 +476,15 @@ class Loaders:
 
         return back
 
-    def go_on(self, common: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
+    def go_on(self, common: Mapping[str, Any], own: Mapping[str, Any] | None, *, same: bool) -> None:
         """Have every loader go on where `where` was asked, also one that is still to be set up."""
         self._waiting.clear()
         for kept in common["known"]:
             number = kept["number"]
-            place = (kept, None if own is None else own.get(str(number)))
+            mine = None if own is None else own.get(str(number))
             if number in self._states:
-                self._states[number].go_on(*place)
-            elif number >= self._next and (kept["early"] or kept["position"]):
-                self._waiting[number] = place
+                self._states[number].go_on(kept, mine, same=same)
+            elif number >= self._next and (kept["early"] or kept["position"] or kept.get("origin")):
+                self._waiting[number] = (kept, mine, same)
         self._next = max(self._next, common["next"])
         self.begun = False

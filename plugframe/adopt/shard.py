@@ -113,6 +113,8 @@ class Start(NamedTuple):
         skip: batches to leave out, read before this process was started.
         seeds: gives each batch its seed, if worker processes make it.
         trains: asked at the end whether every rank needs a batch in every window after all.
+        origin: how many indices (or batches, of a batch sampler) all ranks read before: the shares begin after them.
+        first: the number of the first batch after `origin`.
     """
 
     draws: Draws | None
@@ -121,6 +123,8 @@ class Start(NamedTuple):
     skip: int
     seeds: Seeds | None = None
     trains: Callable[[], bool] = bool
+    origin: int = 0
+    first: int = 0
 
 
 class ShardedIndices(StandIn):
@@ -145,16 +149,18 @@ class ShardedIndices(StandIn):
         # And this not there: with worker processes torch asks for an iterator twice, and uses the second.
         start = begun()
         # One rank reads what the user's own sampler yields; every batch weighs 1.
-        alone = self._count == 1
+        alone = self._count == 1 and not start.origin
         batches = itertools.islice(_drawn(self._inner, start.draws), start.skip, None) if alone else self._part(start)
         if start.seeds is None:
             yield from batches
         else:
-            yield from map(SeededIndices, batches, map(start.seeds, itertools.count(start.skip)))
+            yield from map(SeededIndices, batches, map(start.seeds, itertools.count(start.first + start.skip)))
 
     def _part(self, start: Start) -> Iterator[Any]:
         flat = is_flat(self._inner)
         take = _taker(self._inner.sampler if flat else self._inner, start.draws)
+        if start.origin:
+            take(start.origin)
         if flat:
             size, drop_last = self._inner.batch_size, self._inner.drop_last
             shares = share_indices(
@@ -231,7 +237,7 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
 
     _own = (
         *("_inner", "_size", "_drop_last", "_index", "_count", "_weighed", "_order"),
-        *("_told", "_turn", "_passes", "_counted", "_draws", "_place", "compare", "window"),
+        *("_told", "_turn", "_passes", "_counted", "_draws", "_place", "_origin", "compare", "window"),
     )
 
     def __init__(
@@ -253,6 +259,7 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
         self._place: Any = None
         self.compare = False
         self.window: str | None = None
+        self._origin = 0
 
     def place(self) -> dict[str, Any] | None:
         """Return where the pass that began last is, None if the stream cannot tell."""
@@ -264,6 +271,10 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
         """Have the next pass begin where `place` was asked."""
         self._inner.load_state_dict(place["stream"])
         self._place = place["draws"]
+
+    def pass_over(self, number: int) -> None:
+        """Have the next pass begin after `number` items, which are read for nothing. Without worker processes."""
+        self._origin = number
 
     def share_memory(self) -> None:
         """Let worker processes that outlive an epoch hear `tell`."""
@@ -277,6 +288,10 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
     def tell_more(self, *, even: bool) -> None:
         """Say in the middle of an epoch that its steps must be even."""
         self._told[1] = even
+
+    def seed_of_worker(self, worker: int) -> int:
+        """Return a seed for worker `worker` in the epoch that starts, equal on all ranks."""
+        return self._order.seed_of(int(self._told[0]), -1, worker)
 
     def length(self, even: bool, original: Callable[[], int]) -> int:
         """Return what `original`, which counts the batches of a loader, says for this rank's share."""
@@ -301,9 +316,13 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
             draws.restore(self._place)
             self._place = None
         self._draws = None if worker else draws
-        return self._share(_taker(self._inner, draws), bool(even))
+        take = _taker(self._inner, draws)
+        origin, self._origin = self._origin, 0
+        return self._share(take, bool(even), origin)
 
-    def _share(self, take: Callable[[int], list[Any]], even: bool) -> Iterator[Any]:
+    def _share(self, take: Callable[[int], list[Any]], even: bool, origin: int) -> Iterator[Any]:
+        while origin and take(min(origin, self._size)):
+            origin -= min(origin, self._size)
         place: dict[str, Any] = {
             "size": self._size,
             "drop_last": self._drop_last,

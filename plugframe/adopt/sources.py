@@ -16,14 +16,15 @@ def random_sources(*owners: Any) -> list[Any]:
     found: dict[int, Any] = {}
     for owner in owners:
         for value in getattr(owner, "__dict__", {}).values():
-            if _is_source(value):
+            if is_source(value):
                 found[id(value)] = value
     return list(found.values())
 
 
-def _is_source(value: Any) -> bool:
+def is_source(value: Any) -> bool:
+    """Say whether a value is a random generator with a state."""
     if isinstance(value, (torch.Generator, random.Random)):
-        return True
+        return not isinstance(value, random.SystemRandom)  # which has no state
     numpy = sys.modules.get("numpy.random")
     return numpy is not None and isinstance(value, (numpy.Generator, numpy.RandomState))
 

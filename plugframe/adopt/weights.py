@@ -192,7 +192,7 @@ class Weights:
         """Take note that a pass is over."""
         self.absorb()
         reading.closed = True
-        if reading.first and not reading.used:
+        if reading.opening and not reading.used:
             reading.ahead = True  # its only batch was kept
         if reading in self.open:  # not after tear-down
             self.open.remove(reading)

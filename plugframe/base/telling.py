@@ -13,12 +13,12 @@ from plugframe.printable import printable
 _BETWEEN = ("plugframe", "plugframe_builtins", "pluggy", "torch", "contextlib", "functools")
 
 
-def tell(message: str) -> None:
-    """Log `message`, or print it to stderr in a program that has not set up logging."""
+def tell(message: str, *, warn: bool = False) -> None:
+    """Log `message`, at level warning if `warn`, or print it to stderr in a program that has not set up logging."""
     message = printable(message)
     logger = logging.getLogger("plugframe")
     if logger.hasHandlers():
-        logger.info(message)
+        logger.log(logging.WARNING if warn else logging.INFO, message)
     else:
         print(f"plugframe: {message}", file=sys.stderr)
 

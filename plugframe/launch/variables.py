@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from plugframe.descent import unmarked
 from plugframe.hooks.launcher import Job
-from plugframe.request import LAUNCHED, TOKEN
+from plugframe.request import JOB_SEED, LAUNCHED, TOKEN
 
 
 @contextmanager
@@ -19,6 +19,8 @@ def variables_of_ranks(job: Job, extra: Mapping[str, str]) -> Iterator[None]:
     if TOKEN not in os.environ and job.num_nodes == 1 and job.min_nodes is None:
         # Launchers of several nodes cannot agree on one by themselves.
         wanted[TOKEN] = secrets.token_hex(32)
+    if job.num_nodes == 1:  # several nodes share where they meet
+        wanted[JOB_SEED] = os.urandom(8).hex()
     if "OMP_NUM_THREADS" not in os.environ:
         # One process for each core's worth of threads: the default, all cores in every rank, is many times slower.
         wanted.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // job.num_processes)))

@@ -23,6 +23,7 @@ from plugframe.request import FROM_COMMAND_LINE, gather
 from plugframe.resolve import resolve
 from plugframe.session import Session
 from plugframe.stopping import Stopping
+from plugframe.streams import RankStreams
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -109,6 +110,7 @@ class Core:
         self._phase = Phase()
         self._loaders = Loaders(self._phase.weights)
         self._stopping = Stopping()
+        self._streams: RankStreams | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process as settings and the subclass's own attributes; there the plan is made anew."""
@@ -124,6 +126,7 @@ class Core:
             "_phase",
             "_stopping",
             "_place",
+            "_streams",
         )
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
@@ -216,6 +219,7 @@ class Core:
     def teardown(self) -> None:
         """End the job on this rank and give every object back as it was. It may be called twice."""
         self._session.close()
+        self._streams = self._phase.draws = None
         self._modules.clear()
         self._loaders.clear()
         self._stopping.close()

@@ -23,16 +23,18 @@ from plugframe.adopt import (
     release_optimizer,
     state_of,
 )
-from plugframe.adopt.loader import check_unread, divides_itself, sources_of
+from plugframe.adopt.loader import check_unread, divides_itself, held_by, sources_of
 from plugframe.adopt.module import checked_name
 from plugframe.adopt.sameness import check_same, check_undivided, divider, signature
 from plugframe.adopt.sources import get_state, set_state
 from plugframe.adopt.windows import check_window
 from plugframe.base.deferred import check_values, resuming
 from plugframe.base.telling import warn_caller
+from plugframe.draws import DrawCheck
 from plugframe.errors import OrderError, SettingError
 from plugframe.lite.core import Core
 from plugframe.naming import Names, names_of
+from plugframe.streams import RankStreams
 
 
 class SetUp(Core):
@@ -67,6 +69,7 @@ class SetUp(Core):
         self._adopt(module, engine, names)
         for optimizer, own in zip(prepared, called, strict=True):
             self._adopt_optimizer(optimizer, own)
+        self._draw_apart()
         extra = () if scheduler is None else (scheduler,)
         return (module, *prepared, *extra) if optimizers or extra else module
 
@@ -81,6 +84,7 @@ class SetUp(Core):
         module = self._prepare(module, move_to_device, "setup_module")
         engine = self._hooks.strategy_setup_module(module=module)
         self._adopt(module, engine, names)
+        self._draw_apart()
         return module
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
@@ -194,7 +198,7 @@ class SetUp(Core):
 
     def _adopt_optimizer(self, optimizer: Optimizer, names: Names | None) -> None:
         phase = self._phase if self._session.world.global_rank == 0 else None
-        adopt_optimizer(optimizer, hooks=self._hooks, names=names, phase=phase)
+        adopt_optimizer(optimizer, hooks=self._hooks, names=names, phase=phase, job=self._phase)
         self._session.release_on_close(optimizer, _if_adopted(release_optimizer))
 
     def _agree(self, loaders: Sequence[DataLoader[Any]], shared: Sequence[DataLoader[Any]]) -> int:
@@ -210,14 +214,23 @@ class SetUp(Core):
         sources = [source for loader in loaders for source in sources_of(loader)]
         if self.world_size == 1:
             return torch.initial_seed()
+        # Ranks that read the same batches must change them alike too.
+        held = [held_by(loader) for loader in loaders] if self._hooks.strategy_data_shard()[1] < self.world_size else []
         found = [(signature(d, deep=self._loaders.is_new(d.dataset)), divider(d)) for d in shared]
         states = [get_state(source) for source in sources] if self.is_global_zero else None
-        everyone = self._hooks.collective_all_gather_object(obj=(torch.initial_seed(), states, found), group=None)
-        check_same([[each for each, _ in found] for _, _, found in everyone])
-        check_undivided([[name for _, name in found] for _, _, found in everyone])
-        seed, states, _ = everyone[0]
+        states_held = [{path: get_state(source) for path, source in each.items()} for each in held]
+        if not self.is_global_zero:
+            states_held = []
+        mine = (torch.initial_seed(), states, states_held, found)
+        everyone = self._hooks.collective_all_gather_object(obj=mine, group=None)
+        check_same([[each for each, _ in found] for *_, found in everyone])
+        check_undivided([[name for _, name in found] for *_, found in everyone])
+        seed, states, states_held, _ = everyone[0]
         for source, state in zip(sources, states, strict=True):
             set_state(source, state)
+        for each, of_rank_0 in zip(held, states_held, strict=True):
+            for path in each.keys() & of_rank_0.keys():
+                set_state(each[path], of_rank_0[path])
         return int(seed)
 
     def _count_exchanges(self) -> None:
@@ -240,6 +253,18 @@ class SetUp(Core):
         return functools.partial(
             check_window, store=store, prefix=f"{turn}", rank=self.global_rank, num_ranks=self.world_size
         )
+
+    def _draw_apart(self) -> None:
+        """From the first set-up of a model on ranks may have random numbers of their own."""
+        if self._streams is not None:
+            return
+        index, count = self._hooks.strategy_data_shard()
+        self._streams = RankStreams(index=index, count=count, hooks=self._hooks)
+        self._session.on_close(self._streams.close)
+        self._streams.open()
+        if self.world_size > 1 and not self.plan.simulated:
+            context = self._session.started()
+            self._phase.draws = DrawCheck(index=index, hooks=self._hooks, context=context, loaders=self._loaders)
 
     def _training(self) -> bool:
         return torch.is_grad_enabled() and any(module.training for module in self._living())

@@ -17,11 +17,22 @@ class _Seeding:
     """``seed_everything`` of the class and of an object, which knows its device."""
 
     def __get__(self, lite: Core | None, owner: type) -> Callable[..., int]:
-        def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
+        def seed_everything(
+            seed: int | str | None = None,
+            workers: bool = False,
+            verbose: bool = True,
+            *,
+            per_rank: bool | None = None,
+        ) -> int:
             """Seed every generator, on every device; see `plugframe.seed_everything`."""
-            number = seeds.seed_everything(seed, workers, verbose)
-            if lite is not None:
-                lite._hooks.accelerator_seed(seed=number)
+            if lite is None:
+                return seeds.seed_everything(seed, workers, verbose, per_rank=per_rank)
+            number, drawn = seeds.found_seed(seed)
+            if drawn and lite.world_size > 1 and lite._alone():
+                lite._started("seed_everything")
+                number = int(lite._hooks.collective_broadcast_object(obj=number, src=0, group=None))
+            device = lite._hooks.accelerator_seed
+            seeds.seed_process(number, drawn=drawn, per_rank=per_rank, device=lambda seed: device(seed=seed))
             return number
 
         return seed_everything
