@@ -13,6 +13,7 @@ from plugframe.base.extension import Extension
 from plugframe.base.launcher import Launcher
 from plugframe.base.logger import Logger
 from plugframe.base.precision import Precision, cast_floating, default_dtype
+from plugframe.base.references import repoint
 from plugframe.base.strategy import ForwardShim, Strategy
 from plugframe.base.telling import failing, size_text, tell, warn_caller
 from plugframe.base.tree import map_tensors
@@ -36,6 +37,7 @@ __all__ = [
     "map_tensors",
     "parse_devices",
     "persistent_buffers",
+    "repoint",
     "size_text",
     "sync_buffers",
     "tell",
