@@ -4,7 +4,7 @@ These import torch; a descriptor's module does not import them.
 """
 
 from plugframe.base.accelerator import Accelerator
-from plugframe.base.buffers import persistent_buffers, sync_buffers
+from plugframe.base.buffers import overwrite, persistent_buffers, stored, sync_buffers
 from plugframe.base.checkpoint import Checkpoint
 from plugframe.base.collective import Collective, check_reduction
 from plugframe.base.devices import parse_devices
@@ -35,10 +35,12 @@ __all__ = [
     "failing",
     "fresh",
     "map_tensors",
+    "overwrite",
     "parse_devices",
     "persistent_buffers",
     "repoint",
     "size_text",
+    "stored",
     "sync_buffers",
     "tell",
     "warn_caller",

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from plugframe.base.buffers import load_expanded
 from plugframe.base.deferred import deferring, materialize_module
 from plugframe.context import Context
 from plugframe.hooks import Engine, StrategySpec, hookimpl
@@ -113,6 +114,7 @@ class Strategy(StrategySpec):
         norm_type: float,
         error_if_nonfinite: bool,
     ) -> Tensor | None:
+        parameters = [parameter for parameter in parameters if parameter.numel()]  # torch has no norm of nothing
         if clip_value is not None:
             nn.utils.clip_grad_value_(parameters, clip_value)
             return None
@@ -127,8 +129,9 @@ class Strategy(StrategySpec):
     def strategy_load_module_state(
         self, module: nn.Module, state: dict[str, Any], strict: bool
     ) -> tuple[list[str], list[str]]:
-        result = module.load_state_dict(state, strict=False)
-        return list(result.missing_keys), list(result.unexpected_keys)
+        loaded = load_expanded(module, state)
+        result = module.load_state_dict({k: v for k, v in state.items() if k not in loaded}, strict=False)
+        return [key for key in result.missing_keys if key not in loaded], list(result.unexpected_keys)
 
     @hookimpl
     def strategy_optimizer_state(self, optimizer: Optimizer, sharded: bool) -> dict[str, Any]:

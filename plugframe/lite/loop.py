@@ -23,6 +23,8 @@ class Loop(Core):
     def backward(self, tensor: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Compute gradients, in place of ``tensor.backward(*args, **kwargs)``. Every rank must call it.
 
+        After it they are the mean over ranks, and true to size under a loss scaler too.
+
         Args:
             tensor: the loss, a mean over this rank's batch; 0-d, or any shape with ``gradient=``.
             model: the module the loss belongs to, where several were set up and the strategy wants to know; the
@@ -39,6 +41,7 @@ class Loop(Core):
             self._hooks.strategy_backward(loss=tensor, module=model, args=args, kwargs=kwargs)
         finally:
             self._phase.backward = False
+            self._hooks.precision_finish_backward()
         if self._hooks.on_backward is not None:
             self._hooks.on_backward(loss=tensor)
 
@@ -85,7 +88,7 @@ class Loop(Core):
     ) -> Tensor | None:
         """Clip the gradients of `optimizer`'s parameters, by value or by total norm. Every rank must call it.
 
-        Under a loss scaler gradients are unscaled first, and a step with non-finite ones is skipped by itself.
+        Under a loss scaler a step with non-finite gradients is skipped by itself, and they are no error here.
 
         Returns:
             For ``max_norm`` the total norm before clipping, a 0-d tensor, equal on all ranks; else None.

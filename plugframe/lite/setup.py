@@ -180,6 +180,7 @@ class SetUp(Core):
 
     def _adopt_optimizer(self, optimizer: Optimizer, names: Names | None) -> None:
         phase = self._phase if self._session.world.global_rank == 0 else None
+        self._hooks.precision_setup_optimizer(optimizer=optimizer)
         adopt_optimizer(optimizer, hooks=self._hooks, names=names, phase=phase)
         self._session.on_close(_release, weakref.ref(optimizer), release_optimizer)
 

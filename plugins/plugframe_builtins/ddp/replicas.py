@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from plugframe.base import overwrite, stored
+
 #: Bytes that travel at once: what is sent is copied before.
 _CHUNK_BYTES = 1 << 28
 
@@ -39,26 +41,14 @@ def send_from_first(tensors: Iterable[Tensor], group: Any) -> None:
 
 def _send(tensors: list[Tensor], group: Any) -> None:
     # As bytes: a broadcast computes nothing, so that all dtypes travel together, over every backend.
-    stored = [_stored(tensor.detach()) for tensor in tensors]
-    sent = torch.cat([_bytes(tensor) for tensor in stored])
+    own = [stored(tensor.detach()) for tensor in tensors]
+    sent = torch.cat([_bytes(tensor) for tensor in own])
     dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
     if dist.get_rank(group) == 0:
         return
-    for tensor, piece in zip(stored, sent.split([_nbytes(tensor) for tensor in stored]), strict=True):
+    for tensor, piece in zip(own, sent.split([_nbytes(tensor) for tensor in own]), strict=True):
         value = piece.clone().view(tensor.dtype).view(tensor.shape)  # cloned: a view needs its dtype's alignment
-        if tensor.is_inference():  # made by a forward under inference_mode, and writable only there
-            with torch.inference_mode():
-                tensor.copy_(value)
-        else:
-            tensor.copy_(value)
-
-
-def _stored(tensor: Tensor) -> Tensor:
-    """Return a view that has each stored element once: an expanded tensor cannot be written as it is."""
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if size > 1 and stride == 0:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
+        overwrite(tensor, value)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
