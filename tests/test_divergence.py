@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import linecache
 import os
 import signal
@@ -18,8 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-import divergence_mistakes
-from divergence_mistakes import MISTAKES, Net, marked, run_all
+from divergence_mistakes import MISTAKES, marked, run_all
 from plugframe import CollectiveTimeoutError, Lite, PlugframeError, RankLostError, SettingError
 from plugframe.base import mistakes
 from plugframe.base.accounts import Account, find

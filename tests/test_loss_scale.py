@@ -57,7 +57,9 @@ def scale_by_hand(lite: Lite, module: Any, optimizer: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [clip_by_hand, scale_by_hand])
-def test_what_a_script_does_to_gradients_is_what_it_does_without_a_scaler(change: Callable[..., Any], lite: Lite) -> None:
+def test_what_a_script_does_to_gradients_is_what_it_does_without_a_scaler(
+    change: Callable[..., Any], lite: Lite
+) -> None:
     """Clipped, scaled or replaced between backward and step, over accumulated micro-batches too."""
     plain = network()
     other = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
@@ -137,7 +139,9 @@ def test_a_stranger_that_steps_on_an_overflow_is_found() -> None:
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         lite.backward(loss_of(module) * 1e4)
         optimizer.step()
-        with pytest.raises(OrderError, match=r"overflowed float16 at loss scale 1.04858e\+06, and something .* lite.setup"):
+        with pytest.raises(
+            OrderError, match=r"overflowed float16 at loss scale 1.04858e\+06, and something .* lite.setup"
+        ):
             lite.backward(loss_of(module))
 
 

@@ -28,12 +28,34 @@ class Phase:
         backward: whether gradients are being computed: a forward that runs then is one run again, by activation
             checkpointing, in the middle of a call that is over.
         called: whether ``lite.backward`` was ever called.
+        backwards: how many backwards exchanged gradients.
+        local: whether a backward that runs now exchanges nothing.
         explain: makes of an error that came of another rank the one that says where all ranks are; None with one.
     """
 
     backward = False
     called = False
+    backwards = 0
+    local = False
     explain: Callable[[RuntimeError], Exception | None] | None = None
+
+
+def counting(phase: Phase, no_sync: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the hook ``strategy_no_sync`` so that `phase` knows whether a backward exchanges gradients."""
+
+    @contextmanager
+    def noted(context: Any, enabled: bool) -> Iterator[None]:
+        before, phase.local = phase.local, enabled
+        try:
+            with context:
+                yield
+        finally:
+            phase.local = before
+
+    def counted(**arguments: Any) -> Any:
+        return noted(no_sync(**arguments), arguments["enabled"])
+
+    return counted
 
 
 class ModuleState(State):

@@ -29,6 +29,8 @@ class OptimizerState(State):
         names: of its parameters by group, when it was set up; None if they were not known.
         phase: asked once, after the first step, whether the gradients came by way of `Lite`; None where nobody asks.
         steps: how many it has made, those before the checkpoint it was resumed from included.
+        mean: makes the loss that a closure returns that of all ranks; None on one rank.
+        compare: compares settings with those of the other ranks, given the steps made; None on one rank.
     """
 
     #: Those in use. The launcher's side of a rank asks when the rank has failed, and no object leads it here.
@@ -41,6 +43,9 @@ class OptimizerState(State):
         self.inside = False
         self.steps = 0
         self.phase = phase
+        self.made = 0
+        self.mean: Callable[[Any], Any] | None = None
+        self.compare: Callable[[int], None] | None = None
         self.alive.add(self)
 
     def plain_dict(self, obj: Any) -> dict[str, Any]:
@@ -49,10 +54,17 @@ class OptimizerState(State):
 
 
 def adopt_optimizer(
-    optimizer: Optimizer, *, hooks: Any, names: Names | None = None, phase: Phase | None = None
+    optimizer: Optimizer,
+    *,
+    hooks: Any,
+    names: Names | None = None,
+    phase: Phase | None = None,
+    mean: Callable[[Any], Any] | None = None,
+    compare: Callable[[int], None] | None = None,
 ) -> None:
     """Adopt `optimizer` in place."""
     state = OptimizerState(optimizer, hooks, names, phase)
+    state.mean, state.compare = mean, compare
     namespace: dict[str, Any] = {"step": _make_step(type(optimizer).step, state.patched)}
     if keeps_gradients(hooks):
         namespace["zero_grad"] = zeroing(type(optimizer).zero_grad)
@@ -116,12 +128,17 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
         closure = None
         if args or kwargs:
             inner, closure = _bound(inner, args, kwargs)
+            if closure is not None and state.mean is not None:
+                closure = _averaged(closure, state.mean)
+        if state.compare is not None:
+            state.compare(state.made)
         state.inside = True
         try:
             result = state.hooks.strategy_optimizer_step(optimizer=self, step=inner, closure=closure)
         finally:
             state.inside = False
         state.steps += 1
+        state.made += 1
         if state.phase is not None:
             _check_gradients(self, state.phase)
             state.phase = None
@@ -135,6 +152,16 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
     if hasattr(patched, "_wrapped_by_lr_sched"):
         marked._wrapped_by_lr_sched = True
     return step
+
+
+def _averaged(closure: Callable[[], Any], mean: Callable[[Any], Any]) -> Callable[[], Any]:
+    """Return a closure whose loss is that of all ranks: a line search must decide alike on each."""
+
+    @functools.wraps(closure)
+    def averaged() -> Any:
+        return mean(closure())
+
+    return averaged
 
 
 def _check_gradients(optimizer: Optimizer, phase: Phase) -> None:

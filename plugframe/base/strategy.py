@@ -130,7 +130,8 @@ class Strategy(StrategySpec):
         self, module: nn.Module, state: dict[str, Any], strict: bool
     ) -> tuple[list[str], list[str]]:
         loaded = load_expanded(module, state)
-        result = module.load_state_dict({k: v for k, v in state.items() if k not in loaded}, strict=False)
+        rest = {key: value for key, value in state.items() if key not in loaded} if loaded else state
+        result = module.load_state_dict(rest, strict=False)
         return [key for key in result.missing_keys if key not in loaded], list(result.unexpected_keys)
 
     @hookimpl

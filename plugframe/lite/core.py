@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from plugframe import starting
-from plugframe.adopt.module import Phase
+from plugframe.adopt.module import Phase, counting
 from plugframe.adopt.reading import Loaders
 from plugframe.context import Context
 from plugframe.errors import SettingError, closest
@@ -226,6 +226,10 @@ class Core:
                 raise starting.not_launched(self.plan, call)
             session.start()
             self._phase.explain = session.explain
+            if self.world_size > 1:
+                no_sync = self._hooks.strategy_no_sync
+                session.on_close(setattr, self._hooks, "strategy_no_sync", no_sync)
+                self._hooks.strategy_no_sync = counting(self._phase, no_sync)
             atexit.register(session.close)
         return session.started()
 

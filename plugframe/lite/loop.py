@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -36,11 +37,13 @@ class Loop(Core):
         weight = self.batch_weight
         if weight != 1.0:
             tensor = tensor * weight
-        self._phase.backward = self._phase.called = True
+        phase = self._phase
+        phase.backward = phase.called = True
+        phase.backwards += not phase.local
         try:
             self._hooks.strategy_backward(loss=tensor, module=model, args=args, kwargs=kwargs)
         finally:
-            self._phase.backward = False
+            phase.backward = False
             self._hooks.precision_finish_backward()
         if self._hooks.on_backward is not None:
             self._hooks.on_backward(loss=tensor)
@@ -64,6 +67,15 @@ class Loop(Core):
             )
             return 1.0
         return 1.0 if weight is None else weight
+
+    def _mean_loss(self, loss: Any) -> Any:
+        """Return the mean over ranks of a closure's loss, each weighing as its batch; what is no number stays."""
+        if isinstance(loss, Tensor):
+            return self._hooks.collective_all_reduce(tensor=loss.detach() * self.batch_weight, op="mean", group=None)
+        if isinstance(loss, float):
+            value = torch.tensor(loss * self.batch_weight, dtype=torch.float64)
+            return self._hooks.collective_all_reduce(tensor=value, op="mean", group=None).item()
+        return loss
 
     def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[Any]:
         """Return a context in which gradients are accumulated but not exchanged: for all but the last micro-batch.

@@ -24,6 +24,7 @@ from plugframe.adopt import (
 )
 from plugframe.adopt.loader import check_unread, divides_itself, sources_of
 from plugframe.adopt.module import checked_name
+from plugframe.adopt.sameness import Comparison
 from plugframe.adopt.sources import get_state, set_state
 from plugframe.base.deferred import check_values, resuming
 from plugframe.base.telling import warn_caller
@@ -181,7 +182,14 @@ class SetUp(Core):
     def _adopt_optimizer(self, optimizer: Optimizer, names: Names | None) -> None:
         phase = self._phase if self._session.world.global_rank == 0 else None
         self._hooks.precision_setup_optimizer(optimizer=optimizer)
-        adopt_optimizer(optimizer, hooks=self._hooks, names=names, phase=phase)
+        mean = compare = None
+        if self.world_size > 1:
+            mean = self._mean_loss
+            known = {id(p) for module in self._living() for p in module.parameters()}
+            # What no module has is each rank's own, and so may be its settings.
+            if all(id(p) in known for group in optimizer.param_groups for p in group["params"]):
+                compare = Comparison(optimizer, self._hooks.collective_gather_later, self._phase)
+        adopt_optimizer(optimizer, hooks=self._hooks, names=names, phase=phase, mean=mean, compare=compare)
         self._session.on_close(_release, weakref.ref(optimizer), release_optimizer)
 
     def _agree(self, loaders: Iterable[DataLoader[Any]]) -> int:

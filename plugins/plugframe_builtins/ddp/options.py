@@ -5,7 +5,12 @@ from __future__ import annotations
 from plugframe import Option
 
 OPTIONS = (
-    Option("find_unused_parameters", bool, False, "Taken for scripts made for torch's DDP: forwards may leave parameters out."),
+    Option(
+        "find_unused_parameters",
+        bool,
+        False,
+        "Taken for scripts made for torch's DDP: forwards may leave parameters out.",
+    ),
     Option("static_graph", bool, False, "Taken for scripts made for torch's DDP: needs nothing."),
     Option("gradient_as_bucket_view", bool, False, "Keep gradients in the communication buffers, saving their size."),
     Option("bucket_cap_mb", int, None, "Size of a communication buffer in MiB; torch's is 25.", above=0),

@@ -238,4 +238,3 @@ def _firing(reference: weakref.ref[Reducer], key: int) -> Callable[..., None]:
             reducer.arrived(key)
 
     return fire
-
