@@ -94,7 +94,7 @@ def test_clipping_twice_in_one_step(lite: Lite) -> None:
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_overflow_leaves_a_step_out(make: Any, fused: bool) -> None:
-    """Gradients that are not finite move nothing, the scale is halved, and the next step counts; fused ones likewise."""
+    """Gradients that are not finite move nothing, the scale is halved, and the next step counts; fused too."""
     with job(2.0**20, growth_interval=1) as lite:
         module = network()
         module, optimizer = lite.setup(module, make(module.parameters(), lr=0.01, fused=fused))
@@ -171,7 +171,7 @@ def test_hooks_of_the_script_see_true_gradients(lite: Lite) -> None:
 
         def hook(each: nn.Sequential, seen: list[float] = seen) -> None:
             each[0].weight.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
-            each[2].weight.register_post_accumulate_grad_hook(lambda p: seen.append(float(p.grad.norm())))
+            each[2].weight.register_post_accumulate_grad_hook(lambda q: seen.append(float(q.grad.norm())))
 
         if early:
             hook(module)

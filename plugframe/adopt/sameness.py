@@ -87,8 +87,8 @@ class Comparison:
             if len(set(columns[index])) > 1:
                 counts = _by_rank([int(value) for value in columns[_BACKWARDS]])
                 raise OutOfSyncError(
-                    f"The ranks do not make the same steps of {optimizer}: at its step {int(columns[_STEPS][0]) + 1} the "
-                    f"backwards that went before are {counts}. A condition that holds on some ranks decides about "
+                    f"The ranks do not make the same steps of {optimizer}: before its step "
+                    f"{int(columns[_STEPS][0]) + 1} the number of backwards is {counts}. A condition that holds on some ranks decides about "
                     "step() or backward(): decide by what lite.all_reduce() gives."
                 )
         for name, column in zip(self._names, columns[_HASH + 1 :], strict=False):
@@ -105,7 +105,7 @@ class Comparison:
 
 
 def _values(group: dict[str, Any]) -> Iterator[Any]:
-    """Yield what is compared of a group, hashable: plain numbers and tuples of them, and tensors that are on the CPU."""
+    """Yield what is compared of a group, hashable: plain numbers, tuples of them, and tensors on the CPU."""
     for key, value in group.items():
         if isinstance(value, int | float | tuple):
             yield value

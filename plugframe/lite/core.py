@@ -15,6 +15,7 @@ from torch import nn
 from plugframe import starting
 from plugframe.adopt.module import Phase, counting
 from plugframe.adopt.reading import Loaders
+from plugframe.adopt.successors import Successors
 from plugframe.context import Context
 from plugframe.errors import SettingError, closest
 from plugframe.registry import Registry
@@ -100,6 +101,7 @@ class Core:
         self._loaders = Loaders()
         self._phase = Phase()
         self._stopping = Stopping()
+        self._successors = Successors()
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process as settings and the subclass's own attributes; there the plan is made anew."""
@@ -114,6 +116,7 @@ class Core:
             "_loaders",
             "_phase",
             "_stopping",
+            "_successors",
         )
         return {key: value for key, value in self.__dict__.items() if key not in own}
 

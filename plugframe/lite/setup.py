@@ -59,6 +59,7 @@ class SetUp(Core):
         checks.check_optimizers(optimizers)
         checks.check_ownership(module, optimizers)
         module = self._prepare(module, move_to_device, "setup")
+        self._successors.carry_over(optimizers)
         called = [names_of(optimizer, [module]) for optimizer in optimizers]
         setup = self._hooks.strategy_setup_module_and_optimizers
         engine, prepared = setup(module=module, optimizers=optimizers)
@@ -88,6 +89,7 @@ class SetUp(Core):
         checks.check_optimizers(optimizers)
         self._started("setup_optimizers")
         self._check_modules()
+        self._successors.carry_over(optimizers)
         called = [names_of(optimizer, self._living()) for optimizer in optimizers]
         known = {id(parameter) for module in self._living() for parameter in module.parameters()}
         prepared = self._hooks.strategy_setup_optimizers(module=None, optimizers=optimizers)
@@ -141,11 +143,13 @@ class SetUp(Core):
     def _prepare(self, module: nn.Module, move_to_device: bool, call: str) -> nn.Module:
         context = self._started(call)
         # A module that was built without values is converted and moved without them as well.
+        before = dict(module.named_parameters(remove_duplicate=False))
         with resuming(module, context.device):
             module = self._hooks.precision_convert_module(module=module)
             if move_to_device:
                 check_values(module)
                 module = module.to(context.device)
+        self._successors.note(before, module)
         return module
 
     def _check_module(self, module: nn.Module, forward_methods: Iterable[Any]) -> tuple[Any, ...]:

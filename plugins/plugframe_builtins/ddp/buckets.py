@@ -63,8 +63,8 @@ class Bucket:
                 view.zero_()
             elif gradient.layout is not torch.strided:
                 raise UnsupportedError(
-                    f"Parameter {self.names[index]!r} got a sparse gradient, which strategy 'ddp' averages for "
-                    "nn.Embedding(sparse=True) and nn.EmbeddingBag(sparse=True) alone: use one of them, or sparse=False."
+                    f"Parameter {self.names[index]!r} got a sparse gradient, which strategy 'ddp' averages "
+                    "for nn.Embedding(sparse=True) and nn.EmbeddingBag(sparse=True) alone: use one, or sparse=False."
                 )
             elif gradient.data_ptr() != view.data_ptr():  # it is no view of this buffer yet
                 targets.append(view)

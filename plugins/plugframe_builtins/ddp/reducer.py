@@ -179,8 +179,8 @@ class Reducer:
     def _check_views(self) -> None:
         if self._as_views:
             raise UnsupportedError(
-                "A backward has added to a gradient twice, as reentrant checkpointing does with shared parameters, while "
-                "it was being averaged in its bucket: use checkpoint(..., use_reentrant=False), or leave "
+                "A backward has added to a gradient twice, as reentrant checkpointing does with shared parameters, "
+                "while it was being averaged in its bucket: use checkpoint(..., use_reentrant=False), or leave "
                 "gradient_as_bucket_view out."
             )
 
