@@ -88,8 +88,8 @@ class Comparison:
                 counts = _by_rank([int(value) for value in columns[_BACKWARDS]])
                 raise OutOfSyncError(
                     f"The ranks do not make the same steps of {optimizer}: before its step "
-                    f"{int(columns[_STEPS][0]) + 1} the number of backwards is {counts}. A condition that holds on some ranks decides about "
-                    "step() or backward(): decide by what lite.all_reduce() gives."
+                    f"{int(columns[_STEPS][0]) + 1} the number of backwards is {counts}. A condition that holds on "
+                    "some ranks decides about step() or backward(): decide by what lite.all_reduce() gives."
                 )
         for name, column in zip(self._names, columns[_HASH + 1 :], strict=False):
             if len(set(map(repr, column))) > 1:

@@ -18,7 +18,7 @@ class Successors:
 
     def __init__(self) -> None:
         # By id: tensors are compared by value. The reference says whether an id is still that of the same parameter.
-        self._found: dict[int, tuple[weakref.ref[Tensor], Tensor | None, str]] = {}
+        self._found: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor] | None, str]] = {}
 
     def note(self, before: Mapping[str, nn.Parameter], module: nn.Module) -> None:
         """Take note of the parameters of `module` that are others than `before`, by name."""
@@ -27,7 +27,8 @@ class Successors:
         self._found = {key: each for key, each in self._found.items() if each[0]() is not None}
         for name, old in before.items():
             if id(old) not in kept:
-                self._found[id(old)] = (weakref.ref(old), now.get(name), name)
+                new = now.get(name)
+                self._found[id(old)] = (weakref.ref(old), None if new is None else weakref.ref(new), name)
 
     def carry_over(self, optimizers: Iterable[Optimizer]) -> None:
         """Have optimizers refer to the new parameters, in place.
@@ -41,15 +42,16 @@ class Successors:
         pairs: dict[Any, Any] = {}
         for optimizer in optimizers:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                reference, new, name = self._found.get(id(parameter), (None, None, ""))
+                reference, successor, name = self._found.get(id(parameter), (None, None, ""))
                 if reference is None or reference() is not parameter:
                     continue
+                new = None if successor is None else successor()
                 if parameter.requires_grad and (new is None or not new.requires_grad):
                     what = "is not there any more" if new is None else "cannot be trained any more"
                     raise SettingError(
-                        f"Set-up has replaced parameter {name!r}, which this {type(optimizer).__name__} updates, and it "
-                        f"{what}: call lite.setup_module(model) first, make the optimizer of the parameters it has then, "
-                        "and call lite.setup_optimizers(optimizer)."
+                        f"Set-up has replaced parameter {name!r}, which this {type(optimizer).__name__} updates, and "
+                        f"it {what}: call lite.setup_module(model) first, make the optimizer of the parameters it has "
+                        "then, and call lite.setup_optimizers(optimizer)."
                     )
                 if new is not None:
                     pairs[parameter] = new
