@@ -46,7 +46,8 @@ class Successors:
                 if reference is None or reference() is not parameter:
                     continue
                 new = None if successor is None else successor()
-                if parameter.requires_grad and (new is None or not new.requires_grad):
+                trains = new is not None and new.requires_grad
+                if parameter.requires_grad and not trains:
                     what = "is not there any more" if new is None else "cannot be trained any more"
                     raise SettingError(
                         f"Set-up has replaced parameter {name!r}, which this {type(optimizer).__name__} updates, and "

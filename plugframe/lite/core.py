@@ -230,9 +230,9 @@ class Core:
             session.start()
             self._phase.explain = session.explain
             if self.world_size > 1:
-                no_sync = self._hooks.strategy_no_sync
-                session.on_close(setattr, self._hooks, "strategy_no_sync", no_sync)
-                self._hooks.strategy_no_sync = counting(self._phase, no_sync)
+                hooks: Any = self._hooks
+                session.on_close(setattr, hooks, "strategy_no_sync", hooks.strategy_no_sync)
+                hooks.strategy_no_sync = counting(self._phase, hooks.strategy_no_sync)
             atexit.register(session.close)
         return session.started()
 

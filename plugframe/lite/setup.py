@@ -188,7 +188,8 @@ class SetUp(Core):
         self._hooks.precision_setup_optimizer(optimizer=optimizer)
         mean = compare = None
         if self.world_size > 1:
-            mean = self._mean_loss
+            lite: Any = self  # it knows the weight of the batch
+            mean = lite._mean_loss
             known = {id(p) for module in self._living() for p in module.parameters()}
             # What no module has is each rank's own, and so may be its settings.
             if all(id(p) in known for group in optimizer.param_groups for p in group["params"]):

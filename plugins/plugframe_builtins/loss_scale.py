@@ -102,11 +102,11 @@ class LossScale:
             if any(each is optimizer for each in self._checked):
                 self._update()  # a second step between two losses, which torch's scaler refuses
             self._checked.append(optimizer)
-            _multiply(gradients, self._scaler.scale(torch.ones((), device=gradients[0].device)))  # type: ignore[arg-type]
+            _multiply(gradients, self._scaler.scale(torch.ones((), device=gradients[0].device)))
             # The scaler calls optimizer.step(), which runs the user's own; what that was given is bound to `step`.
             keywords = step.keywords if isinstance(step, functools.partial) else {}
             return self._scaler.step(optimizer, **keywords)
-        return self._scaler.step(self._look_at(_largest(gradients), step))  # type: ignore[arg-type]
+        return self._scaler.step(self._look_at(_largest(gradients), step))
 
     def state(self) -> dict[str, Any]:
         """Return the scale and how it changes, as plain values."""
@@ -170,7 +170,7 @@ def _largest(gradients: list[Tensor]) -> list[Tensor]:
     """Return the largest value of each gradient, of those of one device in one tensor: finite if all values are."""
     norms: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
-        local = gradient.to_local() if _is_shard(gradient) else gradient.detach()  # type: ignore[operator]
+        local = _local(gradient) if _is_shard(gradient) else gradient.detach()
         values = local.coalesce().values() if local.is_sparse else local
         if values.numel():
             norms.setdefault(values.device, []).append(torch.linalg.vector_norm(values, float("inf")).float())
@@ -230,7 +230,8 @@ class _Leaves:
             if id(leaf) in self._hooked or _is_shard(leaf):
                 continue
             if leaf._backward_hooks or getattr(leaf, "_post_accumulate_grad_hooks", None):
-                handle: Any = leaf.register_hook(divide)
+                register: Any = leaf.register_hook
+                handle = register(divide)
                 hooks: Any = leaf._backward_hooks
                 before = [(key, hook) for key, hook in hooks.items() if key != handle.id]
                 ours = hooks[handle.id]
@@ -268,7 +269,8 @@ class _Leaves:
 
 
 def _leaves_of(loss: Tensor) -> Iterator[Tensor]:
-    stack, seen = [loss.grad_fn], {None}
+    stack: list[Any] = [loss.grad_fn]
+    seen: set[Any] = {None}
     while stack:
         node = stack.pop()
         if node in seen:
@@ -277,7 +279,7 @@ def _leaves_of(loss: Tensor) -> Iterator[Tensor]:
         variable = getattr(node, "variable", None)
         if variable is not None:
             yield variable
-        stack += [following for following, _ in node.next_functions]  # type: ignore[union-attr]
+        stack += [following for following, _ in node.next_functions]
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -292,12 +294,17 @@ def _is_shard(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
+def _local(shard: Any) -> Tensor:
+    with torch.no_grad():  # otherwise it is a copy to autograd
+        return shard.to_local()  # type: ignore[no-any-return]
+
+
 @torch.no_grad()
 def _multiply(gradients: Iterable[Tensor], factor: Tensor) -> None:
     """Multiply gradients in place, many at once."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
-        local = gradient.to_local() if _is_shard(gradient) else gradient  # type: ignore[operator]
+        local = _local(gradient) if _is_shard(gradient) else gradient
         if local.is_sparse:
             local.mul_(factor.to(local.device))
         elif local.numel():

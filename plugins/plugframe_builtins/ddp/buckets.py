@@ -109,7 +109,7 @@ class Bucket:
         if self.flat is None:
             first = _real(self.parameters[0].detach())
             self.flat = torch.zeros(self.numel + len(self.parameters), dtype=first.dtype, device=first.device)
-            self._views = list(self.flat[: self.numel].split(self._sizes))
+            self._views = list(torch.split(self.flat[: self.numel], self._sizes))
         return self.flat
 
     @property

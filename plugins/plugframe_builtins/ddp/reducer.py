@@ -52,7 +52,7 @@ class Backward:
         """Take in a reducer whose first gradient has come."""
         if not self._reducers and not self.inside:
             # Private, and what torch's DDP and FSDP2 end a backward with (torch 2.13).
-            torch.autograd.Variable._execution_engine.queue_callback(self.finish)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self.finish)
         self._reducers.append(reducer)
 
     def advance(self) -> None:

@@ -46,7 +46,7 @@ def _send(tensors: list[Tensor], group: Any) -> None:
     dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
     if dist.get_rank(group) == 0:
         return
-    for tensor, piece in zip(own, sent.split([_nbytes(tensor) for tensor in own]), strict=True):
+    for tensor, piece in zip(own, torch.split(sent, [_nbytes(tensor) for tensor in own]), strict=True):
         value = piece.clone().view(tensor.dtype).view(tensor.shape)  # cloned: a view needs its dtype's alignment
         overwrite(tensor, value)
 

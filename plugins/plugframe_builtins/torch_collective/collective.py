@@ -191,7 +191,7 @@ class TorchCollective(Collective):
 
         def wait() -> Sequence[Sequence[float]]:
             work.wait()
-            return rows.view(-1, len(values)).tolist()  # type: ignore[no-any-return]
+            return rows.view(-1, len(values)).tolist()
 
         return wait
 
