@@ -45,7 +45,7 @@ class Successors:
                 reference, successor, name = self._found.get(id(parameter), (None, None, ""))
                 if reference is None or reference() is not parameter:
                     continue
-                new = None if successor is None else successor()
+                new: Any = None if successor is None else successor()
                 trains = new is not None and new.requires_grad
                 if parameter.requires_grad and not trains:
                     what = "is not there any more" if new is None else "cannot be trained any more"
