@@ -45,8 +45,8 @@ class Successors:
                 reference, successor, name = self._found.get(id(parameter), (None, None, ""))
                 if reference is None or reference() is not parameter:
                     continue
-                new: Any = None if successor is None else successor()
-                trains = new is not None and new.requires_grad
+                new = None if successor is None else successor()
+                trains = getattr(new, "requires_grad", False)
                 if parameter.requires_grad and not trains:
                     what = "is not there any more" if new is None else "cannot be trained any more"
                     raise SettingError(
