@@ -43,7 +43,7 @@ class Successors:
         for optimizer in optimizers:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 reference, successor, name = self._found.get(id(parameter), (None, None, ""))
-                if reference is None or reference() is not parameter:
+                if reference is None or id(reference()) != id(parameter):
                     continue
                 new = None if successor is None else successor()
                 trains = getattr(new, "requires_grad", False)
