@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -52,6 +53,25 @@ def check_module(module: Any, set_up: Sequence[nn.Module] = ()) -> None:
             raise OrderError(
                 f"{name!r} of this {type(module).__name__} has no shape yet: run one forward before lite.setup()."
             )
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            _check_trainable(name, parameter, type(module).__name__)
+
+
+def _check_trainable(name: str, parameter: Tensor, what: str) -> None:
+    """Refuse a parameter that no optimizer can change in place."""
+    if parameter.is_inference():
+        raise SettingError(
+            f"Parameter {name!r} of this {what} was made under torch.inference_mode(), and can never be trained: build "
+            "the model outside of it, or freeze the parameter with requires_grad_(False)."
+        )
+    strided = parameter.layout is torch.strided and not parameter.is_meta
+    if strided and any(size > 1 and not step for size, step in zip(parameter.shape, parameter.stride(), strict=True)):
+        raise SettingError(
+            f"Parameter {name!r} of this {what} is expanded: several of its elements are one, which no optimizer can "
+            "step. Make it a parameter of its own values, nn.Parameter(tensor.expand(...).clone()), or expand it in "
+            "forward."
+        )
 
 
 def check_optimizers(optimizers: Sequence[Any]) -> None:

@@ -112,15 +112,6 @@ def an_exception_passed_over(lite: Any) -> None:
         optimizer.step()
 
 
-@mistake("Parameter 'head.weight'", "got no gradient on rank 1", "--strategy.find-unused-parameters")
-def a_parameter_without_gradient(lite: Any) -> None:
-    model, optimizer = prepared(lite)
-    for _ in range(2):
-        optimizer.zero_grad()
-        lite.backward(model(torch.ones(1, 2), whole=lite.global_rank == 0).sum())  # rank 0
-        optimizer.step()
-
-
 @mistake("same calls in the same order")
 def the_order_differs(lite: Any) -> None:
     one, two = torch.ones(2), torch.ones(2)

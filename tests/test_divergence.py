@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import linecache
 import os
 import signal
@@ -18,8 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-import divergence_mistakes
-from divergence_mistakes import MISTAKES, Net, marked, run_all
+from divergence_mistakes import MISTAKES, marked, run_all
 from plugframe import CollectiveTimeoutError, Lite, PlugframeError, RankLostError, SettingError
 from plugframe.base import mistakes
 from plugframe.base.accounts import Account, find
@@ -216,29 +214,12 @@ def checks_of_a_rank(world: World) -> dict[str, Any]:
         ]
         with pytest.raises(SettingError, match=r"all_reduce\(timeout_s=-1\): it is a number of seconds above 0"):
             lite.all_reduce(1, timeout_s=-1)
-    found["unused"] = unused(world)
     store.set(f"pid{world.global_rank}", str(os.getpid()))
     with lite_of(1.0) as lite:
         lite.launch()
         stopped(lite, store, found)
     assert set(threading.enumerate()) == threads
     return found
-
-
-def unused(world: World) -> tuple[str, str]:
-    """Leave a parameter without a gradient where gradients are kept as zeros: torch notices at the next forward."""
-    told = ("", "")
-    with contextlib.suppress(RankLostError), lite_of(20.0) as lite:
-        lite.launch()
-        model = lite.setup(Net())
-        with contextlib.suppress(divergence_mistakes._ToldError):
-            for number in range(3):
-                model.zero_grad(set_to_none=False)
-                whole = number != 1 or world.global_rank == 0
-                told = failure(lambda: lite.backward(model(torch.ones(1, 2), whole=whole).sum()))  # noqa: B023
-                if told[0]:
-                    break
-    return told
 
 
 def stopped(lite: Any, store: Any, found: dict[str, Any]) -> None:
@@ -290,14 +271,6 @@ def test_a_call_can_have_a_timeout_of_its_own() -> None:
     for found in told():
         assert found["sum after it"] == [2.0, 2.0]
         assert found["in time"] == [7, [1, 1], None]
-
-
-def test_torchs_message_on_unused_parameters_becomes_one_that_names_them() -> None:
-    """Where torch notices at the next forward, the error names parameter, rank and what to type all the same."""
-    kind, text = told()[1]["unused"]
-    assert kind == "CollectiveMismatchError"
-    assert text.startswith("Parameter 'head.weight' (and 1 more) got no gradient on rank 1")
-    assert "type --strategy.find-unused-parameters" in text
 
 
 def test_a_rank_that_cannot_answer_is_said_to_be_so() -> None:

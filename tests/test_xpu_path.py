@@ -25,7 +25,7 @@ import gc, json, os, sys, warnings
 import torch, torch.distributed as dist
 from pathlib import Path
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from plugframe_builtins.ddp.engine import Engine
 from plugframe import Lite
 
 folder = Path(sys.argv[1])
@@ -68,8 +68,8 @@ def train(**settings):
 def across(lite, model, name):
     """Tell what only ranks together have."""
     told = {"backend": dist.get_backend_config()}
-    replicas = [each for each in gc.get_objects() if isinstance(each, DistributedDataParallel)]
-    told["replicas"] = [[each.device_type, each.device_ids] for each in replicas]
+    replicas = [each for each in gc.get_objects() if isinstance(each, Engine)]
+    told["replicas"] = [sorted({bucket.buffer.device.type for bucket in each._reducer._buckets}) for each in replicas]
     meshes = {parameter.device_mesh for parameter in model.parameters() if hasattr(parameter, "device_mesh")}
     told["meshes"] = [[mesh.device_type, mesh.size()] for mesh in meshes]
     (folder / f"{name}.arrived").touch()
@@ -155,7 +155,7 @@ def test_ddp_averages_on_the_device(together: list[list[dict[str, Any]]], alone:
     for rank, (told, _) in enumerate(together):
         assert told["device"] == f"{DEVICE}:{rank}"
         assert told["parameters"] == [f"{DEVICE}:{rank}"]
-        assert told["replicas"] == [[DEVICE, None]]
+        assert told["replicas"] == [[DEVICE]]
         assert f"{DEVICE}:pydevice_gloo" in told["backend"].split(",")
         assert "cpu:gloo" in told["backend"].split(",")
         assert told["losses"] == pytest.approx(alone[1]["losses"], rel=1e-5)

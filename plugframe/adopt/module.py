@@ -35,6 +35,8 @@ class Phase:
             checkpointing, in the middle of a call that is over.
         called: whether ``lite.backward`` was ever called.
         draws: looks at the random numbers of the first steps; None once it has.
+        backwards: how many backwards exchanged gradients.
+        local: whether a backward that runs now exchanges nothing.
         explain: makes of an error that came of another rank the one that says where all ranks are; None with one.
         weights: of the batches at hand.
     """
@@ -42,10 +44,30 @@ class Phase:
     backward = False
     called = False
     draws: DrawCheck | None = None
+    backwards = 0
+    local = False
     explain: Callable[[RuntimeError], Exception | None] | None = None
 
     def __init__(self) -> None:
         self.weights = Weights()
+
+
+def counting(phase: Phase, no_sync: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the hook ``strategy_no_sync`` so that `phase` knows whether a backward exchanges gradients."""
+
+    @contextmanager
+    def noted(context: Any, enabled: bool) -> Iterator[None]:
+        before, phase.local = phase.local, enabled
+        try:
+            with context:
+                yield
+        finally:
+            phase.local = before
+
+    def counted(**arguments: Any) -> Any:
+        return noted(no_sync(**arguments), arguments["enabled"])
+
+    return counted
 
 
 class ModuleState(State):

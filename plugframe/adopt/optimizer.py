@@ -30,6 +30,8 @@ class OptimizerState(State):
         phase: asked once, after the first step, whether the gradients came by way of `Lite`; None where nobody asks.
         job: says whether random numbers are still compared between the ranks, after the first steps.
         steps: how many it has made, those before the checkpoint it was resumed from included.
+        mean: makes the loss that a closure returns that of all ranks; None on one rank.
+        compare: compares settings with those of the other ranks, given the steps made; None on one rank.
     """
 
     #: Those in use. The launcher's side of a rank asks when the rank has failed, and no object leads it here.
@@ -45,6 +47,9 @@ class OptimizerState(State):
         self.steps = 0
         self.phase = phase
         self.job = job
+        self.made = 0
+        self.mean: Callable[[Any], Any] | None = None
+        self.compare: Callable[[int], None] | None = None
         self.alive.add(self)
 
     def plain_dict(self, obj: Any) -> dict[str, Any]:
@@ -59,9 +64,12 @@ def adopt_optimizer(
     names: Names | None = None,
     phase: Phase | None = None,
     job: Phase | None = None,
+    mean: Callable[[Any], Any] | None = None,
+    compare: Callable[[int], None] | None = None,
 ) -> None:
     """Adopt `optimizer` in place."""
     state = OptimizerState(optimizer, hooks, names, phase, job)
+    state.mean, state.compare = mean, compare
     namespace: dict[str, Any] = {"step": _make_step(type(optimizer).step, state.patched)}
     if keeps_gradients(hooks):
         namespace["zero_grad"] = zeroing(type(optimizer).zero_grad)
@@ -125,12 +133,17 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
         closure = None
         if args or kwargs:
             inner, closure = _bound(inner, args, kwargs)
+            if closure is not None and state.mean is not None:
+                closure = _averaged(closure, state.mean)
+        if state.compare is not None:
+            state.compare(state.made)
         state.inside = True
         try:
             result = state.hooks.strategy_optimizer_step(optimizer=self, step=inner, closure=closure)
         finally:
             state.inside = False
         state.steps += 1
+        state.made += 1
         if state.phase is not None:
             _check_gradients(self, state.phase)
             state.phase = None
@@ -146,6 +159,16 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
     if hasattr(patched, "_wrapped_by_lr_sched"):
         marked._wrapped_by_lr_sched = True
     return step
+
+
+def _averaged(closure: Callable[[], Any], mean: Callable[[Any], Any]) -> Callable[[], Any]:
+    """Return a closure whose loss is that of all ranks: a line search must decide alike on each."""
+
+    @functools.wraps(closure)
+    def averaged() -> Any:
+        return mean(closure())
+
+    return averaged
 
 
 def _check_gradients(optimizer: Optimizer, phase: Phase) -> None:

@@ -4,7 +4,7 @@ These import torch; a descriptor's module does not import them.
 """
 
 from plugframe.base.accelerator import Accelerator
-from plugframe.base.buffers import persistent_buffers, sync_buffers
+from plugframe.base.buffers import overwrite, persistent_buffers, stored, sync_buffers
 from plugframe.base.checkpoint import Checkpoint
 from plugframe.base.collective import Collective, check_reduction
 from plugframe.base.devices import parse_devices
@@ -14,6 +14,7 @@ from plugframe.base.launcher import Launcher
 from plugframe.base.logger import Logger
 from plugframe.base.objects import job_token, pack, unpack
 from plugframe.base.precision import Precision, cast_floating, default_dtype
+from plugframe.base.references import repoint
 from plugframe.base.strategy import ForwardShim, Strategy
 from plugframe.base.telling import failing, size_text, tell, warn_caller
 from plugframe.base.tree import map_tensors
@@ -36,11 +37,14 @@ __all__ = [
     "fresh",
     "job_token",
     "map_tensors",
+    "overwrite",
     "pack",
     "parse_devices",
     "persistent_buffers",
     "private_store",
+    "repoint",
     "size_text",
+    "stored",
     "sync_buffers",
     "tell",
     "unpack",

@@ -23,7 +23,7 @@ def sync_buffers(module: nn.Module, hooks: Any) -> None:
         flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
         sent = hooks.collective_broadcast(tensor=flat, src=0, group=None)
         for buffer, piece in zip(buffers, torch.split(sent, [buffer.numel() for buffer in buffers]), strict=True):
-            buffer.copy_(piece.view_as(buffer))
+            overwrite(buffer, piece.view(buffer.shape))
 
 
 def persistent_buffers(module: nn.Module) -> list[Tensor]:
@@ -31,3 +31,35 @@ def persistent_buffers(module: nn.Module) -> list[Tensor]:
     names = set(module.state_dict(keep_vars=True))
     named = module.named_buffers()
     return [buffer for name, buffer in named if name in names and not is_shard(buffer) and buffer.numel()]
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """Return a view that has each stored element once: an expanded tensor cannot be written as it is."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+@torch.no_grad()
+def overwrite(tensor: Tensor, value: Tensor) -> None:
+    """Copy `value`, of the same shape, into `tensor`, which may be expanded, or made under ``inference_mode``."""
+    target = stored(tensor)
+    for dim, size in enumerate(target.shape):
+        value = value.narrow(dim, 0, size)
+    if target.is_inference():  # writable only there
+        with torch.inference_mode():
+            target.copy_(value)
+    else:
+        target.copy_(value)
+
+
+def load_expanded(module: torch.nn.Module, state: dict[str, Any]) -> list[str]:
+    """Load those buffers that are expanded, which ``load_state_dict`` cannot write; return their names."""
+    found = []
+    for name, buffer in module.named_buffers():
+        value = state.get(name)
+        if isinstance(value, Tensor) and stored(buffer) is not buffer and value.shape == buffer.shape:
+            overwrite(buffer, value)
+            found.append(name)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,10 @@ class Collective(CollectiveSpec):
     @hookimpl
     def collective_broadcast_object(self, obj: Any, src: int, group: Any) -> Any:
         return obj
+
+    @hookimpl
+    def collective_gather_later(self, values: Sequence[float]) -> Callable[[], Sequence[Sequence[float]]] | None:
+        return None
 
     @hookimpl
     def collective_barrier(self, name: str, group: Any) -> None:

@@ -91,6 +91,14 @@ class Precision(PrecisionSpec):
         loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     @hookimpl
+    def precision_finish_backward(self) -> None:
+        pass
+
+    @hookimpl
+    def precision_setup_optimizer(self, optimizer: Optimizer) -> None:
+        pass
+
+    @hookimpl
     def precision_optimizer_step(
         self, optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any] | None
     ) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from plugframe.base.buffers import load_expanded
 from plugframe.base.deferred import deferring, materialize_module
 from plugframe.checkpoint.stored import materialize
 from plugframe.context import Context
@@ -114,6 +115,7 @@ class Strategy(StrategySpec):
         norm_type: float,
         error_if_nonfinite: bool,
     ) -> Tensor | None:
+        parameters = [parameter for parameter in parameters if parameter.numel()]  # torch has no norm of nothing
         if clip_value is not None:
             nn.utils.clip_grad_value_(parameters, clip_value)
             return None
@@ -128,8 +130,10 @@ class Strategy(StrategySpec):
     def strategy_load_module_state(
         self, module: nn.Module, state: dict[str, Any], strict: bool
     ) -> tuple[list[str], list[str]]:
-        result = module.load_state_dict(materialize(state), strict=False)
-        return list(result.missing_keys), list(result.unexpected_keys)
+        loaded = load_expanded(module, state)
+        rest = {key: value for key, value in state.items() if key not in loaded} if loaded else state
+        result = module.load_state_dict(materialize(rest), strict=False)
+        return [key for key in result.missing_keys if key not in loaded], list(result.unexpected_keys)
 
     @hookimpl
     def strategy_optimizer_state(self, optimizer: Optimizer, sharded: bool) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from plugframe.hooks.markers import provider
@@ -77,6 +77,24 @@ class CollectiveSpec(Protocol):
     @provider
     def collective_broadcast_object(self, obj: Any, src: int, group: Any) -> Any:
         """Return global rank `src`'s object. It is pickled between ranks of the job."""
+        ...
+
+    @provider
+    def collective_gather_later(self, values: Sequence[float]) -> Callable[[], Sequence[Sequence[float]]] | None:
+        """Begin to gather a few numbers of every rank, and return what waits for them.
+
+        Called on every rank in the same order, in the hot path: it must not wait for other ranks nor for a device.
+
+        Args:
+            values: equally many on all ranks, at most some dozen.
+
+        Returns:
+            A function that returns the values of all ranks, by rank; None where this cannot be done beside everything
+            else that is exchanged.
+
+        Example:
+            ``work = dist.all_gather(rows, torch.tensor(values), async_op=True)``
+        """
         ...
 
     @provider

@@ -101,10 +101,31 @@ class PrecisionSpec(Protocol):
         ...
 
     @provider
+    def precision_finish_backward(self) -> None:
+        """Make gradients true to size, now that a backward is over and the strategy has averaged them.
+
+        Called on every rank after `strategy_backward`, also if that raised: it is in the hot path. After it the script
+        may read, clip and apply gradients as without this precision.
+
+        Example:
+            ``torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / self.scale)``
+        """
+        ...
+
+    @provider
+    def precision_setup_optimizer(self, optimizer: Optimizer) -> None:
+        """Take note of an optimizer: gradients of what it updates must be true to size after each backward.
+
+        Called on every rank for each optimizer at ``lite.setup`` and ``lite.setup_optimizers``, after the strategy has
+        prepared it.
+        """
+        ...
+
+    @provider
     def precision_optimizer_step(
         self, optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any] | None
     ) -> Any:
-        """Run ``step(closure)``, unscaling gradients before and skipping the step where they overflowed.
+        """Run ``step(closure)``, or leave it out where gradients overflowed.
 
         Called on every rank by the strategy: it is in the hot path.
 
@@ -115,7 +136,7 @@ class PrecisionSpec(Protocol):
 
     @provider
     def precision_unscale(self, optimizer: Optimizer) -> bool:
-        """Make the gradients of `optimizer`'s parameters true to size, once, before they are clipped or read.
+        """Make the gradients of `optimizer`'s parameters true to size, if `precision_finish_backward` has not.
 
         Called on every rank by ``lite.clip_gradients``.
 

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from plugframe import starting
-from plugframe.adopt.module import Phase
+from plugframe.adopt.module import Phase, counting
 from plugframe.adopt.reading import Loaders
+from plugframe.adopt.successors import Successors
 from plugframe.context import Context
 from plugframe.descent import Place, own_variables
 from plugframe.errors import SettingError, closest
@@ -111,6 +112,7 @@ class Core:
         self._loaders = Loaders(self._phase.weights)
         self._stopping = Stopping()
         self._streams: RankStreams | None = None
+        self._successors = Successors()
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process as settings and the subclass's own attributes; there the plan is made anew."""
@@ -127,6 +129,7 @@ class Core:
             "_stopping",
             "_place",
             "_streams",
+            "_successors",
         )
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
@@ -242,6 +245,10 @@ class Core:
             self._place.check(call, launched=self.plan.launched)
             session.start()
             self._phase.explain = session.explain
+            if self.world_size > 1:
+                hooks: Any = self._hooks
+                session.on_close(setattr, hooks, "strategy_no_sync", hooks.strategy_no_sync)
+                hooks.strategy_no_sync = counting(self._phase, hooks.strategy_no_sync)
             atexit.register(session.close)
         return session.started()
 

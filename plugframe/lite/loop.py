@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -32,8 +33,9 @@ class Loop(Core):
         """Compute gradients, in place of ``tensor.backward(*args, **kwargs)``. Every rank must call it.
 
         The gradients that the ranks end with are those of one process on the batches of all of them, for the loss
-        that `reduction` says. A batch that ranks share unevenly weighs by its samples, whenever it was read: it is
-        known by the tensors that a model was called with, and a loss may add up several batches.
+        that `reduction` says, and true to size under a loss scaler too. A batch that ranks share unevenly weighs by its
+        samples, whenever it was read: it is known by the tensors that a model was called with, and a loss may add up
+        several batches.
 
         Args:
             tensor: the loss of this rank's batch; 0-d, or any shape with ``gradient=``.
@@ -64,13 +66,16 @@ class Loop(Core):
         weights.used = weights.trains = True
         weights.graded = False
         weights.backwards += 1
-        self._phase.backward = self._phase.called = True
+        phase = self._phase
+        phase.backward = phase.called = True
+        phase.backwards += not phase.local
         try:
             self._hooks.strategy_backward(loss=tensor, module=model, args=args, kwargs=kwargs)
         finally:
-            self._phase.backward = False
+            phase.backward = False
             for handle in handles:
                 handle.remove()
+            self._hooks.precision_finish_backward()
         if self._hooks.on_backward is not None:
             self._hooks.on_backward(loss=tensor)
 
@@ -90,6 +95,15 @@ class Loop(Core):
             return 1.0
         weights.asked()
         return weights.current()
+
+    def _mean_loss(self, loss: Any) -> Any:
+        """Return the mean over ranks of a closure's loss, each weighing as its batch; what is no number stays."""
+        if isinstance(loss, Tensor):
+            return self._hooks.collective_all_reduce(tensor=loss.detach() * self.batch_weight, op="mean", group=None)
+        if isinstance(loss, float):
+            value = torch.tensor(loss * self.batch_weight, dtype=torch.float64)
+            return self._hooks.collective_all_reduce(tensor=value, op="mean", group=None).item()
+        return loss
 
     def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[Any]:
         """Return a context in which gradients are accumulated but not exchanged: for all but the last micro-batch.
@@ -114,7 +128,7 @@ class Loop(Core):
     ) -> Tensor | None:
         """Clip the gradients of `optimizer`'s parameters, by value or by total norm. Every rank must call it.
 
-        Under a loss scaler gradients are unscaled first, and a step with non-finite ones is skipped by itself.
+        Under a loss scaler a step with non-finite gradients is skipped by itself, and they are no error here.
 
         Returns:
             For ``max_norm`` the total norm before clipping, a 0-d tensor, equal on all ranks; else None.

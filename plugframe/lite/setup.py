@@ -23,6 +23,7 @@ from plugframe.adopt import (
     release_optimizer,
     state_of,
 )
+from plugframe.adopt.comparison import Comparison
 from plugframe.adopt.loader import check_unread, divides_itself, held_by, sources_of
 from plugframe.adopt.module import checked_name
 from plugframe.adopt.sameness import check_same, check_undivided, divider, signature
@@ -63,6 +64,7 @@ class SetUp(Core):
         checks.check_optimizers(optimizers)
         checks.check_ownership(module, optimizers)
         module = self._prepare(module, move_to_device, "setup")
+        self._successors.carry_over(optimizers)
         called = [names_of(optimizer, [module]) for optimizer in optimizers]
         setup = self._hooks.strategy_setup_module_and_optimizers
         engine, prepared = setup(module=module, optimizers=optimizers)
@@ -94,6 +96,7 @@ class SetUp(Core):
         checks.check_optimizers(optimizers)
         self._started("setup_optimizers")
         self._check_modules()
+        self._successors.carry_over(optimizers)
         called = [names_of(optimizer, self._living()) for optimizer in optimizers]
         known = {id(parameter) for module in self._living() for parameter in module.parameters()}
         prepared = self._hooks.strategy_setup_optimizers(module=None, optimizers=optimizers)
@@ -157,11 +160,13 @@ class SetUp(Core):
     def _prepare(self, module: nn.Module, move_to_device: bool, call: str) -> nn.Module:
         context = self._started(call)
         # A module that was built without values is converted and moved without them as well.
+        before = dict(module.named_parameters(remove_duplicate=False))
         with resuming(module, context.device):
             module = self._hooks.precision_convert_module(module=module)
             if move_to_device:
                 check_values(module)
                 module = module.to(context.device)
+        self._successors.note(before, module)
         return module
 
     def _check_module(self, module: nn.Module, forward_methods: Iterable[Any]) -> tuple[Any, ...]:
@@ -198,7 +203,18 @@ class SetUp(Core):
 
     def _adopt_optimizer(self, optimizer: Optimizer, names: Names | None) -> None:
         phase = self._phase if self._session.world.global_rank == 0 else None
-        adopt_optimizer(optimizer, hooks=self._hooks, names=names, phase=phase, job=self._phase)
+        self._hooks.precision_setup_optimizer(optimizer=optimizer)
+        mean = compare = None
+        if self.world_size > 1:
+            lite: Any = self  # it knows the weight of the batch
+            mean = lite._mean_loss
+            known = {id(p) for module in self._living() for p in module.parameters()}
+            # What no module has is each rank's own, and so may be its settings.
+            if all(id(p) in known for group in optimizer.param_groups for p in group["params"]):
+                compare = Comparison(optimizer, self._hooks.collective_gather_later, self._phase)
+        adopt_optimizer(
+            optimizer, hooks=self._hooks, names=names, phase=phase, job=self._phase, mean=mean, compare=compare
+        )
         self._session.release_on_close(optimizer, _if_adopted(release_optimizer))
 
     def _agree(self, loaders: Sequence[DataLoader[Any]], shared: Sequence[DataLoader[Any]]) -> int:

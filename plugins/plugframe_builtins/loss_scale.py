@@ -1,10 +1,11 @@
-"""The loss scale: torch's ``GradScaler``, told when to do what, for any number of optimizers in any order."""
+"""The loss scale: torch's ``GradScaler``, and gradients that are true to size wherever a script sees them."""
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,59 +13,100 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from plugframe.base.registrations import Registrations
 from plugframe.errors import OrderError
 
 
 class LossScale:
-    """Scales losses, and has every gradient unscaled by what it was scaled with.
+    """Scales losses, and has every gradient true to size again when the backward is over.
 
-    ``GradScaler`` wants its scale changed (``update``) once all optimizers of an iteration have stepped, and
-    nobody says when that is. So it is changed as late as can be, before the next loss is scaled, and gradients
-    that still wait for their optimizer then (accumulated ones, another model's) change with it. Scales are powers
-    of two, unless a scaler with other factors is given, so that this costs no precision.
+    So a script may clip, log, accumulate or apply gradients as it does without a scaler. What an earlier backward has
+    left is scaled while the next one adds to it. Scales are powers of two, unless a scaler with other factors is given,
+    so that this costs no precision. Nothing here waits for a device; reading whether a step overflowed does, as it does
+    in torch.
+
+    The scale changes as late as can be: before the first loss after a step is scaled. ``GradScaler`` wants to be told
+    when all optimizers of an iteration have stepped, and nobody says when that is.
     """
 
     def __init__(self, scaler: GradScaler) -> None:
         self._scaler = scaler
-        self._modules: list[weakref.ref[nn.Module]] = []
-        # Since the last update, by id: whose gradients are true to size, before their step and after it.
-        self._unscaled: dict[int, Optimizer] = {}
-        self._stepped: dict[int, Optimizer] = {}
-        self._used = False
+        self._leaves = _Leaves()
+        # What scaled the gradients of the backward that is not over, None if there is none.
+        self._scale: Tensor | None = None
+        self._used = self._stepped = self._known = False
+        # Since the last update: ``GradScaler`` tells optimizers apart by their ids.
+        self._checked: list[Any] = []
+        # The largest values of the last backward's gradients, where somebody else may step on them.
+        self._largest: list[Tensor] = []
+        self._versions: list[int] | None = None
 
     def watch(self, module: nn.Module) -> None:
-        """Keep the gradients of `module` in step with the scale."""
-        self._modules.append(weakref.ref(module))
+        """Keep the gradients of `module` true to size."""
+        self._leaves.add_module(module)
+
+    def watch_optimizer(self, optimizer: Optimizer) -> None:
+        """Keep the gradients of what `optimizer` updates true to size, also where no module has it."""
+        self._leaves.add_optimizer(optimizer)
+        self._known = True
+
+    def close(self) -> None:
+        """Watch nothing any more."""
+        self._leaves.close()
 
     def scale(self, loss: Tensor) -> Tensor:
         """Return the loss to compute gradients of."""
+        self.finish()
         self._settle()
         self._used = True
-        return self._scaler.scale(loss)
+        scaled = self._scaler.scale(loss)
+        self._scale = self._scaler.scale(loss.new_ones((), dtype=torch.float32)).detach()
+        self._leaves.look(loss)
+        self._leaves.put_hooks_behind(self._divided)
+        _multiply(self._leaves.gradients(), self._scale)
+        return scaled
 
-    def unscale(self, optimizer: Optimizer) -> None:
-        """Make the optimizer's gradients true to size, if they are not yet."""
-        key = id(optimizer)
-        if key not in self._stepped and key not in self._unscaled and _gradients(optimizer):
-            self._check_used()
-            self._scaler.unscale_(optimizer)
-            self._unscaled[key] = optimizer
+    def finish(self) -> None:
+        """Make gradients true to size, after a backward."""
+        scale, self._scale = self._scale, None
+        if scale is None:
+            return
+        gradients = self._leaves.gradients()
+        _multiply(gradients, scale.reciprocal())
+        self._largest = [] if self._known else _largest(gradients)
+
+    def unscale(self, optimizer: Optimizer) -> list[Tensor]:
+        """Return the optimizer's gradients, true to size.
+
+        Raises:
+            OrderError: if there are some, and no loss was ever scaled.
+        """
+        self.finish()
+        gradients = _gradients(optimizer)
+        if gradients and not self._used:
+            raise OrderError(
+                "The optimizer has gradients, and none of them was scaled: compute them with lite.backward(loss), "
+                "not loss.backward()."
+            )
+        return gradients
 
     def step(self, optimizer: Optimizer, step: Callable[..., Any]) -> Any:
-        """Run the optimizer's step on true gradients; leave it out, and return None, if one is not finite."""
-        gradients = _gradients(optimizer)
+        """Run the optimizer's step; leave it out, and return None, if a gradient is not finite."""
+        gradients = self.unscale(optimizer)
         if not gradients:
             return step()
-        self._check_used()
-        if id(optimizer) in self._stepped:
-            # A second step without a backward between: the scaler would unscale once more.
-            return step() if all(bool(gradient.isfinite().all()) for gradient in gradients) else None
-        # The scaler calls optimizer.step(), which runs the user's own; what that was given is bound to `step`.
-        keywords = step.keywords if isinstance(step, functools.partial) else {}
-        result = self._scaler.step(optimizer, **keywords)
-        self._unscaled.pop(id(optimizer), None)
-        self._stepped[id(optimizer)] = optimizer
-        return result
+        self._stepped = True
+        # A step that unscales by itself, on the device (fused optimizers), and shards, of which torch looks at those of
+        # all ranks, go through all of torch's own way.
+        if getattr(optimizer, "_step_supports_amp_scaling", False) or any(map(_is_shard, gradients)):
+            if any(each is optimizer for each in self._checked):
+                self._update()  # a second step between two losses, which torch's scaler refuses
+            self._checked.append(optimizer)
+            _multiply(gradients, self._scaler.scale(torch.ones((), device=gradients[0].device)))
+            # The scaler calls optimizer.step(), which runs the user's own; what that was given is bound to `step`.
+            keywords = step.keywords if isinstance(step, functools.partial) else {}
+            return self._scaler.step(optimizer, **keywords)
+        return self._scaler.step(self._look_at(_largest(gradients), step))
 
     def state(self) -> dict[str, Any]:
         """Return the scale and how it changes, as plain values."""
@@ -76,41 +118,197 @@ class LossScale:
         self._settle()
         self._scaler.load_state_dict(state)
 
-    def _check_used(self) -> None:
-        if not self._used:
-            raise OrderError(
-                "The optimizer has gradients, and none of them was scaled: compute them with lite.backward(loss), "
-                "not loss.backward()."
-            )
+    def _divided(self, gradient: Tensor) -> Tensor | None:
+        return None if self._scale is None else gradient * self._scale.reciprocal()
+
+    def _look_at(self, largest: list[Tensor], step: Callable[..., Any] | None = None) -> Any:
+        """Have the scaler look for values that are not finite; return what it takes for the optimizer."""
+        stand_ins = [torch.empty_like(each) for each in largest]
+        for stand_in, each in zip(stand_ins, largest, strict=True):
+            stand_in.grad = each  # which the scaler divides: the gradients themselves are not touched
+        holder = SimpleNamespace(param_groups=[{"params": stand_ins}], step=step)
+        self._scaler.unscale_(holder)  # type: ignore[arg-type]
+        self._checked.append(holder)
+        return holder
 
     @torch.no_grad()
     def _settle(self) -> None:
-        """Let the scale follow what the steps found, and the gradients that wait for a step follow the scale."""
-        if not self._stepped and not self._unscaled:
-            return
-        waiting = self._waiting()
-        early = [gradient for optimizer in self._unscaled.values() for gradient in _gradients(optimizer)]
-        # Reading the scale waits for the device; with one optimizer nothing is left waiting.
-        before = self._scaler.get_scale() if waiting or early else 1.0
-        # Given a scale, update() only forgets who has unscaled.
-        self._scaler.update(None if self._stepped else before)
-        self._stepped.clear()
-        self._unscaled.clear()
-        if waiting or early:
-            after = self._scaler.get_scale()
-            for gradient in early:
-                gradient.mul_(after)
-            for gradient in waiting if after != before else ():
-                gradient.mul_(after / before)
+        """Let the scale follow what the steps have found.
 
-    def _waiting(self) -> list[Tensor]:
-        """Return the gradients that are still scaled."""
-        optimizers = (*self._stepped.values(), *self._unscaled.values())
-        done = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        modules = [module for module in (reference() for reference in self._modules) if module is not None]
-        found = {id(p): p.grad for module in modules for p in module.parameters() if p.grad is not None}
-        return [gradient for key, gradient in found.items() if key not in done]
+        Raises:
+            OrderError: if gradients overflowed, and what was not set up here has stepped on them.
+        """
+        if not self._stepped:
+            self._settle_strangers()
+        elif self._checked:
+            self._update()
+        self._stepped = False
+        self._versions = self._leaves.versions()
+
+    def _settle_strangers(self) -> None:
+        """Look whether somebody else has changed the weights: a step by hand, an optimizer that was not set up."""
+        if self._versions is None or self._versions == self._leaves.versions():
+            return
+        self._known = False
+        if not self._largest:
+            return
+        if not all(bool(each.isfinite().all()) for each in self._largest):
+            raise OrderError(
+                f"Gradients overflowed float16 at loss scale {self._scaler.get_scale():g}, and something that lite "
+                "does not know stepped on them: set the optimizer up with lite.setup(model, optimizer), which leaves "
+                "such a step out; or use precision='bf16-mixed'."
+            )
+        self._look_at(self._largest)
+        self._update()
+
+    def _update(self) -> None:
+        self._scaler.update()
+        self._checked.clear()
+
+
+def _largest(gradients: list[Tensor]) -> list[Tensor]:
+    """Return the largest value of each gradient, of those of one device in one tensor: finite if all values are."""
+    norms: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        local = _local(gradient) if _is_shard(gradient) else gradient.detach()
+        values = local.coalesce().values() if local.is_sparse else local
+        if values.numel():
+            norms.setdefault(values.device, []).append(torch.linalg.vector_norm(values, float("inf")).float())
+    return [torch.stack(each) for each in norms.values()]
+
+
+class _Leaves:
+    """The tensors whose gradients are kept true to size: parameters, and leaves that losses depend on besides."""
+
+    def __init__(self) -> None:
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self._optimizers: list[weakref.ref[Optimizer]] = []
+        self._registrations = Registrations()
+        self._end = self._registrations.watch()
+        self._seen = -1
+        self._known: list[Tensor] = []
+        self._ids: set[int] = set()
+        self._others: list[weakref.ref[Tensor]] = []
+        self._hooked: set[int] = set()
+        self._looks = 0
+        self._always = False
+
+    def add_module(self, module: nn.Module) -> None:
+        self._modules.append(weakref.ref(module))
+        self._seen = -1
+
+    def add_optimizer(self, optimizer: Optimizer) -> None:
+        self._optimizers.append(weakref.ref(optimizer))
+        self._seen = -1
+
+    def close(self) -> None:
+        self._end()
+        self._known.clear()
+        self._modules.clear()
+        self._optimizers.clear()
+
+    def look(self, loss: Tensor) -> None:
+        """Find leaves that no module and no optimizer has: an input, a weight of the loss.
+
+        The graph is walked through at the first few losses and then less and less, and always once some were found.
+        """
+        self._others = [each for each in self._others if each() is not None]
+        self._looks += 1
+        if not self._always and self._looks & (self._looks - 1):
+            return
+        self._refresh()
+        known = self._ids | {id(each()) for each in self._others}
+        for leaf in _leaves_of(loss):
+            if id(leaf) not in known:
+                self._always = True
+                self._others.append(weakref.ref(leaf))
+
+    def put_hooks_behind(self, divide: Callable[[Tensor], Tensor | None]) -> None:
+        """Have hooks of the user's on a tensor see its gradient true to size."""
+        for leaf in self._all():
+            # Private: torch has no way to put a hook before others, nor to ask for them (torch 2.13).
+            if id(leaf) in self._hooked or _is_shard(leaf):
+                continue
+            if leaf._backward_hooks or getattr(leaf, "_post_accumulate_grad_hooks", None):
+                register: Any = leaf.register_hook
+                handle = register(divide)
+                hooks: Any = leaf._backward_hooks
+                before = [(key, hook) for key, hook in hooks.items() if key != handle.id]
+                ours = hooks[handle.id]
+                hooks.clear()  # in place: what the script holds to remove its hooks refers to this dictionary
+                hooks.update([(handle.id, ours), *before])
+                self._hooked.add(id(leaf))
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients that nobody else makes true to size."""
+        return [leaf.grad for leaf in self._all() if leaf.grad is not None and id(leaf) not in self._hooked]
+
+    def versions(self) -> list[int]:
+        """Return a number for each parameter that changes when it is written to."""
+        self._refresh()
+        return [leaf._version for leaf in self._known if not leaf.is_inference()]
+
+    def _all(self) -> Iterator[Tensor]:
+        self._refresh()
+        yield from self._known
+        for reference in self._others:
+            leaf = reference()
+            if leaf is not None:
+                yield leaf
+
+    def _refresh(self) -> None:
+        if self._seen == self._registrations.count:  # walking through modules takes long
+            return
+        self._seen = self._registrations.count
+        modules = [module for module in (each() for each in self._modules) if module is not None]
+        optimizers = [optimizer for optimizer in (each() for each in self._optimizers) if optimizer is not None]
+        found: dict[int, Tensor] = {id(p): p for module in modules for p in module.parameters()}
+        found.update((id(p), p) for optimizer in optimizers for p in _parameters(optimizer))
+        self._known, self._ids = list(found.values()), set(found)
+        self._hooked &= self._ids | {id(each()) for each in self._others}
+
+
+def _leaves_of(loss: Tensor) -> Iterator[Tensor]:
+    stack: list[Any] = [loss.grad_fn]
+    seen: set[Any] = {None}
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            yield variable
+        stack += [following for following, _ in node.next_functions]
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return [p.grad for p in _parameters(optimizer) if p.grad is not None]
+
+
+def _is_shard(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")
+
+
+def _local(shard: Any) -> Tensor:
+    with torch.no_grad():  # otherwise it is a copy to autograd
+        return shard.to_local()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _multiply(gradients: Iterable[Tensor], factor: Tensor) -> None:
+    """Multiply gradients in place, many at once."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        local = _local(gradient) if _is_shard(gradient) else gradient
+        if local.is_sparse:
+            local.mul_(factor.to(local.device))
+        elif local.numel():
+            by_device.setdefault(local.device, []).append(local)
+    for device, each in by_device.items():
+        # Not documented by name, and what torch.nn.utils.clip_grad_norm_ multiplies with (torch 2.13).
+        torch._foreach_mul_(each, factor.to(device))

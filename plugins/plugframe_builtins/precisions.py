@@ -71,11 +71,14 @@ class MixedPrecision(Precision):
     def precision_setup(self, context: Context) -> None:
         super().precision_setup(context)
         self._autocast_type = context.hooks.accelerator_autocast_type()
-        if self.scaler is not None or self.compute is torch.float16:
-            self._loss_scale = LossScale(self.scaler or GradScaler(self._autocast_type))
+        scaler = self.scaler or (GradScaler(self._autocast_type) if self.compute is torch.float16 else None)
+        if scaler is not None and scaler.is_enabled():
+            self._loss_scale = LossScale(scaler)
 
     @hookimpl
     def precision_teardown(self) -> None:
+        if self._loss_scale is not None:
+            self._loss_scale.close()
         self._loss_scale = None
 
     @hookimpl
@@ -102,6 +105,16 @@ class MixedPrecision(Precision):
         if self._loss_scale is not None:
             loss = self._loss_scale.scale(loss)
         super().precision_backward(loss, args, kwargs)
+
+    @hookimpl
+    def precision_finish_backward(self) -> None:
+        if self._loss_scale is not None:
+            self._loss_scale.finish()
+
+    @hookimpl
+    def precision_setup_optimizer(self, optimizer: Optimizer) -> None:
+        if self._loss_scale is not None:
+            self._loss_scale.watch_optimizer(optimizer)
 
     @hookimpl
     def precision_optimizer_step(

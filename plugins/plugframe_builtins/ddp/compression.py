@@ -1,15 +1,17 @@
-"""Sending fewer bytes of gradients: torch's communication hooks by name."""
+"""Sending fewer bytes of gradients."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
-from plugframe.errors import MissingDependencyError, SettingError, UnsupportedError, closest
+from plugframe.errors import MissingDependencyError, SettingError, closest
+from plugframe_builtins.ddp.buckets import Bucket
 
 KINDS = ("fp16", "bf16", "powersgd")
 
@@ -32,28 +34,71 @@ def check_compression(kind: str | None, powersgd: Mapping[str, Any] | None) -> N
         raise MissingDependencyError("gradient_compression='powersgd' needs NumPy: pip install numpy.")
 
 
-def compress(engine: DistributedDataParallel, kind: str, powersgd: Mapping[str, Any]) -> None:
-    """Have `engine` send its gradients in that way.
+def make_sender(kind: str, powersgd: Mapping[str, Any], group: Any) -> Callable[[Bucket], Any]:
+    """Return what sends a bucket in that way, with the state that it carries from step to step.
 
     Raises:
-        UnsupportedError: if torch cannot do it over this backend.
         SettingError: for options `PowerSGDState` does not take.
     """
-    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+    if kind != "powersgd":
+        dtype = torch.float16 if kind == "fp16" else torch.bfloat16
+        return lambda bucket: _Rounded(bucket, dtype, group)
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
-    state: Any = engine.process_group
-    hook: Any = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}.get(kind)
-    if hook is None:
-        hook = powerSGD_hook.powerSGD_hook
-        try:
-            state = powerSGD_hook.PowerSGDState(engine.process_group, **powersgd)
-        except (TypeError, ValueError) as error:
-            raise SettingError(f"powersgd={dict(powersgd)!r} does not fit torch's PowerSGDState: {error}") from error
     try:
-        engine.register_comm_hook(state, hook)
-    except (TypeError, RuntimeError) as error:
-        backend = dist.get_backend(engine.process_group)
-        raise UnsupportedError(
-            f"gradient_compression={kind!r} does not work over backend {backend!r} here: {error}. "
-            "Use 'fp16', or leave it out."
-        ) from error
+        state = powerSGD_hook.PowerSGDState(group, **powersgd)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"powersgd={dict(powersgd)!r} does not fit torch's PowerSGDState: {error}") from error
+    return lambda bucket: _Approximated(bucket, powerSGD_hook.powerSGD_hook, state, group)
+
+
+class _Rounded:
+    """A bucket that travels in fewer bits."""
+
+    def __init__(self, bucket: Bucket, dtype: torch.dtype, group: Any) -> None:
+        self._flat = bucket.buffer
+        narrows = self._flat.dtype.itemsize > dtype.itemsize
+        self._sent = self._flat.to(dtype) if narrows else self._flat
+        self._work: Any = dist.all_reduce(self._sent, group=group, async_op=True)
+
+    def wait(self) -> None:
+        self._work.wait()
+        if self._sent is not self._flat:
+            self._flat.copy_(self._sent)
+
+
+class _Approximated:
+    """A bucket that travels as torch's PowerSGD sends it, and beside it which parameters have a gradient."""
+
+    def __init__(self, bucket: Bucket, hook: Callable[..., Any], state: Any, group: Any) -> None:
+        self._flags: Any = dist.all_reduce(bucket.flags, group=group, async_op=True)
+        self._bucket = bucket
+        # torch's hook sums, and divides where it does not; the buffer holds what was divided already.
+        self._future = hook(state, _TorchBucket(bucket, dist.get_world_size(group)))
+
+    def wait(self) -> None:
+        self._flags.wait()
+        self._bucket.values.copy_(self._future.wait())
+
+
+class _TorchBucket:
+    """A bucket with the methods of torch's ``GradBucket``, which cannot be made in Python."""
+
+    def __init__(self, bucket: Bucket, size: int) -> None:
+        self._bucket = bucket
+        bucket.values.mul_(size)
+
+    def buffer(self) -> Tensor:
+        return self._bucket.values
+
+    def gradients(self) -> list[Tensor]:
+        return self._bucket.gradients()
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self._bucket.parameters
+
+    def index(self) -> int:
+        return self._bucket.number
+
+    def is_last(self) -> bool:
+        return self._bucket.last

@@ -1,4 +1,4 @@
-"""What DDP keeps beside a module: ``DistributedDataParallel`` over the user's own forward."""
+"""What DDP keeps beside a module: who takes part in the averaging of gradients, and when buffers are made equal."""
 
 from __future__ import annotations
 
@@ -10,144 +10,104 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
-from torch.nn.parallel import DistributedDataParallel
 
-from plugframe.base import ForwardShim
-from plugframe_builtins.ddp.unused import torchs_missing, without_gradient
+from plugframe.base.registrations import Registrations
+from plugframe_builtins.ddp.buckets import DEFAULT_MIB, MIB, Send
+from plugframe_builtins.ddp.reducer import Backward, Reducer
+from plugframe_builtins.ddp.replicas import send_from_first
+from plugframe_builtins.ddp.sparse import sparse_parameters
 
 _LOOK = attrgetter("requires_grad", "dtype")
 
 
-def _return(loss: Tensor) -> Tensor:
-    return loss
-
-
-class Registrations:
-    """Counts parameters and modules that were put into any module: a model may have got other parameters since."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def watch(self) -> Callable[[], None]:
-        """Begin to count; return what ends it."""
-        handles = (
-            register_module_parameter_registration_hook(self._note),
-            register_module_module_registration_hook(self._note),
-        )
-
-        def end() -> None:
-            for handle in handles:
-                handle.remove()
-
-        return end
-
-    def _note(self, module: nn.Module, name: str, value: Any) -> None:
-        self.count += 1
-
-
 class Engine:
-    """``engine(call, *args)`` runs ``call(*args)`` so that the backward after it averages gradients.
+    """``engine(call, *args)`` runs ``call(*args)``; gradients are averaged by the backwards, however they came about.
 
     A forward without gradients is the call alone and never communicates: ranks may evaluate different
     numbers of batches, or one of them by itself.
 
+    Args:
+        group: the ranks.
+        check: raises on all ranks if their models differ.
+        registrations: counts changes of any module.
+        backward: shared by the engines of a job.
+        bucket_cap_mb: size of a bucket in MiB.
+        as_views: whether gradients become views of the buckets.
+        make_send: makes what sends a bucket in another way than whole.
+
     Attributes:
         broadcast_buffers: whether buffers are made equal before each forward.
         stale_buffers: whether a forward may have changed the buffers since they were equal.
-        local: whether gradients were accumulated that were not averaged since.
     """
 
     def __init__(
         self,
         module: nn.Module,
         *,
-        connect: Callable[[nn.Module], DistributedDataParallel],
+        group: Any,
         check: Callable[[nn.Module], None],
         registrations: Registrations,
+        backward: Backward,
+        bucket_cap_mb: float | None = None,
+        as_views: bool = False,
+        make_send: Callable[[], Send] | None = None,
     ) -> None:
         self.module = module
-        self._registrations = registrations
-        self._check = check
         self.broadcast_buffers = True
         self.stale_buffers = False
-        self.local = False
-        self._connect = connect
-        self._ddp: DistributedDataParallel | None = None
-        self._averages = True
-        self._must_average = False
-        self._expects = self._ran = self._awaits = False
+        self._group = group
+        self._alone = dist.get_world_size(group) == 1
+        self._check = check
+        self._registrations = registrations
+        self._reducer = Reducer(
+            group, backward, cap_bytes=(bucket_cap_mb or DEFAULT_MIB) * MIB, as_views=as_views, make_send=make_send
+        )
         self._parameters: list[nn.Parameter] = []
-        self._trained: list[nn.Parameter] = []
         self._looks: tuple[Any, ...] = ()
+        self._checked: set[tuple[Any, ...]] = set()
+        self._sent: set[str] = set()
         self._seen = 0
         self._build()
 
     def __del__(self) -> None:
         self.disconnect()
 
+    @property
+    def local(self) -> bool:
+        """Whether gradients were accumulated that were not averaged since."""
+        return bool(self._reducer.local)
+
+    @local.setter
+    def local(self, value: bool) -> None:
+        assert not value
+        self._reducer.local.clear()
+
+    @property
+    def averages(self) -> bool:
+        """Whether a backward that runs now averages gradients."""
+        return self._reducer.averages
+
+    @averages.setter
+    def averages(self, value: bool) -> None:
+        self._reducer.averages = value
+
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return call(*args, **kwargs)
         if not torch.compiler.is_compiling() and self._changed():
-            self._check(self.module)
             self._build()
-        ddp = self._ddp
-        if ddp is None:
+        if self._alone or not self._trains:
             return call(*args, **kwargs)
         self.stale_buffers = self._has_buffers
-        ddp.broadcast_buffers = self.broadcast_buffers
-        ddp.require_backward_grad_sync = self._expects = self._averages or self._must_average
-        self._ran = True
-        self._must_average = False
-        try:
-            return ddp(call, *args, **kwargs)
-        except RuntimeError as error:
-            missing = torchs_missing(error, self.module)
-            if not missing:
-                raise
-            raise without_gradient(missing) from None
+        if self._has_buffers and self.broadcast_buffers and self._reducer.averages:
+            self.sync_buffers()
+            self.stale_buffers = True
+        return call(*args, **kwargs)
 
     def before_backward(self, loss: Tensor) -> None:
-        """Have the backward that comes average gradients, whatever went before.
-
-        torch expects one backward for each forward: gradients of a second one, or of a part that was called by
-        itself, it would leave to each rank.
-        """
-        ddp = self._ddp
-        if ddp is None:
-            return
-        unused_fits = ddp.static_graph or ddp.find_unused_parameters
-        self._awaits = self._averages and not unused_fits
-        if self._averages:
-            # What is unused depends on the loss: of several, none may use all that the forward has made.
-            if not ddp.static_graph and (ddp.find_unused_parameters or not self._expects):
-                ddp.broadcast_buffers, ddp.require_backward_grad_sync = False, True
-                ddp(_return, loss)  # to torch, a forward whose result is the loss
-            self.local = self.local and not self._ran
-        elif self._ran:
-            self.local = not self._expects
-        self._expects = self._ran = False
-
-    def after_backward(self) -> None:
-        """Refuse a backward that left some parameters without a gradient: other ranks wait for it, for ever.
-
-        Raises:
-            CollectiveMismatchError: naming the first of them.
-        """
-        if not self._awaits:
-            return
-        self._awaits = False
-        if all(parameter.grad is not None for parameter in self._trained):
-            return
-        trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
-        missing = [name for name, parameter in trained if parameter.grad is None]
-        # A model that had no part in this loss at all may have one in the next.
-        if missing and len(missing) < len(trained):
-            raise without_gradient(missing)
+        """Have the backward that comes average gradients of what is trained now."""
+        if self._changed():
+            self._build()
 
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:
         """Say whether the optimizer updates any parameter of the module."""
@@ -155,33 +115,21 @@ class Engine:
 
     @contextmanager
     def synchronizing(self, enabled: bool) -> Iterator[None]:
-        """Have forwards and backwards average gradients, or not; on leaving, what held before holds again.
+        """Have backwards average gradients, or not; on leaving, what held before holds again.
 
         Averaging one micro-batch early changes nothing in the end: the mean over ranks is linear.
         """
-        before, self._averages = self._averages, enabled
+        before, self.averages = self.averages, enabled
         try:
             yield
         finally:
-            self._averages = before
+            self.averages = before
 
-    @torch.no_grad()
     def sync_buffers(self) -> None:
-        """Give every rank the buffers of rank 0, in one broadcast for each dtype."""
+        """Give every rank the buffers of rank 0, in one broadcast."""
         self.stale_buffers = False
-        if self._ddp is None:
-            return
-        group = self._ddp.process_group
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in self.module.buffers():
-            by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        for buffers in by_dtype.values():
-            flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-            dist.broadcast(flat, 0, group=group)
-            if dist.get_rank(group) != 0:
-                pieces = torch.split(flat, [buffer.numel() for buffer in buffers])
-                for buffer, piece in zip(buffers, pieces, strict=True):
-                    buffer.copy_(piece.view_as(buffer))
+        if self._group is not None:
+            send_from_first(self.module.buffers(), self._group)
 
     def _changed(self) -> bool:
         """Say whether parameters were frozen, unfrozen, converted or replaced since the module was looked at."""
@@ -193,23 +141,45 @@ class Engine:
         return tuple(map(_LOOK, self._parameters)) != self._looks
 
     def _build(self) -> None:
-        self.disconnect()
+        if self._group is None:
+            return
         self._seen = self._registrations.count
-        self._parameters = list(self.module.parameters())
-        self._looks = tuple(map(_LOOK, self._parameters))
-        self._trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        named = dict(self.module.named_parameters())
+        parameters = list(named.values())
+        replaced = len(parameters) != len(self._parameters) or any(
+            a is not b for a, b in zip(parameters, self._parameters, strict=True)
+        )
+        before = {id(parameter) for parameter in self._parameters}
+        self._parameters = parameters
+        self._looks = tuple(map(_LOOK, parameters))
         # Adam's and SGD's parameter lists are looked through at every step.
-        self._owned = frozenset(map(id, self._parameters))
+        self._owned = frozenset(map(id, parameters))
         self._has_buffers = any(True for _ in self.module.buffers())
-        if self._trained:
-            self._ddp = self._connect(ForwardShim(self.module))
-            # A static graph is recorded in the first backward, which torch cannot do without averaging.
-            self._must_average = self._ddp.static_graph
+        self._trains = any(parameter.requires_grad for parameter in parameters)
+        if self._alone:
+            return
+        if replaced:
+            self._checked.clear()
+        if self._looks not in self._checked:  # once for each: code that freezes and unfreezes goes to and fro
+            self._check(self.module)
+            self._checked.add(self._looks)
+        if replaced:
+            self._send_new([parameter for parameter in parameters if id(parameter) not in before])
+        trained = [(name, parameter) for name, parameter in named.items() if parameter.requires_grad]
+        self._reducer.watch(trained, sparse_parameters(self.module) if trained else set())
+
+    def _send_new(self, parameters: list[nn.Parameter]) -> None:
+        """Make parameters equal that were not there before, and buffers of other names."""
+        buffers = dict(self.module.named_buffers())
+        new = [buffer for name, buffer in buffers.items() if name not in self._sent]
+        self._sent.update(buffers)
+        send_from_first((*parameters, *new), self._group)
 
     def disconnect(self) -> None:
         """Exchange nothing any more. What an exception holds would otherwise keep the other ranks waiting."""
-        # The reducer must not be the last to hold the process group: it would destroy it without releasing the
+        # An engine must not be the last to hold the process group: it would destroy it without releasing the
         # GIL, and wait for gloo's threads, which may be waiting for the GIL (seen in 1 of 20 tear-downs).
-        ddp, self._ddp = vars(self).get("_ddp"), None
-        for name in ("logger", "reducer", "process_group") if ddp is not None else ():
-            vars(ddp).pop(name, None)
+        self._group = None
+        reducer = vars(self).get("_reducer")
+        if reducer is not None:
+            reducer.close()

@@ -5,8 +5,13 @@ from __future__ import annotations
 from plugframe import Option
 
 OPTIONS = (
-    Option("find_unused_parameters", bool, False, "Let forwards leave parameters out."),
-    Option("static_graph", bool, False, "Every step uses the same parameters in the same way."),
+    Option(
+        "find_unused_parameters",
+        bool,
+        False,
+        "Taken for scripts made for torch's DDP: forwards may leave parameters out.",
+    ),
+    Option("static_graph", bool, False, "Taken for scripts made for torch's DDP: needs nothing."),
     Option("gradient_as_bucket_view", bool, False, "Keep gradients in the communication buffers, saving their size."),
     Option("bucket_cap_mb", int, None, "Size of a communication buffer in MiB; torch's is 25.", above=0),
     Option("broadcast_buffers", bool, True, "Give every rank rank 0's buffers after each optimizer step."),

@@ -1,4 +1,4 @@
-"""Data parallelism over ``torch.nn.parallel.DistributedDataParallel``."""
+"""Data parallelism: every rank holds the whole model, gradients are averaged while backwards run."""
 
 from __future__ import annotations
 
@@ -9,35 +9,39 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from plugframe.base import Strategy
 from plugframe.base.deferred import is_deferred, materialize_module
+from plugframe.base.registrations import Registrations
 from plugframe.base.telling import warn_caller
 from plugframe.context import Context
 from plugframe.errors import OrderError, SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe_builtins.ddp.batchnorm import sync_batchnorm
-from plugframe_builtins.ddp.compression import check_compression, compress
-from plugframe_builtins.ddp.engine import Engine, Registrations
+from plugframe_builtins.ddp.buckets import Send
+from plugframe_builtins.ddp.compression import check_compression, make_sender
+from plugframe_builtins.ddp.engine import Engine
+from plugframe_builtins.ddp.reducer import Backward
+from plugframe_builtins.ddp.replicas import send_from_first
 from plugframe_builtins.ddp.sameness import check_same_model
 
 
 class DDP(Strategy):
     """Hold the whole model on every rank and average the gradients of all ranks in backward.
 
-    Parameters and buffers are made equal to rank 0's when a module is set up. Options without a word here
-    are those of ``torch.nn.parallel.DistributedDataParallel``, with its defaults.
+    Parameters and buffers are made equal to rank 0's when a module is set up, and new ones at the next forward.
+    Gradients equal those of one process on the whole batch whatever computed them: several backwards, parameters that
+    are frozen in between or left out on some ranks, terms outside of the forward, second derivatives. Options have
+    the names and defaults of ``torch.nn.parallel.DistributedDataParallel``.
 
     Args:
-        find_unused_parameters: let forwards leave parameters out; costs a walk through the graph.
-        static_graph: every step uses the same parameters in the same way. Its first backward averages
-            gradients also where `no_backward_sync` is on; the sum over micro-batches is the same.
+        find_unused_parameters: let forwards leave parameters out. They may in any case, at no cost: it is taken so
+            that settings made for torch's DDP hold.
+        static_graph: every step uses the same parameters in the same way. Taken for the same reason.
         gradient_as_bucket_view: keep gradients in the communication buffers, saving their size in memory.
         bucket_cap_mb: size in MiB of one communication buffer; by default torch's 25.
         broadcast_buffers: give every rank rank 0's buffers (running statistics) after each optimizer step,
@@ -82,15 +86,12 @@ class DDP(Strategy):
         self.gradient_compression = gradient_compression
         self.powersgd = dict(powersgd or {})
         self.sync_batchnorm = sync_batchnorm
-        self._engine_options: dict[str, Any] = {
-            "find_unused_parameters": find_unused_parameters,
-            "static_graph": static_graph,
-            "gradient_as_bucket_view": gradient_as_bucket_view,
-            "bucket_cap_mb": bucket_cap_mb,
-        }
+        self.bucket_cap_mb = bucket_cap_mb
+        self.gradient_as_bucket_view = gradient_as_bucket_view
         # In the order of set-up: the ranks must go through them in one order.
         self._engines: list[weakref.ref[Engine]] = []
         self._registrations = Registrations()
+        self._backward = Backward()
         self._group: Any = None
         self._undo = ExitStack()
 
@@ -128,32 +129,29 @@ class DDP(Strategy):
     def strategy_setup_module(self, module: nn.Module) -> AnyEngine:
         _check_parameters(module)
         materialize_module(module, self.context.device)
-        check_same_model(module, self.context.hooks)
         if self.sync_batchnorm:
             self._undo.callback(sync_batchnorm(module, warn=self.context.world.global_rank == 0))
-        if not any(parameter.requires_grad for parameter in module.parameters()):
-            self._broadcast(module)
         if not any(True for _ in module.parameters()):
+            check_same_model(module, self.context.hooks)
+            send_from_first(module.buffers(), self._group)
             return None
-        check = functools.partial(check_same_model, hooks=self.context.hooks)
-        engine = Engine(module, connect=self._connect, check=check, registrations=self._registrations)
-        # Set afterwards, so that set-up makes buffers equal in any case; torch 2.13 renamed the argument as well.
+        engine = Engine(
+            module,
+            group=self._group,
+            check=functools.partial(check_same_model, hooks=self.context.hooks),
+            registrations=self._registrations,
+            backward=self._backward,
+            bucket_cap_mb=self.bucket_cap_mb,
+            as_views=self.gradient_as_bucket_view,
+            make_send=self._make_send if self.gradient_compression is not None else None,
+        )
         engine.broadcast_buffers = self.broadcast_buffers
         self._engines = [weakref.ref(each) for each in (*self._alive(), engine)]
         return engine
 
-    def _connect(self, shim: nn.Module) -> DistributedDataParallel:
-        """Have the gradients of the trainable parameters averaged: at set-up, and when others become trainable."""
-        ddp = DistributedDataParallel(shim, process_group=self._group, **self._engine_options)
-        if self.gradient_compression is not None:
-            compress(ddp, self.gradient_compression, self.powersgd)
-        return ddp
-
-    def _broadcast(self, module: nn.Module) -> None:
-        """Make a frozen module equal to rank 0's: a teacher with random weights is one teacher, not many."""
-        with torch.no_grad():
-            for tensor in (*module.parameters(), *module.buffers()):
-                tensor.copy_(self.context.hooks.collective_broadcast(tensor=tensor, src=0, group=None))
+    def _make_send(self) -> Send:
+        assert self.gradient_compression is not None
+        return make_sender(self.gradient_compression, self.powersgd, self._group)
 
     @hookimpl
     def strategy_setup_optimizers(
@@ -172,9 +170,8 @@ class DDP(Strategy):
     ) -> None:
         for engine in self._alive():
             engine.before_backward(loss)
-        super().strategy_backward(loss, module, args, kwargs)
-        for engine in self._alive():
-            engine.after_backward()
+        with self._backward.running():
+            super().strategy_backward(loss, module, args, kwargs)
 
     @hookimpl
     def strategy_no_sync(self, module: nn.Module, engine: AnyEngine, enabled: bool) -> AbstractContextManager[Any]:

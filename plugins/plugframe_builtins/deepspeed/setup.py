@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adagrad, Optimizer
 
 from plugframe.base import Strategy
 from plugframe.base.deferred import deferring, materialize_module
+from plugframe.base.registrations import Registrations
 from plugframe.context import Context
 from plugframe.errors import UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe_builtins.ddp.engine import Engine as Replica
-from plugframe_builtins.ddp.engine import Registrations
+from plugframe_builtins.ddp.reducer import Backward
 from plugframe_builtins.ddp.sameness import check_same_model
 from plugframe_builtins.deepspeed import config as configs
 from plugframe_builtins.deepspeed.engine import Borrowed, Engine, Reader
@@ -49,6 +49,7 @@ class SetUp(Strategy):
         self._mesh: DeviceMesh | None = None
         self._slots: list[Slot] = []
         self._registrations = Registrations()
+        self._backward = Backward()
         self._undo = ExitStack()
 
     # ------------------------------------------------------------------ the job
@@ -148,9 +149,10 @@ class SetUp(Strategy):
         group = self.context.hooks.collective_process_group()
         return Replica(
             module,
-            connect=lambda shim: DistributedDataParallel(shim, process_group=group),
+            group=group,
             check=functools.partial(check_same_model, hooks=self.context.hooks),
             registrations=self._registrations,
+            backward=self._backward,
         )
 
     @hookimpl

@@ -117,6 +117,7 @@ class Slot:
         if self.engine is not None:
             self.engine.before_backward()
         elif self._replica is not None:
+            self._replica.averages = self.averages
             self._replica.before_backward(loss)
 
     def after_backward(self) -> None:

@@ -163,3 +163,4 @@ class Units:
             module = units[0].module if len(units) == 1 else None
             loss = torch.stack(losses).sum()
             context.hooks.strategy_backward(loss=loss, module=module, args=(), kwargs={})
+            context.hooks.precision_finish_backward()

@@ -1,0 +1,197 @@
+"""References to parameters that an optimizer holds, pointed at the parameters that took their place."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence, MutableSet
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from plugframe.errors import UnsupportedError
+
+#: Returns an entry of an optimizer's state for the parameter that took the place of another: ``(entry, old, new)``.
+Convert = Callable[[Any, Tensor, Tensor], Any]
+
+_PLAIN = (str, bytes, bytearray, int, float, complex, bool, type(None), type, types.ModuleType, torch.dtype)
+
+
+def repoint(optimizer: Optimizer, successors: Mapping[Any, Any], *, convert: Convert | None = None) -> None:
+    """Replace parameters everywhere an optimizer refers to them, in place.
+
+    Covers parameter groups (the lists stay the same objects, so that ``LBFGS._params`` follows), the keys of the
+    state, attributes, nested containers and objects, weak references, closures of hooks, dictionaries by ``id()``,
+    and inner optimizers (Lookahead, SAM).
+
+    Args:
+        successors: the new parameter by the old one.
+        convert: makes an entry of the state of the old parameter fit the new one; entries stay without.
+
+    Raises:
+        UnsupportedError: if the optimizer holds a view of an old parameter's values, which no new one can stand for.
+    """
+    pairs = {id(old): (old, new) for old, new in successors.items() if new is not old}
+    if pairs:
+        _Walk(pairs, convert).walk(optimizer, type(optimizer).__name__)
+
+
+class _Walk:
+    def __init__(self, pairs: dict[int, tuple[Tensor, Tensor]], convert: Convert | None) -> None:
+        self._pairs = pairs
+        self._convert = convert
+        self._storages = {_storage(old) for old, _ in pairs.values()} - {None}
+        # Holds what was visited, so that no id is used again meanwhile.
+        self._seen: dict[int, Any] = {}
+        self._made: dict[int, Any] = {}
+
+    def walk(self, value: Any, path: str) -> Any:
+        """Return what stands in the place of `value`: itself, unless it is or immutably holds an old parameter."""
+        if isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, Tensor):
+            return self._tensor(value, path)
+        if id(value) in self._seen:
+            return self._made.get(id(value), value)
+        self._seen[id(value)] = value
+        made = self._container(value, path)
+        if made is not value:
+            self._made[id(value)] = made
+        return made
+
+    def _tensor(self, value: Tensor, path: str) -> Tensor:
+        if id(value) in self._pairs:
+            return self._pairs[id(value)][1]
+        if self._storages and _storage(value) in self._storages:
+            raise UnsupportedError(
+                f"{path} is a view of a parameter that set-up replaces: its values would no longer be the "
+                "parameter's. Make the optimizer after lite.setup_module(model), and set it up with "
+                "lite.setup_optimizers()."
+            )
+        return value
+
+    def _container(self, value: Any, path: str) -> Any:
+        if isinstance(value, MutableMapping):
+            self._mapping(value, path)
+        elif isinstance(value, MutableSequence):
+            self._sequence(value, path)
+        elif isinstance(value, MutableSet):
+            for item in list(value):
+                new = self.walk(item, path)
+                if new is not item:
+                    value.discard(item)
+                    value.add(new)
+        elif isinstance(value, frozenset | tuple):
+            return self._immutable(value, path)
+        elif isinstance(value, weakref.ref):
+            target = value()
+            return weakref.ref(self._pairs[id(target)][1]) if id(target) in self._pairs else value
+        elif isinstance(value, types.FunctionType):
+            for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+                self._cell(cell, f"{path}.{name}")
+        elif isinstance(value, types.MethodType):
+            self.walk(value.__self__, path)
+        elif isinstance(value, functools.partial):
+            return self._partial(value, path)
+        elif not isinstance(value, nn.Module) and not _is_own(value):
+            # A module's parameters are replaced by whoever replaces them; an optimizer's attributes are here.
+            self._object(value, path)
+        return value
+
+    def _sequence(self, value: MutableSequence[Any], path: str) -> None:
+        for index, item in enumerate(value):
+            new = self.walk(item, f"{path}[{index}]")
+            if new is not item:
+                value[index] = new
+
+    def _mapping(self, value: MutableMapping[Any, Any], path: str) -> None:
+        items = [(key, entry, self._key(key)) for key, entry in value.items()]
+        renamed = any(new is not key for key, _, new in items)
+        if renamed:  # in the order it had, and in place
+            for key, _, _ in items:
+                del value[key]
+        for key, entry, new_key in items:
+            label = key if isinstance(key, str | int) else type(key).__name__
+            new = self.walk(entry, f"{path}[{label!r}]")
+            if isinstance(key, Tensor) and new_key is not key and self._convert is not None:
+                new = self._converted(new, key, new_key)
+            if renamed or new is not entry:
+                value[new_key] = new
+
+    def _key(self, key: Any) -> Any:
+        if isinstance(key, Tensor):
+            return self._pairs[id(key)][1] if id(key) in self._pairs else key
+        if isinstance(key, int) and key in self._pairs:  # {id(parameter): …}
+            return id(self._pairs[key][1])
+        return self._immutable(key, "") if isinstance(key, tuple) else key
+
+    def _converted(self, entry: Any, old: Tensor, new: Tensor) -> Any:
+        assert self._convert is not None
+        if not isinstance(entry, MutableMapping):
+            return self._convert(entry, old, new)
+        for name in list(entry):
+            entry[name] = self._convert(entry[name], old, new)
+        return entry
+
+    def _immutable(self, value: Any, path: str) -> Any:
+        items = [self.walk(item, path) for item in value]
+        if all(new is item for new, item in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+    def _partial(self, value: functools.partial[Any], path: str) -> Any:
+        function = self.walk(value.func, path)
+        args = self.walk(value.args, path)
+        kwargs = dict(value.keywords)
+        self._mapping(kwargs, path)
+        same = function is value.func and args is value.args and kwargs == value.keywords
+        return value if same else functools.partial(function, *args, **kwargs)
+
+    def _cell(self, cell: types.CellType, path: str) -> None:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # nothing was assigned to the variable yet
+            return
+        new = self.walk(content, path)
+        if new is not content:
+            cell.cell_contents = new
+
+    def _object(self, value: Any, path: str) -> None:
+        for name, item in list(getattr(value, "__dict__", {}).items()):
+            new = self.walk(item, f"{path}.{name}")
+            if new is not item:
+                value.__dict__[name] = new
+        for name in _slots(type(value)):
+            item = getattr(value, name, None)
+            new = self.walk(item, f"{path}.{name}")
+            if new is not item:
+                object.__setattr__(value, name, new)
+
+
+def _slots(cls: type) -> Iterable[str]:
+    for klass in cls.__mro__:
+        names = vars(klass).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            private = name.startswith("__") and not name.endswith("__")
+            if name not in ("__dict__", "__weakref__"):
+                yield f"_{klass.__name__.lstrip('_')}{name}" if private else name
+
+
+def _is_own(value: Any) -> bool:
+    """Say whether an object is plugframe's, or torch's and no optimizer: it leads to what is not the optimizer's."""
+    if isinstance(value, Optimizer) or dataclasses.is_dataclass(value):
+        return False
+    package = type(value).__module__.partition(".")[0]
+    return package in ("plugframe", "plugframe_builtins", "builtins")
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """Return the address of a tensor's values, None where it has none of its own (meta, sparse, subclasses, empty)."""
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (NotImplementedError, RuntimeError):
+        return None
