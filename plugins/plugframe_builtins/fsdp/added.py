@@ -70,6 +70,6 @@ def check_added(module: nn.Module, strategy: str) -> None:
     if found:
         shown = ", ".join(map(repr, found[:3])) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         raise OrderError(
-            f"{shown} of this {type(module).__name__} came after lite.setup(): strategy {strategy!r} shards and averages "
-            "what it finds at set-up. Change the model before it is set up."
+            f"{shown} of this {type(module).__name__} came after lite.setup(): strategy {strategy!r} shards and "
+            "averages what it finds at set-up. Change the model before it is set up."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from plugframe.base import ForwardShim, map_tensors, persistent_buffers, sync_buffers
 from plugframe.errors import CollectiveMismatchError, OrderError, UnsupportedError, UsageError
 from plugframe_builtins.fsdp.added import check_added
+from plugframe_builtins.fsdp.gathered import GatheredCopies
 from plugframe_builtins.fsdp.paths import Channel, Paths
 from plugframe_builtins.fsdp.used import Used
 from plugframe_builtins.sharding.company import Company
@@ -90,7 +92,8 @@ class Engine:
     ) -> None:
         self.shim = shim
         self.local = self.stale_buffers = self.added = False
-        self._sharded: Any = shim  # an FSDPModule too
+        sharded: Any = shim  # an FSDPModule too
+        self._sharded = sharded
         self._units = tuple(units)
         self._strategy = strategy
         self._has_buffers = bool(persistent_buffers(shim.module))
@@ -101,13 +104,13 @@ class Engine:
         self._made = self._in_backward = False
         self._frees = frees
         if not frees:
-            self._sharded.set_reshard_after_backward(False)
+            sharded.set_reshard_after_backward(False)
         # In the order in which the last forward came to them.
         self._visited: list[nn.Module] = []
         self._position = {id(unit): number for number, unit in enumerate(self._units)}
         parameters, owners = _owned(shim.module)
         self._parameters = parameters
-        self._gathered = _GatheredCopies(shim.module)
+        self._gathered = GatheredCopies(shim.module)
         self._paths: Paths | None = None
         self._used: Used | None = None
         if channel.open:
@@ -116,7 +119,7 @@ class Engine:
             names = [paths[id(unit)] for unit in self._units]
             self._paths = Paths(channel, self._number, names, self._pass_through, model, company.checksum)
             if hasattr(shim, "set_reduce_scatter_unused_params"):  # from torch 2.13 on
-                self._sharded.set_reduce_scatter_unused_params(True)
+                sharded.set_reduce_scatter_unused_params(True)
             self._used = Used(channel, parameters, owners, model)
         self._watch(owners)
 
@@ -265,23 +268,46 @@ class Engine:
 
     def _watch(self, owners: Sequence[tuple[nn.Module, str]]) -> None:
         """Have the units, and parts with parameters outside of them, say when they run."""
+        # Not compiled, as torch's own hooks are not.
+        apart: Any = torch.compiler.disable
         # Before torch's own hooks, which would take a unit that runs by itself for a model of its own.
         for unit in self._units:
-            unit.register_forward_pre_hook(self._visit, prepend=True)
+            unit.register_forward_pre_hook(_Hook(apart(self._visit)), prepend=True)
         within = {id(part) for unit in self._units for part in unit.modules()}
         for part in self.shim.module.modules():
             if id(part) not in within and next(part.parameters(recurse=False), None) is not None:
-                part.register_forward_pre_hook(self._check_inside, prepend=True)
+                part.register_forward_pre_hook(_Hook(self._check_inside), prepend=True)
         # The whole counts as one more unit.
         for number, unit in enumerate((*self._units, self.shim)):
-            unit.register_forward_hook(_Came(self, number))
+            unit.register_forward_hook(_Hook(apart(functools.partial(self._attach, number))))
         if self._used is None:
             return
         by_owner: dict[nn.Module, list[int]] = {}
         for number, (owner, _) in enumerate(owners):
             by_owner.setdefault(owner, []).append(number)
         for owner, numbers in by_owner.items():
-            owner.register_forward_pre_hook(_Watch(self._used, numbers))
+            owner.register_forward_pre_hook(_Hook(apart(functools.partial(self._watch_gathered, numbers))))
+
+    def _watch_gathered(self, numbers: Sequence[int], part: nn.Module, _: Any) -> None:
+        if self._used is not None and torch.is_grad_enabled():
+            self._used.watch(numbers)
+
+    def _attach(self, number: int, unit: nn.Module, args: Any, output: Any) -> None:
+        """Have outputs of a unit say when a backward comes to them."""
+        if torch.is_grad_enabled():
+            reference = weakref.ref(self)
+
+            def note(_: Tensor) -> None:
+                engine = reference()
+                if engine is not None:
+                    engine.came_back(number)
+
+            def attach(tensor: Tensor) -> Tensor:
+                if tensor.requires_grad:
+                    tensor.register_hook(note)  # type: ignore[no-untyped-call]
+                return tensor
+
+            map_tensors(attach, output)
 
     def _visit(self, unit: nn.Module, _: Any) -> None:
         self._check_inside(unit, _)
@@ -299,9 +325,9 @@ class Engine:
             self._used.come(number)
         if self._frees and not self._in_backward and torch.is_grad_enabled():
             raise UnsupportedError(
-                f"A gradient of this {type(self.shim.module).__name__} is computed with create_graph=True, and strategy "
-                f"{self._strategy!r} frees the parameters that its graph needs: set reshard_after_forward=False, which "
-                "keeps them until lite.backward() has ended."
+                f"A gradient of this {type(self.shim.module).__name__} is computed with create_graph=True, and "
+                f"strategy {self._strategy!r} frees the parameters that its graph needs: set "
+                "reshard_after_forward=False, which keeps them until lite.backward() has ended."
             )
 
     def _check_added(self) -> None:
@@ -344,96 +370,19 @@ class Engine:
         """Return in which order the last forward came to the units."""
         return [self._position[id(unit)] for unit in self._visited]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        """Copy as an engine of nothing, for the hooks of a copied module: its parameters are plain."""
-        made = object.__new__(Engine)
-        made.__dict__.update(_inside=True, _training=False, _paths=None, _used=None, _visited=_Nothing())
-        return made
 
+class _Hook:
+    """A hook on a module that a copy of the module does not take along."""
 
-class _Nothing(list[nn.Module]):
-    """A list that stays empty."""
+    def __init__(self, call: Callable[..., Any] | None) -> None:
+        self._call = call
 
-    def append(self, _: nn.Module) -> None:
-        """Do nothing."""
+    def __call__(self, *args: Any) -> None:
+        if self._call is not None:
+            self._call(*args)
 
-
-class _Watch:
-    """A forward pre-hook that has gathered parameters say when they get a gradient."""
-
-    def __init__(self, used: Used | None, numbers: Sequence[int]) -> None:
-        self._used = used
-        self._numbers = numbers
-
-    def __call__(self, part: nn.Module, _: Any) -> None:
-        if self._used is not None and torch.is_grad_enabled():
-            self._used.watch(self._numbers)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
-        return _Watch(None, ())
-
-
-class _Came:
-    """A forward hook that has outputs of a unit say when a backward comes to them."""
-
-    def __init__(self, engine: Engine | None, number: int) -> None:
-        self._engine = None if engine is None else weakref.ref(engine)
-        self._number = number
-
-    def __call__(self, unit: nn.Module, args: Any, output: Any) -> None:
-        if self._engine is not None and torch.is_grad_enabled():
-            map_tensors(self._attach, output)
-
-    def _attach(self, tensor: Tensor) -> Tensor:
-        if tensor.requires_grad:
-            tensor.register_hook(self._note)
-        return tensor
-
-    def _note(self, _: Tensor) -> None:
-        engine = self._engine() if self._engine is not None else None
-        if engine is not None:
-            engine.came_back(self._number)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Came:
-        return _Came(None, 0)
-
-
-class _GatheredCopies:
-    """Parameters that stay gathered from a forward to its backward, those outside of units.
-
-    What is written to them is written to a copy, and would be lost: their version counters tell.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._homes = [(path, part) for path, part in module.named_modules() if part._parameters]
-        self._versions: list[tuple[str, Tensor, int]] = []
-
-    def note(self) -> None:
-        """A forward has ended."""
-        self._versions = [
-            (f"{path}.{name}".lstrip("."), parameter, parameter._version)
-            for path, part in self._homes
-            for name, parameter in part._parameters.items()
-            if parameter is not None and not isinstance(parameter, DTensor)
-        ]
-
-    def forget(self) -> None:
-        """They are gathered no more."""
-        self._versions = []
-
-    def check(self) -> None:
-        """Refuse changes.
-
-        Raises:
-            OrderError: naming the parameter.
-        """
-        for name, parameter, version in self._versions:
-            if parameter._version != version:
-                self._versions = []
-                raise OrderError(
-                    f"Parameter {name!r} was changed between a forward and its backward, while it was gathered: the "
-                    "change would be lost. Change it after optimizer.step(), or run that forward under torch.no_grad()."
-                )
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(None)
 
 
 def _owned(module: nn.Module) -> tuple[list[nn.Parameter], list[tuple[nn.Module, str]]]:

@@ -34,8 +34,8 @@ from plugframe_builtins.sharding.clip import clip_by_norm, clip_by_value
 from plugframe_builtins.sharding.company import Company
 from plugframe_builtins.sharding.copying import allow_copies, keep_attributes
 from plugframe_builtins.sharding.initial import share_out
-from plugframe_builtins.sharding.mesh import check_mesh, make_mesh
 from plugframe_builtins.sharding.loading import take_plain_states
+from plugframe_builtins.sharding.mesh import check_mesh, make_mesh
 from plugframe_builtins.sharding.odd import check_odd, lay_out
 from plugframe_builtins.sharding.parameter import as_sharded
 from plugframe_builtins.sharding.state import load_module_state, load_optimizer_state, whole
@@ -114,6 +114,8 @@ class FSDP(Strategy):
         self._successors = Successors()
         self._engines: list[weakref.ref[Engine]] = []
         self._additions = Additions()
+        self._channel: Channel | None = None
+        self._together: Sequence[Optimizer] = ()
         self._undo = ExitStack()
 
     def _check_number(self, name: str, value: Any, *, least: int) -> None:
@@ -151,9 +153,8 @@ class FSDP(Strategy):
             engine.close()
         self._engines.clear()
         self._additions.close()
-        channel = getattr(self, "_channel", None)  # None if set-up failed before
-        if channel is not None:
-            channel.close()
+        if self._channel is not None:
+            self._channel.close()
         self._undo.close()
 
     @hookimpl
@@ -185,10 +186,11 @@ class FSDP(Strategy):
         after = dict(module.named_parameters(remove_duplicate=False))
         for parameter in after.values():
             as_sharded(parameter)
-        self._successors.note(parameters, after)
+        self._successors.note(parameters, after, self._together)
         keep_attributes(module)
         allow_copies(module, units)
         take_plain_states(module, self.context.hooks)
+        assert self._channel is not None
         frees = self.reshard_after_forward is not False
         engine = Engine(shim, units[::-1], self._company, self._channel, self.name, frees)
         self._engines.append(weakref.ref(engine))
@@ -285,6 +287,16 @@ class FSDP(Strategy):
     ) -> Sequence[Optimizer]:
         self._successors.carry_over(optimizers)
         return optimizers
+
+    @hookimpl
+    def strategy_setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: Sequence[Optimizer]
+    ) -> tuple[AnyEngine, Sequence[Optimizer]]:
+        self._together = optimizers
+        try:
+            return super().strategy_setup_module_and_optimizers(module, optimizers)
+        finally:
+            self._together = ()
 
     # ------------------------------------------------------------------ the loop
 

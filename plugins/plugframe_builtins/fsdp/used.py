@@ -55,7 +55,7 @@ class Used:
             if parameter is self._watched[number] or parameter is None or not parameter.requires_grad:
                 continue
             if not isinstance(parameter, DTensor) or parameter is not self._parameters[number]:
-                parameter.register_post_accumulate_grad_hook(self._note(number))
+                parameter.register_post_accumulate_grad_hook(self._note(number))  # type: ignore[no-untyped-call]
                 self._watched[number] = parameter
 
     def _note(self, number: int) -> Callable[[Tensor], None]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 import types
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,10 @@ from plugframe_builtins.sharding.parameter import as_sharded
 
 #: Where a replaced parameter keeps its name.
 _NAME = "_plugframe_name"
+#: The pair of old and new, and the argument of ``sys.getrefcount``.
+_OWN_REFERENCES = 2
+#: Up to so many objects ``gc.get_referrers`` is faster than a look at every object of the heap.
+_FEW = 64
 
 
 class Replaced(nn.Parameter):
@@ -51,7 +56,12 @@ class Successors:
     def __reduce__(self) -> tuple[Any, ...]:
         return Successors, ()  # a strategy that is sent to another process finds other parameters there
 
-    def note(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
+    def note(
+        self,
+        before: Mapping[str, nn.Parameter],
+        after: Mapping[str, nn.Parameter],
+        optimizers: Iterable[Optimizer] = (),
+    ) -> None:
         """Take note that parameters were replaced, by name: attributes, hooks and references go over to the new ones.
 
         Lists, dicts, sets, attributes and closures, wherever they are, are changed in place. What cannot be (a local
@@ -66,8 +76,14 @@ class Successors:
             replaced[id(old)] = (old, new)
             new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in new.__dict__})
             take_over(old, new)
-        if replaced:
-            _Repointing(replaced, ignored=(before, after, replaced)).run()
+        self.carry_over(optimizers)
+        # The heap is looked through only for what somebody else holds, too: usually there is nothing.
+        names = Counter(id(parameter) for parameter in before.values())
+        held = {
+            key: pair for key, pair in replaced.items() if sys.getrefcount(pair[0]) > names[key] + _OWN_REFERENCES
+        }
+        if held:
+            _Repointing(held, ignored=(before, after, replaced, held)).run()
         for name, old in before.items():
             if id(old) in replaced and type(old) is not Replaced:
                 old.__dict__[_NAME] = name
@@ -110,9 +126,12 @@ class _Repointing:
             self._repoint(holder)
 
     def _holders(self) -> list[Any]:
-        # What get_referrers finds for many objects at once takes their product; ids in a set do not.
-        ids = set(self._replaced)
         kinds = (type, types.FunctionType, types.CodeType, types.ModuleType, types.FrameType, Tensor)
+        if len(self._replaced) <= _FEW:
+            holders = gc.get_referrers(*(old for old, _ in self._replaced.values()))
+            return [each for each in holders if not issubclass(type(each), kinds) and id(each) not in self._ignored]
+        # get_referrers compares every reference with every object; ids in a set are looked up.
+        ids = set(self._replaced)
         found = []
         for each in gc.get_objects():
             # By type alone: isinstance() asks objects, and some answer with a warning.

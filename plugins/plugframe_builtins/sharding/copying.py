@@ -35,7 +35,7 @@ class _Copier:
                 f"This {type(unit).__name__} is split by a tensor-parallel plan and cannot be copied: copy it before "
                 "lite.setup(), or load lite.state_dict(model) into a plain one."
             )
-        plain = object.__new__(_plain_class(type(unit)))
+        plain: Any = object.__new__(_plain_class(type(unit)))
         memo[id(unit)] = plain
         for key, value in unit.__dict__.items():
             if key == _COPY:

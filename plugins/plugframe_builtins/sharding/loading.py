@@ -20,7 +20,7 @@ def take_plain_states(module: nn.Module, hooks: Any) -> None:
     """Have `module` and its parts take the states of plain modules, the same on all ranks."""
     for part in module.modules():
         if part._parameters:
-            part.register_load_state_dict_pre_hook(_Taking(hooks))
+            part.register_load_state_dict_pre_hook(_Taking(hooks))  # type: ignore[no-untyped-call]
 
 
 class _Taking:
@@ -35,13 +35,14 @@ class _Taking:
         plain: dict[str, tuple[DTensor, Tensor]] = {}
         for name, parameter in part._parameters.items():
             value = state.get(prefix + name)
-            if isinstance(parameter, DTensor) and isinstance(value, Tensor) and not isinstance(value, DTensor):
-                if value.shape == parameter.shape:  # else torch says so
-                    plain[prefix + name] = (parameter, value)
+            if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+                continue
+            if value.shape == parameter.shape:  # else torch says so
+                plain[prefix + name] = (parameter, value)
         if plain:
             self._check_equal({key: value for key, (_, value) in plain.items()})
-        for key, (parameter, value) in plain.items():
-            state[key] = own_part(value, parameter)
+        for key, (own, value) in plain.items():
+            state[key] = own_part(value, own)
 
     def _check_equal(self, values: dict[str, Tensor]) -> None:
         """Refuse states that differ between ranks: parts of both would be mixed.

@@ -19,25 +19,29 @@ from torch.distributed.tensor.experimental import implicit_replication
 from plugframe.errors import UsageError
 from plugframe_builtins.sharding.gradient_hooks import add_hook, add_post_hook
 
+
+def _names(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
 #: What only asks about a tensor, or marks it: no values are gathered for it.
-_NEUTRAL = frozenset(
+_NEUTRAL = _names(
     "size dim ndimension numel nelement stride is_contiguous element_size storage_offset is_floating_point is_complex "
     "requires_grad_ detach detach_ retain_grad backward __hash__ __len__ __dir__ type get_device data_ptr is_shared "
     "untyped_storage storage _is_view is_pinned is_inference is_signed is_set_to dim_order dense_dim sparse_dim "
-    "_typed_storage __reduce_ex__ __deepcopy__ __repr__ __format__ is_same_size is_conj is_neg".split()
+    "_typed_storage __reduce_ex__ __deepcopy__ __repr__ __format__ is_same_size is_conj is_neg"
 )
-_IN_PLACE = frozenset(f"__i{name}__" for name in "add sub mul div truediv floordiv mod pow and or xor".split()) | {
+_IN_PLACE = _names(
+    "__iadd__ __isub__ __imul__ __idiv__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__ "
     "__setitem__"
-}
+)
 #: What gives a view of a tensor, through which it can be written.
-_VIEWS = frozenset(
+_VIEWS = _names(
     "view view_as reshape reshape_as flatten ravel unflatten __getitem__ select narrow slice t transpose T mT permute "
     "movedim swapaxes swapdims unbind chunk split tensor_split hsplit vsplit dsplit diagonal squeeze unsqueeze expand "
-    "expand_as unfold as_strided index_select".split()
+    "expand_as unfold as_strided"
 )
-_RANDOM = frozenset(
-    "normal_ uniform_ bernoulli_ random_ exponential_ cauchy_ log_normal_ geometric_".split()
-)
+_RANDOM = _names("normal_ uniform_ bernoulli_ random_ exponential_ cauchy_ log_normal_ geometric_")
 
 
 def as_sharded(tensor: Any) -> Any:
@@ -165,7 +169,8 @@ def _as_view(tensor: Tensor) -> Tensor:
 
 
 def _shares_memory(made: DTensor, held: DTensor) -> bool:
-    return made._local_tensor.untyped_storage()._cdata == held._local_tensor.untyped_storage()._cdata
+    mine, other = (each._local_tensor.untyped_storage().data_ptr() for each in (made, held))
+    return mine == other
 
 
 def gathered_all(value: Any) -> Any:
@@ -194,13 +199,14 @@ def _aligned(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the arguments of a change in place with plain tensors, equal on all ranks, divided as the first is."""
     first = args[0]
     if isinstance(first, (list, tuple)):
-        return (first, *([_divided(v, h) for v, h in zip(value, first, strict=True)] if _pairs(value, first) else value
-                         for value in args[1:]))  # fmt: skip
+        return (first, *(_divided_all(value, first) for value in args[1:]))
     return (first, *(_divided(value, first) for value in args[1:]))
 
 
-def _pairs(value: Any, first: Sequence[Any]) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == len(first)
+def _divided_all(values: Any, first: Sequence[Any]) -> Any:
+    if not isinstance(values, (list, tuple)) or len(values) != len(first):
+        return values
+    return [_divided(value, held) for value, held in zip(values, first, strict=True)]
 
 
 def _divided(value: Any, held: Any) -> Any:
@@ -279,8 +285,9 @@ def _set_grad(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         func(held, value)
 
 
-def _register(add: Callable[..., Any], func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    held, hook = (*args, *kwargs.values())
+def _register(add: Callable[..., Any], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    both: tuple[Any, ...] = (*args, *kwargs.values())
+    held, hook = both
     if not held.is_leaf or not isinstance(held, nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             return func(held, hook)
