@@ -322,8 +322,8 @@ def second_derivatives_name_the_option(world: World) -> None:
         assert_same(model, plain)
 
 
-def parts_that_differ_are_named(world: World) -> None:
-    """Ranks that run different parts hear it in the same step; parts that all ranks leave out are as in one process."""
+def parts_left_out_by_all_have_no_gradient(world: World) -> None:
+    """Ranks may take any way together; parts that all of them leave out are as in one process."""
     model, plain = build(), build()
     with lite_of(world) as lite:
         optimizer, other = (torch.optim.AdamW(m.parameters(), lr=0.1) for m in (model, plain))
@@ -334,6 +334,23 @@ def parts_that_differ_are_named(world: World) -> None:
                 loss = each(x, skip).pow(2).mean()
                 lite.backward(loss) if each is model else loss.backward()
                 own.step()
+        assert_same(model, plain)
+
+
+def parts_may_differ_inside_a_unit(world: World) -> None:
+    """What some ranks leave out counts as zeros there, where it is gathered with a unit that all run."""
+    model, plain = build(), build()
+    with lite_of(world, FSDP(units=lambda _: False)) as lite:
+        optimizer, other = (torch.optim.AdamW(m.parameters(), lr=0.1) for m in (model, plain))
+        lite.setup(model, optimizer)
+        for step in range(4):
+            optimizer.zero_grad()
+            lite.backward(model(batches(world)[lite.global_rank], (lite.global_rank + step) % 3).pow(2).mean())
+            optimizer.step()
+            other.zero_grad()
+            losses = [plain(batches(world)[rank], (rank + step) % 3).pow(2).mean() for rank in range(world.world_size)]
+            torch.stack(losses).mean().backward()
+            other.step()
         assert_same(model, plain)
 
 
@@ -381,7 +398,8 @@ ONE = (
     copies_and_states_are_plain,
     additions_are_refused,
     second_derivatives_name_the_option,
-    parts_that_differ_are_named,
+    parts_left_out_by_all_have_no_gradient,
+    parts_may_differ_inside_a_unit,
     odd_tensors,
 )
 TWO = (*ONE, ranks_apart)
