@@ -79,9 +79,7 @@ class Successors:
         self.carry_over(optimizers)
         # The heap is looked through only for what somebody else holds, too: usually there is nothing.
         names = Counter(id(parameter) for parameter in before.values())
-        held = {
-            key: pair for key, pair in replaced.items() if sys.getrefcount(pair[0]) > names[key] + _OWN_REFERENCES
-        }
+        held = {key: pair for key, pair in replaced.items() if sys.getrefcount(pair[0]) > names[key] + _OWN_REFERENCES}
         if held:
             _Repointing(held, ignored=(before, after, replaced, held)).run()
         for name, old in before.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -141,6 +142,8 @@ def _run(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dic
         result = func(*args, **kwargs)
     if in_place:
         return result
+    if isinstance(result, DTensor) and any(placement.is_partial() for placement in result.placements):
+        return result.full_tensor()  # a norm or a sum: of another value on each rank until it is added up
     return _map(as_sharded, result) if isinstance(result, (list, tuple)) else as_sharded(result)
 
 
@@ -155,10 +158,11 @@ def _view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         return func(*_map(gathered_all, args), **kwargs)
     axes = zip(held.placements, held.device_mesh.shape, strict=True)
     if all(not p.is_shard() or not held.shape[p.dim] % size for p, size in axes):  # type: ignore[attr-defined]
-        with torch._C.DisableTorchFunctionSubclass():
+        # torch refuses views across the parts of ranks with an error, and gives copies of others.
+        with suppress(RuntimeError), torch._C.DisableTorchFunctionSubclass():
             made = func(*args, **kwargs)
-        if isinstance(made, DTensor) and _shares_memory(made, held):
-            return as_sharded(made)
+            if isinstance(made, DTensor) and _shares_memory(made, held):
+                return as_sharded(made)
     with torch.no_grad():
         made = func(held.full_tensor(), *args[1:], **kwargs)
     return _map(_as_view, made) if isinstance(made, (list, tuple)) else _as_view(made)
