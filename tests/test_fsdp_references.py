@@ -168,6 +168,12 @@ def the_scripts_lists_are_repointed(world: World) -> None:
         train(lite, world, model, plain, step, theirs)
 
 
+def weigh(parameter: Tensor) -> None:
+    """Change an accumulated gradient, as torch lets such a hook do."""
+    assert parameter.grad is not None
+    parameter.grad.mul_(torch.arange(5.0))
+
+
 def hooks_see_whole_gradients(world: World) -> None:
     """Hooks on parameters run as in one process, those registered before set-up and after it; a handle removes."""
     for after in (False, True):
@@ -176,7 +182,7 @@ def hooks_see_whole_gradients(world: World) -> None:
 
         def add(each: Net, mask: Tensor = mask) -> Any:
             each.emb.weight.register_hook(lambda g: g * mask / (1 + g.norm()))
-            each.head.weight.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(torch.arange(5.0)))
+            each.head.weight.register_post_accumulate_grad_hook(weigh)
             return each.body[0].weight.register_hook(lambda g: g * 0)
 
         handles = [add(plain)] if after else [add(plain), add(model)]

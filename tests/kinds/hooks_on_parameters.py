@@ -16,9 +16,13 @@ def make():
     return nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 1))
 
 
+def halve(parameter):
+    parameter.grad.mul_(0.5)
+
+
 def add(model):
     if KIND == "post":
-        model[0].weight.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(0.5))
+        model[0].weight.register_post_accumulate_grad_hook(halve)
     else:
         model[0].weight.register_hook(lambda gradient: gradient / gradient.norm())
     model[1].bias.no_decay = True

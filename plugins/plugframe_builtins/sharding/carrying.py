@@ -117,7 +117,8 @@ class _Repointing:
 
     def __init__(self, replaced: Mapping[int, tuple[Tensor, Tensor]], ignored: tuple[Any, ...]) -> None:
         self._replaced = replaced
-        self._ignored = {id(each) for each in (*ignored, *replaced.values(), *(vars(o) for o, _ in replaced.values()))}
+        own = (getattr(old, "__dict__", None) for old, _ in replaced.values())
+        self._ignored = {id(each) for each in (*ignored, *replaced.values(), *own)}
 
     def run(self) -> None:
         for holder in self._holders():
