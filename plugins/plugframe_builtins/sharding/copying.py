@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from plugframe.errors import UnsupportedError
 
 _COPY = "__deepcopy__"
+#: Where torch keeps the state of a sharded module (a private name, as of torch 2.13).
+_STATE = "__composable_api"
 #: Modules whose hooks belong to the sharding, and not to a copy.
 _OURS = ("torch.distributed.", "plugframe_builtins.")
 
@@ -38,7 +40,7 @@ class _Copier:
         plain: Any = object.__new__(_plain_class(type(unit)))
         memo[id(unit)] = plain
         for key, value in unit.__dict__.items():
-            if key == _COPY:
+            if key == _COPY or str(key).startswith(_STATE):
                 continue
             if key.endswith("_hooks") and isinstance(value, dict):
                 value = type(value)((number, hook) for number, hook in value.items() if not _is_ours(hook))

@@ -139,7 +139,13 @@ def _run(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dic
             args = _aligned(args)
             with implicit_replication():
                 return func(*args, **kwargs)
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except RuntimeError:
+            if not in_place:
+                raise
+            # torch changes nothing in place by what is divided in another way, and has not begun.
+            return func(*_aligned(args), **kwargs)
     if in_place:
         return result
     if isinstance(result, DTensor) and any(placement.is_partial() for placement in result.placements):
@@ -214,8 +220,12 @@ def _divided_all(values: Any, first: Sequence[Any]) -> Any:
 
 
 def _divided(value: Any, held: Any) -> Any:
-    if not isinstance(held, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor) or not value.dim():
+    if not isinstance(held, DTensor) or not isinstance(value, Tensor) or not value.dim():
         return value
+    if isinstance(value, DTensor):
+        if value.placements == held.placements and value.shape == held.shape:
+            return value
+        value = value.full_tensor()
     with torch.no_grad():
         full = value.detach().to(held.device).broadcast_to(held.shape).contiguous()
         return distribute_tensor(full, held.device_mesh, held.placements, src_data_rank=None)
