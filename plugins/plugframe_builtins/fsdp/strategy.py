@@ -26,7 +26,7 @@ from plugframe_builtins.ddp.sameness import check_same_model
 from plugframe_builtins.fsdp.added import Additions
 from plugframe_builtins.fsdp.engine import Engine, Shim, show_outputs
 from plugframe_builtins.fsdp.paths import Channel
-from plugframe_builtins.fsdp.policy import check_policy, make_policy
+from plugframe_builtins.fsdp.policy import check_policy, check_switches, make_policy
 from plugframe_builtins.fsdp.recompute import recompute
 from plugframe_builtins.fsdp.units import Units, check_units, find_units, keeps_statistics, split_dtypes
 from plugframe_builtins.sharding.carrying import Successors
@@ -89,18 +89,7 @@ class FSDP(Strategy):
             check_units(activation_checkpointing)
         self._check_number("unit_min_numel", unit_min_numel, least=1)
         self._check_number("prefetch", prefetch, least=0)
-        if not isinstance(cpu_offload, bool):
-            raise SettingError(f"cpu_offload={cpu_offload!r} of strategy {self.name!r} must be True or False.")
-        if reshard_after_forward is not None and not isinstance(reshard_after_forward, int):
-            raise SettingError(
-                f"reshard_after_forward={reshard_after_forward!r} of strategy {self.name!r} must be True, False or a "
-                "number of ranks."
-            )
-        if not isinstance(compile, (bool, Mapping)):
-            raise SettingError(
-                f"compile={compile!r} of strategy {self.name!r} must be True, False or a dict of arguments of "
-                "torch.compile."
-            )
+        check_switches(self.name, cpu_offload, reshard_after_forward, compile)
         self.units = units
         self.unit_min_numel = unit_min_numel
         self.reshard_after_forward = reshard_after_forward
@@ -121,8 +110,6 @@ class FSDP(Strategy):
     def _check_number(self, name: str, value: Any, *, least: int) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise SettingError(f"{name}={value!r} of strategy {self.name!r} must be a whole number from {least} on.")
-
-    # ------------------------------------------------------------------ the job
 
     @hookimpl
     def strategy_setup(self, context: Context) -> None:
@@ -160,8 +147,6 @@ class FSDP(Strategy):
     @hookimpl
     def strategy_init_context(self, empty_init: bool | None) -> AbstractContextManager[Any]:
         return self.context.device if empty_init is False else deferring(self.context.device)
-
-    # ------------------------------------------------------------------ modules and optimizers
 
     @hookimpl
     def strategy_setup_module(self, module: nn.Module) -> AnyEngine:
