@@ -214,7 +214,7 @@ def values_from_outside_act(world: World) -> None:
             each.load_state_dict(build(3).state_dict())
             torch.manual_seed(5)
             nn.init.normal_(each.emb.weight)
-            nn.init.orthogonal_(each.body[0].weight)
+            nn.init.kaiming_uniform_(each.body[0].weight)
             each.body[1].reset_parameters()  # type: ignore[operator]
             with torch.no_grad():
                 each.body[2].weight.copy_(torch.ones(5, 5))

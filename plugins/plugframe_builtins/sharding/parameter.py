@@ -42,6 +42,10 @@ _VIEWS = _names(
     "movedim swapaxes swapdims unbind chunk split tensor_split hsplit vsplit dsplit diagonal squeeze unsqueeze expand "
     "expand_as unfold as_strided"
 )
+#: Products, which are computed from whole tensors, so that they are rounded as in one process.
+_PRODUCTS = _names("matmul __matmul__ __rmatmul__ mm addmm bmm baddbmm einsum tensordot linear svd qr eigh inverse")
+#: Sums, of which the same holds where they have few digits.
+_SUMS = _names("norm vector_norm linalg_vector_norm linalg_norm sum mean std var")
 _RANDOM = _names("normal_ uniform_ bernoulli_ random_ exponential_ cauchy_ log_normal_ geometric_")
 
 
@@ -132,7 +136,7 @@ def _run(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dic
         and torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in tensors if isinstance(tensor, DTensor))
     )
-    if graph or (mixed and not (in_place and _first_is_sharded(args))):
+    if graph or _needs_whole(name, tensors) or (mixed and not (in_place and _first_is_sharded(args))):
         return func(*_map(gathered_all, args), **{key: gathered_all(value) for key, value in kwargs.items()})
     with torch._C.DisableTorchFunctionSubclass():
         if mixed:
@@ -151,6 +155,10 @@ def _run(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dic
     if isinstance(result, DTensor) and any(placement.is_partial() for placement in result.placements):
         return result.full_tensor()  # a norm or a sum: of another value on each rank until it is added up
     return _map(as_sharded, result) if isinstance(result, (list, tuple)) else as_sharded(result)
+
+
+def _needs_whole(name: str, tensors: Sequence[Tensor]) -> bool:
+    return name in _PRODUCTS or (name in _SUMS and any(tensor.dtype.itemsize < 4 for tensor in tensors))
 
 
 def _in_place(name: str) -> bool:
