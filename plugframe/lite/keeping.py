@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from plugframe import saving
@@ -14,6 +15,7 @@ from plugframe.lite.core import Core
 from plugframe.naming import Names, names_of
 from plugframe.retention import Checkpoints
 from plugframe.state import Filter
+from plugframe.whole_state import whole_state
 
 
 class Keeping(Core):
@@ -94,6 +96,22 @@ class Keeping(Core):
             trusted=trusted,
             rng=rng,
         )
+
+    def state_dict(self, obj: nn.Module | Optimizer, *, all_ranks: bool = False) -> dict[str, Any]:
+        """Return the state of a module or an optimizer as a plain process reads it. Every rank must call it.
+
+        Under every strategy: complete tensors, copies on the CPU, under the user's own keys. It is what
+        ``torch.save(lite.state_dict(model), path)`` may write on rank 0, and what ``load_state_dict`` of a plain
+        module or optimizer takes.
+
+        Args:
+            all_ranks: whether every rank gets it; else ranks above 0 get an empty dict.
+
+        Raises:
+            SettingError: for another type of object.
+        """
+        self._started("state_dict")
+        return whole_state(self._session, obj, all_ranks=all_ranks, naming=self._naming)
 
     def checkpoints(
         self,

@@ -32,6 +32,25 @@ def check_policy(policy: Any) -> None:
             _dtype(name, value)
 
 
+def check_switches(strategy: str, cpu_offload: Any, reshard_after_forward: Any, compile: Any) -> None:
+    """Refuse options of a wrong type.
+
+    Raises:
+        SettingError: saying what to pass.
+    """
+    if not isinstance(cpu_offload, bool):
+        raise SettingError(f"cpu_offload={cpu_offload!r} of strategy {strategy!r} must be True or False.")
+    if reshard_after_forward is not None and not isinstance(reshard_after_forward, int):
+        raise SettingError(
+            f"reshard_after_forward={reshard_after_forward!r} of strategy {strategy!r} must be True, False or a "
+            "number of ranks."
+        )
+    if not isinstance(compile, (bool, Mapping)):
+        raise SettingError(
+            f"compile={compile!r} of strategy {strategy!r} must be True, False or a dict of arguments of torch.compile."
+        )
+
+
 def make_policy(policy: MixedPrecisionPolicy | Mapping[str, Any] | None, dtypes: Dtypes) -> MixedPrecisionPolicy:
     """Return the policy of a precision, with what `policy` says put over it.
 

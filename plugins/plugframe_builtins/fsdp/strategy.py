@@ -23,15 +23,21 @@ from plugframe.errors import OrderError, SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe_builtins.ddp.sameness import check_same_model
+from plugframe_builtins.fsdp.added import Additions
 from plugframe_builtins.fsdp.engine import Engine, Shim, show_outputs
-from plugframe_builtins.fsdp.policy import check_policy, make_policy
+from plugframe_builtins.fsdp.paths import Channel
+from plugframe_builtins.fsdp.policy import check_policy, check_switches, make_policy
 from plugframe_builtins.fsdp.recompute import recompute
 from plugframe_builtins.fsdp.units import Units, check_units, find_units, keeps_statistics, split_dtypes
 from plugframe_builtins.sharding.carrying import Successors
 from plugframe_builtins.sharding.clip import clip_by_norm, clip_by_value
 from plugframe_builtins.sharding.company import Company
+from plugframe_builtins.sharding.copying import allow_copies, keep_attributes
 from plugframe_builtins.sharding.initial import share_out
+from plugframe_builtins.sharding.loading import take_plain_states
 from plugframe_builtins.sharding.mesh import check_mesh, make_mesh
+from plugframe_builtins.sharding.odd import check_odd, lay_out
+from plugframe_builtins.sharding.parameter import as_sharded
 from plugframe_builtins.sharding.state import load_module_state, load_optimizer_state, whole
 
 
@@ -83,18 +89,7 @@ class FSDP(Strategy):
             check_units(activation_checkpointing)
         self._check_number("unit_min_numel", unit_min_numel, least=1)
         self._check_number("prefetch", prefetch, least=0)
-        if not isinstance(cpu_offload, bool):
-            raise SettingError(f"cpu_offload={cpu_offload!r} of strategy {self.name!r} must be True or False.")
-        if reshard_after_forward is not None and not isinstance(reshard_after_forward, int):
-            raise SettingError(
-                f"reshard_after_forward={reshard_after_forward!r} of strategy {self.name!r} must be True, False or a "
-                "number of ranks."
-            )
-        if not isinstance(compile, (bool, Mapping)):
-            raise SettingError(
-                f"compile={compile!r} of strategy {self.name!r} must be True, False or a dict of arguments of "
-                "torch.compile."
-            )
+        check_switches(self.name, cpu_offload, reshard_after_forward, compile)
         self.units = units
         self.unit_min_numel = unit_min_numel
         self.reshard_after_forward = reshard_after_forward
@@ -107,13 +102,14 @@ class FSDP(Strategy):
         self._mesh: DeviceMesh | None = None
         self._successors = Successors()
         self._engines: list[weakref.ref[Engine]] = []
+        self._additions = Additions()
+        self._channel: Channel | None = None
+        self._together: Sequence[Optimizer] = ()
         self._undo = ExitStack()
 
     def _check_number(self, name: str, value: Any, *, least: int) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise SettingError(f"{name}={value!r} of strategy {self.name!r} must be a whole number from {least} on.")
-
-    # ------------------------------------------------------------------ the job
 
     @hookimpl
     def strategy_setup(self, context: Context) -> None:
@@ -130,6 +126,7 @@ class FSDP(Strategy):
             )
         self._mesh = self._make_mesh(context)
         self._company = Company(context.hooks, context.world.world_size)
+        self._channel = Channel(context)
 
     def _make_mesh(self, context: Context) -> DeviceMesh:
         mesh = self.mesh or {"shard": -1}
@@ -142,13 +139,14 @@ class FSDP(Strategy):
         for engine in self._alive():
             engine.close()
         self._engines.clear()
+        self._additions.close()
+        if self._channel is not None:
+            self._channel.close()
         self._undo.close()
 
     @hookimpl
     def strategy_init_context(self, empty_init: bool | None) -> AbstractContextManager[Any]:
         return self.context.device if empty_init is False else deferring(self.context.device)
-
-    # ------------------------------------------------------------------ modules and optimizers
 
     @hookimpl
     def strategy_setup_module(self, module: nn.Module) -> AnyEngine:
@@ -157,7 +155,9 @@ class FSDP(Strategy):
             module.to(self.context.device)
             return None
         self._check_parameters(module, parameters)
+        check_odd(module, parameters, self.name)
         check_same_model(module, self.context.hooks)
+        lay_out(module)
         values = records(module)
         for tensor in dict.fromkeys((*module.parameters(), *module.buffers())):
             if not tensor.is_meta:
@@ -168,10 +168,19 @@ class FSDP(Strategy):
         units = self._with_statistics(module, units)
         shim = self._shard(module, units)
         share_out(module, values, device=self._home, broadcast=self._broadcast)
-        self._successors.note(parameters, dict(module.named_parameters(remove_duplicate=False)))
-        engine = Engine(shim, units[::-1], self._company)
+        after = dict(module.named_parameters(remove_duplicate=False))
+        for parameter in after.values():
+            as_sharded(parameter)
+        self._successors.note(parameters, after, self._together)
+        keep_attributes(module)
+        allow_copies(module, units)
+        take_plain_states(module, self.context.hooks)
+        assert self._channel is not None
+        frees = self.reshard_after_forward is not False
+        engine = Engine(shim, units[::-1], self._company, self._channel, self.name, frees)
         self._engines = [reference for reference in self._engines if reference() is not None]
         self._engines.append(weakref.ref(engine))
+        self._additions.watch(module, engine)
         return engine
 
     def _check_parameters(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -265,6 +274,16 @@ class FSDP(Strategy):
         self._successors.carry_over(optimizers)
         return optimizers
 
+    @hookimpl
+    def strategy_setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: Sequence[Optimizer]
+    ) -> tuple[AnyEngine, Sequence[Optimizer]]:
+        self._together = optimizers
+        try:
+            return super().strategy_setup_module_and_optimizers(module, optimizers)
+        finally:
+            self._together = ()
+
     # ------------------------------------------------------------------ the loop
 
     @hookimpl
@@ -297,6 +316,7 @@ class FSDP(Strategy):
         self, optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any] | None
     ) -> Any:
         for engine in self._alive():
+            engine.before_step()
             if engine.local and engine.owns(optimizer):
                 engine.local = False
                 self._warn_local(optimizer)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.utils import get_total_norm
 
 
@@ -42,11 +44,24 @@ def _total_norm(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
     groups: dict[object, list[Tensor]] = {}
     for gradient in gradients:
         groups.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
-    norms = [get_total_norm(group, norm_type) for group in groups.values()]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    whole = [_group_norm(group, norm_type) for group in groups.values()]
     if not whole:
         return torch.tensor(0.0)
     return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole), norm_type)
+
+
+def _group_norm(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
+    if math.isinf(norm_type) and isinstance(gradients[0], DTensor):
+        return _largest(gradients, gradients[0].device_mesh)
+    norm = get_total_norm(gradients, norm_type)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _largest(gradients: Sequence[Tensor], mesh: DeviceMesh) -> Tensor:
+    """Return the largest magnitude. A rank may have no row of a gradient, and torch has no largest of nothing."""
+    parts = [part.abs().amax() for part in map(_local, gradients) if part.numel()]
+    mine = torch.stack(parts).amax() if parts else torch.zeros((), device=_local(gradients[0]).device)
+    return DTensor.from_local(mine, mesh, [Partial("max")] * mesh.ndim, run_check=False).full_tensor()
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -66,7 +66,8 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
         now = optimizer.state.get(parameter, {})
         entries[number] = {name: _place(value, parameter, now.get(name), pairs) for name, value in kept.items()}
     fill(pairs)
-    optimizer.load_state_dict({**state, "state": entries})
+    # Settings of a group may be tensors, too.
+    optimizer.load_state_dict({**state, "state": entries, "param_groups": materialize(state["param_groups"])})
 
 
 def _place(value: Any, parameter: Tensor, now: Any, pairs: list[tuple[Tensor, Tensor | StoredTensor]]) -> Any:
