@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plugframe.base import ForwardShim
-from plugframe.errors import UnsupportedError
+from plugframe.errors import OrderError, UnsupportedError
+from plugframe_builtins.ddp.engine import Registrations
+from plugframe_builtins.deepspeed.agreement import Agreement
 from plugframe_builtins.deepspeed.fragments import Fragments, Sum, gathered
+from plugframe_builtins.deepspeed.guard import Guard
 from plugframe_builtins.deepspeed.marks import forget_shim
+from plugframe_builtins.deepspeed.trial import own_lists
 from plugframe_builtins.deepspeed.walk import Walk
 from plugframe_builtins.deepspeed.zero import Stage0, zero_of
 
@@ -37,21 +41,39 @@ class Borrowed:
             {**g, "params": list(g["params"])} for n, g in enumerate(optimizer.param_groups) if n in self.used
         ]
         self._state: Any = type(optimizer.state)(*([dict] if hasattr(optimizer.state, "default_factory") else []))
+        self._lists = [(own, list(own)) for own in own_lists(optimizer)]
+        self._handle = optimizer.register_step_pre_hook(self._point) if self._lists else None
+
+    def _point(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Put what DeepSpeed has in the groups now into lists of the optimizer's own."""
+        for own, _ in self._lists:
+            own[:] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     @contextmanager
     def lent(self) -> Iterator[None]:
         """Let DeepSpeed see its own groups and state in the optimizer."""
         optimizer = self.optimizer
         groups, state = optimizer.param_groups, optimizer.state
+        all_of_them = list(groups)
         mine = [groups[number] for number in self.used]
         _copy_settings(mine, self._theirs)
-        optimizer.param_groups, optimizer.state = self._theirs, self._state
+        # In place: an optimizer inside this one may have the same list.
+        groups[:] = self._theirs
+        optimizer.state = self._state
         try:
             yield
         finally:
-            self._theirs, self._state = optimizer.param_groups, optimizer.state
+            self._theirs, self._state = list(optimizer.param_groups), optimizer.state
+            groups[:] = all_of_them
             optimizer.param_groups, optimizer.state = groups, state
             _copy_settings(self._theirs, mine)
+            for own, before in self._lists:
+                own[:] = before
+
+    def close(self) -> None:
+        """Take the hook off the optimizer."""
+        if self._handle is not None:
+            self._handle.remove()
 
     def check(self) -> None:
         """Refuse groups that were added later.
@@ -83,23 +105,32 @@ class Reader:
     Args:
         module: the user's.
         initialize: ``initialize(shim)`` returns DeepSpeed's engine.
+        guard: of the module's parameters; open while it runs.
+        agreement: verifies that ranks that train run the same parts; None if there is one rank.
 
     Attributes:
         deepspeed: DeepSpeed's engine.
         walk: of the last forward, None where parameters are whole.
     """
 
-    def __init__(self, module: nn.Module, initialize: Callable[[nn.Module], Any]) -> None:
+    def __init__(
+        self, module: nn.Module, initialize: Callable[[nn.Module], Any], guard: Guard, agreement: Agreement | None
+    ) -> None:
         self.module = module
+        self.guard = guard
         self._shim = ForwardShim(module)
         self.deepspeed: Any = initialize(self._shim)
         offload = self.deepspeed.optimizer
         offload = getattr(offload, "parameter_offload", offload)
         shards = hasattr(offload, "pre_sub_module_forward_function")
-        self.walk: Walk | None = Walk(self._shim, offload) if shards else None
+        self.walk: Walk | None = Walk(self._shim, offload, agreement) if shards else None
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self._shim(call, *args, **kwargs)
+        self.guard.unlock()
+        try:
+            return self._shim(call, *args, **kwargs)
+        finally:
+            self.guard.lock()
 
     def values(self) -> dict[int, Tensor]:
         """Return the values of all parameters in parts, by id. Every rank must call it."""
@@ -121,6 +152,9 @@ class Engine(Reader):
         borrowed: its optimizer.
         initialize: ``initialize(shim, optimizer)`` returns DeepSpeed's engine.
         add_up: adds a tensor up over all ranks.
+        guard: of the module's parameters.
+        agreement: as of `Reader`.
+        registrations: counts what is registered in any module.
 
     Attributes:
         zero: DeepSpeed's optimizer.
@@ -135,13 +169,17 @@ class Engine(Reader):
         *,
         initialize: Callable[[nn.Module, Optimizer], Any],
         add_up: Sum,
+        guard: Guard,
+        agreement: Agreement | None,
+        registrations: Registrations,
     ) -> None:
         self.borrowed = borrowed
         self.pending = self.stale_buffers = False
-        self._finished = self._touched = False
+        self._finished = self._works = self._stepped = self._mixed = False
+        self._touched: set[int] = set()
         before = [{"params": list(borrowed.optimizer.param_groups[number]["params"])} for number in borrowed.used]
         with borrowed.lent():
-            super().__init__(module, lambda shim: initialize(shim, borrowed.optimizer))
+            super().__init__(module, lambda shim: initialize(shim, borrowed.optimizer), guard, agreement)
         self.zero: Stage0 = zero_of(self.deepspeed)
         self.fragments = Fragments(add_up if self.zero.partitioned else _itself)
         self.zero.locate(before, self.fragments)
@@ -150,12 +188,50 @@ class Engine(Reader):
         self._has_buffers = any(True for _ in module.buffers())
         self._names, self._parameters = zip(*module.named_parameters(), strict=True)
         self._looks = tuple(map(_LOOK, self._parameters))
+        self._places = [(p, p.data_ptr(), p.data) for p in trained] if self.zero.views else []
+        self._registrations = registrations
+        self._registered = registrations.count
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._registered != self._registrations.count:
+            self._check_registered()
+        self.relink()
+        self.guard.unlock()
+        self.zero.complete_values()
         if torch.is_grad_enabled():
             self.stale_buffers = self._has_buffers
-            self._check_looks()
         return super().__call__(call, *args, **kwargs)
+
+    def _check_registered(self) -> None:
+        """Refuse parameters that DeepSpeed has never seen.
+
+        Raises:
+            UnsupportedError: naming one.
+        """
+        known = set(map(id, self._parameters))
+        for name, parameter in self.module.named_parameters():
+            if id(parameter) not in known:
+                raise UnsupportedError(
+                    f"Parameter {name!r} was added or replaced after lite.setup(), and strategy 'deepspeed' would "
+                    "neither average its gradient nor update it: change the model before lite.setup()."
+                )
+        self._registered = self._registrations.count
+
+    def relink(self) -> None:
+        """Put values that the script has assigned as ``parameter.data`` where DeepSpeed looks for them.
+
+        Raises:
+            UnsupportedError: if they have another shape or dtype.
+        """
+        for parameter, pointer, place in self._places:
+            if parameter.data_ptr() != pointer:
+                if parameter.shape != place.shape or parameter.dtype != place.dtype:
+                    raise UnsupportedError(
+                        f"{self.guard.name(parameter)} was {tuple(place.shape)}, {place.dtype} at lite.setup() and is "
+                        f"{tuple(parameter.shape)}, {parameter.dtype} now: resize and convert before lite.setup()."
+                    )
+                place.copy_(parameter.data)
+                parameter.data = place
 
     def _check_looks(self) -> None:
         looks = tuple(map(_LOOK, self._parameters))
@@ -175,11 +251,16 @@ class Engine(Reader):
 
     def before_backward(self) -> None:
         """Get ready for a backward that may come to the model."""
+        self.guard.unlock()
+        self._settle()
         if not self.pending:
             self.zero.begin()
         elif self._finished:
             self.zero.resume()
-        self._touched = False
+        self._touched.clear()
+        self._works = True
+        if self.walk is not None:
+            self.walk.works = True
         self.zero.prologue()
 
     def after_backward(self, *, averages: bool) -> None:
@@ -188,52 +269,119 @@ class Engine(Reader):
         Args:
             averages: whether gradients that every rank holds whole are averaged at once.
         """
-        if not self._touched:
-            return
-        self.pending, self._finished = True, False
-        with self.borrowed.lent():
-            self.zero.epilogue()
-            if not self.zero.partitioned and averages:
-                # What is equal on all ranks stays what it is when it is averaged again.
-                self.zero.finish()
+        self._works = False
+        if self.walk is not None:
+            self.walk.works = False
+        if self._touched:
+            self._check_looks()
+            self._mixed = self._mixed or self._stepped
+            self.pending, self._finished = True, False
+            with self.borrowed.lent():
+                self.zero.epilogue(self._touched)
+                if not self.zero.partitioned and averages:
+                    # What is equal on all ranks stays what it is when it is averaged again.
+                    self.zero.finish()
+        self._show()
+
+    def _show(self) -> None:
+        """Say whether there are gradients that the parameters do not show."""
+        if self.zero.partitioned:
+            if self.pending and not self.guard.pending:
+                self.guard.seen = False
+            self.guard.holds, self.guard.pending = self.pending or self._stepped, self.pending
+        self.guard.lock()
+
+    def _settle(self) -> None:
+        """Forget what the script has set to None by hand."""
+        if self.pending and self.guard.settled(self.fragments.parameters()):
+            self.clear()
+        elif self._stepped and self.guard.seen:
+            self._stepped = False  # it keeps gradients by itself
+        self.guard.forgotten.clear()
 
     def _touch(self, parameter: Tensor) -> None:
-        self._touched = True
+        self._touched.add(id(parameter))
+        if not self._works and self.zero.partitioned:
+            raise OrderError(
+                f"A backward outside of lite.backward() has come to {self.guard.name(parameter)}, whose gradient "
+                "strategy 'deepspeed' would lose: call lite.backward(loss)."
+            )
 
     def finish(self) -> None:
         """Average what has come together, if that was not done."""
+        self._settle()
         if self.pending and not self._finished:
             self._finished = True
+            self.guard.unlock()
             with self.borrowed.lent():
                 self.zero.finish()
+            self.guard.lock()
 
     def clear(self) -> None:
         """Forget all gradients."""
+        self.guard.forgotten.clear()
+        self._stepped = self._mixed = False
         if self.pending:
             self.pending = self._finished = False
+            self.guard.unlock()
             with self.borrowed.lent():
                 self.zero.clear()
+        self._show()
 
     def step(self) -> bool:
         """Update the parameters, and say whether it was done; it is not with gradients that are not finite."""
         self.borrowed.check()
+        self._settle()
         if not self.pending:
+            self._check_unseen()
             return True
+        if self._mixed and self.zero.partitioned:
+            raise OrderError(
+                f"{type(self.borrowed.optimizer).__name__}.step() without zero_grad() since the step before: in torch "
+                "gradients would add up, and strategy 'deepspeed' forgets them in a step. Call optimizer.zero_grad()."
+            )
+        self._check_looks()
+        if self.walk is not None:
+            self.walk.end()
         self.finish()
+        self.guard.unlock()
+        self.relink()
+        self.zero.follow()
         with self.borrowed.lent():
             self.deepspeed.step()
         self.pending = self._finished = False
+        self._stepped = self.zero.partitioned
+        self.guard.seen = False
+        self._show()
         return bool(self.deepspeed.was_step_applied())
+
+    def _check_unseen(self) -> None:
+        """Refuse a step on gradients that are the script's own.
+
+        Raises:
+            OrderError: naming a parameter.
+        """
+        if not self.zero.partitioned or self._stepped:
+            return
+        with self.guard.opened():
+            found = next((p for p in self.fragments.parameters() if p.grad is not None), None)
+        if found is not None:
+            raise OrderError(
+                f"{self.guard.name(found)} has a gradient that did not come from lite.backward(), and strategy "
+                "'deepspeed' steps with those alone: call lite.backward(loss), or use strategy='ddp'."
+            )
 
     def values(self) -> dict[int, Tensor]:
         trained = {id(p): self.fragments.whole(p) for p in self.fragments.parameters()}
         return {**super().values(), **trained}
 
     def close(self) -> None:
+        self.guard.unlock()
         for handle in self._handles:
             handle.remove()
         with self.borrowed.lent():
             super().close()
+        self.borrowed.close()
 
 
 def _itself(tensor: Tensor) -> Tensor:

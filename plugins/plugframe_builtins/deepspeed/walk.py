@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from plugframe.errors import UnsupportedError
+from plugframe_builtins.deepspeed.agreement import Agreement, Trace
 from plugframe_builtins.deepspeed.library import library
 
 
@@ -17,24 +19,83 @@ class Walk:
     Args:
         shim: over the module, set up by DeepSpeed.
         offload: DeepSpeed's, which gathers and frees.
+        agreement: verifies that other ranks that train come to the same parts; None if there are no others.
+
+    Attributes:
+        works: whether ``lite.backward`` runs.
+        sharded: whether any part has to be gathered when the walk comes to it.
     """
 
-    def __init__(self, shim: nn.Module, offload: Any) -> None:
+    def __init__(self, shim: nn.Module, offload: Any, agreement: Agreement | None = None) -> None:
         self._shim = shim
         self._offload = offload
+        self._agreement = agreement
         self._steps: list[tuple[nn.Module, bool]] = []
         self._handles: list[Any] = []
+        self._running = self.works = False
+        self._parts = self._gathering()
+        self.sharded = bool(self._parts)
+        self._trace = Trace(self._agree)
         for part in shim.modules():
-            self._handles.append(part.register_forward_pre_hook(self._come))
+            # Before DeepSpeed's own, which gathers.
+            self._handles.append(part.register_forward_pre_hook(self._come, prepend=True))
             self._handles.append(part.register_forward_hook(self._go))
+        self._pre_backward = offload.pre_sub_module_backward_function
+        offload.pre_sub_module_backward_function = self._come_back
+
+    def _gathering(self) -> dict[int, str]:
+        """Return the parts that have parameters to gather, by id, with what to call them."""
+        found: dict[int, str] = {}
+        is_leaf: Callable[[nn.Module], bool] = library("utils").z3_leaf_module
+        for name, part in self._shim.named_modules():
+            own: list[Any] = list(part.parameters(recurse=is_leaf(part)))
+            numel = sum(p.ds_numel for p in own if hasattr(p, "ds_id") and not getattr(p, "ds_persist", False))
+            if numel and hasattr(part, "ds_id"):
+                called = name.removeprefix("module").lstrip(".") or "the model"
+                found[id(part)] = f"{called!r} ({type(part).__name__}, {numel} elements)"
+        return found
 
     def _come(self, part: nn.Module, args: Any) -> None:
         if part is self._shim:
             self._steps.clear()
-        self._steps.append((part, True))
+            self._running = True
+        if self._running:
+            self._steps.append((part, True))
+        if id(part) in self._parts and torch.is_grad_enabled() and self._agreement is not None:
+            self._trace.come(self._parts[id(part)])
 
     def _go(self, part: nn.Module, args: Any, result: Any) -> None:
-        self._steps.append((part, False))
+        if self._running:
+            self._steps.append((part, False))
+        if part is self._shim:
+            self._running = False
+
+    def _come_back(self, part: nn.Module) -> None:
+        if id(part) in self._parts:
+            if not self.works:
+                raise UnsupportedError(
+                    "A backward outside of lite.backward(), as of torch.autograd.grad(), came to "
+                    f"{self._parts[id(part)]}, which strategy 'deepspeed' (stage 3) gathers for lite.backward() alone: "
+                    "use stage=2, or a param_persistence_threshold of as many elements, which keeps it complete."
+                )
+            if self._agreement is not None:
+                self._trace.come(f"the backward of {self._parts[id(part)]}")
+        self._pre_backward(part)
+
+    def _agree(self, place: str, before: str | None) -> None:
+        assert self._agreement is not None
+        self._agreement(
+            place,
+            before,
+            "Strategy 'deepspeed' (stage 3) gathers each part from all ranks: use stage=2, a "
+            "param_persistence_threshold of as many elements as the part has, or before lite.setup() "
+            "deepspeed.utils.set_z3_leaf_modules(model, [TheBlock]), which gathers the whole block that chooses.",
+        )
+
+    def end(self) -> None:
+        """Called at an optimizer's step."""
+        if self._agreement is not None:
+            self._trace.end()
 
     @torch.no_grad()
     def help(self) -> None:
@@ -60,6 +121,7 @@ class Walk:
         """Note nothing any more."""
         for handle in self._handles:
             handle.remove()
+        del self._offload.pre_sub_module_backward_function
 
 
 def _assumed(part: nn.Module) -> list[tuple[nn.Module, bool]]:

@@ -6,9 +6,11 @@ every backward counts as one of several (`prologue`, `epilogue`), and `finish` a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
+import torch
+import torch.distributed
 from torch import Tensor
 
 from plugframe.errors import OrderError
@@ -36,8 +38,12 @@ class Stage0:
     def prologue(self) -> None:
         """Called before a backward."""
 
-    def epilogue(self) -> None:
-        """Called after a backward that came to the model."""
+    def epilogue(self, touched: Set[int]) -> None:
+        """Called after a backward that came to the model.
+
+        Args:
+            touched: ids of the parameters it has brought a gradient. Other ranks may have used others.
+        """
 
     def finish(self) -> None:
         """Average the gradients over the ranks."""
@@ -64,6 +70,14 @@ class Stage0:
 
     #: Whether ranks hold different parts of the gradients.
     partitioned = False
+    #: Whether parameters are views of what DeepSpeed gathers, as long as nobody assigns their ``data``.
+    views = False
+
+    def follow(self) -> None:
+        """Take over into the weights DeepSpeed updates what the script has changed in the parameters."""
+
+    def complete_values(self) -> None:
+        """Gather small parameters that DeepSpeed keeps whole, so that no forward needs to."""
 
     def locate(self, groups: Sequence[Mapping[str, Any]], fragments: Fragments) -> None:
         """Find the fragments of the parameters in `groups`, the optimizer's groups as they were before."""
@@ -98,6 +112,8 @@ _CLIPPED = (
     "A backward came after lite.clip_gradients() and before the step, which offloading does not allow: clip after the "
     "last backward."
 )
+#: Elements of weights that are compared with the parameters' at once.
+_AT_ONCE = 1 << 24
 #: What moves in DeepSpeed's dynamic loss scale.
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -105,7 +121,7 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 class Stage1And2(_Scaled):
     """The optimizer's state in parts, and in stage 2 the gradients."""
 
-    partitioned = True
+    partitioned = views = True
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -127,14 +143,44 @@ class Stage1And2(_Scaled):
         self.zero.enter_backward()
         self.engine.set_gradient_accumulation_boundary(False)
 
-    def epilogue(self) -> None:
+    def epilogue(self, touched: Set[int]) -> None:
+        if not self.reduces_in_step:
+            self._complete(touched)
         self.engine.allreduce_gradients()
         self.zero.backward_epilogue()
         self.zero.exit_backward()
 
+    def _complete(self, touched: Set[int]) -> None:
+        """Have all ranks reduce the same gradients in one order: a rank that did not use a parameter has zeros."""
+        zero = self.zero
+        zero.setup_buckets()
+        for number, group in enumerate(zero.bit16_groups):
+            for parameter in group:
+                if id(parameter) not in touched:
+                    parameter.grad = torch.zeros_like(parameter)
+                    zero.reduce_independent_p_g_buckets_and_remove_grads(parameter, number)
+        for bucket in zero.ipg_buckets.values():
+            _sort(bucket, contiguous=zero.contiguous_gradients)
+
+    def _fill(self) -> None:
+        zero = self.zero
+        for parameter in (parameter for group in zero.bit16_groups for parameter in group):
+            if zero.get_gradient_for_reduction(parameter) is None:
+                if zero.use_grad_accum_attribute:
+                    parameter.grad_accum = torch.zeros_like(parameter, dtype=zero.gradient_accumulation_dtype)
+                else:
+                    parameter.grad = torch.zeros_like(parameter)
+
+    def follow(self) -> None:
+        zero = self.zero
+        wholes, groups = zero.parallel_partitioned_bit16_groups, zero.real_dp_process_group
+        for pieces, group, weights in zip(wholes, groups, self._flats(), strict=True):
+            _follow(pieces[torch.distributed.get_rank(group)], weights)
+
     def finish(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)
         if self.reduces_in_step:
+            self._fill()
             self.engine.allreduce_gradients()
         else:
             self.zero.finalize_gradient_accumulation_boundary()
@@ -198,9 +244,15 @@ class Bf16(Stage1And2):
     def begin(self) -> None:
         pass
 
-    def epilogue(self) -> None:
+    def epilogue(self, touched: Set[int]) -> None:
         self.zero.backward_epilogue()
         self.zero.exit_backward()
+
+    def follow(self) -> None:
+        zero = self.zero
+        groups = zero.real_dp_process_group
+        for pieces, group, weights in zip(zero.bf16_partitioned_groups, groups, self._flats(), strict=True):
+            _follow(pieces[torch.distributed.get_rank(group)], weights)
 
     def finish(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)
@@ -252,10 +304,38 @@ class Stage3(_Scaled):
         self.zero.enter_backward()
         self.engine.set_gradient_accumulation_boundary(False)
 
-    def epilogue(self) -> None:
+    def epilogue(self, touched: Set[int]) -> None:
+        self._complete(touched)
         self.engine.allreduce_gradients()
         self.zero.backward_epilogue()
         self.zero.exit_backward()
+
+    def _complete(self, touched: Set[int]) -> None:
+        """Have all ranks reduce the same gradients: a rank that did not use a parameter has zeros."""
+        zero = self.zero
+        brought = {id(parameter) for bucket in zero.ipg_buckets.values() for parameter in bucket.params}
+        for parameter in (parameter for group in zero.fp16_groups for parameter in group):
+            if parameter.requires_grad and id(parameter) not in touched and id(parameter) not in brought:
+                values = parameter.data
+                # torch wants a gradient of the values' shape; these take no memory.
+                parameter.data = values.new_zeros(()).expand(parameter.ds_shape)
+                parameter.grad = torch.zeros(parameter.ds_shape, dtype=values.dtype, device=values.device)
+                parameter.data = values
+                zero.reduce_ready_partitions_and_remove_grads(parameter)
+
+    def follow(self) -> None:
+        pairs = zip(self.zero.fp16_partitioned_groups_flat, self.zero.fp32_partitioned_groups_flat, strict=True)
+        for piece, weights in pairs:
+            if piece is not None and piece.numel() == weights.numel() and piece is not weights:
+                _follow(piece, weights)
+
+    def complete_values(self) -> None:
+        kept = self.zero.persistent_parameters
+        missing = library("runtime.zero.partition_parameters").ZeroParamStatus.NOT_AVAILABLE
+        gone = [parameter for parameter in kept if parameter.ds_status is missing]
+        if gone:
+            with torch.inference_mode(False), torch.no_grad():
+                gone[0].all_gather(gone)
 
     def finish(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)
@@ -295,6 +375,43 @@ def zero_of(engine: Any) -> Stage0:
         if isinstance(engine.optimizer, library("runtime.bf16_optimizer").BF16_Optimizer)
         else Stage1And2(engine)
     )
+
+
+@torch.no_grad()
+def _follow(values: Tensor, weights: Tensor) -> None:
+    """Copy into `weights`, this rank's flat ones in full precision, those of `values` that are no longer theirs.
+
+    A step leaves every value the weight rounded to its dtype. What differs was changed by somebody else, in a way
+    that need not raise a version counter (``parameter.data.clamp_()``).
+    """
+    target = weights.detach()
+    if values.dtype is target.dtype:
+        target.copy_(values)
+        return
+    for new, old in zip(torch.split(values.detach(), _AT_ONCE), torch.split(target, _AT_ONCE), strict=True):
+        new = new.to(old.device)
+        old.copy_(torch.where(new == old.to(new.dtype), old, new.to(old.dtype)))
+
+
+def _sort(bucket: Any, *, contiguous: bool) -> None:
+    """Order a bucket of gradients by parameter, so that it is the same on all ranks, whatever they ran.
+
+    The last parameter comes first, as most backwards bring them: then there is nothing to do.
+    """
+    order = sorted(range(len(bucket.params)), key=lambda place: -bucket.params[place][2])
+    if order == list(range(len(order))):
+        return
+    if contiguous and bucket.elements:
+        flat = torch.cat([bucket.grads[place].reshape(-1) for place in order])
+        own = bucket.buffer[bucket.index].narrow(0, 0, bucket.elements)
+        own.copy_(flat)
+        start = 0
+        for place in order:
+            gradient = bucket.grads[place]
+            gradient.data = own.narrow(0, start, gradient.numel()).view(gradient.shape)
+            start += gradient.numel()
+    bucket.params[:] = [bucket.params[place] for place in order]
+    bucket.grads[:] = [bucket.grads[place] for place in order]
 
 
 def _linked(parameter: Any, flat: Tensor) -> Fragment:
