@@ -42,7 +42,7 @@ class Borrowed:
         ]
         self._state: Any = type(optimizer.state)(*([dict] if hasattr(optimizer.state, "default_factory") else []))
         self._lists = [(own, list(own)) for own in own_lists(optimizer)]
-        self._handle = optimizer.register_step_pre_hook(self._point) if self._lists else None
+        self._handles = [optimizer.register_step_pre_hook(self._point)] if self._lists else []
 
     def _point(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Put what DeepSpeed has in the groups now into lists of the optimizer's own."""
@@ -70,10 +70,29 @@ class Borrowed:
             for own, before in self._lists:
                 own[:] = before
 
+    def refuse_states(self) -> None:
+        """Have ``state_dict()`` and ``load_state_dict()`` refuse, as the state is in shards, by flat tensor."""
+        name = type(self.optimizer).__name__
+
+        def refuse_saving(optimizer: Optimizer) -> None:
+            raise UnsupportedError(
+                f"{name}.state_dict() under strategy 'deepspeed' would hold no state: every rank has a shard of it. "
+                "Save it with lite.save(path, {'optimizer': optimizer}) on every rank."
+            )
+
+        def refuse_loading(optimizer: Optimizer, state: Any) -> None:
+            raise UnsupportedError(
+                f"{name}.load_state_dict() under strategy 'deepspeed' would not reach the shards of the state: call it "
+                "before lite.setup(), or use lite.load()."
+            )
+
+        self._handles.append(self.optimizer.register_state_dict_pre_hook(refuse_saving))
+        self._handles.append(self.optimizer.register_load_state_dict_pre_hook(refuse_loading))
+
     def close(self) -> None:
-        """Take the hook off the optimizer."""
-        if self._handle is not None:
-            self._handle.remove()
+        """Take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
 
     def check(self) -> None:
         """Refuse groups that were added later.
@@ -189,6 +208,10 @@ class Engine(Reader):
         self._names, self._parameters = zip(*module.named_parameters(), strict=True)
         self._looks = tuple(map(_LOOK, self._parameters))
         self._places = [(p, p.data_ptr(), p.data) for p in trained] if self.zero.views else []
+        if self.zero.partitioned and isinstance(
+            getattr(borrowed.optimizer, "_optimizer_state_dict_pre_hooks", None), dict
+        ):
+            borrowed.refuse_states()
         self._registrations = registrations
         self._registered = registrations.count
 

@@ -52,10 +52,6 @@ class Guard:
         for parameter in module.parameters():
             if parameter.requires_grad or hasattr(parameter, "ds_id"):
                 self._take(parameter)
-        self._handles = [
-            module.register_state_dict_pre_hook(self._before_state),  # type: ignore[no-untyped-call]
-            module.register_load_state_dict_pre_hook(self._before_load),  # type: ignore[no-untyped-call]
-        ]
 
     def _take(self, parameter: Any) -> None:
         plain = type(parameter)
@@ -103,8 +99,6 @@ class Guard:
         for parameter, _, _ in self._pairs:
             for name in ("__reduce_ex__", "__deepcopy__", "register_post_accumulate_grad_hook"):
                 vars(parameter).pop(name, None)
-        for handle in self._handles:
-            handle.remove()
 
     # ------------------------------------------------------------------ gradients
 
@@ -162,6 +156,8 @@ class Guard:
         if name in ("__get__", "__set__", "__delete__"):
             name = ("." if name == "__get__" else f"{name} ") + str(getattr(func, "__self__", func).__name__)
         first: Any = args[0] if args else None
+        if frame.f_code.co_name == "_load_from_state_dict" and self._first(args) is not None:
+            self._refuse(first, "load_state_dict")  # torch would catch it where it copies
         if hasattr(first, "ds_shape"):
             shape: torch.Size = first.ds_shape
             if name in (".shape", "size"):
@@ -175,7 +171,10 @@ class Guard:
         if name == "__repr__":
             return f"<parameter of shape {tuple(getattr(first, 'ds_shape', ()))} in shards>"
         if name not in _PLAIN_ANSWERS and not _inside(frame):
-            self._refuse_values(self._first((args, kwargs)), name)
+            used = "state_dict" if frame.f_code.co_name == "_save_to_state_dict" else f"Tensor.{_shown(name)}"
+            found = self._first((args, kwargs))
+            if found is not None:
+                self._refuse(found, used)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -190,31 +189,12 @@ class Guard:
             return None
         return next((found for found in map(self._first, arguments) if found is not None), None)
 
-    def _refuse_values(self, parameter: Any, what: str) -> None:
-        if parameter is not None:
-            self._refuse(parameter, f"Tensor.{what.lstrip('.').replace('__set__ ', '')}")
-
     def _refuse(self, parameter: Any, what: str) -> NoReturn:
         raise UnsupportedError(
             f"{self.name(parameter)} is used outside of forward ({what}), where strategy 'deepspeed' (stage 3) holds a "
             "shard of it: read whole values with lite.state_dict(model), change them within `with "
             "lite.strategy.gathered(model, write=True):` on every rank, or use stage=2."
         )
-
-    def _before_state(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if self._locked and self.stage == 3 and not keep_vars:
-            raise UnsupportedError(
-                f"{type(module).__name__}.state_dict() under strategy 'deepspeed' (stage 3) would hold empty tensors: "
-                "every rank has a shard. Use lite.state_dict(model) on every rank, or lite.save()."
-            )
-
-    def _before_load(self, module: nn.Module, *args: Any) -> None:
-        if self._locked and self.stage == 3:
-            raise UnsupportedError(
-                f"{type(module).__name__}.load_state_dict() under strategy 'deepspeed' (stage 3), where every rank has "
-                "a shard: call it before lite.setup(), within `with lite.strategy.gathered(model, write=True):`, or "
-                "use lite.load()."
-            )
 
     def _deepcopy(self, parameter: Any, memo: dict[int, Any]) -> Any:
         if self._locked:
@@ -274,6 +254,11 @@ def refused_hook(name: str, stage: int) -> UnsupportedError:
         f"are averaged, or none: strategy 'deepspeed' (stage {stage}) takes them away. Use register_hook(), or "
         "strategy='ddp'."
     )
+
+
+def _shown(name: str) -> str:
+    """Return the name of a function or attribute as a script writes it."""
+    return name.lstrip(".").replace("__set__ ", "")
 
 
 def _is_running(parameter: Any) -> bool:
