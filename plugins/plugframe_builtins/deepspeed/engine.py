@@ -197,13 +197,19 @@ class Engine(Reader):
         self._finished = self._works = self._stepped = self._mixed = False
         self._touched: set[int] = set()
         before = [{"params": list(borrowed.optimizer.param_groups[number]["params"])} for number in borrowed.used]
+        # Ahead of DeepSpeed's own hooks, which take gradients away.
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._touch)
+            for group in before
+            for parameter in group["params"]
+            if parameter.requires_grad
+        ]
         with borrowed.lent():
             super().__init__(module, lambda shim: initialize(shim, borrowed.optimizer), guard, agreement)
         self.zero: Stage0 = zero_of(self.deepspeed)
         self.fragments = Fragments(add_up if self.zero.partitioned else _itself)
         self.zero.locate(before, self.fragments)
-        trained: list[Any] = self.fragments.parameters()
-        self._handles = [parameter.register_post_accumulate_grad_hook(self._touch) for parameter in trained]
+        trained = self.fragments.parameters()
         self._has_buffers = any(True for _ in module.buffers())
         self._names, self._parameters = zip(*module.named_parameters(), strict=True)
         self._looks = tuple(map(_LOOK, self._parameters))
@@ -324,10 +330,17 @@ class Engine(Reader):
 
     def _touch(self, parameter: Tensor) -> None:
         self._touched.add(id(parameter))
-        if not self._works and self.zero.partitioned:
+        if not self.zero.partitioned:
+            return
+        if not self._works:
             raise OrderError(
                 f"A backward outside of lite.backward() has come to {self.guard.name(parameter)}, whose gradient "
                 "strategy 'deepspeed' would lose: call lite.backward(loss)."
+            )
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            raise UnsupportedError(
+                f"{self.guard.name(parameter)} has a sparse gradient, and strategy 'deepspeed' averages dense ones "
+                "alone: use sparse=False, or strategy='ddp'."
             )
 
     def finish(self) -> None:

@@ -99,5 +99,6 @@ def gathered(parameter: Any, *, write: bool = False) -> Iterator[Tensor]:
     if not hasattr(parameter, "ds_id"):
         yield parameter.data
         return
+    parameter.ds_active_sub_modules.clear()  # a forward that was given up leaves it in use
     with library("runtime.zero").GatheredParameters([parameter], modifier_rank=0 if write else None):
         yield parameter.data

@@ -52,6 +52,9 @@ class Guard:
         for parameter in module.parameters():
             if parameter.requires_grad or hasattr(parameter, "ds_id"):
                 self._take(parameter)
+        self._parts = list(module.modules()) if stage == 3 else []
+        for part in self._parts:
+            vars(part).update(__deepcopy__=_refusing(part, "deepcopy"), __reduce_ex__=_refusing(part, "pickle"))
 
     def _take(self, parameter: Any) -> None:
         plain = type(parameter)
@@ -99,6 +102,9 @@ class Guard:
         for parameter, _, _ in self._pairs:
             for name in ("__reduce_ex__", "__deepcopy__", "register_post_accumulate_grad_hook"):
                 vars(parameter).pop(name, None)
+        for part in self._parts:
+            for name in ("__reduce_ex__", "__deepcopy__"):
+                vars(part).pop(name, None)
 
     # ------------------------------------------------------------------ gradients
 
@@ -254,6 +260,18 @@ def refused_hook(name: str, stage: int) -> UnsupportedError:
         f"are averaged, or none: strategy 'deepspeed' (stage {stage}) takes them away. Use register_hook(), or "
         "strategy='ddp'."
     )
+
+
+def _refusing(part: nn.Module, what: str) -> Callable[..., NoReturn]:
+    name = type(part).__name__
+
+    def refuse(*args: Any) -> NoReturn:
+        raise UnsupportedError(
+            f"{what} of a {name} under strategy 'deepspeed' (stage 3) would hold empty tensors: ranks have shards. "
+            "Use lite.state_dict(model) on every rank, or lite.save(); make copies before lite.setup()."
+        )
+
+    return refuse
 
 
 def _shown(name: str) -> str:

@@ -260,7 +260,7 @@ class DeepSpeed(SetUp):
             UnsupportedError: for `write`, if the optimizer's weights lie on a disk.
         """
         slot = next((slot for slot in self._slots if slot.module is module), None)
-        sharded = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+        sharded: list[Any] = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
         if slot is None or slot.guard is None or not sharded:
             yield
             return
@@ -268,6 +268,8 @@ class DeepSpeed(SetUp):
             raise UnsupportedError(
                 "lite.strategy.gathered(model, write=True) cannot reach weights on NVMe: use lite.load()."
             )
+        for parameter in sharded:
+            parameter.ds_active_sub_modules.clear()  # a forward that was given up leaves it in use
         whole = library("runtime.zero").GatheredParameters(sharded, modifier_rank=0 if write else None)
         with slot.guard.opened(), whole:
             yield

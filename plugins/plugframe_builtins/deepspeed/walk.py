@@ -32,6 +32,7 @@ class Walk:
         self._agreement = agreement
         self._steps: list[tuple[nn.Module, bool]] = []
         self._handles: list[Any] = []
+        self._partitions: list[tuple[Any, Callable[..., Any]]] = []
         self._running = self.works = False
         self._parts = self._gathering()
         self.sharded = bool(self._parts)
@@ -42,6 +43,31 @@ class Walk:
             self._handles.append(part.register_forward_hook(self._go))
         self._pre_backward = offload.pre_sub_module_backward_function
         offload.pre_sub_module_backward_function = self._come_back
+        self._keep_small_ones()
+
+    def _keep_small_ones(self) -> None:
+        """Have DeepSpeed keep small parameters complete in the first step too, in which it frees all of them."""
+        coordinator = self._offload.get_param_coordinator()
+        release = coordinator.release_sub_module
+        releasing = False
+
+        def release_sub_module(*args: Any, **kwargs: Any) -> None:
+            nonlocal releasing
+            releasing = True
+            try:
+                release(*args, **kwargs)
+            finally:
+                releasing = False
+
+        def kept(partition: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: None if releasing else partition(*args, **kwargs)
+
+        coordinator.release_sub_module = release_sub_module
+        for parameter in self._shim.parameters():
+            small: Any = parameter
+            if getattr(small, "ds_persist", False):
+                self._partitions.append((small, small.partition))
+                small.partition = kept(small.partition)
 
     def _gathering(self) -> dict[int, str]:
         """Return the parts that have parameters to gather, by id, with what to call them."""
@@ -122,6 +148,9 @@ class Walk:
         for handle in self._handles:
             handle.remove()
         del self._offload.pre_sub_module_backward_function
+        del self._offload.get_param_coordinator().release_sub_module
+        for parameter, partition in self._partitions:
+            parameter.partition = partition
 
 
 def _assumed(part: nn.Module) -> list[tuple[nn.Module, bool]]:
