@@ -195,7 +195,7 @@ def copies_are_whole(lite: Lite, strategy: DeepSpeed) -> None:
     assert_close(average.module.state_dict(), {key: (first[key] + now[key]) / 2 for key in now})
 
 
-@each_stage(*SHARDED)
+@each_stage()
 def optimizer_states_are_refused(lite: Lite, strategy: DeepSpeed) -> None:
     """The state that DeepSpeed keeps is not in ``optimizer.state_dict()``, which says so; it cannot be loaded there."""
     pair = Pair(lite, optimizer=lambda parameters: torch.optim.Adam(parameters))
@@ -204,6 +204,9 @@ def optimizer_states_are_refused(lite: Lite, strategy: DeepSpeed) -> None:
         pair.optimizer.state_dict()
     with pytest.raises(UnsupportedError, match=r"Adam.load_state_dict\(\) .* lite.load"):
         pair.optimizer.load_state_dict(pair.other.state_dict())
+    for call in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(UnsupportedError, match=r"Adam.state_dict\(\) .* lite.save"):
+            call(pair.optimizer)
 
 
 # ---------------------------------------------------------------- gradients
@@ -309,7 +312,13 @@ def added_parameters_are_refused(lite: Lite, strategy: DeepSpeed) -> None:
     with pytest.raises(UnsupportedError, match=r"Parameter '3.weight' was added or replaced after lite.setup\(\)"):
         pair.model(torch.ones(1, 5))
     pair.model.pop(3)
-    pair.step()
+    pair.model[0].teacher = nn.Linear(3, 3).requires_grad_(strategy.stage == 3)
+    if strategy.stage < 3:
+        pair.step()
+        pair.model[0].teacher.requires_grad_(True)
+    with pytest.raises(UnsupportedError, match=r"Parameter '0.teacher.weight' was added"):
+        pair.model(torch.ones(1, 5))
+    del pair.model[0].teacher
     if strategy.stage < 3:
         pair.model[0].bias.data = torch.zeros(8)
         with pytest.raises(

@@ -16,7 +16,7 @@ from plugframe.errors import OrderError, UnsupportedError
 from plugframe_builtins.ddp.engine import Registrations
 from plugframe_builtins.deepspeed.agreement import Agreement
 from plugframe_builtins.deepspeed.fragments import Fragments, Sum, gathered
-from plugframe_builtins.deepspeed.guard import Guard
+from plugframe_builtins.deepspeed.guard import Guard, is_guarded
 from plugframe_builtins.deepspeed.marks import forget_shim
 from plugframe_builtins.deepspeed.trial import own_lists
 from plugframe_builtins.deepspeed.walk import Walk
@@ -76,7 +76,7 @@ class Borrowed:
 
         def refuse_saving(optimizer: Optimizer) -> None:
             raise UnsupportedError(
-                f"{name}.state_dict() under strategy 'deepspeed' would hold no state: every rank has a shard of it. "
+                f"{name}.state_dict() under strategy 'deepspeed' would hold no state: DeepSpeed keeps it. "
                 "Save it with lite.save(path, {'optimizer': optimizer}) on every rank."
             )
 
@@ -86,6 +86,10 @@ class Borrowed:
                 "before lite.setup(), or use lite.load()."
             )
 
+        for way in ("__reduce_ex__", "__deepcopy__"):
+            vars(self.optimizer)[way] = lambda _: refuse_saving(self.optimizer)
+        if not hasattr(self.optimizer, "_optimizer_state_dict_pre_hooks"):
+            return  # it has not called torch's __init__, and has a way of its own
         self._handles.append(self.optimizer.register_state_dict_pre_hook(refuse_saving))
         self._handles.append(self.optimizer.register_load_state_dict_pre_hook(refuse_loading))
 
@@ -214,15 +218,13 @@ class Engine(Reader):
         self._names, self._parameters = zip(*module.named_parameters(), strict=True)
         self._looks = tuple(map(_LOOK, self._parameters))
         self._places = [(p, p.data_ptr(), p.data) for p in trained] if self.zero.views else []
-        if self.zero.partitioned and isinstance(
-            getattr(borrowed.optimizer, "_optimizer_state_dict_pre_hooks", None), dict
-        ):
-            borrowed.refuse_states()
+        borrowed.refuse_states()
         self._registrations = registrations
         self._registered = registrations.count
+        self._strangers = False
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._registered != self._registrations.count:
+        if self._registered != self._registrations.count or self._strangers:
             self._check_registered()
         self.relink()
         self.guard.unlock()
@@ -238,12 +240,16 @@ class Engine(Reader):
             UnsupportedError: naming one.
         """
         known = set(map(id, self._parameters))
-        for name, parameter in self.module.named_parameters():
-            if id(parameter) not in known:
-                raise UnsupportedError(
-                    f"Parameter {name!r} was added or replaced after lite.setup(), and strategy 'deepspeed' would "
-                    "neither average its gradient nor update it: change the model before lite.setup()."
-                )
+        # A model that was set up by itself has an engine that has seen them.
+        new = {n: p for n, p in self.module.named_parameters() if id(p) not in known and not is_guarded(p)}
+        # In stage 3 DeepSpeed walks over frozen ones too.
+        name = next((name for name, p in new.items() if p.requires_grad or self.walk is not None), None)
+        if name is not None:
+            raise UnsupportedError(
+                f"Parameter {name!r} was added or replaced after lite.setup(), and strategy 'deepspeed' would neither "
+                "average its gradient nor update it: change the model before lite.setup()."
+            )
+        self._strangers = bool(new)
         self._registered = self._registrations.count
 
     def relink(self) -> None:

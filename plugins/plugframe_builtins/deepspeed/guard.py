@@ -253,6 +253,11 @@ class Guard:
         return f"strategy 'deepspeed' (stage {self.stage})"
 
 
+def is_guarded(parameter: Tensor) -> bool:
+    """Say whether a parameter belongs to a model that was set up."""
+    return "__reduce_ex__" in vars(parameter)
+
+
 def refused_hook(name: str, stage: int) -> UnsupportedError:
     """Return the error for a post-accumulate hook."""
     return UnsupportedError(

@@ -28,6 +28,7 @@ class Walk:
 
     def __init__(self, shim: nn.Module, offload: Any, agreement: Agreement | None = None) -> None:
         self._shim = shim
+        self._module: Any = shim.module
         self._offload = offload
         self._agreement = agreement
         self._steps: list[tuple[nn.Module, bool]] = []
@@ -87,7 +88,9 @@ class Walk:
             self._running = True
         if self._running:
             self._steps.append((part, True))
-        if id(part) in self._parts and torch.is_grad_enabled() and self._agreement is not None:
+        # An evaluation may be uneven, and ranks say before what they run.
+        trains = torch.is_grad_enabled() and self._module.training
+        if trains and id(part) in self._parts and self._agreement is not None:
             self._trace.come(self._parts[id(part)])
 
     def _go(self, part: nn.Module, args: Any, result: Any) -> None:
