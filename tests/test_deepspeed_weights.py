@@ -400,6 +400,22 @@ def experts_in_shards(world: World) -> None:
         _choose(lite, Choosing, lambda model: deepspeed.utils.set_z3_leaf_modules(model, [Experts]))
 
 
+def experts_in_small_buckets(world: World) -> None:
+    """Where some gradients are averaged before the others come, ranks that use other parameters are told so."""
+    with lite_of(world, DeepSpeed(stage=2, reduce_bucket_size=40)) as lite:
+        if world.world_size > 1:
+            with pytest.raises(CollectiveMismatchError, match=r"rank 0 came to a backward .* reduce_bucket_size=1"):
+                _choose(lite, Experts)
+        else:
+            _choose(lite, Experts)
+    for stage in (2, 3):
+        with lite_of(world, DeepSpeed(stage=stage, reduce_bucket_size=40)) as lite:
+            pair = Pair(lite)
+            pair.step()
+            pair.step()
+            pair.check()
+
+
 class Forces(nn.Module):
     """An energy and the gradient of its input, as in a force field."""
 
@@ -598,6 +614,7 @@ CHECKS = [
     added_parameters_are_refused,
     ranks_choose_experts,
     experts_in_shards,
+    experts_in_small_buckets,
     second_derivatives,
     second_derivatives_in_shards,
     odd_parameters_train,

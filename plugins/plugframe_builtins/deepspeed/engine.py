@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -14,112 +14,15 @@ from torch.optim import Optimizer
 from plugframe.base import ForwardShim
 from plugframe.errors import OrderError, UnsupportedError
 from plugframe_builtins.ddp.engine import Registrations
-from plugframe_builtins.deepspeed.agreement import Agreement
-from plugframe_builtins.deepspeed.fragments import Fragments, Sum, gathered
+from plugframe_builtins.deepspeed.agreement import Agreement, Trace
+from plugframe_builtins.deepspeed.borrowed import Borrowed
+from plugframe_builtins.deepspeed.fragments import Fragments, Sum, extent, gathered
 from plugframe_builtins.deepspeed.guard import Guard, is_guarded
 from plugframe_builtins.deepspeed.marks import forget_shim
-from plugframe_builtins.deepspeed.trial import own_lists
 from plugframe_builtins.deepspeed.walk import Walk
 from plugframe_builtins.deepspeed.zero import Stage0, zero_of
 
-Group = dict[str, Any]
 _LOOK = attrgetter("requires_grad", "dtype")
-
-
-class Borrowed:
-    """An optimizer whose groups hold the user's parameters, and DeepSpeed's only while DeepSpeed is at work.
-
-    Hyper-parameters are one: what a scheduler or the script writes into a group holds for DeepSpeed's as well.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self._number = len(optimizer.param_groups)
-        # DeepSpeed cannot have a group without anything to train.
-        self.used = [n for n, g in enumerate(optimizer.param_groups) if any(p.requires_grad for p in g["params"])]
-        self._theirs: list[Group] = [
-            {**g, "params": list(g["params"])} for n, g in enumerate(optimizer.param_groups) if n in self.used
-        ]
-        self._state: Any = type(optimizer.state)(*([dict] if hasattr(optimizer.state, "default_factory") else []))
-        self._lists = [(own, list(own)) for own in own_lists(optimizer)]
-        self._handles = [optimizer.register_step_pre_hook(self._point)] if self._lists else []
-
-    def _point(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Put what DeepSpeed has in the groups now into lists of the optimizer's own."""
-        for own, _ in self._lists:
-            own[:] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Let DeepSpeed see its own groups and state in the optimizer."""
-        optimizer = self.optimizer
-        groups, state = optimizer.param_groups, optimizer.state
-        all_of_them = list(groups)
-        mine = [groups[number] for number in self.used]
-        _copy_settings(mine, self._theirs)
-        # In place: an optimizer inside this one may have the same list.
-        groups[:] = self._theirs
-        optimizer.state = self._state
-        try:
-            yield
-        finally:
-            self._theirs, self._state = list(optimizer.param_groups), optimizer.state
-            groups[:] = all_of_them
-            optimizer.param_groups, optimizer.state = groups, state
-            _copy_settings(self._theirs, mine)
-            for own, before in self._lists:
-                own[:] = before
-
-    def refuse_states(self) -> None:
-        """Have ``state_dict()`` and ``load_state_dict()`` refuse, as the state is in shards, by flat tensor."""
-        name = type(self.optimizer).__name__
-
-        def refuse_saving(optimizer: Optimizer) -> None:
-            raise UnsupportedError(
-                f"{name}.state_dict() under strategy 'deepspeed' would hold no state: DeepSpeed keeps it. "
-                "Save it with lite.save(path, {'optimizer': optimizer}) on every rank."
-            )
-
-        def refuse_loading(optimizer: Optimizer, state: Any) -> None:
-            raise UnsupportedError(
-                f"{name}.load_state_dict() under strategy 'deepspeed' would not reach the shards of the state: call it "
-                "before lite.setup(), or use lite.load()."
-            )
-
-        for way in ("__reduce_ex__", "__deepcopy__"):
-            vars(self.optimizer)[way] = lambda _: refuse_saving(self.optimizer)
-        if not hasattr(self.optimizer, "_optimizer_state_dict_pre_hooks"):
-            return  # it has not called torch's __init__, and has a way of its own
-        self._handles.append(self.optimizer.register_state_dict_pre_hook(refuse_saving))
-        self._handles.append(self.optimizer.register_load_state_dict_pre_hook(refuse_loading))
-
-    def close(self) -> None:
-        """Take the hooks off the optimizer."""
-        for handle in self._handles:
-            handle.remove()
-
-    def check(self) -> None:
-        """Refuse groups that were added later.
-
-        Raises:
-            UnsupportedError: saying when to add them.
-        """
-        number = len(self.optimizer.param_groups)
-        if number != self._number:
-            raise UnsupportedError(
-                f"This {type(self.optimizer).__name__} has {number} parameter groups, and had {self._number} when it "
-                "was set up: strategy 'deepspeed' takes no groups afterwards. Add them before lite.setup()."
-            )
-
-    @property
-    def state(self) -> Any:
-        """DeepSpeed's state, by flat tensor."""
-        return self._state
-
-
-def _copy_settings(source: Sequence[Group], target: Sequence[Group]) -> None:
-    for theirs, mine in zip(source, target, strict=True):
-        mine.update({key: value for key, value in theirs.items() if key != "params"})
 
 
 class Reader:
@@ -199,7 +102,7 @@ class Engine(Reader):
         self.borrowed = borrowed
         self.pending = self.stale_buffers = False
         self._finished = self._works = self._stepped = self._mixed = False
-        self._touched: set[int] = set()
+        self._touched: dict[int, None] = {}  # in the order in which gradients came
         before = [{"params": list(borrowed.optimizer.param_groups[number]["params"])} for number in borrowed.used]
         # Ahead of DeepSpeed's own hooks, which take gradients away.
         self._handles = [
@@ -219,6 +122,8 @@ class Engine(Reader):
         self._looks = tuple(map(_LOOK, self._parameters))
         self._places = [(p, p.data_ptr(), p.data) for p in trained] if self.zero.views else []
         borrowed.refuse_states()
+        numel = sum(extent(parameter)[0] for parameter in trained)
+        self._trace = self._make_trace(agreement, numel) if numel > self.zero.bucket_size else None
         self._registrations = registrations
         self._registered = registrations.count
         self._strangers = False
@@ -232,6 +137,20 @@ class Engine(Reader):
         if torch.is_grad_enabled():
             self.stale_buffers = self._has_buffers
         return super().__call__(call, *args, **kwargs)
+
+    def _make_trace(self, agreement: Agreement | None, numel: int) -> Trace | None:
+        remedy = (
+            "Gradients of a model that is larger than reduce_bucket_size are averaged in the order in which they come: "
+            f"use DeepSpeed(reduce_bucket_size={numel})."
+        )
+        return None if agreement is None else Trace(lambda place, before: agreement(place, before, remedy))
+
+    def _compare(self) -> None:
+        """Verify that all ranks have gradients of the same parameters, where some were averaged already."""
+        if self._trace is not None:
+            came = {key: place for place, key in enumerate(self._touched)}
+            digest = zlib.crc32(repr([came.get(id(p)) for p in self._parameters]).encode())
+            self._trace.come(f"a backward with gradients of {len(came)} parameters (order {digest:08x})")
 
     def _check_registered(self) -> None:
         """Refuse parameters that DeepSpeed has never seen.
@@ -312,7 +231,8 @@ class Engine(Reader):
             self._mixed = self._mixed or self._stepped
             self.pending, self._finished = True, False
             with self.borrowed.lent():
-                self.zero.epilogue(self._touched)
+                self._compare()
+                self.zero.epilogue(self._touched.keys())
                 if not self.zero.partitioned and averages:
                     # What is equal on all ranks stays what it is when it is averaged again.
                     self.zero.finish()
@@ -335,7 +255,7 @@ class Engine(Reader):
         self.guard.forgotten.clear()
 
     def _touch(self, parameter: Tensor) -> None:
-        self._touched.add(id(parameter))
+        self._touched[id(parameter)] = None
         if not self.zero.partitioned:
             return
         if not self._works:
@@ -383,6 +303,8 @@ class Engine(Reader):
                 "gradients would add up, and strategy 'deepspeed' forgets them in a step. Call optimizer.zero_grad()."
             )
         self._check_looks()
+        if self._trace is not None:
+            self._trace.end()
         if self.walk is not None:
             self.walk.end()
         self.finish()

@@ -41,6 +41,15 @@ class Fragment:
         return whole.detach().reshape(-1).narrow(0, self.offset, self.numel)
 
 
+def linked(parameter: Any, flat: Tensor) -> Fragment:
+    """Return the fragment of a parameter that DeepSpeed has flattened and linked to its place."""
+    link = parameter._hp_mapping
+    if link is None:
+        return Fragment(flat, 0, 0, 0)
+    place, run = link.hp_fragment_address, link.lp_fragment_address
+    return Fragment(flat, place.start, run.start, place.numel)
+
+
 class Fragments:
     """The fragments of the parameters of one engine, by parameter.
 

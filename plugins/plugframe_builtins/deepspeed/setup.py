@@ -24,7 +24,8 @@ from plugframe_builtins.ddp.engine import Registrations
 from plugframe_builtins.ddp.sameness import check_same_model
 from plugframe_builtins.deepspeed import config as configs
 from plugframe_builtins.deepspeed.agreement import Agreement
-from plugframe_builtins.deepspeed.engine import Borrowed, Engine, Reader
+from plugframe_builtins.deepspeed.borrowed import Borrowed
+from plugframe_builtins.deepspeed.engine import Engine, Reader
 from plugframe_builtins.deepspeed.fragments import extent
 from plugframe_builtins.deepspeed.guard import Guard
 from plugframe_builtins.deepspeed.library import library
@@ -69,7 +70,7 @@ class SetUp(Strategy):
         self._company = Company(context.hooks, context.world.world_size)
         self._undo = start(context, shared_memory_op=self.shared_memory_op, build_timeout_s=self.build_timeout_s)
         self._undo.callback(self._registrations.watch())
-        if self.stage == 3 and context.world.world_size > 1:
+        if self.stage > 1 and context.world.world_size > 1:
             self._agreement = Agreement(context.world.world_size)
             self._undo.callback(self._agreement.close)
         self._check_device(context)

@@ -14,7 +14,8 @@ import torch.distributed
 from torch import Tensor
 
 from plugframe.errors import OrderError
-from plugframe_builtins.deepspeed.fragments import Fragment, Fragments
+from plugframe_builtins.deepspeed.flat import follow, sort_bucket
+from plugframe_builtins.deepspeed.fragments import Fragment, Fragments, linked
 from plugframe_builtins.deepspeed.library import library
 
 
@@ -73,6 +74,11 @@ class Stage0:
     #: Whether parameters are views of what DeepSpeed gathers, as long as nobody assigns their ``data``.
     views = False
 
+    @property
+    def bucket_size(self) -> float:
+        """Elements of gradients that come together before any are averaged."""
+        return float("inf")
+
     def follow(self) -> None:
         """Take over into the weights DeepSpeed updates what the script has changed in the parameters."""
 
@@ -112,8 +118,6 @@ _CLIPPED = (
     "A backward came after lite.clip_gradients() and before the step, which offloading does not allow: clip after the "
     "last backward."
 )
-#: Elements of weights that are compared with the parameters' at once.
-_AT_ONCE = 1 << 24
 #: What moves in DeepSpeed's dynamic loss scale.
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -150,6 +154,11 @@ class Stage1And2(_Scaled):
         self.zero.backward_epilogue()
         self.zero.exit_backward()
 
+    @property
+    def bucket_size(self) -> float:
+        # Stage 1 averages at the end, in the order of its groups.
+        return float("inf") if self.reduces_in_step else float(self.zero.reduce_bucket_size)
+
     def _complete(self, touched: Set[int]) -> None:
         """Have all ranks reduce the same gradients in one order: a rank that did not use a parameter has zeros."""
         zero = self.zero
@@ -160,7 +169,7 @@ class Stage1And2(_Scaled):
                     parameter.grad = torch.zeros_like(parameter)
                     zero.reduce_independent_p_g_buckets_and_remove_grads(parameter, number)
         for bucket in zero.ipg_buckets.values():
-            _sort(bucket, contiguous=zero.contiguous_gradients)
+            sort_bucket(bucket, contiguous=zero.contiguous_gradients)
 
     def _fill(self) -> None:
         zero = self.zero
@@ -175,7 +184,7 @@ class Stage1And2(_Scaled):
         zero = self.zero
         wholes, groups = zero.parallel_partitioned_bit16_groups, zero.real_dp_process_group
         for pieces, group, weights in zip(wholes, groups, self._flats(), strict=True):
-            _follow(pieces[torch.distributed.get_rank(group)], weights)
+            follow(pieces[torch.distributed.get_rank(group)], weights)
 
     def finish(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)
@@ -214,7 +223,7 @@ class Stage1And2(_Scaled):
     def locate(self, groups: Sequence[Mapping[str, Any]], fragments: Fragments) -> None:
         for group, flat in zip(groups, self._flats(), strict=True):
             for parameter in _trained([group]):
-                fragments.add(parameter, _linked(parameter, flat))
+                fragments.add(parameter, linked(parameter, flat))
 
     def _flats(self) -> list[Tensor]:
         return list(self.zero.single_partition_of_fp32_groups)
@@ -241,6 +250,10 @@ class Bf16(Stage1And2):
     def load_scale_state(self, state: Mapping[str, Any]) -> None:
         pass
 
+    @property
+    def bucket_size(self) -> float:
+        return float("inf")
+
     def begin(self) -> None:
         pass
 
@@ -252,7 +265,7 @@ class Bf16(Stage1And2):
         zero = self.zero
         groups = zero.real_dp_process_group
         for pieces, group, weights in zip(zero.bf16_partitioned_groups, groups, self._flats(), strict=True):
-            _follow(pieces[torch.distributed.get_rank(group)], weights)
+            follow(pieces[torch.distributed.get_rank(group)], weights)
 
     def finish(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)
@@ -310,6 +323,10 @@ class Stage3(_Scaled):
         self.zero.backward_epilogue()
         self.zero.exit_backward()
 
+    @property
+    def bucket_size(self) -> float:
+        return float(self.zero.reduce_bucket_size)
+
     def _complete(self, touched: Set[int]) -> None:
         """Have all ranks reduce the same gradients: a rank that did not use a parameter has zeros."""
         zero = self.zero
@@ -327,7 +344,7 @@ class Stage3(_Scaled):
         pairs = zip(self.zero.fp16_partitioned_groups_flat, self.zero.fp32_partitioned_groups_flat, strict=True)
         for piece, weights in pairs:
             if piece is not None and piece.numel() == weights.numel() and piece is not weights:
-                _follow(piece, weights)
+                follow(piece, weights)
 
     def complete_values(self) -> None:
         kept = self.zero.persistent_parameters
@@ -375,52 +392,6 @@ def zero_of(engine: Any) -> Stage0:
         if isinstance(engine.optimizer, library("runtime.bf16_optimizer").BF16_Optimizer)
         else Stage1And2(engine)
     )
-
-
-@torch.no_grad()
-def _follow(values: Tensor, weights: Tensor) -> None:
-    """Copy into `weights`, this rank's flat ones in full precision, those of `values` that are no longer theirs.
-
-    A step leaves every value the weight rounded to its dtype. What differs was changed by somebody else, in a way
-    that need not raise a version counter (``parameter.data.clamp_()``).
-    """
-    target = weights.detach()
-    if values.dtype is target.dtype:
-        target.copy_(values)
-        return
-    for new, old in zip(torch.split(values.detach(), _AT_ONCE), torch.split(target, _AT_ONCE), strict=True):
-        new = new.to(old.device)
-        old.copy_(torch.where(new == old.to(new.dtype), old, new.to(old.dtype)))
-
-
-def _sort(bucket: Any, *, contiguous: bool) -> None:
-    """Order a bucket of gradients by parameter, so that it is the same on all ranks, whatever they ran.
-
-    The last parameter comes first, as most backwards bring them: then there is nothing to do.
-    """
-    order = sorted(range(len(bucket.params)), key=lambda place: -bucket.params[place][2])
-    if order == list(range(len(order))):
-        return
-    if contiguous and bucket.elements:
-        flat = torch.cat([bucket.grads[place].reshape(-1) for place in order])
-        own = bucket.buffer[bucket.index].narrow(0, 0, bucket.elements)
-        own.copy_(flat)
-        start = 0
-        for place in order:
-            gradient = bucket.grads[place]
-            gradient.data = own.narrow(0, start, gradient.numel()).view(gradient.shape)
-            start += gradient.numel()
-    bucket.params[:] = [bucket.params[place] for place in order]
-    bucket.grads[:] = [bucket.grads[place] for place in order]
-
-
-def _linked(parameter: Any, flat: Tensor) -> Fragment:
-    # DeepSpeed links the parameters it has flattened to their place.
-    link = parameter._hp_mapping
-    if link is None:
-        return Fragment(flat, 0, 0, 0)
-    place, run = link.hp_fragment_address, link.lp_fragment_address
-    return Fragment(flat, place.start, run.start, place.numel)
 
 
 def _trained(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
