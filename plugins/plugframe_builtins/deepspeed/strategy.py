@@ -40,8 +40,11 @@ class DeepSpeed(SetUp):
     updates many parameters as one flat tensor, so an optimizer must treat every element by itself, as SGD and Adam
     do, and a parameter without gradient counts as one with a gradient of zeros. A step with gradients that are not
     finite is left out. After tear-down the module holds its parameters as before, except in stage 3 on several
-    ranks, where they are empty then, and the optimizer has no state: save both before. Until then neither can be
-    pickled, as DeepSpeed keeps process groups on parameters.
+    ranks, where they are empty then, and the optimizer has no state: save both before.
+
+    What a script does to parameters and gradients beside that acts as in plain torch, or raises and names the
+    parameter: ``docs/large-models.md`` has the table. An optimizer that is not known to treat every element by itself
+    is tried at set-up, and refused if a flat tensor would step otherwise than the parameters in it.
 
     Args:
         stage: 0, 1, 2 or 3.
