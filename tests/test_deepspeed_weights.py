@@ -503,6 +503,10 @@ def odd_parameters_are_refused(lite: Lite, strategy: DeepSpeed) -> None:
         change(model)
         with pytest.raises(UnsupportedError, match=match):
             lite.setup(model, SGD(model.parameters(), lr=0.1))
+    if strategy.stage == 3:
+        compiled = torch.compile(net(), backend="eager")
+        with pytest.raises(UnsupportedError, match=r"compile the model in place with model.compile\(\)"):
+            lite.setup(compiled, SGD(compiled.parameters(), lr=0.1))
 
 
 @each_stage(3)

@@ -42,6 +42,11 @@ def check_parameters(module: nn.Module, stage: int) -> None:
                 f"{type(part).__name__} {name!r} has sparse=True, and strategy 'deepspeed' (stage {stage}) averages "
                 "dense gradients alone: use sparse=False, or strategy='ddp'."
             )
+    if stage == 3 and "_orig_mod" in dict(module.named_children()):
+        raise UnsupportedError(
+            "torch.compile(model) makes a module that strategy 'deepspeed' (stage 3) cannot run: compile the model in "
+            "place with model.compile(), or use stage=2."
+        )
     dtypes = {parameter.dtype for _, parameter in trained}
     if len(dtypes) > 1:
         raise UnsupportedError(
