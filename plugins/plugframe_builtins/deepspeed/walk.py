@@ -35,7 +35,8 @@ class Walk:
         self._handles: list[Any] = []
         self._partitions: list[tuple[Any, Callable[..., Any]]] = []
         self._running = self.works = False
-        self._parts = self._gathering()
+        self._sharded: set[int] = set()
+        self._parts = self._compared()
         self.sharded = bool(self._parts)
         self._trace = Trace(self._agree)
         for part in shim.modules():
@@ -45,6 +46,8 @@ class Walk:
         self._pre_backward = offload.pre_sub_module_backward_function
         offload.pre_sub_module_backward_function = self._come_back
         self._keep_small_ones()
+        if not self._parts:
+            self._forget_order()
 
     def _keep_small_ones(self) -> None:
         """Have DeepSpeed keep small parameters complete in the first step too, in which it frees all of them."""
@@ -70,17 +73,30 @@ class Walk:
                 self._partitions.append((small, small.partition))
                 small.partition = kept(small.partition)
 
-    def _gathering(self) -> dict[int, str]:
-        """Return the parts that have parameters to gather, by id, with what to call them."""
+    def _compared(self) -> dict[int, str]:
+        """Return the parts whose order must be that of all ranks, by id, with what to call them.
+
+        They are all of them if any has parameters to gather: DeepSpeed, too, gathers ahead in the order of all.
+        """
         found: dict[int, str] = {}
         is_leaf: Callable[[nn.Module], bool] = library("utils").z3_leaf_module
         for name, part in self._shim.named_modules():
-            own: list[Any] = list(part.parameters(recurse=is_leaf(part)))
-            numel = sum(p.ds_numel for p in own if hasattr(p, "ds_id") and not getattr(p, "ds_persist", False))
-            if numel and hasattr(part, "ds_id"):
+            if hasattr(part, "ds_id") and part is not self._shim:
+                own: list[Any] = list(part.parameters(recurse=is_leaf(part)))
+                sharded = any(hasattr(p, "ds_id") and not getattr(p, "ds_persist", False) for p in own)
+                if sharded:
+                    self._sharded.add(id(part))
+                numel = sum(getattr(p, "ds_numel", 0) for p in own)
                 called = name.removeprefix("module").lstrip(".") or "the model"
                 found[id(part)] = f"{called!r} ({type(part).__name__}, {numel} elements)"
-        return found
+        return found if self._sharded else {}
+
+    def _forget_order(self) -> None:
+        """Have DeepSpeed compare no order of parts with other ranks, as there is nothing to gather."""
+        coordinator = self._offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+        coordinator.reset_step = lambda: None
 
     def _come(self, part: nn.Module, args: Any) -> None:
         if part is self._shim:
@@ -101,13 +117,13 @@ class Walk:
 
     def _come_back(self, part: nn.Module) -> None:
         if id(part) in self._parts:
-            if not self.works:
+            if not self.works and id(part) in self._sharded:
                 raise UnsupportedError(
                     "A backward outside of lite.backward(), as of torch.autograd.grad(), came to "
                     f"{self._parts[id(part)]}, which strategy 'deepspeed' (stage 3) gathers for lite.backward() alone: "
                     "use stage=2, or a param_persistence_threshold of as many elements, which keeps it complete."
                 )
-            if self._agreement is not None:
+            if self.works and self._agreement is not None:
                 self._trace.come(f"the backward of {self._parts[id(part)]}")
         self._pre_backward(part)
 
@@ -151,7 +167,9 @@ class Walk:
         for handle in self._handles:
             handle.remove()
         del self._offload.pre_sub_module_backward_function
-        del self._offload.get_param_coordinator().release_sub_module
+        coordinator = self._offload.get_param_coordinator()
+        del coordinator.release_sub_module
+        vars(coordinator).pop("reset_step", None)
         for parameter, partition in self._partitions:
             parameter.partition = partition
 
