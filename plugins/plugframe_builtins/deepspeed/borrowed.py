@@ -29,6 +29,7 @@ class Borrowed:
             {**g, "params": list(g["params"])} for n, g in enumerate(optimizer.param_groups) if n in self.used
         ]
         self._state: Any = type(optimizer.state)(*([dict] if hasattr(optimizer.state, "default_factory") else []))
+        self._is_lent = False
         self._lists = [(own, list(own)) for own in own_lists(optimizer)]
         self._handles = [optimizer.register_step_pre_hook(self._point)] if self._lists else []
 
@@ -48,9 +49,11 @@ class Borrowed:
         # In place: an optimizer inside this one may have the same list.
         groups[:] = self._theirs
         optimizer.state = self._state
+        self._is_lent = True
         try:
             yield
         finally:
+            self._is_lent = False
             self._theirs, self._state = list(optimizer.param_groups), optimizer.state
             groups[:] = all_of_them
             optimizer.param_groups, optimizer.state = groups, state
@@ -63,12 +66,16 @@ class Borrowed:
         name = type(self.optimizer).__name__
 
         def refuse_saving(optimizer: Optimizer) -> None:
+            if self._is_lent:
+                return
             raise UnsupportedError(
                 f"{name}.state_dict() under strategy 'deepspeed' would hold no state: DeepSpeed keeps it. "
                 "Save it with lite.save(path, {'optimizer': optimizer}) on every rank."
             )
 
         def refuse_loading(optimizer: Optimizer, state: Any) -> None:
+            if self._is_lent:
+                return
             raise UnsupportedError(
                 f"{name}.load_state_dict() under strategy 'deepspeed' would not reach the shards of the state: call it "
                 "before lite.setup(), or use lite.load()."

@@ -23,7 +23,6 @@ class Walk:
 
     Attributes:
         works: whether ``lite.backward`` runs.
-        sharded: whether any part has to be gathered when the walk comes to it.
     """
 
     def __init__(self, shim: nn.Module, offload: Any, agreement: Agreement | None = None) -> None:
@@ -37,7 +36,6 @@ class Walk:
         self._running = self.works = False
         self._sharded: set[int] = set()
         self._parts = self._compared()
-        self.sharded = bool(self._parts)
         self._trace = Trace(self._agree)
         for part in shim.modules():
             # Before DeepSpeed's own, which gathers.
