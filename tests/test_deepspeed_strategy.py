@@ -193,6 +193,7 @@ def gradients_that_are_not_finite(lite: Lite, strategy: DeepSpeed) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer.step()
+    optimizer.zero_grad()
     said = [str(warning.message) for warning in caught if warning.category is PlugframeWarning]
     assert len(said) == (lite.global_rank == 0)
     assert all("not finite, and DeepSpeed left this step of SGD out" in text for text in said)
@@ -250,6 +251,7 @@ def unused_parameters_have_no_gradient_left(lite: Lite, strategy: DeepSpeed) -> 
             lite.backward((model(x[mine], both=both) - y[mine]).square().mean())
             (plain(x[all_], both=both) - y[all_]).square().mean().backward()
         optimizer.step()
+        optimizer.zero_grad()
         other.step()
         other.zero_grad()
     assert_close(weights(lite, model), plain.state_dict())
@@ -560,6 +562,7 @@ def precisions(world: World) -> None:
                     expected = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
                     torch.testing.assert_close(norm.float(), expected, rtol=3e-2, atol=1e-2)
                     optimizer.step()
+                    optimizer.zero_grad()
                     other.step()
                     other.zero_grad()
                 state = weights(lite, model)
@@ -592,6 +595,7 @@ def loss_scales(world: World) -> None:
                 expected = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
                 torch.testing.assert_close(norm.float(), expected, rtol=2e-2, atol=1e-3)
                 optimizer.step()
+                optimizer.zero_grad()
                 other.step()
                 other.zero_grad()
             before = {key: value.clone() for key, value in weights(lite, model).items()}
@@ -734,6 +738,7 @@ def offloaded(world: World) -> None:
                 norm = lite.clip_gradients(model, optimizer, max_norm=0.5)
                 torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(plain.parameters(), 0.5))
                 optimizer.step()
+                optimizer.zero_grad()
                 other.step()
                 other.zero_grad()
             assert_close(weights(lite, model), plain.state_dict(), rtol=1e-4)
@@ -763,7 +768,7 @@ def refused_calls(lite: Lite, strategy: DeepSpeed) -> None:
         lite.setup_optimizers(torch.optim.Adagrad(second.parameters(), lr=0.1))
     model[0].bias.requires_grad_(False)
     with pytest.raises(UnsupportedError, match=r"Parameter '0.bias' was frozen, thawed or converted after lite.setup"):
-        model(torch.ones(1, 5))
+        lite.backward(model(torch.ones(1, 5)).sum())
     odd = nn.Linear(2, 2).double()
     with pytest.raises(UnsupportedError, match="parameters of torch.float64, which DeepSpeed does not train"):
         lite.setup(odd, torch.optim.SGD(odd.parameters(), lr=0.1))

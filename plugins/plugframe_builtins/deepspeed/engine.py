@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -12,69 +12,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plugframe.base import ForwardShim
-from plugframe.errors import UnsupportedError
-from plugframe_builtins.deepspeed.fragments import Fragments, Sum, gathered
+from plugframe.base.registrations import Registrations
+from plugframe.errors import OrderError, UnsupportedError
+from plugframe_builtins.deepspeed.agreement import Agreement, Trace
+from plugframe_builtins.deepspeed.borrowed import Borrowed
+from plugframe_builtins.deepspeed.fragments import Fragments, Sum, extent, gathered
+from plugframe_builtins.deepspeed.guard import Guard, is_guarded
 from plugframe_builtins.deepspeed.marks import forget_shim
 from plugframe_builtins.deepspeed.walk import Walk
 from plugframe_builtins.deepspeed.zero import Stage0, zero_of
 
-Group = dict[str, Any]
 _LOOK = attrgetter("requires_grad", "dtype")
-
-
-class Borrowed:
-    """An optimizer whose groups hold the user's parameters, and DeepSpeed's only while DeepSpeed is at work.
-
-    Hyper-parameters are one: what a scheduler or the script writes into a group holds for DeepSpeed's as well.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self._number = len(optimizer.param_groups)
-        # DeepSpeed cannot have a group without anything to train.
-        self.used = [n for n, g in enumerate(optimizer.param_groups) if any(p.requires_grad for p in g["params"])]
-        self._theirs: list[Group] = [
-            {**g, "params": list(g["params"])} for n, g in enumerate(optimizer.param_groups) if n in self.used
-        ]
-        self._state: Any = type(optimizer.state)(*([dict] if hasattr(optimizer.state, "default_factory") else []))
-
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Let DeepSpeed see its own groups and state in the optimizer."""
-        optimizer = self.optimizer
-        groups, state = optimizer.param_groups, optimizer.state
-        mine = [groups[number] for number in self.used]
-        _copy_settings(mine, self._theirs)
-        optimizer.param_groups, optimizer.state = self._theirs, self._state
-        try:
-            yield
-        finally:
-            self._theirs, self._state = optimizer.param_groups, optimizer.state
-            optimizer.param_groups, optimizer.state = groups, state
-            _copy_settings(self._theirs, mine)
-
-    def check(self) -> None:
-        """Refuse groups that were added later.
-
-        Raises:
-            UnsupportedError: saying when to add them.
-        """
-        number = len(self.optimizer.param_groups)
-        if number != self._number:
-            raise UnsupportedError(
-                f"This {type(self.optimizer).__name__} has {number} parameter groups, and had {self._number} when it "
-                "was set up: strategy 'deepspeed' takes no groups afterwards. Add them before lite.setup()."
-            )
-
-    @property
-    def state(self) -> Any:
-        """DeepSpeed's state, by flat tensor."""
-        return self._state
-
-
-def _copy_settings(source: Sequence[Group], target: Sequence[Group]) -> None:
-    for theirs, mine in zip(source, target, strict=True):
-        mine.update({key: value for key, value in theirs.items() if key != "params"})
 
 
 class Reader:
@@ -83,23 +31,32 @@ class Reader:
     Args:
         module: the user's.
         initialize: ``initialize(shim)`` returns DeepSpeed's engine.
+        guard: of the module's parameters; open while it runs.
+        agreement: verifies that ranks that train run the same parts; None if there is one rank.
 
     Attributes:
         deepspeed: DeepSpeed's engine.
         walk: of the last forward, None where parameters are whole.
     """
 
-    def __init__(self, module: nn.Module, initialize: Callable[[nn.Module], Any]) -> None:
+    def __init__(
+        self, module: nn.Module, initialize: Callable[[nn.Module], Any], guard: Guard, agreement: Agreement | None
+    ) -> None:
         self.module = module
+        self.guard = guard
         self._shim = ForwardShim(module)
         self.deepspeed: Any = initialize(self._shim)
         offload = self.deepspeed.optimizer
         offload = getattr(offload, "parameter_offload", offload)
         shards = hasattr(offload, "pre_sub_module_forward_function")
-        self.walk: Walk | None = Walk(self._shim, offload) if shards else None
+        self.walk: Walk | None = Walk(self._shim, offload, agreement) if shards else None
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self._shim(call, *args, **kwargs)
+        self.guard.unlock()
+        try:
+            return self._shim(call, *args, **kwargs)
+        finally:
+            self.guard.lock()
 
     def values(self) -> dict[int, Tensor]:
         """Return the values of all parameters in parts, by id. Every rank must call it."""
@@ -121,6 +78,9 @@ class Engine(Reader):
         borrowed: its optimizer.
         initialize: ``initialize(shim, optimizer)`` returns DeepSpeed's engine.
         add_up: adds a tensor up over all ranks.
+        guard: of the module's parameters.
+        agreement: as of `Reader`.
+        registrations: counts what is registered in any module.
 
     Attributes:
         zero: DeepSpeed's optimizer.
@@ -135,27 +95,97 @@ class Engine(Reader):
         *,
         initialize: Callable[[nn.Module, Optimizer], Any],
         add_up: Sum,
+        guard: Guard,
+        agreement: Agreement | None,
+        registrations: Registrations,
     ) -> None:
         self.borrowed = borrowed
         self.pending = self.stale_buffers = False
-        self._finished = self._touched = False
+        self._finished = self._works = self._stepped = self._mixed = False
+        self._touched: dict[int, None] = {}  # in the order in which gradients came
         before = [{"params": list(borrowed.optimizer.param_groups[number]["params"])} for number in borrowed.used]
+        # Ahead of DeepSpeed's own hooks, which take gradients away.
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._touch)
+            for group in before
+            for parameter in group["params"]
+            if parameter.requires_grad
+        ]
         with borrowed.lent():
-            super().__init__(module, lambda shim: initialize(shim, borrowed.optimizer))
+            super().__init__(module, lambda shim: initialize(shim, borrowed.optimizer), guard, agreement)
         self.zero: Stage0 = zero_of(self.deepspeed)
         self.fragments = Fragments(add_up if self.zero.partitioned else _itself)
         self.zero.locate(before, self.fragments)
-        trained: list[Any] = self.fragments.parameters()
-        self._handles = [parameter.register_post_accumulate_grad_hook(self._touch) for parameter in trained]
+        trained = self.fragments.parameters()
         self._has_buffers = any(True for _ in module.buffers())
         self._names, self._parameters = zip(*module.named_parameters(), strict=True)
         self._looks = tuple(map(_LOOK, self._parameters))
+        self._places = [(p, p.data_ptr(), p.data) for p in trained] if self.zero.views else []
+        borrowed.refuse_states()
+        numel = sum(extent(parameter)[0] for parameter in trained)
+        self._trace = self._make_trace(agreement, numel) if numel > self.zero.bucket_size else None
+        self._registrations = registrations
+        self._registered = registrations.count
+        self._strangers = False
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._registered != self._registrations.count or self._strangers:
+            self._check_registered()
+        self.relink()
+        self.guard.unlock()
+        self.zero.complete_values()
         if torch.is_grad_enabled():
             self.stale_buffers = self._has_buffers
-            self._check_looks()
         return super().__call__(call, *args, **kwargs)
+
+    def _make_trace(self, agreement: Agreement | None, numel: int) -> Trace | None:
+        remedy = (
+            "Gradients of a model that is larger than reduce_bucket_size are averaged in the order in which they come: "
+            f"use DeepSpeed(reduce_bucket_size={numel})."
+        )
+        return None if agreement is None else Trace(lambda place, before: agreement(place, before, remedy))
+
+    def _compare(self) -> None:
+        """Verify that all ranks have gradients of the same parameters, where some were averaged already."""
+        if self._trace is not None:
+            came = {key: place for place, key in enumerate(self._touched)}
+            digest = zlib.crc32(repr([came.get(id(p)) for p in self._parameters]).encode())
+            self._trace.come(f"a backward with gradients of {len(came)} parameters (order {digest:08x})")
+
+    def _check_registered(self) -> None:
+        """Refuse parameters that DeepSpeed has never seen.
+
+        Raises:
+            UnsupportedError: naming one.
+        """
+        known = set(map(id, self._parameters))
+        # A model that was set up by itself has an engine that has seen them.
+        new = {n: p for n, p in self.module.named_parameters() if id(p) not in known and not is_guarded(p)}
+        # In stage 3 DeepSpeed walks over frozen ones too.
+        name = next((name for name, p in new.items() if p.requires_grad or self.walk is not None), None)
+        if name is not None:
+            raise UnsupportedError(
+                f"Parameter {name!r} was added or replaced after lite.setup(), and strategy 'deepspeed' would neither "
+                "average its gradient nor update it: change the model before lite.setup()."
+            )
+        self._strangers = bool(new)
+        self._registered = self._registrations.count
+
+    def relink(self) -> None:
+        """Put values that the script has assigned as ``parameter.data`` where DeepSpeed looks for them.
+
+        Raises:
+            UnsupportedError: if they have another shape or dtype.
+        """
+        for parameter, pointer, place in self._places:
+            if parameter.data_ptr() != pointer:
+                if parameter.shape != place.shape or parameter.dtype != place.dtype:
+                    raise UnsupportedError(
+                        f"{self.guard.name(parameter)} was {tuple(place.shape)}, {place.dtype} at lite.setup() and is "
+                        f"{tuple(parameter.shape)}, {parameter.dtype} now: resize and convert before lite.setup()."
+                    )
+                place.copy_(parameter.data)
+                parameter.data = place
 
     def _check_looks(self) -> None:
         looks = tuple(map(_LOOK, self._parameters))
@@ -175,11 +205,16 @@ class Engine(Reader):
 
     def before_backward(self) -> None:
         """Get ready for a backward that may come to the model."""
+        self.guard.unlock()
+        self._settle()
         if not self.pending:
             self.zero.begin()
         elif self._finished:
             self.zero.resume()
-        self._touched = False
+        self._touched.clear()
+        self._works = True
+        if self.walk is not None:
+            self.walk.works = True
         self.zero.prologue()
 
     def after_backward(self, *, averages: bool) -> None:
@@ -188,52 +223,129 @@ class Engine(Reader):
         Args:
             averages: whether gradients that every rank holds whole are averaged at once.
         """
-        if not self._touched:
-            return
-        self.pending, self._finished = True, False
-        with self.borrowed.lent():
-            self.zero.epilogue()
-            if not self.zero.partitioned and averages:
-                # What is equal on all ranks stays what it is when it is averaged again.
-                self.zero.finish()
+        self._works = False
+        if self.walk is not None:
+            self.walk.works = False
+        if self._touched:
+            self._check_looks()
+            self._mixed = self._mixed or self._stepped
+            self.pending, self._finished = True, False
+            with self.borrowed.lent():
+                self._compare()
+                self.zero.epilogue(self._touched.keys())
+                if not self.zero.partitioned and averages:
+                    # What is equal on all ranks stays what it is when it is averaged again.
+                    self.zero.finish()
+        self._show()
+
+    def _show(self) -> None:
+        """Say whether there are gradients that the parameters do not show."""
+        if self.zero.partitioned:
+            if self.pending and not self.guard.pending:
+                self.guard.seen = False
+            self.guard.holds, self.guard.pending = self.pending or self._stepped, self.pending
+        self.guard.lock()
+
+    def _settle(self) -> None:
+        """Forget what the script has set to None by hand."""
+        if self.pending and self.guard.settled(self.fragments.parameters()):
+            self.clear()
+        elif self._stepped and self.guard.seen:
+            self._stepped = False  # it keeps gradients by itself
+        self.guard.forgotten.clear()
 
     def _touch(self, parameter: Tensor) -> None:
-        self._touched = True
+        self._touched[id(parameter)] = None
+        if not self.zero.partitioned:
+            return
+        if not self._works:
+            raise OrderError(
+                f"A backward outside of lite.backward() has come to {self.guard.name(parameter)}, whose gradient "
+                "strategy 'deepspeed' would lose: call lite.backward(loss)."
+            )
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            raise UnsupportedError(
+                f"{self.guard.name(parameter)} has a sparse gradient, and strategy 'deepspeed' averages dense ones "
+                "alone: use sparse=False, or strategy='ddp'."
+            )
 
     def finish(self) -> None:
         """Average what has come together, if that was not done."""
+        self._settle()
         if self.pending and not self._finished:
             self._finished = True
+            self.guard.unlock()
             with self.borrowed.lent():
                 self.zero.finish()
+            self.guard.lock()
 
     def clear(self) -> None:
         """Forget all gradients."""
+        self.guard.forgotten.clear()
+        self._stepped = self._mixed = False
         if self.pending:
             self.pending = self._finished = False
+            self.guard.unlock()
             with self.borrowed.lent():
                 self.zero.clear()
+        self._show()
 
     def step(self) -> bool:
         """Update the parameters, and say whether it was done; it is not with gradients that are not finite."""
         self.borrowed.check()
+        self._settle()
         if not self.pending:
+            self._check_unseen()
             return True
+        if self._mixed and self.zero.partitioned:
+            raise OrderError(
+                f"{type(self.borrowed.optimizer).__name__}.step() without zero_grad() since the step before: in torch "
+                "gradients would add up, and strategy 'deepspeed' forgets them in a step. Call optimizer.zero_grad()."
+            )
+        self._check_looks()
+        if self._trace is not None:
+            self._trace.end()
+        if self.walk is not None:
+            self.walk.end()
         self.finish()
+        self.guard.unlock()
+        self.relink()
+        self.zero.follow()
         with self.borrowed.lent():
             self.deepspeed.step()
         self.pending = self._finished = False
+        self._stepped = self.zero.partitioned
+        self.guard.seen = False
+        self._show()
         return bool(self.deepspeed.was_step_applied())
+
+    def _check_unseen(self) -> None:
+        """Refuse a step on gradients that are the script's own.
+
+        Raises:
+            OrderError: naming a parameter.
+        """
+        if not self.zero.partitioned or self._stepped:
+            return
+        with self.guard.opened():
+            found = next((p for p in self.fragments.parameters() if p.grad is not None), None)
+        if found is not None:
+            raise OrderError(
+                f"{self.guard.name(found)} has a gradient that did not come from lite.backward(), and strategy "
+                "'deepspeed' steps with those alone: call lite.backward(loss), or use strategy='ddp'."
+            )
 
     def values(self) -> dict[int, Tensor]:
         trained = {id(p): self.fragments.whole(p) for p in self.fragments.parameters()}
         return {**super().values(), **trained}
 
     def close(self) -> None:
+        self.guard.unlock()
         for handle in self._handles:
             handle.remove()
         with self.borrowed.lent():
             super().close()
+        self.borrowed.close()
 
 
 def _itself(tensor: Tensor) -> Tensor:

@@ -41,6 +41,15 @@ class Fragment:
         return whole.detach().reshape(-1).narrow(0, self.offset, self.numel)
 
 
+def linked(parameter: Any, flat: Tensor) -> Fragment:
+    """Return the fragment of a parameter that DeepSpeed has flattened and linked to its place."""
+    link = parameter._hp_mapping
+    if link is None:
+        return Fragment(flat, 0, 0, 0)
+    place, run = link.hp_fragment_address, link.lp_fragment_address
+    return Fragment(flat, place.start, run.start, place.numel)
+
+
 class Fragments:
     """The fragments of the parameters of one engine, by parameter.
 
@@ -99,5 +108,6 @@ def gathered(parameter: Any, *, write: bool = False) -> Iterator[Tensor]:
     if not hasattr(parameter, "ds_id"):
         yield parameter.data
         return
+    parameter.ds_active_sub_modules.clear()  # a forward that was given up leaves it in use
     with library("runtime.zero").GatheredParameters([parameter], modifier_rank=0 if write else None):
         yield parameter.data

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import Adagrad, Optimizer
+from torch.optim import Optimizer
 
 from plugframe.base import Strategy
 from plugframe.base.deferred import deferring, materialize_module
@@ -23,8 +23,11 @@ from plugframe_builtins.ddp.engine import Engine as Replica
 from plugframe_builtins.ddp.reducer import Backward
 from plugframe_builtins.ddp.sameness import check_same_model
 from plugframe_builtins.deepspeed import config as configs
-from plugframe_builtins.deepspeed.engine import Borrowed, Engine, Reader
+from plugframe_builtins.deepspeed.agreement import Agreement
+from plugframe_builtins.deepspeed.borrowed import Borrowed
+from plugframe_builtins.deepspeed.engine import Engine, Reader
 from plugframe_builtins.deepspeed.fragments import extent
+from plugframe_builtins.deepspeed.guard import Guard
 from plugframe_builtins.deepspeed.library import library
 from plugframe_builtins.deepspeed.partition import has_deferred, partition, sent_already
 from plugframe_builtins.deepspeed.runtime import initialize, start
@@ -32,6 +35,7 @@ from plugframe_builtins.deepspeed.slot import Slot
 from plugframe_builtins.deepspeed.state import (
     load_optimizer_state,
 )
+from plugframe_builtins.deepspeed.suitable import check_optimizer, check_parameters
 from plugframe_builtins.sharding.company import Company
 
 
@@ -47,6 +51,7 @@ class SetUp(Strategy):
         self._config: configs.Config = {}
         self._company: Company
         self._mesh: DeviceMesh | None = None
+        self._agreement: Agreement | None = None
         self._slots: list[Slot] = []
         self._registrations = Registrations()
         self._backward = Backward()
@@ -66,6 +71,9 @@ class SetUp(Strategy):
         self._company = Company(context.hooks, context.world.world_size)
         self._undo = start(context, shared_memory_op=self.shared_memory_op, build_timeout_s=self.build_timeout_s)
         self._undo.callback(self._registrations.watch())
+        if self.stage > 1 and context.world.world_size > 1:
+            self._agreement = Agreement(context.world.world_size)
+            self._undo.callback(self._agreement.close)
         self._check_device(context)
 
     def _check_device(self, context: Context) -> None:
@@ -87,7 +95,7 @@ class SetUp(Strategy):
             for slot in self._slots:
                 self._undo.callback(slot.close, alone=self.context.world.world_size == 1)
             self._slots.clear()
-            self._mesh = None
+            self._mesh = self._agreement = None
 
     @property
     def stage(self) -> int:
@@ -126,6 +134,7 @@ class SetUp(Strategy):
                 slot.module, self.context, self._config, dtype=self._rounds_to, broadcast=self._broadcast
             )
         slot.number = self._company.join(slot)
+        slot.watch(self.stage).lock()
 
     @torch.no_grad()
     def _broadcast(self, tensor: Tensor) -> None:
@@ -139,8 +148,8 @@ class SetUp(Strategy):
         dtypes = self.context.hooks.precision_dtypes()
         return None if dtypes.parameter is dtypes.compute else dtypes.compute
 
-    def _reader(self, module: nn.Module) -> Reader:
-        return Reader(module, lambda shim: self._initialize(shim, None))
+    def _reader(self, module: nn.Module, guard: Guard) -> Reader:
+        return Reader(module, lambda shim: self._initialize(shim, None), guard, self._agreement)
 
     def _announce(self, slot: Slot) -> None:
         self._company.announce(slot.number)
@@ -164,12 +173,12 @@ class SetUp(Strategy):
         pairs = [(slot, optimizer) for slot, optimizer in zip(owners, optimizers, strict=True) if slot is not None]
         # All of them first: what is refused changes nothing.
         for slot, optimizer in pairs:
-            self._check(slot.module, optimizer)
             if slot.engine is not None or owners.count(slot) > 1:
                 raise UnsupportedError(
                     f"Strategy 'deepspeed' takes one optimizer for a model, and this {type(slot.module).__name__} has "
                     "more: make one optimizer with several parameter groups."
                 )
+            self._check(slot.module, optimizer)
         for slot, optimizer in pairs:
             self._drive(slot, optimizer)
         return optimizers
@@ -193,32 +202,34 @@ class SetUp(Strategy):
         if self.stage == 3 and slot.pieces is None:
             self._partition(slot)
         values = slot.pieces if slot.pieces is not None else self._values_before(module)
-        engine = slot.drive(
-            lambda: Engine(module, Borrowed(optimizer), initialize=self._initialize, add_up=self._add_up)
-        )
+        engine = slot.drive(lambda guard: self._engine(module, optimizer, guard), self.stage)
         for parameter in engine.fragments.parameters():
             if id(parameter) in values:
                 engine.fragments.put(parameter, values[id(parameter)], whole=slot.pieces is None)
         optimizer.state.clear()
         if known is not None:
             load_optimizer_state(engine, known)
+        engine.zero.complete_values()
+        engine.guard.lock()
+
+    def _engine(self, module: nn.Module, optimizer: Optimizer, guard: Guard) -> Engine:
+        return Engine(
+            module,
+            Borrowed(optimizer),
+            initialize=self._initialize,
+            add_up=self._add_up,
+            guard=guard,
+            agreement=self._agreement,
+            registrations=self._registrations,
+        )
 
     def _check(self, module: nn.Module, optimizer: Optimizer) -> None:
-        if self.stage and isinstance(optimizer, Adagrad):
-            raise UnsupportedError(
-                "DeepSpeed makes an Adagrad of its own in place of the script's, which would lose its groups: use "
-                "another optimizer, or stage=0."
-            )
+        check_parameters(module, self.stage)
+        check_optimizer(optimizer, self.stage, self.context.world.world_size)
         if self._is_fp16 and self._engines:
             raise UnsupportedError(
                 "Two models train, and under precision='16-mixed' DeepSpeed gives each a loss scale of its own, while "
                 "a loss has one: use precision='bf16-mixed'."
-            )
-        odd = {p.dtype for p in module.parameters() if p.requires_grad} - {torch.float32, torch.bfloat16}
-        if odd:
-            raise UnsupportedError(
-                f"This {type(module).__name__} has parameters of {', '.join(map(str, odd))}, which DeepSpeed does not "
-                "train: leave out the .half() or .double()."
             )
 
     def _values_before(self, module: nn.Module) -> dict[int, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from plugframe.errors import OrderError
 from plugframe_builtins.ddp.engine import Engine as Replica
 from plugframe_builtins.deepspeed.engine import Engine, Reader
+from plugframe_builtins.deepspeed.guard import Guard
 from plugframe_builtins.deepspeed.marks import Marks
 from plugframe_builtins.deepspeed.partition import Pieces
 
@@ -30,6 +31,7 @@ class Slot:
 
     Attributes:
         engine: DeepSpeed's, once the module has an optimizer.
+        guard: of the module's parameters, once DeepSpeed keeps them or their gradients.
         pieces: of parameters, before they were rounded; None if they are not in parts.
         number: among the models whose forward needs all ranks.
         averages: whether backwards average gradients that every rank holds whole.
@@ -40,12 +42,13 @@ class Slot:
         module: nn.Module,
         *,
         replicate: Callable[[nn.Module], Replica],
-        read: Callable[[nn.Module], Reader],
+        read: Callable[[nn.Module, Guard], Reader],
         announce: Callable[[Slot], None],
     ) -> None:
         self.module = module
         self.marks = Marks(module)
         self.engine: Engine | None = None
+        self.guard: Guard | None = None
         self.pieces: Pieces | None = None
         self.averages = True
         self.number = -1
@@ -83,8 +86,9 @@ class Slot:
     def reader(self) -> Reader:
         """What runs the module in parts without an optimizer."""
         if self._reader is None:
-            with self.marks.watching():
-                self._reader = self._read(self.module)
+            assert self.guard is not None  # since the module was taken apart
+            with self.marks.watching(), self.guard.opened():
+                self._reader = self._read(self.module, self.guard)
         return self._reader
 
     @property
@@ -103,13 +107,22 @@ class Slot:
         walk = (self.reader if self.engine is None else self.engine).walk
         return [] if walk is None else walk.order()
 
-    def drive(self, make: Callable[[], Engine]) -> Engine:
+    def watch(self, stage: int) -> Guard:
+        """Return the guard of the module's parameters, made anew for what they are now."""
+        if self.guard is not None:
+            self.guard.close()
+        self.guard = Guard(self.module, stage)
+        return self.guard
+
+    def drive(self, make: Callable[[Guard], Engine], stage: int) -> Engine:
         """Run the module under an engine from now on."""
+        if self.guard is not None:
+            self.guard.close()
         if self._reader is not None:
             self._reader.close()
         self._reader = self._replica = None
         with self.marks.watching():
-            self.engine = make()
+            self.engine = make(self.watch(stage))
         return self.engine
 
     def before_backward(self, loss: Tensor) -> None:
@@ -132,12 +145,16 @@ class Slot:
             alone: whether there is no other rank, so that every value is here.
         """
         with ExitStack() as stack:
+            if self.guard is not None:
+                self.guard.unlock()
             running = self._reader if self.engine is None else self.engine
             whole = running.values() if alone and running is not None else self._empty()
             if running is not None or self.pieces is not None:
                 stack.callback(self.marks.remove, whole)
             if running is not None:
                 running.close()
+            if self.guard is not None:
+                self.guard.close()
             self._reader = self._replica = None
 
     def _empty(self) -> dict[int, Tensor]:

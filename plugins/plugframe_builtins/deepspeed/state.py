@@ -85,7 +85,8 @@ def load_module_state(module: nn.Module, engine: Engine, state: Mapping[str, Any
             _load_parameter(value, engine, _whole(state[key]))
     fill(buffers)
     if rest:
-        module.load_state_dict(rest, strict=False)
+        with engine.guard.opened():
+            module.load_state_dict(rest, strict=False)
     return [key for key in own if key not in state], [key for key in state if key not in own]
 
 

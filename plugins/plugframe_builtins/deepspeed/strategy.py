@@ -40,8 +40,11 @@ class DeepSpeed(SetUp):
     updates many parameters as one flat tensor, so an optimizer must treat every element by itself, as SGD and Adam
     do, and a parameter without gradient counts as one with a gradient of zeros. A step with gradients that are not
     finite is left out. After tear-down the module holds its parameters as before, except in stage 3 on several
-    ranks, where they are empty then, and the optimizer has no state: save both before. Until then neither can be
-    pickled, as DeepSpeed keeps process groups on parameters.
+    ranks, where they are empty then, and the optimizer has no state: save both before.
+
+    What a script does to parameters and gradients beside that acts as in plain torch, or raises and names the
+    parameter: ``docs/large-models.md`` has the table. An optimizer that is not known to treat every element by itself
+    is tried at set-up, and refused if a flat tensor would step otherwise than the parameters in it.
 
     Args:
         stage: 0, 1, 2 or 3.
@@ -241,12 +244,38 @@ class DeepSpeed(SetUp):
         engine = self._driven(module, "gradients")
         engine.finish()
         found = {}
-        with engine.borrowed.lent():
+        with engine.guard.opened(), engine.borrowed.lent():
             for name, parameter in module.named_parameters():
                 if engine.pending and engine.fragments.get(parameter) is not None:
                     gradient = library("utils").safe_get_full_grad(parameter)
                     found[name] = gradient / engine.zero.loss_scale
         return found
+
+    @contextmanager
+    def gathered(self, module: nn.Module, *, write: bool = False) -> Iterator[None]:
+        """Give a module's parameters their complete values for a ``with`` block (stage 3). Every rank must call it.
+
+        Args:
+            write: whether the block changes values in place: rank 0's hold afterwards, on all ranks and in the
+                optimizer's weights. Without it a change is lost.
+
+        Raises:
+            UnsupportedError: for `write`, if the optimizer's weights lie on a disk.
+        """
+        slot = next((slot for slot in self._slots if slot.module is module), None)
+        sharded: list[Any] = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+        if slot is None or slot.guard is None or not sharded:
+            yield
+            return
+        if write and slot.engine is not None and getattr(slot.engine.zero, "swaps", False):
+            raise UnsupportedError(
+                "lite.strategy.gathered(model, write=True) cannot reach weights on NVMe: use lite.load()."
+            )
+        for parameter in sharded:
+            parameter.ds_active_sub_modules.clear()  # a forward that was given up leaves it in use
+        whole = library("runtime.zero").GatheredParameters(sharded, modifier_rank=0 if write else None)
+        with slot.guard.opened(), whole:
+            yield
 
     def save_native(self, path: str | Path, module: nn.Module, *, tag: str | None = None) -> None:
         """Write the module and its optimizer in DeepSpeed's own format into a folder. Every rank must call it.
@@ -254,7 +283,7 @@ class DeepSpeed(SetUp):
         Only as many ranks in the same stage read it again; ``lite.save`` has no such limits.
         """
         engine = self._driven(module, "save_native")
-        with engine.borrowed.lent():
+        with engine.guard.opened(), engine.borrowed.lent():
             engine.deepspeed.save_checkpoint(str(path), tag=tag)
 
     def load_native(self, path: str | Path, module: nn.Module, *, tag: str | None = None) -> None:
@@ -266,7 +295,7 @@ class DeepSpeed(SetUp):
             CheckpointError: if there is none.
         """
         engine = self._driven(module, "load_native")
-        with engine.borrowed.lent():
+        with engine.guard.opened(), engine.borrowed.lent():
             found, _ = engine.deepspeed.load_checkpoint(str(path), tag=tag)
         if found is None:
             raise CheckpointError(f"{path} holds no checkpoint of DeepSpeed{f' with tag {tag!r}' if tag else ''}.")

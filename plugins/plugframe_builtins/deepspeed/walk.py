@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from plugframe.errors import UnsupportedError
+from plugframe_builtins.deepspeed.agreement import Agreement, Trace
 from plugframe_builtins.deepspeed.library import library
 
 
@@ -17,24 +19,126 @@ class Walk:
     Args:
         shim: over the module, set up by DeepSpeed.
         offload: DeepSpeed's, which gathers and frees.
+        agreement: verifies that other ranks that train come to the same parts; None if there are no others.
+
+    Attributes:
+        works: whether ``lite.backward`` runs.
     """
 
-    def __init__(self, shim: nn.Module, offload: Any) -> None:
+    def __init__(self, shim: nn.Module, offload: Any, agreement: Agreement | None = None) -> None:
         self._shim = shim
+        self._module: Any = shim.module
         self._offload = offload
+        self._agreement = agreement
         self._steps: list[tuple[nn.Module, bool]] = []
         self._handles: list[Any] = []
+        self._partitions: list[tuple[Any, Callable[..., Any]]] = []
+        self._running = self.works = False
+        self._sharded: set[int] = set()
+        self._parts = self._compared()
+        self._trace = Trace(self._agree)
         for part in shim.modules():
-            self._handles.append(part.register_forward_pre_hook(self._come))
+            # Before DeepSpeed's own, which gathers.
+            self._handles.append(part.register_forward_pre_hook(self._come, prepend=True))
             self._handles.append(part.register_forward_hook(self._go))
+        self._pre_backward = offload.pre_sub_module_backward_function
+        offload.pre_sub_module_backward_function = self._come_back
+        self._keep_small_ones()
+        if not self._parts:
+            self._forget_order()
+
+    def _keep_small_ones(self) -> None:
+        """Have DeepSpeed keep small parameters complete in the first step too, in which it frees all of them."""
+        coordinator = self._offload.get_param_coordinator()
+        release = coordinator.release_sub_module
+        releasing = False
+
+        def release_sub_module(*args: Any, **kwargs: Any) -> None:
+            nonlocal releasing
+            releasing = True
+            try:
+                release(*args, **kwargs)
+            finally:
+                releasing = False
+
+        def kept(partition: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: None if releasing else partition(*args, **kwargs)
+
+        coordinator.release_sub_module = release_sub_module
+        for parameter in self._shim.parameters():
+            small: Any = parameter
+            if getattr(small, "ds_persist", False):
+                self._partitions.append((small, small.partition))
+                small.partition = kept(small.partition)
+
+    def _compared(self) -> dict[int, str]:
+        """Return the parts whose order must be that of all ranks, by id, with what to call them.
+
+        They are all of them if any has parameters to gather: DeepSpeed, too, gathers ahead in the order of all.
+        """
+        found: dict[int, str] = {}
+        is_leaf: Callable[[nn.Module], bool] = library("utils").z3_leaf_module
+        for name, part in self._shim.named_modules():
+            if hasattr(part, "ds_id") and part is not self._shim:
+                own: list[Any] = list(part.parameters(recurse=is_leaf(part)))
+                sharded = any(hasattr(p, "ds_id") and not getattr(p, "ds_persist", False) for p in own)
+                if sharded:
+                    self._sharded.add(id(part))
+                numel = sum(getattr(p, "ds_numel", 0) for p in own)
+                called = name.removeprefix("module").lstrip(".") or "the model"
+                found[id(part)] = f"{called!r} ({type(part).__name__}, {numel} elements)"
+        return found if self._sharded else {}
+
+    def _forget_order(self) -> None:
+        """Have DeepSpeed compare no order of parts with other ranks, as there is nothing to gather."""
+        coordinator = self._offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+        coordinator.reset_step = lambda: None
 
     def _come(self, part: nn.Module, args: Any) -> None:
         if part is self._shim:
             self._steps.clear()
-        self._steps.append((part, True))
+            self._running = True
+        if self._running:
+            self._steps.append((part, True))
+        # An evaluation may be uneven, and ranks say before what they run.
+        trains = torch.is_grad_enabled() and self._module.training
+        if trains and id(part) in self._parts and self._agreement is not None:
+            self._trace.come(self._parts[id(part)])
 
     def _go(self, part: nn.Module, args: Any, result: Any) -> None:
-        self._steps.append((part, False))
+        if self._running:
+            self._steps.append((part, False))
+        if part is self._shim:
+            self._running = False
+
+    def _come_back(self, part: nn.Module) -> None:
+        if id(part) in self._parts:
+            if not self.works and id(part) in self._sharded:
+                raise UnsupportedError(
+                    "A backward outside of lite.backward(), as of torch.autograd.grad(), came to "
+                    f"{self._parts[id(part)]}, which strategy 'deepspeed' (stage 3) gathers for lite.backward() alone: "
+                    "use stage=2, or a param_persistence_threshold of as many elements, which keeps it complete."
+                )
+            if self.works and self._agreement is not None:
+                self._trace.come(f"the backward of {self._parts[id(part)]}")
+        self._pre_backward(part)
+
+    def _agree(self, place: str, before: str | None) -> None:
+        assert self._agreement is not None
+        self._agreement(
+            place,
+            before,
+            "Strategy 'deepspeed' (stage 3) gathers each part from all ranks: use stage=2, a "
+            "param_persistence_threshold of as many elements as the part has, or before lite.setup() "
+            "deepspeed.utils.set_z3_leaf_modules(model, [TheBlock]), which gathers the whole block that chooses.",
+        )
+
+    def end(self) -> None:
+        """Called at an optimizer's step."""
+        if self._agreement is not None:
+            self._trace.end()
 
     @torch.no_grad()
     def help(self) -> None:
@@ -60,6 +164,12 @@ class Walk:
         """Note nothing any more."""
         for handle in self._handles:
             handle.remove()
+        del self._offload.pre_sub_module_backward_function
+        coordinator = self._offload.get_param_coordinator()
+        del coordinator.release_sub_module
+        vars(coordinator).pop("reset_step", None)
+        for parameter, partition in self._partitions:
+            parameter.partition = partition
 
 
 def _assumed(part: nn.Module) -> list[tuple[nn.Module, bool]]:

@@ -6,13 +6,16 @@ every backward counts as one of several (`prologue`, `epilogue`), and `finish` a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
+import torch
+import torch.distributed
 from torch import Tensor
 
 from plugframe.errors import OrderError
-from plugframe_builtins.deepspeed.fragments import Fragment, Fragments
+from plugframe_builtins.deepspeed.flat import follow, sort_bucket
+from plugframe_builtins.deepspeed.fragments import Fragment, Fragments, linked
 from plugframe_builtins.deepspeed.library import library
 
 
@@ -36,8 +39,12 @@ class Stage0:
     def prologue(self) -> None:
         """Called before a backward."""
 
-    def epilogue(self) -> None:
-        """Called after a backward that came to the model."""
+    def epilogue(self, touched: Set[int]) -> None:
+        """Called after a backward that came to the model.
+
+        Args:
+            touched: ids of the parameters it has brought a gradient. Other ranks may have used others.
+        """
 
     def finish(self) -> None:
         """Average the gradients over the ranks."""
@@ -64,6 +71,19 @@ class Stage0:
 
     #: Whether ranks hold different parts of the gradients.
     partitioned = False
+    #: Whether parameters are views of what DeepSpeed gathers, as long as nobody assigns their ``data``.
+    views = False
+
+    @property
+    def bucket_size(self) -> float:
+        """Elements of gradients that come together before any are averaged."""
+        return float("inf")
+
+    def follow(self) -> None:
+        """Take over into the weights DeepSpeed updates what the script has changed in the parameters."""
+
+    def complete_values(self) -> None:
+        """Gather small parameters that DeepSpeed keeps whole, so that no forward needs to."""
 
     def locate(self, groups: Sequence[Mapping[str, Any]], fragments: Fragments) -> None:
         """Find the fragments of the parameters in `groups`, the optimizer's groups as they were before."""
@@ -105,7 +125,7 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 class Stage1And2(_Scaled):
     """The optimizer's state in parts, and in stage 2 the gradients."""
 
-    partitioned = True
+    partitioned = views = True
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -127,14 +147,49 @@ class Stage1And2(_Scaled):
         self.zero.enter_backward()
         self.engine.set_gradient_accumulation_boundary(False)
 
-    def epilogue(self) -> None:
+    def epilogue(self, touched: Set[int]) -> None:
+        if not self.reduces_in_step:
+            self._complete(touched)
         self.engine.allreduce_gradients()
         self.zero.backward_epilogue()
         self.zero.exit_backward()
 
+    @property
+    def bucket_size(self) -> float:
+        # Stage 1 averages at the end, in the order of its groups.
+        return float("inf") if self.reduces_in_step else float(self.zero.reduce_bucket_size)
+
+    def _complete(self, touched: Set[int]) -> None:
+        """Have all ranks reduce the same gradients in one order: a rank that did not use a parameter has zeros."""
+        zero = self.zero
+        zero.setup_buckets()
+        for number, group in enumerate(zero.bit16_groups):
+            for parameter in group:
+                if id(parameter) not in touched:
+                    parameter.grad = torch.zeros_like(parameter)
+                    zero.reduce_independent_p_g_buckets_and_remove_grads(parameter, number)
+        for bucket in zero.ipg_buckets.values():
+            sort_bucket(bucket, contiguous=zero.contiguous_gradients)
+
+    def _fill(self) -> None:
+        zero = self.zero
+        for parameter in (parameter for group in zero.bit16_groups for parameter in group):
+            if zero.get_gradient_for_reduction(parameter) is None:
+                if zero.use_grad_accum_attribute:
+                    parameter.grad_accum = torch.zeros_like(parameter, dtype=zero.gradient_accumulation_dtype)
+                else:
+                    parameter.grad = torch.zeros_like(parameter)
+
+    def follow(self) -> None:
+        zero = self.zero
+        wholes, groups = zero.parallel_partitioned_bit16_groups, zero.real_dp_process_group
+        for pieces, group, weights in zip(wholes, groups, self._flats(), strict=True):
+            follow(pieces[torch.distributed.get_rank(group)], weights)
+
     def finish(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)
         if self.reduces_in_step:
+            self._fill()
             self.engine.allreduce_gradients()
         else:
             self.zero.finalize_gradient_accumulation_boundary()
@@ -168,7 +223,7 @@ class Stage1And2(_Scaled):
     def locate(self, groups: Sequence[Mapping[str, Any]], fragments: Fragments) -> None:
         for group, flat in zip(groups, self._flats(), strict=True):
             for parameter in _trained([group]):
-                fragments.add(parameter, _linked(parameter, flat))
+                fragments.add(parameter, linked(parameter, flat))
 
     def _flats(self) -> list[Tensor]:
         return list(self.zero.single_partition_of_fp32_groups)
@@ -195,12 +250,22 @@ class Bf16(Stage1And2):
     def load_scale_state(self, state: Mapping[str, Any]) -> None:
         pass
 
+    @property
+    def bucket_size(self) -> float:
+        return float("inf")
+
     def begin(self) -> None:
         pass
 
-    def epilogue(self) -> None:
+    def epilogue(self, touched: Set[int]) -> None:
         self.zero.backward_epilogue()
         self.zero.exit_backward()
+
+    def follow(self) -> None:
+        zero = self.zero
+        groups = zero.real_dp_process_group
+        for pieces, group, weights in zip(zero.bf16_partitioned_groups, groups, self._flats(), strict=True):
+            follow(pieces[torch.distributed.get_rank(group)], weights)
 
     def finish(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)
@@ -252,10 +317,42 @@ class Stage3(_Scaled):
         self.zero.enter_backward()
         self.engine.set_gradient_accumulation_boundary(False)
 
-    def epilogue(self) -> None:
+    def epilogue(self, touched: Set[int]) -> None:
+        self._complete(touched)
         self.engine.allreduce_gradients()
         self.zero.backward_epilogue()
         self.zero.exit_backward()
+
+    @property
+    def bucket_size(self) -> float:
+        return float(self.zero.reduce_bucket_size)
+
+    def _complete(self, touched: Set[int]) -> None:
+        """Have all ranks reduce the same gradients: a rank that did not use a parameter has zeros."""
+        zero = self.zero
+        brought = {id(parameter) for bucket in zero.ipg_buckets.values() for parameter in bucket.params}
+        for parameter in (parameter for group in zero.fp16_groups for parameter in group):
+            if parameter.requires_grad and id(parameter) not in touched and id(parameter) not in brought:
+                values = parameter.data
+                # torch wants a gradient of the values' shape; these take no memory.
+                parameter.data = values.new_zeros(()).expand(parameter.ds_shape)
+                parameter.grad = torch.zeros(parameter.ds_shape, dtype=values.dtype, device=values.device)
+                parameter.data = values
+                zero.reduce_ready_partitions_and_remove_grads(parameter)
+
+    def follow(self) -> None:
+        pairs = zip(self.zero.fp16_partitioned_groups_flat, self.zero.fp32_partitioned_groups_flat, strict=True)
+        for piece, weights in pairs:
+            if piece is not None and piece.numel() == weights.numel() and piece is not weights:
+                follow(piece, weights)
+
+    def complete_values(self) -> None:
+        kept = self.zero.persistent_parameters
+        missing = library("runtime.zero.partition_parameters").ZeroParamStatus.NOT_AVAILABLE
+        gone = [parameter for parameter in kept if parameter.ds_status is missing]
+        if gone:
+            with torch.inference_mode(False), torch.no_grad():
+                gone[0].all_gather(gone)
 
     def finish(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)
@@ -295,15 +392,6 @@ def zero_of(engine: Any) -> Stage0:
         if isinstance(engine.optimizer, library("runtime.bf16_optimizer").BF16_Optimizer)
         else Stage1And2(engine)
     )
-
-
-def _linked(parameter: Any, flat: Tensor) -> Fragment:
-    # DeepSpeed links the parameters it has flattened to their place.
-    link = parameter._hp_mapping
-    if link is None:
-        return Fragment(flat, 0, 0, 0)
-    place, run = link.hp_fragment_address, link.lp_fragment_address
-    return Fragment(flat, place.start, run.start, place.numel)
 
 
 def _trained(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
