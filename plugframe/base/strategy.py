@@ -92,6 +92,14 @@ class Strategy(StrategySpec):
         self.context.hooks.precision_backward(loss=loss, args=args, kwargs=kwargs)
 
     @hookimpl
+    def strategy_gather_later(
+        self, values: Sequence[float], look: Callable[[Sequence[Sequence[float]]], None]
+    ) -> Callable[[], Sequence[Sequence[float]]] | None:
+        later: Callable[[], Sequence[Sequence[float]]] | None
+        later = self.context.hooks.collective_gather_later(values=values)
+        return later
+
+    @hookimpl
     def strategy_no_sync(self, module: nn.Module, engine: Engine, enabled: bool) -> AbstractContextManager[Any]:
         return nullcontext()
 

@@ -125,6 +125,22 @@ class StrategySpec(Protocol):
         ...
 
     @provider
+    def strategy_gather_later(
+        self, values: Sequence[float], look: Callable[[Sequence[Sequence[float]]], None]
+    ) -> Callable[[], Sequence[Sequence[float]]] | None:
+        """Begin to compare a few numbers over ranks; return what gives those of every rank, called a step later.
+
+        Called on every rank before each step of an optimizer, with its settings and counts: it is in the hot path,
+        and must not wait for other ranks or for a device. The default gathers them by `collective_gather_later`. A
+        strategy that exchanges something in every step can let them ride along instead: it calls ``look(rows)`` on
+        all ranks, which raises, when they differ, and returns a function that gives an empty sequence.
+
+        Returns:
+            None if the numbers cannot be compared beside everything else; then nobody asks again.
+        """
+        ...
+
+    @provider
     def strategy_no_sync(self, module: torch.nn.Module, engine: Engine, enabled: bool) -> AbstractContextManager[Any]:
         """Return a context in which gradients only accumulate locally (`enabled`) or are synchronised (not).
 

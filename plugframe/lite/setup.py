@@ -211,7 +211,7 @@ class SetUp(Core):
             known = {id(p) for module in self._living() for p in module.parameters()}
             # What no module has is each rank's own, and so may be its settings.
             if all(id(p) in known for group in optimizer.param_groups for p in group["params"]):
-                compare = Comparison(optimizer, self._hooks.collective_gather_later, self._phase)
+                compare = Comparison(optimizer, self._hooks.strategy_gather_later, self._phase)
         adopt_optimizer(
             optimizer, hooks=self._hooks, names=names, phase=phase, job=self._phase, mean=mean, compare=compare
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plugframe.errors import UnsupportedError
+from plugframe_builtins.ddp.ride import SLOTS, Ride
 
 MIB = 1 << 20
 #: The first bucket that is full is small, as torch's is: sending begins early.
@@ -28,7 +29,10 @@ class Bucket:
         waiting: parameters whose gradient the backward that is running has not computed yet.
         work: what is waited for, None before the buffer was sent.
         dirty: whether a gradient changed after the buffer was filled.
+        ride: what else travels at the end of the buffer; None for nothing.
     """
+
+    ride: Ride | None = None
 
     def __init__(self, parameters: Sequence[tuple[str, nn.Parameter]], number: int) -> None:
         self.names = [name for name, _ in parameters]
@@ -75,7 +79,10 @@ class Bucket:
         flags = self.flags.fill_(1)
         if self._missing:
             flags[self._missing] = 0
-        return flat.mul_(factor)
+        flat.mul_(factor)
+        if self.ride is not None:
+            self.ride.put(self.slots)
+        return flat
 
     def write_back(self, *, as_views: bool) -> None:
         """Make the gradients those in the buffer; a parameter that no rank has one for stays without."""
@@ -108,7 +115,8 @@ class Bucket:
         """The whole flat buffer: gradients, then flags."""
         if self.flat is None:
             first = _real(self.parameters[0].detach())
-            self.flat = torch.zeros(self.numel + len(self.parameters), dtype=first.dtype, device=first.device)
+            more = len(self.parameters) + (0 if self.ride is None else SLOTS)
+            self.flat = torch.zeros(self.numel + more, dtype=first.dtype, device=first.device)
             self._views = list(torch.split(self.flat[: self.numel], self._sizes))
         return self.flat
 
@@ -120,7 +128,12 @@ class Bucket:
     @property
     def flags(self) -> Tensor:
         """For each parameter 1 if it has a gradient; once exchanged, the mean over the ranks."""
-        return self.buffer[self.numel :]
+        return self.buffer[self.numel : self.numel + len(self.parameters)]
+
+    @property
+    def slots(self) -> Tensor:
+        """What else travels."""
+        return self.buffer[self.numel + len(self.parameters) :]
 
 
 def make_buckets(parameters: Sequence[tuple[str, nn.Parameter]], cap_bytes: float) -> list[Bucket]:

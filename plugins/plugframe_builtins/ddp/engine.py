@@ -83,6 +83,11 @@ class Engine:
         self._reducer.local.clear()
 
     @property
+    def rides(self) -> bool:
+        """Whether something else travels with the gradients."""
+        return self._reducer.rides
+
+    @property
     def averages(self) -> bool:
         """Whether a backward that runs now averages gradients."""
         return self._reducer.averages

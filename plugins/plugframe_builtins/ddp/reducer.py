@@ -20,6 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from plugframe.errors import UnsupportedError
 from plugframe_builtins.ddp.buckets import Bucket, Send, make_buckets
+from plugframe_builtins.ddp.ride import Ride
 from plugframe_builtins.ddp.sparse import average_sparse
 
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -30,10 +31,12 @@ class Backward:
 
     Attributes:
         inside: whether somebody calls `finish` when it is over; otherwise it is torch that will.
+        ride: what travels with the gradients; None for nothing.
     """
 
     def __init__(self) -> None:
         self.inside = False
+        self.ride: Ride | None = None
         self._reducers: list[Reducer] = []
 
     @contextmanager
@@ -72,6 +75,8 @@ class Backward:
         finally:
             for reducer in reducers:
                 reducer.running = False
+        if self.ride is not None:
+            self.ride.settle()
 
     def abandon(self) -> None:
         """Forget a backward that has failed."""
@@ -133,6 +138,7 @@ class Reducer:
         dense = [(name, p) for name, p in parameters if id(p) not in sparse and p.numel()]
         self._sparse = [p for _, p in parameters if id(p) in sparse]
         self._buckets = make_buckets(dense, self._cap_bytes)
+        self._take_along()
         self._bucket_of = {id(p): bucket for bucket in self._buckets for p in bucket.parameters}
         if self._make_send is not None:
             self._send = self._make_send()
@@ -142,6 +148,19 @@ class Reducer:
             # After the accumulation and after all hooks of the user's: what they make of a gradient is averaged.
             self._nodes[key] = node = get_gradient_edge(parameter).node
             self._handles[key] = node.register_hook(_firing(weakref.ref(self), key))
+
+    @property
+    def rides(self) -> bool:
+        """Whether a bucket takes something else along."""
+        return any(bucket.ride is not None for bucket in self._buckets)
+
+    def _take_along(self) -> None:
+        """Have one bucket take along what rides: one that is sent whole, and whose sums the host can read at once."""
+        for bucket in self._buckets if self._make_send is None else ():
+            first = bucket.parameters[0]
+            if first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64):
+                bucket.ride = self._backward.ride
+                return
 
     def close(self) -> None:
         """Average nothing any more."""
@@ -224,6 +243,8 @@ class Reducer:
             self._send_one(bucket)
             bucket.work.wait()
         for bucket in self._buckets:
+            if bucket.ride is not None:
+                bucket.ride.read(bucket.slots)
             bucket.write_back(as_views=self._as_views)
             bucket.work = None
         for parameter in self._sparse:

@@ -27,6 +27,7 @@ from plugframe_builtins.ddp.compression import check_compression, make_sender
 from plugframe_builtins.ddp.engine import Engine
 from plugframe_builtins.ddp.reducer import Backward
 from plugframe_builtins.ddp.replicas import send_from_first
+from plugframe_builtins.ddp.ride import MOST_RANKS, Ride
 from plugframe_builtins.ddp.sameness import check_same_model
 
 
@@ -110,13 +111,15 @@ class DDP(Strategy):
                 "none: use collective='torch'."
             )
         self._undo.callback(self._registrations.watch())
+        if 1 < context.world.world_size <= MOST_RANKS:
+            self._backward.ride = Ride(context.world.world_size, context.hooks.collective_all_gather_object)
         if self.timeout_s is not None:
             self._group = dist.new_group(timeout=timedelta(seconds=self.timeout_s))
             self._undo.callback(_destroy, self._group)
 
     @hookimpl
     def strategy_teardown(self) -> None:
-        self._group = None
+        self._group = self._backward.ride = None
         for engine in self._alive():
             engine.disconnect()
         self._engines.clear()
@@ -172,6 +175,16 @@ class DDP(Strategy):
             engine.before_backward(loss)
         with self._backward.running():
             super().strategy_backward(loss, module, args, kwargs)
+
+    @hookimpl
+    def strategy_gather_later(
+        self, values: Sequence[float], look: Callable[[Sequence[Sequence[float]]], None]
+    ) -> Callable[[], Sequence[Sequence[float]]] | None:
+        ride = self._backward.ride
+        if ride is None or not any(engine.rides for engine in self._alive()):
+            return super().strategy_gather_later(values, look)
+        ride.note(values, look)
+        return tuple  # nothing to look at: the backward looks
 
     @hookimpl
     def strategy_no_sync(self, module: nn.Module, engine: AnyEngine, enabled: bool) -> AbstractContextManager[Any]:
