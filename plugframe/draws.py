@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from plugframe.adopt.reading import Loaders
+from plugframe.adopt.loaders import Loaders
 from plugframe.base.telling import tell
 from plugframe.errors import OutOfSyncError
 from plugframe.seed import PROCESS

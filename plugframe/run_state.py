@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from plugframe.adopt.reading import Loaders
+from plugframe.adopt.loaders import Loaders
 from plugframe.base.telling import warn_caller
 from plugframe.checkpoint.stored import materialize
 from plugframe.seed import PROCESS, mix, rng_problem, rng_state, set_rng_state

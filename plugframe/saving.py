@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from plugframe import __version__
-from plugframe.adopt.reading import Loaders
+from plugframe.adopt.loaders import Loaders
 from plugframe.base.telling import warn_caller
 from plugframe.checkpoint.stored import materialize
 from plugframe.errors import CheckpointError, SettingError

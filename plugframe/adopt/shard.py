@@ -320,20 +320,17 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
         origin, self._origin = self._origin, 0
         return self._share(take, bool(even), origin)
 
+    def _cut(self) -> dict[str, Any]:
+        return {"size": self._size, "drop_last": self._drop_last, "index": self._index, "count": self._count}
+
     def _share(self, take: Callable[[int], list[Any]], even: bool, origin: int) -> Iterator[Any]:
         while origin and take(min(origin, self._size)):
             origin -= min(origin, self._size)
-        place: dict[str, Any] = {
-            "size": self._size,
-            "drop_last": self._drop_last,
-            "index": self._index,
-            "count": self._count,
-        }
         worker = get_worker_info()
         noted: list[str] = []
         if self.compare and (worker is None or worker.id == 0):
             take = _noting(take, noted)
-        shares = share_indices(take, **place, even=even, halve=False, trains=lambda: bool(self._told[1]))
+        shares = share_indices(take, **self._cut(), even=even, halve=False, trains=lambda: bool(self._told[1]))
         for batch, weight in shares:
             for item in batch:
                 window = noted.pop() if noted else None
@@ -368,13 +365,7 @@ class SizedShardedIterable(ShardedIterable):
         number = len(self._inner)
         if self._counted is None:  # asked by the user, of the data
             return number
-        place: dict[str, Any] = {
-            "size": self._size,
-            "drop_last": self._drop_last,
-            "index": self._index,
-            "count": self._count,
-        }
-        batches = num_batches(number, **place, even=self._counted, halve=False)
+        batches = num_batches(number, **self._cut(), even=self._counted, halve=False)
         return batches * self._size
 
 

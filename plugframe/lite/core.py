@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from plugframe import starting
+from plugframe.adopt.loaders import Loaders
 from plugframe.adopt.module import Phase, counting
-from plugframe.adopt.reading import Loaders
 from plugframe.adopt.successors import Successors
 from plugframe.context import Context
 from plugframe.descent import Place, own_variables
