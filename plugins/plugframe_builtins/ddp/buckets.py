@@ -30,9 +30,15 @@ class Bucket:
         work: what is waited for, None before the buffer was sent.
         dirty: whether a gradient changed after the buffer was filled.
         ride: what else travels at the end of the buffer; None for nothing.
+        values: of the buffer, the gradients.
+        flags: of the buffer, for each parameter 1 if it has a gradient; once exchanged, the mean over the ranks.
+        slots: of the buffer, what else travels.
     """
 
     ride: Ride | None = None
+    values: Tensor
+    flags: Tensor
+    slots: Tensor
 
     def __init__(self, parameters: Sequence[tuple[str, nn.Parameter]], number: int) -> None:
         self.names = [name for name, _ in parameters]
@@ -45,7 +51,9 @@ class Bucket:
         self.dirty = False
         self._sizes = [_numel(parameter) for parameter in self.parameters]
         self.numel = sum(self._sizes)
+        # Of the buffer, made once: slicing it at every step would cost more than what is done with the slices.
         self._views: list[Tensor] = []
+        self._shaped: list[Tensor] = []
         self._missing: list[int] = []
 
     def begin(self) -> None:
@@ -60,7 +68,7 @@ class Bucket:
         """
         flat = self.buffer
         targets, pieces, self._missing = [], [], []
-        for index, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
+        for index, (parameter, view) in enumerate(zip(self.parameters, self._shaped, strict=True)):
             gradient = parameter.grad
             if gradient is None:
                 self._missing.append(index)
@@ -72,7 +80,7 @@ class Bucket:
                 )
             elif gradient.data_ptr() != view.data_ptr():  # it is no view of this buffer yet
                 targets.append(view)
-                pieces.append(_real(gradient.detach()).reshape(-1))
+                pieces.append(gradient)
         if pieces:
             # Not documented by name, and what torch's own optimizers and FSDP copy with (torch 2.13).
             torch._foreach_copy_(targets, pieces)
@@ -90,15 +98,14 @@ class Bucket:
         used = self.flags.tolist() if self._missing else ()
         missing = {index for index in self._missing if not used[index]}
         targets, sources = [], []
-        for index, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
+        for index, (parameter, value) in enumerate(zip(self.parameters, self._shaped, strict=True)):
             if index in missing:
                 continue
-            value = _like(view, parameter)
             gradient = parameter.grad
             if gradient is None:
-                parameter.grad = value if as_views else value.clone()
+                parameter.grad = value.view_as(value) if as_views else value.clone()
             elif as_views and not gradient.requires_grad:
-                parameter.grad = value
+                parameter.grad = value.view_as(value)
             else:
                 targets.append(gradient)
                 sources.append(value)
@@ -115,25 +122,15 @@ class Bucket:
         """The whole flat buffer: gradients, then flags."""
         if self.flat is None:
             first = _real(self.parameters[0].detach())
-            more = len(self.parameters) + (0 if self.ride is None else SLOTS)
-            self.flat = torch.zeros(self.numel + more, dtype=first.dtype, device=first.device)
-            self._views = list(torch.split(self.flat[: self.numel], self._sizes))
+            tail = [len(self.parameters), 0 if self.ride is None else SLOTS]
+            self.flat = torch.zeros(self.numel + sum(tail), dtype=first.dtype, device=first.device)
+            self.values = self.flat[: self.numel]
+            self.flags, self.slots = torch.split(
+                self.flat[self.numel :], [len(self.parameters), more - len(self.parameters)]
+            )
+            self._views = list(torch.split(self.values, self._sizes))
+            self._shaped = [_like(view, p) for view, p in zip(self._views, self.parameters, strict=True)]
         return self.flat
-
-    @property
-    def values(self) -> Tensor:
-        """The gradients in the buffer."""
-        return self.buffer[: self.numel]
-
-    @property
-    def flags(self) -> Tensor:
-        """For each parameter 1 if it has a gradient; once exchanged, the mean over the ranks."""
-        return self.buffer[self.numel : self.numel + len(self.parameters)]
-
-    @property
-    def slots(self) -> Tensor:
-        """What else travels."""
-        return self.buffer[self.numel + len(self.parameters) :]
 
 
 def make_buckets(parameters: Sequence[tuple[str, nn.Parameter]], cap_bytes: float) -> list[Bucket]:
