@@ -125,9 +125,7 @@ class Bucket:
             tail = [len(self.parameters), 0 if self.ride is None else SLOTS]
             self.flat = torch.zeros(self.numel + sum(tail), dtype=first.dtype, device=first.device)
             self.values = self.flat[: self.numel]
-            self.flags, self.slots = torch.split(
-                self.flat[self.numel :], [len(self.parameters), more - len(self.parameters)]
-            )
+            self.flags, self.slots = torch.split(self.flat[self.numel :], tail)
             self._views = list(torch.split(self.values, self._sizes))
             self._shaped = [_like(view, p) for view, p in zip(self._views, self.parameters, strict=True)]
         return self.flat
