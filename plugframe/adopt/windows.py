@@ -61,10 +61,9 @@ def check_window(digest: str, key: str, *, store: Any, prefix: str, rank: int, n
     keys = [f"{key}/{each}" for each in range(num_ranks)]
     if not store.check(keys):
         return
+    # The keys stay: another rank may read them at this moment, and would wait for one that was deleted.
     seen = [store.get(each).decode() for each in keys]
     if len(set(seen)) == 1:
-        for each in keys:
-            store.delete_key(each)
         return
     other = next(each for each in range(num_ranks) if seen[each] != seen[0])
     raise SettingError(

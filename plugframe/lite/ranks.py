@@ -97,8 +97,7 @@ class Ranks(Core):
         """
         context = self._started("all_reduce")
         op = operation(reduce_op)
-        if timeout_s is not None:
-            self._meet("all_reduce", group, timeout_s)
+        self._meet("all_reduce", group, timeout_s)
         if exchange.is_whole(data):
             result = reduce_tensor(data, op, self._hooks, group)
         else:
