@@ -43,6 +43,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "callbacks": (3, True, [3], {}, "x", "no.such.module:Class", "plugframe:NoSuchClass"),
     "loggers": (3, True, ["csv", "csv"], ("cvs", "Did you mean 'csv'?")),
     "timeout_s": (True, 0, -1, math.inf, math.nan, "x", Thing()),
+    "report_after_s": (True, -1, math.inf, math.nan, "x", Thing()),
 }
 CELLS = [
     (name, *(value if isinstance(value, tuple) else (value, ""))) for name, values in WRONG.items() for value in values

@@ -210,34 +210,38 @@ def _check_all(registry: Registry, entries: Iterable[Entry], timeout_s: float) -
 
 
 def _checked(registry: Registry, entry: Entry) -> Checked:
+    summary: list[str] = []
     try:
         with contextlib.redirect_stdout(sys.stderr):  # whatever it prints must not end up in the listing
-            return _loaded(registry, entry)
+            status = _loaded(registry, entry, summary)
     except PluginContractError as error:
-        return f"broken: {' '.join(str(error).removeprefix(f'{entry.origin} ').split())}", ""
+        status = f"broken: {' '.join(str(error).removeprefix(f'{entry.origin} ').split())}"
     except PluginError as error:
         words = str(error).removeprefix(f"{entry.origin} ")
         broken = words.removeprefix("is broken: ")
-        return f"{'incompatible' if broken == words else 'broken'}: {' '.join(broken.split())}", ""
+        status = f"{'incompatible' if broken == words else 'broken'}: {' '.join(broken.split())}"
     except RefusedPluginError as error:
-        return f"stands for another plugin: {error}", ""
+        status = f"stands for another plugin: {error}"
     except UsageError as error:
-        return f"broken: it stands for another plugin, and {error}", ""
+        status = f"broken: it stands for another plugin, and {error}"
     except Exception as error:  # noqa: BLE001  fields of a descriptor may hold anything, and that is to be told
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return f"broken: its descriptor {entry.value} is wrong ({cause}). Mend or uninstall {entry.distribution}.", ""
+        status = f"broken: its descriptor {entry.value} is wrong ({cause}). Mend or uninstall {entry.distribution}."
+    return status, "".join(summary)
 
 
-def _loaded(registry: Registry, entry: Entry) -> Checked:
+def _loaded(registry: Registry, entry: Entry, summary: list[str]) -> str | None:
+    """Return what is wrong with a plugin, None if nothing is; its summary is put into a list as soon as it is known."""
     descriptor = registry.describe(entry)
     if descriptor.alias_of:
         registry.find(entry.kind, descriptor.alias_of, look_inside=False)
     for kind, name in descriptor.implies.items():
         registry.find(kind, name, look_inside=False)
+    summary.append(_summary(descriptor))
     absent = registry.absent(entry)
     if not absent and descriptor.factory:
         _check_class(registry, entry, descriptor)
-    return (f"missing {absent}" if absent else None), _summary(descriptor)
+    return f"missing {absent}" if absent else None
 
 
 def _check_class(registry: Registry, entry: Entry, descriptor: Plugin) -> None:

@@ -25,6 +25,9 @@ class Additions:
         self._owner: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
         self._handles: list[Any] = []
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Additions, ()  # a strategy that is sent to another process watches other models there
+
     def watch(self, module: nn.Module, engine: Any) -> None:
         """Mark ``engine.added`` where a parameter or part is added to `module`."""
         if not self._handles:
