@@ -283,11 +283,13 @@ class Engine:
             unit.register_forward_hook(_Hook(apart(functools.partial(self._attach, number))))
         if self._used is None:
             return
-        by_owner: dict[nn.Module, list[int]] = {}
+        # Where a unit is gathered, not where a part runs: a weight may be used without its part, as a tied one is.
+        homes = {id(part): unit for unit in self._units for part in unit.modules()}  # inner ones last
+        by_home: dict[nn.Module, list[int]] = {}
         for number, (owner, _) in enumerate(owners):
-            by_owner.setdefault(owner, []).append(number)
-        for owner, numbers in by_owner.items():
-            owner.register_forward_pre_hook(_Hook(apart(functools.partial(self._watch_gathered, numbers))))
+            by_home.setdefault(homes.get(id(owner), self.shim), []).append(number)
+        for home, numbers in by_home.items():
+            home.register_forward_pre_hook(_Hook(apart(functools.partial(self._watch_gathered, numbers))))
 
     def _watch_gathered(self, numbers: Sequence[int], part: nn.Module, _: Any) -> None:
         if self._used is not None and torch.is_grad_enabled():
