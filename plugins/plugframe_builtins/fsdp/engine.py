@@ -100,8 +100,7 @@ class Engine:
         self._company = company
         self._number = company.join(self)
         self._averages = True
-        self._inside = self._closed = self._training = False
-        self._made = self._in_backward = False
+        self._inside = self._closed = self._training = self._made = self._in_backward = self._ran = False
         self._frees = frees
         if not frees:
             sharded.set_reshard_after_backward(False)
@@ -141,6 +140,7 @@ class Engine:
                 self._paths.begin()
         else:
             self._company.announce(self._number)
+        self._ran |= torch.is_grad_enabled()
         self._visited.clear()
         self._inside = True
         try:
@@ -231,7 +231,9 @@ class Engine:
             yield
             self.local = not self._averages
             if self._used is not None and self._averages:
-                self._used.after()
+                # Not of a model that has no part in it: which of those still exist, the ranks' collectors decide.
+                self._used.after(self._ran)
+                self._ran = False
             if self._paths is not None:
                 self._paths.settle()
         except RuntimeError as error:

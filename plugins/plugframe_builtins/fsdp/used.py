@@ -77,8 +77,15 @@ class Used:
         with torch._C.DisableTorchFunctionSubclass():
             self._empty = [parameter.grad is None for parameter in self._parameters]
 
-    def after(self) -> None:
-        """A backward that averages has ended: send what it came to."""
+    def after(self, ran: bool) -> None:
+        """A backward that averages has ended: send what it came to.
+
+        Args:
+            ran: whether the model ran with gradients since the backward before; if not, and this one did not come to
+                it, nothing is sent.
+        """
+        if not (ran or self._order or any(self._flags)):
+            return
         order = zlib.crc32(repr(self._order).encode()).to_bytes(_SUM, "little")
         self._pending = self._channel.send(torch.frombuffer(bytearray(order + self._flags), dtype=torch.uint8))
         self._flags[:] = bytes(len(self._flags))
