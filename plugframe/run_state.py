@@ -120,7 +120,8 @@ class RunState:
         others = len(saved) != world.world_size
         # A place that an older plugframe saved holds for as many ranks alone.
         self._begins_anew = others and any(k["position"] and "layout" not in k for k in self._run["loaders"]["known"])
-        if others or ("index" in saved[0] and len(shares) != count):
+        # Where all ranks drew alike, those that share the data in another way draw on alike.
+        if others or ("common" in saved[0] and len(shares) != count):
             what = " An epoch that had begun begins anew." if self._begins_anew else ""
             self._told = _other_ranks(len(saved), world.world_size, new=count - len(shares)) + what
 
