@@ -11,6 +11,7 @@ import datetime
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from plugframe.errors import CollectiveMismatchError
@@ -20,6 +21,8 @@ _NUM_KNOWN = 16
 #: How long a rank waits for the others where its step is a new one. They meet at every part, so all are near.
 _TIMEOUT_S = 60.0
 _END = "the optimizer's step"
+#: Bytes of a place between ranks.
+_WIDTH = 256
 
 #: Says where this rank is; raises unless all ranks say the same.
 Agree = Callable[[str], None]
@@ -49,14 +52,16 @@ class Agreement:
         Raises:
             CollectiveMismatchError: on all ranks, naming where they are; or, after the timeout, on those that wait.
         """
-        places: list[Any] = [None] * self._num_ranks
+        mine = torch.frombuffer(bytearray(place.encode()[:_WIDTH].ljust(_WIDTH)), dtype=torch.uint8)
+        rows = [torch.empty_like(mine) for _ in range(self._num_ranks)]
         try:
-            dist.all_gather_object(places, place, group=self._group)
+            dist.all_gather(rows, mine, group=self._group)
         except RuntimeError as error:
             raise CollectiveMismatchError(
                 f"This rank came to {place} where the step before came to {before or 'its end'}, and not all other "
                 f"ranks did within {self._timeout_s:g} s: they run other parts of the model. {remedy}"
             ) from error
+        places = [bytes(row.tolist()).decode(errors="replace").rstrip() for row in rows]
         if len(set(places)) > 1:
             told = ", ".join(f"rank {rank} came to {each}" for rank, each in enumerate(places))
             raise CollectiveMismatchError(f"Ranks run different parts of the model in one step: {told}. {remedy}")

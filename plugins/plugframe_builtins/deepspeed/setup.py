@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -71,7 +72,8 @@ class SetUp(Strategy):
         self._company = Company(context.hooks, context.world.world_size)
         self._undo = start(context, shared_memory_op=self.shared_memory_op, build_timeout_s=self.build_timeout_s)
         self._undo.callback(self._registrations.watch())
-        if self.stage > 1 and context.world.world_size > 1:
+        # A simulated group has nobody on the other side.
+        if self.stage > 1 and context.world.world_size > 1 and "gloo" in dist.get_backend_config(dist.group.WORLD):
             self._agreement = Agreement(context.world.world_size)
             self._undo.callback(self._agreement.close)
         self._check_device(context)
