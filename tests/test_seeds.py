@@ -307,7 +307,7 @@ def equal_draws_are_told_once(lite: Lite) -> None:
             told.clear()
             train(lite, **settings)  # type: ignore[arg-type]
             assert len(told) == bool(expected and lite.is_global_zero), (settings, told)
-            assert expected in "".join(told)
+            assert expected in "".join(told) or not lite.is_global_zero
     finally:
         module.tell = tell
 

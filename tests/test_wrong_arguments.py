@@ -30,6 +30,7 @@ WRONG: dict[str, tuple[str | tuple[str, str], ...]] = {
         ("nowhere.to:Find", "there is no module 'nowhere'"),
     ),
     "--timeout": (("0", "above 0"), "-1", "soon", "nan", "inf"),
+    "--report-after": ("-1", "soon", "nan", "inf"),
     "--num-nodes": (("0", "from 1"), "-1", "x", "1.5", ("4:2", "MIN:MAX, such as 2:4"), "1:", "0:2", "a:b", ":3"),
     "--rdzv-endpoint": ((":29500", "such as node0:29500"), "host:0", "host:x", "host:99999"),
     "--node-rank": ("-1", "x", ("1", "there is one node: add --num-nodes"), "1.0"),
