@@ -10,6 +10,7 @@ from plugframe.base.collective import Collective, check_reduction
 from plugframe.base.devices import parse_devices
 from plugframe.base.environment import Environment, fresh, private_store
 from plugframe.base.extension import Extension
+from plugframe.base.gathered import is_gathered, mark_gathered
 from plugframe.base.launcher import Launcher
 from plugframe.base.logger import Logger
 from plugframe.base.objects import job_token, pack, unpack
@@ -35,8 +36,10 @@ __all__ = [
     "default_dtype",
     "failing",
     "fresh",
+    "is_gathered",
     "job_token",
     "map_tensors",
+    "mark_gathered",
     "overwrite",
     "pack",
     "parse_devices",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from plugframe.base import is_gathered
 from plugframe.base.registrations import Registrations
 from plugframe.errors import OrderError
 
@@ -227,7 +228,7 @@ class _Leaves:
         """Have hooks of the user's on a tensor see its gradient true to size."""
         for leaf in self._all():
             # Private: torch has no way to put a hook before others, nor to ask for them (torch 2.13).
-            if id(leaf) in self._hooked or _is_shard(leaf):
+            if id(leaf) in self._hooked or _is_shard(leaf) or is_gathered(leaf):
                 continue
             if leaf._backward_hooks or getattr(leaf, "_post_accumulate_grad_hooks", None):
                 register: Any = leaf.register_hook
@@ -277,7 +278,7 @@ def _leaves_of(loss: Tensor) -> Iterator[Tensor]:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if variable is not None:
+        if variable is not None and not is_gathered(variable):
             yield variable
         stack += [following for following, _ in node.next_functions]
 

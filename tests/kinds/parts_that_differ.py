@@ -46,7 +46,7 @@ model = Net()
 plain = Net()
 plain.load_state_dict(model.state_dict())
 lite = Lite()
-optimizer, other = (torch.optim.AdamW(m.parameters(), lr=0.1) for m in (model, plain))
+optimizer, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain))
 model, optimizer = lite.setup(model, optimizer)
 x = torch.randn(lite.world_size, 6, 4, generator=torch.Generator().manual_seed(1))
 for step in range(4):

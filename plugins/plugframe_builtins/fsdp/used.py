@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from plugframe.base import mark_gathered
 from plugframe.errors import CollectiveMismatchError
 from plugframe_builtins.fsdp.paths import Channel, Exchange
 
@@ -55,6 +56,7 @@ class Used:
             if parameter is self._watched[number] or parameter is None or not parameter.requires_grad:
                 continue
             if not isinstance(parameter, DTensor) or parameter is not self._parameters[number]:
+                mark_gathered(parameter)
                 parameter.register_post_accumulate_grad_hook(self._note(number))  # type: ignore[no-untyped-call]
                 self._watched[number] = parameter
 

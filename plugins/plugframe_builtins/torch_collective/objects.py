@@ -70,8 +70,8 @@ class Parcel:
     def _opened(self, rows: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[int]]:
         if self.error is not None:
             raise CollectiveMismatchError(
-                f"This object cannot be sent to other ranks: {type(self.error).__name__}: {self.error}. Send values, or "
-                "an object of a class at the top level of a module."
+                f"This object cannot be sent to other ranks: {type(self.error).__name__}: {self.error}. Send values, "
+                "or an object of a class at the top level of a module."
             ) from self.error
         rows = rows.cpu()
         sizes: list[int] = rows[:, :_HEAD].contiguous().view(torch.int64).flatten().tolist()
