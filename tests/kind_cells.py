@@ -58,7 +58,8 @@ class Outcome:
     """What became of one run.
 
     Attributes:
-        word: ``"right"``, ``"refused"``, ``"WRONG"`` or ``"failed"``.
+        word: ``"right"``, ``"refused"``, ``"warned"`` (other numbers, and a warning that says so), ``"WRONG"`` or
+            ``"failed"``.
         text: what it printed, or the message of its error.
         warned: whether plugframe warned.
     """
@@ -94,6 +95,8 @@ def run_cell(kind: Kind, variant: str, strategy: str, *, timeout_s: float = 90.0
 
 def worst(outcomes: list[Outcome]) -> Outcome:
     """Return the outcome that counts for all ranks; one that lost its peer follows from the peer's own."""
+    if any(each.word == "WRONG" for each in outcomes) and any(each.warned for each in outcomes):
+        return Outcome("warned", warned=True)
     order = ("WRONG", "failed", "refused", "right", "lost")
     return min(outcomes, key=lambda outcome: order.index(outcome.word))
 

@@ -1,5 +1,5 @@
 """A learning rate, a momentum or a number of steps that differs between ranks"""
-# variants: plateau momentum skipped equal
+# variants: plateau momentum equal
 
 import sys
 

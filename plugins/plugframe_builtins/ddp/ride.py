@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plugframe.errors import OutOfSyncError
+
 #: Numbers in the bucket: the bytes of a checksum, and their squares.
 SLOTS = 8
 #: Up to so many ranks a sum of squares of bytes is exact in float32.
@@ -64,7 +66,7 @@ class Ride:
         """If the checksums differed, have every rank look at the numbers of all. Every rank must call it.
 
         Raises:
-            OutOfSyncError: by one of those that look, on all ranks.
+            OutOfSyncError: on all ranks, by one of those that look or in general.
         """
         if not self._differs:
             return
@@ -72,7 +74,14 @@ class Ride:
         rows, self._rows = self._rows, {}
         self._checksum, self._slots = 0, [0.0] * SLOTS
         everyone = self._gather(obj=[list(values) for values, _ in rows.values()], group=None)
-        for number, (_, reference) in enumerate(rows.values()):
-            look = reference()
-            if look is not None:
-                look([rank_rows[number] if number < len(rank_rows) else [] for rank_rows in everyone])
+        if len(set(map(len, everyone))) == 1:
+            for number, (_, reference) in enumerate(rows.values()):
+                look = reference()
+                if look is not None:
+                    look([rank_rows[number] for rank_rows in everyone])
+        counts = ", ".join(f"{len(each)} on rank {rank}" for rank, each in enumerate(everyone))
+        raise OutOfSyncError(
+            f"The ranks do not make the same steps of their optimizers, in one order (optimizers that have stepped: "
+            f"{counts}). A condition that holds on some ranks decides about step(): decide by what lite.all_reduce() "
+            "gives."
+        )

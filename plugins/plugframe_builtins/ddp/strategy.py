@@ -25,6 +25,7 @@ from plugframe_builtins.ddp.batchnorm import sync_batchnorm
 from plugframe_builtins.ddp.buckets import Send
 from plugframe_builtins.ddp.compression import check_compression, make_sender
 from plugframe_builtins.ddp.engine import Engine
+from plugframe_builtins.ddp.hooked import Hooked
 from plugframe_builtins.ddp.reducer import Backward
 from plugframe_builtins.ddp.replicas import send_from_first
 from plugframe_builtins.ddp.ride import MOST_RANKS, Ride
@@ -111,6 +112,8 @@ class DDP(Strategy):
                 "none: use collective='torch'."
             )
         self._undo.callback(self._registrations.watch())
+        world = context.world
+        self._hooked = Hooked(speaks=world.world_size > 1 and world.global_rank == 0)
         if 1 < context.world.world_size <= MOST_RANKS:
             self._backward.ride = Ride(context.world.world_size, context.hooks.collective_all_gather_object)
         if self.timeout_s is not None:
@@ -173,6 +176,7 @@ class DDP(Strategy):
     ) -> None:
         for engine in self._alive():
             engine.before_backward(loss)
+            self._hooked.look(engine.module.named_parameters)
         with self._backward.running():
             super().strategy_backward(loss, module, args, kwargs)
 

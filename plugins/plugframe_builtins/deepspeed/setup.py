@@ -21,6 +21,7 @@ from plugframe.errors import UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe_builtins.ddp.engine import Engine as Replica
+from plugframe_builtins.ddp.hooked import Hooked
 from plugframe_builtins.ddp.reducer import Backward
 from plugframe_builtins.ddp.sameness import check_same_model
 from plugframe_builtins.deepspeed import config as configs
@@ -72,6 +73,8 @@ class SetUp(Strategy):
         self._company = Company(context.hooks, context.world.world_size)
         self._undo = start(context, shared_memory_op=self.shared_memory_op, build_timeout_s=self.build_timeout_s)
         self._undo.callback(self._registrations.watch())
+        world = context.world
+        self._hooked = Hooked(speaks=world.world_size > 1 and world.global_rank == 0)
         # A simulated group has nobody on the other side.
         if self.stage > 1 and context.world.world_size > 1 and "gloo" in dist.get_backend_config(dist.group.WORLD):
             self._agreement = Agreement(context.world.world_size)

@@ -115,6 +115,7 @@ class DeepSpeed(SetUp):
     ) -> None:
         for slot in self._slots:
             slot.before_backward(loss)
+            self._hooked.look(slot.module.named_parameters)
         scale = self._loss_scale
         (loss if scale == 1.0 else loss * scale).backward(*args, **kwargs)  # type: ignore[no-untyped-call]
         for slot in self._slots:
