@@ -24,7 +24,8 @@ def walk(fn: Callable[[str, Any], Any], data: Any, path: str = "") -> Any:
         values = {key: values[key] for key in data}
         return values if type(data) is dict else _like(data, values)
     if isinstance(data, tuple) and hasattr(data, "_fields"):
-        items = [walk(fn, value, f"{path}.{name}") for name, value in zip(data._fields, data, strict=True)]
+        named: Any = data
+        items = [walk(fn, value, f"{path}.{name}") for name, value in zip(named._fields, data, strict=True)]
         return data if _same(items, data) else type(data)(*items)
     if isinstance(data, (list, tuple)):
         items = [walk(fn, value, f"{path}[{number}]") for number, value in enumerate(data)]

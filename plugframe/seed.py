@@ -109,8 +109,9 @@ def checked_seed(seed: Any, what: str) -> int:
     """
     # Integral is what NumPy's integers are too, and its booleans are not.
     whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
-    digits = isinstance(seed, str) and seed.isascii() and seed.isdecimal()
-    number = int(seed) if whole or (digits and len(seed) <= len(str(MAX_SEED))) else -1
+    text = seed if isinstance(seed, str) else ""
+    digits = text.isascii() and text.isdecimal() and len(text) <= len(str(MAX_SEED))
+    number = int(seed) if whole or digits else -1
     if not 0 <= number <= MAX_SEED:
         raise SettingError(f"{what} is not a seed: it is a whole number from 0 to {MAX_SEED}.")
     return number

@@ -13,7 +13,7 @@ _MARK = "_plugframe_gathered"
 
 def mark_gathered(tensor: Tensor) -> None:
     """Note that `tensor` stands for a sharded parameter. Called by a strategy that gathers."""
-    tensor.__dict__[_MARK] = True
+    setattr(tensor, _MARK, True)
 
 
 def is_gathered(tensor: Tensor) -> bool:

@@ -312,4 +312,4 @@ def _multiply(gradients: Iterable[Tensor], factor: Tensor) -> None:
             by_device.setdefault(local.device, []).append(local)
     for device, each in by_device.items():
         # Not documented by name, and what torch.nn.utils.clip_grad_norm_ multiplies with (torch 2.13).
-        torch._foreach_mul_(each, factor.to(device))
+        torch._foreach_mul_(each, factor.to(device))  # pyright: ignore[reportPrivateImportUsage]

@@ -83,7 +83,7 @@ class Bucket:
                 pieces.append(gradient)
         if pieces:
             # Not documented by name, and what torch's own optimizers and FSDP copy with (torch 2.13).
-            torch._foreach_copy_(targets, pieces)
+            torch._foreach_copy_(targets, pieces)  # pyright: ignore[reportPrivateImportUsage]
         flags = self.flags.fill_(1)
         if self._missing:
             flags[self._missing] = 0
@@ -110,7 +110,7 @@ class Bucket:
                 targets.append(gradient)
                 sources.append(value)
         if targets:
-            torch._foreach_copy_(targets, sources)
+            torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
     def gradients(self) -> list[Tensor]:
         """Return views of the buffer in the parameters' shapes, of one dimension at least."""

@@ -74,7 +74,7 @@ class Successors:
                 continue
             self._successor[old] = new
             replaced[id(old)] = (old, new)
-            new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in new.__dict__})
+            vars(new).update({key: value for key, value in vars(old).items() if key not in vars(new)})
             take_over(old, new)
         self.carry_over(optimizers)
         # The heap is looked through only for what somebody else holds, too: usually there is nothing.
@@ -84,7 +84,7 @@ class Successors:
             _Repointing(held, ignored=(before, after, replaced, held)).run()
         for name, old in before.items():
             if id(old) in replaced and type(old) is not Replaced:
-                old.__dict__[_NAME] = name
+                vars(old)[_NAME] = name
                 old.__class__ = Replaced
 
     def carry_over(self, optimizers: Iterable[Optimizer]) -> None:

@@ -31,7 +31,7 @@ def add_post_hook(parameter: Tensor, hook: Callable[..., Any]) -> RemovableHandl
 
 
 def _added(parameter: Tensor, key: str, hook: Callable[..., Any]) -> RemovableHandle:
-    hooks: OrderedDict[int, Callable[..., Any]] = parameter.__dict__.setdefault(key, OrderedDict())
+    hooks: OrderedDict[int, Callable[..., Any]] = vars(parameter).setdefault(key, OrderedDict())
     handle = RemovableHandle(hooks)
     hooks[handle.id] = hook
     return handle
@@ -43,7 +43,7 @@ def take_over(old: Tensor, new: Tensor) -> None:
     for source, key in (("_backward_hooks", _HOOKS), ("_post_accumulate_grad_hooks", _POST)):
         hooks = getattr(old, source, None)
         if hooks:
-            new.__dict__[key] = hooks
+            vars(new)[key] = hooks
 
 
 def hooked(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

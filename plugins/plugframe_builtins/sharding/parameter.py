@@ -122,7 +122,7 @@ class ShardedTensor(DTensor):
             with torch.no_grad():
                 full: Tensor = self.full_tensor().clone()
             made = nn.Parameter(full, self.requires_grad) if isinstance(self, nn.Parameter) else full
-            made.__dict__.update({key: value for key, value in self.__dict__.items() if not key.startswith("_")})
+            vars(made).update({key: value for key, value in vars(self).items() if not key.startswith("_")})
             memo[id(self)] = made
         return memo[id(self)]
 
