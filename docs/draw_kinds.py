@@ -48,7 +48,7 @@ def reasons(rows: dict[tuple[str, str], Row]) -> str:
 def drawn(kind: Kind, variant: str) -> Row:
     """Run one script and variant under its strategies, and say so."""
     row = {}
-    for strategy in kind.strategies:
+    for strategy in kind.under(variant):
         row[strategy] = outcome = run_cell(kind, variant, strategy)
         print(f"{kind.name} {variant} {strategy}: {word(outcome)}", flush=True)
         if outcome.word in ("WRONG", "failed"):
@@ -67,7 +67,8 @@ def main() -> None:
         _, _, tail = rest.partition(_TABLE)
         middle = tail.partition(_REASONS)[0]
         text = f"{head}{_TABLE}\n\n{table(rows, {kind.name: kind.title for kind in chosen})}\n\n{_TABLE}{middle}"
-        TARGET.write_text(f"{text}{_REASONS}\n\n{reasons(rows)}\n\n{_REASONS}\n", encoding="utf-8")
+        after = tail.partition(_REASONS)[2].partition(_REASONS)[2]
+        TARGET.write_text(f"{text}{_REASONS}\n\n{reasons(rows)}\n\n{_REASONS}{after}", encoding="utf-8")
     bad = sum(outcome.word in ("WRONG", "failed") for row in rows.values() for outcome in row.values())
     sys.exit(bool(bad))
 

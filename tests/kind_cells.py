@@ -27,7 +27,7 @@ from plugframe.world import World
 
 FOLDER = Path(__file__).parent / "kinds"
 STRATEGIES = ("single", "ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
-_HEADER = re.compile(r"^# (variants|strategies|precision|options): *(.*)$", re.MULTILINE)
+_HEADER = re.compile(r"^# (variants|strategies|precision|except): *(.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Kind:
         variants: each an argument for one run; ``("",)`` for a script without arguments.
         strategies: under which it is run.
         precision: by name, empty for the default.
+        gaps: ``"variant/strategy"`` that are known not to be right, and listed on the page in words.
     """
 
     path: Path
@@ -47,6 +48,11 @@ class Kind:
     variants: tuple[str, ...]
     strategies: tuple[str, ...]
     precision: str
+    gaps: tuple[str, ...] = ()
+
+    def under(self, variant: str) -> tuple[str, ...]:
+        """Return the strategies under which a variant is run."""
+        return tuple(each for each in self.strategies if f"{variant}/{each}" not in self.gaps)
 
     @property
     def name(self) -> str:
@@ -77,7 +83,8 @@ def kinds() -> Iterator[Kind]:
         title = (ast.get_docstring(ast.parse(source)) or path.stem).splitlines()[0].rstrip(".")
         strategies = tuple(header.get("strategies", "").split()) or STRATEGIES
         variants = tuple(header.get("variants", "").split()) or ("",)
-        yield Kind(path, title, variants, strategies, header.get("precision", "").strip())
+        gaps = tuple(header.get("except", "").split())
+        yield Kind(path, title, variants, strategies, header.get("precision", "").strip(), gaps)
 
 
 def run_cell(kind: Kind, variant: str, strategy: str, *, timeout_s: float = 90.0) -> Outcome:
