@@ -51,6 +51,9 @@ _PARTS = (
 
 Weight = float | str
 
+#: How many batches are remembered before those that have gone are looked for.
+_FEW = 8
+
 
 class Entry:
     """A batch that was handed over.
@@ -80,7 +83,7 @@ class _Known:
     def __init__(self) -> None:
         self._objects: dict[int, tuple[weakref.ref[Any], Entry]] = {}
         self._storages: dict[int, list[tuple[weakref.ref[Any], int, int, Entry]]] = {}
-        self._limit = 64
+        self._limit = _FEW
 
     def add(self, batch: Any, entry: Entry) -> None:
         for leaf in leaves(batch):
@@ -124,7 +127,7 @@ class _Known:
         self._objects = {key: (ref, entry) for key, (ref, entry) in self._objects.items() if ref() is not None}
         kept = {key: [each for each in found if each[0]() is not None] for key, found in self._storages.items()}
         self._storages = {key: found for key, found in kept.items() if found}
-        self._limit = 2 * len(self._objects) + 64
+        self._limit = 2 * len(self._objects) + _FEW
 
 
 class Weights:
