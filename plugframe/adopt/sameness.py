@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from plugframe.adopt.swap import plain_class
+from plugframe.checkpoint.buffers import as_bytes
 from plugframe.errors import SettingError
 
 #: What a loader's data are known by: of each thing a description of its value.
@@ -235,7 +236,8 @@ def _digest_array(value: Any, number: int) -> str | None:
 
 def bytes_of(tensor: Tensor) -> bytes:
     """Return the elements of a strided tensor of at least one."""
-    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    flat = tensor.detach().cpu().reshape(-1).contiguous()  # held by name: the bytes live as long as it does
+    return bytes(as_bytes(flat))
 
 
 def _places(number: int, row_bytes: int = 1) -> list[int]:
