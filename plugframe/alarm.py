@@ -1,4 +1,4 @@
-"""When ranks wait in vain: every rank is asked where it is, and one error says what all have answered."""
+"""When an exchange times out: every rank is asked where it is, and one error says what all have answered."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from plugframe.base.ring import Ring
 
-#: Seconds after which ranks that wait for another are told of.
+#: Seconds after which ranks that wait for another are reported.
 REPORT_AFTER_S = 30.0
 
 

@@ -171,6 +171,6 @@ def _matching(environ: Mapping[str, str], patterns: Iterable[str]) -> dict[str, 
 def own_variables(registry: Registry) -> Iterator[tuple[str, ...]]:
     """Yield, for each environment that is installed, the names of the variables that tell a rank its place."""
     for entry in registry.entries("environment"):
-        with suppress(PluginError):  # a broken package is told of where it is asked for
+        with suppress(PluginError):  # a broken package is reported where it is asked for
             descriptor = registry.describe(entry)
             yield tuple(descriptor.own_variables or descriptor.variables)

@@ -50,7 +50,7 @@ class PlugframeError(Exception):
 
 
 class UsageError(PlugframeError, ValueError):
-    """The person at the keyboard can mend this."""
+    """The person at the keyboard can fix this."""
 
 
 class SettingError(UsageError):

@@ -94,7 +94,7 @@ def _equal(first: Any, second: Any) -> bool:
     if first is second:
         return True
     if not all(isinstance(each, (Tensor, StoredTensor)) for each in (first, second)):
-        return True  # neither fits, which is told of each
+        return True  # neither fits, which is reported for each
     if first.shape != second.shape:
         return True
     if isinstance(first, StoredTensor) and isinstance(second, StoredTensor) and first.name == second.name:

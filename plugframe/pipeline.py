@@ -107,7 +107,7 @@ class Pipeline:
         for caller in self._manager.get_hookcallers(plugin) or ():
             deprecated = deprecated_of(caller.spec.function if caller.spec else None)
             for impl in caller.get_hookimpls():
-                # What a plugin inherits from plugframe's own bases is not its author's to mend.
+                # What a plugin inherits from plugframe's own bases is not its author's to fix.
                 # A function that was made by hand may have no module.
                 module = getattr(impl.function, "__module__", None) or ""
                 if impl.plugin is not plugin or module.startswith(f"{PROJECT}."):

@@ -100,7 +100,7 @@ class RunFolder:
                 info = self._session.plugins["checkpoint"].inspect(self.at(name)).info
                 value = _metrics(info, self.at(name)).get(metric)
             except CheckpointError:
-                continue  # damaged: it is told of when it is loaded
+                continue  # damaged: reported when it is loaded
             if value is not None and value == value:  # not a NaN, which is no best of anything
                 found.append((sign * value, -step_of(name), name))
         return [name for *_, name in sorted(found)]

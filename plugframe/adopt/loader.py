@@ -37,7 +37,7 @@ _EXHAUSTED = object()
 class RankedWorker:
     """Seeds a worker process by rank as well: equal seeds on all ranks would augment alike on all of them.
 
-    What a stream that is divided here is told of its seed is equal on all ranks: it may shuffle by it.
+    A stream that is divided here sees the same seed on all ranks: it may shuffle by it.
 
     Args:
         inner: the loader's own ``worker_init_fn``.

@@ -56,7 +56,7 @@ class Loaders:
         return True
 
     def add(self, state: LoaderState) -> None:
-        """Remember a loader; one that a checkpoint knows goes on from there."""
+        """Remember a loader; one that a checkpoint knows resumes at its position."""
         state.job = self
         state.weights = self.weights
         self.weights.active |= state.count > 1

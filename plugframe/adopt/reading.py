@@ -1,4 +1,4 @@
-"""Where loaders stand: epochs, passes over the data, what the batch at hand weighs; and how to go on from there."""
+"""Where loaders stand: epochs, passes over the data, what the batch at hand weighs; and how to resume."""
 
 from __future__ import annotations
 
@@ -323,7 +323,7 @@ class LoaderState(State):
             same: whether it is this rank's; if not, that of another one, which shares what the order is drawn from.
 
         Raises:
-            CheckpointMismatchError: if this loader cannot go on from there.
+            CheckpointMismatchError: if this loader cannot resume at that position.
         """
         place = converted(common, self.layout)
         self.order.seed = common["seed"]

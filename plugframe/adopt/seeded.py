@@ -72,7 +72,7 @@ _LOOKS = 4
 
 
 def seed_here(seed: int) -> None:
-    """Seed the generators of this worker process, and what it is told of its seed."""
+    """Seed the generators of this worker process, and the seed it reports."""
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     numpy = sys.modules.get("numpy.random")

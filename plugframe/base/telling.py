@@ -9,7 +9,7 @@ import warnings
 from plugframe.errors import PlugframeWarning
 from plugframe.printable import printable
 
-#: Packages whose frames lie between a line of the user's and what is told of it.
+#: Packages whose frames lie between a line of the user's and the warning about it.
 _BETWEEN = ("plugframe", "plugframe_builtins", "pluggy", "torch", "contextlib", "functools")
 
 

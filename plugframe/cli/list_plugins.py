@@ -52,7 +52,7 @@ class Row(NamedTuple):
 
     @property
     def broken(self) -> bool:
-        """Whether its author has something to mend."""
+        """Whether its author has something to fix."""
         return self.status.startswith(("broken", "incompatible"))
 
 

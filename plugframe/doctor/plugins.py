@@ -29,7 +29,7 @@ TIMEOUT_S = 60.0
 
 def look(registry: Registry) -> Iterator[Finding]:
     """Load every plugin, and say of each how it is; then what is odd about names and metadata."""
-    # Once here instead of in every copy of this process. One that does not import is told of by each plugin.
+    # Once here instead of in every copy of this process. One that does not import is reported for each plugin.
     with contextlib.suppress(Exception):
         importlib.import_module("torch")
     for entries in _together(registry):

@@ -64,7 +64,7 @@ def _accelerator(registry: Registry) -> str | None:
             if made.accelerator_is_available() and len(made.accelerator_parse_devices(devices=2)) == 2:
                 return entry.name
         except (SettingError, PlugframeError):
-            continue  # it has one device, or is broken, which is told of under the plugins
+            continue  # it has one device, or is broken, which is reported under the plugins
     return None
 
 

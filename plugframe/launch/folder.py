@@ -31,7 +31,7 @@ def temporary_folder() -> Iterator[str]:
 
 
 def sweep() -> None:
-    """Remove the folders of launchers of this user that have gone without a word."""
+    """Remove the folders of launchers of this user that have died without cleaning up."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with suppress(OSError):  # of another user, or removed by another launcher at this moment
             if folder.stat().st_uid != os.getuid():

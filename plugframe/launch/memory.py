@@ -1,4 +1,4 @@
-"""Whether the kernel has killed for want of memory."""
+"""Whether the kernel has killed a process because memory ran out."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 The launcher runs this file by its path, so that a rank imports neither the project nor anything heavy before
 the script does, and the working directory cannot shadow what is imported here. The script is run by hand, not
 by ``runpy``: that puts the old ``__main__`` back when the script ends, and threads, exit handlers and
-multiprocessing would then look for the script's objects in vain.
+multiprocessing would then not find the script's objects.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _debugged() -> bool:
 
 
 def leave_interrupted() -> NoReturn:
-    """End without a word: the launcher has one for all ranks. Ctrl-C may come twice, from it and the terminal."""
+    """End silently: the launcher has one for all ranks. Ctrl-C may come twice, from it and the terminal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(INTERRUPTED)
 

@@ -105,7 +105,7 @@ def _failed_alone(ending: Ending, culprit: Ending) -> bool:
 
 
 def _blamed(culprit: Ending) -> Mapping[str, Any] | None:
-    """Return what the likeliest culprit knows of another rank for which it has waited in vain."""
+    """Return what the likeliest culprit knows of another rank that it waited for until the timeout."""
     if culprit.words is None or not is_consequence(culprit.words):
         return None
     blamed: Mapping[str, Any] | None = culprit.words.get("blamed")

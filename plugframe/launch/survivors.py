@@ -1,4 +1,4 @@
-"""What ranks that have ended well leave running: copies of themselves are ended, and all of it is told of."""
+"""What ranks that have ended well leave running: copies of themselves are ended, and everything left is reported."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Survivors:
             print(f"plugframe: left running by ranks that have ended: {', '.join(told)}", file=sys.stderr, flush=True)
 
     def end_copies(self, rank: Rank) -> None:
-        """End the copies of one rank, to be told of later."""
+        """End the copies of one rank, to be reported later."""
         self._end_copies([rank])
 
     def _end_copies(self, ranks: Collection[Rank]) -> list[Survivor]:

@@ -103,7 +103,7 @@ def _together(hooks: Any, work: Callable[[], None]) -> None:
     reason = ""
     try:
         work()
-    except Exception as error:  # noqa: BLE001 - the other ranks wait to hear of it
+    except Exception as error:  # noqa: BLE001 - the other ranks wait to be told
         reason = str(error) if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {error}"
     reasons = [text for text in hooks.collective_all_gather_object(obj=reason, group=None) if text]
     if reasons:
