@@ -83,7 +83,12 @@ def test_on_ctrl_c_ranks_have_less_than_a_second(signum: signal.Signals | None, 
     rank = Rank(child.pid, 0, 0)
     settings: dict[str, Any] = {"done": lambda rank: False, "error_file": lambda rank: Path("none"), "grace_s": 30.0}
     watch = Watch(
-        ranks=lambda: [rank], received=lambda: signum, recalled=lambda: False, ended_well=lambda rank: None, **settings
+        ranks=lambda: [rank],
+        received=lambda: signum,
+        insist=lambda: None,
+        recalled=lambda: False,
+        ended_well=lambda rank: None,
+        **settings,
     )
     try:
         assert watch._overstaying(0.5) == []

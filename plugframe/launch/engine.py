@@ -118,6 +118,7 @@ class _Supervision:
         self.watch = Watch(
             ranks=self._ranks,
             received=lambda: self.signals.received,
+            insist=self.signals.insist,
             done=self.files.done,
             error_file=self.files.error_file,
             recalled=lambda: self.handler.recalled,
@@ -142,6 +143,7 @@ class _Supervision:
             if self.job.function is None:
                 self.watch.start()
             result: Any = self.agent.run()
+            self.signals.check()
             return self._outcome(result)
         except SignalException as error:
             self.watch.kill_all()

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing import SignalException
 
+#: torch's wrapper that times the agent's calls. An exception that rises in its first line becomes an UnboundLocalError.
+_FRAGILE = "torch.distributed.elastic.metrics.api"
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 #: What schedulers send as a warning: it goes to the ranks, and ends nothing by itself.
 WARNING = signal.SIGUSR1
@@ -42,6 +44,7 @@ class Signals:
     ) -> None:
         self.received: signal.Signals | None = None
         self.warned = False
+        self._raised = False
         self._on_warning = on_warning
         self._on_second = on_second
         self._on_interrupt = on_interrupt
@@ -65,6 +68,19 @@ class Signals:
         else:
             os.environ[TORCH_SIGNALS] = self._variable
 
+    def check(self) -> None:
+        """Raise for a signal that came where raising would have been lost."""
+        if self.received is not None and not self._raised:
+            self._raised = True
+            raise SignalException(f"received {self.received.name}", self.received)
+
+    def insist(self) -> None:
+        """Send the main thread a signal again that it could not raise for. Any thread may call it."""
+        if self.received is not None and not self._raised:
+            ident = threading.main_thread().ident
+            assert ident is not None
+            signal.pthread_kill(ident, self.received)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked rank that has not begun its work
             signal.signal(number, signal.SIG_DFL)
@@ -74,8 +90,9 @@ class Signals:
             self._on_warning()
         elif number == signal.SIGINT and self._on_interrupt():
             return
-        elif self.received is None:
-            self.received = signal.Signals(number)
-            raise SignalException(f"received {self.received.name}", self.received)
+        elif not self._raised:
+            self.received = self.received or signal.Signals(number)
+            if frame is None or frame.f_globals.get("__name__") != _FRAGILE:
+                self.check()
         else:
             self._on_second()

@@ -56,6 +56,7 @@ class Watch(threading.Thread):
         *,
         ranks: Callable[[], list[Rank]],
         received: Callable[[], signal.Signals | None],
+        insist: Callable[[], None],
         done: Callable[[int], bool],
         error_file: Callable[[int], Path],
         recalled: Callable[[], bool],
@@ -65,10 +66,12 @@ class Watch(threading.Thread):
         super().__init__(name="plugframe-watch", daemon=True)
         self.deaths: dict[int, Death] = {}
         self.killed: set[int] = set()
+        self._insist = insist
         self._ranks, self._received, self._done, self._error_file = ranks, received, done, error_file
         self._recalled, self._ended_well, self._grace_s = recalled, ended_well, grace_s
         self._beats = 0
-        self._ended = threading.Event()
+        self._ended = False
+        self._wake = threading.Event()
         self._waiters: dict[int, threading.Thread] = {}
         self._stopped: set[int] = set()
 
@@ -77,11 +80,14 @@ class Watch(threading.Thread):
         self._beats += 1
         if self.ident is None:
             self.start()  # not before: a forked rank should find one thread
-        self._await_deaths()
+        if any(rank.pid not in self._waiters for rank in self._ranks()):
+            # Not here: a signal handler that raises in the main thread during Thread.start() breaks the new thread.
+            self._wake.set()
 
     def end(self) -> None:
         """Stop watching."""
-        self._ended.set()
+        self._ended = True
+        self._wake.set()
         if self.ident is not None:
             self.join()
         for waiter in self._waiters.values():
@@ -94,8 +100,14 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         seen, silent_s, looks = 0, 0.0, 0
-        while not self._ended.wait(_LOOK_S):
+        while not self._ended:
+            woken = self._wake.wait(_LOOK_S)
+            self._wake.clear()
+            self._await_deaths()
+            if woken:  # by new ranks, or to end: no time has passed
+                continue
             looks += 1
+            self._insist()
             if looks % _STOPPED_LOOKS == 0:
                 self._tell_stopped()
             silent_s = 0.0 if self._beats != seen else silent_s + _LOOK_S

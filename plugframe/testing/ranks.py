@@ -278,6 +278,8 @@ def _results(outcomes: list[tuple[bool, Any] | None], exits: list[int], outputs:
     for rank, (outcome, code, output) in enumerate(zip(outcomes, exits, outputs, strict=True)):
         # Once one has failed the others are stopped: their exit codes say nothing then.
         if outcome is not None and outcome[0] and (failed or code == 0):
+            if failed and output:
+                texts.append(f"rank {rank} gave its result; its last output:\n{output}\n")
             continue
         if outcome is None or outcome[0]:
             what = f"{'gave no result' if outcome is None else 'gave its result'}, then exit code {code}\n"
@@ -308,6 +310,7 @@ def _run_checks(
                 report[name] = ""
             except BaseException:  # noqa: BLE001 - reported under the check's name
                 report[name] = traceback.format_exc()
+                print(report[name], file=sys.stderr)  # shown also where another rank hangs because of it
             # All ranks stop at the first failure of any: the next collective would pair with another check's.
             store.set(f"{name}/{world.global_rank}", report[name] or "passed")
             if any(store.get(f"{name}/{rank}") != b"passed" for rank in range(world.world_size)):
