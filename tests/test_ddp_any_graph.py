@@ -41,7 +41,7 @@ def same(lite: Lite, model: nn.Module, plain: nn.Module) -> None:
     for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert (mine.grad is None) == (theirs.grad is None), name
         if mine.grad is not None:
-            torch.testing.assert_close(mine.grad.to_dense(), theirs.grad.to_dense(), msg=name)
+            torch.testing.assert_close(mine.grad.to_dense(), theirs.grad.to_dense(), msg=lambda text, name=name: f"{name}: {text}")
 
 
 def both(lite: Lite, make: Callable[[], nn.Module], step: Callable[[nn.Module, Tensor, Backward], None]) -> None:
@@ -129,6 +129,42 @@ def any_graph(lite: Lite) -> None:
     """Frozen in between, several forwards and backwards, penalties, second derivatives, terms without a forward."""
     for step in STEPS:
         both(lite, network, step)
+
+
+def wide() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4096), nn.Tanh(), nn.Linear(4096, 1)).double()
+
+
+def large_gradients(lite: Lite) -> None:
+    """Gradients that are scaled while they are copied: first and second derivatives, frozen in between."""
+    for step in (frozen_in_between, forward_twice, second_derivatives):
+        both(lite, wide, lambda model, x, backward, step=step: step(model, x.double(), backward))
+
+
+def reentrant_on_one_rank(lite: Lite) -> None:
+    """A rank whose backward adds to a gradient in several parts, where the others' add once."""
+
+    def step(model: Any, x: Tensor, backward: Backward) -> None:
+        x.requires_grad_()
+        halves = x[: len(x) // 2], x[len(x) // 2 :]
+        hidden = model[0](x)
+        if lite.global_rank == 1 or backward is not lite.backward:  # the same numbers either way
+            hidden = torch.cat([checkpoint(model[0], half, use_reentrant=True) for half in halves])
+        backward(model[2](hidden).square().mean())
+
+    both(lite, network, step)
+
+
+def repeated_gradients_that_come_late(lite: Lite) -> None:
+    """A backward that adds to a gradient after it was sent, as none before did, is refused by the parameter's name."""
+    model: Any = lite.setup(network())
+    x = whole(lite).requires_grad_()
+    lite.backward(model(x).mean())
+    hidden = checkpoint(model[0], x, use_reentrant=True)
+    hidden = checkpoint(lambda h: model[0](x) + h, hidden, use_reentrant=True)
+    with pytest.raises(UnsupportedError, match=r"parameter '0.(weight|bias)' twice, .* use_reentrant=False"):
+        lite.backward(model[2](hidden).square().mean())
 
 
 def raw_backward(lite: Lite) -> None:
@@ -301,6 +337,9 @@ def steps_that_a_rank_leaves_out_are_named(lite: Lite) -> None:
 CHECKS = [
     any_graph,
     raw_backward,
+    large_gradients,
+    reentrant_on_one_rank,
+    repeated_gradients_that_come_late,
     odd_tensors,
     functional_sparse_gradients_are_refused,
     layers_that_come_later,

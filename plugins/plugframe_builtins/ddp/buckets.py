@@ -16,6 +16,9 @@ MIB = 1 << 20
 _FIRST_BYTES = MIB
 DEFAULT_MIB = 25
 
+#: Elements from which a pass over a gradient costs more than a call.
+_LARGE = 4096
+
 #: Sends a flat buffer, of which the first argument is the bucket; returns what is waited for.
 Send = Callable[["Bucket"], Any]
 
@@ -28,7 +31,7 @@ class Bucket:
         flat: their gradients in logical order, then a 1 for each parameter that has one; None until the first use.
         waiting: parameters whose gradient the backward that is running has not computed yet.
         work: what is waited for, None before the buffer was sent.
-        dirty: whether a gradient changed after the buffer was filled.
+        early: whether it may be sent as soon as every parameter has its gradient, and not at the end of the backward.
         ride: what else travels at the end of the buffer; None for nothing.
         values: of the buffer, the gradients.
         flags: of the buffer, for each parameter 1 if it has a gradient; once exchanged, the mean over the ranks.
@@ -48,17 +51,18 @@ class Bucket:
         self.flat: Tensor | None = None
         self.waiting = len(parameters)
         self.work: Any = None
-        self.dirty = False
+        self.early = False
         self._sizes = [_numel(parameter) for parameter in self.parameters]
         self.numel = sum(self._sizes)
         # Of the buffer, made once: slicing it at every step would cost more than what is done with the slices.
         self._views: list[Tensor] = []
         self._shaped: list[Tensor] = []
         self._missing: list[int] = []
+        self._one_pass = False
 
     def begin(self) -> None:
         """Get ready for a backward."""
-        self.waiting, self.work, self.dirty = len(self.parameters), None, False
+        self.waiting, self.work = len(self.parameters), None
 
     def fill(self, factor: float) -> Tensor:
         """Copy the gradients into the buffer, multiplied by `factor`, with zeros for those that there are not.
@@ -67,7 +71,7 @@ class Bucket:
             UnsupportedError: for a sparse gradient of a parameter that is not an embedding's.
         """
         flat = self.buffer
-        targets, pieces, self._missing = [], [], []
+        views, gradients, self._missing = [], [], []
         for index, (parameter, view) in enumerate(zip(self.parameters, self._shaped, strict=True)):
             gradient = parameter.grad
             if gradient is None:
@@ -78,19 +82,29 @@ class Bucket:
                     f"Parameter {self.names[index]!r} got a sparse gradient, which strategy 'ddp' averages "
                     "for nn.Embedding(sparse=True) and nn.EmbeddingBag(sparse=True) alone: use one, or sparse=False."
                 )
-            elif gradient.data_ptr() != view.data_ptr():  # it is no view of this buffer yet
-                targets.append(view)
-                pieces.append(gradient)
-        if pieces:
-            # Not documented by name, and what torch's own optimizers and FSDP copy with (torch 2.13).
-            torch._foreach_copy_(targets, pieces)  # pyright: ignore[reportPrivateImportUsage]
-        flags = self.flags.fill_(1)
+            else:
+                views.append(view)
+                gradients.append(gradient)
+        if self._one_pass:
+            for view, gradient in zip(views, gradients, strict=True):
+                torch.mul(gradient, factor, out=view)
+        else:
+            self._copy(views, gradients)
+            self.values.mul_(factor)
+        self.flags.fill_(factor)
         if self._missing:
-            flags[self._missing] = 0
-        flat.mul_(factor)
+            self.flags[self._missing] = 0
         if self.ride is not None:
             self.ride.put(self.slots)
         return flat
+
+    @staticmethod
+    def _copy(views: list[Tensor], gradients: list[Tensor]) -> None:
+        pairs = [(v, g) for v, g in zip(views, gradients, strict=True) if v.data_ptr() != g.data_ptr()]
+        if pairs:
+            targets, sources = zip(*pairs, strict=True)
+            # Not documented by name, and what torch's own optimizers and FSDP2 copy with (torch 2.13).
+            torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
     def write_back(self, *, as_views: bool) -> None:
         """Make the gradients those in the buffer; a parameter that no rank has one for stays without."""
@@ -125,6 +139,8 @@ class Bucket:
             tail = [len(self.parameters), 0 if self.ride is None else SLOTS]
             self.flat = torch.zeros(self.numel + sum(tail), dtype=first.dtype, device=first.device)
             self.values = self.flat[: self.numel]
+            # On a CPU a pass over memory costs more than a call for each parameter, unless they are tiny.
+            self._one_pass = first.device.type == "cpu" and self.numel >= _LARGE * len(self.parameters)
             self.flags, self.slots = torch.split(self.flat[self.numel :], tail)
             self._views = list(torch.split(self.values, self._sizes))
             self._shaped = [_like(view, p) for view, p in zip(self._views, self.parameters, strict=True)]

@@ -126,6 +126,10 @@ class Reducer:
         self._bucket_of: dict[int, Bucket] = {}
         self._sparse: list[nn.Parameter] = []
         self._arrived: set[int] = set()
+        # Ids of parameters whose gradient came once in an earlier backward, and of those for which it came several times.
+        # They outlive a freezing of the parameter; an id that is another's by now costs an early sending, or an error.
+        self._steady: set[int] = set()
+        self._repeated: set[int] = set()
         self._next = 0
 
     def watch(self, parameters: Named, sparse: set[int]) -> None:
@@ -139,6 +143,8 @@ class Reducer:
         self._sparse = [p for _, p in parameters if id(p) in sparse]
         self._buckets = make_buckets(dense, self._cap_bytes)
         self._take_along()
+        for bucket in self._buckets:
+            bucket.early = self._steady.issuperset(map(id, bucket.parameters))
         self._bucket_of = {id(p): bucket for bucket in self._buckets for p in bucket.parameters}
         if self._make_send is not None:
             self._send = self._make_send()
@@ -186,21 +192,20 @@ class Reducer:
         bucket = self._bucket_of.get(key)
         if bucket is None:  # a sparse one, or an empty one
             return
-        if bucket.work is not None:
-            self._check_views()
-            bucket.dirty = True
-        elif key not in self._arrived:
+        if key not in self._arrived:
             self._arrived.add(key)
             bucket.waiting -= 1
             if not bucket.waiting:
                 self._backward.advance()
-
-    def _check_views(self) -> None:
-        if self._as_views:
+            return
+        # Reentrant checkpointing adds to the gradient of a shared parameter in several parts of one backward.
+        self._repeated.add(key)
+        if bucket.work is not None:
+            index = [id(parameter) for parameter in bucket.parameters].index(key)
             raise UnsupportedError(
-                "A backward has added to a gradient twice, as reentrant checkpointing does with shared parameters, "
-                "while it was being averaged in its bucket: use checkpoint(..., use_reentrant=False), or leave "
-                "gradient_as_bucket_view out."
+                f"A backward has added to the gradient of parameter {bucket.names[index]!r} twice, and the ones before "
+                "it did not: it was sent to the other ranks already. Reentrant checkpointing of a parameter that is "
+                "used in several places does this: use checkpoint(..., use_reentrant=False)."
             )
 
     def _begin(self) -> None:
@@ -211,10 +216,22 @@ class Reducer:
             bucket.begin()
         self._backward.join(self)
 
+    def _learn(self) -> None:
+        """Let buckets be sent early from now on in which every gradient came, and once.
+
+        When a bucket is sent is a rank's own affair: all that matters is that they are sent in one order.
+        """
+        for bucket in self._buckets:
+            if not bucket.early and not bucket.waiting:
+                keys = {id(parameter) for parameter in bucket.parameters}
+                bucket.early = self._repeated.isdisjoint(keys)
+                if bucket.early:
+                    self._steady |= keys
+
     def send_ready(self) -> bool:
         """Send buckets in their order, up to the first that waits for a gradient; say whether all were sent."""
         buckets = self._buckets
-        while self._next < len(buckets) and not buckets[self._next].waiting:
+        while self._next < len(buckets) and buckets[self._next].early and not buckets[self._next].waiting:
             self._send_one(buckets[self._next])
             self._next += 1
         return self._next == len(buckets)
@@ -238,10 +255,6 @@ class Reducer:
         """Wait, and make the gradients the means."""
         for bucket in self._buckets:
             bucket.work.wait()
-        # Reentrant checkpointing adds to the gradient of a shared parameter in several parts of one backward.
-        for bucket in [each for each in self._buckets if each.dirty]:
-            self._send_one(bucket)
-            bucket.work.wait()
         for bucket in self._buckets:
             if bucket.ride is not None:
                 bucket.ride.read(bucket.slots)
@@ -249,7 +262,9 @@ class Reducer:
             bucket.work = None
         for parameter in self._sparse:
             average_sparse(parameter, self._group)
-        self.local -= self._bucket_of.keys() | {id(p) for p in self._sparse}
+        if self.local:
+            self.local -= self._bucket_of.keys() | {id(p) for p in self._sparse}
+        self._learn()
 
 
 def _firing(reference: weakref.ref[Reducer], key: int) -> Callable[..., None]:
