@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from plugframe.context import Context
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe_builtins.safetensors_checkpoint.checkpoint import SafetensorsCheckpoint
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from plugframe import Lite
-from plugframe.base.ring import Ring
-from plugframe.base.sync import check_in_sync, named_tensors
-from plugframe.meetings import MEETINGS, record
+from plugframe.diagnostics.call_log import Ring
+from plugframe.diagnostics.instrument import MEETINGS, record
+from plugframe.diagnostics.replicas import check_in_sync, named_tensors
 from rounds import machine
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from plugframe import base
+from plugframe.core.planning.plugin_objects import hooks_of
 from plugframe.hooks import API, KINDS, Job, Kind, Option, Plugin
 from plugframe.hooks.markers import deprecated_of
-from plugframe.instances import hooks_of
 
 TARGET = Path(__file__).parent / "plugins" / "reference.md"
 _HEAD = f"""# The plugin contract

@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from plugframe.core.planning.plan import Plan
+    from plugframe.data.seed import seed_everything
     from plugframe.errors import (
         AmbiguousPluginError,
         CheckpointCorruptError,
@@ -35,9 +37,9 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
-    from plugframe.hooks import Option, Plugin, hookimpl
+    from plugframe.hooks import Context, Option, Plugin, SaveHandle, World, hookimpl
     from plugframe.lite import Lite
-    from plugframe.seed import seed_everything
+    from plugframe.state.manager import CheckpointManager
 
 __version__ = "0.1.0"
 
@@ -45,17 +47,20 @@ __all__ = [
     "AmbiguousPluginError",
     "CheckpointCorruptError",
     "CheckpointError",
+    "CheckpointManager",
     "CheckpointMismatchError",
     "CheckpointURLError",
     "CheckpointUnfinishedError",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
+    "Context",
     "EnvironmentMismatchError",
     "Lite",
     "MissingDependencyError",
     "Option",
     "OrderError",
     "OutOfSyncError",
+    "Plan",
     "PlugframeError",
     "PlugframeWarning",
     "Plugin",
@@ -65,21 +70,36 @@ __all__ = [
     "RankFailedError",
     "RankLostError",
     "RefusedPluginError",
+    "SaveHandle",
     "SettingError",
     "UnknownPluginError",
     "UnsupportedError",
     "UsageError",
+    "World",
     "__version__",
     "hookimpl",
     "seed_everything",
 ]
 
+#: Where a name comes from, if not from `plugframe.errors`.
+_MODULES = {
+    "CheckpointManager": "state.manager",
+    "Context": "hooks",
+    "Lite": "lite",
+    "Option": "hooks",
+    "Plan": "core.planning.plan",
+    "Plugin": "hooks",
+    "SaveHandle": "hooks",
+    "World": "hooks",
+    "hookimpl": "hooks",
+    "seed_everything": "data.seed",
+}
+
 
 def __getattr__(name: str) -> Any:
-    modules = {"Lite": "lite", "Option": "hooks", "Plugin": "hooks", "hookimpl": "hooks", "seed_everything": "seed"}
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{modules.get(name, 'errors')}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
     globals()[name] = value
     return value
 

@@ -35,7 +35,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
-from plugframe.printable import printable
+from plugframe._printable import printable
 
 
 class PlugframeError(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from plugframe.registry import Registry
+from plugframe.core.registry.registry import Registry
 
 
 def of_builtins(kind: str, suite: type, **own: dict[str, Any]) -> dict[str, type]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from plugframe import Lite
-from plugframe.world import World
+from plugframe.hooks.world import World
 from ranks import rank_store
 
 #: Each with what the message must say besides ranks and lines.

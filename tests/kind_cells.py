@@ -22,8 +22,8 @@ from typing import Any
 
 from plugframe import Lite
 from plugframe.errors import PlugframeError, RankLostError
+from plugframe.hooks.world import World
 from plugframe.testing.ranks import RanksFailed, run_ranks
-from plugframe.world import World
 
 FOLDER = Path(__file__).parent / "kinds"
 STRATEGIES = ("single", "ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")

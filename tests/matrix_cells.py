@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from plugframe import Plugin
+from plugframe.core.planning.place import Where
+from plugframe.core.registry.registry import Registry
 from plugframe.errors import PluginLoadError
-from plugframe.registry import Registry
-from plugframe.where import Where
 
 RANKS = (1, 2, 4)
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from matrix_cells import EXACT, Cell, Passing, Training
 from plugframe import Lite
 from plugframe.errors import UsageError
-from plugframe.world import World
+from plugframe.hooks.world import World
 from ranks import rank_store
 
 STEPS = 20

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 
 from plugframe import Lite, PlugframeWarning
+from plugframe.hooks.world import World
 from plugframe.testing.ranks import RanksFailed, run_ranks
-from plugframe.world import World
 
 FEATURES = 6
 

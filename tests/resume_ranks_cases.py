@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
 
 from plugframe import CheckpointMismatchError, Lite, PlugframeWarning
-from plugframe.world import World
+from plugframe.hooks.world import World
 
 NUMBER = 47
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from plugframe import Plugin, SettingError
-from plugframe.context import Context
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe_builtins import accel, cpu, cuda, gpu, mps
 from plugframe_builtins.accel.accelerator import TorchAccelerator
 from plugframe_builtins.cpu.accelerator import CPU

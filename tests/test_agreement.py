@@ -10,12 +10,12 @@ import pytest
 
 from fake_distributions import publish
 from plugframe import EnvironmentMismatchError, Lite, Plugin, hookimpl
-from plugframe.agreement import agree, differences, in_use
 from plugframe.base import Extension
-from plugframe.context import Context
-from plugframe.plan import Choice, Plan
-from plugframe.registry import Entry
-from plugframe.world import World
+from plugframe.core.planning.plan import Choice, Plan
+from plugframe.core.registry.registry import Entry
+from plugframe.diagnostics.consistency import agree, differences, in_use
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from ranks import run_ranks
 
 

@@ -17,8 +17,8 @@ import pytest
 
 from fake_distributions import STRATEGY, in_folder, publish, shelf  # noqa: F401  a fixture
 from plugframe import Lite, PlugframeError, PlugframeWarning, PluginError
+from plugframe.core.registry.registry import Registry
 from plugframe.hooks import KINDS
-from plugframe.registry import Registry
 
 Put = Callable[..., None]
 #: How long one descriptor may take in these tests. Only the one that never ends takes it.

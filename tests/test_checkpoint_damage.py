@@ -28,7 +28,7 @@ from plugframe import Lite
 from plugframe.checkpoint import digest, materialize, split
 from plugframe.cli import cli
 from plugframe.errors import CheckpointError, CheckpointMismatchError, PlugframeWarning
-from plugframe.world import World
+from plugframe.hooks.world import World
 from plugframe_builtins.checkpoint_files import folder as form
 from plugframe_builtins.checkpoint_files.found import Found
 from plugframe_builtins.checkpoint_files.tensorfile import CODES

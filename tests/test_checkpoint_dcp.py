@@ -29,9 +29,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from checkpoint_trees import bits, random_tensor, same, trees
 from plugframe.checkpoint import StoredTensor, fill, materialize, open_locked, seal
-from plugframe.context import Context
 from plugframe.errors import CheckpointCorruptError, CheckpointError
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe_builtins.checkpoint_files import tensorfile
 from plugframe_builtins.dcp_checkpoint.checkpoint import ShardedCheckpoint
 from plugframe_builtins.dcp_checkpoint.pending import Pending
@@ -741,7 +741,7 @@ import itertools, json, os, random, select, signal, sys
 os.environ["OMP_NUM_THREADS"] = "1"  # a forked child would wait for threads it does not have
 sys.path.insert(0, TESTS)
 import torch
-from plugframe.world import World
+from plugframe.hooks.world import World
 from test_checkpoint_dcp import job
 
 FOLDER = TARGET

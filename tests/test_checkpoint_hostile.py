@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_by_torch
 from plugframe import Lite
 from plugframe.checkpoint import digest, materialize, seal, split, unseal
 from plugframe.cli import cli
-from plugframe.context import Context
 from plugframe.errors import CheckpointError
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe_builtins.checkpoint_files import folder as form
 from plugframe_builtins.dcp_checkpoint.checkpoint import ShardedCheckpoint
 from plugframe_builtins.remote_checkpoint.checkpoint import RemoteCheckpoint

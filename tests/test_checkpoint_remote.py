@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from checkpoint_trees import bits, random_tensor, same
 from plugframe import Lite
 from plugframe.checkpoint import fill, materialize
-from plugframe.context import Context
 from plugframe.errors import CheckpointCorruptError, CheckpointError, PlugframeWarning
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe_builtins.dcp_checkpoint.checkpoint import ShardedCheckpoint
 from plugframe_builtins.remote_checkpoint import writing
 from plugframe_builtins.remote_checkpoint.checkpoint import RemoteCheckpoint

@@ -28,11 +28,11 @@ from plugframe import (
     PlugframeWarning,
     seed_everything,
 )
-from plugframe.base.telling import warn_caller
 from plugframe.checkpoint import seal, split, unseal
 from plugframe.cli import cli
-from plugframe.run_state import rng_state
-from plugframe.world import World
+from plugframe.hooks.world import World
+from plugframe.state.run import rng_state
+from plugframe.utils.logging import warn_caller
 from plugframe_builtins.checkpoint_files import folder as form
 from plugframe_builtins.checkpoint_files.coverage import fills, fills_file
 from ranks import run_ranks
@@ -190,7 +190,7 @@ def test_a_generator_state_that_does_not_fit_changes_nothing(
     model, tensor = nn.Linear(2, 2), torch.ones(2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     state: dict[str, Any] = {"model": model, "optimizer": optimizer, "tensor": tensor, "value": 1}
-    monkeypatch.setattr("plugframe.run_state.rng_state", changed)
+    monkeypatch.setattr("plugframe.state.run.rng_state", changed)
     lite.save(tmp_path / "x", state)
     kept = model.weight.detach().clone()
     nn.init.zeros_(model.weight)
@@ -221,7 +221,7 @@ def test_the_generator_of_a_loader_is_tried_before(lite: Lite, tmp_path: Path, m
     loader = lite.setup_dataloaders(DataLoader(data, shuffle=True, generator=generator))  # type: ignore[arg-type]
     batches = iter(loader)
     next(batches)
-    monkeypatch.setattr("plugframe.adopt.reading.pack", lambda state: torch.zeros(3, dtype=torch.uint8))
+    monkeypatch.setattr("plugframe.data.iteration.pack", lambda state: torch.zeros(3, dtype=torch.uint8))
     lite.save(tmp_path / "x", {"n": 1})
     before, state = generator.get_state(), {"n": 0}
     with pytest.raises(CheckpointMismatchError, match="the state of a Generator of a loader .*pass rng=False"):
@@ -535,7 +535,7 @@ def _unfit_on_one(lite: Lite, path: str) -> str:
     """Save a generator state that does not fit, of rank 1 alone; return what loading it says on this rank."""
     with pytest.MonkeyPatch.context() as patch:
         if lite.global_rank == 1:
-            patch.setattr("plugframe.run_state.rng_state", lambda: {**rng_state(), "python": 3})
+            patch.setattr("plugframe.state.run.rng_state", lambda: {**rng_state(), "python": 3})
         lite.save(path, {"a": torch.ones(2)})
     state, before = {"a": torch.zeros(2)}, torch.get_rng_state()
     with pytest.raises(
@@ -725,8 +725,8 @@ def test_text_from_a_file_is_escaped(lite: Lite, tmp_path: Path, capsys: pytest.
 
 def test_errors_of_every_kind_are_escaped_once() -> None:
     """Whatever another rank said: the text of an error has no control characters, and is escaped once."""
+    from plugframe._printable import printable, printable_cause
     from plugframe.errors import RankFailedError, RankLostError
-    from plugframe.printable import printable, printable_cause
 
     for cls in (CheckpointError, RankFailedError, RankLostError):
         text = str(cls(f"a\n\tb{_EVIL}"))

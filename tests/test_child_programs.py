@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from plugframe import Lite
-from plugframe.descent import Place
-from plugframe.request import RANK
+from plugframe.hooks.variables import RANK
+from plugframe.launch.inheritance import Place
 
 #: What a rank starts. It leaves what its Lite has to say in a file: world size and rank.
 CHILD = """

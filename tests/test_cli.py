@@ -22,11 +22,11 @@ from plugframe.cli import cli
 from plugframe.cli.arguments import split
 from plugframe.cli.run import command as run_command
 from plugframe.cli.table import plain
+from plugframe.core.config.request import FIELDS
+from plugframe.core.registry.registry import Entry, Registry
 from plugframe.errors import RankFailedError
 from plugframe.hooks.launcher import Job
-from plugframe.registry import Entry, Registry
-from plugframe.request import FIELDS
-from plugframe.world import World
+from plugframe.hooks.world import World
 
 # ---------------------------------------------------------------------- a small world of plugins
 

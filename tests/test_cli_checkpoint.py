@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_trees import same
 from plugframe.cli import cli
-from plugframe.context import Context
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe_builtins.dcp_checkpoint.checkpoint import ShardedCheckpoint
 from plugframe_builtins.safetensors_checkpoint.checkpoint import SafetensorsCheckpoint
 from plugframe_builtins.single.one_rank import OneRank

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from plugframe.context import Context
 from plugframe.errors import (
     CollectiveMismatchError,
     EnvironmentMismatchError,
@@ -31,7 +30,8 @@ from plugframe.errors import (
     UnsupportedError,
 )
 from plugframe.hooks import Plugin
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe_builtins import single, torch_collective
 from plugframe_builtins.single.one_rank import OneRank
 from plugframe_builtins.torch_collective import compat

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from plugframe import CollectiveMismatchError, Lite, PlugframeWarning, SettingError
-from plugframe.reduction import is_dropped, operation
-from plugframe.world import World
+from plugframe.hooks.world import World
+from plugframe.lite.reductions import is_dropped, operation
 from ranks import run_checks
 
 # ---------------------------------------------------------------------- names

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from plugframe import Lite
 from plugframe.errors import OutOfSyncError, UnsupportedError
-from plugframe.world import World
+from plugframe.hooks.world import World
 from plugframe_builtins.ddp.strategy import DDP
 from ranks import run_checks
 
@@ -41,7 +41,9 @@ def same(lite: Lite, model: nn.Module, plain: nn.Module) -> None:
     for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert (mine.grad is None) == (theirs.grad is None), name
         if mine.grad is not None:
-            torch.testing.assert_close(mine.grad.to_dense(), theirs.grad.to_dense(), msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                mine.grad.to_dense(), theirs.grad.to_dense(), msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def both(lite: Lite, make: Callable[[], nn.Module], step: Callable[[nn.Module, Tensor, Backward], None]) -> None:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plugframe.context import Context
 from plugframe.errors import (
     CollectiveMismatchError,
     OrderError,
@@ -23,7 +22,8 @@ from plugframe.errors import (
     SettingError,
     UnsupportedError,
 )
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe_builtins import ddp, single
 from plugframe_builtins.ddp.batchnorm import sync_batchnorm
 from plugframe_builtins.ddp.strategy import DDP

@@ -17,11 +17,11 @@ import pytest
 from click.testing import CliRunner
 
 from plugframe.cli import cli
+from plugframe.core.config.request import gather
 from plugframe.errors import UsageError
 from plugframe.hooks.launcher import Job
 from plugframe.launch import supervise
 from plugframe.launch.debug import PATIENCE_S
-from plugframe.request import gather
 from plugframe_builtins.elastic.launcher import Elastic
 
 PROMPT = "(Pdb) "

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from plugframe import Lite, PlugframeWarning, SettingError, UnsupportedError
 from plugframe.errors import OrderError
-from plugframe.world import World
+from plugframe.hooks.world import World
 from plugframe_builtins.deepspeed import build, config
 from plugframe_builtins.deepspeed.strategy import DeepSpeed
 from ranks import hooks_of, run_checks

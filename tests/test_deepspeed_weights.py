@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from plugframe import Lite, UnsupportedError
 from plugframe.errors import CollectiveMismatchError, OrderError, PlugframeWarning
-from plugframe.world import World
+from plugframe.hooks.world import World
 from plugframe_builtins.deepspeed.strategy import DeepSpeed
 from plugframe_builtins.deepspeed.trial import check_elementwise
 from ranks import run_checks

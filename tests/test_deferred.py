@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from plugframe import Lite
-from plugframe.base.deferred import deferring, is_deferred, materialize, materialize_module, records
+from plugframe.deferred.module import deferring, is_deferred, materialize, materialize_module, records
 from plugframe.errors import UnsupportedError
 
 CPU = torch.device("cpu")

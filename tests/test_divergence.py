@@ -19,12 +19,12 @@ import torch
 
 from divergence_mistakes import MISTAKES, marked, run_all
 from plugframe import CollectiveTimeoutError, Lite, PlugframeError, RankLostError, SettingError
-from plugframe.base import mistakes
-from plugframe.base.accounts import Account, find
-from plugframe.base.ring import END, SIZE, Call, Ring
-from plugframe.context import Context
+from plugframe.diagnostics import likely_causes
+from plugframe.diagnostics.call_log import END, SIZE, Call, Ring
+from plugframe.diagnostics.rank_status import Account, find
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe.launch.report import Ending, report
-from plugframe.world import World
 from ranks import rank_store, run_ranks
 
 # ---------------------------------------------------------------------- the ring
@@ -96,20 +96,20 @@ def test_conditions_loops_and_handlers_are_found_in_the_source(source: Any) -> N
         lite.save(path, state)
         """
     )
-    assert mistakes.under_rank_condition(at(3)) == "'if lite.is_global_zero:' (train.py:2)"
-    assert mistakes.under_rank_condition(at(5)) == "else of 'if lite.is_global_zero:' (train.py:2)"
-    assert mistakes.under_rank_condition(at(14)) == ""
-    assert mistakes.under_swallowing(at(7)) == "'except (ValueError, KeyError):' (train.py:8)"
-    assert mistakes.under_swallowing(at(11)) == ""
-    assert mistakes.in_loop(at(11)) == "'for batch in loader:' (train.py:1)"
-    assert mistakes.loop_left(at(7), at(14)) == "'for batch in loader:' (train.py:1)"
-    assert mistakes.loop_left(at(14), at(7)) == ""
+    assert likely_causes.under_rank_condition(at(3)) == "'if lite.is_global_zero:' (train.py:2)"
+    assert likely_causes.under_rank_condition(at(5)) == "else of 'if lite.is_global_zero:' (train.py:2)"
+    assert likely_causes.under_rank_condition(at(14)) == ""
+    assert likely_causes.under_swallowing(at(7)) == "'except (ValueError, KeyError):' (train.py:8)"
+    assert likely_causes.under_swallowing(at(11)) == ""
+    assert likely_causes.in_loop(at(11)) == "'for batch in loader:' (train.py:1)"
+    assert likely_causes.loop_left(at(7), at(14)) == "'for batch in loader:' (train.py:1)"
+    assert likely_causes.loop_left(at(14), at(7)) == ""
 
 
 def test_code_that_cannot_be_read_gives_no_hint() -> None:
     """A line of a prompt or a broken file is named without a word on the mistake."""
     call = Call(1, "collective_barrier", "barrier", "", "<stdin>", 3, False)
-    assert mistakes.source(call) == mistakes.under_rank_condition(call) == mistakes.in_loop(call) == ""
+    assert likely_causes.source(call) == likely_causes.under_rank_condition(call) == likely_causes.in_loop(call) == ""
 
 
 def account(rank: int, number: int | None, **more: Any) -> Account:

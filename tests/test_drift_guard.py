@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from plugframe import Lite, OutOfSyncError, SettingError, UnsupportedError
-from plugframe.base.sync import check_replicated, named_tensors, tensor_hashes
-from plugframe.world import World
+from plugframe.diagnostics.replicas import check_replicated, named_tensors, tensor_hashes
+from plugframe.hooks.world import World
 from plugframe_builtins.drift_guard.extension import DriftGuard
 from ranks import run_ranks
 

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plugframe import Plugin
-from plugframe.context import Context
 from plugframe.errors import EnvironmentMismatchError
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe_builtins.slurm.lists import expand_hosts, expand_tasks
 from plugframe_builtins.torchelastic.attempt import only_this_attempt
 

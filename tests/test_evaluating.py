@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, random_split
 
 from plugframe import Lite, OrderError, PlugframeWarning, SettingError
-from plugframe.world import World
+from plugframe.hooks.world import World
 from ranks import run_checks
 
 STRATEGIES = ("ddp", "fsdp")

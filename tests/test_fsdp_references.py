@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from plugframe import Lite, OrderError, SettingError, UnsupportedError, UsageError
 from plugframe.errors import CollectiveMismatchError, OutOfSyncError
-from plugframe.world import World
+from plugframe.hooks.world import World
 from plugframe_builtins.fsdp.strategy import FSDP
 from ranks import run_checks
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from plugframe import Lite, OrderError, PlugframeWarning, SettingError, UnsupportedError, UsageError
-from plugframe.world import World
+from plugframe.hooks.world import World
 from plugframe_builtins.fsdp.policy import make_policy
 from plugframe_builtins.fsdp.strategy import FSDP
 from plugframe_builtins.fsdp.units import find_units, split_dtypes

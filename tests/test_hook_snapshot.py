@@ -14,10 +14,10 @@ import pytest
 
 from plugframe import Lite, PlugframeWarning, hookimpl
 from plugframe.base import Extension, Strategy
+from plugframe.core.planning.plugin_objects import hooks_of
+from plugframe.core.registry.registry import Entry, Registry
 from plugframe.hooks import API, KINDS, Job, Kind, Option, Plugin, StrategySpec, hookspec
 from plugframe.hooks.markers import Deprecated, deprecated_of, provider
-from plugframe.instances import hooks_of
-from plugframe.registry import Entry, Registry
 
 ROOT = Path(__file__).parents[1]
 SNAPSHOT = ROOT / "tests" / "data" / "hooks.json"

@@ -282,9 +282,9 @@ def test_ranks_are_bound_by_numactl(script: Write, monkeypatch: pytest.MonkeyPat
 
 def test_ranks_are_bound_near_their_own_devices(script: Write) -> None:
     """torch goes by local rank: other devices than the first ones are refused, in one line."""
-    from plugframe.cli.attending import fields
     from plugframe.cli.start import Nodes
-    from plugframe.plan import Plan
+    from plugframe.cli.supervision_options import fields
+    from plugframe.core.planning.plan import Plan
 
     plan = Plan(choices={}, devices=(2, 3), devices_reason="asked for", num_nodes=1, launched=False)
     with pytest.raises(UnsupportedError, match="the devices asked for are 2, 3: hide the others"):

@@ -20,10 +20,10 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 
 from plugframe.errors import EnvironmentMismatchError, RankFailedError, UsageError
 from plugframe.hooks.launcher import Job
+from plugframe.hooks.variables import TOKEN
 from plugframe.launch import nodes, supervise
 from plugframe.launch.rendezvous import listening, serve
 from plugframe.launch.signed import Signed
-from plugframe.request import TOKEN
 
 #: Runs jobs, one for each line it reads, and prints how each one went.
 OTHER_NODE = """

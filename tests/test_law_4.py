@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from plugframe import Lite
-from plugframe.world import World
+from plugframe.hooks.world import World
 from ranks import run_ranks
 
 EPOCHS, SAMPLES, BATCH = 2, 22, 2

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fabric_scripts import SCRIPTS
 from plugframe import CollectiveMismatchError, Lite, PlugframeWarning, SettingError, UnsupportedError, seed_everything
-from plugframe.world import World
+from plugframe.hooks.world import World
 from plugframe_builtins.ddp.strategy import DDP
 from ranks import run_checks
 

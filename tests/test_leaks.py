@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from plugframe import Lite
+from plugframe.hooks.world import World
 from plugframe.testing import run_ranks
-from plugframe.world import World
 
 DATA = TensorDataset(torch.zeros(4, 2))
 #: How often something is done before objects are counted and between two counts, and how many a thing done may leave.

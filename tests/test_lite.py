@@ -32,7 +32,7 @@ from plugframe import (
     seed_everything,
 )
 from plugframe.base import Extension
-from plugframe.world import World
+from plugframe.hooks.world import World
 
 
 def cpu(**settings: Any) -> Lite:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from plugframe import CheckpointMismatchError, Lite
 from plugframe.checkpoint import StoredTensor
-from plugframe.matching import match
-from plugframe.world import World
+from plugframe.hooks.world import World
+from plugframe.state.key_matching import match
 from ranks import run_checks
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from plugframe import Lite, MissingDependencyError, SettingError
-from plugframe.context import Context
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe_builtins import csv_logger, tensorboard_logger
 from plugframe_builtins.csv_logger.logger import CSVLogger
 from plugframe_builtins.tensorboard_logger.logger import TensorBoardLogger

@@ -14,7 +14,7 @@ import pytest
 
 from plugframe import Lite
 from plugframe.errors import EnvironmentMismatchError
-from plugframe.world import World
+from plugframe.hooks.world import World
 
 OURS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}

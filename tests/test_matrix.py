@@ -18,8 +18,8 @@ from torch import Tensor
 from matrix_cells import EXACT, RANKS, Cell, Installed, Matrix, Passing, Training, in_order
 from matrix_ranks import SAMPLES, SAVED_AFTER, STEPS, WINDOW, Run, build, run_cells, train_plain
 from plugframe import Lite, UnsupportedError
-from plugframe.registry import Registry
-from plugframe.where import Where
+from plugframe.core.planning.place import Where
+from plugframe.core.registry.registry import Registry
 from ranks import RanksFailed, run_ranks
 
 #: How far weights may be from those of one process, for each parameter as a part of the way it has gone in training,

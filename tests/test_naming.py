@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from plugframe import CheckpointMismatchError, Lite
-from plugframe.naming import differences, names_of, to_names, to_numbers
+from plugframe.state.parameter_names import differences, names_of, to_names, to_numbers
 
 
 def model_and_optimizer(*order: str) -> tuple[nn.Module, torch.optim.Optimizer]:

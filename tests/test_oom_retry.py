@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from plugframe import Lite, OrderError, PlugframeWarning, SettingError, UnsupportedError
-from plugframe.world import World
+from plugframe.hooks.world import World
 from plugframe_builtins.ddp.strategy import DDP
 from plugframe_builtins.oom_retry import batches
 from plugframe_builtins.oom_retry.extension import OomRetry

@@ -18,13 +18,14 @@ from click.testing import CliRunner
 from plugframe import Lite, Option, PlugframeWarning, Plugin, SettingError
 from plugframe.base import Accelerator, Environment, Extension, Logger, Strategy
 from plugframe.cli import cli
-from plugframe.declared import disagreements, parameters
+from plugframe.core.config.options import Given, allowed, form, from_variable, read, variable_of
+from plugframe.core.config.request import FROM_COMMAND_LINE, gather
+from plugframe.core.planning.plan import Plan
+from plugframe.core.planning.resolve import resolve, resolve_launcher
+from plugframe.core.registry.option_validation import disagreements, parameters
+from plugframe.core.registry.registry import Entry, Registry
 from plugframe.hooks import hookimpl
-from plugframe.options import Given, allowed, form, from_variable, read, variable_of
-from plugframe.plan import Plan
-from plugframe.registry import Entry, Registry
-from plugframe.request import FROM_COMMAND_LINE, LAUNCHED, gather
-from plugframe.resolve import resolve, resolve_launcher
+from plugframe.hooks.variables import LAUNCHED
 
 HERE = __name__
 

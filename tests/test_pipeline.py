@@ -13,11 +13,11 @@ import torch
 
 from plugframe import Lite, Plugin, PluginContractError, SettingError, hookimpl
 from plugframe.base import Accelerator, Collective, Extension, Logger, Strategy
+from plugframe.core.planning.plan import Choice
+from plugframe.core.planning.plugin_objects import hooks_of
+from plugframe.core.registry.registry import Entry
+from plugframe.core.runtime.pipeline import BoundHooks, Pipeline
 from plugframe.hooks import KINDS
-from plugframe.instances import hooks_of
-from plugframe.pipeline import BoundHooks, Pipeline
-from plugframe.plan import Choice
-from plugframe.registry import Entry
 
 
 def add(pipeline: Pipeline, kind: str, plugin: Any, *, published: bool = False) -> Any:

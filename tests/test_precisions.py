@@ -16,8 +16,8 @@ from torch.amp.grad_scaler import GradScaler
 from plugframe import OrderError, SettingError, UnsupportedError
 from plugframe.adopt.optimizer import adopt_optimizer, release_optimizer
 from plugframe.base import Precision
-from plugframe.context import Context
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe_builtins import bf16, fp16, fp32, fp64
 from plugframe_builtins.precisions import FullPrecision, MixedPrecision, TruePrecision
 

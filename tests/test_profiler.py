@@ -15,11 +15,11 @@ from torch import nn
 
 from plugframe import Lite, PlugframeWarning, SettingError
 from plugframe.base import Checkpoint, Collective, Precision, Strategy
-from plugframe.context import Context
+from plugframe.core.planning.plan import Choice
+from plugframe.core.runtime.pipeline import Pipeline
 from plugframe.hooks import KINDS, Plugin, hookimpl
-from plugframe.pipeline import Pipeline
-from plugframe.plan import Choice
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe_builtins.cpu.accelerator import CPU
 from plugframe_builtins.profiler.profiler import Profiler
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from plugframe import SettingError
-from plugframe.request import FIELDS, Request, Setting, gather, variable
+from plugframe.core.config.request import FIELDS, Request, Setting, gather, variable
 
 
 class Sharded:

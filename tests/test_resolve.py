@@ -23,11 +23,11 @@ from plugframe import (
     hookimpl,
 )
 from plugframe.base import parse_devices
-from plugframe.plan import Plan
-from plugframe.registry import Entry, Registry
-from plugframe.request import Request, Setting
-from plugframe.resolve import resolve, resolve_launcher
-from plugframe.world import World
+from plugframe.core.config.request import Request, Setting
+from plugframe.core.planning.plan import Plan
+from plugframe.core.planning.resolve import resolve, resolve_launcher
+from plugframe.core.registry.registry import Entry, Registry
+from plugframe.hooks.world import World
 
 # ---------------------------------------------------------------------- a catalogue without devices
 

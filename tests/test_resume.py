@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from plugframe import Lite, PlugframeWarning
-from plugframe.adopt.sources import get_state, pack, random_sources, set_state, unpack
+from plugframe.data.random_sources import get_state, pack, random_sources, set_state, unpack
 
 NUMBER = 23
 

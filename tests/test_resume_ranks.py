@@ -10,7 +10,7 @@ import pytest
 
 import resume_ranks_cases as cases
 from plugframe import CheckpointMismatchError
-from plugframe.adopt.layout import Layout, Place, converted
+from plugframe.data.position import Layout, Place, converted
 from ranks import run_ranks
 
 SIZE, STOP = 2, 4

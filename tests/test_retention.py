@@ -14,7 +14,7 @@ from torch import nn
 
 from plugframe import CheckpointError, CheckpointMismatchError, Lite, PlugframeWarning, SettingError
 from plugframe.checkpoint import open_locked
-from plugframe.world import World
+from plugframe.hooks.world import World
 from ranks import run_ranks
 
 
@@ -152,7 +152,7 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(lite: Lite, tmp_p
 def test_time_decides(lite: Lite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """every_s lets saves through only so often; force does always."""
     now = [100.0]
-    monkeypatch.setattr("plugframe.retention.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("plugframe.state.manager.time.monotonic", lambda: now[0])
     kept = lite.checkpoints(tmp_path / "run", keep_last=None, every_s=60)
     assert kept.save(1, state())
     now[0] += 59

@@ -29,8 +29,8 @@ import torch.distributed as dist
 
 import plugframe_builtins.torch_collective.forked
 from plugframe import Lite
-from plugframe.context import Context
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe_builtins.torch_collective.collective import TorchCollective
 from plugframe_builtins.torchelastic.environment import TorchElastic
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info, random_split
 
 from plugframe import Lite, OutOfSyncError, SettingError, seed_everything
-from plugframe.adopt.own import held_sources
-from plugframe.draws import DrawCheck
-from plugframe.seed import GLOBAL_SEED, JOB_SEED, PROCESS, seed_process
-from plugframe.world import World
+from plugframe.data.generators import held_sources
+from plugframe.data.random_check import DrawCheck
+from plugframe.data.seed import GLOBAL_SEED, JOB_SEED, PROCESS, seed_process
+from plugframe.hooks.world import World
 from ranks import run_checks
 
 MODULE_LEVEL = numpy.random.default_rng(0)
@@ -235,7 +235,7 @@ def a_drawn_seed_is_rank_0s(lite: Lite) -> None:
     assert len(set(everyones(lite, torch.rand(()).item()))) == 1
     # As two processes with nothing in common would.
     seed_process(100 + lite.global_rank, drawn=True, per_rank=None)
-    from plugframe.agreement import agree
+    from plugframe.diagnostics.consistency import agree
 
     agree(lite.plan, lite._session.started())
     assert PROCESS.seed == 100
@@ -289,7 +289,7 @@ def train(lite: Lite, *, dropout: bool = False, noise: str = "", per_rank: bool 
 
 def equal_draws_are_told_once(lite: Lite) -> None:
     """Dropout, or noise of the loop, that is equal on all ranks is told in one line; nothing else is."""
-    from plugframe import draws as module
+    from plugframe.data import random_check as module
 
     told: list[str] = []
     tell, module.tell = module.tell, lambda message, warn: told.append(message)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from plugframe import Lite, OrderError, UnsupportedError
+from plugframe.hooks.world import World
 from plugframe.testing import leftovers
-from plugframe.world import World
 from ranks import run_ranks
 
 

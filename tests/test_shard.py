@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from plugframe.adopt.shard import ShardedIndices, Start, share_batches, share_indices
+from plugframe.data.sharding import ShardedIndices, Start, share_batches, share_indices
 
 numbers = st.integers(0, 60)
 sizes = st.integers(1, 5)

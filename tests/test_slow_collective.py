@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from plugframe import Lite
-from plugframe.base.accounts import Account
-from plugframe.base.ring import Call, Ring
-from plugframe.watch import report, watch_over
-from plugframe.world import World
+from plugframe.diagnostics.call_log import Call, Ring
+from plugframe.diagnostics.rank_status import Account
+from plugframe.diagnostics.stall_report import report, watch_over
+from plugframe.hooks.world import World
 from ranks import rank_store, run_ranks
 
 AFTER_S = 0.2

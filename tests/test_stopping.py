@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from plugframe import Lite, PlugframeWarning
-from plugframe.stopping import SIGNALS, Stopping
-from plugframe.world import World
+from plugframe.hooks.world import World
+from plugframe.launch.preemption import SIGNALS, Stopping
 from plugframe_builtins.slurm.requeue import requeue
 from ranks import run_ranks
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from plugframe.launch.watch import Rank, Watch
+from plugframe.launch.monitor import Rank, Watch
 from test_signals import is_alive, wait_for
 
 TRAIN = """

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, TensorDataset
 
 from plugframe import Lite, SettingError
-from plugframe.world import World
+from plugframe.hooks.world import World
 from plugframe_builtins.tensor_parallel.plan import check_plan
 from plugframe_builtins.tensor_parallel.strategy import TensorParallel
 from ranks import run_checks

@@ -15,9 +15,9 @@ import torch
 
 from plugframe import Lite, Plugin, SettingError, UnknownPluginError
 from plugframe.base import Strategy
-from plugframe.registry import Registry
+from plugframe.core.registry.registry import Registry
+from plugframe.hooks.world import World
 from plugframe.testing import FakeAccelerator, RanksFailed, leftovers
-from plugframe.world import World
 
 
 class Acme(Strategy):

@@ -26,8 +26,8 @@ from plugframe import (
     UnknownPluginError,
 )
 from plugframe.cli import cli
-from plugframe.registry import Registry
-from plugframe.world import World
+from plugframe.core.registry.registry import Registry
+from plugframe.hooks.world import World
 from ranks import run_ranks
 
 Use = Callable[..., None]

@@ -17,9 +17,9 @@ from click.testing import CliRunner
 from fake_distributions import EXTENSION, STRATEGY, in_folder, publish, shelf  # noqa: F401  a fixture
 from plugframe import Lite, PlugframeWarning, RefusedPluginError, SettingError, UnknownPluginError, UnsupportedError
 from plugframe.cli import cli
-from plugframe.registry import Entry, Registry
-from plugframe.request import FROM_COMMAND_LINE, gather
-from plugframe.trust import ALLOW, DISABLE, Policy, handed, read_policy
+from plugframe.core.config.request import FROM_COMMAND_LINE, gather
+from plugframe.core.registry.policy import ALLOW, DISABLE, Policy, handed, read_policy
+from plugframe.core.registry.registry import Entry, Registry
 
 Put = Callable[..., None]
 VARIABLE = "the environment variable PLUGFRAME_DISABLE"

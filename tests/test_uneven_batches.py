@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from plugframe import Lite, OrderError
-from plugframe.world import World
+from plugframe.hooks.world import World
 from ranks import run_checks
 
 STRATEGIES = ("ddp", "fsdp")

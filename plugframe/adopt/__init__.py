@@ -1,10 +1,10 @@
 """Your own objects back: a module, an optimizer, a loader, each itself plus hooks, and itself again after."""
 
-from plugframe.adopt.loader import adopt_loader, release_loader
 from plugframe.adopt.module import adopt_module, release_module
 from plugframe.adopt.optimizer import adopt_optimizer, release_optimizer
-from plugframe.adopt.order import Order
 from plugframe.adopt.swap import state_of
+from plugframe.data.loader import adopt_loader, release_loader
+from plugframe.data.shuffle import Order
 
 __all__ = [
     "Order",

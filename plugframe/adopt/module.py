@@ -16,12 +16,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from plugframe.adopt.optimizer import keeps_gradients, zeroing
 from plugframe.adopt.swap import KEY, State, adopt, plain_class, release
-from plugframe.adopt.weights import Weights
 from plugframe.base.precision import Precision
+from plugframe.data.batch_weights import Weights
 from plugframe.errors import SettingError, UsageError, closest
 
 if TYPE_CHECKING:
-    from plugframe.draws import DrawCheck
+    from plugframe.data.random_check import DrawCheck
 
 #: What ``torch.compile(module)`` puts before every key of the module's state.
 COMPILED = "_orig_mod."

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from plugframe.adopt.swap import KEY, State, adopt, release
 from plugframe.base.strategy import Strategy
-from plugframe.base.telling import warn_caller
+from plugframe.utils.logging import warn_caller
 
 if TYPE_CHECKING:
     from plugframe.adopt.module import Phase

@@ -4,21 +4,21 @@ These import torch; a descriptor's module does not import them.
 """
 
 from plugframe.base.accelerator import Accelerator
-from plugframe.base.buffers import overwrite, persistent_buffers, stored, sync_buffers
 from plugframe.base.checkpoint import Checkpoint
 from plugframe.base.collective import Collective, check_reduction
-from plugframe.base.devices import parse_devices
 from plugframe.base.environment import Environment, fresh, private_store
 from plugframe.base.extension import Extension
-from plugframe.base.gathered import is_gathered, mark_gathered
 from plugframe.base.launcher import Launcher
 from plugframe.base.logger import Logger
-from plugframe.base.objects import job_token, pack, unpack
 from plugframe.base.precision import Precision, cast_floating, default_dtype
-from plugframe.base.references import repoint
 from plugframe.base.strategy import ForwardShim, Strategy
-from plugframe.base.telling import failing, size_text, tell, warn_caller
-from plugframe.base.tree import map_tensors
+from plugframe.utils.buffers import overwrite, persistent_buffers, stored, sync_buffers
+from plugframe.utils.devices import parse_devices
+from plugframe.utils.gathered import is_gathered, mark_gathered
+from plugframe.utils.logging import failing, size_text, tell, warn_caller
+from plugframe.utils.references import repoint
+from plugframe.utils.serialization import job_token, pack, unpack
+from plugframe.utils.tree import map_tensors
 
 __all__ = [
     "Accelerator",

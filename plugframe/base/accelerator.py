@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugframe.base.devices import parse_devices
-from plugframe.base.tree import map_tensors
-from plugframe.context import Context
 from plugframe.hooks import AcceleratorSpec, hookimpl
+from plugframe.hooks.context import Context
+from plugframe.utils.devices import parse_devices
+from plugframe.utils.tree import map_tensors
 
 
 class Accelerator(AcceleratorSpec):

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from plugframe.checkpoint.atomic import draft_name
-from plugframe.context import Context
 from plugframe.errors import CheckpointError, CheckpointURLError, UnsupportedError
 from plugframe.hooks import CheckpointSpec, hookimpl
+from plugframe.hooks.context import Context
 
 if TYPE_CHECKING:
     from torch import Tensor

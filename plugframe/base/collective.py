@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugframe.context import Context
 from plugframe.errors import SettingError
 from plugframe.hooks import CollectiveSpec, ReduceOp, hookimpl
+from plugframe.hooks.context import Context
 
 REDUCTIONS = ("sum", "mean", "avg", "min", "max", "product")
 

@@ -8,11 +8,11 @@ import socket
 from datetime import timedelta
 from typing import Any
 
-from plugframe.context import Context
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks import EnvironmentSpec, hookimpl
-from plugframe.request import MEETING
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.variables import MEETING
+from plugframe.hooks.world import World
 
 
 class Environment(EnvironmentSpec):

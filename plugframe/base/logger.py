@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from plugframe.context import Context
 from plugframe.hooks import LoggerSpec, hookimpl
+from plugframe.hooks.context import Context
 
 
 class Logger(LoggerSpec):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plugframe.base.tree import map_tensors
-from plugframe.context import Context
 from plugframe.errors import UnsupportedError
 from plugframe.hooks import Dtypes, PrecisionSpec, hookimpl
+from plugframe.hooks.context import Context
+from plugframe.utils.tree import map_tensors
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plugframe.base.buffers import load_expanded
-from plugframe.base.deferred import deferring, materialize_module
 from plugframe.checkpoint.stored import materialize
-from plugframe.context import Context
+from plugframe.deferred.module import deferring, materialize_module
 from plugframe.hooks import Engine, StrategySpec, hookimpl
+from plugframe.hooks.context import Context
+from plugframe.utils.buffers import load_expanded
 
 
 class ForwardShim(nn.Module):

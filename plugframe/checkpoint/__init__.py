@@ -6,6 +6,7 @@
 at any instant leaves one of the two.
 """
 
+from plugframe._printable import names_text, printable, printable_cause
 from plugframe.checkpoint.atomic import (
     check_space,
     draft_name,
@@ -18,9 +19,10 @@ from plugframe.checkpoint.atomic import (
     replacing,
     sync_folder,
 )
-from plugframe.checkpoint.behind import Checksums
+from plugframe.checkpoint.background_checksum import Checksums
 from plugframe.checkpoint.buffers import as_bytes, pieces
 from plugframe.checkpoint.contents import Contents
+from plugframe.checkpoint.error_codes import Packed, first_error, pack_error, unpack_error
 from plugframe.checkpoint.manifest import (
     DIGEST_CHARS,
     MAX_MANIFEST_BYTES,
@@ -38,10 +40,8 @@ from plugframe.checkpoint.manifest import (
 )
 from plugframe.checkpoint.shards import is_shard, local_of, view_locally
 from plugframe.checkpoint.stored import Source, StoredTensor, fill, materialize
-from plugframe.checkpoint.travelling import Packed, first_error, pack_error, unpack_error
 from plugframe.checkpoint.tree import dump_structure, join, parse_structure, split, split_stored
 from plugframe.checkpoint.values import dtype_name, dtype_of
-from plugframe.printable import names_text, printable, printable_cause
 
 __all__ = [
     "DIGEST_CHARS",

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from plugframe._printable import printable_cause
 from plugframe.checkpoint.tree import join, parse_structure, split
 from plugframe.errors import CheckpointCorruptError, CheckpointError
-from plugframe.printable import printable_cause
 
 _T = TypeVar("_T")
 _HEXADECIMAL = frozenset("0123456789abcdef")

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plugframe._printable import printable_cause
 from plugframe.checkpoint import strict_json
-from plugframe.checkpoint.refusal import describe, refuse, refuse_tensor
 from plugframe.checkpoint.shards import is_shard, local_of, view_locally
 from plugframe.checkpoint.stored import StoredTensor, Viewed, viewed
+from plugframe.checkpoint.unsupported import describe, refuse, refuse_tensor
 from plugframe.checkpoint.values import (
     MAX_INT_BITS,
     dtype_name,
@@ -31,7 +32,6 @@ from plugframe.checkpoint.values import (
     special_float,
 )
 from plugframe.errors import CheckpointCorruptError, CheckpointError
-from plugframe.printable import printable_cause
 
 #: Deeper trees are refused: the JSON parser's own recursion limit is not far beyond.
 MAX_DEPTH = 100

@@ -10,9 +10,9 @@ from difflib import get_close_matches
 
 import click
 
+from plugframe.core.config.options import parts, typed
+from plugframe.core.config.request import OPTION_KINDS
 from plugframe.errors import SettingError, closest
-from plugframe.options import parts, typed
-from plugframe.request import OPTION_KINDS
 
 MODULE = "-m"
 HELP = ("-h", "--help")

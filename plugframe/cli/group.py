@@ -3,39 +3,60 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from plugframe.errors import PlugframeError, RankFailedError, UsageError, closest
-from plugframe.printable import printable
+from plugframe._printable import printable
+from plugframe.core.registry.entry_points import COMMAND, Entry, published
+from plugframe.core.registry.policy import read_policy
+from plugframe.errors import (
+    PlugframeError,
+    PluginContractError,
+    PluginError,
+    PluginLoadError,
+    RankFailedError,
+    SettingError,
+    UsageError,
+    closest,
+)
 
 #: What a shell reports for a program ended by Ctrl-C: 128 + SIGINT.
 INTERRUPTED = 130
-COMMANDS = ("run", "list-plugins", "new-plugin", "doctor", "env", "checkpoint")
 
 
 class Commands(click.Group):
-    """A command ``some-name`` is the object ``command`` of the module ``plugframe.cli.some_name``."""
+    """Commands by name, from the entry-point group ``plugframe.command``; each is imported when it is typed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(_commands())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        found = importlib.import_module(f"plugframe.cli.{cmd_name.replace('-', '_')}").command
-        assert isinstance(found, click.Command)
-        return found
+        entry = _commands().get(cmd_name)
+        return None if entry is None else _load(entry)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List every command with its summary, or with what is wrong with it."""
+        rows = []
+        for name, entry in _commands().items():
+            try:
+                rows.append((name, _load(entry).get_short_help_str(80)))
+            except PluginError as error:
+                rows.append((name, printable(str(error))))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0].replace("_", "-")
-        if name not in COMMANDS and not name.startswith("-"):
-            hint = f" Type 'plugframe run {args[0]}'." if args[0].endswith(".py") else closest(name, COMMANDS)
-            raise click.UsageError(f"{args[0]!r} is not a command.{hint} Commands: {', '.join(COMMANDS)}.")
+        commands = _commands()
+        if name not in commands and not name.startswith("-"):
+            hint = f" Type 'plugframe run {args[0]}'." if args[0].endswith(".py") else closest(name, commands)
+            raise click.UsageError(f"{args[0]!r} is not a command.{hint} Commands: {', '.join(commands)}.")
         return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +79,33 @@ class Commands(click.Group):
         except PlugframeError as error:
             return _one_line(str(error), 1)
         return code if isinstance(code, int) else 0
+
+
+def _commands() -> Mapping[str, Entry]:
+    """Return the installed commands that may be used, built-ins first; a built-in's name is its own."""
+    entries = [entry for entry in published() if entry.kind == COMMAND]
+    try:
+        policy = read_policy(os.environ)
+        entries = [entry for entry in entries if not policy.refusal(entry)]
+    except SettingError:  # the command itself reports it; help is there all the same
+        entries = [entry for entry in entries if entry.builtin]
+    found: dict[str, Entry] = {}
+    for entry in sorted(entries, key=lambda entry: not entry.builtin):
+        found.setdefault(entry.name, entry)
+    return found
+
+
+def _load(entry: Entry) -> click.Command:
+    module, _, attribute = entry.value.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        if entry.builtin:
+            raise
+        raise PluginLoadError(f"{entry.origin} cannot be imported: {type(error).__name__}: {error}") from error
+    if not isinstance(found, click.Command):
+        raise PluginContractError(f"{entry.origin} is {entry.value}, which is not a click.Command.")
+    return found
 
 
 def _one_line(message: str, exit_code: int) -> int:

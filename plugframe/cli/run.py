@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from plugframe.cli.arguments import Shorthand, Words, split
-from plugframe.cli.target import check, check_callback
+from plugframe.cli.script_check import check, check_callback
+from plugframe.core.registry.policy import handed
 from plugframe.errors import PlugframeWarning, SettingError, UsageError
-from plugframe.trust import handed
 
 if TYPE_CHECKING:
-    from plugframe.candidates import Candidates
     from plugframe.cli.start import Start
-    from plugframe.plan import Choice, Plan
-    from plugframe.registry import Registry
+    from plugframe.core.planning.candidates import Candidates
+    from plugframe.core.planning.plan import Choice, Plan
+    from plugframe.core.registry.registry import Registry
 
 
 class RunCommand(click.Command):
@@ -43,8 +43,8 @@ class RunCommand(click.Command):
 
 def _shorthands() -> dict[str, Shorthand]:
     """Return what the names of extensions stand for, and of environments that have an option for how much of it."""
+    from plugframe.core.registry.registry import Registry
     from plugframe.errors import PluginError
-    from plugframe.registry import Registry
 
     registry = Registry.discover()
     found = {}
@@ -159,7 +159,7 @@ def command(
       plugframe run -m package.train --dry-run
       plugframe run train.py --devices=2 -- --devices is for the script
     """
-    from plugframe.descent import start_afresh
+    from plugframe.launch.inheritance import start_afresh
 
     start_afresh()
     _check(words)
@@ -170,11 +170,11 @@ def command(
     variables |= handed(disabled, {**os.environ, **variables})
     environ = {**os.environ, **variables}
     # Resolving imports what it needs; a wrong script or a wrong option is told without it.
-    from plugframe.candidates import Candidates
     from plugframe.cli.start import Nodes, decide
-    from plugframe.registry import Registry
-    from plugframe.request import gather, variable
-    from plugframe.resolve import resolve
+    from plugframe.core.config.request import gather, variable
+    from plugframe.core.planning.candidates import Candidates
+    from plugframe.core.planning.resolve import resolve
+    from plugframe.core.registry.registry import Registry
 
     nodes = Nodes(
         node_rank=node_rank,
@@ -255,8 +255,8 @@ def _try(registry: Registry, choices: Iterable[Choice]) -> None:
 
 def _variables(settings: Mapping[str, Any], config: str | None, options: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that hand to the ranks what was typed, and nothing else."""
-    from plugframe.options import variable_of
-    from plugframe.request import FROM_COMMAND_LINE, LISTS, variable
+    from plugframe.core.config.options import variable_of
+    from plugframe.core.config.request import FROM_COMMAND_LINE, LISTS, variable
 
     typed = {field: value for field, value in settings.items() if value not in (None, ())}
     texts = {field: ",".join(value) if field in LISTS else str(value) for field, value in typed.items()}

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from plugframe.cli import attending
+from plugframe.cli import supervision_options
+from plugframe.core.config.request import FROM_COMMAND_LINE, Request, variable
+from plugframe.core.planning.plan import Choice, Plan
+from plugframe.core.planning.resolve import Catalogue, resolve_launcher
 from plugframe.errors import PlugframeWarning, SettingError
 from plugframe.hooks.launcher import Job
-from plugframe.plan import Choice, Plan
-from plugframe.request import FROM_COMMAND_LINE, Request, variable
-from plugframe.resolve import Catalogue, resolve_launcher
 
 #: Where node 0 listens unless it is told otherwise; the one PyTorch's own launcher uses.
 MAIN_PORT = 29500
@@ -151,7 +151,7 @@ def decide(
     elif several:
         node_rank, main_address, main_port = _meeting(plan.num_nodes, nodes)
     if nodes.debug_rank is not None:
-        variables = attending.patient(variables, request)
+        variables = supervision_options.patient(variables, request)
     job = Job(
         num_processes=len(plan.devices),
         num_nodes=plan.num_nodes,
@@ -163,9 +163,9 @@ def decide(
         command=tuple(command),
         grace_s=Job.grace_s if nodes.grace_s is None else nodes.grace_s,
         timeout_s=Job.timeout_s if nodes.rdzv_timeout_s is None else nodes.rdzv_timeout_s,
-        **attending.fields(plan, nodes),
+        **supervision_options.fields(plan, nodes),
     )
-    attending.check(job)
+    supervision_options.check(job)
     return Start(command=command, variables=variables, launcher=launcher, job=job)
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from plugframe.hooks.accelerator import AcceleratorSpec
     from plugframe.hooks.checkpoint import CheckpointSpec, SaveHandle
     from plugframe.hooks.collective import CollectiveSpec, ReduceOp
+    from plugframe.hooks.context import Context
     from plugframe.hooks.descriptor import API, Option, Plugin
     from plugframe.hooks.environment import EnvironmentSpec
     from plugframe.hooks.kinds import KINDS, Kind
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from plugframe.hooks.notify import NotifySpec
     from plugframe.hooks.precision import Dtypes, PrecisionSpec
     from plugframe.hooks.strategy import Engine, StrategySpec
+    from plugframe.hooks.world import World
 
 __all__ = [
     "API",
@@ -30,6 +32,7 @@ __all__ = [
     "AcceleratorSpec",
     "CheckpointSpec",
     "CollectiveSpec",
+    "Context",
     "Dtypes",
     "Engine",
     "EnvironmentSpec",
@@ -44,6 +47,7 @@ __all__ = [
     "ReduceOp",
     "SaveHandle",
     "StrategySpec",
+    "World",
     "hookimpl",
     "hookspec",
 ]
@@ -57,6 +61,7 @@ def __getattr__(name: str) -> Any:
         "AcceleratorSpec": "accelerator",
         "CheckpointSpec": "checkpoint",
         "CollectiveSpec": "collective",
+        "Context": "context",
         "Dtypes": "precision",
         "Engine": "strategy",
         "EnvironmentSpec": "environment",
@@ -71,6 +76,7 @@ def __getattr__(name: str) -> Any:
         "ReduceOp": "collective",
         "SaveHandle": "checkpoint",
         "StrategySpec": "strategy",
+        "World": "world",
         "hookimpl": "markers",
         "hookspec": "markers",
     }.get(name)

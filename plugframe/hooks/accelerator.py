@@ -10,7 +10,7 @@ from plugframe.hooks.markers import provider
 if TYPE_CHECKING:
     import torch
 
-    from plugframe.context import Context
+    from plugframe.hooks.context import Context
 
 
 class AcceleratorSpec(Protocol):

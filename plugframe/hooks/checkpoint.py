@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from plugframe.hooks.markers import provider
 
 if TYPE_CHECKING:
-    from plugframe.context import Context
+    from plugframe.hooks.context import Context
 
 
 class SaveHandle(Protocol):

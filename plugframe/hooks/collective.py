@@ -10,7 +10,7 @@ from plugframe.hooks.markers import provider
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from plugframe.context import Context
+    from plugframe.hooks.context import Context
 
 #: Reductions every collective knows. "avg" is "mean" under torch's name.
 ReduceOp = Literal["sum", "mean", "avg", "min", "max", "product"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from plugframe.hooks.markers import provider
-from plugframe.world import World
+from plugframe.hooks.world import World
 
 if TYPE_CHECKING:
-    from plugframe.context import Context
+    from plugframe.hooks.context import Context
 
 
 class EnvironmentSpec(Protocol):

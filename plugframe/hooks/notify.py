@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from plugframe.context import Context
+    from plugframe.hooks.context import Context
 
 
 class NotifySpec(Protocol):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from plugframe.context import Context
+    from plugframe.hooks.context import Context
 
 
 @dataclass(frozen=True, kw_only=True)

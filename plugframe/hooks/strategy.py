@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from plugframe.context import Context
+    from plugframe.hooks.context import Context
 
 #: What a strategy keeps beside a module. It is called as ``engine(call, *args, **kwargs)`` and must run
 #: ``call(*args, **kwargs)``, the user's own forward, under the strategy. None: nothing to add.
@@ -55,7 +55,7 @@ class StrategySpec(Protocol):
         """Return the context in which ``lite.init_module()`` lets the user build a module.
 
         Called on every rank. `empty_init` True asks for parameters without storage, which get the values of an
-        eager build in `strategy_setup_module`; see `plugframe.base.deferred`.
+        eager build in `strategy_setup_module`; see `plugframe.deferred.module`.
         """
         ...
 

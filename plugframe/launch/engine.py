@@ -28,16 +28,16 @@ from plugframe.launch.elastic import Elastic
 from plugframe.launch.files import RankFiles, read_words
 from plugframe.launch.folder import temporary_folder
 from plugframe.launch.function import UNGUARDED, run_function
-from plugframe.launch.guardian import Guardian
 from plugframe.launch.memory import out_of_memory_kills
+from plugframe.launch.monitor import Rank, Watch, is_child
 from plugframe.launch.nodes import ElsewhereError, Nodes
+from plugframe.launch.orphan_reaper import Guardian
 from plugframe.launch.output import PREFIX, Output
 from plugframe.launch.rendezvous import Loopback
 from plugframe.launch.report import Ending, Report, culprit_of, mark, report, summary
 from plugframe.launch.signals import WARNING, Signals
 from plugframe.launch.survivors import Survivors
 from plugframe.launch.variables import variables_of_ranks
-from plugframe.launch.watch import Rank, Watch, is_child
 
 _MONITOR_S = 0.05
 #: Beats between two looks for ranks that have vanished, and how many such looks are proof.

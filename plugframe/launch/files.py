@@ -11,11 +11,11 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
+from plugframe.hooks.variables import MEETING
 from plugframe.launch.function import DONE_FILE
 from plugframe.launch.output import STREAMS, Output
 from plugframe.launch.rank import CRASH_FILE, DEBUG, ERROR_FILE
 from plugframe.launch.signals import TORCH_SIGNALS
-from plugframe.request import MEETING
 
 
 class RankFiles(LogsSpecs):

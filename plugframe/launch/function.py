@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from plugframe.errors import OrderError
-from plugframe.launch import guardian, rank
+from plugframe.launch import orphan_reaper, rank
 
 UNGUARDED = "The script starts ranks while a rank imports it: put what starts them under `if __name__ == '__main__':`."
 #: Name of a file beside the error file, there once the function has returned.
@@ -23,7 +23,7 @@ def run_function(parent: int, function: Callable[..., Any], args: tuple[Any, ...
     Pickled here and by value: an error is then told like any other of the function, and tensors need no
     process to live on until somebody has received them.
     """
-    guardian.let_go()
+    orphan_reaper.let_go()
     os.setpgid(0, 0)  # as a script's rank has it: what it starts can be ended with it
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(signum, signal.SIG_DFL)  # a forked rank has the launcher's handlers

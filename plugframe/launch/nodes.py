@@ -16,7 +16,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: i
 from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
 from plugframe.errors import UsageError
-from plugframe.launch.holder import holder_of
+from plugframe.launch.port_owner import holder_of
 from plugframe.launch.rendezvous import STORE_TIMEOUT_S, Loopback, listening, serve
 from plugframe.launch.signed import Signed
 

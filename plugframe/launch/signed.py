@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from plugframe.errors import EnvironmentMismatchError
-from plugframe.request import TOKEN
+from plugframe.hooks.variables import TOKEN
 
 _DIGITS = 64
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plugframe.launch import rank as rank_script
-from plugframe.launch.watch import Rank
+from plugframe.launch.monitor import Rank
 
 #: How long processes may take to notice that their rank has gone, as helpers of multiprocessing do.
 _LEAVE_S = 1.0

@@ -7,9 +7,9 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from plugframe.descent import unmarked
 from plugframe.hooks.launcher import Job
-from plugframe.request import JOB_SEED, LAUNCHED, TOKEN
+from plugframe.hooks.variables import JOB_SEED, LAUNCHED, TOKEN
+from plugframe.launch.inheritance import unmarked
 
 
 @contextmanager

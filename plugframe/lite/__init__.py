@@ -1,5 +1,5 @@
 """The user's object, in parts by what they are for: it delegates, and decides nothing."""
 
-from plugframe.lite.launching import Lite
+from plugframe.lite.lite import Lite
 
 __all__ = ["Lite"]

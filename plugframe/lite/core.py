@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from plugframe import starting
-from plugframe.adopt.loaders import Loaders
 from plugframe.adopt.module import Phase, counting
-from plugframe.adopt.successors import Successors
-from plugframe.context import Context
-from plugframe.descent import Place, own_variables
+from plugframe.adopt.replaced import Successors
+from plugframe.core.config.request import FROM_COMMAND_LINE, gather
+from plugframe.core.planning.resolve import resolve
+from plugframe.core.registry.registry import Registry
+from plugframe.core.runtime.session import Session
+from plugframe.data.loaders import Loaders
+from plugframe.data.random_streams import RankStreams
 from plugframe.errors import SettingError, closest
-from plugframe.registry import Registry
-from plugframe.request import FROM_COMMAND_LINE, gather
-from plugframe.resolve import resolve
-from plugframe.session import Session
-from plugframe.stopping import Stopping
-from plugframe.streams import RankStreams
+from plugframe.hooks.context import Context
+from plugframe.launch import start
+from plugframe.launch.inheritance import Place, own_variables
+from plugframe.launch.preemption import Stopping
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -241,7 +241,7 @@ class Core:
         session = self._session
         if session.context is None:
             if not self._alone():
-                raise starting.not_launched(self.plan, call)
+                raise start.not_launched(self.plan, call)
             self._place.check(call, launched=self.plan.launched)
             session.start()
             self._phase.explain = session.explain

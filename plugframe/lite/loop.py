@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plugframe import checks, exchange
 from plugframe.adopt import state_of
 from plugframe.errors import SettingError
+from plugframe.lite import checks, collectives
 from plugframe.lite.core import Core
 
 T = TypeVar("T")
@@ -166,7 +166,7 @@ class Loop(Core):
             return obj.to(context.device)
         moved = self._hooks.accelerator_move_batch(batch=obj, device=context.device)
         # An accelerator may trust batches to be where they belong; here anything can come from anywhere.
-        return cast("T", exchange.on_device(moved, context.device))
+        return cast("T", collectives.on_device(moved, context.device))
 
     def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
         """Return a context in which a module is built on this rank's device, in the precision's dtype.

@@ -10,12 +10,12 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from torch.optim import Optimizer
 
-from plugframe import exchange
 from plugframe.base import warn_caller
-from plugframe.base.sync import check_in_sync, check_replicated, named_tensors
+from plugframe.diagnostics.replicas import check_in_sync, check_replicated, named_tensors
 from plugframe.errors import SettingError
+from plugframe.lite import collectives
 from plugframe.lite.core import Core
-from plugframe.reduction import is_dropped, operation, reduce_tensor, why_not_in_place
+from plugframe.lite.reductions import is_dropped, operation, reduce_tensor, why_not_in_place
 
 T = TypeVar("T")
 
@@ -54,11 +54,11 @@ class Ranks(Core):
         self._meet("all_gather", group, timeout_s)
         hooks, device = self._hooks, context.device
         if as_object:
-            everyone = hooks.collective_all_gather_object(obj=exchange.off_device(data), group=group)
-            return [exchange.on_device(each, device) for each in everyone]
-        if pad is None and exchange.is_whole(data):
+            everyone = hooks.collective_all_gather_object(obj=collectives.off_device(data), group=group)
+            return [collectives.on_device(each, device) for each in everyone]
+        if pad is None and collectives.is_whole(data):
             return hooks.collective_all_gather(tensor=data, group=group, sync_grads=sync_grads)
-        return exchange.gather(data, hooks, group, device, sync_grads=sync_grads, pad=pad)
+        return collectives.gather(data, hooks, group, device, sync_grads=sync_grads, pad=pad)
 
     def all_reduce(
         self, data: Any, group: Any = None, reduce_op: Any = "mean", *, timeout_s: float | None = None
@@ -98,10 +98,10 @@ class Ranks(Core):
         context = self._started("all_reduce")
         op = operation(reduce_op)
         self._meet("all_reduce", group, timeout_s)
-        if exchange.is_whole(data):
+        if collectives.is_whole(data):
             result = reduce_tensor(data, op, self._hooks, group)
         else:
-            result = exchange.reduce(data, op, self._hooks, group, context.device)
+            result = collectives.reduce(data, op, self._hooks, group, context.device)
         if result is not data and is_dropped(sys._getframe(1)) and not isinstance(data, (int, float, complex)):
             warn_caller(
                 "lite.all_reduce() could not reduce this in place, and its result is not used: write "
@@ -123,9 +123,9 @@ class Ranks(Core):
             raise SettingError(f"broadcast(src={src!r}): ranks go from 0 to {self.world_size - 1}.")
         self._meet("broadcast", None, timeout_s)
         # A simulated source has what this rank has.
-        sent = exchange.off_device(obj) if src == self.global_rank or self.plan.simulated else None
+        sent = collectives.off_device(obj) if src == self.global_rank or self.plan.simulated else None
         found = self._hooks.collective_broadcast_object(obj=sent, src=src, group=None)
-        return cast("T", exchange.on_device(found, context.device))
+        return cast("T", collectives.on_device(found, context.device))
 
     def barrier(self, name: str | None = None, *, timeout_s: float | None = None) -> None:
         """Return once every rank is here. Every rank must call it.

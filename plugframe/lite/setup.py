@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from plugframe import checks
 from plugframe.adopt import (
     Order,
     adopt_loader,
@@ -24,19 +23,20 @@ from plugframe.adopt import (
     release_optimizer,
     state_of,
 )
-from plugframe.adopt.comparison import Comparison
-from plugframe.adopt.loader import check_unread, divides_itself, held_by, sources_of
 from plugframe.adopt.module import checked_name
-from plugframe.adopt.sameness import check_same, check_undivided, divider, signature
-from plugframe.adopt.sources import get_state, set_state
-from plugframe.adopt.windows import check_window
-from plugframe.base.deferred import check_values, resuming
-from plugframe.base.telling import warn_caller
-from plugframe.draws import DrawCheck
+from plugframe.adopt.settings_check import Comparison
+from plugframe.data.consistency import check_same, check_undivided, divider, signature
+from plugframe.data.loader import check_unread, divides_itself, held_by, sources_of
+from plugframe.data.random_check import DrawCheck
+from plugframe.data.random_sources import get_state, set_state
+from plugframe.data.random_streams import RankStreams
+from plugframe.data.stream_check import check_window
+from plugframe.deferred.module import check_values, resuming
 from plugframe.errors import OrderError, SettingError
+from plugframe.lite import checks
 from plugframe.lite.core import Core
-from plugframe.naming import Names, names_of
-from plugframe.streams import RankStreams
+from plugframe.state.parameter_names import Names, names_of
+from plugframe.utils.logging import warn_caller
 
 
 class SetUp(Core):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from plugframe.core.registry.registry import Entry, Registry
 from plugframe.hooks import Plugin
-from plugframe.registry import Entry, Registry
 
 #: What a message calls the package of a name that a test added.
 DISTRIBUTION = "this-test"

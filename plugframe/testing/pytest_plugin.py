@@ -23,7 +23,7 @@ def plugframe_registry(monkeypatch: pytest.MonkeyPatch) -> IsolatedRegistry:
     ``plugframe_registry.add("strategy", "acme", Plugin(factory="tests.acme:Acme"))`` makes a name selectable in
     every ``Lite(...)`` of this test, without an entry point. Processes that the test starts know nothing of it.
     """
-    from plugframe.registry import Registry
+    from plugframe.core.registry.registry import Registry
     from plugframe.testing.isolated import IsolatedRegistry
 
     registry = IsolatedRegistry(Registry.discover().entries())

@@ -39,8 +39,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from plugframe.request import RANK
-from plugframe.world import World
+from plugframe.hooks.variables import RANK
+from plugframe.hooks.world import World
 
 #: How long the other ranks may take to end by themselves once one has failed.
 GRACE_S = 5.0

@@ -14,8 +14,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from plugframe.base import is_gathered
-from plugframe.base.registrations import Registrations
 from plugframe.errors import OrderError
+from plugframe.utils.registrations import Registrations
 
 
 class LossScale:

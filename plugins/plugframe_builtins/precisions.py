@@ -12,9 +12,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from plugframe.base import Precision, cast_floating, default_dtype
-from plugframe.context import Context
 from plugframe.errors import SettingError, UnsupportedError
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
 from plugframe_builtins.loss_scale import LossScale
 
 

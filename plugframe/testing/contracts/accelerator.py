@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from plugframe.context import Context
 from plugframe.errors import PlugframeError, SettingError
+from plugframe.hooks.context import Context
 from plugframe.testing.contracts.base import PluginContract
 from plugframe.testing.contracts.placed import context_of, is_here, takes
 from plugframe.testing.contracts.running import broken, chosen, left, one_line, running, traces
@@ -36,7 +36,7 @@ CLEAN = "Law 9 (nothing is left behind)"
 _ASK = """
 import json, os, sys
 sys.path[:] = json.loads(sys.argv[3])
-from plugframe.registry import Registry
+from plugframe.core.registry.registry import Registry
 registry = Registry.discover()
 plugin = registry.make(registry.find("accelerator", sys.argv[1]), json.loads(sys.argv[2]))
 told = {"available": False, "type": "bool", "fork": ""}

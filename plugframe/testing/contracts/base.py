@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 
 import pytest
 
-from plugframe.declared import disagreements
+from plugframe.core.planning.plan import Choice
+from plugframe.core.planning.plugin_objects import hooks_of
+from plugframe.core.registry.option_validation import disagreements
+from plugframe.core.registry.registry import Entry, Registry
+from plugframe.core.runtime.pipeline import check_hooks
 from plugframe.errors import MissingDependencyError, PlugframeError, PluginContractError, closest
 from plugframe.hooks import API, KINDS, Plugin
-from plugframe.instances import hooks_of
-from plugframe.pipeline import check_hooks
-from plugframe.plan import Choice
-from plugframe.registry import Entry, Registry
 from plugframe.testing.contracts.running import broken, one_line
 
 PUBLISHED = "Published (an entry point of the kind's group gives the name)"

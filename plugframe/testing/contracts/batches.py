@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import pytest
 
 from plugframe.errors import UnsupportedError
+from plugframe.hooks.world import World
 from plugframe.testing.contracts.running import one_line
 from plugframe.testing.ranks import RanksFailed, rank_store, run_ranks
-from plugframe.world import World
 
 Check = Callable[[Any], None]
 _C = TypeVar("_C", bound=Check)

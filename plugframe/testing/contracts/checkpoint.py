@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from plugframe.checkpoint import fill, materialize
-from plugframe.context import Context
 from plugframe.errors import CheckpointError, UnsupportedError
+from plugframe.hooks.context import Context
 from plugframe.testing.contracts import states
 from plugframe.testing.contracts.base import PluginContract
 from plugframe.testing.contracts.checkpoint_damage import Code, attempt, damaged, is_file_path

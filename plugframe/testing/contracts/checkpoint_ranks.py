@@ -20,10 +20,10 @@ from torch import Tensor
 
 from plugframe.checkpoint import fill, materialize
 from plugframe.errors import CheckpointError
+from plugframe.hooks.world import World
 from plugframe.testing.contracts import states
 from plugframe.testing.contracts.running import chosen, one_line, running
 from plugframe.testing.ranks import rank_store
-from plugframe.world import World
 
 ATOMIC = "Atomic (a save that fails or dies leaves what was there before whole)"
 ALIKE = "Alike (a save or a load returns or raises alike on all ranks)"

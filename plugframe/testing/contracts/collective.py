@@ -8,14 +8,14 @@ from typing import ClassVar
 import pytest
 import torch
 
-from plugframe.context import Context
 from plugframe.errors import UnsupportedError
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe.testing.contracts import collective_ranks as ranks
 from plugframe.testing.contracts.base import PluginContract
 from plugframe.testing.contracts.batches import run_batch, tell
 from plugframe.testing.contracts.placed import accelerator_for, context_of
 from plugframe.testing.contracts.running import broken, once, one_line
-from plugframe.world import World
 
 ONE_RANK = "One rank (what works with one rank only is refused with more: each would compute by itself)"
 

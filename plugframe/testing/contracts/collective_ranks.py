@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugframe.context import Context
+from plugframe.core.registry.registry import Registry
 from plugframe.errors import CollectiveMismatchError, SettingError
-from plugframe.registry import Registry
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe.testing.contracts.batches import rule
 from plugframe.testing.contracts.placed import context_of
 from plugframe.testing.contracts.running import broken, left, one_line, traces
 from plugframe.testing.ranks import rank_store
-from plugframe.world import World
 
 LAW_5 = "Law 5 (one shape law for any number of ranks: all_gather stacks, all_reduce and broadcast keep the shape)"
 REDUCED = "Reduced (each reduction computes what its name says, in the dtype it was given)"

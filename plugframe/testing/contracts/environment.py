@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import pytest
 
 from plugframe.errors import EnvironmentMismatchError, UsageError
+from plugframe.hooks.world import World
 from plugframe.lite import Lite
 from plugframe.testing.contracts.base import PluginContract
 from plugframe.testing.contracts.running import broken, cpu_accelerator, one_line
 from plugframe.testing.ranks import RanksFailed, run_ranks
-from plugframe.world import World
 
 DETECTED = "Detected (where its variables say so, and nowhere else)"
 WORLD = "World (ranks and sizes are those of the job, and fit together on every rank)"
@@ -289,7 +289,7 @@ def _meet(world: World, spec: str, options: dict[str, Any], given: list[dict[str
     """Meet twice, and say what is wrong. Called on every rank."""
     import torch
 
-    from plugframe.context import Context
+    from plugframe.hooks.context import Context
 
     mine = given[world.global_rank]
     for name in [n for n in os.environ if n not in _KEPT and not n.startswith(_KEPT_PREFIXES)]:
@@ -317,7 +317,7 @@ def _meet(world: World, spec: str, options: dict[str, Any], given: list[dict[str
 
 
 def _made(spec: str, options: dict[str, Any]) -> Any:
-    from plugframe.registry import Registry
+    from plugframe.core.registry.registry import Registry
 
     registry = Registry.discover()
     return registry.make(registry.find("environment", spec), options)

@@ -13,18 +13,18 @@ import pytest
 import torch
 
 from plugframe import base
-from plugframe.context import Context
+from plugframe.core.planning.plan import Choice
+from plugframe.core.planning.plugin_objects import hooks_of
+from plugframe.core.runtime.pipeline import Pipeline
 from plugframe.hooks import KINDS, Plugin, hookimpl
+from plugframe.hooks.context import Context
 from plugframe.hooks.markers import PROJECT
-from plugframe.instances import hooks_of
-from plugframe.pipeline import Pipeline
-from plugframe.plan import Choice
+from plugframe.hooks.world import World
 from plugframe.testing.contracts import states
 from plugframe.testing.contracts.base import PluginContract
 from plugframe.testing.contracts.extension_ranks import train, train_on_ranks
 from plugframe.testing.contracts.running import broken, lasting, left, one_line, traces
 from plugframe.testing.ranks import RanksFailed, run_ranks
-from plugframe.world import World
 
 WRAPS = "Wraps (an extension wraps hooks with hookimpl(wrapper=True), or listens to on_… hooks; it provides none)"
 ONCE = "Once (a wrapped hook is called once for each call, with the arguments of the call)"

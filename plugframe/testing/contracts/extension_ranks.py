@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from plugframe.hooks.world import World
 from plugframe.testing.contracts import states
 from plugframe.testing.contracts.running import chosen, running
-from plugframe.world import World
 
 
 def train(plugins: list[Any], *, alone: bool = True, fails: bool = False) -> dict[str, Any]:

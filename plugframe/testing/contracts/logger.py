@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from plugframe.context import Context
 from plugframe.errors import SettingError
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe.testing.contracts.base import PluginContract
 from plugframe.testing.contracts.running import broken, lasting, left, listing, one_line, running, traces
-from plugframe.world import World
 
 RECORDED = "Recorded (every metric that was logged, with its step and value)"
 COUNTED = "Counted (a call without a step is numbered, from 0 in every run)"

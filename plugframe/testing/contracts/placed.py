@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from plugframe.context import Context
+from plugframe.core.planning.plugin_objects import hooks_of
+from plugframe.core.registry.registry import Entry, Registry
 from plugframe.errors import PluginError
 from plugframe.hooks import KINDS, Plugin
-from plugframe.instances import hooks_of
-from plugframe.registry import Entry, Registry
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 
 
 def accelerator_for(descriptor: Plugin, num_ranks: int = 1) -> Entry:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plugframe.context import Context
+from plugframe.core.registry.registry import Entry
 from plugframe.errors import PlugframeError, UnsupportedError
 from plugframe.hooks import Dtypes
-from plugframe.registry import Entry
+from plugframe.hooks.context import Context
 from plugframe.testing.contracts.base import PluginContract
 from plugframe.testing.contracts.placed import accelerator_for, context_of
 from plugframe.testing.contracts.running import broken, chosen, left, one_line, running, traces

@@ -10,13 +10,13 @@ from typing import Any, NoReturn, TypeVar
 import pytest
 
 from plugframe.base import Environment, Extension
-from plugframe.context import Context
+from plugframe.core.registry.registry import Registry
 from plugframe.errors import PluginError
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe.lite import Lite
-from plugframe.registry import Registry
 from plugframe.testing.leftovers import left, traces
-from plugframe.world import World
 
 T = TypeVar("T")
 

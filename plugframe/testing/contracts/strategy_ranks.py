@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from plugframe.base import Extension
+from plugframe.core.planning.plugin_objects import hooks_of
+from plugframe.core.registry.registry import Registry
 from plugframe.errors import PlugframeError
 from plugframe.hooks import KINDS, hookimpl
-from plugframe.instances import hooks_of
+from plugframe.hooks.world import World
 from plugframe.lite import Lite
-from plugframe.registry import Registry
 from plugframe.testing.contracts import states
 from plugframe.testing.contracts.batches import rule
 from plugframe.testing.contracts.running import broken, left, one_line, traces
-from plugframe.world import World
 
 LAW_4 = "Law 4 (a run that is stopped and resumed ends bit for bit where the uninterrupted one ends)"
 LAW_6 = "Law 6 (gradients on N ranks equal those of one process on the whole batch)"

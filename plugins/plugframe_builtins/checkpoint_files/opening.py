@@ -20,8 +20,8 @@ from plugframe.checkpoint import (
     pack_error,
     printable_cause,
 )
-from plugframe.context import Context
 from plugframe.errors import CheckpointCorruptError, CheckpointError, CheckpointURLError, closest
+from plugframe.hooks.context import Context
 from plugframe_builtins.checkpoint_files import folder
 from plugframe_builtins.checkpoint_files.files import Files
 from plugframe_builtins.checkpoint_files.found import Chunk, Found, Laid

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from plugframe.base import Extension, failing, tell
-from plugframe.context import Context
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
 from plugframe_builtins.costs.memory import Memory
 
 _READING, _MOVING, _FORWARD = "reading batches", "moving batches", "forward"

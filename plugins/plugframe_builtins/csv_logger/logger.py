@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from plugframe.base import Logger
-from plugframe.context import Context
 from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
 from plugframe_builtins.csv_logger.table import STEP, Table
 from plugframe_builtins.versions import new_version
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from plugframe.base import Accelerator
-from plugframe.context import Context
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
 
 
 class CUDA(Accelerator):

@@ -15,11 +15,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from plugframe.base import Checkpoint
-from plugframe.base.telling import warn_caller
 from plugframe.checkpoint import Contents, Packed, StoredTensor, first_error, pack_error, split_stored, unpack_error
-from plugframe.context import Context
 from plugframe.errors import CheckpointError, CheckpointURLError, UnsupportedError
 from plugframe.hooks import SaveHandle, hookimpl
+from plugframe.hooks.context import Context
+from plugframe.utils.logging import warn_caller
 from plugframe_builtins.checkpoint_files import opening
 from plugframe_builtins.checkpoint_files.tensorfile import CODES
 from plugframe_builtins.dcp_checkpoint import writer as writing

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from plugframe.base.telling import warn_caller
+from plugframe.utils.logging import warn_caller
 
 
 class _Synced(nn.SyncBatchNorm):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plugframe.base.registrations import Registrations
+from plugframe.utils.registrations import Registrations
 from plugframe_builtins.ddp.buckets import DEFAULT_MIB, MIB, Send
 from plugframe_builtins.ddp.reducer import Backward, Reducer
 from plugframe_builtins.ddp.replicas import send_from_first

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from plugframe.base.telling import warn_caller
+from plugframe.utils.logging import warn_caller
 
 
 class Hooked:

@@ -126,8 +126,8 @@ class Reducer:
         self._bucket_of: dict[int, Bucket] = {}
         self._sparse: list[nn.Parameter] = []
         self._arrived: set[int] = set()
-        # Ids of parameters whose gradient came once in an earlier backward, and of those for which it came several times.
-        # They outlive a freezing of the parameter; an id that is another's by now costs an early sending, or an error.
+        # Ids of parameters whose gradient came once in an earlier backward, or several times in one. They outlive a
+        # freezing of the parameter; an id that is another's by now costs an early sending at most, or an error.
         self._steady: set[int] = set()
         self._repeated: set[int] = set()
         self._next = 0

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plugframe.base import Strategy
-from plugframe.base.deferred import is_deferred, materialize_module
-from plugframe.base.registrations import Registrations
-from plugframe.base.telling import warn_caller
-from plugframe.context import Context
+from plugframe.deferred.module import is_deferred, materialize_module
 from plugframe.errors import OrderError, SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
+from plugframe.utils.logging import warn_caller
+from plugframe.utils.registrations import Registrations
 from plugframe_builtins.ddp.batchnorm import sync_batchnorm
 from plugframe_builtins.ddp.buckets import Send
 from plugframe_builtins.ddp.compression import check_compression, make_sender

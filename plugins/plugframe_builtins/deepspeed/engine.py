@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plugframe.base import ForwardShim
-from plugframe.base.registrations import Registrations
 from plugframe.errors import OrderError, UnsupportedError
+from plugframe.utils.registrations import Registrations
 from plugframe_builtins.deepspeed.agreement import Agreement, Trace
 from plugframe_builtins.deepspeed.borrowed import Borrowed
 from plugframe_builtins.deepspeed.fragments import Fragments, Sum, extent, gathered

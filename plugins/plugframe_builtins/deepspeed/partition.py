@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plugframe.base.deferred import is_deferred, materialize_module
-from plugframe.context import Context
+from plugframe.deferred.module import is_deferred, materialize_module
+from plugframe.hooks.context import Context
 from plugframe_builtins.deepspeed.library import library
 from plugframe_builtins.deepspeed.runtime import variables_of
 

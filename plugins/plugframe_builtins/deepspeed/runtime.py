@@ -16,8 +16,8 @@ import torch.distributed
 from torch import nn
 from torch.optim import Optimizer
 
-from plugframe.context import Context
 from plugframe.errors import UnsupportedError
+from plugframe.hooks.context import Context
 from plugframe_builtins.deepspeed.build import build
 from plugframe_builtins.deepspeed.library import library
 

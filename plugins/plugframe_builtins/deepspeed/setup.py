@@ -14,12 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from plugframe.base import Strategy
-from plugframe.base.deferred import deferring, materialize_module
-from plugframe.base.registrations import Registrations
-from plugframe.context import Context
+from plugframe.deferred.module import deferring, materialize_module
 from plugframe.errors import UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
+from plugframe.utils.registrations import Registrations
 from plugframe_builtins.ddp.engine import Engine as Replica
 from plugframe_builtins.ddp.hooked import Hooked
 from plugframe_builtins.ddp.reducer import Backward

@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from plugframe.base import sync_buffers
-from plugframe.base.telling import warn_caller
 from plugframe.errors import CheckpointError, OrderError, SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
+from plugframe.utils.logging import warn_caller
 from plugframe_builtins.deepspeed import config as configs
 from plugframe_builtins.deepspeed.clip import clip_by_norm, clip_by_value
 from plugframe_builtins.deepspeed.engine import Engine

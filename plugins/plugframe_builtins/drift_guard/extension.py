@@ -9,10 +9,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from plugframe.base import Extension
-from plugframe.base.sync import check_in_sync, check_replicated, named_tensors
-from plugframe.context import Context
+from plugframe.diagnostics.replicas import check_in_sync, check_replicated, named_tensors
 from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
 
 
 class DriftGuard(Extension):

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from plugframe.context import Context
 from plugframe.errors import CollectiveMismatchError
+from plugframe.hooks.context import Context
 
 _END = -1
 #: Of so many forwards, how many may go another way than foreseen before every unit is met at.

@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from plugframe.base import Strategy
-from plugframe.base.deferred import deferring, is_deferred, records
-from plugframe.base.telling import warn_caller
-from plugframe.context import Context
+from plugframe.deferred.module import deferring, is_deferred, records
 from plugframe.errors import OrderError, SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
+from plugframe.utils.logging import warn_caller
 from plugframe_builtins.ddp.sameness import check_same_model
 from plugframe_builtins.fsdp.added import Additions
 from plugframe_builtins.fsdp.engine import Engine, Shim, show_outputs

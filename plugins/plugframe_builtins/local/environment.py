@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from plugframe.base import Environment
 from plugframe.hooks import hookimpl
-from plugframe.world import World
+from plugframe.hooks.world import World
 from plugframe_builtins.slurm.requeue import requeue
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from plugframe.context import Context
+from plugframe.hooks.context import Context
 from plugframe_builtins.torch_collective.compat import all_gather_single
 from plugframe_builtins.torch_collective.connection import host_backend
 

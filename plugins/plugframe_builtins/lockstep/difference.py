@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from plugframe.base.accounts import ranks_text
-from plugframe.base.mistakes import loop_left, source, under_rank_condition, under_swallowing
-from plugframe.base.ring import Call
+from plugframe.diagnostics.call_log import Call
+from plugframe.diagnostics.likely_causes import loop_left, source, under_rank_condition, under_swallowing
+from plugframe.diagnostics.rank_status import ranks_text
 
 
 @dataclass(frozen=True)

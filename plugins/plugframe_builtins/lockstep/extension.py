@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from plugframe.base import Extension
-from plugframe.base.ring import END, Ring
-from plugframe.context import Context
+from plugframe.diagnostics.call_log import END, Ring
 from plugframe.errors import CollectiveMismatchError, SettingError
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
 from plugframe_builtins.lockstep.channel import Channel
 from plugframe_builtins.lockstep.difference import Word, difference
 

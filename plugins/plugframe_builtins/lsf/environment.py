@@ -8,7 +8,7 @@ from pathlib import Path
 from plugframe.base import Environment
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks import hookimpl
-from plugframe.world import World
+from plugframe.hooks.world import World
 from plugframe_builtins.lsf import plugin
 
 

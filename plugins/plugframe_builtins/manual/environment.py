@@ -8,7 +8,7 @@ from typing import NoReturn
 from plugframe.base import Environment
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks import hookimpl
-from plugframe.world import World
+from plugframe.hooks.world import World
 
 _NODE_RANKS = ("NODE_RANK", "GROUP_RANK")
 #: Beside any of these, LOCAL_RANK=0 is meant for a job; alone, a library may have left it behind.

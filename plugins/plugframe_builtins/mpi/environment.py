@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from plugframe.base import Environment
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks import hookimpl
-from plugframe.world import World
+from plugframe.hooks.world import World
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plugframe.context import Context
 from plugframe.errors import UnsupportedError
+from plugframe.hooks.context import Context
 
 
 class _Zero(torch.autograd.Function):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plugframe.context import Context
+from plugframe.hooks.context import Context
 
 #: What a step has to do with a parameter: no gradient at all, one from before the step, one of its own.
 NONE, OLD, NEW = 0, 1, 2

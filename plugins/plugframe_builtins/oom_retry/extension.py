@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from plugframe.base import Extension
-from plugframe.base.telling import warn_caller
-from plugframe.context import Context
 from plugframe.errors import OrderError, SettingError
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
+from plugframe.utils.logging import warn_caller
 from plugframe_builtins.oom_retry import batches
 from plugframe_builtins.oom_retry.averaging import Units
 from plugframe_builtins.oom_retry.before import NEW, Before

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from plugframe.base import Extension
-from plugframe.base.telling import warn_caller
-from plugframe.context import Context
 from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
+from plugframe.utils.logging import warn_caller
 from plugframe_builtins.profiler.trace import Trace
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from plugframe.base import Checkpoint
 from plugframe.checkpoint import Contents, StoredTensor, first_error, pack_error, split_stored
-from plugframe.context import Context
 from plugframe.errors import CheckpointError
 from plugframe.hooks import SaveHandle, hookimpl
+from plugframe.hooks.context import Context
 from plugframe_builtins.checkpoint_files import folder as form
 from plugframe_builtins.checkpoint_files import opening
 from plugframe_builtins.checkpoint_files.tensorfile import CODES

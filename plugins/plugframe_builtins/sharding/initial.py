@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from plugframe.base.freed import release_freed
+from plugframe.deferred.malloc import release_freed
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from plugframe.context import Context
 from plugframe.errors import SettingError
+from plugframe.hooks.context import Context
 
 
 def check_mesh(strategy: str, mesh: Mapping[str, int] | None, axes: tuple[str, ...]) -> None:

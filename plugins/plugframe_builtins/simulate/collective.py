@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from plugframe.base import failing, tell
-from plugframe.context import Context
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
 from plugframe_builtins.simulate.group import BACKEND, register
 from plugframe_builtins.simulate.traffic import Traffic
 from plugframe_builtins.torch_collective.collective import TorchCollective

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from plugframe.base import Environment
-from plugframe.context import Context
 from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 
 
 class Simulated(Environment):

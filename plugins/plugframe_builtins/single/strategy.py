@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from plugframe.base import Strategy
-from plugframe.context import Context
 from plugframe.errors import UnsupportedError
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
 
 
 class SingleRank(Strategy):

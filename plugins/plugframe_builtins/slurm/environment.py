@@ -7,7 +7,7 @@ import os
 from plugframe.base import Environment
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks import hookimpl
-from plugframe.world import World
+from plugframe.hooks.world import World
 from plugframe_builtins.slurm.lists import expand_hosts, expand_tasks
 from plugframe_builtins.slurm.requeue import requeue
 

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from plugframe.context import Context
 from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
 from plugframe_builtins.fsdp.strategy import FSDP
 from plugframe_builtins.sharding.mesh import make_mesh
 from plugframe_builtins.tensor_parallel.plan import Plan, apply_plan, check_plan

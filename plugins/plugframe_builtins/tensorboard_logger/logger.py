@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plugframe.base import Logger
-from plugframe.context import Context
 from plugframe.errors import MissingDependencyError
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
 from plugframe_builtins.versions import new_version
 
 if TYPE_CHECKING:

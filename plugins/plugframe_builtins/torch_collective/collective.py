@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plugframe.base import Collective, job_token
-from plugframe.base.telling import warn_caller
-from plugframe.context import Context
 from plugframe.errors import CollectiveMismatchError, OrderError, SettingError
 from plugframe.hooks import ReduceOp, hookimpl
+from plugframe.hooks.context import Context
+from plugframe.utils.logging import warn_caller
 from plugframe_builtins.torch_collective.agreement import ROOM, agree
 from plugframe_builtins.torch_collective.compat import all_gather_single, reduce_scatter_single
 from plugframe_builtins.torch_collective.connection import backends, check_existing, connected, loopback_only

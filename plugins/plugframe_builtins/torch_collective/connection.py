@@ -16,8 +16,8 @@ import torch.distributed as dist
 # the threads of gloo with it, which end the process with an abort if they outlive the interpreter.
 import torch.distributed.nn.functional
 
-from plugframe.context import Context
 from plugframe.errors import EnvironmentMismatchError, SettingError, UnsupportedError, closest
+from plugframe.hooks.context import Context
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from plugframe.errors import EnvironmentMismatchError
-from plugframe.world import World
+from plugframe.hooks.world import World
 
 POLL_S = 0.01
 

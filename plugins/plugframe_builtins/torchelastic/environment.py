@@ -7,10 +7,10 @@ from datetime import timedelta
 from typing import Any
 
 from plugframe.base import Environment, private_store
-from plugframe.context import Context
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks import hookimpl
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe_builtins.slurm.requeue import requeue
 from plugframe_builtins.torchelastic import plugin
 from plugframe_builtins.torchelastic.attempt import only_this_attempt

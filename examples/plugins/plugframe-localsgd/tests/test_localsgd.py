@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from plugframe import Lite, hookimpl
 from plugframe.base import Extension
 from plugframe.errors import PlugframeWarning, SettingError
+from plugframe.hooks.world import World
 from plugframe.testing import run_ranks
-from plugframe.world import World
 
 BATCHES = 12
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from plugframe import Lite
 from plugframe.errors import SettingError
+from plugframe.hooks.world import World
 from plugframe.testing import run_ranks
-from plugframe.world import World
 
 
 def of_rank(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from plugframe.base import map_tensors
-from plugframe.context import Context
 from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
 from plugframe_builtins.cpu.accelerator import CPU
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from plugframe.base import Collective
-from plugframe.context import Context
 from plugframe.errors import CollectiveMismatchError
 from plugframe.hooks import ReduceOp, hookimpl
+from plugframe.hooks.context import Context
 from plugframe_builtins.torch_collective.collective import TorchCollective
 
 

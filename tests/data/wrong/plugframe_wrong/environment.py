@@ -8,9 +8,9 @@ from datetime import timedelta
 from typing import Any
 
 from plugframe.base import Environment
-from plugframe.context import Context
 from plugframe.hooks import hookimpl
-from plugframe.world import World
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 
 
 def names_for(cls: type) -> list[str]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from plugframe.base import Extension
-from plugframe.context import Context
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
 
 
 class Right(Extension):

@@ -10,8 +10,8 @@ from typing import Any
 from uuid import uuid4
 
 from plugframe.base import Logger
-from plugframe.context import Context
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
 
 
 class Right(Logger):

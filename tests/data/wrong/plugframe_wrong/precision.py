@@ -13,9 +13,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from plugframe.base import map_tensors
-from plugframe.context import Context
 from plugframe.errors import UnsupportedError
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
 from plugframe_builtins.precisions import MixedPrecision
 
 SHARED = GradScaler("cpu")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plugframe.base import Strategy
-from plugframe.context import Context
 from plugframe.hooks import Engine, hookimpl
+from plugframe.hooks.context import Context
 from plugframe_builtins.ddp.strategy import DDP
 
 

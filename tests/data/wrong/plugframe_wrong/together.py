@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from plugframe.hooks.world import World
 from plugframe.testing.contracts import collective, strategy
 from plugframe.testing.contracts.batches import rule_of
 from plugframe.testing.contracts.running import one_line
 from plugframe.testing.ranks import rank_store, run_ranks
-from plugframe.world import World
 
 Job = tuple[str, Callable[[World], AbstractContextManager[Any]], Callable[[Any], None]]
 

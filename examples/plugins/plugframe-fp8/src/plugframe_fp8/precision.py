@@ -12,9 +12,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from plugframe.base import Precision, cast_floating
-from plugframe.context import Context
 from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
 from plugframe_fp8.linear import FORMATS, Fp8Linear
 
 

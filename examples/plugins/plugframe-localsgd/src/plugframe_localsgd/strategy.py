@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plugframe.base import Strategy
-from plugframe.context import Context
 from plugframe.errors import SettingError
 from plugframe.hooks import Engine, hookimpl
+from plugframe.hooks.context import Context
 from plugframe_localsgd.exchange import average_state, means, take_over
 from plugframe_localsgd.rounds import Round, trained
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from plugframe.base import Accelerator
-from plugframe.context import Context
 from plugframe.hooks import hookimpl
+from plugframe.hooks.context import Context
 from plugframe_pydevice import backend
 from plugframe_pydevice.device import libraries as _libraries  # noqa: F401 - importing it registers the device
 from plugframe_pydevice.group import BACKEND

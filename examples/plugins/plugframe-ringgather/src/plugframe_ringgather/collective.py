@@ -18,9 +18,9 @@ import torch.distributed.nn.functional
 from torch import Tensor
 
 from plugframe.base import Collective, check_reduction
-from plugframe.context import Context
 from plugframe.errors import CollectiveMismatchError, EnvironmentMismatchError, OrderError, SettingError
 from plugframe.hooks import ReduceOp, hookimpl
+from plugframe.hooks.context import Context
 from plugframe_ringgather.group import BACKEND, register
 
 _OPS = {

@@ -1,0 +1,87 @@
+"""What was typed about the ranks while they run: where their output goes, their CPUs, and which is debugged."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from plugframe.core.config.options import variable as variable_of_option
+from plugframe.core.config.request import FROM_COMMAND_LINE, Request, variable
+from plugframe.core.planning.plan import Plan
+from plugframe.errors import PlugframeWarning, SettingError, UnsupportedError
+from plugframe.hooks.launcher import Job
+from plugframe.hooks.variables import PATIENT
+from plugframe.launch.output import parse_tee
+
+if TYPE_CHECKING:
+    from plugframe.cli.start import Nodes
+
+#: The name of an option, and of a setting, that ends a job in which ranks wait.
+_TIMEOUT, _REPORT = "timeout_s", "report_after_s"
+#: Kinds of plugins whose options are not for the ranks.
+_STARTERS = ("environment", "launcher")
+
+
+def fields(plan: Plan, nodes: Nodes) -> dict[str, Any]:
+    """Return the fields of the `Job`.
+
+    Raises:
+        UsageError: for a word that means nothing, or a rank that is not there.
+        UnsupportedError: for devices that ranks cannot be bound near.
+    """
+    if nodes.numa_binding is not None and tuple(plan.devices) != tuple(range(len(plan.devices))):
+        raise UnsupportedError(
+            f"--numa-binding={nodes.numa_binding}: torch goes by the numbers of the ranks on a node, and the devices "
+            f"asked for are {', '.join(map(str, plan.devices))}: hide the others, with CUDA_VISIBLE_DEVICES, and ask "
+            f"for {len(plan.devices)}."
+        )
+    if nodes.tee == "0" and nodes.log_dir is None:
+        _no_effect("--tee=0", "without --log-dir all output goes to the terminal")
+    if nodes.debug_rank is not None and nodes.max_restarts:
+        _no_effect("--max-restarts", "a job with --debug-rank starts once")
+    if nodes.log_dir is not None and os.path.lexists(nodes.log_dir) and not os.path.isdir(nodes.log_dir):
+        raise SettingError(f"--log-dir={nodes.log_dir} is a file: name a folder, which is made if there is none.")
+    num_ranks = plan.world_size if nodes.min_nodes is None else None
+    return {
+        "max_restarts": nodes.max_restarts or 0 if nodes.debug_rank is None else 0,
+        "log_dir": None if nodes.log_dir is None else os.path.expanduser(nodes.log_dir),
+        "tee": None if nodes.tee is None else parse_tee(nodes.tee, num_ranks),
+        "numa_binding": nodes.numa_binding,
+        "debug_rank": nodes.debug_rank,
+    }
+
+
+def check(job: Job) -> None:
+    """Check what can be known of a job without starting it.
+
+    Raises:
+        UsageError: if the rank to be debugged is not there.
+    """
+    if job.debug_rank is not None:
+        from plugframe.launch.debug import check_rank
+
+        check_rank(job)
+
+
+def patient(variables: Mapping[str, str], request: Request) -> dict[str, str]:
+    """Return the ranks' variables with a timeout that outlasts a debugger, in the place of every other."""
+    from plugframe.launch.debug import PATIENCE_S
+
+    given = [each for each in request.options if each.name == _TIMEOUT and each.kind not in _STARTERS]
+    typed = [each.spelled(each.name) for each in given if each.by == "command"]
+    commanded = variables[FROM_COMMAND_LINE].split(",")
+    typed += ["--timeout"] if _TIMEOUT in commanded else []
+    typed += ["--report-after"] if _REPORT in commanded else []
+    for option in typed:
+        _no_effect(option, "with --debug-rank nothing times out")
+    names = [variable(_TIMEOUT), *(variable_of_option(each.kind, each.plugin, each.name) for each in given)]
+    commanded = [*filter(None, commanded), *({_TIMEOUT, _REPORT} - set(commanded))]
+    # That the ranks wait for the one under the debugger is known.
+    outlasting = {**dict.fromkeys(names, str(PATIENCE_S)), variable(_REPORT): "0"}
+    return {**variables, **outlasting, PATIENT: "1", FROM_COMMAND_LINE: ",".join(commanded)}
+
+
+def _no_effect(option: str, why: str) -> None:
+    warnings.warn(f"{option} has no effect: {why}.", PlugframeWarning, stacklevel=3)

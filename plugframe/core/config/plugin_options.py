@@ -1,0 +1,127 @@
+"""Options meet the plugins they are for: every choice of a plan gets its own, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from plugframe.core.config.options import MANY, Given, plain, read
+from plugframe.core.planning.plan import Choice, OptionValue
+from plugframe.errors import SettingError, closest
+
+
+def configure(
+    choice: Choice, given: Sequence[Given], *, same: Callable[[str], bool], note: Callable[[str], None]
+) -> Choice:
+    """Return the choice with the options that were given for the kind it is the only one of.
+
+    Args:
+        choice: the selected plugin; with an instance only if the user made it.
+        given: the options of its kind.
+        same: says whether a name a settings file selects is this plugin's.
+        note: takes what has no effect.
+
+    Raises:
+        SettingError: for an option the plugin does not have, a wrong value, or options of an object in the code.
+    """
+    elsewhere = [each for each in given if each.by == "file" and each.plugin and not same(each.plugin)]
+    if elsewhere:
+        note(_of_another(elsewhere, choice))
+    return _configured(choice, [each for each in given if each not in elsewhere], note)
+
+
+def configure_many(choices: Sequence[Choice], given: Sequence[Given], note: Callable[[str], None]) -> list[Choice]:
+    """Return the choices of a kind any number of which can be in use, each with the options for its name.
+
+    Raises:
+        SettingError: as `configure`, and for options of a plugin that is not in use.
+    """
+    configured = []
+    for choice in choices:
+        mine = [each for each in given if _is_for(each, choice)]
+        named = any(other.instance is None and other.qualified == choice.qualified for other in choices)
+        # Beside a named one, an object of the same class has options of its own.
+        configured.append(choice if choice.instance is not None and named else _configured(choice, mine, note))
+    for each in given:
+        if not any(_is_for(each, choice) for choice in choices):
+            # A file may hold options of plugins for the day they are used.
+            _refuse(_not_in_use(each, choices), note if each.by != "command" else None)
+    return configured
+
+
+def _configured(choice: Choice, given: Sequence[Given], note: Callable[[str], None]) -> Choice:
+    strongest = {each.name: each for each in sorted(given, key=lambda each: each.by != "file")}
+    if choice.instance is not None:
+        for each in strongest.values():
+            if each.by != "file":
+                raise SettingError(_made_already(each, choice))
+        if strongest:
+            note(_of_another(list(strongest.values()), choice))
+        return choice
+    declared = {option.name: option for option in choice.descriptor.options}
+    found = []
+    for each in strongest.values():
+        if each.name not in declared:
+            # A variable may be there for another program, as one that names no setting at all may.
+            _refuse(_unknown(each, choice), note if each.by == "variable" else None)
+            continue
+        value = read(declared[each.name], each)
+        preset = choice.descriptor.preset
+        if each.name in preset and preset[each.name] != value:
+            raise SettingError(
+                f"{each.shown}: {choice.kind} {choice.name!r} stands for {each.name}={preset[each.name]!r}. Leave the "
+                f"option out, or choose another {choice.kind}."
+            )
+        found.append(OptionValue(each.name, value, each.key, each.source))
+    return replace(choice, options=tuple(found))
+
+
+def _refuse(message: str, note: Callable[[str], None] | None) -> None:
+    if note is None:
+        raise SettingError(message)
+    note(f"{message} This has no effect.")
+
+
+def _unknown(given: Given, choice: Choice) -> str:
+    names = [option.name for option in choice.descriptor.options]
+    hint = closest(given.spelled(given.name), map(given.spelled, names))
+    has = f"Its options: {', '.join(names)}." if names else "It has no options at all."
+    return f"{given.shown}: {choice.kind} {choice.origin} has no such option.{hint} {has}{_select(given, choice)}"
+
+
+def _select(given: Given, choice: Choice) -> str:
+    """Return how to say which plugin an option is for, where nobody has."""
+    if not choice.reason.startswith("auto") or given.by == "variable":
+        return ""
+    how = f"name = 'NAME' to [{given.kind}]" if given.by == "file" else f"--{given.kind}=NAME"
+    return f" Nobody asked for {choice.name!r}: for another {given.kind}, add {how}."
+
+
+def _made_already(given: Given, choice: Choice) -> str:
+    cls = type(choice.instance).__name__
+    named = f"or {choice.kind}={choice.name!r} to Lite, " if choice.entry else ""
+    return (
+        f"{given.shown}, but {choice.kind}={cls} in the code is an object, which has its options: pass "
+        f"{given.name}= to {cls}(...), {named}or leave the option out."
+    )
+
+
+def _not_in_use(given: Given, choices: Sequence[Choice]) -> str:
+    used = ", ".join(choice.name for choice in choices) or "none"
+    hint = closest(given.plugin, [choice.name for choice in choices])
+    return (
+        f"{given.shown}: {given.kind} {given.plugin!r} is not in use.{hint} In use: {used}; "
+        f"{'--' if given.by == 'command' else ''}{MANY[given.kind]}={given.plugin} adds it."
+    )
+
+
+def _of_another(given: Sequence[Given], choice: Choice) -> str:
+    keys = ", ".join(each.key for each in given)
+    has = "has" if len(given) == 1 else "have"
+    name = type(choice.instance).__name__ if choice.instance is not None else repr(choice.name)
+    return f"{keys} in {given[0].source} {has} no effect: {choice.kind}={name} was {choice.reason}."
+
+
+def _is_for(given: Given, choice: Choice) -> bool:
+    # A variable holds a name in another form, and the command line's reaches the ranks in one.
+    return plain(given.plugin) in (plain(choice.name), plain(choice.qualified))

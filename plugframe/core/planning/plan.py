@@ -1,0 +1,142 @@
+"""The plan: what will run, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from plugframe.core.registry.registry import Entry
+from plugframe.hooks.context import REPORT_AFTER_S
+from plugframe.hooks.descriptor import Plugin
+from plugframe.hooks.world import World
+
+
+@dataclass(frozen=True)
+class OptionValue:
+    """An option of a selected plugin, as it was given.
+
+    Attributes:
+        name: the keyword of its factory.
+        value: read and checked.
+        key: its name among all: ``strategy.timeout_s``.
+        source: where it was given, in words.
+    """
+
+    name: str
+    value: Any
+    key: str
+    source: str
+
+    @property
+    def text(self) -> str:
+        """The value, for people."""
+        return self.value if isinstance(self.value, str) else repr(self.value)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Choice:
+    """One selected plugin.
+
+    Attributes:
+        kind: of the plugin.
+        name: the name it is selected by, aliases followed.
+        reason: why this one, in words.
+        descriptor: what it says of itself.
+        entry: where it comes from; None for an instance of an unpublished class.
+        instance: the object the user passed, or the one made while the plan was; None otherwise.
+        options: what was given for it by name.
+    """
+
+    kind: str
+    name: str
+    reason: str
+    descriptor: Plugin
+    entry: Entry | None = None
+    instance: Any = None
+    options: tuple[OptionValue, ...] = ()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What its factory is to be called with."""
+        return {option.name: option.value for option in self.options}
+
+    @property
+    def qualified(self) -> str:
+        """What tells it from every other plugin of its kind: ``plugframe:ddp``."""
+        return self.entry.qualified if self.entry else self.name
+
+    @property
+    def origin(self) -> str:
+        """``ddp (plugframe 0.1.0)``."""
+        if self.entry is None:
+            return f"{self.name} (an object in the code)"
+        return f"{self.name} ({self.entry.distribution} {self.entry.version})"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Plan:
+    """What the settings come to on this machine.
+
+    Attributes:
+        choices: the selected plugin of each kind that has one.
+        extensions: in the order asked for; the first wraps outermost.
+        loggers: in the order asked for.
+        devices: device index of each local rank.
+        devices_reason: why these.
+        num_nodes: nodes of the job.
+        launched: whether the job's processes exist already.
+        world: this process's place, if `launched`.
+        timeout_s: of collectives; None where none was asked for.
+        report_after_s: seconds after which ranks that wait for another are told; 0 for never.
+        notes: what was passed over, and why.
+        settings_file: the file that settings were read from; None if there is none.
+        callbacks: each that was asked for by name, and where.
+    """
+
+    choices: Mapping[str, Choice]
+    devices: tuple[int, ...]
+    devices_reason: str
+    num_nodes: int
+    launched: bool
+    world: World | None = None
+    extensions: tuple[Choice, ...] = ()
+    loggers: tuple[Choice, ...] = ()
+    timeout_s: float | None = None
+    report_after_s: float = REPORT_AFTER_S
+    notes: tuple[str, ...] = field(default=())
+    settings_file: str | None = None
+    callbacks: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.world.world_size if self.world else len(self.devices) * self.num_nodes
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the other ranks of the job do not exist."""
+        return "simulated" in self.choices["environment"].descriptor.provides
+
+    def all_choices(self) -> list[Choice]:
+        """Return every plugin in use."""
+        return [*self.choices.values(), *self.extensions, *self.loggers]
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Return (what, value, why) for every field, for people."""
+        devices = ", ".join(map(str, self.devices))
+        rows = [(kind, choice.origin, choice.reason) for kind, choice in self.choices.items()]
+        rows.insert(1, ("devices", f"{len(self.devices)} on each node: {devices}", self.devices_reason))
+        rows.insert(2, ("nodes", str(self.num_nodes), f"{self.world_size} ranks in all"))
+        rows += [("extension", c.origin, c.reason) for c in self.extensions]
+        rows += [("logger", c.origin, c.reason) for c in self.loggers]
+        rows += [("callback", name, f"asked for in {source}") for name, source in self.callbacks]
+        if self.settings_file is not None:
+            rows.append(("settings file", self.settings_file, "of the project around the working directory"))
+        options = [option for choice in self.all_choices() for option in choice.options]
+        return rows + [(option.key, option.text, f"asked for in {option.source}") for option in options]
+
+    def line(self) -> str:
+        """Return the plan in one line: every plugin in use with its package and version."""
+        ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        return f"{ranks}, " + ", ".join(f"{c.kind} {c.origin}" for c in self.all_choices())

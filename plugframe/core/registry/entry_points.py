@@ -1,0 +1,167 @@
+"""What the metadata of installed distributions says of plugins. Nothing that is published is imported."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+from plugframe.core._compat import metadata
+
+PREFIX = "plugframe."
+OWN_DISTRIBUTION = "plugframe"
+#: Entry points of this kind are commands of the command line, and no plugins.
+COMMAND = "command"
+#: Name and version of what an interrupted install or removal left behind without metadata.
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One published name, as its distribution's metadata states it.
+
+    Attributes:
+        kind: ``"strategy"``, …
+        name: what the user types.
+        value: ``"module:attribute"`` of the descriptor.
+        distribution: name of the package that publishes it.
+        version: its version.
+        extras: extras of that package the plugin needs.
+    """
+
+    kind: str
+    name: str
+    value: str
+    distribution: str
+    version: str
+    extras: tuple[str, ...] = ()
+
+    @property
+    def qualified(self) -> str:
+        """The name nobody else can publish: ``distribution:name``."""
+        return f"{self.distribution}:{self.name}"
+
+    @property
+    def builtin(self) -> bool:
+        """Whether it comes with plugframe itself."""
+        return normalize(self.distribution) == OWN_DISTRIBUTION
+
+    @property
+    def origin(self) -> str:
+        """For messages: ``strategy 'acme' (acme-ddp 1.2)``."""
+        return f"{self.kind} {self.name!r} ({self.distribution} {self.version})"
+
+    def of(self, word: str) -> bool:
+        """Say whether `word` is its package, or its package and name: ``"acme-ddp"``, ``"acme-ddp:acme"``."""
+        distribution, _, name = word.partition(":")
+        return normalize(distribution) == normalize(self.distribution) and name in ("", self.name)
+
+
+@functools.cache
+def normalize(distribution: str) -> str:
+    """Return a distribution's name in its normal form (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def published() -> tuple[Entry, ...]:
+    """Return every plugin that the distributions on the path publish; of two with one name the first counts.
+
+    Except of those that call themselves plugframe: the one that this module belongs to counts, see `impostor`.
+    """
+    return _read()[0]
+
+
+def impostor() -> str:
+    """Return where a distribution is that calls itself plugframe and is another; empty if there is none.
+
+    It has come before the real one on the path, or there is metadata of no other.
+    """
+    return _read()[1]
+
+
+def _read() -> tuple[tuple[Entry, ...], str]:
+    return _published(tuple((place, *_state(place)) for place in sys.path))
+
+
+@functools.lru_cache(maxsize=1)
+def _published(places: tuple[tuple[str, int, int], ...]) -> tuple[tuple[Entry, ...], str]:
+    """Read all metadata, again only after the path or one of its folders has changed."""
+    seen: set[str] = set()
+    found: list[Entry] = []
+    instead: tuple[str, list[Entry]] | None = None
+    for distribution in metadata.distributions():
+        name, version = name_and_version(distribution)
+        if name != UNKNOWN and normalize(name) in seen:
+            continue
+        entries = [
+            Entry(kind, point, value, name, version, extras) for kind, point, value, extras in _points(distribution)
+        ]
+        if normalize(name) == OWN_DISTRIBUTION and not _is_this(distribution):
+            instead = instead or (str(distribution.locate_file("")), entries)
+            continue
+        seen.add(normalize(name))
+        found += entries
+    if instead is not None and OWN_DISTRIBUTION not in seen:
+        # Run from a folder that is not installed: what is installed under this name is the best that is known.
+        found += instead[1]
+    return tuple(dict.fromkeys(found)), "" if instead is None else instead[0]
+
+
+def _is_this(distribution: Any) -> bool:
+    """Say whether a distribution holds the package that runs, or is an editable installation of it."""
+    import plugframe
+
+    package = os.path.dirname(os.path.abspath(plugframe.__file__))
+    try:
+        origin = json.loads(_text(distribution, "direct_url.json") or "{}")
+        if origin.get("dir_info", {}).get("editable"):
+            folder = os.path.join(unquote(origin["url"].removeprefix("file://")), OWN_DISTRIBUTION)
+        else:
+            folder = str(distribution.locate_file(OWN_DISTRIBUTION))
+        return os.path.samefile(folder, package)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+
+
+def _state(place: str) -> tuple[int, int]:
+    try:
+        found = os.stat(place or os.curdir)
+    except OSError:
+        return 0, 0
+    return found.st_ino, found.st_mtime_ns
+
+
+def _points(distribution: Any) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
+    """Yield kind, name, value and extras of every entry point of ours, well-formed or not."""
+    text = _text(distribution, "entry_points.txt")
+    if f"[{PREFIX}" not in text.replace(" ", ""):
+        return
+    group = ""
+    for line in map(str.strip, text.splitlines()):
+        name, equals, value = line.partition("=")
+        if line.startswith("["):
+            group = line.strip("[] ")
+        elif equals and group.startswith(PREFIX) and not line.startswith(("#", ";")):
+            value, _, extras = value.partition("[")
+            yield group[len(PREFIX) :], name.strip(), value.replace(" ", ""), tuple(re.findall(r"[\w.-]+", extras))
+
+
+def name_and_version(distribution: Any) -> tuple[str, str]:
+    """Return what a distribution is called. Its metadata is not parsed: the README in it can be long."""
+    texts = (_text(distribution, name) for name in ("METADATA", "PKG-INFO", ""))
+    head = next(filter(None, texts), "").partition("\n\n")[0]
+    name, version = (re.search(rf"^{field}:[ \t]*(\S+)", head, re.MULTILINE) for field in ("Name", "Version"))
+    return name[1] if name else UNKNOWN, version[1] if version else UNKNOWN
+
+
+def _text(distribution: Any, name: str) -> str:
+    try:
+        return distribution.read_text(name) or ""
+    except (OSError, UnicodeDecodeError):
+        return ""  # one damaged package must not hide all others

@@ -1,0 +1,184 @@
+"""Which installed plugins are never imported: what was disabled, and what is not on a list of allowed ones."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from plugframe.core.config.files import FROM_COMMAND_LINE, find_file, read_file
+from plugframe.core.registry.entry_points import OWN_DISTRIBUTION, Entry, normalize
+from plugframe.errors import SettingError, closest
+
+DISABLE = "PLUGFRAME_DISABLE"
+ALLOW = "PLUGFRAME_ALLOW"
+#: The same two in a settings file.
+KEYS = ("disable", "allow")
+OPTION = "--disable-plugin"
+#: How the variable that names what a command line set marks one plugin that it disabled.
+_MARK = "disable="
+
+
+@dataclass(frozen=True)
+class Disabled:
+    """One thing that shall not be used.
+
+    Attributes:
+        word: a name, a package, or ``package:name``.
+        source: where that is said, in words for a message.
+        by: who said it.
+    """
+
+    word: str
+    source: str
+    by: Literal["command", "variable", "file"]
+
+    def hits(self, entry: Entry) -> bool:
+        """Say whether it is about `entry`."""
+        return entry.name == self.word or entry.of(self.word)
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """The only packages, or plugins of packages, that may be used beside plugframe's own; and where that is said."""
+
+    words: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is never imported. Of several lists of allowed plugins, each one has to allow a plugin."""
+
+    disabled: tuple[Disabled, ...] = ()
+    allowed: tuple[Allowed, ...] = ()
+
+    def refusal(self, entry: Entry) -> str:
+        """Say why a plugin is not to be used and what would change that; empty if it may be used."""
+        for each in self.disabled:
+            if each.hits(entry):
+                return f"disabled by {each.word!r} in {each.source}: take it out there to use this"
+        for each_list in () if entry.builtin else self.allowed:
+            if not any(entry.of(word) for word in each_list.words):
+                is_name = entry.name in each_list.words
+                hint = f", where {entry.name!r} is taken for a package" if is_name else ""
+                return f"not allowed: add {entry.distribution!r} to {each_list.source}{hint}"
+        return ""
+
+    def check(self, entries: Iterable[Entry]) -> None:
+        """Check that what a command line disables is there.
+
+        Raises:
+            SettingError: if it is not, with the closest match: what was meant would be used.
+        """
+        for text in self._unknown(entries, "command"):
+            raise SettingError(text)
+
+    def notes(self, entries: Iterable[Entry]) -> tuple[str, ...]:
+        """Return what to tell about words elsewhere that disable nothing: a list for many machines may hold some."""
+        return self._unknown(entries, "variable", "file")
+
+    def _unknown(self, entries: Iterable[Entry], *by: str) -> tuple[str, ...]:
+        entries = tuple(entries)
+        unknown = [d for d in self.disabled if d.by in by and not any(d.hits(entry) for entry in entries)]
+        if not unknown:
+            return ()
+        known = {word for entry in entries for word in (entry.name, entry.distribution, entry.qualified)}
+        return tuple(
+            f"{each.word!r} is disabled in {each.source}, and no plugin or package of that name is installed."
+            f"{closest(each.word, sorted(known))}"
+            for each in unknown
+        )
+
+    def variables(self) -> dict[str, str]:
+        """Return the variables that hold another process to this policy, wherever it runs."""
+        texts = {DISABLE: ",".join(dict.fromkeys(each.word for each in self.disabled))}
+        if self.allowed:
+            texts[ALLOW] = ",".join([OWN_DISTRIBUTION, *_common(self.allowed)])
+        return {name: text for name, text in texts.items() if text}
+
+
+def _common(lists: tuple[Allowed, ...]) -> list[str]:
+    """Return the words of all lists that every one of them allows."""
+
+    def allows(words: Iterable[str], word: str) -> bool:
+        package, _, name = word.partition(":")
+        pairs = [(normalize(other.partition(":")[0]), other.partition(":")[2]) for other in words]
+        return (normalize(package), "") in pairs or (normalize(package), name) in pairs
+
+    every = dict.fromkeys(word for each in lists for word in each.words)
+    return [word for word in every if all(allows(each.words, word) for each in lists)]
+
+
+def read_policy(environ: Mapping[str, str], folder: Path | None = None) -> Policy:
+    """Read what is disabled and allowed, in the environment and in the settings file.
+
+    Args:
+        environ: the environment variables.
+        folder: where the search for a settings file starts; the working directory.
+
+    Raises:
+        SettingError: if one of them cannot be understood. Then nothing may be imported.
+    """
+    path, data = _section(environ, folder)
+    filed = {key: _words(data[key], f"{key} in {path}") for key in KEYS if key in data}
+    commanded = _commanded(environ)
+    disabled = [
+        Disabled(word, f"the command line ({OPTION})", "command")
+        if word in commanded
+        else Disabled(word, f"the environment variable {DISABLE}", "variable")
+        for word in _split(environ.get(DISABLE, ""), DISABLE)
+    ]
+    disabled += [Disabled(word, f"disable in {path}", "file") for word in filed.get("disable", ())]
+    for each in disabled:
+        if normalize(each.word) == OWN_DISTRIBUTION:
+            raise SettingError(
+                f"{each.word!r} is disabled in {each.source}: that is all of plugframe itself. Name one of its plugins."
+            )
+    allowed = [Allowed(filed["allow"], f"allow in {path}")] if "allow" in filed else []
+    if environ.get(ALLOW):
+        allowed.append(Allowed(_split(environ[ALLOW], ALLOW), f"the environment variable {ALLOW}"))
+    return Policy(tuple(disabled), tuple(allowed))
+
+
+def handed(words: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that carry what was typed to the registry, here and in ranks, beside what is set already.
+
+    Raises:
+        SettingError: for a word that names no plugin.
+    """
+    typed = [word for each in words for word in _split(each, OPTION)]
+    if not typed:
+        return {}
+    before = _split(environ.get(DISABLE, ""), DISABLE)
+    marks = [part for part in environ.get(FROM_COMMAND_LINE, "").split(",") if part]
+    return {
+        DISABLE: ",".join(dict.fromkeys([*before, *typed])),
+        FROM_COMMAND_LINE: ",".join(dict.fromkeys([*marks, *(_MARK + word for word in typed)])),
+    }
+
+
+def _commanded(environ: Mapping[str, str]) -> set[str]:
+    parts = environ.get(FROM_COMMAND_LINE, "").split(",")
+    return {part.removeprefix(_MARK) for part in parts if part.startswith(_MARK)}
+
+
+def _section(environ: Mapping[str, str], folder: Path | None) -> tuple[Path | None, Mapping[str, Any]]:
+    path = find_file(environ, folder or Path(os.getcwd()))
+    return path, (read_file(path) if path else None) or {}
+
+
+def _split(text: str, source: str) -> tuple[str, ...]:
+    return _words([part.strip() for part in text.split(",") if part.strip()], source)
+
+
+def _words(value: Any, source: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise SettingError(f"{source} is {value!r}: it is a list of names, such as ['acme-ddp', 'acme-io:zarr'].")
+    for word in value:
+        if not re.fullmatch(r"[^\s,:*?\[\]]+(:[^\s,:*?\[\]]+)?", word):
+            raise SettingError(f"{source} holds {word!r}: write a package, or package:name, in full.")
+    return tuple(value)

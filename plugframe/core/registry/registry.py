@@ -1,0 +1,293 @@
+"""What is installed: names, from distribution metadata; descriptors and factories, only when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from plugframe.core._compat import metadata
+from plugframe.core.registry.entry_points import (
+    COMMAND,
+    OWN_DISTRIBUTION,
+    PREFIX,
+    Entry,
+    impostor,
+    name_and_version,
+    normalize,
+    published,
+)
+from plugframe.core.registry.policy import Policy, read_policy
+from plugframe.errors import (
+    AmbiguousPluginError,
+    MissingDependencyError,
+    PlugframeError,
+    PluginLoadError,
+    RefusedPluginError,
+    UnknownPluginError,
+    closest,
+)
+from plugframe.hooks.descriptor import API, Plugin
+
+__all__ = ["OWN_DISTRIBUTION", "PREFIX", "Entry", "Registry", "article", "name_and_version", "normalize"]
+
+
+class Registry:
+    """The names of one environment. Nothing is imported to build it."""
+
+    def __init__(self, entries: Iterable[Entry], policy: Policy | None = None) -> None:
+        self.policy = policy or Policy()
+        self._entries = sorted(entries, key=lambda e: (e.kind, not e.builtin, e.distribution, e.name))
+        self._refused = {entry: why for entry in self._entries if (why := self.policy.refusal(entry))}
+        self._own = {(entry.kind, entry.name) for entry in self._entries if entry.builtin}
+        self._descriptors: dict[Entry, Plugin] = {}
+        self._requirements: dict[str, list[str]] = {}
+
+    @classmethod
+    def discover(cls, *, environ: Mapping[str, str] | None = None) -> Registry:
+        """Read the metadata of every installed distribution, and which of them shall not be used.
+
+        Args:
+            environ: variables to read that from, instead of this process's own.
+
+        Raises:
+            SettingError: for a list of disabled or allowed plugins that cannot be read, and for a plugin that the
+                command line disables and that is not installed.
+        """
+        entries, policy = published(), read_policy(os.environ if environ is None else environ)
+        policy.check(entries)
+        return cls((entry for entry in entries if entry.kind != COMMAND), policy)
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what to tell the user about the policy, and about a stranger under plugframe's name."""
+        place = impostor()
+        other = f"The distribution in {place} calls itself plugframe, and is not the one that runs: uninstall it."
+        return (*self.policy.notes(self._entries), *([other] if place else []))
+
+    def entries(self, kind: str | None = None) -> list[Entry]:
+        """Return what is installed and may be used, built-ins first; of one kind if given."""
+        return [e for e in self._entries if (kind is None or e.kind == kind) and e not in self._refused]
+
+    def refused(self, kind: str | None = None) -> dict[Entry, str]:
+        """Return what is installed and is never imported, with what the policy says of it."""
+        return {e: why for e, why in self._refused.items() if kind is None or e.kind == kind}
+
+    def names(self, kind: str) -> list[str]:
+        """Return the names that select something as they stand, sorted."""
+        return sorted({e.name for e in self.entries(kind)})
+
+    def shadowed(self, entry: Entry) -> bool:
+        """Say whether the bare name is a built-in's, disabled or not, so that only the qualified one reaches it."""
+        return not entry.builtin and (entry.kind, entry.name) in self._own
+
+    def find(self, kind: str, name: str, *, look_inside: bool = True) -> Entry:
+        """Return the entry `name` stands for: a bare name, or one qualified by its distribution.
+
+        Args:
+            look_inside: whether, for a name that is unknown, descriptors may be imported to see what replaces it.
+
+        Raises:
+            UnknownPluginError: with the closest match and what is installed, or what replaces a retired name.
+            AmbiguousPluginError: if two distributions publish it and none of them is plugframe.
+            RefusedPluginError: if it is installed, and disabled or not allowed.
+        """
+        distribution, colon, bare = name.rpartition(":")
+        named = [e for e in self._entries if e.kind == kind and e.name == bare]
+        if colon:
+            named = [e for e in named if normalize(e.distribution) == normalize(distribution)]
+        if not named:
+            raise self._unknown(kind, name, look_inside=look_inside)
+        # A built-in's name stays its own even while it is disabled: nobody else can slip in under it.
+        usable = named[:1] if named[0].builtin else [e for e in named if e not in self._refused]
+        if len(usable) > 1:
+            qualified = " or ".join(repr(e.qualified) for e in usable)
+            raise AmbiguousPluginError(f"{kind} {name!r} is published by {len(usable)} packages: write {qualified}.")
+        return self._permitted((usable or named)[0])
+
+    def _permitted(self, entry: Entry) -> Entry:
+        if entry in self._refused:
+            raise RefusedPluginError(f"{entry.origin} is {self._refused[entry]}.")
+        return entry
+
+    def _unknown(self, kind: str, name: str, *, look_inside: bool) -> UnknownPluginError:
+        instead = self._retired(kind).get(name) if look_inside else None
+        if instead:
+            return UnknownPluginError(f"{kind}={name!r} is not installed: {instead}")
+        names = self.names(kind)
+        known = names + [e.qualified for e in self.entries(kind)]
+        others = [e.kind for e in self.entries() if name in (e.name, e.qualified) and e.kind != kind]
+        hint = f" It is the name of {article(others[0])}." if others else closest(name, known)
+        return UnknownPluginError(f"{kind}={name!r} is not installed.{hint} Installed: {', '.join(names) or 'none'}.")
+
+    def _retired(self, kind: str) -> dict[str, str]:
+        retired: dict[str, str] = {}
+        for entry in self.entries(kind):
+            try:
+                retired.update(self.describe(entry).retired)
+            except PluginLoadError:
+                continue  # broken in its own right; reported when it is asked for
+        return retired
+
+    def describe(self, entry: Entry) -> Plugin:
+        """Import and return the descriptor of `entry`.
+
+        Raises:
+            PluginLoadError: naming the distribution, whatever its module did on import.
+            RefusedPluginError: if it must not be imported.
+        """
+        if entry not in self._descriptors:
+            self._descriptors[entry] = self._load(self._permitted(entry))
+        return self._descriptors[entry]
+
+    def _load(self, entry: Entry) -> Plugin:
+        descriptor = _import(entry.value, entry, "descriptor")
+        module, _, name = entry.value.partition(":")
+        if _is_submodule(module, name):
+            # Python puts a submodule into its package under its name: the second look would find the module.
+            raise PluginLoadError(
+                f"{entry.origin} is broken: {entry.value} has the name of the module {module}.{name}, which takes its "
+                "place once it is imported. Its author has to rename one of them."
+            )
+        if not isinstance(descriptor, Plugin):
+            raise PluginLoadError(
+                f"{entry.origin} is broken: {entry.value} is a {type(descriptor).__name__}, not a plugframe.Plugin. "
+                f"Tell its author, or uninstall {entry.distribution}."
+            )
+        spoken = [number for number in (API, API - 1) if number > 0]
+        if descriptor.api not in spoken:
+            newer = "plugframe" if descriptor.api > API else entry.distribution
+            raise PluginLoadError(
+                f"{entry.origin} speaks version {descriptor.api} of the plugin contract, this plugframe speaks "
+                f"{' and '.join(map(str, spoken))}: type 'pip install --upgrade {newer}'."
+            )
+        return descriptor
+
+    def needs(self, entry: Entry) -> list[str]:
+        """Return the distributions `entry`'s extras stand for, from metadata alone."""
+        if not entry.extras:
+            return []
+        if entry.distribution not in self._requirements:
+            self._requirements[entry.distribution] = metadata.requires(entry.distribution) or []
+        needed: list[str] = []
+        for requirement in self._requirements[entry.distribution]:
+            marker = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", requirement)
+            if marker and marker.group(1) in entry.extras:
+                match = re.match(r"[A-Za-z0-9._-]+", requirement)
+                if match:
+                    needed.append(match.group(0))
+        return needed
+
+    def missing(self, entry: Entry) -> list[str]:
+        """Return those of `needs` that are not installed."""
+        return [name for name in self.needs(entry) if not _installed(name)]
+
+    def absent(self, entry: Entry) -> str | None:
+        """Say what `entry`'s descriptor needs that is not there and how to install it; None if all is."""
+        descriptor = self.describe(entry)
+        modules = [name for name in descriptor.requires if not _importable(name)]
+        absent = list(dict.fromkeys([*modules, *self.missing(entry)]))
+        if not absent:
+            return None
+        what = ", ".join(absent)
+        own = f"{entry.distribution}[{','.join(entry.extras)}]" if entry.extras else what
+        extra = descriptor.extra or own
+        return f"{what}: type \"pip install '{extra}'\""
+
+    def require(self, entries: Iterable[Entry]) -> None:
+        """Check that everything these need is there, without importing any of it.
+
+        Raises:
+            MissingDependencyError: for the first that lacks something, saying what to install.
+        """
+        for entry in entries:
+            absent = self.absent(entry)
+            if absent:
+                raise MissingDependencyError(f"{entry.origin} needs {absent}.")
+
+    def factory(self, entry: Entry) -> Any:
+        """Import and return what makes the implementation.
+
+        Raises:
+            MissingDependencyError: saying what to install.
+            PluginLoadError: naming the distribution and what its module did on import.
+        """
+        descriptor = self.describe(entry)
+        self.require([entry])
+        return _import(descriptor.factory, entry, "factory")
+
+    def make(self, entry: Entry, options: Mapping[str, Any] | None = None) -> Any:
+        """Call the factory of `entry`; see `factory`.
+
+        Raises:
+            PluginLoadError: naming the distribution and what its factory raised.
+        """
+        descriptor = self.describe(entry)
+        factory = self.factory(entry)
+        try:
+            return factory(**{**descriptor.preset, **(options or {})})
+        except (KeyboardInterrupt, PlugframeError):
+            raise
+        except BaseException as error:
+            raise PluginLoadError(
+                f"{entry.origin} is broken: {descriptor.factory} raised {_words(error)}. "
+                f"Mend or uninstall {entry.distribution}."
+            ) from error
+
+
+def _import(reference: str, entry: Entry, what: str) -> Any:
+    module_name, _, attribute = reference.partition(":")
+    if not attribute:
+        raise PluginLoadError(
+            f"{entry.origin} is broken: its {what} {reference!r} names no object; its author has to write "
+            "'package.module:name'."
+        )
+    try:
+        value: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            value = getattr(value, part)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        # SystemExit and pytest.skip are BaseExceptions too: one broken package must not end the program.
+        raise PluginLoadError(
+            f"{entry.origin} is broken: its {what} {reference} failed to import with "
+            f"{_words(error)}. Mend or uninstall {entry.distribution}."
+        ) from error
+    return value
+
+
+def article(noun: str) -> str:
+    """Return a noun with its article."""
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _words(error: BaseException) -> str:
+    """Return an exception in one line, without the full stop that would double that of the message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
+
+
+def _is_submodule(package: str, name: str) -> bool:
+    """Say whether a package that is imported has a module of that name, by a look into its folders alone."""
+    folders = getattr(sys.modules.get(package), "__path__", ())
+    path, suffixes = name.replace(".", os.sep), ("", *importlib.machinery.all_suffixes())
+    return any(os.path.exists(os.path.join(folder, path + suffix)) for folder in folders for suffix in suffixes)
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except Exception:  # noqa: BLE001 - to find "a.b", a is imported, which may raise anything
+        return False
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""A running job: its plugins registered, checked, bound, set up and torn down."""

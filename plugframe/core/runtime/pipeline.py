@@ -1,0 +1,208 @@
+"""One pluggy manager per job: registers what was selected, checks it, and binds the hooks."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pluggy
+
+from plugframe.core.planning.plan import Choice
+from plugframe.core.planning.plugin_objects import hooks_of
+from plugframe.errors import PluginContractError, SettingError, closest
+from plugframe.hooks.kinds import KINDS, Kind
+from plugframe.hooks.markers import PROJECT, deprecated_of
+
+
+class BoundHooks:
+    """Every hook by name.
+
+    A provider hook that nothing wraps is the provider's own bound method: a plain call. A hook that is
+    wrapped is pluggy's caller. A notification nobody listens to is None.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"There is no hook {name!r}; `plugframe.hooks` lists them.")
+
+
+def check_hooks(choice: Choice, plugin: Any) -> list[str]:
+    """Check the hooks of one plugin by itself; return what of them is deprecated.
+
+    Raises:
+        PluginContractError: as when it is used.
+    """
+    pipeline = Pipeline()
+    pipeline.add(choice, plugin)
+    if not KINDS[choice.kind].many:
+        pipeline.bind()  # a wrapper of a hook needs somebody who provides it
+    return pipeline.deprecations
+
+
+class Pipeline:
+    """Holds the selected plugins and their hooks.
+
+    Attributes:
+        deprecations: what plugins implement that is on its way out, a sentence for each.
+    """
+
+    def __init__(self, *, trace: bool = False) -> None:
+        self.deprecations: list[str] = []
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._trace = trace
+        self._providers: dict[str, tuple[Choice, Any]] = {}
+        self._choices: dict[str, Choice] = {}
+        for kind in KINDS.values():
+            self._manager.add_hookspecs(kind.spec)
+        if trace:
+            self._manager.add_hookcall_monitoring(_print_call, lambda *_: None)
+
+    def add(self, choice: Choice, plugin: Any) -> None:
+        """Register a plugin object.
+
+        Raises:
+            PluginContractError: if a hook of it does not exist, does not fit its specification, or is not marked.
+            SettingError: if the very object is registered already.
+        """
+        origin = _origin(choice)
+        if any(other is plugin for _, other in self._manager.list_name_plugin()):
+            raise SettingError(f"{origin} is given twice: keep one.")
+        unmarked = ", ".join(_unmarked(plugin, choice.kind))
+        if unmarked:
+            raise PluginContractError(f"{origin} overrides {unmarked} without a mark: add {_MARK}.")
+        label = f"{choice.kind} {choice.name} #{len(self._choices)}"
+        try:
+            self._manager.register(plugin, name=label)
+        except pluggy.PluginValidationError as error:
+            reason = " ".join(str(error).split()).rstrip(".") + "."
+            raise PluginContractError(f"{origin} breaks the plugin contract: {reason}{_mend(choice)}") from error
+        except ValueError as error:
+            # pluggy compares plugins with ==, and two equal dataclass objects would be one to it.
+            raise PluginContractError(f"{origin} equals another plugin in use: give its class eq=False.") from error
+        self._check_implementations(choice, plugin)
+        self.deprecations += self._deprecated(choice, plugin)
+        self._choices[label] = choice
+        if not KINDS[choice.kind].many:
+            self._providers[choice.kind] = (choice, plugin)
+
+    def _check_implementations(self, choice: Choice, plugin: Any) -> None:
+        origin = _origin(choice)
+        known = [name for kind in KINDS.values() for name in hooks_of(kind)]
+        for caller in self._manager.get_hookcallers(plugin) or ():
+            if not caller.has_spec():
+                raise PluginContractError(
+                    f"{origin} implements {caller.name}, which is no hook.{closest(caller.name, known)}{_mend(choice)}"
+                )
+            parameters = inspect.signature(getattr(plugin, caller.name)).parameters.values()
+            for parameter in parameters:
+                if parameter.kind is parameter.KEYWORD_ONLY:
+                    raise PluginContractError(
+                        f"{origin} breaks the plugin contract: {caller.name} takes {parameter.name} by keyword only, "
+                        "which would never be filled: leave out the '*' before it."
+                    )
+
+    def _deprecated(self, choice: Choice, plugin: Any) -> list[str]:
+        found = []
+        for caller in self._manager.get_hookcallers(plugin) or ():
+            deprecated = deprecated_of(caller.spec.function if caller.spec else None)
+            for impl in caller.get_hookimpls():
+                # What a plugin inherits from plugframe's own bases is not its author's to fix.
+                # A function that was made by hand may have no module.
+                module = getattr(impl.function, "__module__", None) or ""
+                if impl.plugin is not plugin or module.startswith(f"{PROJECT}."):
+                    continue
+                whole = {f"implements {caller.name}": deprecated.hook} if deprecated.hook else {}
+                names = [name for name in deprecated.arguments if name in (*impl.argnames, *impl.kwargnames)]
+                parts = {f"takes {name} in {caller.name}": deprecated.arguments[name] for name in names}
+                found += [_deprecation(choice, does, instead) for does, instead in {**whole, **parts}.items()]
+        return found
+
+    def bind(self) -> BoundHooks:
+        """Check that every provider hook has its one provider, and return the hooks.
+
+        Raises:
+            PluginContractError: naming the plugin, the hook and what to write.
+        """
+        bound = BoundHooks()
+        for kind in KINDS.values():
+            for name in hooks_of(kind):
+                if kind.many:
+                    self._bind_many(bound, name)
+                elif kind.name in self._providers:
+                    self._bind_provider(bound, kind, name)
+                else:
+                    self._check_unused(kind, name)
+        return bound
+
+    def _bind_many(self, bound: BoundHooks, name: str) -> None:
+        caller = getattr(self._manager.hook, name)
+        setattr(bound, name, caller if caller.get_hookimpls() else None)
+
+    def _bind_provider(self, bound: BoundHooks, kind: Kind, name: str) -> None:
+        choice, plugin = self._providers[kind.name]
+        caller = getattr(self._manager.hook, name)
+        impls = caller.get_hookimpls()
+        plain = [impl for impl in impls if not (impl.wrapper or impl.hookwrapper)]
+        for impl in plain:
+            if impl.plugin is not plugin:
+                raise PluginContractError(
+                    f"{_origin(self._choices[impl.plugin_name])} implements {name}, which {_origin(choice)} provides: "
+                    f"mark it with {_MARK}(wrapper=True) to wrap the provider."
+                )
+        if not plain:
+            raise PluginContractError(
+                f"{_origin(choice)} does not provide the hook {name}: implement it and mark it with {_MARK}."
+            )
+        # An implementation that leaves arguments out is pluggy's to call: by itself it cannot be given them all.
+        whole = set(plain[0].argnames + plain[0].kwargnames) == set(caller.spec.argnames + caller.spec.kwargnames)
+        alone = whole and len(impls) == 1 and not self._trace
+        setattr(bound, name, getattr(plugin, name) if alone else caller)
+
+    def _check_unused(self, kind: Kind, name: str) -> None:
+        for impl in getattr(self._manager.hook, name).get_hookimpls():
+            raise PluginContractError(
+                f"{_origin(self._choices[impl.plugin_name])} implements {name}, and no {kind.name} takes part in a "
+                "running job: it would never be called. Leave it out."
+            )
+
+
+def _deprecation(choice: Choice, does: str, instead: str) -> str:
+    mend = f"upgrade {choice.entry.distribution}, or tell its author" if choice.entry else "mend its class"
+    return f"{_origin(choice)} {does}, which is deprecated: {instead.rstrip('.')}. To be rid of this, {mend}."
+
+
+_MARK = "@plugframe.hookimpl"
+
+
+def _unmarked(plugin: Any, kind: str) -> list[str]:
+    """Return the hooks of its kind (of all, for a plugin that can wrap any) that a plugin overrides unmarked."""
+    kinds = KINDS.values() if KINDS[kind].many else (KINDS[kind],)
+    found = []
+    for name in (name for each in kinds for name in hooks_of(each)):
+        method = getattr(type(plugin), name, None)
+        marked = hasattr(method, f"{PROJECT}_impl") or hasattr(method, f"{PROJECT}_spec")
+        if callable(method) and not marked:
+            found.append(name)
+    return found
+
+
+def _origin(choice: Choice) -> str:
+    return choice.entry.origin if choice.entry else f"{choice.kind} object {choice.name}"
+
+
+def _mend(choice: Choice) -> str:
+    return f" Mend, upgrade or uninstall {choice.entry.distribution}." if choice.entry else ""
+
+
+def _print_call(hook_name: str, hook_impls: Any, kwargs: Mapping[str, Any]) -> None:
+    arguments = ", ".join(f"{key}={_short(value)}" for key, value in kwargs.items())
+    print(f"plugframe: {hook_name}({arguments})", file=sys.stderr)
+
+
+def _short(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return f"{type(value).__name__}{tuple(shape)}"
+    text = value if isinstance(value, (int, float, bool)) else type(value).__name__
+    return str(text)

@@ -1,0 +1,194 @@
+"""A job that runs: its plugins in one pipeline, set up in order and torn down in reverse."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from plugframe.core.planning.plan import Choice, Plan
+from plugframe.core.planning.resolve import Catalogue
+from plugframe.core.runtime.pipeline import BoundHooks, Pipeline
+from plugframe.diagnostics.call_log import Ring
+from plugframe.diagnostics.consistency import agree
+from plugframe.diagnostics.hang_report import Alarm
+from plugframe.diagnostics.instrument import record
+from plugframe.diagnostics.stall_report import watch_over
+from plugframe.errors import OrderError
+from plugframe.hooks.context import Context
+from plugframe.hooks.markers import PROJECT
+from plugframe.hooks.world import World
+from plugframe.utils.logging import tell, warn_caller
+
+#: In this order they are set up; an accelerator first, so that tensors can exist.
+_SET_UP = ("accelerator", "collective", "precision", "strategy", "checkpoint")
+
+
+class Session:
+    """The plugins of one `Lite`, from construction to tear-down.
+
+    Attributes:
+        plan: what was resolved.
+        hooks: every hook, bound.
+        plugins: the plugin object of each single kind.
+        extensions: the extensions by name, bare and qualified; of two with one name the first.
+        context: what plugins see of the job; None until `start`.
+        explain: makes of an error that came of another rank the one that says where all ranks are; None with one.
+    """
+
+    def __init__(self, plan: Plan, catalogue: Catalogue, callbacks: list[Any]) -> None:
+        self.plan = plan
+        self.plugins: dict[str, Any] = {}
+        self.context: Context | None = None
+        self._process = os.getpid()
+        self.explain: Any = None
+        self._leave: Any = None
+        self._undo = ExitStack()
+        self._adopted: dict[int, tuple[weakref.ref[Any], Callable[[Any], Any]]] = {}
+        self._numbers = itertools.count()
+        self._pipeline = Pipeline(trace=os.environ.get("PLUGFRAME_TRACE") == "1")
+        for choice in plan.choices.values():
+            self.plugins[choice.kind] = self._add(choice, catalogue)
+        self.loggers = [self._add(choice, catalogue) for choice in plan.loggers]
+        # pluggy runs the last registered wrapper outermost; the first listed shall be.
+        added = [(choice, self._add(choice, catalogue)) for choice in reversed(plan.extensions)]
+        self.extensions = {name: plugin for choice, plugin in added for name in (choice.name, choice.qualified)}
+        for callback in callbacks:
+            if _has_hooks(callback):
+                self._pipeline.add(_as_choice(callback), callback)
+        self.hooks: BoundHooks = self._pipeline.bind()
+        if self.world.global_rank == 0:
+            for message in dict.fromkeys(self._pipeline.deprecations):
+                warn_caller(message)
+
+    def _add(self, choice: Choice, catalogue: Catalogue) -> Any:
+        plugin = choice.instance
+        if plugin is None:
+            assert choice.entry is not None
+            plugin = catalogue.make(choice.entry, choice.arguments)
+        self._pipeline.add(choice, plugin)
+        return plugin
+
+    @property
+    def world(self) -> World:
+        """This process's place; a world of one until the job's processes exist."""
+        return self.plan.world or World()
+
+    @property
+    def device(self) -> Any:
+        """This rank's ``torch.device``."""
+        index = self.plan.devices[self.world.local_rank]
+        return self.hooks.accelerator_device(index=index)
+
+    def start(self) -> Context:
+        """Set every plugin up, on this rank. A failure undoes what was done."""
+        if self.context is not None:
+            return self.context
+        self._process = os.getpid()
+        context = self._context()
+        try:
+            for kind in _SET_UP:
+                # Undone even if the set-up itself fails half-way.
+                self._undo.callback(getattr(self.hooks, f"{kind}_teardown"))
+                getattr(self.hooks, f"{kind}_setup")(context=context)
+                if kind == "collective":
+                    self._watch(context)
+                    agree(self.plan, context)
+            if self.hooks.logger_setup is not None:
+                self._undo.callback(self.hooks.logger_teardown)
+                self.hooks.logger_setup(context=context)
+            self.context = context
+            if context.world.global_rank == 0:
+                tell(self.plan.line())
+            if self.hooks.on_launch is not None:
+                self.hooks.on_launch(context=context)
+        except BaseException:
+            self.context = None
+            self._undo.close()
+            raise
+        return context
+
+    def _context(self) -> Context:
+        packages = {(type(plugin).__module__ or "").partition(".")[0] for plugin in self.plugins.values()}
+        return Context(
+            world=self.world,
+            device=self.device,
+            hooks=self.hooks,
+            names={kind: choice.name for kind, choice in self.plan.choices.items()},
+            provides={kind: tuple(choice.descriptor.provides) for kind, choice in self.plan.choices.items()},
+            timeout_s=self.plan.timeout_s,
+            report_after_s=self.plan.report_after_s,
+            calls=Ring(packages) if self.world.world_size > 1 else None,
+        )
+
+    def _watch(self, context: Context) -> None:
+        """Record every collective call from here on, and report and explain those that a rank does not come to."""
+        if context.calls is None:
+            return
+        alarm = Alarm(context, context.calls)
+        watch = watch_over(context, alarm)
+        if watch is not None:
+            self._undo.callback(watch.close)
+        self.explain, self._leave = alarm.explain, alarm.close
+        self._undo.callback(alarm.close)
+        self._undo.callback(record(self.hooks, context.calls, alarm.explain))
+
+    def on_close(self, undo: Any, *args: Any) -> None:
+        """Have ``undo(*args)`` called at tear-down, before what was set up earlier."""
+        self._undo.callback(undo, *args)
+
+    def release_on_close(self, obj: Any, release: Callable[[Any], Any]) -> None:
+        """Have ``release(obj)`` called at tear-down, the last first, if `obj` is still there.
+
+        Nothing is kept of one that has gone: a script may set up a model for every fold, or a loader for every epoch.
+        """
+        adopted, number = self._adopted, next(self._numbers)
+        adopted[number] = (weakref.ref(obj, lambda _: adopted.pop(number, None)), release)
+
+    def close(self) -> None:
+        """Tear everything down, in reverse; all of it, even if some fails."""
+        if self.context is None or os.getpid() != self._process:
+            return  # the latter: a copy that the script has forked leaves, and the job is not its own to end
+        if self._leave is not None:
+            self._leave()  # before any connection is closed: then the others know why
+        try:
+            if self.hooks.on_teardown is not None:
+                self.hooks.on_teardown()
+        finally:
+            self.context = None
+            for reference, release in list(self._adopted.values()):
+                self._undo.callback(_release, reference, release)
+            self._adopted.clear()
+            self._undo.close()
+
+    def started(self) -> Context:
+        """Return the context.
+
+        Raises:
+            OrderError: if the job does not run.
+        """
+        if self.context is None:
+            raise OrderError("The job does not run: call lite.launch() first.")
+        return self.context
+
+
+def _release(reference: weakref.ref[Any], release: Callable[[Any], Any]) -> None:
+    obj = reference()
+    if obj is not None:
+        release(obj)
+
+
+def _has_hooks(callback: Any) -> bool:
+    names = (getattr(type(callback), name, None) for name in dir(type(callback)))
+    return any(hasattr(member, f"{PROJECT}_impl") for member in names)
+
+
+def _as_choice(callback: Any) -> Choice:
+    from plugframe.hooks.descriptor import Plugin
+
+    cls = type(callback)
+    descriptor = Plugin(factory=f"{cls.__module__}:{cls.__qualname__}")
+    return Choice(kind="extension", name=cls.__name__, reason="a callback", descriptor=descriptor, instance=callback)

@@ -1,0 +1,1 @@
+"""Loaders, sharding, shuffling and seeding."""

@@ -1,0 +1,1 @@
+"""Hang reports, the log of collective calls, and consistency checks over ranks."""

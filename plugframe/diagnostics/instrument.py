@@ -1,0 +1,68 @@
+"""Every call at which ranks meet goes through the ring, and one that fails because a rank did not come is explained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from plugframe.diagnostics.call_log import END, Ring
+
+#: Hooks at which ranks meet, and the argument that says how.
+MEETINGS: dict[str, str | None] = {
+    "collective_all_gather": None,
+    "collective_all_reduce": "op",
+    "collective_reduce_scatter": "op",
+    "collective_broadcast": "src",
+    "collective_all_gather_object": None,
+    "collective_broadcast_object": "src",
+    "collective_barrier": None,
+    "collective_monitored_barrier": None,
+    "strategy_setup_module": None,
+    "strategy_setup_optimizers": None,
+    "strategy_setup_module_and_optimizers": None,
+    "strategy_backward": None,
+    "strategy_optimizer_step": None,
+    "strategy_clip_gradients": None,
+    "checkpoint_save": None,
+    "checkpoint_load": None,
+}
+
+Explain = Callable[..., Exception | None]
+
+
+def record(hooks: Any, ring: Ring, explain: Explain) -> Callable[[], None]:
+    """Put the ring between the callers of `hooks` and what is bound there; return what takes it out again."""
+    before = {name: getattr(hooks, name) for name in MEETINGS}
+    for name, argument in MEETINGS.items():
+        setattr(hooks, name, _recorded(name, argument, before[name], ring, explain))
+
+    def undo() -> None:
+        for name, hook in before.items():
+            setattr(hooks, name, hook)
+
+    return undo
+
+
+def _recorded(name: str, argument: str | None, hook: Any, ring: Ring, explain: Explain) -> Any:
+    begin = ring.begin
+    argument = argument or ""
+    late = name == "collective_monitored_barrier"
+
+    def call(**arguments: Any) -> Any:
+        get = arguments.get
+        entry = begin(name, get("tensor"), get(argument), get("group") is None)
+        try:
+            result = hook(**arguments)
+        except RuntimeError as error:
+            failure = explain(error, late=late)
+            entry[END] = True
+            if failure is None:
+                raise
+            raise failure from error
+        except BaseException:
+            entry[END] = True
+            raise
+        entry[END] = True
+        return result
+
+    return call

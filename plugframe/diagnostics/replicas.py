@@ -1,0 +1,120 @@
+"""Whether parameters and the state of optimizers are the same on all ranks, by a hash of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from plugframe.checkpoint import as_bytes
+from plugframe.diagnostics.rank_status import ranks_text
+from plugframe.errors import OutOfSyncError, UnsupportedError
+
+#: Elements hashed at a time on a device.
+_CHUNK = 1 << 20
+_MASK = (1 << 63) - 1
+
+Named = tuple[str, Tensor]
+
+
+def named_tensors(modules: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> Iterator[Named]:
+    """Yield every parameter by name, then the state of every optimizer, in the same order on every rank."""
+    names: dict[int, str] = {}
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            names[id(parameter)] = name
+            yield f"parameter {name!r}", parameter
+    for optimizer in optimizers:
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, parameter in enumerate(held):
+            name = names.get(id(parameter), str(number))
+            for key, value in sorted(optimizer.state.get(parameter, {}).items()):
+                if isinstance(value, Tensor):
+                    yield f"{key!r} of {name!r} in {type(optimizer).__name__}", value
+
+
+def check_in_sync(named: Iterable[Named], hooks: Any, when: str = "") -> None:
+    """Compare tensors bit by bit over the ranks, by a hash of each. Every rank must call it.
+
+    Args:
+        when: for the message: ``" after step 100"``.
+
+    Raises:
+        OutOfSyncError: on all ranks, naming the first that differs.
+    """
+    named = list(named)
+    hashes = tensor_hashes([tensor for _, tensor in named])
+    pairs = [(name, each) for (name, _), each in zip(named, hashes, strict=True)]
+    mine = xxhash.xxh3_64_intdigest(repr(pairs).encode()) & _MASK
+    # A few bytes from each; the lists travel only if they differ.
+    everyone = hooks.collective_all_gather(tensor=torch.tensor([mine]), group=None, sync_grads=False)
+    if bool((everyone == everyone[0]).all()):
+        return
+    lists = hooks.collective_all_gather_object(obj=pairs, group=None)
+    raise OutOfSyncError(f"The ranks have drifted apart{when}: {_difference(lists)}")
+
+
+def check_replicated(provides: Iterable[str], call: str) -> None:
+    """Refuse a strategy, by what it provides, that keeps a part of the model on each rank.
+
+    Raises:
+        UnsupportedError: saying so.
+    """
+    if "sharded" in provides:
+        raise UnsupportedError(
+            f"{call} compares what every rank has, and this strategy keeps a part of the model on each: there is "
+            "nothing to compare. Leave it out."
+        )
+
+
+def tensor_hashes(tensors: Sequence[Tensor]) -> list[int]:
+    """Return a number for each tensor that tells its bits, shape and dtype from others; a device is waited for once."""
+    on_device: dict[int, Tensor] = {}
+    found: dict[int, int] = {}
+    for number, tensor in enumerate(tensors):
+        data = tensor.detach()
+        seed = f"{tuple(data.shape)} {data.dtype}"
+        if data.device.type == "cpu":
+            hasher = xxhash.xxh3_64(seed.encode())
+            hasher.update(as_bytes(data.contiguous()))
+            found[number] = hasher.intdigest() & _MASK
+        else:
+            on_device[number] = _sum_of_bits(data)
+            found[number] = xxhash.xxh3_64_intdigest(seed.encode()) & _MASK
+    if on_device:
+        values = torch.stack(list(on_device.values())).tolist()
+        for number, value in zip(on_device, values, strict=True):
+            found[number] ^= value & _MASK
+    return [found[number] for number in range(len(tensors))]
+
+
+def _sum_of_bits(data: Tensor) -> Tensor:
+    """Return a 0-d tensor: the bytes as whole numbers, each times a number of its place, summed with wrap-around."""
+    width = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(data.element_size(), torch.int64)
+    flat = (torch.view_as_real(data.resolve_conj()) if data.is_complex() else data).contiguous().view(width).view(-1)
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    places = torch.arange(1, min(_CHUNK, flat.numel()) + 1, device=data.device) * 0x9E3779B97F4A7C1 + 1
+    for number, chunk in enumerate(torch.split(flat, _CHUNK)):
+        total += (chunk.to(torch.int64) * places[: chunk.numel()]).sum() * (2 * number + 1)
+    return total
+
+
+def _difference(lists: Sequence[Sequence[tuple[str, int]]]) -> str:
+    names = [[name for name, _ in each] for each in lists]
+    if any(each != names[0] for each in names):
+        counts = ", ".join(f"{len(each)} tensors on rank {rank}" for rank, each in enumerate(names))
+        return f"they do not hold the same parameters and state ({counts})."
+    different = [place for place, rows in enumerate(zip(*lists, strict=True)) if len({value for _, value in rows}) > 1]
+    first = different[0]
+    holders: dict[int, list[int]] = {}
+    for rank, each in enumerate(lists):
+        holders.setdefault(each[first][1], []).append(rank)
+    most = max(holders.values(), key=len)
+    others = sorted(rank for ranks in holders.values() if ranks is not most for rank in ranks)
+    more = f"; {len(different) - 1} of the other {len(names[0]) - 1} tensors differ too" if len(different) > 1 else ""
+    where = f"on {ranks_text(others)} another than on {ranks_text(most)}"
+    return f"the first that differs is {names[0][first]}, {where}{more}."

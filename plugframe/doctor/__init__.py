@@ -1,7 +1,0 @@
-"""What ``plugframe doctor`` looks into, each in a module of its own."""
-
-from __future__ import annotations
-
-from plugframe.doctor.finding import Finding
-
-__all__ = ["Finding"]

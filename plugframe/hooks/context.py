@@ -1,0 +1,44 @@
+"""What a plugin sees of the job it runs in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from plugframe.hooks.world import World
+
+if TYPE_CHECKING:
+    import torch
+
+    from plugframe.diagnostics.call_log import Ring
+
+#: Seconds after which ranks that wait for another are reported.
+REPORT_AFTER_S = 30.0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Context:
+    """Handed to every plugin's ``…_setup`` hook, on every rank, once the job's processes exist.
+
+    Attributes:
+        world: the ranks, seen from this process.
+        device: this rank's device.
+        hooks: every hook by name, bound: ``context.hooks.collective_barrier(name="x")`` runs the selected
+            collective's implementation, extensions included. Arguments go by keyword.
+        names: the resolved plugin name of each kind: ``{"strategy": "ddp", "precision": "32-true", …}``.
+        provides: the capabilities of the selected plugin of each kind, as its descriptor lists them.
+        timeout_s: seconds a collective may take before it is an error, from ``--timeout``; None when not set.
+        report_after_s: seconds after which one line says which ranks wait for which, from ``--report-after``; 0 for
+            never.
+        calls: the last calls of this rank at which ranks meet; None with one rank.
+    """
+
+    world: World
+    device: torch.device
+    hooks: Any
+    names: dict[str, str]
+    provides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    timeout_s: float | None = None
+    report_after_s: float = REPORT_AFTER_S
+    calls: Ring | None = None

@@ -1,0 +1,92 @@
+"""From one process to the ranks of a job: which launcher, and what it starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from plugframe.core.config.request import Request
+from plugframe.core.planning.plan import Choice, Plan
+from plugframe.core.planning.resolve import resolve_launcher
+from plugframe.core.registry.registry import Registry
+from plugframe.errors import OrderError, RankFailedError, UnsupportedError
+from plugframe.hooks.launcher import Job
+from plugframe.hooks.variables import LAUNCHED
+
+
+def start_script(plan: Plan, request: Request, registry: Registry) -> None:
+    """Run the current script once more on every rank, supervise the ranks, and leave the program with them.
+
+    Raises:
+        SystemExit: always, with the ranks' exit code: what follows in the script runs on the ranks.
+    """
+    from plugframe.launch import script_command
+
+    options, command = script_command()
+    choice, launcher = _launcher(request, registry, "script")
+    try:
+        launcher.launcher_launch(job=_job(plan, choice, interpreter_options=options, command=command))
+    except RankFailedError as error:
+        print(error.report, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    raise SystemExit(0)
+
+
+def start_function(
+    plan: Plan, request: Request, registry: Registry, function: Callable[..., Any], args: tuple[Any, ...]
+) -> Any:
+    """Call ``function(*args)`` on every rank and return what rank 0 returned."""
+    wants = "interactive" if _typed_at_a_prompt(function, args) else "function"
+    choice, launcher = _launcher(request, registry, wants)
+    try:
+        return launcher.launcher_launch(job=_job(plan, choice, function=function, args=args))
+    except RankFailedError as error:
+        from plugframe.launch.excepthook import JobInterrupt, tell_if_uncaught
+
+        tell_if_uncaught()
+        if error.exit_code == 128 + signal.SIGINT:
+            raise JobInterrupt(error) from None
+        raise
+
+
+def not_launched(plan: Plan, call: str) -> OrderError:
+    """Return the error for a call that needs the job's processes before they exist."""
+    return OrderError(
+        f"{call}() needs {plan.world_size} ranks (devices: {plan.devices_reason}), and this is one process: call "
+        "lite.launch() before it, or start the script with `plugframe run`; for a single device say Lite(devices=1)."
+    )
+
+
+def _launcher(request: Request, registry: Registry, wants: str) -> tuple[Choice, Any]:
+    from plugframe.launch.function import refuse_while_importing
+
+    refuse_while_importing()
+    if os.environ.get(LAUNCHED):
+        setting = request.get("environment")
+        why = f"environment={setting.value!r} in {setting.source}" if setting else "the environment that was found"
+        raise OrderError(f"This process is a rank of a job already, and {why} does not say so: leave environment= out.")
+    choice = resolve_launcher(request, registry, wants)
+    if choice.instance is not None:
+        return choice, choice.instance
+    assert choice.entry is not None
+    return choice, registry.make(choice.entry, choice.arguments)
+
+
+def _job(plan: Plan, launcher: Choice, **what: Any) -> Job:
+    if plan.num_nodes > 1 and "nodes" not in launcher.descriptor.provides:
+        raise UnsupportedError(
+            f"launch() starts the ranks of one node, and num_nodes={plan.num_nodes}: start the script on every node "
+            "with `plugframe run --num-nodes N --node-rank K --main-address HOST script.py`, or under a scheduler."
+        )
+    return Job(num_processes=len(plan.devices), num_nodes=plan.num_nodes, **what)
+
+
+def _typed_at_a_prompt(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Say whether what is to be run lives in a ``__main__`` that no other process can import."""
+    main = sys.modules.get("__main__")
+    if main is None or getattr(main, "__file__", None) or getattr(main, "__spec__", None):
+        return False
+    return any(getattr(thing, "__module__", None) == "__main__" for thing in (function, *args))

@@ -1,0 +1,1 @@
+"""Commands besides ``plugframe run``, found by entry point."""

@@ -1,0 +1,1 @@
+"""Helpers that plugins and the framework share."""
