@@ -13,7 +13,8 @@ from plugframe import EnvironmentMismatchError, Lite, Plugin, hookimpl
 from plugframe.base import Extension
 from plugframe.core.planning.plan import Choice, Plan
 from plugframe.core.registry.registry import Entry
-from plugframe.diagnostics.consistency import agree, differences, in_use
+from plugframe.diagnostics.consistency import differences, in_use
+from plugframe.diagnostics.diagnostics import Diagnostics
 from plugframe.hooks.context import Context
 from plugframe.hooks.world import World
 from ranks import run_ranks
@@ -97,7 +98,8 @@ def test_plugframe_and_torch_are_compared_too() -> None:
 
 def test_one_rank_compares_with_nobody() -> None:
     """Without other ranks no hook is called, so that a collective that has none need not answer."""
-    agree(_plan(_choice("1.2")), Context(world=World(), device=None, hooks=None, names={}, timeout_s=None))
+    context = Context(world=World(), device=None, hooks=None, names={}, timeout_s=None)
+    Diagnostics(_plan(_choice("1.2"))).on_connect(context)
 
 
 @pytest.mark.parametrize(

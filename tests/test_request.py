@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from plugframe import SettingError
-from plugframe.core.config.request import FIELDS, Request, Setting, gather, variable
+from plugframe.core.config.request import FIELDS, SWITCHES, Request, Setting, gather, variable
 
 
 class Sharded:
@@ -98,8 +98,21 @@ def test_variables_are_read_as_what_they_mean(empty: Path) -> None:
 
 def test_every_field_has_its_variable(empty: Path) -> None:
     """What can be said in the code can be said in a variable."""
-    values = {variable(field): "2" for field in FIELDS}
+    values = {variable(field): "true" if field in SWITCHES else "2" for field in FIELDS}
     assert set(gather({}, environ=values, folder=empty).settings) == set(FIELDS)
+
+
+def test_a_switch_is_true_or_false(empty: Path) -> None:
+    """In every place where it can be given; anything else is refused."""
+    for text, value in (("True", True), ("1", True), ("false", False), ("0", False)):
+        request = gather({}, environ={"PLUGFRAME_DIAGNOSTICS": text}, folder=empty)
+        assert request.value("diagnostics") is value
+    with pytest.raises(SettingError, match="diagnostics='maybe' in the environment variable .*: it is true or false"):
+        gather({}, environ={"PLUGFRAME_DIAGNOSTICS": "maybe"}, folder=empty)
+    with pytest.raises(SettingError, match="diagnostics=2 in the code: it is true or false"):
+        gather({"diagnostics": 2}, environ={}, folder=empty)
+    with pytest.raises(SettingError, match="diagnostics=True in the code, but False"):
+        gather({"diagnostics": True}, environ={"PLUGFRAME_DIAGNOSTICS": "0"}, folder=empty)
 
 
 def test_the_process_is_the_default(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:

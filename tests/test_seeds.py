@@ -18,6 +18,7 @@ from plugframe import Lite, OutOfSyncError, SettingError, seed_everything
 from plugframe.data.generators import held_sources
 from plugframe.data.random_check import DrawCheck
 from plugframe.data.seed import GLOBAL_SEED, JOB_SEED, PROCESS, seed_process
+from plugframe.data.shared_seed import SharedSeed
 from plugframe.hooks.world import World
 from ranks import run_checks
 
@@ -235,9 +236,7 @@ def a_drawn_seed_is_rank_0s(lite: Lite) -> None:
     assert len(set(everyones(lite, torch.rand(()).item()))) == 1
     # As two processes with nothing in common would.
     seed_process(100 + lite.global_rank, drawn=True, per_rank=None)
-    from plugframe.diagnostics.consistency import agree
-
-    agree(lite.plan, lite._session.started())
+    SharedSeed().on_connect(lite._session.started())
     assert PROCESS.seed == 100
     assert len(set(everyones(lite, torch.rand(()).item()))) == 1
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from plugframe import Lite
-from plugframe.diagnostics.call_log import Call, Ring
+from plugframe.diagnostics.call_log import Call, CallLog
 from plugframe.diagnostics.rank_status import Account
-from plugframe.diagnostics.stall_report import report, watch_over
+from plugframe.diagnostics.stall_report import report, start_stall_reporter
 from plugframe.hooks.world import World
 from ranks import rank_store, run_ranks
 
@@ -58,15 +58,19 @@ def test_work_within_one_call_is_no_mistake() -> None:
     assert text.endswith("rank 1 waits in save (train.py:57, call 7).")
 
 
-@pytest.mark.parametrize(
-    "settings", [{"report_after_s": 0.0}, {"timeout_s": 30.0}, {"calls": None}, {"provides": ("simulated",)}]
-)
+@pytest.mark.parametrize("settings", [{"report_after_s": 0.0}, {"timeout_s": 30.0}, {"provides": ("simulated",)}])
 def test_nothing_watches_where_there_is_nothing_to_tell(settings: dict[str, Any]) -> None:
-    """No thread is started with 0, with a timeout that comes first, with one rank, and with simulated ones."""
-    given = {"report_after_s": 30.0, "timeout_s": None, "calls": Ring(), "world": World(), "provides": (), **settings}
+    """No thread is started with 0, with a timeout that comes first, and with simulated ones."""
+    given = {
+        "report_after_s": 30.0,
+        "timeout_s": None,
+        "world": World(),
+        "provides": (),
+        **settings,
+    }
     context: Any = SimpleNamespace(**{**given, "provides": {"collective": given["provides"]}})
-    alarm: Any = None
-    assert watch_over(context, alarm) is None
+    reporter: Any = None
+    assert start_stall_reporter(context, CallLog(), reporter) is None
 
 
 # ---------------------------------------------------------------------- on two ranks

@@ -20,6 +20,8 @@ from plugframe.core.registry.registry import Registry
 from plugframe.core.runtime.session import Session
 from plugframe.data.loaders import Loaders
 from plugframe.data.random_streams import RankStreams
+from plugframe.data.shared_seed import SharedSeed
+from plugframe.diagnostics.diagnostics import Diagnostics
 from plugframe.errors import SettingError, closest
 from plugframe.hooks.context import Context
 from plugframe.launch import start
@@ -54,6 +56,8 @@ class Core:
         timeout_s: seconds a collective may take before it is an error that says where every rank is; 30 minutes.
         report_after_s: seconds after which one line on stderr says which ranks wait in a collective and where the
             others are, while the job goes on waiting; 30, and 0 for never.
+        diagnostics: whether collective calls are recorded, to report and explain those that a rank does not reach,
+            and the plugins of all ranks are compared; True. Without, a job that hangs does so until its timeout.
 
     Raises:
         UsageError: (and its subclasses) for a wrong setting; one that contradicts the command line included.
@@ -76,6 +80,7 @@ class Core:
         loggers: Any = (),
         timeout_s: float | None = None,
         report_after_s: float | None = None,
+        diagnostics: bool | None = None,
     ) -> None:
         self._settings = {
             "accelerator": accelerator,
@@ -92,6 +97,7 @@ class Core:
             "loggers": _as_tuple(loggers),
             "timeout_s": timeout_s,
             "report_after_s": report_after_s,
+            "diagnostics": diagnostics,
         }
         self._resolve()
 
@@ -105,7 +111,9 @@ class Core:
         if self.plan.launched or (self.plan.world_size == 1 and FROM_COMMAND_LINE in os.environ):
             self._place.claim(own_variables(self._registry))
         self._callbacks = [_callback(c) for c in self._request.value("callbacks", ())]
-        self._session = Session(self.plan, self._registry, self._callbacks)
+        self._diagnostics = Diagnostics(self.plan) if self.plan.diagnostics else None
+        observers = [SharedSeed(), *([self._diagnostics] if self._diagnostics is not None else [])]
+        self._session = Session(self.plan, self._registry, [*self._callbacks, *observers])
         self._hooks = self._session.hooks
         self._modules: list[weakref.ref[nn.Module]] = []
         self._phase = Phase()
@@ -122,6 +130,7 @@ class Core:
             "plan",
             "_callbacks",
             "_session",
+            "_diagnostics",
             "_hooks",
             "_modules",
             "_loaders",
@@ -244,7 +253,7 @@ class Core:
                 raise start.not_launched(self.plan, call)
             self._place.check(call, launched=self.plan.launched)
             session.start()
-            self._phase.explain = session.explain
+            self._phase.explain = self._diagnostics.explain if self._diagnostics is not None else None
             if self.world_size > 1:
                 hooks: Any = self._hooks
                 session.on_close(setattr, hooks, "strategy_no_sync", hooks.strategy_no_sync)

@@ -131,6 +131,7 @@ class _Resolver:
             loggers=loggers,
             timeout_s=self.request.value("timeout_s"),
             report_after_s=self.request.value("report_after_s", REPORT_AFTER_S),
+            diagnostics=self.request.value("diagnostics", True),
             notes=tuple(self.candidates.notes),
             settings_file=str(self.request.file) if self.request.file else None,
             callbacks=_callbacks(self.request),
