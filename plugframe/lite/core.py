@@ -27,6 +27,7 @@ from plugframe.hooks.context import Context
 from plugframe.launch import start
 from plugframe.launch.inheritance import Place, own_variables
 from plugframe.launch.preemption import Stopping
+from plugframe.utils.logging import tell, warn_caller
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -115,6 +116,8 @@ class Core:
         observers = [SharedSeed(), *([self._diagnostics] if self._diagnostics is not None else [])]
         self._session = Session(self.plan, self._registry, [*self._callbacks, *observers])
         self._hooks = self._session.hooks
+        for message in self._session.deprecations if self.global_rank == 0 else ():
+            warn_caller(message)
         self._modules: list[weakref.ref[nn.Module]] = []
         self._phase = Phase()
         self._loaders = Loaders(self._phase.weights)
@@ -252,7 +255,9 @@ class Core:
             if not self._alone():
                 raise start.not_launched(self.plan, call)
             self._place.check(call, launched=self.plan.launched)
-            session.start()
+            context = session.start()
+            if context.world.global_rank == 0:
+                tell(self.plan.line())
             self._phase.explain = self._diagnostics.explain if self._diagnostics is not None else None
             if self.world_size > 1:
                 hooks: Any = self._hooks

@@ -16,7 +16,6 @@ from plugframe.errors import OrderError
 from plugframe.hooks.context import Context
 from plugframe.hooks.markers import PROJECT
 from plugframe.hooks.world import World
-from plugframe.utils.logging import tell, warn_caller
 
 #: In this order they are set up; an accelerator first, so that tensors can exist.
 _SET_UP = ("accelerator", "collective", "precision", "strategy", "checkpoint")
@@ -31,6 +30,7 @@ class Session:
         plugins: the plugin object of each single kind.
         extensions: the extensions by name, bare and qualified; of two with one name the first.
         context: what plugins see of the job; None until `start`.
+        deprecations: what plugins implement that is on its way out, a sentence for each.
     """
 
     def __init__(self, plan: Plan, catalogue: Catalogue, callbacks: list[Any]) -> None:
@@ -52,9 +52,7 @@ class Session:
             if _has_hooks(callback):
                 self._pipeline.add(_as_choice(callback), callback)
         self.hooks: BoundHooks = self._pipeline.bind()
-        if self.world.global_rank == 0:
-            for message in dict.fromkeys(self._pipeline.deprecations):
-                warn_caller(message)
+        self.deprecations = tuple(dict.fromkeys(self._pipeline.deprecations))
 
     def _add(self, choice: Choice, catalogue: Catalogue) -> Any:
         plugin = choice.instance
@@ -92,8 +90,6 @@ class Session:
                 self._undo.callback(self.hooks.logger_teardown)
                 self.hooks.logger_setup(context=context)
             self.context = context
-            if context.world.global_rank == 0:
-                tell(self.plan.line())
             if self.hooks.on_launch is not None:
                 self.hooks.on_launch(context=context)
         except BaseException:
