@@ -36,9 +36,12 @@ class Ride:
         self._num_ranks = num_ranks
         self._gather = gather
         self._checksum = 0
-        self._rows: dict[int, tuple[Sequence[float], weakref.WeakMethod[Look]]] = {}
+        # By the object whose method looks, in the order of their first steps.
+        self._rows: weakref.WeakKeyDictionary[Any, tuple[Sequence[float], Any]] = weakref.WeakKeyDictionary()
         self._differs = False
-        self._slots = [0.0] * SLOTS
+        # What is put, in memory that a tensor shares: making a tensor of numbers takes longer than all the rest.
+        self._slots = array("d", [0.0] * SLOTS)
+        self._shared = torch.frombuffer(self._slots, dtype=torch.float64)
 
     def note(self, values: Sequence[float], look: Look) -> None:
         """Take in the numbers of an optimizer's step.
@@ -46,17 +49,20 @@ class Ride:
         Args:
             look: a method that is called with the numbers of all ranks if they differ, and raises.
         """
-        owner: Any = look
-        if id(owner.__self__) not in self._rows:  # another optimizer: those that have gone are forgotten
-            self._rows = {key: row for key, row in self._rows.items() if row[1]() is not None}
-        self._rows[id(owner.__self__)] = values, weakref.WeakMethod(look)
-        self._checksum = zlib.crc32(array("d", values).tobytes(), self._checksum)
-        digits = [float(byte) for byte in self._checksum.to_bytes(4, "little")]
-        self._slots = [*digits, *(digit * digit for digit in digits)]
+        method: Any = look
+        self._rows[method.__self__] = values, method.__func__
+        self._checksum = checksum = zlib.crc32(array("d", values).tobytes(), self._checksum)
+        self._write(checksum)
+
+    def _write(self, checksum: int) -> None:
+        slots, half = self._slots, SLOTS // 2
+        for index, byte in enumerate(checksum.to_bytes(half, "little")):
+            slots[index] = byte
+            slots[half + index] = byte * byte
 
     def put(self, slots: Tensor) -> None:
         """Write the checksum into a bucket: shape (`SLOTS`,), float32 or float64, on the CPU."""
-        slots.copy_(torch.tensor(self._slots, dtype=slots.dtype))
+        slots.copy_(self._shared)
 
     def read(self, slots: Tensor) -> None:
         """Look at the sums over ranks of what they have put."""
@@ -73,14 +79,13 @@ class Ride:
         if not self._differs:
             return
         self._differs = False
-        rows, self._rows = self._rows, {}
-        self._checksum, self._slots = 0, [0.0] * SLOTS
-        everyone = self._gather(obj=[list(values) for values, _ in rows.values()], group=None)
+        rows, self._rows = list(self._rows.items()), weakref.WeakKeyDictionary()
+        self._checksum = 0
+        self._write(0)
+        everyone = self._gather(obj=[list(values) for _, (values, _) in rows], group=None)
         if len(set(map(len, everyone))) == 1:
-            for number, (_, reference) in enumerate(rows.values()):
-                look = reference()
-                if look is not None:
-                    look([rank_rows[number] for rank_rows in everyone])
+            for number, (owner, (_, look)) in enumerate(rows):
+                look(owner, [rank_rows[number] for rank_rows in everyone])
         counts = ", ".join(f"{len(each)} on rank {rank}" for rank, each in enumerate(everyone))
         raise OutOfSyncError(
             f"The ranks do not make the same steps of their optimizers, in one order (optimizers that have stepped: "
