@@ -12,8 +12,8 @@ from torch import Tensor
 
 from plugframe.checkpoint import SEGMENT_BYTES, Checksum, as_bytes
 from plugframe.errors import CheckpointCorruptError
-from plugframe_builtins.checkpoint_files.files import Files
-from plugframe_builtins.checkpoint_files.found import Found
+from plugframe_builtins._shared.checkpoint_files.files import Files
+from plugframe_builtins._shared.checkpoint_files.index import Found
 
 #: Small parts share a thread's turn.
 _TURN_BYTES = 4 * 1024 * 1024

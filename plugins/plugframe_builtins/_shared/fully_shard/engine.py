@@ -15,12 +15,12 @@ from torch.distributed.tensor import DTensor
 
 from plugframe.base import ForwardShim, map_tensors, persistent_buffers, sync_buffers
 from plugframe.errors import CollectiveMismatchError, OrderError, UnsupportedError, UsageError
-from plugframe_builtins.fsdp.added import check_added
-from plugframe_builtins.fsdp.gathered import GatheredCopies
-from plugframe_builtins.fsdp.paths import Channel, Paths
-from plugframe_builtins.fsdp.used import Used
-from plugframe_builtins.sharding.company import Company
-from plugframe_builtins.sharding.gradient_hooks import gradients_before, hooked, run_hooks
+from plugframe_builtins._shared.fully_shard.added_parameters import check_added
+from plugframe_builtins._shared.fully_shard.gathered_copies import GatheredCopies
+from plugframe_builtins._shared.fully_shard.unit_order import Channel, Paths
+from plugframe_builtins._shared.fully_shard.used_parameters import Used
+from plugframe_builtins._shared.sharding.gradient_hooks import gradients_before, hooked, run_hooks
+from plugframe_builtins._shared.sharding.uneven_evaluation import Company
 
 
 class Shim(ForwardShim):

@@ -32,8 +32,8 @@ from plugframe.checkpoint import (
     sync_folder,
 )
 from plugframe.errors import CheckpointError
-from plugframe_builtins.checkpoint_files import folder, opening, tensorfile
-from plugframe_builtins.checkpoint_files.found import Chunk, Head, Laid
+from plugframe_builtins._shared.checkpoint_files import formats, sharded_format, tensor_file
+from plugframe_builtins._shared.checkpoint_files.index import Chunk, Head, Laid
 
 #: About what the header and the manifest take for each tensor.
 _ENTRY_BYTES = 512
@@ -52,12 +52,12 @@ def begin(path: str, shown: str) -> tuple[str, str]:
     with _told(f"cannot write {shown}"):
         remove_leftovers(os.path.realpath(path))
         if os.path.lexists(path) and not os.path.isdir(path):
-            opening.check_file(path, shown)
+            formats.check_file(path, shown)
             return secrets.token_hex(8), draft_name(path)
         if os.path.isdir(path):
-            folder.check_content(path, shown)
+            sharded_format.check_content(path, shown)
             keep = committed(path)
-            if keep is not None or not os.path.exists(os.path.join(path, folder.MANIFEST)):
+            if keep is not None or not os.path.exists(os.path.join(path, sharded_format.MANIFEST)):
                 _sweep(path, keep or {})
     return secrets.token_hex(8), path
 
@@ -65,7 +65,7 @@ def begin(path: str, shown: str) -> tuple[str, str]:
 def committed(path: str) -> Mapping[str, Head] | None:
     """Return the files of the checkpoint that is there; None if there is none, or nobody can tell."""
     try:
-        return folder.find(path).files
+        return sharded_format.find(path).files
     except (CheckpointError, OSError):
         return None
 
@@ -73,7 +73,7 @@ def committed(path: str) -> Mapping[str, Head] | None:
 def _sweep(path: str, keep: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> None:
     """Remove data files that are not to be kept: those `known` to be over, and those of dead writers."""
     for name in os.listdir(path):
-        if not folder.is_data(name) or name in keep:
+        if not sharded_format.is_data(name) or name in keep:
             continue
         if name in (known or {}):
             with suppress(OSError):
@@ -133,7 +133,7 @@ class FolderWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Check that all the files will find room, and make the folder. Called on rank 0."""
+        """Check that all the files will find room, and make the sharded_format. Called on rank 0."""
         with _told(f"cannot write {self.shown}"):
             size_bytes = sum(_size_bytes(item) + _ENTRY_BYTES for plan in plans for item in plan.items)
             check_space(self.shown, self.path, size_bytes)
@@ -149,18 +149,18 @@ class FolderWriter(StorageWriter):
         return done
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        name = folder.data_name(self.save_id, self.rank)
+        name = sharded_format.data_name(self.save_id, self.rank)
         # Wide elements first: then each tensor lies aligned without gaps, which the format forbids.
         items = sorted(plan.items, key=lambda item: -_itemsize(item))
         named = _named(items)
-        slots = tensorfile.place({label: _chunk(item) for label, item in named.items()})
-        header = tensorfile.build_plain_header(slots, where=self.shown)
+        slots = tensor_file.place({label: _chunk(item) for label, item in named.items()})
+        header = tensor_file.build_plain_header(slots, where=self.shown)
         while self._file is None:
             self._file = open_locked(os.path.join(self.path, name))
         self._file.write(header)
         # Of what the planner gives no item is a stream of bytes.
         tensors = {label: cast("Tensor | StoredTensor", planner.resolve_data(item)) for label, item in named.items()}
-        checksums = tensorfile.write_tensors(self._file, tensors)
+        checksums = tensor_file.write_tensors(self._file, tensors)
         self._file.flush()
         os.fsync(self._file.fileno())
         sync_folder(self.path)
@@ -185,11 +185,11 @@ class FolderWriter(StorageWriter):
             flat = [result for each in results for result in each]
             files = {result.index.fqn: result.storage_data for result in flat if isinstance(result.storage_data, Head)}
             tensors = _tensors(metadata, [result for result in flat if not isinstance(result.storage_data, Head)])
-            data = folder.pack(structure=self.structure, info=self.info, files=files, tensors=tensors)
+            data = sharded_format.pack(structure=self.structure, info=self.info, files=files, tensors=tensors)
             before = committed(self.path)
             for above in self._made:
                 sync_folder(above)
-            with replacing(os.path.join(self.path, folder.MANIFEST), size_bytes=len(data)) as file:
+            with replacing(os.path.join(self.path, sharded_format.MANIFEST), size_bytes=len(data)) as file:
                 file.write(data)
             if self.path != self.target:
                 exchange(self.path, self.target)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from plugframe.base import mark_gathered
 from plugframe.errors import CollectiveMismatchError
-from plugframe_builtins.fsdp.paths import Channel, Exchange
+from plugframe_builtins._shared.fully_shard.unit_order import Channel, Exchange
 
 #: Bytes of the checksum that is sent before the flags.
 _SUM = 4

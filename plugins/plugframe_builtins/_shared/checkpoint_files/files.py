@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterable
 
 from plugframe.errors import CheckpointCorruptError
-from plugframe_builtins.checkpoint_files.regular import open_regular
+from plugframe_builtins._shared.checkpoint_files.regular_file import open_regular
 
 #: A process may have about a thousand files open.
 _MAX_OPEN = 200

@@ -22,8 +22,8 @@ from torch.futures import Future
 
 from plugframe.checkpoint import StoredTensor, as_bytes
 from plugframe.errors import CheckpointError
-from plugframe_builtins.checkpoint_files.files import Files
-from plugframe_builtins.checkpoint_files.found import Chunk, Found
+from plugframe_builtins._shared.checkpoint_files.files import Files
+from plugframe_builtins._shared.checkpoint_files.index import Chunk, Found
 
 #: Memory a read takes besides its target.
 _PIECE_BYTES = 16 * 1024 * 1024

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from plugframe.utils.registrations import Registrations
-from plugframe_builtins.ddp.buckets import DEFAULT_MIB, MIB, Send
-from plugframe_builtins.ddp.reducer import Backward, Reducer
-from plugframe_builtins.ddp.replicas import send_from_first
-from plugframe_builtins.ddp.sparse import sparse_parameters
+from plugframe_builtins._shared.broadcast import send_from_first
+from plugframe_builtins._shared.data_parallel.buckets import DEFAULT_MIB, MIB, Send
+from plugframe_builtins._shared.data_parallel.reducer import Backward, Reducer
+from plugframe_builtins._shared.data_parallel.sparse import sparse_parameters
 
 _LOOK = attrgetter("requires_grad", "dtype")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from plugframe_builtins.checkpoint_files.tensorfile import Slot
+from plugframe_builtins._shared.checkpoint_files.tensor_file import Slot
 
 
 @dataclass(frozen=True, kw_only=True)

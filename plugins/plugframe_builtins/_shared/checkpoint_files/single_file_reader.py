@@ -11,17 +11,17 @@ from torch import Tensor
 
 from plugframe.checkpoint import Entry, Manifest, as_bytes, dtype_name, join, parse_structure, printable_cause
 from plugframe.errors import CheckpointCorruptError, CheckpointError
-from plugframe_builtins.checkpoint_files.files import Files
-from plugframe_builtins.checkpoint_files.found import Found, Head, laid_whole
-from plugframe_builtins.checkpoint_files.verifying import Part, read_parts, wrong_size
-from plugframe_builtins.safetensors_checkpoint import foreign, layout
-from plugframe_builtins.safetensors_checkpoint.layout import (
+from plugframe_builtins._shared.checkpoint_files import foreign, single_file
+from plugframe_builtins._shared.checkpoint_files.files import Files
+from plugframe_builtins._shared.checkpoint_files.index import Found, Head, laid_whole
+from plugframe_builtins._shared.checkpoint_files.single_file import (
     MANIFEST,
     MAX_HEADER_BYTES,
     STRUCTURE,
     Slot,
     parse_header,
 )
+from plugframe_builtins._shared.checkpoint_files.verification import Part, read_parts, wrong_size
 
 
 def sniff(file: BinaryIO, path: str) -> str:
@@ -30,15 +30,15 @@ def sniff(file: BinaryIO, path: str) -> str:
     size = os.fstat(file.fileno()).st_size
     if size < 10:
         raise CheckpointCorruptError(f"{path} is truncated: expected a checkpoint, found {size} bytes.")
-    if layout.opens(head):
+    if single_file.opens(head):
         return "own"
     length = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and length <= layout.MAX_HEADER_BYTES:
+    if head[8:9] == b"{" and length <= single_file.MAX_HEADER_BYTES:
         if length > size - 8:
             raise CheckpointCorruptError(f"{path} is truncated: its header has {length} bytes, found {size - 8}.")
         # The mark is there several times, so that damage to one cannot make a plain file of ours.
         file.seek(8)
-        return "own" if layout.MARK in file.read(length) else "plain"
+        return "own" if single_file.MARK in file.read(length) else "plain"
     if head.startswith((foreign.ZIP_MAGIC, foreign.LEGACY_MAGIC)):
         return "torch"
     raise CheckpointError(
@@ -47,7 +47,7 @@ def sniff(file: BinaryIO, path: str) -> str:
 
 
 def read(file: BinaryIO, path: str) -> dict[str, Any]:
-    """Return the state in a file of this layout.
+    """Return the state in a file of this single_file.
 
     Raises:
         CheckpointCorruptError: naming what is not what was written, with what was expected and found.
@@ -79,8 +79,8 @@ def find(file: BinaryIO, path: str) -> Found:
     size_bytes = data_at + slots[MANIFEST].end
     return Found(
         path=path,
-        format=layout.FORMAT,
-        version=layout.VERSION,
+        format=single_file.FORMAT,
+        version=single_file.VERSION,
         size_bytes=size_bytes,
         structure=structure,
         tensors={name: laid_whole(slots[name], data_at, xxh3=entry.xxh3) for name, entry in manifest.tensors.items()},

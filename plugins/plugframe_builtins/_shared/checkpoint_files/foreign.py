@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from plugframe.checkpoint import names_text, printable_cause
 from plugframe.errors import CheckpointCorruptError, CheckpointError
-from plugframe_builtins.checkpoint_files import tensorfile
-from plugframe_builtins.checkpoint_files.found import Found, Head, laid_whole
+from plugframe_builtins._shared.checkpoint_files import tensor_file
+from plugframe_builtins._shared.checkpoint_files.index import Found, Head, laid_whole
 
 ZIP_MAGIC = b"PK\x03\x04"
 #: How the files of torch.save began before they were zip archives.
@@ -53,8 +53,8 @@ def find(file: BinaryIO, path: str) -> Found | None:
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     try:
-        slots = tensorfile.unpack_slots(file.read(length))
-    except tensorfile.UnknownDtype:
+        slots = tensor_file.unpack_slots(file.read(length))
+    except tensor_file.UnknownDtype:
         return None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _no_safetensors(path, error) from printable_cause(error)

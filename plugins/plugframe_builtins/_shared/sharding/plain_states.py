@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from plugframe.checkpoint import as_bytes
 from plugframe.errors import OutOfSyncError
-from plugframe_builtins.sharding.parameter import own_part
+from plugframe_builtins._shared.sharding.parameter import own_part
 
 _MASK = (1 << 63) - 1
 

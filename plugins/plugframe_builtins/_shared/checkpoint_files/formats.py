@@ -22,12 +22,11 @@ from plugframe.checkpoint import (
 )
 from plugframe.errors import CheckpointCorruptError, CheckpointError, CheckpointURLError, closest
 from plugframe.hooks.context import Context
-from plugframe_builtins.checkpoint_files import folder
-from plugframe_builtins.checkpoint_files.files import Files
-from plugframe_builtins.checkpoint_files.found import Chunk, Found, Laid
-from plugframe_builtins.checkpoint_files.regular import open_regular
-from plugframe_builtins.checkpoint_files.verifying import Part, check_sizes, headers_of, parts_of, read_parts
-from plugframe_builtins.safetensors_checkpoint import foreign, reader
+from plugframe_builtins._shared.checkpoint_files import foreign, sharded_format, single_file_reader
+from plugframe_builtins._shared.checkpoint_files.files import Files
+from plugframe_builtins._shared.checkpoint_files.index import Chunk, Found, Laid
+from plugframe_builtins._shared.checkpoint_files.regular_file import open_regular
+from plugframe_builtins._shared.checkpoint_files.verification import Part, check_sizes, headers_of, parts_of, read_parts
 
 
 def load(path: str, *, trusted: bool, lazy: bool, context: Context) -> dict[str, Any]:
@@ -72,20 +71,20 @@ def _as_ours(error: Exception, path: str) -> CheckpointError:
 def _load(path: str, trusted: bool, lazy: bool, rank: int, num_ranks: int) -> tuple[dict[str, Any], str]:
     if os.path.isdir(path):
         if _is_torchs(path):
-            from plugframe_builtins.checkpoint_files import torch_folder
+            from plugframe_builtins._shared.checkpoint_files import torch_format
 
-            return torch_folder.read(path, trusted=trusted), ""
-        found = folder.find(path)
+            return torch_format.read(path, trusted=trusted), ""
+        found = sharded_format.find(path)
         files = Files(path, found.files)
         return _take(found, files, lazy, rank, num_ranks), found.identity
     _check_present(path)
     with open_regular(path) as file:
-        kind = reader.sniff(file, path)
+        kind = single_file_reader.sniff(file, path)
         if kind == "own" and not lazy:
-            return reader.read(file, path), ""
+            return single_file_reader.read(file, path), ""
         if kind == "torch":
             return foreign.read_torch(path, trusted=trusted), ""
-        lying = reader.find(file, path) if kind == "own" else foreign.find(file, path) if lazy else None
+        lying = single_file_reader.find(file, path) if kind == "own" else foreign.find(file, path) if lazy else None
         if lying is None:
             return foreign.read_safetensors(path), ""
         files = Files(path, lying.files)
@@ -97,7 +96,7 @@ def _take(found: Found, files: Files, lazy: bool, rank: int, num_ranks: int) -> 
     check_sizes(found, files)
     tensors: dict[str, Tensor | StoredTensor] = {}
     if lazy:
-        from plugframe_builtins.checkpoint_files.source import FileSource
+        from plugframe_builtins._shared.checkpoint_files.source import FileSource
 
         # Every rank will read other parts: together they verify all, and each a share.
         read_parts(files, parts_of(found), share=rank, num_shares=num_ranks)
@@ -145,14 +144,14 @@ def _part(name: str, laid: Laid, chunk: Chunk, tensor: Tensor | None) -> Part:
 
 
 def check_file(path: str, shown: str) -> None:
-    """Refuse a file that is no checkpoint: it will not be replaced by a folder.
+    """Refuse a file that is no checkpoint: it will not be replaced by a sharded_format.
 
     Raises:
         CheckpointError: saying what is in the way.
     """
     try:
         with open_regular(path) as file:
-            reader.sniff(file, path)
+            single_file_reader.sniff(file, path)
     except (CheckpointError, OSError) as error:
         raise CheckpointError(
             f"{shown} is a file, and no checkpoint, and a sharded checkpoint is a folder: give another name."
@@ -177,7 +176,7 @@ def unfinished(path: str) -> bool:
     try:
         return (
             not os.path.islink(path)
-            and folder.is_unfinished(os.listdir(path))
+            and sharded_format.is_unfinished(os.listdir(path))
             and not any(is_being_written(os.path.join(path, name)) for name in os.listdir(path))
         )
     except OSError:
@@ -185,7 +184,7 @@ def unfinished(path: str) -> bool:
 
 
 def _inspect(path: str) -> Contents:
-    from plugframe_builtins.checkpoint_files.source import FileSource
+    from plugframe_builtins._shared.checkpoint_files.source import FileSource
 
     found = _find(path)
     state = join(FileSource(found, Files(path, found.files)).tensors(), found.structure, where=path)
@@ -205,18 +204,18 @@ def _inspect(path: str) -> Contents:
 def _find(path: str) -> Found:
     if os.path.isdir(path):
         if _is_torchs(path):
-            from plugframe_builtins.checkpoint_files import torch_folder
+            from plugframe_builtins._shared.checkpoint_files import torch_format
 
-            torch_folder.read(path, trusted=False)
-        return folder.find(path)
+            torch_format.read(path, trusted=False)
+        return sharded_format.find(path)
     _check_present(path)
     with open_regular(path) as file:
-        kind = reader.sniff(file, path)
+        kind = single_file_reader.sniff(file, path)
         if kind == "torch":
             raise CheckpointError(
                 f"{path} is a file of torch.save, which has to be read whole: load it, and save it again."
             )
-        lying = reader.find(file, path) if kind == "own" else foreign.find(file, path)
+        lying = single_file_reader.find(file, path) if kind == "own" else foreign.find(file, path)
     if lying is None:
         raise CheckpointError(f"{path} is a safetensors file with dtypes that torch {torch.__version__} lacks.")
     return lying
@@ -224,9 +223,9 @@ def _find(path: str) -> Found:
 
 def _is_torchs(path: str) -> bool:
     """Say whether a folder is one of torch's own; what others lay beside a manifest of ours is no part of it."""
-    from plugframe_builtins.checkpoint_files import torch_folder
+    from plugframe_builtins._shared.checkpoint_files import torch_format
 
-    return torch_folder.is_one(path) and not folder.opens(path)
+    return torch_format.is_one(path) and not sharded_format.opens(path)
 
 
 def _check_present(path: str) -> None:

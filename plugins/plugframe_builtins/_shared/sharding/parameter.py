@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 
 from plugframe.errors import UsageError
-from plugframe_builtins.sharding.gradient_hooks import add_hook, add_post_hook
+from plugframe_builtins._shared.sharding.gradient_hooks import add_hook, add_post_hook
 
 
 def _names(words: str) -> frozenset[str]:

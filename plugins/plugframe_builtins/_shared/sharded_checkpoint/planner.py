@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from plugframe.checkpoint import StoredTensor
-from plugframe_builtins.dcp_checkpoint.portion import Piece
+from plugframe_builtins._shared.sharded_checkpoint.partition import Piece
 
 
 class PiecePlanner(DefaultSavePlanner):

@@ -29,9 +29,9 @@ from plugframe.checkpoint import (
     unseal,
 )
 from plugframe.errors import CheckpointCorruptError, CheckpointError, CheckpointUnfinishedError
-from plugframe_builtins.checkpoint_files.coverage import fills, fills_file
-from plugframe_builtins.checkpoint_files.found import Chunk, Found, Head, Laid
-from plugframe_builtins.checkpoint_files.regular import open_regular
+from plugframe_builtins._shared.checkpoint_files.coverage import fills, fills_file
+from plugframe_builtins._shared.checkpoint_files.index import Chunk, Found, Head, Laid
+from plugframe_builtins._shared.checkpoint_files.regular_file import open_regular
 
 FORMAT = "plugframe sharded"
 VERSION = 1

@@ -15,8 +15,8 @@ from torch import Tensor
 from plugframe.base import pack, unpack
 from plugframe.checkpoint import as_bytes
 from plugframe.errors import CollectiveMismatchError
-from plugframe_builtins.torch_collective.agreement import ROOM
-from plugframe_builtins.torch_collective.compat import all_gather_single
+from plugframe_builtins._shared.torch_collective.call_check import ROOM
+from plugframe_builtins._shared.torch_collective.compat import all_gather_single
 
 #: Bytes of the length.
 _HEAD = 8

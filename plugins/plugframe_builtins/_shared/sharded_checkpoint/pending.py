@@ -9,7 +9,7 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from plugframe.errors import CheckpointError
-from plugframe_builtins.dcp_checkpoint.writer import FolderWriter
+from plugframe_builtins._shared.sharded_checkpoint.writer import FolderWriter
 
 
 def explain(error: BaseException, writer: FolderWriter) -> CheckpointError:

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from plugframe.errors import OrderError
-from plugframe_builtins.sharding.gradient_hooks import take_over
-from plugframe_builtins.sharding.parameter import as_sharded
+from plugframe_builtins._shared.sharding.gradient_hooks import take_over
+from plugframe_builtins._shared.sharding.parameter import as_sharded
 
 #: Where a replaced parameter keeps its name.
 _NAME = "_plugframe_name"

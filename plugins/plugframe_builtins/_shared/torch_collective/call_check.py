@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plugframe.errors import CollectiveMismatchError
-from plugframe_builtins.torch_collective.compat import all_gather_single
+from plugframe_builtins._shared.torch_collective.compat import all_gather_single
 
 #: Bytes of a description on the wire: the same on every rank, whatever it is about to send.
 WIDTH = 192

@@ -14,7 +14,7 @@ import torch
 
 from plugframe.checkpoint import DIGEST_CHARS, MAX_MANIFEST_BYTES, digest, printable_cause
 from plugframe.errors import CheckpointCorruptError, CheckpointError
-from plugframe_builtins.checkpoint_files.tensorfile import (
+from plugframe_builtins._shared.checkpoint_files.tensor_file import (
     CODES,
     MAX_HEADER_BYTES,
     Slot,

@@ -19,9 +19,9 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from plugframe.errors import UnsupportedError
-from plugframe_builtins.ddp.buckets import Bucket, Send, make_buckets
-from plugframe_builtins.ddp.ride import Ride
-from plugframe_builtins.ddp.sparse import average_sparse
+from plugframe_builtins._shared.data_parallel.buckets import Bucket, Send, make_buckets
+from plugframe_builtins._shared.data_parallel.settings_check import Ride
+from plugframe_builtins._shared.data_parallel.sparse import average_sparse
 
 Named = Sequence[tuple[str, nn.Parameter]]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plugframe.errors import UnsupportedError
-from plugframe_builtins.ddp.ride import SLOTS, Ride
+from plugframe_builtins._shared.data_parallel.settings_check import SLOTS, Ride
 
 MIB = 1 << 20
 #: The first bucket that is full is small, as torch's is: sending begins early.
