@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugframe.adopt.proxy import StandIn
 from plugframe.data.random_sources import get_state, is_source, pack, set_state, unpack
+from plugframe.utils.proxy import StandIn
 
 #: By where they are held, as in ``"dataset.transforms.1.rng"``.
 Held = dict[str, Any]

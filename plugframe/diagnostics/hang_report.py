@@ -19,7 +19,7 @@ from plugframe.diagnostics.call_log import Ring, site
 from plugframe.diagnostics.rank_status import Account, find
 from plugframe.errors import CollectiveTimeoutError, RankLostError
 from plugframe.hooks.context import Context
-from plugframe.launch.report import LATE_TEXTS, LOST_TEXTS, NETWORK_TYPES
+from plugframe.utils.lost_rank import LATE_TEXTS, LOST_TEXTS, NETWORK_TYPES
 
 #: How long answers are waited for: after a timeout, and after a rank's connection was lost, which often has died.
 LATE_S, LOST_S = 5.0, 2.0

@@ -10,23 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: Exceptions with which a rank notices that another one has gone.
-NETWORK_TYPES = frozenset(
-    {"DistNetworkError", "DistBackendError", "DistStoreError", "ConnectionError", "BrokenPipeError", "RankLostError"}
-)
-#: The same, where the type is a plain RuntimeError: its connection is lost,
-LOST_TEXTS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Connection refused",
-    "Broken pipe",
-    "Socket closed",
-    "remote process exited",
-    "Read error",
-    "caused pair closure",
-)
-#: or it has not come in time.
-LATE_TEXTS = ("Timed out waiting",)
+from plugframe.utils.lost_rank import LATE_TEXTS, LOST_TEXTS, NETWORK_TYPES
+
 #: Signals that the launcher itself sends.
 _FROM_LAUNCHER = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
 #: How long after the first failure a cause may still be told, after its consequences were.

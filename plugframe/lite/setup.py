@@ -14,11 +14,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from plugframe.adopt import (
-    Order,
-    adopt_loader,
     adopt_module,
     adopt_optimizer,
-    release_loader,
     release_module,
     release_optimizer,
     state_of,
@@ -26,10 +23,11 @@ from plugframe.adopt import (
 from plugframe.adopt.module import checked_name
 from plugframe.adopt.settings_check import Comparison
 from plugframe.data.consistency import check_same, check_undivided, divider, signature
-from plugframe.data.loader import check_unread, divides_itself, held_by, sources_of
+from plugframe.data.loader import adopt_loader, check_unread, divides_itself, held_by, release_loader, sources_of
 from plugframe.data.random_check import DrawCheck
 from plugframe.data.random_sources import get_state, set_state
 from plugframe.data.random_streams import RankStreams
+from plugframe.data.shuffle import Order
 from plugframe.data.stream_check import check_window
 from plugframe.deferred.module import check_values, resuming
 from plugframe.errors import OrderError, SettingError

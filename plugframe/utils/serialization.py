@@ -18,9 +18,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from plugframe.checkpoint import as_bytes
 from plugframe.errors import CollectiveMismatchError
 from plugframe.hooks.variables import TOKEN
+from plugframe.utils.tensor_bytes import as_bytes
 
 _PLAIN, _PICKLE = b"J", b"P"
 #: Bytes of the length of the JSON part, and of the authentication code.

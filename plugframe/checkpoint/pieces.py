@@ -1,28 +1,13 @@
-"""The bytes of tensors, without copying a tensor whole."""
+"""The elements of tensors, piece by piece: never copying a complete tensor."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from plugframe.checkpoint.stored import StoredTensor
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """Return the memory of a contiguous CPU tensor as writable bytes; valid while the tensor lives.
-
-    Raises:
-        ValueError: if it is elsewhere, or not in one piece.
-    """
-    if tensor.numel() == 0:
-        return memoryview(bytearray())
-    if not tensor.is_cpu or not tensor.is_contiguous() or tensor.data_ptr() == 0:
-        raise ValueError(f"a tensor on {tensor.device} with strides {tensor.stride()} has no plain bytes")
-    # Not through numpy: it is optional and does not know bfloat16 and the 8-bit floats.
-    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def pieces(tensor: Tensor | StoredTensor, *, max_bytes: int) -> Iterator[Tensor]:
