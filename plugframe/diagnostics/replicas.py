@@ -10,8 +10,8 @@ import xxhash
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plugframe.diagnostics.rank_status import ranks_text
 from plugframe.errors import OutOfSyncError, UnsupportedError
+from plugframe.utils.rank_text import ranks_text
 from plugframe.utils.tensor_bytes import as_bytes
 
 #: Elements hashed at a time on a device.

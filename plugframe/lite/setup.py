@@ -35,6 +35,7 @@ from plugframe.lite import checks
 from plugframe.lite.core import Core
 from plugframe.state.parameter_names import Names, names_of
 from plugframe.utils.logging import warn_caller
+from plugframe.utils.stores import fresh_prefix
 
 
 class SetUp(Core):
@@ -267,9 +268,9 @@ class SetUp(Core):
             return None
         store = group.get_group_store()
         # A job may be set up more than once over one store: the user's own process group stays.
-        turn = store.add(f"plugframe/streams/{self.global_rank}", 1)
+        prefix = fresh_prefix(store, "streams", self.global_rank)
         return functools.partial(
-            check_window, store=store, prefix=f"{turn}", rank=self.global_rank, num_ranks=self.world_size
+            check_window, store=store, prefix=prefix, rank=self.global_rank, num_ranks=self.world_size
         )
 
     def _draw_apart(self) -> None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plugframe.errors import CollectiveMismatchError
+from plugframe.utils.rank_text import ranks_text
 from plugframe_builtins._shared.torch_collective.compat import all_gather_single
 
 #: Bytes of a description on the wire: the same on every rank, whatever it is about to send.
@@ -46,7 +47,7 @@ def agree(
     ranks: dict[str, list[int]] = {}
     for rank, row in zip(dist.get_process_group_ranks(group), rows[:, :WIDTH].tolist(), strict=True):
         ranks.setdefault(bytes(row).rstrip(b"\0").decode(errors="replace"), []).append(rank)
-    calls = "; ".join(f"{_name(members)}: {text}" for text, members in ranks.items())
+    calls = "; ".join(f"{ranks_text(members)}: {text}" for text, members in ranks.items())
     raise CollectiveMismatchError(
         f"The ranks do not agree on a collective: {calls}. Make the same call on every rank, "
         "with one shape and dtype (pad what differs, or gather it as an object)."
@@ -64,7 +65,3 @@ def _encode(text: str) -> Tensor:
     if len(data) > WIDTH:
         data = data[: WIDTH - 9] + b"#%08x" % zlib.crc32(data)
     return torch.frombuffer(bytearray(data.ljust(WIDTH + ROOM, b"\0")), dtype=torch.uint8)
-
-
-def _name(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

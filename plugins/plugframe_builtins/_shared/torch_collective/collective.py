@@ -17,6 +17,7 @@ from plugframe.errors import CollectiveMismatchError, OrderError, SettingError
 from plugframe.hooks import ReduceOp, hookimpl
 from plugframe.hooks.context import Context
 from plugframe.utils.logging import warn_caller
+from plugframe.utils.rank_text import ranks_text
 from plugframe_builtins._shared.torch_collective.call_check import ROOM, agree
 from plugframe_builtins._shared.torch_collective.compat import all_gather_single, reduce_scatter_single
 from plugframe_builtins._shared.torch_collective.connection import backends, check_existing, connected, loopback_only
@@ -228,7 +229,7 @@ class TorchCollective(Collective):
             if time.monotonic() > deadline:
                 raise RuntimeError(
                     f"The barrier {name!r} waited {timeout_s:g} s on rank {dist.get_rank()}: "
-                    f"missing {'rank' if len(missing) == 1 else 'ranks'} {', '.join(map(str, missing))}."
+                    f"missing {ranks_text(missing)}."
                 )
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.05)

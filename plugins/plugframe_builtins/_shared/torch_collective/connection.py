@@ -18,6 +18,7 @@ import torch.distributed.nn.functional
 
 from plugframe.errors import EnvironmentMismatchError, SettingError, UnsupportedError, closest
 from plugframe.hooks.context import Context
+from plugframe.utils.stores import fresh_store
 
 
 @contextmanager
@@ -26,12 +27,11 @@ def connected(context: Context, *, backend: str, timeout_s: float) -> Iterator[N
     _check_backend(backend)
     world = context.world
     store = context.hooks.environment_store(context=context, timeout_s=timeout_s)
-    # Ranks may meet at one store more than once, and must not read the addresses of the time before.
-    turn = store.add(f"plugframe/connections/{world.global_rank}", 1)
     outer_hook = sys.excepthook
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(f"plugframe/{turn}", store),  # type: ignore[attr-defined]
+        # Ranks may meet at one store more than once, and must not read the addresses of the time before.
+        store=fresh_store(store, "connections", world.global_rank),
         rank=world.global_rank,
         world_size=world.world_size,
         timeout=timedelta(seconds=timeout_s),
