@@ -10,6 +10,7 @@ from typing import Any
 from plugframe.core.planning.plan import Choice, Plan
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks.context import Context
+from plugframe.utils.rank_text import ranks_text
 
 Use = tuple[str, str]
 
@@ -63,7 +64,7 @@ def differences(lists: Sequence[Sequence[Any]]) -> list[str]:
         for rank, uses in enumerate(by_rank):
             holders.setdefault(uses.get(kind, "none"), []).append(rank)
         if len(holders) > 1:
-            found.append(f"{kind} {', '.join(f'{which} on {_ranks(ranks)}' for which, ranks in holders.items())}")
+            found.append(f"{kind} {', '.join(f'{which} on {ranks_text(ranks)}' for which, ranks in holders.items())}")
     return found
 
 
@@ -73,20 +74,3 @@ def _by_kind(uses: Sequence[Any]) -> dict[str, str]:
     for kind, which in uses:
         by_kind.setdefault(kind, []).append(which)
     return {kind: " and ".join(all_of_it) for kind, all_of_it in by_kind.items()}
-
-
-def _span(first: int, last: int) -> list[str]:
-    return [f"{first} to {last}"] if last - first > 1 else [str(rank) for rank in range(first, last + 1)]
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    """Return ranks for a message: ``ranks 0 to 3 and 6``."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and rank == spans[-1][-1] + 1:
-            spans[-1] = [spans[-1][0], rank]
-        else:
-            spans.append([rank])
-    words = [word for first, *_, last in ((span[0], *span) for span in spans) for word in _span(first, last)]
-    shown = [*words[:4], f"{len(words) - 4} more"] if len(words) > 5 else words
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(shown[:-1])}{' and ' * (len(shown) > 1)}{shown[-1]}"

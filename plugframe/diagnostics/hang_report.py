@@ -19,7 +19,8 @@ from plugframe.diagnostics.call_log import CallLog, site
 from plugframe.diagnostics.rank_status import Account, find
 from plugframe.errors import CollectiveTimeoutError, RankLostError
 from plugframe.hooks.context import Context
-from plugframe.launch.report import LATE_TEXTS, LOST_TEXTS, NETWORK_TYPES
+from plugframe.utils.lost_rank import LATE_TEXTS, LOST_TEXTS, NETWORK_TYPES
+from plugframe.utils.stores import fresh_prefix
 
 #: How long answers are waited for: after a timeout, and after a rank's connection was lost, which often has died.
 LATE_S, LOST_S = 5.0, 2.0
@@ -53,8 +54,8 @@ class HangReporter:
         store: Any = group.get_group_store() if hasattr(group, "get_group_store") else None
         if hasattr(store, "clone"):
             # A job may be set up more than once over one store: the user's own process group stays.
-            turn = store.add(f"plugframe/alarm/{self._rank}", 1)
-            self._line = _Line(store, f"plugframe/alarm/{turn}", self._rank, self._size, self.account)
+            prefix = fresh_prefix(store, "alarm", self._rank)
+            self._line = _Line(store, prefix, self._rank, self._size, self.account)
             self._line.start()
 
     def explain(self, error: BaseException, *, late: bool = False) -> Exception | None:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 from plugframe.diagnostics.call_log import Call, CallLog
 from plugframe.diagnostics.hang_report import LATE_S, HangReporter
-from plugframe.diagnostics.rank_status import Account, find, ranks_text
+from plugframe.diagnostics.rank_status import Account, find
 from plugframe.hooks.context import Context
+from plugframe.utils.rank_text import ranks_text
 
 #: A report that changed nothing is repeated after so many times as long: 30 s, 2 min, 8 min.
 GROWTH = 4

@@ -29,18 +29,17 @@ from plugframe.checkpoint import digest, materialize, split
 from plugframe.cli import cli
 from plugframe.errors import CheckpointError, CheckpointMismatchError, PlugframeWarning
 from plugframe.hooks.world import World
-from plugframe_builtins.checkpoint_files import folder as form
-from plugframe_builtins.checkpoint_files.found import Found
-from plugframe_builtins.checkpoint_files.tensorfile import CODES
-from plugframe_builtins.dcp_checkpoint.portion import Piece
+from plugframe_builtins._shared.checkpoint_files import sharded_format, single_file_reader
+from plugframe_builtins._shared.checkpoint_files.index import Found
+from plugframe_builtins._shared.checkpoint_files.tensor_file import CODES
+from plugframe_builtins._shared.sharded_checkpoint.partition import Piece
 from plugframe_builtins.remote_checkpoint import reading, writing
 from plugframe_builtins.remote_checkpoint.storage import RemoteFolder
-from plugframe_builtins.safetensors_checkpoint import reader
 from ranks import run_ranks
 
 #: What the keeper of a run's checkpoints takes for one.
 NAME = "step-000000000001.ckpt"
-#: The plugin and the place of each form.
+#: The plugin and the place of each sharded_format.
 FORMS = {
     "file": ("safetensors", "{}"),
     "folder": ("dcp", "{}"),
@@ -140,9 +139,9 @@ class Place:
         if "://" in self.target:
             return reading.find(RemoteFolder(self.target))
         if Path(self.target).is_dir():
-            return form.find(self.target)
+            return sharded_format.find(self.target)
         with open(self.target, "rb") as file:
-            return reader.find(file, self.target)
+            return single_file_reader.find(file, self.target)
 
 
 class Stretch(NamedTuple):
@@ -207,14 +206,14 @@ def cut(rng: random.Random, files: dict[str, bytes], places: list[Stretch]) -> D
     data = files[name][:keep] if keep <= size else files[name] + b"\0"
     patterns = [re.escape(name), "expected", "found"]
     head = min((place.start for place in places if place.file == name), default=0)
-    if name != form.MANIFEST and (name or keep >= head):
+    if name != sharded_format.MANIFEST and (name or keep >= head):
         patterns += [f"expected {size} bytes, found {keep}", *([some_tensor(lost)] if lost else [])]
     return Damage({**files, name: data}, patterns)
 
 
 def swap(rng: random.Random, files: dict[str, bytes], places: list[Stretch], others: dict[str, bytes]) -> Damage:
     """Two files, or parts of one, in each other's place, of this checkpoint or of another."""
-    shards = sorted(name for name in files if name != form.MANIFEST)
+    shards = sorted(name for name in files if name != sharded_format.MANIFEST)
     how = rng.choice(["tensors", "shards", "other shard", "other manifest"] if len(files) > 1 else ["tensors", "tail"])
     if how == "tensors":
         a, b = rng.choice([(a, b) for a in places for b in places if _swappable(files, a, b)])
@@ -234,8 +233,10 @@ def swap(rng: random.Random, files: dict[str, bytes], places: list[Stretch], oth
         lost = {place.tensor for place in places if place.file == name}
         return Damage({**files, name: others[other]}, [name, some_tensor(lost), "expected", "found"])
     if how == "other manifest":
-        gone = next(name for name in sorted(others) if name != form.MANIFEST)
-        return Damage({**files, form.MANIFEST: others[form.MANIFEST]}, [gone, "tensor '", "expected", "found"])
+        gone = next(name for name in sorted(others) if name != sharded_format.MANIFEST)
+        return Damage(
+            {**files, sharded_format.MANIFEST: others[sharded_format.MANIFEST]}, [gone, "tensor '", "expected", "found"]
+        )
     tail = rng.randrange(30, 2000)
     return Damage({"": files[""][:-tail] + others[""][-tail:]}, ["expected", "found"])
 
@@ -250,7 +251,7 @@ def missing(rng: random.Random, files: dict[str, bytes], places: list[Stretch]) 
     name = rng.choice(sorted(files))
     lost = {place.tensor for place in places if place.file == name}
     left = {other: data for other, data in files.items() if other != name}
-    if name in ("", form.MANIFEST):
+    if name in ("", sharded_format.MANIFEST):
         return Damage(left, [re.escape(name), "does not exist|not complete|holds"])
     size = len(files[name])
     return Damage(left, [name, some_tensor(lost), f"expected {size} bytes", "found no file"])
@@ -405,7 +406,7 @@ def everything(lite: Lite, target: str, mine: dict[str, Any]) -> Any:
 
 
 def last_shard(place: Place) -> str:
-    return max(name for name in place.take() if name != form.MANIFEST)
+    return max(name for name in place.take() if name != sharded_format.MANIFEST)
 
 
 def break_last_byte(place: Place) -> None:

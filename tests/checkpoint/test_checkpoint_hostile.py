@@ -33,7 +33,7 @@ from plugframe.cli import cli
 from plugframe.errors import CheckpointError
 from plugframe.hooks.context import Context
 from plugframe.hooks.world import World
-from plugframe_builtins.checkpoint_files import folder as form
+from plugframe_builtins._shared.checkpoint_files import sharded_format
 from plugframe_builtins.dcp_checkpoint.checkpoint import ShardedCheckpoint
 from plugframe_builtins.remote_checkpoint.checkpoint import RemoteCheckpoint
 from plugframe_builtins.safetensors_checkpoint import writer
@@ -88,7 +88,7 @@ def folder_of(path: Path, state: dict[str, Any] | None = None, info: dict[str, A
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change a folder's manifest and give it the checksum that fits."""
-    manifest = path / form.MANIFEST
+    manifest = path / sharded_format.MANIFEST
     body = json.loads(unseal(manifest.read_bytes(), where=""))
     manifest.write_bytes(seal(change(body) or body))
 
@@ -141,7 +141,7 @@ def pickled_shard(path: Path, code: Payload, how: str) -> None:
 
 def pickled_manifest(path: Path, code: Payload) -> None:
     folder_of(path)
-    (path / form.MANIFEST).write_bytes(pickle.dumps(code))
+    (path / sharded_format.MANIFEST).write_bytes(pickle.dumps(code))
 
 
 def side_files(path: Path, code: Payload) -> None:
@@ -267,7 +267,7 @@ def linked(path: Path, code: Payload, what: str) -> None:
         return
     data = folder_of(path)
     away.write_bytes(pickle.dumps(code).ljust(data.stat().st_size, b"."))
-    victim = data if what == "data" else path / form.MANIFEST
+    victim = data if what == "data" else path / sharded_format.MANIFEST
     victim.unlink()
     victim.symlink_to(away)
 
@@ -299,8 +299,8 @@ def bomb(path: Path, _: Payload, how: str) -> None:
         path.write_bytes(len(header).to_bytes(8, "little") + header)
     elif how == "own depth":
         folder_of(path)
-        data = form.OPENING + b'1,"info":' + b"[" * 200_000 + b"]" * 200_000
-        (path / form.MANIFEST).write_bytes(data + b',"xxh3":"' + digest(data).encode() + b'"}')
+        data = sharded_format.OPENING + b'1,"info":' + b"[" * 200_000 + b"]" * 200_000
+        (path / sharded_format.MANIFEST).write_bytes(data + b',"xxh3":"' + digest(data).encode() + b'"}')
 
 
 def at_url(path: Path, code: Payload, build: Callable[[Path, Payload], object], url: str) -> str:

@@ -33,8 +33,8 @@ from plugframe.cli import cli
 from plugframe.hooks.world import World
 from plugframe.state.run import rng_state
 from plugframe.utils.logging import warn_caller
-from plugframe_builtins.checkpoint_files import folder as form
-from plugframe_builtins.checkpoint_files.coverage import fills, fills_file
+from plugframe_builtins._shared.checkpoint_files import sharded_format
+from plugframe_builtins._shared.checkpoint_files.coverage import fills, fills_file
 from ranks import run_ranks
 
 FORMATS = ("safetensors", "dcp")
@@ -111,7 +111,7 @@ def test_what_is_set_aside_stays_when_the_next_is(lite: Lite, tmp_path: Path) ->
     for _ in range(2):
         lite.checkpoints(tmp_path).save(1, {"a": torch.arange(100)})
         path = tmp_path / step_name(1)
-        data = path if path.is_file() else path / form.MANIFEST
+        data = path if path.is_file() else path / sharded_format.MANIFEST
         data.write_bytes(data.read_bytes()[:-9])
         with pytest.warns(PlugframeWarning, match="set aside"), pytest.raises(CheckpointError):
             lite.checkpoints(tmp_path).resume({"a": None})
@@ -129,7 +129,7 @@ def test_what_somebody_else_put_or_writes_there_is_not_removed(sharded: Lite, tm
         sharded.checkpoints(tmp_path).resume({})
     (foreign / "notes.txt").unlink()
     living.mkdir()
-    file = open_locked(str(living / form.data_name("0" * 16, 0)))
+    file = open_locked(str(living / sharded_format.data_name("0" * 16, 0)))
     assert file is not None
     with file, pytest.raises(CheckpointUnfinishedError, match="is not complete"):
         sharded.checkpoints(tmp_path).resume({})
@@ -319,7 +319,7 @@ def test_coverage_is_exact() -> None:
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change a folder's manifest and give it the checksum that fits."""
-    manifest = path / form.MANIFEST
+    manifest = path / sharded_format.MANIFEST
     body = json.loads(unseal(manifest.read_bytes(), where=""))
     manifest.write_bytes(seal(change(body) or body))
 
@@ -328,7 +328,7 @@ def raw(path: Path, change: Callable[[bytes], bytes]) -> None:
     """Change the text of a folder's manifest and give it the checksum that fits."""
     from plugframe.checkpoint import digest
 
-    manifest = path / form.MANIFEST
+    manifest = path / sharded_format.MANIFEST
     body = change(unseal(manifest.read_bytes(), where=""))[:-1]
     manifest.write_bytes(body + b',"xxh3":"' + digest(body).encode() + b'"}')
 
@@ -388,9 +388,9 @@ LIES: dict[str, Callable[[Path], Any]] = {
     "info with a tensor": lambda p: rewritten(p, lambda b: b.update(info={"dict": {"t": {"tensor": "w"}}})),
     "a structure that is a number": lambda p: rewritten(p, lambda b: b.update(structure=3)),
     "a structure that is a list": lambda p: rewritten(p, lambda b: b.update(structure=[{"tensor": "w"}])),
-    "a manifest that waits": lambda p: fifo(p / form.MANIFEST),
-    "a manifest that does not end": lambda p: device(p / form.MANIFEST),
-    "a manifest with holes": lambda p: sparse(p / form.MANIFEST),
+    "a manifest that waits": lambda p: fifo(p / sharded_format.MANIFEST),
+    "a manifest that does not end": lambda p: device(p / sharded_format.MANIFEST),
+    "a manifest with holes": lambda p: sparse(p / sharded_format.MANIFEST),
     "a file that waits": lambda p: fifo(next(p.glob("*.safetensors"))),
     "a file that does not end": lambda p: device(next(p.glob("*.safetensors"))),
     "a file with holes": lambda p: sparse(next(p.glob("*.safetensors"))),
@@ -497,7 +497,7 @@ def test_fuzzed_manifests_never_get_through(sharded: Lite, tmp_path: Path) -> No
     path = tmp_path / "x"
     plugin = sharded._session.plugins["checkpoint"]
     plugin.checkpoint_save(path=str(path), state={"w": torch.arange(16.0).view(4, 4), "n": 3}, info={}, wait=True)
-    original = (path / form.MANIFEST).read_bytes()
+    original = (path / sharded_format.MANIFEST).read_bytes()
     body = json.loads(unseal(original, where=""))
     draw = random.Random(3)
     values = [None, True, -1, 0, 1, 2**63, 2**70, 1.5, "", "w", [], {}, [0], {"dict": {}}, {"tensor": "w"}, [[0], [1]]]
@@ -517,7 +517,7 @@ def test_fuzzed_manifests_never_get_through(sharded: Lite, tmp_path: Path) -> No
         for key in above:
             node = node[key]
         node[last] = draw.choice(values)
-        (path / form.MANIFEST).write_bytes(seal(changed))
+        (path / sharded_format.MANIFEST).write_bytes(seal(changed))
         for lazy in (False, True):
             try:
                 state = plugin.checkpoint_load(path=str(path), trusted=False, lazy=lazy)

@@ -85,9 +85,10 @@ def words(*given: str, flags: int = 0) -> re.Pattern[str]:
 
 
 def built_in_names() -> set[str]:
-    """Return every name plugframe's own distribution publishes."""
-    points = metadata.distribution("plugframe").entry_points
-    return {p.name for p in points if p.group.startswith("plugframe.") and p.group != "plugframe.command"}
+    """Return every name plugframe's own distribution publishes, and the package in which these plugins lie."""
+    points = [p for p in metadata.distribution("plugframe").entry_points if p.group.startswith("plugframe.")]
+    plugins = [p for p in points if p.group != "plugframe.command"]
+    return {p.name for p in plugins} | {p.module.partition(".")[0] for p in plugins}
 
 
 # ---------------------------------------------------------------------- law 1
@@ -115,6 +116,7 @@ def test_the_core_names_no_plugin() -> None:
         ('x = f"{y}_ddp"', True),
         ("torch.cuda.synchronize()", True),
         ("from plugframe_builtins import ddp", True),
+        ('frames = ("plugframe_builtins", "pluggy")', True),
         ('backend = "cpu:gloo,cuda:NCCL"', True),
         ('"""About ddp."""', False),
         ('option("--strategy", help="auto, ddp")', False),

@@ -26,7 +26,9 @@ from torch.utils.data import (
 )
 
 from plugframe import OrderError, SettingError
-from plugframe.adopt import Order, adopt_loader, release_loader, state_of
+from plugframe.adopt import state_of
+from plugframe.data.loader import adopt_loader, release_loader
+from plugframe.data.shuffle import Order
 
 
 class Shuffled:

@@ -124,7 +124,7 @@ def account(rank: int, number: int | None, **more: Any) -> Account:
         (
             [account(1, 8), account(2, None, doing="at train.py:3")],
             2,
-            "ranks 0-1 wait in barrier (train.py:57, call 8)",
+            "ranks 0 and 1 wait in barrier (train.py:57, call 8)",
         ),
         ([account(1, 7), account(2, 8)], 1, "rank 1 waits in barrier (train.py:57, call 7)"),
         ([None, account(2, 8)], 1, "rank 1 did not answer within 5 s (it has died, was stopped, or something in it"),

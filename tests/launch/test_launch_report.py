@@ -134,7 +134,7 @@ def test_other_ranks_are_folded() -> None:
     endings = [Ending(rank=rank, exit_code=-15) for rank in (0, 2, 3, 4, 7)]
     endings += [Ending(rank=5, exit_code=0), raised(6, "OSError: also", 12.0), raised(1, "ValueError: x", 11.0)]
     assert report(endings, host="h").text.splitlines()[-3:] == [
-        "ranks 0, 2-4, 7: ended by the launcher",
+        "ranks 0, 2-4 and 7: ended by the launcher",
         "rank 5: had ended well",
         "rank 6: failed: OSError: also",
     ]

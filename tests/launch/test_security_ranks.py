@@ -27,7 +27,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-import plugframe_builtins.torch_collective.forked
+import plugframe_builtins._shared.torch_collective.fork
 from plugframe import Lite
 from plugframe.hooks.context import Context
 from plugframe.hooks.world import World

@@ -15,7 +15,7 @@ import pytest
 from plugframe import Lite, PlugframeWarning
 from plugframe.hooks.world import World
 from plugframe.launch.preemption import SIGNALS, Stopping
-from plugframe_builtins.slurm.requeue import requeue
+from plugframe_builtins._shared.requeue import requeue
 from ranks import run_ranks
 
 SCRIPT = """

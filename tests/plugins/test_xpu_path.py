@@ -27,7 +27,7 @@ import gc, json, os, sys, warnings
 import torch, torch.distributed as dist
 from pathlib import Path
 from torch import nn
-from plugframe_builtins.ddp.engine import Engine
+from plugframe_builtins._shared.data_parallel.engine import Engine
 from plugframe import Lite
 
 folder = Path(sys.argv[1])

@@ -33,9 +33,9 @@ from plugframe.checkpoint import StoredTensor, fill, materialize, open_locked, s
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 from plugframe.hooks.context import Context
 from plugframe.hooks.world import World
-from plugframe_builtins.checkpoint_files import tensorfile
+from plugframe_builtins._shared.checkpoint_files import tensor_file
+from plugframe_builtins._shared.sharded_checkpoint.pending import Pending
 from plugframe_builtins.dcp_checkpoint.checkpoint import ShardedCheckpoint
-from plugframe_builtins.dcp_checkpoint.pending import Pending
 from plugframe_builtins.safetensors_checkpoint.checkpoint import SafetensorsCheckpoint
 from plugframe_builtins.single.one_rank import OneRank
 from plugframe_builtins.torch_collective.collective import TorchCollective
@@ -252,7 +252,7 @@ def disk_full(on: Job, *, rank: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         if on.world.global_rank == rank:
-            patch.setattr(tensorfile, "write_tensors", failing)
+            patch.setattr(tensor_file, "write_tensors", failing)
         yield
 
 
@@ -344,7 +344,7 @@ def the_next_save_and_the_end_wait(on: Job) -> None:
     """A save in the background is over before the next begins, and before tear-down ends."""
     for call in (lambda: on.save("second", numbered(on, 2)), lambda: on.checkpoint.checkpoint_teardown()):
         go_on = threading.Event()
-        write = tensorfile.write_tensors
+        write = tensor_file.write_tensors
         look = Pending.untold
 
         def held(file: Any, tensors: Any, go_on: Any = go_on, write: Any = write) -> Any:
@@ -356,7 +356,7 @@ def the_next_save_and_the_end_wait(on: Job) -> None:
             return look(pending)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tensorfile, "write_tensors", held)
+            patch.setattr(tensor_file, "write_tensors", held)
             patch.setattr(Pending, "untold", looked)
             handle = on.save("first", numbered(on, 1), wait=False)
             assert not handle.done()
@@ -619,7 +619,7 @@ def test_a_swap_that_fails_leaves_the_old_one(alone: Job, tmp_path: Path, monkey
         raise OSError(errno.EINVAL, "a file and a folder cannot take each other's place here")
 
     monkeypatch.setattr("plugframe.checkpoint.atomic.exchange", refuse)
-    monkeypatch.setattr("plugframe_builtins.dcp_checkpoint.writer.exchange", refuse)
+    monkeypatch.setattr("plugframe_builtins._shared.sharded_checkpoint.writer.exchange", refuse)
     single = SafetensorsCheckpoint()
     single.checkpoint_setup(alone.checkpoint.context)
     alone.save("folder", small(1))
@@ -776,7 +776,7 @@ def die_at_line(on, wanted):
     seen = 0
     def trace(frame, event, argument):
         nonlocal seen
-        if not frame.f_code.co_filename.endswith(("atomic.py", "tensorfile.py", "writer.py", "folder.py")):
+        if not frame.f_code.co_filename.endswith(("atomic.py", "tensor_file.py", "writer.py", "folder.py")):
             return None
         seen += event == "line"
         if seen == wanted:

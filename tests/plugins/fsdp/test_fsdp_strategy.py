@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from plugframe import Lite, OrderError, PlugframeWarning, SettingError, UnsupportedError, UsageError
 from plugframe.hooks.world import World
-from plugframe_builtins.fsdp.policy import make_policy
+from plugframe_builtins._shared.fully_shard.policy import make_policy
+from plugframe_builtins._shared.fully_shard.units import find_units, split_dtypes
+from plugframe_builtins._shared.sharding.mesh import check_mesh
 from plugframe_builtins.fsdp.strategy import FSDP
-from plugframe_builtins.fsdp.units import find_units, split_dtypes
 from plugframe_builtins.precisions import MixedPrecision, TruePrecision
-from plugframe_builtins.sharding.mesh import check_mesh
 from ranks import run_checks
 
 

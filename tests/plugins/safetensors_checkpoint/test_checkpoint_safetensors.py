@@ -22,8 +22,8 @@ from checkpoint_trees import DTYPES, plugin, random_tensor, same, trees
 from plugframe.checkpoint import SEGMENT_BYTES, Checksums
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 from plugframe_builtins import safetensors_checkpoint
-from plugframe_builtins.checkpoint_files import tensorfile
-from plugframe_builtins.safetensors_checkpoint import layout, writer
+from plugframe_builtins._shared.checkpoint_files import single_file, tensor_file
+from plugframe_builtins.safetensors_checkpoint import writer
 
 
 def save(path: Path | str, state: Any, **info: Any) -> None:
@@ -115,8 +115,8 @@ def test_other_tools_read_the_file(tmp_path: Path) -> None:
         assert file.get_tensor("model.bias").tolist() == [True, False]
         assert file.get_tensor("optimizer.state.0.step").item() == 3.0
         assert file.metadata()["format"] == "pt"
-        manifest = json.loads(bytes(file.get_tensor(layout.MANIFEST).tolist()))
-        assert set(file.keys()) == {*manifest["tensors"], layout.STRUCTURE, layout.MANIFEST}
+        manifest = json.loads(bytes(file.get_tensor(single_file.MANIFEST).tolist()))
+        assert set(file.keys()) == {*manifest["tensors"], single_file.STRUCTURE, single_file.MANIFEST}
     assert manifest["info"] == {"dict": {"world_size": 2}}
     expected = xxhash.xxh3_64_hexdigest(bytes(small()["model"]["bias"].tolist()))
     assert manifest["tensors"]["model.bias"] == ["bool", [2], 2, [expected]]
@@ -127,7 +127,7 @@ def test_tensors_lie_aligned(tmp_path: Path) -> None:
     save(tmp_path / "a", {str(dtype): random_tensor(dtype, (3,), seed=0) for dtype in DTYPES})
     header = (tmp_path / "a").read_bytes()
     length = int.from_bytes(header[:8], "little")
-    slots = layout.parse_header(header[8 : 8 + length], where="a")
+    slots = single_file.parse_header(header[8 : 8 + length], where="a")
     assert length % 8 == 0
     assert all(slot.start % slot.dtype.itemsize == 0 for slot in slots.values())
 
@@ -194,7 +194,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: py
         with pytest.raises(CheckpointError, match="has 5 bytes free"):
             save(path, {"x": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(tensorfile, "MAX_HEADER_BYTES", 50)
+        patch.setattr(tensor_file, "MAX_HEADER_BYTES", 50)
         with pytest.raises(CheckpointError, match=r"cannot write .*last\.ckpt: 3 tensors need a header of \d+ bytes"):
             save(path, {"x": torch.ones(1)})
     assert same(load(path), small())
@@ -290,7 +290,7 @@ def rewrite_header(path: Path, change: Callable[[bytes], bytes]) -> None:
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = change(data[8 : 8 + length])
-    opening = layout._OPENING_FOUND.match(header)
+    opening = single_file._OPENING_FOUND.match(header)
     assert opening
     blank = header[: opening.start(2)] + b"0" * 16 + header[opening.end(2) :]
     header = header[: opening.start(2)] + xxhash.xxh3_64_hexdigest(blank).encode() + header[opening.end(2) :]

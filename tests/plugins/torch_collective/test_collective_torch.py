@@ -33,8 +33,8 @@ from plugframe.hooks import Plugin
 from plugframe.hooks.context import Context
 from plugframe.hooks.world import World
 from plugframe_builtins import single, torch_collective
+from plugframe_builtins._shared.torch_collective import compat
 from plugframe_builtins.single.one_rank import OneRank
-from plugframe_builtins.torch_collective import compat
 from plugframe_builtins.torch_collective.collective import TorchCollective
 from ranks import hooks_of, rank_store, run_checks
 
