@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from plugframe.errors import (
     CollectiveMismatchError,
+    CollectiveTimeoutError,
     EnvironmentMismatchError,
     OrderError,
     PlugframeWarning,
@@ -34,6 +36,7 @@ from plugframe.hooks.context import Context
 from plugframe.hooks.world import World
 from plugframe_builtins import single, torch_collective
 from plugframe_builtins._shared.torch_collective import compat
+from plugframe_builtins._shared.torch_collective.connection import wait_for_ranks
 from plugframe_builtins.single.one_rank import OneRank
 from plugframe_builtins.torch_collective.collective import TorchCollective
 from ranks import hooks_of, rank_store, run_checks
@@ -598,3 +601,11 @@ def test_the_single_collective_has_the_shapes_of_many_ranks() -> None:
     assert reduced(hooks_of(collective), tensor, "mean").shape == (2, 3)
     row = collective.collective_reduce_scatter(tensor=tensor.unsqueeze(0), op="sum", group=None)
     assert row.shape == (2, 3)
+
+
+def test_ranks_that_do_not_start_are_named() -> None:
+    """Connecting waits longer than a collective may take, and names the ranks that never came."""
+    store = torch.distributed.HashStore()
+    store.set_timeout(timedelta(seconds=1))
+    with pytest.raises(CollectiveTimeoutError, match=r"Of 3 ranks, ranks 1 and 2 did not connect within 0.1 s"):
+        wait_for_ranks(store, World(global_rank=0, world_size=3, local_world_size=3), 0.1)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,15 @@ import torch.distributed as dist
 # the threads of gloo with it, which end the process with an abort if they outlive the interpreter.
 import torch.distributed.nn.functional
 
-from plugframe.errors import EnvironmentMismatchError, SettingError, UnsupportedError, closest
+from plugframe.errors import CollectiveTimeoutError, EnvironmentMismatchError, SettingError, UnsupportedError, closest
 from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
+from plugframe.utils.rank_text import ranks_text
 from plugframe.utils.stores import fresh_store
+
+#: Seconds in which all ranks have to start, if a collective may not take longer: on a busy machine or file system some
+#: import torch a minute after the others, which a short timeout of collectives is not about.
+START_S = 300.0
 
 
 @contextmanager
@@ -27,11 +34,13 @@ def connected(context: Context, *, backend: str, timeout_s: float) -> Iterator[N
     _check_backend(backend)
     world = context.world
     store = context.hooks.environment_store(context=context, timeout_s=timeout_s)
+    # Ranks may meet at one store more than once, and must not read the addresses of the time before.
+    store = fresh_store(store, "connections", world.global_rank)
+    wait_for_ranks(store, world, max(timeout_s, START_S))
     outer_hook = sys.excepthook
     dist.init_process_group(
         backend,
-        # Ranks may meet at one store more than once, and must not read the addresses of the time before.
-        store=fresh_store(store, "connections", world.global_rank),
+        store=store,
         rank=world.global_rank,
         world_size=world.world_size,
         timeout=timedelta(seconds=timeout_s),
@@ -45,6 +54,28 @@ def connected(context: Context, *, backend: str, timeout_s: float) -> Iterator[N
             dist.destroy_process_group()
         if sys.excepthook is torch_hook:  # torch leaves its own behind
             sys.excepthook = outer_hook
+
+
+def wait_for_ranks(store: Any, world: World, timeout_s: float) -> None:
+    """Wait until every rank is about to connect.
+
+    Raises:
+        CollectiveTimeoutError: naming the ranks that did not come.
+    """
+    key = "arrived/{}".format
+    store.set(key(world.global_rank), "")
+    if store.add("arrived", 1) == world.world_size:
+        store.set(key("all"), "")
+    try:
+        store.wait([key("all")], timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        missing = [rank for rank in range(world.world_size) if not store.check([key(rank)])]
+        if not missing:
+            raise
+        raise CollectiveTimeoutError(
+            f"Of {world.world_size} ranks, {ranks_text(missing)} did not connect within {timeout_s:g} s: look for an "
+            "error there, or start what is missing."
+        ) from error
 
 
 def check_existing(context: Context) -> None:
