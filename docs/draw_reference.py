@@ -45,7 +45,7 @@ def _default(field: Any) -> str:
 def _kind(kind: Kind) -> str:
     name = kind.name.title()
     has_base = hasattr(base, name)
-    group = f"Entry-point group `{kind.group}`, setting `{'plugins' if kind.name == 'extension' else kind.name}`"
+    group = f"Entry-point group `{kind.group}`, setting `{kind.setting}`"
     lines = [f"## Kind `{kind.name}`", "", f"{group}{f', base class `plugframe.base.{name}`' if has_base else ''}.", ""]
     lines += [_prose(kind.spec), ""]
     for hook in hooks_of(kind):

@@ -22,6 +22,7 @@ from plugframe.errors import (
     closest,
 )
 from plugframe.hooks.descriptor import Plugin
+from plugframe.hooks.kinds import KINDS
 
 #: Status of a plugin of which metadata alone was read, and of one whose descriptor and hooks were looked at.
 NOT_CHECKED, OK = "not checked", "ok"
@@ -111,12 +112,9 @@ def command(name: str | None, kind: str | None, as_json: bool, check: bool, time
 
 def _entries(registry: Registry, kind: str | None) -> list[Entry]:
     entries = sorted([*registry.entries(kind), *registry.refused(kind)], key=_order)
-    if kind is not None and not entries:
-        from plugframe.hooks.kinds import KINDS  # imports pluggy, which a listing does without
-
-        if kind not in KINDS:
-            known = ", ".join(KINDS)
-            raise SettingError(f"--kind={kind!r} is not a kind.{closest(kind, KINDS)} Kinds: {known}.")
+    if kind is not None and not entries and kind not in KINDS:
+        known = ", ".join(KINDS)
+        raise SettingError(f"--kind={kind!r} is not a kind.{closest(kind, KINDS)} Kinds: {known}.")
     return entries
 
 
@@ -181,8 +179,6 @@ class _Statuses:
 
 def _stray(kind: str) -> str:
     """Return the status of a plugin of a kind that plugframe itself has no plugin of."""
-    from plugframe.hooks.kinds import KINDS
-
     return NOT_CHECKED if kind in KINDS else f"broken: there is no such kind.{closest(kind, KINDS)}"
 
 
@@ -250,7 +246,7 @@ def _check_class(registry: Registry, entry: Entry, descriptor: Plugin) -> None:
     No plugin is made: what a constructor asks of the machine is `plugframe doctor`'s to find.
     """
     from plugframe.core.planning.plan import Choice
-    from plugframe.core.runtime.pipeline import check_hooks
+    from plugframe.tools.hook_check import check_hooks
 
     cls = registry.factory(entry)
     if isinstance(cls, type):

@@ -19,6 +19,10 @@ SECTION = "tool.plugframe"
 CONFIG = "PLUGFRAME_CONFIG"
 #: Names the fields a command line set, so that a message can tell it from a variable set by hand.
 FROM_COMMAND_LINE = "PLUGFRAME_FROM_COMMAND_LINE"
+#: Lists of plugins that are never imported, and of the only ones that may be; see `plugframe.core.registry.policy`.
+DISABLE, ALLOW = "PLUGFRAME_DISABLE", "PLUGFRAME_ALLOW"
+#: The same two in a settings file.
+POLICY_KEYS = ("disable", "allow")
 
 
 def find_file(environ: Mapping[str, str], folder: Path) -> Path | None:

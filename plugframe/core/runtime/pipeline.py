@@ -27,19 +27,6 @@ class BoundHooks:
         raise AttributeError(f"There is no hook {name!r}; `plugframe.hooks` lists them.")
 
 
-def check_hooks(choice: Choice, plugin: Any) -> list[str]:
-    """Check the hooks of one plugin by itself; return what of them is deprecated.
-
-    Raises:
-        PluginContractError: as when it is used.
-    """
-    pipeline = Pipeline()
-    pipeline.add(choice, plugin)
-    if not KINDS[choice.kind].many:
-        pipeline.bind()  # a wrapper of a hook needs somebody who provides it
-    return pipeline.deprecations
-
-
 class Pipeline:
     """Holds the selected plugins and their hooks.
 

@@ -14,12 +14,12 @@ import pytest
 
 from plugframe.core.planning.plan import Choice
 from plugframe.core.planning.plugin_objects import hooks_of
-from plugframe.core.registry.option_validation import disagreements
 from plugframe.core.registry.registry import Entry, Registry
-from plugframe.core.runtime.pipeline import check_hooks
 from plugframe.errors import MissingDependencyError, PlugframeError, PluginContractError, closest
 from plugframe.hooks import API, KINDS, Plugin
 from plugframe.testing.contracts.running import broken, one_line
+from plugframe.testing.option_check import disagreements
+from plugframe.tools.hook_check import check_hooks
 
 PUBLISHED = "Published (an entry point of the kind's group gives the name)"
 LIGHT = "Light (loading the descriptor imports neither torch nor anything the plugin requires)"
