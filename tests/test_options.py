@@ -20,12 +20,12 @@ from plugframe.base import Accelerator, Environment, Extension, Logger, Strategy
 from plugframe.cli import cli
 from plugframe.cli.plan_table import plan_rows
 from plugframe.core.config.options import Given, from_variable, read, variable_of
-from plugframe.core.config.request import FROM_COMMAND_LINE, gather
+from plugframe.core.config.request import gather
 from plugframe.core.planning.plan import Plan
 from plugframe.core.planning.resolve import resolve
 from plugframe.core.registry.registry import Entry, Registry
 from plugframe.hooks import hookimpl
-from plugframe.hooks.variables import LAUNCHED
+from plugframe.hooks.variables import FROM_COMMAND_LINE, LAUNCHED
 from plugframe.launch.choose import choose_launcher
 from plugframe.testing.option_check import disagreements, parameters
 

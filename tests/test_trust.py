@@ -18,10 +18,10 @@ from fake_distributions import EXTENSION, STRATEGY, in_folder, publish, shelf  #
 from plugframe import Lite, PlugframeWarning, RefusedPluginError, SettingError, UnknownPluginError, UnsupportedError
 from plugframe.cli import cli
 from plugframe.cli.shared_options import disabled_variables, policy_variables
-from plugframe.core.config.files import ALLOW, DISABLE, FROM_COMMAND_LINE
 from plugframe.core.config.request import gather
 from plugframe.core.registry.policy import Policy, read_policy
 from plugframe.core.registry.registry import Entry, Registry
+from plugframe.hooks.variables import ALLOW, DISABLE, FROM_COMMAND_LINE
 
 Put = Callable[..., None]
 VARIABLE = "the environment variable PLUGFRAME_DISABLE"

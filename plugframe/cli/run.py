@@ -17,6 +17,7 @@ from plugframe.cli.script_check import check, check_callback
 from plugframe.cli.shared_options import disabled_variables
 from plugframe.errors import PlugframeWarning, SettingError, UsageError
 from plugframe.hooks.kinds import KINDS
+from plugframe.hooks.variables import FROM_COMMAND_LINE
 
 if TYPE_CHECKING:
     from plugframe.cli.start import Start
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from plugframe.core.registry.registry import Registry
 
 
+#: Names that a line of help mentions.
+_EXAMPLES = {
+    "accelerator": ": auto, cpu, cuda, …",
+    "strategy": ": auto, ddp, …",
+    "precision": ": 32, bf16, 16, …",
+}
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -68,7 +75,10 @@ def _options_of_kinds(command: Command) -> Command:
     for kind in reversed(KINDS.values()):
         words = dict.fromkeys([f"--{kind.setting}", f"--{kind.setting.removesuffix('s')}" if kind.many else ""])
         option = click.option(
-            *filter(None, words), metavar="NAMES" if kind.many else "NAME", multiple=kind.many, help=kind.help
+            *filter(None, words),
+            metavar="NAMES" if kind.many else "NAME",
+            multiple=kind.many,
+            help=f"{kind.help}{'; repeatable or a,b.' if kind.many else _EXAMPLES.get(kind.name, '.')}",
         )
         command = option(command)
     return command
@@ -260,7 +270,7 @@ def _try(registry: Registry, choices: Iterable[Choice]) -> None:
 def _variables(settings: Mapping[str, Any], config: str | None, options: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that hand to the ranks what was typed, and nothing else."""
     from plugframe.core.config.options import variable_of
-    from plugframe.core.config.request import FROM_COMMAND_LINE, LISTS, variable
+    from plugframe.core.config.request import LISTS, variable
 
     typed = {field: value for field, value in settings.items() if value not in (None, ())}
     texts = {field: ",".join(value) if field in LISTS else str(value) for field, value in typed.items()}

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import click
 
-from plugframe.core.config.files import ALLOW, DISABLE, FROM_COMMAND_LINE
 from plugframe.core.registry.entry_points import OWN_DISTRIBUTION, normalize
 from plugframe.core.registry.policy import MARK, OPTION, Allowed, Policy, split
+from plugframe.hooks.variables import ALLOW, DISABLE, FROM_COMMAND_LINE
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from plugframe.cli import supervision_options
-from plugframe.core.config.request import FROM_COMMAND_LINE, Request, variable
+from plugframe.core.config.request import Request, variable
 from plugframe.core.planning.plan import Choice, Plan
 from plugframe.core.registry.catalogue import Catalogue
 from plugframe.errors import PlugframeWarning, SettingError
 from plugframe.hooks.launcher import Job
+from plugframe.hooks.variables import FROM_COMMAND_LINE
 from plugframe.launch.choose import choose_launcher
 
 #: Where node 0 listens unless it is told otherwise; the one PyTorch's own launcher uses.

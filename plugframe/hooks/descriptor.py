@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -133,3 +134,10 @@ class Plugin:
                     declared[name].validate(value)
             except ValueError as error:
                 raise SettingError(f"{name}={value!r} of {self.factory.partition(':')[2]}: {error}") from None
+
+    def made(self, plugin: Any) -> bool:
+        """Return whether the factory names the class of an object. Nothing is imported for it."""
+        cls = type(plugin)
+        module, _, name = self.factory.partition(":")
+        same = self.factory == f"{cls.__module__}:{cls.__qualname__}"
+        return same or getattr(sys.modules.get(module), name, None) is cls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -12,8 +13,8 @@ class Kind:
 
     Attributes:
         name: the last word of the entry-point group; for most also the `Lite` keyword.
-        path: ``"module:Name"`` of the Protocol whose methods are its hooks.
-        help: one line for ``plugframe run --help``.
+        path: ``"module:Name"``, in `plugframe.hooks`, of the Protocol whose methods are its hooks.
+        help: what it is, for ``plugframe run --help``.
         plural: the `Lite` keyword and the setting of a kind of which any number of plugins can be active at once:
             ``"loggers"``. Options of such plugins are spelled with the plugin's name: ``--logger.csv.folder``.
         setup_order: position in which its plugins are set up; None for a kind without set-up in the ranks.
@@ -29,8 +30,23 @@ class Kind:
     def spec(self) -> type:
         """The Protocol whose methods are its hooks. Imported here, with pluggy, so that a listing does without."""
         module, _, name = self.path.partition(":")
-        spec: type = getattr(importlib.import_module(module), name)
+        spec: type = getattr(importlib.import_module(f"plugframe.hooks.{module}"), name)
         return spec
+
+    @property
+    def hooks(self) -> list[str]:
+        """The names of its hooks."""
+        return [name for name, value in vars(self.spec).items() if hasattr(value, "plugframe_spec")]
+
+    def provided_by(self, plugin: Any) -> bool:
+        """Return whether an object provides hooks of this kind; an extension is whatever has a hook at all."""
+        from plugframe.hooks.markers import marks_of
+
+        if self.name == "extension":
+            return any(marks_of(plugin, name) is not None for name in dir(type(plugin)))
+        # A wrapper has the hook's name too, but it is an extension's way in, not a provider.
+        found = (marks_of(plugin, name) for name in self.hooks)
+        return any(marks is not None and not (marks["wrapper"] or marks["hookwrapper"]) for marks in found)
 
     @property
     def many(self) -> bool:
@@ -48,24 +64,27 @@ class Kind:
         return f"plugframe.{self.name}"
 
 
-_HOOKS = "plugframe.hooks"
 _TABLE = (
     # The accelerator is set up first, so that tensors can exist.
-    Kind("accelerator", f"{_HOOKS}.accelerator:AcceleratorSpec", "Kind of device: auto, cpu, cuda, …", setup_order=1),
-    Kind("strategy", f"{_HOOKS}.strategy:StrategySpec", "How the ranks work together: auto, ddp, …", setup_order=4),
-    Kind("precision", f"{_HOOKS}.precision:PrecisionSpec", "Precision of the arithmetic: 32, bf16, …", setup_order=3),
-    Kind("collective", f"{_HOOKS}.collective:CollectiveSpec", "Who carries messages between ranks.", setup_order=2),
-    Kind("checkpoint", f"{_HOOKS}.checkpoint:CheckpointSpec", "Format of checkpoints.", setup_order=5),
-    Kind(
-        "environment", f"{_HOOKS}.environment:EnvironmentSpec", "Who has started the processes; found out by default."
-    ),
-    Kind("launcher", f"{_HOOKS}.launcher:LauncherSpec", "Who starts the ranks."),
-    Kind("logger", f"{_HOOKS}.logger:LoggerSpec", "Loggers; repeatable or a,b.", plural="loggers", setup_order=6),
-    Kind("extension", f"{_HOOKS}.notify:NotifySpec", "Extensions; repeatable or a,b.", plural="plugins"),
+    Kind("accelerator", "accelerator:AcceleratorSpec", "Kind of device", setup_order=1),
+    Kind("strategy", "strategy:StrategySpec", "How the ranks work together", setup_order=4),
+    Kind("precision", "precision:PrecisionSpec", "Precision of the arithmetic", setup_order=3),
+    Kind("collective", "collective:CollectiveSpec", "Who carries messages between the ranks", setup_order=2),
+    Kind("checkpoint", "checkpoint:CheckpointSpec", "Format of checkpoints", setup_order=5),
+    Kind("environment", "environment:EnvironmentSpec", "Who has started the processes; found out unless given"),
+    Kind("launcher", "launcher:LauncherSpec", "Who starts the ranks"),
+    Kind("logger", "logger:LoggerSpec", "Loggers", plural="loggers", setup_order=6),
+    Kind("extension", "notify:NotifySpec", "Extensions", plural="plugins"),
 )
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _TABLE}
+
 #: The kinds that have hooks ``<kind>_setup`` and ``<kind>_teardown``, in the order of set-up. For a kind of many, the
 #: bound hook is None where no plugin is in use.
 SETUP_ORDER = tuple(
     name for _, name in sorted((kind.setup_order, kind.name) for kind in _TABLE if kind.setup_order is not None)
 )
+
+
+def kind_of(plugin: Any) -> str:
+    """Return the name of the kind of which an object is; one that only wraps hooks of others is an extension."""
+    return next((kind.name for kind in KINDS.values() if kind.provided_by(plugin)), "extension")

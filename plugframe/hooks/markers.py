@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
@@ -27,6 +27,13 @@ class Deprecated:
 
     hook: str = ""
     arguments: Mapping[str, str] = field(default_factory=dict)
+
+    def uses(self, name: str, arguments: Iterable[str]) -> list[str]:
+        """Return what an implementation of the hook `name` that takes these arguments uses of it, a sentence each."""
+        taken = {argument: instead for argument, instead in self.arguments.items() if argument in set(arguments)}
+        found = {f"takes {argument} in {name}": instead for argument, instead in taken.items()}
+        found = {f"implements {name}": self.hook, **found} if self.hook else found
+        return [f"{use}, which is deprecated: {instead.rstrip('.')}." for use, instead in found.items()]
 
 
 @overload
@@ -71,3 +78,20 @@ def deprecated_of(function: Any) -> Deprecated:
     """Return what of a hook is on its way out; of most, nothing."""
     found = getattr(function, _MARK, None)
     return found if isinstance(found, Deprecated) else Deprecated()
+
+
+def marks_of(plugin: Any, name: str) -> dict[str, Any] | None:
+    """Return what `hookimpl` noted on a method of an object's class, None if it is not marked."""
+    marks = getattr(getattr(type(plugin), name, None), f"{PROJECT}_impl", None)
+    return marks if isinstance(marks, dict) else None
+
+
+def unmarked_of(plugin: Any, hooks: Iterable[str]) -> list[str]:
+    """Return which of the hooks an object's class overrides without a mark."""
+    methods = {name: getattr(type(plugin), name, None) for name in hooks}
+    marks = (f"{PROJECT}_impl", f"{PROJECT}_spec")
+    return [
+        name
+        for name, method in methods.items()
+        if callable(method) and not any(hasattr(method, mark) for mark in marks)
+    ]

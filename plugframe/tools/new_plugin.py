@@ -9,8 +9,9 @@ from pathlib import Path
 import click
 
 from plugframe import __version__
-from plugframe.core.registry.registry import PREFIX, Registry, article
-from plugframe.errors import SettingError, closest
+from plugframe.core.registry.entry_points import PREFIX
+from plugframe.core.registry.registry import Registry
+from plugframe.errors import SettingError, article, closest
 from plugframe.hooks.kinds import KINDS
 
 TEMPLATES = Path(__file__).parent / "templates"

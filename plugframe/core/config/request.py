@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plugframe.core.config.files import ALLOW, CONFIG, DISABLE, POLICY_KEYS, find_file, read_file
-from plugframe.core.config.files import FROM_COMMAND_LINE as FROM_COMMAND_LINE
+from plugframe.core.config.files import POLICY_KEYS, find_file, read_file
 from plugframe.core.config.options import MANY, PREFIX, SEPARATOR, Given, from_section, from_variable, variable_of
-from plugframe.errors import SettingError, closest
+from plugframe.errors import SettingError, closest, shown
 from plugframe.hooks.kinds import KINDS
-from plugframe.hooks.variables import JOB_SEED, LAUNCHED, MEETING, PATIENT, RANK, TOKEN
+from plugframe.hooks.variables import ALL, FROM_COMMAND_LINE, LAUNCHED, PATIENT
 
 #: Settings that name one plugin, or "auto".
 NAMES = tuple(kind.name for kind in KINDS.values() if not kind.many)
@@ -24,10 +23,6 @@ NUMBERS = ("num_nodes", "timeout_s", "report_after_s")
 FIELDS = (*NAMES, "devices", *NUMBERS, *LISTS)
 
 CODE = "the code"
-OTHER_VARIABLES = (
-    *(FROM_COMMAND_LINE, LAUNCHED, PATIENT, MEETING, TOKEN, JOB_SEED, RANK),
-    *("PLUGFRAME_TRACE", CONFIG, DISABLE, ALLOW),
-)
 
 
 @dataclass(frozen=True)
@@ -121,15 +116,6 @@ def _absent(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value == "auto")
 
 
-def shown(value: Any) -> str:
-    """Return the text of a value in a message, which is one line: an object by its class."""
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(shown, value))}]"
-    if isinstance(value, (str, int, float)):
-        return repr(value)
-    return value.__name__ if isinstance(value, type) else type(value).__name__
-
-
 def _canonical(value: Any) -> Any:
     """Return what a value means: one thing for ``2`` and ``"2"``, another for ``[2]`` and ``"2,"``."""
     if isinstance(value, (list, tuple)):
@@ -152,7 +138,7 @@ def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Setting], list[
     options: list[Given] = []
     notes: list[str] = []
     for name, text in environ.items():
-        if not name.startswith(PREFIX) or name in OTHER_VARIABLES:
+        if not name.startswith(PREFIX) or name in ALL:
             continue
         field = name[len(PREFIX) :].lower()
         option = from_variable(name, text, commanded)
@@ -162,7 +148,7 @@ def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Setting], list[
         if field not in FIELDS or name != variable(field):
             rest = name.upper().partition(SEPARATOR)[2]
             of_plugins = [f"{variable(kind)}{SEPARATOR}{rest}" for kind in KINDS if rest]
-            known = [*map(variable, FIELDS), *OTHER_VARIABLES, *of_plugins]
+            known = [*map(variable, FIELDS), *ALL, *of_plugins]
             notes.append(f"The environment variable {name} is not a setting.{closest(name.upper(), known)}")
             continue
         if field in by_command:

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from plugframe.core.config.request import Setting, shown
+from plugframe.core.config.request import Setting
 from plugframe.core.planning.plan import Choice
-from plugframe.core.planning.plugin_objects import is_kind, made_by
 from plugframe.core.registry.catalogue import Catalogue
-from plugframe.core.registry.registry import article
-from plugframe.errors import PluginError, PluginLoadError, SettingError
+from plugframe.errors import PluginError, PluginLoadError, SettingError, article, shown
 from plugframe.hooks.descriptor import Plugin
+from plugframe.hooks.kinds import KINDS
 
 
 def is_name(value: Any) -> bool:
@@ -56,7 +55,7 @@ class Installed:
 
     def _choose_object(self, kind: str, instance: Any, reason: str) -> Choice:
         """Return the choice for an object, with the descriptor its class is published under, if it is."""
-        if isinstance(instance, type) or not is_kind(instance, kind):
+        if isinstance(instance, type) or not KINDS[kind].provided_by(instance):
             hint = " No method of it is marked with @plugframe.hookimpl." if kind == "extension" else ""
             if isinstance(instance, type):
                 hint = f" Pass an instance: {instance.__name__}()."
@@ -72,7 +71,7 @@ class Installed:
                 published = self.catalogue.describe(each)
             except PluginError:
                 continue  # somebody else's broken package
-            if made_by(instance, published.factory) and not published.preset:
+            if published.made(instance) and not published.preset:
                 name, entry, descriptor = each.name, each, published
                 break
         return Choice(kind=kind, name=name, reason=reason, descriptor=descriptor, entry=entry, instance=instance)

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from plugframe.core.config.request import CODE, NAMES, Request, Setting, contradiction, shown
+from plugframe.core.config.request import CODE, NAMES, Request, Setting, contradiction
 from plugframe.core.planning.installed import Installed, is_name
 from plugframe.core.planning.plan import Choice
-from plugframe.core.planning.plugin_objects import by_kind, kind_of
-from plugframe.errors import PluginLoadError, SettingError
-from plugframe.hooks.kinds import KINDS
+from plugframe.errors import PluginLoadError, SettingError, shown
+from plugframe.hooks.kinds import KINDS, kind_of
 
 #: Settings of the plugin objects in ``plugins=``, by kind; extensions are left out.
 Objects = Mapping[str, list[Setting]]
@@ -39,8 +38,7 @@ def requested(request: Request, installed: Installed) -> Requested:
         UsageError: if one is not installed, or was asked for twice in two ways.
         PluginLoadError: if one is broken.
     """
-    plugins = by_kind(request.value("plugins", ()))
-    objects = {kind: [Setting(each, f"plugins= in {CODE}") for each in found] for kind, found in plugins.items()}
+    objects = _objects(request.value("plugins", ()))
     implied, added = _implied(request, objects, installed)
     single = {kind: _single(kind, request, objects, implied, installed) for kind in NAMES}
     return Requested(
@@ -48,6 +46,19 @@ def requested(request: Request, installed: Installed) -> Requested:
         extensions=_listed("extension", request, [], added, installed),
         loggers=_listed("logger", request, objects.get("logger", []), [], installed),
     )
+
+
+def _objects(plugins: Any) -> Objects:
+    """Sort the objects in ``plugins=`` by kind."""
+    found: dict[str, list[Setting]] = {}
+    for plugin in plugins if isinstance(plugins, (list, tuple)) else (plugins,):
+        kind = "extension" if isinstance(plugin, str) else kind_of(plugin)
+        if kind != "extension":
+            found.setdefault(kind, []).append(Setting(plugin, f"plugins= in {CODE}"))
+    for kind, objects in found.items():
+        if len(objects) > 1 and not KINDS[kind].many:
+            raise SettingError(f"plugins= holds {len(objects)} objects of the kind {kind}: one can be in use.")
+    return found
 
 
 def _implied(request: Request, objects: Objects, installed: Installed) -> tuple[dict[str, Setting], list[Setting]]:

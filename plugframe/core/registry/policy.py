@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from plugframe.core.config.files import ALLOW, DISABLE, FROM_COMMAND_LINE, POLICY_KEYS, find_file, read_file
+from plugframe.core.config.files import POLICY_KEYS, find_file, read_file
 from plugframe.core.registry.entry_points import OWN_DISTRIBUTION, Entry, normalize
 from plugframe.errors import SettingError, closest
+from plugframe.hooks.variables import ALLOW, DISABLE, FROM_COMMAND_LINE
 
 OPTION = "--disable-plugin"
 #: How the variable that names what a command line set marks one plugin that it disabled.

@@ -10,10 +10,9 @@ from typing import Any
 import pluggy
 
 from plugframe.core.planning.plan import Choice
-from plugframe.core.planning.plugin_objects import hooks_of
 from plugframe.errors import PluginContractError, SettingError, closest
 from plugframe.hooks.kinds import KINDS, Kind
-from plugframe.hooks.markers import PROJECT, deprecated_of
+from plugframe.hooks.markers import PROJECT, deprecated_of, unmarked_of
 
 
 class BoundHooks:
@@ -55,7 +54,9 @@ class Pipeline:
         origin = _origin(choice)
         if any(other is plugin for _, other in self._manager.list_name_plugin()):
             raise SettingError(f"{origin} is given twice: keep one.")
-        unmarked = ", ".join(_unmarked(plugin, choice.kind))
+        # A plugin of a kind of many can wrap any hook.
+        own = KINDS.values() if KINDS[choice.kind].many else (KINDS[choice.kind],)
+        unmarked = ", ".join(unmarked_of(plugin, (name for kind in own for name in kind.hooks)))
         if unmarked:
             raise PluginContractError(f"{origin} overrides {unmarked} without a mark: add {_MARK}.")
         label = f"{choice.kind} {choice.name} #{len(self._choices)}"
@@ -75,7 +76,7 @@ class Pipeline:
 
     def _check_implementations(self, choice: Choice, plugin: Any) -> None:
         origin = _origin(choice)
-        known = [name for kind in KINDS.values() for name in hooks_of(kind)]
+        known = [name for kind in KINDS.values() for name in kind.hooks]
         for caller in self._manager.get_hookcallers(plugin) or ():
             if not caller.has_spec():
                 raise PluginContractError(
@@ -91,6 +92,7 @@ class Pipeline:
 
     def _deprecated(self, choice: Choice, plugin: Any) -> list[str]:
         found = []
+        fix = f"upgrade {choice.entry.distribution}, or tell its author" if choice.entry else "mend its class"
         for caller in self._manager.get_hookcallers(plugin) or ():
             deprecated = deprecated_of(caller.spec.function if caller.spec else None)
             for impl in caller.get_hookimpls():
@@ -99,10 +101,8 @@ class Pipeline:
                 module = getattr(impl.function, "__module__", None) or ""
                 if impl.plugin is not plugin or module.startswith(f"{PROJECT}."):
                     continue
-                whole = {f"implements {caller.name}": deprecated.hook} if deprecated.hook else {}
-                names = [name for name in deprecated.arguments if name in (*impl.argnames, *impl.kwargnames)]
-                parts = {f"takes {name} in {caller.name}": deprecated.arguments[name] for name in names}
-                found += [_deprecation(choice, does, instead) for does, instead in {**whole, **parts}.items()]
+                uses = deprecated.uses(caller.name, (*impl.argnames, *impl.kwargnames))
+                found += [f"{_origin(choice)} {use} To be rid of this, {fix}." for use in uses]
         return found
 
     def bind(self) -> BoundHooks:
@@ -113,7 +113,7 @@ class Pipeline:
         """
         bound = BoundHooks()
         for kind in KINDS.values():
-            for name in hooks_of(kind):
+            for name in kind.hooks:
                 if kind.many:
                     self._bind_many(bound, name)
                 elif kind.name in self._providers:
@@ -154,24 +154,7 @@ class Pipeline:
             )
 
 
-def _deprecation(choice: Choice, does: str, instead: str) -> str:
-    mend = f"upgrade {choice.entry.distribution}, or tell its author" if choice.entry else "mend its class"
-    return f"{_origin(choice)} {does}, which is deprecated: {instead.rstrip('.')}. To be rid of this, {mend}."
-
-
 _MARK = "@plugframe.hookimpl"
-
-
-def _unmarked(plugin: Any, kind: str) -> list[str]:
-    """Return the hooks of its kind (of all, for a plugin that can wrap any) that a plugin overrides unmarked."""
-    kinds = KINDS.values() if KINDS[kind].many else (KINDS[kind],)
-    found = []
-    for name in (name for each in kinds for name in hooks_of(each)):
-        method = getattr(type(plugin), name, None)
-        marked = hasattr(method, f"{PROJECT}_impl") or hasattr(method, f"{PROJECT}_spec")
-        if callable(method) and not marked:
-            found.append(name)
-    return found
 
 
 def _origin(choice: Choice) -> str:

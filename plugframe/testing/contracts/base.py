@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import pytest
 
 from plugframe.core.planning.plan import Choice
-from plugframe.core.planning.plugin_objects import hooks_of
 from plugframe.core.registry.registry import Entry, Registry
 from plugframe.errors import MissingDependencyError, PlugframeError, PluginContractError, closest
 from plugframe.hooks import API, KINDS, Plugin
@@ -150,7 +149,7 @@ class PluginContract:
 
     def test_nothing_else_looks_like_a_hook(self) -> None:
         """A method that is named like a hook of the kind and is none would never be called."""
-        hooks = hooks_of(KINDS[self.kind])
+        hooks = KINDS[self.kind].hooks
         for name in dir(type(self.make())):
             if name.startswith(f"{self.kind}_") and name not in hooks:
                 broken(COMPLETE, f"{name} is no hook, and is named like one.{closest(name, hooks)}")
