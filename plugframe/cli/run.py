@@ -21,16 +21,11 @@ from plugframe.hooks.variables import FROM_COMMAND_LINE
 
 if TYPE_CHECKING:
     from plugframe.cli.start import Start
+    from plugframe.core.config.request import Request
     from plugframe.core.planning.plan import Choice, Plan
     from plugframe.core.registry.registry import Registry
 
 
-#: Names that a line of help mentions.
-_EXAMPLES = {
-    "accelerator": ": auto, cpu, cuda, …",
-    "strategy": ": auto, ddp, …",
-    "precision": ": 32, bf16, 16, …",
-}
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -78,7 +73,7 @@ def _options_of_kinds(command: Command) -> Command:
             *filter(None, words),
             metavar="NAMES" if kind.many else "NAME",
             multiple=kind.many,
-            help=f"{kind.help}{'; repeatable or a,b.' if kind.many else _EXAMPLES.get(kind.name, '.')}",
+            help=kind.help,
         )
         command = option(command)
     return command
@@ -218,18 +213,18 @@ def command(
         start = decide(plan, request, registry, command=words.command, variables=variables, nodes=nodes)
         _try(registry, [*plan.all_choices(), *([start.launcher] if start.launcher else [])])
     if dry_run:
-        _show(plan, start, registry, told)
+        _show(plan, start, request, registry, told)
     else:
         start.go(registry)
 
 
-def _show(plan: Plan, start: Start, registry: Registry, told: Sequence[str]) -> None:
+def _show(plan: Plan, start: Start, request: Request, registry: Registry, told: Sequence[str]) -> None:
     """Print what would run, and why."""
     from plugframe.cli.plan_table import option_rows, plan_rows
     from plugframe.cli.table import show
 
     launcher = [start.launcher] if start.launcher is not None else []
-    show(("what", "value", "why"), plan_rows(plan) + option_rows(launcher))
+    show(("what", "value", "why"), plan_rows(plan, request) + option_rows(launcher))
     described = plan.choices["strategy"].make(registry).strategy_describe()
     for line in [
         *(f"note: {note}" for note in plan.notes if note not in told),

@@ -14,7 +14,7 @@ class Kind:
     Attributes:
         name: the last word of the entry-point group; for most also the `Lite` keyword.
         path: ``"module:Name"``, in `plugframe.hooks`, of the Protocol whose methods are its hooks.
-        help: what it is, for ``plugframe run --help``.
+        help: one line for ``plugframe run --help``.
         plural: the `Lite` keyword and the setting of a kind of which any number of plugins can be active at once:
             ``"loggers"``. Options of such plugins are spelled with the plugin's name: ``--logger.csv.folder``.
         setup_order: position in which its plugins are set up; None for a kind without set-up in the ranks.
@@ -66,15 +66,15 @@ class Kind:
 
 _TABLE = (
     # The accelerator is set up first, so that tensors can exist.
-    Kind("accelerator", "accelerator:AcceleratorSpec", "Kind of device", setup_order=1),
-    Kind("strategy", "strategy:StrategySpec", "How the ranks work together", setup_order=4),
-    Kind("precision", "precision:PrecisionSpec", "Precision of the arithmetic", setup_order=3),
-    Kind("collective", "collective:CollectiveSpec", "Who carries messages between the ranks", setup_order=2),
-    Kind("checkpoint", "checkpoint:CheckpointSpec", "Format of checkpoints", setup_order=5),
-    Kind("environment", "environment:EnvironmentSpec", "Who has started the processes; found out unless given"),
-    Kind("launcher", "launcher:LauncherSpec", "Who starts the ranks"),
-    Kind("logger", "logger:LoggerSpec", "Loggers", plural="loggers", setup_order=6),
-    Kind("extension", "notify:NotifySpec", "Extensions", plural="plugins"),
+    Kind("accelerator", "accelerator:AcceleratorSpec", help="Kind of device: auto, cpu, cuda, …", setup_order=1),
+    Kind("strategy", "strategy:StrategySpec", help="How the ranks work together: auto, ddp, …", setup_order=4),
+    Kind("precision", "precision:PrecisionSpec", help="Precision of the arithmetic: 32, bf16, 16, …", setup_order=3),
+    Kind("collective", "collective:CollectiveSpec", help="Who carries messages between the ranks.", setup_order=2),
+    Kind("checkpoint", "checkpoint:CheckpointSpec", help="Format of checkpoints.", setup_order=5),
+    Kind("environment", "environment:EnvironmentSpec", help="Who has started the processes; found out unless given."),
+    Kind("launcher", "launcher:LauncherSpec", help="Who starts the ranks."),
+    Kind("logger", "logger:LoggerSpec", help="Loggers; repeatable or a,b.", plural="loggers", setup_order=6),
+    Kind("extension", "notify:NotifySpec", help="Extensions; repeatable or a,b.", plural="plugins"),
 )
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _TABLE}
 

@@ -28,13 +28,6 @@ class Deprecated:
     hook: str = ""
     arguments: Mapping[str, str] = field(default_factory=dict)
 
-    def uses(self, name: str, arguments: Iterable[str]) -> list[str]:
-        """Return what an implementation of the hook `name` that takes these arguments uses of it, a sentence each."""
-        taken = {argument: instead for argument, instead in self.arguments.items() if argument in set(arguments)}
-        found = {f"takes {argument} in {name}": instead for argument, instead in taken.items()}
-        found = {f"implements {name}": self.hook, **found} if self.hook else found
-        return [f"{use}, which is deprecated: {instead.rstrip('.')}." for use, instead in found.items()]
-
 
 @overload
 def hookspec(function: _F, /) -> _F: ...
@@ -95,3 +88,20 @@ def unmarked_of(plugin: Any, hooks: Iterable[str]) -> list[str]:
         for name, method in methods.items()
         if callable(method) and not any(hasattr(method, mark) for mark in marks)
     ]
+
+
+def deprecated_uses(caller: pluggy.HookCaller, plugin: Any) -> list[str]:
+    """Return what is deprecated of a hook and a plugin's own implementation of it uses, a sentence each."""
+    deprecated = deprecated_of(caller.spec.function if caller.spec else None)
+    found: dict[str, str] = {}
+    for impl in caller.get_hookimpls():
+        # What a plugin inherits from plugframe's own bases is not its author's to fix. A function that was made by hand
+        # may have no module.
+        module = getattr(impl.function, "__module__", None) or ""
+        if impl.plugin is not plugin or module.startswith(f"{PROJECT}."):
+            continue
+        if deprecated.hook:
+            found[f"implements {caller.name}"] = deprecated.hook
+        taken = [name for name in deprecated.arguments if name in (*impl.argnames, *impl.kwargnames)]
+        found |= {f"takes {name} in {caller.name}": deprecated.arguments[name] for name in taken}
+    return [f"{use}, which is deprecated: {instead.rstrip('.')}." for use, instead in found.items()]

@@ -41,7 +41,7 @@ class Given:
     @property
     def key(self) -> str:
         """``strategy.timeout_s``, or ``logger.csv.folder``."""
-        return key(self.kind, self.plugin, self.name)
+        return typed(self.kind, self.plugin, "")[2:] + self.name
 
     @property
     def shown(self) -> str:
@@ -55,14 +55,9 @@ class Given:
         return name if self.by == "file" else typed(self.kind, self.plugin, name)
 
 
-def key(kind: str, plugin: str, name: str) -> str:
-    """Return the name of an option among all: ``strategy.timeout_s``, or ``logger.csv.folder``."""
-    return ".".join([kind, *([plugin] if kind in MANY else []), name])
-
-
 def typed(kind: str, plugin: str, name: str) -> str:
     """Return how an option is typed: ``--strategy.timeout-s``, or ``--logger.csv.folder``."""
-    return "--" + key(kind, plugin, name.replace("_", "-"))
+    return "--" + ".".join([kind, *([plugin] if kind in MANY else []), name.replace("_", "-")])
 
 
 def variable(kind: str, plugin: str, name: str) -> str:

@@ -201,10 +201,9 @@ def _from_file(path: Path | None) -> tuple[dict[str, Setting], list[Given]]:
 
 def _check(field: str, setting: Setting) -> None:
     value, source = setting.value, setting.source
-    if isinstance(value, bool) or (field in NAMES and isinstance(value, float)):
+    wrong = isinstance(value, bool) or (value == [] and field not in LISTS)
+    if wrong or (field in NAMES and isinstance(value, float)):
         raise SettingError(f"{field}={value!r} in {source} is not a value of {field}.{_allowed(field)}")
-    if value == [] and field not in LISTS:
-        raise SettingError(f"{field}=[] in {source} is not a value of {field}.{_allowed(field)}")
     if field == "num_nodes" and (not isinstance(value, int) or value < 1):
         raise SettingError(f"num_nodes={value!r} in {source}: it is a whole number from 1.")
     if field == "timeout_s" and not (isinstance(value, (int, float)) and 0 < value < math.inf):

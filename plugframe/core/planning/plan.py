@@ -98,8 +98,6 @@ class Plan:
         timeout_s: of collectives; None where none was asked for.
         report_after_s: seconds after which ranks that wait for another are told; 0 for never.
         notes: what was passed over, and why.
-        settings_file: the file that settings were read from; None if there is none.
-        callbacks: each that was asked for by name, and where.
     """
 
     choices: Mapping[str, Choice]
@@ -113,8 +111,6 @@ class Plan:
     timeout_s: float | None = None
     report_after_s: float = REPORT_AFTER_S
     notes: tuple[str, ...] = field(default=())
-    settings_file: str | None = None
-    callbacks: tuple[tuple[str, str], ...] = ()
 
     @property
     def world_size(self) -> int:

@@ -85,8 +85,6 @@ def _plan(request: Request, asked: Requested, installed: Installed, environment:
         loggers=loggers,
         timeout_s=request.value("timeout_s"),
         report_after_s=request.value("report_after_s", REPORT_AFTER_S),
-        settings_file=str(request.file) if request.file else None,
-        callbacks=_callbacks(request),
     )
 
 
@@ -132,10 +130,3 @@ def _precision(asked: Choice | None, strategy: Choice, target: Target, installed
     if problem:
         raise UnsupportedError(f"precision={asked.name!r} {problem}: choose another precision or accelerator.")
     return asked
-
-
-def _callbacks(request: Request) -> tuple[tuple[str, str], ...]:
-    """Return the callbacks that were asked for by name, which no code shows, and where."""
-    setting = request.get("callbacks")
-    values = setting.value if setting is not None and isinstance(setting.value, (list, tuple)) else ()
-    return tuple((name, setting.source) for name in values if setting is not None and isinstance(name, str))

@@ -103,10 +103,10 @@ def read_policy(environ: Mapping[str, str], folder: Path | None = None) -> Polic
     path = find_file(environ, folder or Path.cwd())
     data = (read_file(path) if path else None) or {}
     filed = {key: _words(data[key], f"{key} in {path}") for key in POLICY_KEYS if key in data}
-    commanded = _commanded(environ)
+    marks = environ.get(FROM_COMMAND_LINE, "").split(",")
     disabled = [
         Disabled(word, f"the command line ({OPTION})", "command")
-        if word in commanded
+        if f"{MARK}{word}" in marks
         else Disabled(word, f"the environment variable {DISABLE}", "variable")
         for word in split(environ.get(DISABLE, ""), DISABLE)
     ]
@@ -120,11 +120,6 @@ def read_policy(environ: Mapping[str, str], folder: Path | None = None) -> Polic
     if environ.get(ALLOW):
         allowed.append(Allowed(split(environ[ALLOW], ALLOW), f"the environment variable {ALLOW}"))
     return Policy(tuple(disabled), tuple(allowed))
-
-
-def _commanded(environ: Mapping[str, str]) -> set[str]:
-    parts = environ.get(FROM_COMMAND_LINE, "").split(",")
-    return {part.removeprefix(MARK) for part in parts if part.startswith(MARK)}
 
 
 def split(text: str, source: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import pluggy
 from plugframe.core.planning.plan import Choice
 from plugframe.errors import PluginContractError, SettingError, closest
 from plugframe.hooks.kinds import KINDS, Kind
-from plugframe.hooks.markers import PROJECT, deprecated_of, unmarked_of
+from plugframe.hooks.markers import PROJECT, deprecated_uses, unmarked_of
 
 
 class BoundHooks:
@@ -69,41 +69,27 @@ class Pipeline:
             # pluggy compares plugins with ==, and two equal dataclass objects would be one to it.
             raise PluginContractError(f"{origin} equals another plugin in use: give its class eq=False.") from error
         self._check_implementations(choice, plugin)
-        self.deprecations += self._deprecated(choice, plugin)
         self._choices[label] = choice
         if not KINDS[choice.kind].many:
             self._providers[choice.kind] = (choice, plugin)
 
     def _check_implementations(self, choice: Choice, plugin: Any) -> None:
         origin = _origin(choice)
+        fix = f"upgrade {choice.entry.distribution}, or tell its author" if choice.entry else "mend its class"
         known = [name for kind in KINDS.values() for name in kind.hooks]
         for caller in self._manager.get_hookcallers(plugin) or ():
             if not caller.has_spec():
                 raise PluginContractError(
                     f"{origin} implements {caller.name}, which is no hook.{closest(caller.name, known)}{_mend(choice)}"
                 )
-            parameters = inspect.signature(getattr(plugin, caller.name)).parameters.values()
-            for parameter in parameters:
+            for parameter in inspect.signature(getattr(plugin, caller.name)).parameters.values():
                 if parameter.kind is parameter.KEYWORD_ONLY:
                     raise PluginContractError(
                         f"{origin} breaks the plugin contract: {caller.name} takes {parameter.name} by keyword only, "
                         "which would never be filled: leave out the '*' before it."
                     )
-
-    def _deprecated(self, choice: Choice, plugin: Any) -> list[str]:
-        found = []
-        fix = f"upgrade {choice.entry.distribution}, or tell its author" if choice.entry else "mend its class"
-        for caller in self._manager.get_hookcallers(plugin) or ():
-            deprecated = deprecated_of(caller.spec.function if caller.spec else None)
-            for impl in caller.get_hookimpls():
-                # What a plugin inherits from plugframe's own bases is not its author's to fix.
-                # A function that was made by hand may have no module.
-                module = getattr(impl.function, "__module__", None) or ""
-                if impl.plugin is not plugin or module.startswith(f"{PROJECT}."):
-                    continue
-                uses = deprecated.uses(caller.name, (*impl.argnames, *impl.kwargnames))
-                found += [f"{_origin(choice)} {use} To be rid of this, {fix}." for use in uses]
-        return found
+            uses = deprecated_uses(caller, plugin)
+            self.deprecations += [f"{origin} {use} To be rid of this, {fix}." for use in uses]
 
     def bind(self) -> BoundHooks:
         """Check that every provider hook has its one provider, and return the hooks.
@@ -115,16 +101,13 @@ class Pipeline:
         for kind in KINDS.values():
             for name in kind.hooks:
                 if kind.many:
-                    self._bind_many(bound, name)
+                    caller = getattr(self._manager.hook, name)
+                    setattr(bound, name, caller if caller.get_hookimpls() else None)
                 elif kind.name in self._providers:
                     self._bind_provider(bound, kind, name)
                 else:
                     self._check_unused(kind, name)
         return bound
-
-    def _bind_many(self, bound: BoundHooks, name: str) -> None:
-        caller = getattr(self._manager.hook, name)
-        setattr(bound, name, caller if caller.get_hookimpls() else None)
 
     def _bind_provider(self, bound: BoundHooks, kind: Kind, name: str) -> None:
         choice, plugin = self._providers[kind.name]
@@ -171,8 +154,7 @@ def _print_call(hook_name: str, hook_impls: Any, kwargs: Mapping[str, Any]) -> N
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, (int, float, bool)):
+        return str(value)
     shape = getattr(value, "shape", None)
-    if shape is not None:
-        return f"{type(value).__name__}{tuple(shape)}"
-    text = value if isinstance(value, (int, float, bool)) else type(value).__name__
-    return str(text)
+    return type(value).__name__ + ("" if shape is None else str(tuple(shape)))
