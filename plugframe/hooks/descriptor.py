@@ -119,10 +119,12 @@ class Plugin:
             if names.count(name) > 1:
                 raise ValueError(f"Plugin(options=…): {name!r} is declared twice.")
 
-    def validate(self, **values: Any) -> None:
-        """Check keyword arguments of the factory by the options declared here; for a constructor to call first.
+    def validate(self, owner: object, /, **values: Any) -> None:
+        """Check arguments of a constructor by the options declared here, as those of a command line are.
 
-        What a name of this descriptor is set to on a command line is validated alike. None passes, as "not given".
+        Args:
+            owner: the object that is made, which the message names.
+            values: by the name of the option. None passes where that is the default.
 
         Raises:
             SettingError: for the first value that has the wrong type or is not allowed, saying what is.
@@ -130,10 +132,9 @@ class Plugin:
         declared = {option.name: option for option in self.options}
         for name, value in values.items():
             try:
-                if value is not None and name in declared:
-                    declared[name].validate(value)
+                declared[name].validate(value)
             except ValueError as error:
-                raise SettingError(f"{name}={value!r} of {self.factory.partition(':')[2]}: {error}") from None
+                raise SettingError(f"{type(owner).__name__}({name}={value!r}): {error}") from None
 
     def made(self, plugin: Any) -> bool:
         """Return whether the factory names the class of an object. Nothing is imported for it."""

@@ -17,12 +17,13 @@ from torch.optim import Optimizer
 
 from plugframe.base import Strategy
 from plugframe.deferred.module import deferring, is_deferred, records
-from plugframe.errors import OrderError, SettingError, UnsupportedError
+from plugframe.errors import OrderError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe.utils.logging import warn_caller
 from plugframe_builtins.ddp.sameness import check_same_model
+from plugframe_builtins.fsdp import plugin
 from plugframe_builtins.fsdp.added import Additions
 from plugframe_builtins.fsdp.engine import Engine, Shim, show_outputs
 from plugframe_builtins.fsdp.paths import Channel
@@ -87,9 +88,8 @@ class FSDP(Strategy):
         check_mesh(self.name, mesh, self.axes)
         if not isinstance(activation_checkpointing, bool):
             check_units(activation_checkpointing)
-        self._check_number("unit_min_numel", unit_min_numel, least=1)
-        self._check_number("prefetch", prefetch, least=0)
-        check_switches(self.name, cpu_offload, reshard_after_forward, compile)
+        plugin.validate(self, unit_min_numel=unit_min_numel, prefetch=prefetch, cpu_offload=cpu_offload)
+        check_switches(self.name, reshard_after_forward, compile)
         self.units = units
         self.unit_min_numel = unit_min_numel
         self.reshard_after_forward = reshard_after_forward
@@ -106,10 +106,6 @@ class FSDP(Strategy):
         self._channel: Channel | None = None
         self._together: Sequence[Optimizer] = ()
         self._undo = ExitStack()
-
-    def _check_number(self, name: str, value: Any, *, least: int) -> None:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise SettingError(f"{name}={value!r} of strategy {self.name!r} must be a whole number from {least} on.")
 
     @hookimpl
     def strategy_setup(self, context: Context) -> None:

@@ -11,9 +11,10 @@ from torch import nn
 
 from plugframe.base import Extension
 from plugframe.diagnostics.call_log import END, Ring
-from plugframe.errors import CollectiveMismatchError, SettingError
+from plugframe.errors import CollectiveMismatchError
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
+from plugframe_builtins.lockstep import plugin
 from plugframe_builtins.lockstep.channel import Channel
 from plugframe_builtins.lockstep.difference import Word, difference
 
@@ -51,8 +52,7 @@ class Lockstep(Extension):
     """
 
     def __init__(self, *, sites: bool = True) -> None:
-        if not isinstance(sites, bool):
-            raise SettingError(f"sites={sites!r} of extension 'lockstep' must be True or False.")
+        plugin.validate(self, sites=sites)
         self.sites = sites
         self._context: Context | None = None
         self._calls: Ring | None = None

@@ -17,6 +17,7 @@ from plugframe.errors import CollectiveMismatchError, OrderError, SettingError
 from plugframe.hooks import ReduceOp, hookimpl
 from plugframe.hooks.context import Context
 from plugframe.utils.logging import warn_caller
+from plugframe_builtins.torch_collective import plugin
 from plugframe_builtins.torch_collective.agreement import ROOM, agree
 from plugframe_builtins.torch_collective.compat import all_gather_single, reduce_scatter_single
 from plugframe_builtins.torch_collective.connection import backends, check_existing, connected, loopback_only
@@ -40,8 +41,7 @@ class TorchCollective(Collective):
     """
 
     def __init__(self, *, backend: str | None = None, timeout_s: float | None = None) -> None:
-        if timeout_s is not None and not timeout_s > 0:
-            raise SettingError(f"timeout_s={timeout_s!r} of the torch collective must be a number of seconds above 0.")
+        plugin.validate(self, backend=backend, timeout_s=timeout_s)
         self.backend = backend
         self.timeout_s = timeout_s
         self._undo = ExitStack()
