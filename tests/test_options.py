@@ -275,6 +275,21 @@ def test_limits_in_words() -> None:
     assert Option("x", bool).form == "true|false"
 
 
+def test_a_constructor_validates_by_the_declaration() -> None:
+    """What code passes is held to what the descriptor declares; the message is in the words of the code."""
+    thing = Acme()
+    acme.validate(thing, units=("Block",), timeout_s=60, level=3, mode="fast", fused=True, mesh={"data": 2})
+    acme.validate(thing, units="auto", timeout_s=None, mesh=None)
+    for values, said in (
+        ({"level": 4}, r"Acme\(level=4\): it is a whole number from 1 up to 3\."),
+        ({"level": None}, r"Acme\(level=None\): it is a whole number"),
+        ({"fused": 1}, r"Acme\(fused=1\): it is true or false\."),
+        ({"level": 1, "mode": "fats"}, r"Acme\(mode='fats'\): it is one of slow, fast\. Did you mean 'fast'\?"),
+    ):
+        with pytest.raises(SettingError, match=said):
+            acme.validate(thing, **values)
+
+
 # ---------------------------------------------------------------------- given
 
 

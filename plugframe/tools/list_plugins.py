@@ -22,7 +22,6 @@ from plugframe.errors import (
     closest,
 )
 from plugframe.hooks.descriptor import Plugin
-from plugframe.hooks.kinds import KINDS
 
 #: Status of a plugin of which metadata alone was read, and of one whose descriptor and hooks were looked at.
 NOT_CHECKED, OK = "not checked", "ok"
@@ -112,9 +111,12 @@ def command(name: str | None, kind: str | None, as_json: bool, check: bool, time
 
 def _entries(registry: Registry, kind: str | None) -> list[Entry]:
     entries = sorted([*registry.entries(kind), *registry.refused(kind)], key=_order)
-    if kind is not None and not entries and kind not in KINDS:
-        known = ", ".join(KINDS)
-        raise SettingError(f"--kind={kind!r} is not a kind.{closest(kind, KINDS)} Kinds: {known}.")
+    if kind is not None and not entries:
+        from plugframe.hooks.kinds import KINDS  # a listing does without
+
+        if kind not in KINDS:
+            known = ", ".join(KINDS)
+            raise SettingError(f"--kind={kind!r} is not a kind.{closest(kind, KINDS)} Kinds: {known}.")
     return entries
 
 
@@ -179,6 +181,8 @@ class _Statuses:
 
 def _stray(kind: str) -> str:
     """Return the status of a plugin of a kind that plugframe itself has no plugin of."""
+    from plugframe.hooks.kinds import KINDS
+
     return NOT_CHECKED if kind in KINDS else f"broken: there is no such kind.{closest(kind, KINDS)}"
 
 
