@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from plugframe import base
-from plugframe.core.planning.plugin_objects import hooks_of
 from plugframe.hooks import API, KINDS, Job, Kind, Option, Plugin
 from plugframe.hooks.markers import deprecated_of
 
@@ -45,10 +44,10 @@ def _default(field: Any) -> str:
 def _kind(kind: Kind) -> str:
     name = kind.name.title()
     has_base = hasattr(base, name)
-    group = f"Entry-point group `{kind.group}`, setting `{'plugins' if kind.name == 'extension' else kind.name}`"
+    group = f"Entry-point group `{kind.group}`, setting `{kind.setting}`"
     lines = [f"## Kind `{kind.name}`", "", f"{group}{f', base class `plugframe.base.{name}`' if has_base else ''}.", ""]
     lines += [_prose(kind.spec), ""]
-    for hook in hooks_of(kind):
+    for hook in kind.hooks:
         lines += [_hook(kind, hook), ""]
     return "\n".join(lines)
 

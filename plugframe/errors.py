@@ -183,3 +183,17 @@ def closest(word: str, known: Iterable[str]) -> str:
     names = {name.lower(): name for name in known}
     match = difflib.get_close_matches(str(word).strip().lower(), list(names), n=1, cutoff=0.5)
     return f" Did you mean {names[match[0]]!r}?" if match else ""
+
+
+def article(noun: str) -> str:
+    """Return a noun with its article, for a message."""
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def shown(value: object) -> str:
+    """Return the text of a setting in a message, which is one line: an object by its class."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, (str, int, float)):
+        return repr(value)
+    return value.__name__ if isinstance(value, type) else type(value).__name__

@@ -11,8 +11,8 @@ from difflib import get_close_matches
 import click
 
 from plugframe.core.config.options import parts, typed
-from plugframe.core.config.request import OPTION_KINDS
 from plugframe.errors import SettingError, closest
+from plugframe.hooks.kinds import KINDS, Kind
 
 MODULE = "-m"
 HELP = ("-h", "--help")
@@ -184,7 +184,7 @@ def _unknown(word: str, options: Iterable[str]) -> str:
     hint = closest(_spelling(word), options)
     _, dot, rest = name.partition(".")
     if dot:
-        hint = closest(name, (f"--{known}.{rest}" for known in OPTION_KINDS))
+        hint = closest(name, (f"--{known}.{rest}" for known in KINDS))
     return f"plugframe run has no option {name!r}.{hint} An option of the script goes after SCRIPT."
 
 
@@ -192,10 +192,15 @@ def _is_of_plugin(word: str) -> bool:
     kind, dot, rest = word.partition("=")[0].removeprefix("--").partition(".")
     if not (word.startswith("--") and dot):
         return False
-    singular = {"plugin": "extension", "plugins": "extension"}.get(kind, kind.removesuffix("s"))
-    if kind not in OPTION_KINDS and singular in OPTION_KINDS:
-        raise click.UsageError(f"plugframe run has no option {word.partition('=')[0]!r}: type --{singular}.{rest}.")
-    return kind in OPTION_KINDS
+    meant = next((each.name for each in KINDS.values() if kind in _other_words(each)), "")
+    if kind not in KINDS and meant:
+        raise click.UsageError(f"plugframe run has no option {word.partition('=')[0]!r}: type --{meant}.{rest}.")
+    return kind in KINDS
+
+
+def _other_words(kind: Kind) -> tuple[str, ...]:
+    """Return what may be typed for the name of a kind: ``plugins`` or ``plugin`` for ``extension``, ``loggers``."""
+    return (kind.setting, kind.setting.removesuffix("s"), f"{kind.name}s")
 
 
 def _take_of_plugin(word: str, own: dict[str, str]) -> str:

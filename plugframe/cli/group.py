@@ -83,7 +83,7 @@ class Commands(click.Group):
 
 def _commands() -> Mapping[str, Entry]:
     """Return the installed commands that may be used, built-ins first; a built-in's name is its own."""
-    entries = [entry for entry in published() if entry.kind == COMMAND]
+    entries = [entry for entry in published().entries if entry.kind == COMMAND]
     try:
         policy = read_policy(os.environ)
         entries = [entry for entry in entries if not policy.refusal(entry)]

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from plugframe.cli.arguments import Shorthand, Words, split
 from plugframe.cli.script_check import check, check_callback
-from plugframe.core.registry.policy import handed
+from plugframe.cli.shared_options import disabled_variables
 from plugframe.errors import PlugframeWarning, SettingError, UsageError
+from plugframe.hooks.kinds import KINDS
+from plugframe.hooks.variables import FROM_COMMAND_LINE
 
 if TYPE_CHECKING:
     from plugframe.cli.start import Start
-    from plugframe.core.planning.candidates import Candidates
+    from plugframe.core.config.request import Request
     from plugframe.core.planning.plan import Choice, Plan
     from plugframe.core.registry.registry import Registry
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class RunCommand(click.Command):
@@ -60,17 +65,23 @@ def _dashed(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def _options_of_kinds(command: Command) -> Command:
+    """Give a command an option for every kind of plugin: of many also in the singular, ``--logger``."""
+    for kind in reversed(KINDS.values()):
+        words = dict.fromkeys([f"--{kind.setting}", f"--{kind.setting.removesuffix('s')}" if kind.many else ""])
+        option = click.option(
+            *filter(None, words),
+            metavar="NAMES" if kind.many else "NAME",
+            multiple=kind.many,
+            help=kind.help,
+        )
+        command = option(command)
+    return command
+
+
 @click.command("run", cls=RunCommand, short_help="Run a script on every rank.")
-@click.option("--accelerator", metavar="NAME", help="Kind of device: auto, cpu, cuda, …")
-@click.option("--strategy", metavar="NAME", help="How the ranks work together: auto, ddp, …")
 @click.option("--devices", metavar="N|LIST", help="Devices on each node: 8, -1 or auto for all, 0,2 for these two.")
-@click.option("--precision", metavar="NAME", help="Precision of the arithmetic: 32, bf16, 16, …")
-@click.option("--collective", metavar="NAME", help="Who carries messages between the ranks.")
-@click.option("--checkpoint", metavar="NAME", help="Format of checkpoints.")
-@click.option("--environment", metavar="NAME", help="Who has started the processes; found out unless given.")
-@click.option("--launcher", metavar="NAME", help="Who starts the ranks.")
-@click.option("--plugins", "--plugin", metavar="NAMES", multiple=True, help="Extensions; repeatable or a,b.")
-@click.option("--loggers", "--logger", metavar="NAMES", multiple=True, help="Loggers; repeatable or a,b.")
+@_options_of_kinds
 @click.option("--callbacks", "--callback", metavar="CLASSES", multiple=True, help="As package.module:Class.")
 @click.option("--timeout", "timeout_s", metavar="SECONDS", help="How long one collective may take.")
 @click.option(
@@ -172,12 +183,11 @@ def command(
         check_callback(callback, words.command)
     settings["num_nodes"], min_nodes = _bounds(settings["num_nodes"])
     variables = _variables(settings, config, words.options)
-    variables |= handed(disabled, {**os.environ, **variables})
+    variables |= disabled_variables(disabled, {**os.environ, **variables})
     environ = {**os.environ, **variables}
     # Resolving imports what it needs; a wrong script or a wrong option is told without it.
     from plugframe.cli.start import Nodes, decide
     from plugframe.core.config.request import gather, variable
-    from plugframe.core.planning.candidates import Candidates
     from plugframe.core.planning.resolve import resolve
     from plugframe.core.registry.registry import Registry
 
@@ -208,20 +218,19 @@ def command(
         start = decide(plan, request, registry, command=words.command, variables=variables, nodes=nodes)
         _try(registry, [*plan.all_choices(), *([start.launcher] if start.launcher else [])])
     if dry_run:
-        _show(plan, start, Candidates(request, registry), told)
+        _show(plan, start, request, registry, told)
     else:
         start.go(registry)
 
 
-def _show(plan: Plan, start: Start, candidates: Candidates, told: Sequence[str]) -> None:
+def _show(plan: Plan, start: Start, request: Request, registry: Registry, told: Sequence[str]) -> None:
     """Print what would run, and why."""
+    from plugframe.cli.plan_table import option_rows, plan_rows
     from plugframe.cli.table import show
 
-    rows = plan.rows()
-    if start.launcher is not None:
-        rows += [(option.key, option.text, f"asked for in {option.source}") for option in start.launcher.options]
-    show(("what", "value", "why"), rows)
-    described = candidates.made(plan.choices["strategy"]).instance.strategy_describe()
+    launcher = [start.launcher] if start.launcher is not None else []
+    show(("what", "value", "why"), plan_rows(plan, request) + option_rows(launcher))
+    described = plan.choices["strategy"].make(registry).strategy_describe()
     for line in [
         *(f"note: {note}" for note in plan.notes if note not in told),
         *(f"strategy: {line}" for line in described),
@@ -261,7 +270,7 @@ def _try(registry: Registry, choices: Iterable[Choice]) -> None:
 def _variables(settings: Mapping[str, Any], config: str | None, options: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that hand to the ranks what was typed, and nothing else."""
     from plugframe.core.config.options import variable_of
-    from plugframe.core.config.request import FROM_COMMAND_LINE, LISTS, variable
+    from plugframe.core.config.request import LISTS, variable
 
     typed = {field: value for field, value in settings.items() if value not in (None, ())}
     texts = {field: ",".join(value) if field in LISTS else str(value) for field, value in typed.items()}

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from plugframe.cli import supervision_options
-from plugframe.core.config.request import FROM_COMMAND_LINE, Request, variable
+from plugframe.core.config.request import Request, variable
 from plugframe.core.planning.plan import Choice, Plan
-from plugframe.core.planning.resolve import Catalogue, resolve_launcher
+from plugframe.core.registry.catalogue import Catalogue
 from plugframe.errors import PlugframeWarning, SettingError
 from plugframe.hooks.launcher import Job
+from plugframe.hooks.variables import FROM_COMMAND_LINE
+from plugframe.launch.choose import choose_launcher
 
 #: Where node 0 listens unless it is told otherwise; the one PyTorch's own launcher uses.
 MAIN_PORT = 29500
@@ -99,8 +101,7 @@ class Start:
         """
         if self.job is None or self.launcher is None:
             _become(self.command, self.variables)
-        assert self.launcher.entry is not None
-        catalogue.make(self.launcher.entry, self.launcher.arguments).launcher_launch(job=self.job)
+        self.launcher.make(catalogue).launcher_launch(job=self.job)
 
 
 def decide(
@@ -133,7 +134,7 @@ def decide(
     )
     if plan.world_size == 1 and nodes.min_nodes is None and not asked_for:
         return Start(command=command, variables=variables, why="one rank needs no supervision")
-    launcher = resolve_launcher(request, catalogue, "script")
+    launcher = choose_launcher(request, catalogue, "script")
     if request.get("environment"):
         # It says who started this process. The ranks are started by the launcher, and shall find that out.
         variables = {**variables, variable("environment"): "auto"}

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from plugframe.core.config.options import variable as variable_of_option
-from plugframe.core.config.request import FROM_COMMAND_LINE, Request, variable
+from plugframe.core.config.request import Request, variable
 from plugframe.core.planning.plan import Plan
 from plugframe.errors import PlugframeWarning, SettingError, UnsupportedError
 from plugframe.hooks.launcher import Job
-from plugframe.hooks.variables import PATIENT
+from plugframe.hooks.variables import FROM_COMMAND_LINE, PATIENT
 from plugframe.launch.output import parse_tee
 
 if TYPE_CHECKING:

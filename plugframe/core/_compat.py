@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import importlib.metadata as metadata
 
-    class tomllib:
-        """What is used of it: a type checker set to 3.10 knows no such module."""
-
-        class TOMLDecodeError(ValueError): ...
-
-        @staticmethod
-        def loads(text: str, /) -> dict[str, Any]: ...
-
+    tomllib: Any  # a type checker set to 3.10 knows no such module
 
 __all__ = ["metadata", "tomllib"]
 

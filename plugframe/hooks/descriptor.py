@@ -2,70 +2,16 @@
 
 from __future__ import annotations
 
-import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import GenericAlias
 from typing import Any, Literal
+
+from plugframe.errors import SettingError
+from plugframe.hooks.option import Option as Option
 
 #: The version of the hook contract this release speaks; it accepts this one and the one before.
 API = 1
-
-#: Types an option can have by itself, as an item of a list, and as a value of a dict.
-SCALARS = (str, int, float, bool)
-
-
-@dataclass(frozen=True)
-class Option:
-    """An option of a plugin: a keyword its factory takes, that can also be typed or written in a settings file.
-
-    Attributes:
-        name: the keyword: ``"timeout_s"``, typed as ``--strategy.timeout-s=60``.
-        type: ``str``, ``int``, ``float`` or ``bool``; ``list[str]`` and so on, typed ``a,b``; ``dict[str, int]`` and
-            so on, typed ``a=1,b=2``.
-        default: what the factory takes without it; None where the plugin decides then.
-        help: one line.
-        choices: the values there are, of a list its items; empty where any will do.
-        minimum: the least value of a number.
-        maximum: the greatest.
-        above: what a number must be greater than.
-    """
-
-    name: str
-    type: type | GenericAlias
-    default: Any = None
-    help: str = ""
-    choices: tuple[Any, ...] = ()
-    minimum: float | None = None
-    maximum: float | None = None
-    above: float | None = None
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", self.name) or self.name == "name":
-            raise ValueError(
-                f"Option({self.name!r}): an option is called like 'timeout_s', in lower case with single underscores, "
-                "and not 'name', which is the key that selects the plugin."
-            )
-        if self.scalar not in SCALARS or self.container not in (None, list, dict):
-            raise ValueError(
-                f"Option({self.name!r}, {self.type!r}): the type is one of str, int, float and bool, or a list or "
-                "dict of those: list[str], dict[str, int]."
-            )
-        if self.container is dict and self._arguments()[0] is not str:
-            raise ValueError(f"Option({self.name!r}, {self.type!r}): the keys of a dict are str.")
-
-    @property
-    def container(self) -> Any:
-        """``list`` or ``dict``, None for a single value."""
-        return getattr(self.type, "__origin__", None)
-
-    @property
-    def scalar(self) -> Any:
-        """The type of the value, of an item of a list, or of a value of a dict."""
-        return (self._arguments() or (self.type,))[-1]
-
-    def _arguments(self) -> tuple[Any, ...]:
-        return getattr(self.type, "__args__", ())
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -172,3 +118,27 @@ class Plugin:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"Plugin(options=…): {name!r} is declared twice.")
+
+    def validate(self, owner: object, /, **values: Any) -> None:
+        """Check arguments of a constructor by the options declared here, as those of a command line are.
+
+        Args:
+            owner: the object that is made, which the message names.
+            values: by the name of the option. None passes where that is the default.
+
+        Raises:
+            SettingError: for the first value that has the wrong type or is not allowed, saying what is.
+        """
+        declared = {option.name: option for option in self.options}
+        for name, value in values.items():
+            try:
+                declared[name].validate(value)
+            except ValueError as error:
+                raise SettingError(f"{type(owner).__name__}({name}={value!r}): {error}") from None
+
+    def made(self, plugin: Any) -> bool:
+        """Return whether the factory names the class of an object. Nothing is imported for it."""
+        cls = type(plugin)
+        module, _, name = self.factory.partition(":")
+        same = self.factory == f"{cls.__module__}:{cls.__qualname__}"
+        return same or getattr(sys.modules.get(module), name, None) is cls

@@ -1,18 +1,10 @@
-"""The kinds of plugins: the one table everything else loops over."""
+"""The kinds of plugins: the one table everything else reads. To add a kind, write its hooks and add a row here."""
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
-
-from plugframe.hooks.accelerator import AcceleratorSpec
-from plugframe.hooks.checkpoint import CheckpointSpec
-from plugframe.hooks.collective import CollectiveSpec
-from plugframe.hooks.environment import EnvironmentSpec
-from plugframe.hooks.launcher import LauncherSpec
-from plugframe.hooks.logger import LoggerSpec
-from plugframe.hooks.notify import NotifySpec
-from plugframe.hooks.precision import PrecisionSpec
-from plugframe.hooks.strategy import StrategySpec
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,14 +12,51 @@ class Kind:
     """A kind of plugin.
 
     Attributes:
-        name: the `Lite` keyword, and the last word of the entry-point group.
-        spec: the Protocol whose methods are its hooks.
-        many: whether any number of plugins of the kind can be active at once.
+        name: the last word of the entry-point group; for most also the `Lite` keyword.
+        path: ``"module:Name"``, in `plugframe.hooks`, of the Protocol whose methods are its hooks.
+        help: one line for ``plugframe run --help``.
+        plural: the `Lite` keyword and the setting of a kind of which any number of plugins can be active at once:
+            ``"loggers"``. Options of such plugins are spelled with the plugin's name: ``--logger.csv.folder``.
+        setup_order: position in which its plugins are set up; None for a kind without set-up in the ranks.
     """
 
     name: str
-    spec: type
-    many: bool = False
+    path: str
+    help: str
+    plural: str = ""
+    setup_order: int | None = None
+
+    @property
+    def spec(self) -> type:
+        """The Protocol whose methods are its hooks. Imported here, with pluggy, so that a listing does without."""
+        module, _, name = self.path.partition(":")
+        spec: type = getattr(importlib.import_module(f"plugframe.hooks.{module}"), name)
+        return spec
+
+    @property
+    def hooks(self) -> list[str]:
+        """The names of its hooks."""
+        return [name for name, value in vars(self.spec).items() if hasattr(value, "plugframe_spec")]
+
+    def provided_by(self, plugin: Any) -> bool:
+        """Return whether an object provides hooks of this kind; an extension is whatever has a hook at all."""
+        from plugframe.hooks.markers import marks_of
+
+        if self.name == "extension":
+            return any(marks_of(plugin, name) is not None for name in dir(type(plugin)))
+        # A wrapper has the hook's name too, but it is an extension's way in, not a provider.
+        found = (marks_of(plugin, name) for name in self.hooks)
+        return any(marks is not None and not (marks["wrapper"] or marks["hookwrapper"]) for marks in found)
+
+    @property
+    def many(self) -> bool:
+        """Whether any number of plugins of the kind can be active at once."""
+        return bool(self.plural)
+
+    @property
+    def setting(self) -> str:
+        """The setting that selects its plugins: the `Lite` keyword, and the option of ``plugframe run``."""
+        return self.plural or self.name
 
     @property
     def group(self) -> str:
@@ -35,17 +64,27 @@ class Kind:
         return f"plugframe.{self.name}"
 
 
-KINDS: dict[str, Kind] = {
-    kind.name: kind
-    for kind in (
-        Kind("accelerator", AcceleratorSpec),
-        Kind("strategy", StrategySpec),
-        Kind("precision", PrecisionSpec),
-        Kind("collective", CollectiveSpec),
-        Kind("checkpoint", CheckpointSpec),
-        Kind("environment", EnvironmentSpec),
-        Kind("launcher", LauncherSpec),
-        Kind("logger", LoggerSpec, many=True),
-        Kind("extension", NotifySpec, many=True),
-    )
-}
+_TABLE = (
+    # The accelerator is set up first, so that tensors can exist.
+    Kind("accelerator", "accelerator:AcceleratorSpec", help="Kind of device: auto, cpu, cuda, …", setup_order=1),
+    Kind("strategy", "strategy:StrategySpec", help="How the ranks work together: auto, ddp, …", setup_order=4),
+    Kind("precision", "precision:PrecisionSpec", help="Precision of the arithmetic: 32, bf16, 16, …", setup_order=3),
+    Kind("collective", "collective:CollectiveSpec", help="Who carries messages between the ranks.", setup_order=2),
+    Kind("checkpoint", "checkpoint:CheckpointSpec", help="Format of checkpoints.", setup_order=5),
+    Kind("environment", "environment:EnvironmentSpec", help="Who has started the processes; found out unless given."),
+    Kind("launcher", "launcher:LauncherSpec", help="Who starts the ranks."),
+    Kind("logger", "logger:LoggerSpec", help="Loggers; repeatable or a,b.", plural="loggers", setup_order=6),
+    Kind("extension", "notify:NotifySpec", help="Extensions; repeatable or a,b.", plural="plugins"),
+)
+KINDS: dict[str, Kind] = {kind.name: kind for kind in _TABLE}
+
+#: The kinds that have hooks ``<kind>_setup`` and ``<kind>_teardown``, in the order of set-up. For a kind of many, the
+#: bound hook is None where no plugin is in use.
+SETUP_ORDER = tuple(
+    name for _, name in sorted((kind.setup_order, kind.name) for kind in _TABLE if kind.setup_order is not None)
+)
+
+
+def kind_of(plugin: Any) -> str:
+    """Return the name of the kind of which an object is; one that only wraps hooks of others is an extension."""
+    return next((kind.name for kind in KINDS.values() if kind.provided_by(plugin)), "extension")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
@@ -71,3 +71,37 @@ def deprecated_of(function: Any) -> Deprecated:
     """Return what of a hook is on its way out; of most, nothing."""
     found = getattr(function, _MARK, None)
     return found if isinstance(found, Deprecated) else Deprecated()
+
+
+def marks_of(plugin: Any, name: str) -> dict[str, Any] | None:
+    """Return what `hookimpl` noted on a method of an object's class, None if it is not marked."""
+    marks = getattr(getattr(type(plugin), name, None), f"{PROJECT}_impl", None)
+    return marks if isinstance(marks, dict) else None
+
+
+def unmarked_of(plugin: Any, hooks: Iterable[str]) -> list[str]:
+    """Return which of the hooks an object's class overrides without a mark."""
+    methods = {name: getattr(type(plugin), name, None) for name in hooks}
+    marks = (f"{PROJECT}_impl", f"{PROJECT}_spec")
+    return [
+        name
+        for name, method in methods.items()
+        if callable(method) and not any(hasattr(method, mark) for mark in marks)
+    ]
+
+
+def deprecated_uses(caller: pluggy.HookCaller, plugin: Any) -> list[str]:
+    """Return what is deprecated of a hook and a plugin's own implementation of it uses, a sentence each."""
+    deprecated = deprecated_of(caller.spec.function if caller.spec else None)
+    found: dict[str, str] = {}
+    for impl in caller.get_hookimpls():
+        # What a plugin inherits from plugframe's own bases is not its author's to fix. A function that was made by hand
+        # may have no module.
+        module = getattr(impl.function, "__module__", None) or ""
+        if impl.plugin is not plugin or module.startswith(f"{PROJECT}."):
+            continue
+        if deprecated.hook:
+            found[f"implements {caller.name}"] = deprecated.hook
+        taken = [name for name in deprecated.arguments if name in (*impl.argnames, *impl.kwargnames)]
+        found |= {f"takes {name} in {caller.name}": deprecated.arguments[name] for name in taken}
+    return [f"{use}, which is deprecated: {instead.rstrip('.')}." for use, instead in found.items()]

@@ -1,4 +1,4 @@
-"""Environment variables that ranks get from what started them."""
+"""Names of the environment variables that plugframe reads: those that ranks get, and those that are settings."""
 
 from __future__ import annotations
 
@@ -14,3 +14,14 @@ TOKEN = "PLUGFRAME_JOB_TOKEN"
 JOB_SEED = "PLUGFRAME_JOB_SEED"
 #: Set by a process that acts as a rank, for the programs it starts: see `plugframe.launch.inheritance`.
 RANK = "PLUGFRAME_RANK"
+#: Names the settings that a command line set, so that a message can tell them from variables set by hand.
+FROM_COMMAND_LINE = "PLUGFRAME_FROM_COMMAND_LINE"
+#: Names the settings file, in the place of the one that is found.
+CONFIG = "PLUGFRAME_CONFIG"
+#: Plugins and packages that are never imported, and the only ones that may be.
+DISABLE, ALLOW = "PLUGFRAME_DISABLE", "PLUGFRAME_ALLOW"
+#: Prints every call of a hook, if it is "1".
+TRACE = "PLUGFRAME_TRACE"
+
+#: All that are no setting of `Lite`.
+ALL = (LAUNCHED, PATIENT, MEETING, TOKEN, JOB_SEED, RANK, FROM_COMMAND_LINE, CONFIG, DISABLE, ALLOW, TRACE)

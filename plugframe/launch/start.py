@@ -10,11 +10,11 @@ from typing import Any
 
 from plugframe.core.config.request import Request
 from plugframe.core.planning.plan import Choice, Plan
-from plugframe.core.planning.resolve import resolve_launcher
 from plugframe.core.registry.registry import Registry
 from plugframe.errors import OrderError, RankFailedError, UnsupportedError
 from plugframe.hooks.launcher import Job
 from plugframe.hooks.variables import LAUNCHED
+from plugframe.launch.choose import choose_launcher
 
 
 def start_script(plan: Plan, request: Request, registry: Registry) -> None:
@@ -68,11 +68,8 @@ def _launcher(request: Request, registry: Registry, wants: str) -> tuple[Choice,
         setting = request.get("environment")
         why = f"environment={setting.value!r} in {setting.source}" if setting else "the environment that was found"
         raise OrderError(f"This process is a rank of a job already, and {why} does not say so: leave environment= out.")
-    choice = resolve_launcher(request, registry, wants)
-    if choice.instance is not None:
-        return choice, choice.instance
-    assert choice.entry is not None
-    return choice, registry.make(choice.entry, choice.arguments)
+    choice = choose_launcher(request, registry, wants)
+    return choice, choice.make(registry)
 
 
 def _job(plan: Plan, launcher: Choice, **what: Any) -> Job:

@@ -14,7 +14,7 @@ from torch import nn
 
 from plugframe.adopt.module import Phase, counting
 from plugframe.adopt.replaced import Successors
-from plugframe.core.config.request import FROM_COMMAND_LINE, gather
+from plugframe.core.config.request import gather
 from plugframe.core.planning.resolve import resolve
 from plugframe.core.registry.registry import Registry
 from plugframe.core.runtime.session import Session
@@ -24,6 +24,7 @@ from plugframe.data.shared_seed import SharedSeed
 from plugframe.diagnostics.diagnostics import Diagnostics
 from plugframe.errors import SettingError, closest
 from plugframe.hooks.context import Context
+from plugframe.hooks.variables import FROM_COMMAND_LINE
 from plugframe.launch import start
 from plugframe.launch.inheritance import Place, own_variables
 from plugframe.launch.preemption import Stopping

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from plugframe.core.config.options import MANY, allowed, type_name, typed
+from plugframe.core.config.options import typed
 from plugframe.core.registry.registry import Entry, Registry
 from plugframe.hooks.descriptor import Option, Plugin
+from plugframe.hooks.kinds import KINDS
 
 
 def show_plugins(registry: Registry, entries: list[Entry], *, as_json: bool) -> None:
@@ -55,11 +56,10 @@ def _show_options(entry: Entry, real: Entry, descriptor: Plugin) -> None:
     from plugframe.cli.table import show
 
     rows = [
-        [typed(entry.kind, real.name, option.name), _default(option), allowed(option), option.help]
-        for option in options
+        [typed(entry.kind, real.name, option.name), _default(option), option.allowed, option.help] for option in options
     ]
     show(("option", "default", "value", "help"), rows)
-    section = f"{entry.kind}.{real.name}" if entry.kind in MANY else entry.kind
+    section = f"{entry.kind}.{real.name}" if KINDS[entry.kind].many else entry.kind
     first = options[0].name
     click.echo(f"In a settings file: {first} = … in [tool.plugframe.{section}]; in code: {_called(descriptor, first)}.")
 
@@ -92,7 +92,7 @@ def _as_object(registry: Registry, entry: Entry, own: Plugin, real: Entry, descr
             {
                 "name": option.name,
                 "typed": typed(entry.kind, real.name, option.name),
-                "type": type_name(option),
+                "type": _type_name(option),
                 "default": option.default,
                 "help": option.help,
                 "choices": list(option.choices),
@@ -103,3 +103,8 @@ def _as_object(registry: Registry, entry: Entry, own: Plugin, real: Entry, descr
             for option in descriptor.options
         ],
     }
+
+
+def _type_name(option: Option) -> str:
+    """Return the type of an option as it is written in Python."""
+    return str(option.type) if option.container else option.type.__name__

@@ -112,7 +112,7 @@ def command(name: str | None, kind: str | None, as_json: bool, check: bool, time
 def _entries(registry: Registry, kind: str | None) -> list[Entry]:
     entries = sorted([*registry.entries(kind), *registry.refused(kind)], key=_order)
     if kind is not None and not entries:
-        from plugframe.hooks.kinds import KINDS  # imports pluggy, which a listing does without
+        from plugframe.hooks.kinds import KINDS  # a listing does without
 
         if kind not in KINDS:
             known = ", ".join(KINDS)
@@ -250,7 +250,7 @@ def _check_class(registry: Registry, entry: Entry, descriptor: Plugin) -> None:
     No plugin is made: what a constructor asks of the machine is `plugframe doctor`'s to find.
     """
     from plugframe.core.planning.plan import Choice
-    from plugframe.core.runtime.pipeline import check_hooks
+    from plugframe.tools.hook_check import check_hooks
 
     cls = registry.factory(entry)
     if isinstance(cls, type):

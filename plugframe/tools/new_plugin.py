@@ -9,12 +9,12 @@ from pathlib import Path
 import click
 
 from plugframe import __version__
-from plugframe.core.registry.registry import PREFIX, Registry, article
-from plugframe.errors import SettingError, closest
+from plugframe.core.registry.entry_points import PREFIX
+from plugframe.core.registry.registry import Registry
+from plugframe.errors import SettingError, article, closest
+from plugframe.hooks.kinds import KINDS
 
 TEMPLATES = Path(__file__).parent / "templates"
-#: Settings under which users select what has another name than its kind.
-_OPTIONS = {"logger": "loggers", "extension": "plugins"}
 #: Where each file of a package comes from; a template of the kind goes before the common one.
 _FILES = {
     "pyproject.toml": "pyproject.toml.txt",
@@ -59,8 +59,6 @@ def command(kind: str, name: str, folder: str | None, summary: str | None) -> No
 
 
 def _check(kind: str, name: str) -> None:
-    from plugframe.hooks import KINDS  # imports pluggy, which the list of commands does without
-
     if kind not in KINDS:
         raise SettingError(f"{kind!r} is not a kind.{closest(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*([-_.][A-Za-z0-9]+)*", name) or name == "auto":
@@ -75,7 +73,7 @@ def _check(kind: str, name: str) -> None:
 def _values(kind: str, name: str, distribution: str, summary: str) -> dict[str, str]:
     identifier = re.sub(r"[-.]", "_", name).lower()
     title = "".join(part[:1].upper() + part[1:] for part in re.split(r"[-_.]", name))
-    option = _OPTIONS.get(kind, kind)
+    option = KINDS[kind].setting
     log = '        lite.log("loss", mean)\n' if kind == "logger" else ""
     return {
         "kind": kind,

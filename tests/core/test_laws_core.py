@@ -19,7 +19,6 @@ import plugframe.base
 from paths import ROOT
 from plugframe import Plugin
 from plugframe.core.config.request import FIELDS
-from plugframe.core.planning.plugin_objects import hooks_of
 from plugframe.core.registry.registry import Registry
 from plugframe.hooks import KINDS
 
@@ -247,6 +246,6 @@ def test_every_hook_is_called() -> None:
     """A hook that nobody calls would be implemented in vain (law 10); each says in words what it is for."""
     read = attributes_read(CORE, PLUGINS)
     looped = {f"{kind}_{step}" for kind in KINDS for step in ("setup", "teardown")}
-    hooks = {name: getattr(kind.spec, name) for kind in KINDS.values() for name in hooks_of(kind)}
+    hooks = {name: getattr(kind.spec, name) for kind in KINDS.values() for name in kind.hooks}
     assert {name for name in hooks if name not in read | looped} <= FOR_OTHERS
     assert [name for name, hook in hooks.items() if not (hook.__doc__ or "").strip()] == []

@@ -19,14 +19,16 @@ from paths import DOCS
 from plugframe import Lite, Option, PlugframeWarning, Plugin, SettingError
 from plugframe.base import Accelerator, Environment, Extension, Logger, Strategy
 from plugframe.cli import cli
-from plugframe.core.config.options import Given, allowed, form, from_variable, read, variable_of
-from plugframe.core.config.request import FROM_COMMAND_LINE, gather
+from plugframe.cli.plan_table import plan_rows
+from plugframe.core.config.options import Given, from_variable, read, variable_of
+from plugframe.core.config.request import gather
 from plugframe.core.planning.plan import Plan
-from plugframe.core.planning.resolve import resolve, resolve_launcher
-from plugframe.core.registry.option_validation import disagreements, parameters
+from plugframe.core.planning.resolve import resolve
 from plugframe.core.registry.registry import Entry, Registry
 from plugframe.hooks import hookimpl
-from plugframe.hooks.variables import LAUNCHED
+from plugframe.hooks.variables import FROM_COMMAND_LINE, LAUNCHED
+from plugframe.launch.choose import choose_launcher
+from plugframe.testing.option_check import disagreements, parameters
 
 HERE = __name__
 
@@ -268,10 +270,25 @@ def test_a_file_has_types_of_its_own(name: str, value: Any, right: Any) -> None:
 
 def test_limits_in_words() -> None:
     """As a listing and an error show them."""
-    assert allowed(Option("x", float, maximum=1)) == "a number up to 1"
-    assert allowed(Option("x", list[int], choices=(1, 2))) == "a list, each one of 1, 2"
-    assert form(Option("x", list[int])) == "N,N"
-    assert form(Option("x", bool)) == "true|false"
+    assert Option("x", float, maximum=1).allowed == "a number up to 1"
+    assert Option("x", list[int], choices=(1, 2)).allowed == "a list, each one of 1, 2"
+    assert Option("x", list[int]).form == "N,N"
+    assert Option("x", bool).form == "true|false"
+
+
+def test_a_constructor_validates_by_the_declaration() -> None:
+    """What code passes is held to what the descriptor declares; the message is in the words of the code."""
+    thing = Acme()
+    acme.validate(thing, units=("Block",), timeout_s=60, level=3, mode="fast", fused=True, mesh={"data": 2})
+    acme.validate(thing, units="auto", timeout_s=None, mesh=None)
+    for values, said in (
+        ({"level": 4}, r"Acme\(level=4\): it is a whole number from 1 up to 3\."),
+        ({"level": None}, r"Acme\(level=None\): it is a whole number"),
+        ({"fused": 1}, r"Acme\(fused=1\): it is true or false\."),
+        ({"level": 1, "mode": "fats"}, r"Acme\(mode='fats'\): it is one of slow, fast\. Did you mean 'fast'\?"),
+    ):
+        with pytest.raises(SettingError, match=said):
+            acme.validate(thing, **values)
 
 
 # ---------------------------------------------------------------------- given
@@ -290,7 +307,7 @@ def test_an_option_from_each_source(registry: Registry) -> None:
     file = 'strategy = {name = "acme", timeout-s = 9, level = 2, units = ["Block"]}'
     found = plan(registry, {"strategy.timeout-s": "60", "strategy.fused": "true"}, file=file)
     assert arguments(found) == {"timeout_s": 60.0, "level": 2, "units": ["Block"], "fused": True}
-    rows = {what: (value, why) for what, value, why in found.rows()}
+    rows = {what: (value, why) for what, value, why in plan_rows(found)}
     assert rows["strategy.timeout_s"] == ("60.0", "asked for in the command line (--strategy.timeout-s)")
     assert rows["strategy.level"][1].endswith("plugframe.toml")
 
@@ -308,7 +325,7 @@ def test_loggers_and_extensions_are_told_apart_by_name(registry: Registry) -> No
     found = plan(registry, {**typed, "plugins": "watch", "extension.watch.every": "3"})
     assert [choice.arguments for choice in found.loggers] == [{"rows": 7}, {"folder": "out"}]
     assert found.extensions[0].arguments == {"every": 3}
-    assert ("logger.acme-kit:paper-trail.rows", "7") in [row[:2] for row in found.rows()]
+    assert ("logger.acme-kit:paper-trail.rows", "7") in [row[:2] for row in plan_rows(found)]
     file = 'loggers = ["paper-trail"]\n[logger.paper-trail]\nfolder = "filed"'
     assert plan(registry, file=file).loggers[0].arguments == {"folder": "filed"}
 
@@ -371,7 +388,7 @@ def test_ranks_do_not_ask_how_they_were_started(registry: Registry) -> None:
     del environ[LAUNCHED]
     request = gather({}, environ=environ)
     assert [each.name for each in request.options] == ["start_method", "x"]
-    assert resolve_launcher(request, registry, "script").arguments == {"start_method": "fork"}
+    assert choose_launcher(request, registry, "script").arguments == {"start_method": "fork"}
 
 
 class Site(Environment):

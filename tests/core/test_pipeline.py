@@ -14,7 +14,6 @@ import torch
 from plugframe import Lite, Plugin, PluginContractError, SettingError, hookimpl
 from plugframe.base import Accelerator, Collective, Extension, Logger, Strategy
 from plugframe.core.planning.plan import Choice
-from plugframe.core.planning.plugin_objects import hooks_of
 from plugframe.core.registry.registry import Entry
 from plugframe.core.runtime.pipeline import BoundHooks, Pipeline
 from plugframe.hooks import KINDS
@@ -67,7 +66,7 @@ def test_a_provider_hook_that_nothing_wraps_is_a_plain_call() -> None:
     }
     hooks = pipeline.bind()
     for kind, provider in providers.items():
-        for name in hooks_of(KINDS[kind]):
+        for name in KINDS[kind].hooks:
             assert getattr(hooks, name) == getattr(provider, name)
             assert not isinstance(getattr(hooks, name), pluggy.HookCaller)
 
@@ -367,7 +366,7 @@ class Paper(Logger):
 def test_a_notification_nobody_listens_to_is_none() -> None:
     """Who would notify sees it and calls nothing."""
     hooks = bound(Plain())
-    assert all(getattr(hooks, name) is None for name in hooks_of(KINDS["extension"]))
+    assert all(getattr(hooks, name) is None for name in KINDS["extension"].hooks)
     assert hooks.logger_log is None
 
 

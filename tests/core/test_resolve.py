@@ -23,11 +23,13 @@ from plugframe import (
     hookimpl,
 )
 from plugframe.base import parse_devices
+from plugframe.cli.plan_table import plan_rows
 from plugframe.core.config.request import Request, Setting
 from plugframe.core.planning.plan import Plan
-from plugframe.core.planning.resolve import resolve, resolve_launcher
+from plugframe.core.planning.resolve import resolve
 from plugframe.core.registry.registry import Entry, Registry
 from plugframe.hooks.world import World
+from plugframe.launch.choose import choose_launcher
 
 # ---------------------------------------------------------------------- a catalogue without devices
 
@@ -257,7 +259,7 @@ def test_every_combination_comes_to_what_it_must(accelerator: str | None) -> Non
         found = (*(made.choices[kind].name for kind in kinds), made.devices, made.world_size)
         assert found == due, case
         assert made.launched == (world is not None)
-        assert all(reason for _, _, reason in made.rows()), case
+        assert all(reason for _, _, reason in plan_rows(made)), case
         for kind, value in (("accelerator", accelerator), ("strategy", strategy)):
             asked = "asked for in the code" in made.choices[kind].reason
             assert asked == (value is not None), f"{case}: {made.choices[kind].reason}"
@@ -269,7 +271,7 @@ def test_every_combination_comes_to_what_it_must(accelerator: str | None) -> Non
 def test_every_choice_has_its_reason() -> None:
     """The plan says of every field why it is what it is."""
     made = plan(accelerator="big", precision="h", plugins=("guard",), loggers=("paper",))
-    assert {what: why for what, _, why in made.rows()} == {
+    assert {what: why for what, _, why in plan_rows(made)} == {
         "accelerator": "asked for in the code: the best available; passed over far (no such device)",
         "devices": "auto: all of this machine",
         "nodes": "4 ranks in all",
@@ -281,7 +283,7 @@ def test_every_choice_has_its_reason() -> None:
         "extension": "asked for in the code",
         "logger": "asked for in the code",
     }
-    assert [value for what, value, _ in made.rows() if what == "devices"] == ["4 on each node: 0, 1, 2, 3"]
+    assert [value for what, value, _ in plan_rows(made) if what == "devices"] == ["4 on each node: 0, 1, 2, 3"]
 
 
 def test_the_line_names_every_plugin_with_its_package() -> None:
@@ -309,7 +311,7 @@ def test_only_what_is_asked_about_this_machine_is_made() -> None:
 def test_two_plans_of_one_request_are_alike() -> None:
     """The same arguments give the same plan."""
     first, second = (plan(devices=2, precision="half") for _ in range(2))
-    assert first.rows() == second.rows()
+    assert plan_rows(first) == plan_rows(second)
 
 
 # ---------------------------------------------------------------------- aliases and contradictions
@@ -321,7 +323,7 @@ def test_an_alias_brings_its_implications() -> None:
     made = resolve(request, SHELF, {})
     assert names(made)["strategy"] == "many"
     assert made.choices["strategy"].reason == "'many_forked' stands for it, asked for in the code"
-    launcher = resolve_launcher(request, SHELF, "function")
+    launcher = choose_launcher(request, SHELF, "function")
     assert launcher.name == "functions"
     assert "strategy='many_forked', which stands for launcher='functions'" in launcher.reason
 
@@ -339,7 +341,7 @@ def test_what_is_implied_on_the_command_line_counts_beside_the_code() -> None:
     """The code's plain name and the command line's alias of it agree, and the alias still says how to launch."""
     request = ask({"strategy": "many_forked"}, strategy="many", devices=2)
     assert names(resolve(request, SHELF, {}))["strategy"] == "many"
-    assert resolve_launcher(request, SHELF, "function").name == "functions"
+    assert choose_launcher(request, SHELF, "function").name == "functions"
 
 
 @pytest.mark.parametrize(
@@ -531,7 +533,7 @@ def test_auto_finds_what_provides_what_is_needed() -> None:
 )
 def test_the_launcher_is_the_most_eager_that_can(wants: str, name: str) -> None:
     """Launchers are told apart by what they can start."""
-    assert resolve_launcher(ask(), SHELF, wants).name == name
+    assert choose_launcher(ask(), SHELF, wants).name == name
 
 
 @pytest.mark.parametrize(
@@ -544,7 +546,7 @@ def test_the_launcher_is_the_most_eager_that_can(wants: str, name: str) -> None:
 def test_a_launcher_that_cannot_says_which_can(launcher: str, wants: str, said: str) -> None:
     """A launcher that was asked for is not replaced."""
     with pytest.raises(UnsupportedError, match=said):
-        resolve_launcher(ask(launcher=launcher), SHELF, wants)
+        choose_launcher(ask(launcher=launcher), SHELF, wants)
 
 
 def test_no_launcher_at_all() -> None:
@@ -554,7 +556,7 @@ def test_no_launcher_at_all() -> None:
         pytest.warns(PlugframeWarning, match="'cannon'"),
         pytest.raises(UnsupportedError, match="No installed launcher can start a script"),
     ):
-        resolve_launcher(ask(), nothing, "script")
+        choose_launcher(ask(), nothing, "script")
 
 
 # ---------------------------------------------------------------------- objects

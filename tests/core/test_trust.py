@@ -17,9 +17,11 @@ from click.testing import CliRunner
 from fake_distributions import EXTENSION, STRATEGY, in_folder, publish, shelf  # noqa: F401  a fixture
 from plugframe import Lite, PlugframeWarning, RefusedPluginError, SettingError, UnknownPluginError, UnsupportedError
 from plugframe.cli import cli
-from plugframe.core.config.request import FROM_COMMAND_LINE, gather
-from plugframe.core.registry.policy import ALLOW, DISABLE, Policy, handed, read_policy
+from plugframe.cli.shared_options import disabled_variables, policy_variables
+from plugframe.core.config.request import gather
+from plugframe.core.registry.policy import Policy, read_policy
 from plugframe.core.registry.registry import Entry, Registry
+from plugframe.hooks.variables import ALLOW, DISABLE, FROM_COMMAND_LINE
 
 Put = Callable[..., None]
 VARIABLE = "the environment variable PLUGFRAME_DISABLE"
@@ -234,7 +236,7 @@ def test_the_option_holds_for_its_command_alone(trap: Path) -> None:
 
 def test_what_was_typed_is_handed_on(tmp_path: Path) -> None:
     """With what the variable holds already, and told apart from it."""
-    variables = handed(("csv,ddp", "csv"), {DISABLE: "mine", FROM_COMMAND_LINE: "devices"})
+    variables = disabled_variables(("csv,ddp", "csv"), {DISABLE: "mine", FROM_COMMAND_LINE: "devices"})
     assert variables == {DISABLE: "mine,csv,ddp", FROM_COMMAND_LINE: "devices,disable=csv,disable=ddp"}
     read = read_policy(variables, tmp_path)
     assert [(each.word, each.by) for each in read.disabled] == [
@@ -242,7 +244,7 @@ def test_what_was_typed_is_handed_on(tmp_path: Path) -> None:
         ("csv", "command"),
         ("ddp", "command"),
     ]
-    assert handed((), {DISABLE: "mine"}) == {}
+    assert disabled_variables((), {DISABLE: "mine"}) == {}
     assert gather({}, environ=variables, folder=tmp_path).notes == ()
 
 
@@ -250,10 +252,10 @@ def test_a_policy_travels_to_a_process_elsewhere(tmp_path: Path) -> None:
     """As variables it refuses the same, without the file; of two lists what both allow."""
     entries = [entry(name) for name in ("ddp", "one:acme", "one:other", "two:acme")]
     here = policy(tmp_path, "allow = ['one', 'two:acme']\ndisable = ['two']", ALLOW="one:acme,two", DISABLE="ddp")
-    there = read_policy(here.variables(), tmp_path / "elsewhere")
+    there = read_policy(policy_variables(here), tmp_path / "elsewhere")
     assert [bool(here.refusal(e)) for e in entries] == [bool(there.refusal(e)) for e in entries]
-    assert here.variables() == {DISABLE: "ddp,two", ALLOW: "plugframe,two:acme,one:acme"}
-    assert Policy().variables() == {}
+    assert policy_variables(here) == {DISABLE: "ddp,two", ALLOW: "plugframe,two:acme,one:acme"}
+    assert policy_variables(Policy()) == {}
 
 
 def test_ranks_are_held_to_what_was_typed(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from plugframe import Plugin
-from plugframe.core.planning.place import Where
+from plugframe.core.planning.compatibility import Target
 from plugframe.core.registry.registry import Registry
 from plugframe.errors import PluginLoadError
 
@@ -38,7 +38,7 @@ class Installed:
 
     def fits(self, ranks: int) -> bool:
         """Say whether its descriptor allows so many ranks on the CPU."""
-        return Where("cpu", ranks).misfit(self.plugin) is None
+        return Target("cpu", ranks).incompatibility(self.plugin) is None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import pytest
 from paths import ROOT
 from plugframe import Lite, PlugframeWarning, hookimpl
 from plugframe.base import Extension, Strategy
-from plugframe.core.planning.plugin_objects import hooks_of
 from plugframe.core.registry.registry import Entry, Registry
 from plugframe.hooks import API, KINDS, Job, Kind, Option, Plugin, StrategySpec, hookspec
 from plugframe.hooks.markers import Deprecated, deprecated_of, provider
@@ -38,7 +37,7 @@ def contract() -> dict[str, Any]:
     """Return everything a plugin is written against, as text."""
     return {
         "descriptor": {cls.__name__: _fields(cls) for cls in (Plugin, Option, Job)},
-        "hooks": {kind.name: {name: _hook(kind, name) for name in sorted(hooks_of(kind))} for kind in KINDS.values()},
+        "hooks": {kind.name: {name: _hook(kind, name) for name in sorted(kind.hooks)} for kind in KINDS.values()},
     }
 
 

@@ -32,6 +32,7 @@ from plugframe import (
     seed_everything,
 )
 from plugframe.base import Extension
+from plugframe.cli.plan_table import plan_rows
 from plugframe.hooks.world import World
 
 
@@ -195,7 +196,7 @@ def test_one_line_tells_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         lite.launch()
         line = lite.plan.line()
         assert "strategy single (plugframe 0.1.0)" in line
-        reasons = {what: why for what, _, why in lite.plan.rows()}
+        reasons = {what: why for what, _, why in plan_rows(lite.plan)}
         assert reasons["accelerator"] == "asked for in the code"
         assert reasons["strategy"].startswith("auto")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from matrix_cells import EXACT, RANKS, Cell, Installed, Matrix, Passing, Training, in_order
 from matrix_ranks import SAMPLES, SAVED_AFTER, STEPS, WINDOW, Run, build, run_cells, train_plain
 from plugframe import Lite, UnsupportedError
-from plugframe.core.planning.place import Where
+from plugframe.core.planning.compatibility import Target
 from plugframe.core.registry.registry import Registry
 from ranks import RanksFailed, run_ranks
 
@@ -308,7 +308,7 @@ def test_precisions_that_are_not_honoured_are_refused(strategy: Installed, preci
 )
 def test_ranks_that_do_not_fit_are_refused(strategy: Installed, ranks: int) -> None:
     """A strategy that cannot work on so many ranks of the CPU is refused, with what can."""
-    problem = Where("cpu", ranks).misfit(strategy.plugin)
+    problem = Target("cpu", ranks).incompatibility(strategy.plugin)
     able = sorted(
         (each for each in MATRIX.strategies if each.plugin.priority is not None and each.fits(ranks)),
         key=lambda each: -(each.plugin.priority or 0),

@@ -10,15 +10,14 @@ from typing import Any
 
 from plugframe.core import _compat
 from plugframe.errors import SettingError
+from plugframe.hooks.variables import CONFIG
 
 PYPROJECT = "pyproject.toml"
 #: What only the root of a project has.
 _ROOT_MARKS = (PYPROJECT, ".git", ".hg")
 SECTION = "tool.plugframe"
-#: The variable that names a file instead.
-CONFIG = "PLUGFRAME_CONFIG"
-#: Names the fields a command line set, so that a message can tell it from a variable set by hand.
-FROM_COMMAND_LINE = "PLUGFRAME_FROM_COMMAND_LINE"
+#: Lists of plugins that are never imported, and of the only ones that may be; see `plugframe.core.registry.policy`.
+POLICY_KEYS = ("disable", "allow")
 
 
 def find_file(environ: Mapping[str, str], folder: Path) -> Path | None:
@@ -104,7 +103,7 @@ def read_file(path: Path) -> dict[str, Any] | None:
         text = path.read_text(encoding="utf-8")
         if path.name == PYPROJECT and "plugframe" not in text:
             return None  # the parser alone would take longer than all the rest of a listing
-        data = _compat.tomllib.loads(text)
+        data: dict[str, Any] = _compat.tomllib.loads(text)
     except (_compat.tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(f"{path} is not valid TOML: {error}.") from error
     except OSError as error:

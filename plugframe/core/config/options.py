@@ -1,24 +1,21 @@
-"""Options of plugins as they are given: where they are written, how they are read, and what is wrong with them."""
+"""Options of plugins as they were given: how they are spelled, where they are written, and what they mean."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from plugframe.errors import SettingError, closest
-from plugframe.hooks.descriptor import Option
+from plugframe.errors import SettingError
+from plugframe.hooks.kinds import KINDS
+from plugframe.hooks.option import Option
 
-#: Kinds of which any number of plugins can be in use, each with the setting that selects them. Their options are
-#: written with the name of the plugin: ``--logger.csv.folder=runs``.
-MANY = {"logger": "loggers", "extension": "plugins"}
+#: Kinds whose options are spelled with the name of the plugin: ``--logger.csv.folder=runs``.
+MANY = frozenset(kind.name for kind in KINDS.values() if kind.many)
 PREFIX = "PLUGFRAME_"
 SEPARATOR = "__"
-
-_YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Given:
     @property
     def key(self) -> str:
         """``strategy.timeout_s``, or ``logger.csv.folder``."""
-        return key(self.kind, self.plugin, self.name)
+        return typed(self.kind, self.plugin, "")[2:] + self.name
 
     @property
     def shown(self) -> str:
@@ -58,14 +55,9 @@ class Given:
         return name if self.by == "file" else typed(self.kind, self.plugin, name)
 
 
-def key(kind: str, plugin: str, name: str) -> str:
-    """Return the name of an option among all: ``strategy.timeout_s``, or ``logger.csv.folder``."""
-    return ".".join([kind, *([plugin] if kind in MANY else []), name])
-
-
 def typed(kind: str, plugin: str, name: str) -> str:
     """Return how an option is typed: ``--strategy.timeout-s``, or ``--logger.csv.folder``."""
-    return "--" + key(kind, plugin, name.replace("_", "-"))
+    return "--" + ".".join([kind, *([plugin] if kind in MANY else []), name.replace("_", "-")])
 
 
 def variable(kind: str, plugin: str, name: str) -> str:
@@ -99,9 +91,6 @@ def parts(word: str) -> tuple[str, str, str]:
 def plain(name: str) -> str:
     """Return a plugin's name as far as the name of a variable can hold it."""
     return re.sub(r"[^a-z0-9]", "_", name.lower())
-
-
-# ---------------------------------------------------------------------- what was given
 
 
 def from_variable(name: str, text: str, commanded: Mapping[str, str]) -> Given | None:
@@ -139,7 +128,7 @@ def from_section(kind: str, section: Mapping[str, Any], path: Path) -> tuple[Any
         if not isinstance(options, dict):
             raise SettingError(
                 f"{path}: {kind}.{plugin}={options!r} is no section: options of a {kind} are written under its name, "
-                f"[{kind}.{plugin}]; {MANY[kind]} selects it."
+                f"[{kind}.{plugin}]; {KINDS[kind].setting} selects it."
             )
         given += _options(kind, plugin, options, path)
     return None, given
@@ -153,129 +142,15 @@ def _options(kind: str, plugin: str, options: Mapping[str, Any], path: Path) -> 
     return found
 
 
-# ---------------------------------------------------------------------- what it means
-
-
 def read(option: Option, given: Given) -> Any:
-    """Return the value of an option.
+    """Return the value of an option, validated by its declaration.
 
     Raises:
         SettingError: if it has the wrong type or is not allowed, saying what is.
     """
-    value = given.value
-    if type(value) is type(option.default) and value == option.default:
-        return option.default  # "auto", where that is not of the type
     try:
-        found = _parsed(option, value) if given.by != "file" else _typed(option, value)
-    except ValueError:
-        raise _wrong(option, given) from None
-    items = found.values() if isinstance(found, dict) else found if isinstance(found, list) else (found,)
-    for item in items:
-        if not _fits(option, item):
-            raise _wrong(option, given, item)
-    return found
-
-
-def allowed(option: Option) -> str:
-    """Return the values an option takes, in words: ``a whole number from 1 on``."""
-    words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[option.scalar]
-    if option.choices:
-        words = f"one of {', '.join(map(str, option.choices))}"
-    limits = [
-        f"above {option.above:g}" if option.above is not None else "",
-        f"from {option.minimum:g}" if option.minimum is not None else "",
-        f"up to {option.maximum:g}" if option.maximum is not None else "",
-    ]
-    words = " ".join([words, *filter(None, limits)])
-    if option.container is list:
-        words = f"a list, each {words}"
-    elif option.container is dict:
-        words = f"names with values, each {words}"
-    other = isinstance(option.default, str) and (option.container or option.scalar is not str)
-    return f"{words}, or {option.default}" if other else words
-
-
-def form(option: Option) -> str:
-    """Return what stands after the ``=`` on a command line."""
-    if option.choices and option.container is None:
-        return "|".join(map(str, option.choices))
-    word = {str: "TEXT", int: "N", float: "NUMBER", bool: "true|false"}[option.scalar]
-    if option.container is list:
-        return f"{word},{word}"
-    return f"NAME={word},NAME={word}" if option.container is dict else word
-
-
-def type_name(option: Option) -> str:
-    """Return the type of an option as it is written in Python."""
-    return str(option.type) if option.container else option.type.__name__
-
-
-def _wrong(option: Option, given: Given, item: Any = None) -> SettingError:
-    hint = closest(str(item), map(str, option.choices)) if option.choices and item is not None else ""
-    how = f" Type {typed(given.kind, given.plugin, option.name)}={form(option)}." if given.by == "command" else ""
-    return SettingError(f"{given.shown}: it is {allowed(option)}.{hint}{how}")
-
-
-def _fits(option: Option, item: Any) -> bool:
-    if option.choices and item not in option.choices:
-        return False
-    return not (
-        (option.minimum is not None and item < option.minimum)
-        or (option.maximum is not None and item > option.maximum)
-        or (option.above is not None and item <= option.above)
-    )
-
-
-def _parsed(option: Option, text: str) -> Any:
-    """Read a text. Raises ValueError if it is not of the option's type."""
-    if option.container is None:
-        return _scalar(option.scalar, text)
-    parts = _nonempty(part.strip() for part in text.split(","))
-    if option.container is list:
-        return [_scalar(option.scalar, part) for part in parts]
-    pairs = [part.partition("=") for part in parts]
-    names = [name.strip() for name, _, _ in pairs]
-    if len(set(names)) < len(names) or not all(names):
-        raise ValueError
-    return {name: _scalar(option.scalar, value.strip()) for name, (_, _, value) in zip(names, pairs, strict=True)}
-
-
-def _nonempty(parts: Iterable[str]) -> list[str]:
-    found = [part for part in parts if part]
-    if not found:
-        raise ValueError
-    return found
-
-
-def _scalar(type_: Any, text: str) -> Any:
-    if type_ is bool:
-        if text.lower() not in (*_YES, *_NO):
-            raise ValueError
-        return text.lower() in _YES
-    if type_ is str and not text:
-        raise ValueError
-    return _finite(type_(text))
-
-
-def _typed(option: Option, value: Any) -> Any:
-    """Check what a settings file holds. Raises ValueError if it is not of the option's type."""
-    if option.container is None:
-        return _typed_scalar(option.scalar, value)
-    if not isinstance(value, option.container):
-        raise ValueError
-    if isinstance(value, dict):
-        return {name: _typed_scalar(option.scalar, item) for name, item in value.items()}
-    return [_typed_scalar(option.scalar, item) for item in value]
-
-
-def _typed_scalar(type_: Any, value: Any) -> Any:
-    types = (int, float) if type_ is float else type_
-    if not isinstance(value, types) or (isinstance(value, bool) and type_ is not bool):
-        raise ValueError
-    return _finite(float(value) if type_ is float else value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError
-    return value
+        return option.validate(given.value) if given.by == "file" else option.parse(given.value)
+    except ValueError as error:
+        word = typed(given.kind, given.plugin, option.name)
+        how = f" Type {word}={option.form}." if given.by == "command" else ""
+        raise SettingError(f"{given.shown}: {error}{how}") from None

@@ -9,28 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plugframe.core.config.files import CONFIG, find_file, read_file
-from plugframe.core.config.files import FROM_COMMAND_LINE as FROM_COMMAND_LINE
+from plugframe.core.config.files import POLICY_KEYS, find_file, read_file
 from plugframe.core.config.options import MANY, PREFIX, SEPARATOR, Given, from_section, from_variable, variable_of
-from plugframe.core.registry.policy import ALLOW, DISABLE, KEYS
-from plugframe.errors import SettingError, closest
-from plugframe.hooks.variables import JOB_SEED, LAUNCHED, MEETING, PATIENT, RANK, TOKEN
+from plugframe.errors import SettingError, closest, shown
+from plugframe.hooks.kinds import KINDS
+from plugframe.hooks.variables import ALL, FROM_COMMAND_LINE, LAUNCHED, PATIENT
 
 #: Settings that name one plugin, or "auto".
-NAMES = ("accelerator", "strategy", "precision", "collective", "checkpoint", "environment", "launcher")
+NAMES = tuple(kind.name for kind in KINDS.values() if not kind.many)
 #: Settings that hold any number of plugins.
-LISTS = ("plugins", "loggers", "callbacks")
+LISTS = (*(kind.setting for kind in KINDS.values() if kind.many), "callbacks")
 NUMBERS = ("num_nodes", "timeout_s", "report_after_s")
 SWITCHES = ("diagnostics",)
 FIELDS = (*NAMES, "devices", *NUMBERS, *SWITCHES, *LISTS)
-#: Kinds whose plugins can have options.
-OPTION_KINDS = (*NAMES, *MANY)
 
 CODE = "the code"
-OTHER_VARIABLES = (
-    *(FROM_COMMAND_LINE, LAUNCHED, PATIENT, MEETING, TOKEN, JOB_SEED, RANK),
-    *("PLUGFRAME_TRACE", CONFIG, DISABLE, ALLOW),
-)
 
 
 @dataclass(frozen=True)
@@ -108,7 +101,7 @@ def gather(code: Mapping[str, Any], *, environ: Mapping[str, str] | None = None,
 def contradiction(field: str, first: Setting, second: Setting) -> SettingError:
     """Return the error for a setting given twice with two values."""
     return SettingError(
-        f"{field}={_shown(first.value)} in {first.source}, but {_shown(second.value)} in {second.source}: "
+        f"{field}={shown(first.value)} in {first.source}, but {shown(second.value)} in {second.source}: "
         "remove one of the two, or make them equal."
     )
 
@@ -122,13 +115,6 @@ def _absent(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return not value
     return value is None or (isinstance(value, str) and value == "auto")
-
-
-def _shown(value: Any) -> str:
-    """Return the text of a value in a message: an object by its class."""
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_shown, value))}]"
-    return repr(value) if isinstance(value, (str, int, float)) else type(value).__name__
 
 
 def _canonical(value: Any) -> Any:
@@ -153,17 +139,17 @@ def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Setting], list[
     options: list[Given] = []
     notes: list[str] = []
     for name, text in environ.items():
-        if not name.startswith(PREFIX) or name in OTHER_VARIABLES:
+        if not name.startswith(PREFIX) or name in ALL:
             continue
         field = name[len(PREFIX) :].lower()
         option = from_variable(name, text, commanded)
-        if option is not None and option.kind in OPTION_KINDS:
+        if option is not None and option.kind in KINDS:
             options += [option] if text else []
             continue
         if field not in FIELDS or name != variable(field):
             rest = name.upper().partition(SEPARATOR)[2]
-            of_plugins = [f"{variable(kind)}{SEPARATOR}{rest}" for kind in OPTION_KINDS if rest]
-            known = [*map(variable, FIELDS), *OTHER_VARIABLES, *of_plugins]
+            of_plugins = [f"{variable(kind)}{SEPARATOR}{rest}" for kind in KINDS if rest]
+            known = [*map(variable, FIELDS), *ALL, *of_plugins]
             notes.append(f"The environment variable {name} is not a setting.{closest(name.upper(), known)}")
             continue
         if field in by_command:
@@ -195,16 +181,18 @@ def _from_file(path: Path | None) -> tuple[dict[str, Setting], list[Given]]:
     if not path or not data:
         return found, options
     for key, value in data.items():
-        if key in KEYS:
+        if key in POLICY_KEYS:
             continue  # what may be imported at all is read with the registry
         field = key.replace("-", "_")
-        if field in OPTION_KINDS and isinstance(value, dict):
+        if field in KINDS and isinstance(value, dict):
             value, given = from_section(field, value, path)
             options += given
         elif field in MANY:
-            raise SettingError(f"{path}: {field}={value!r} is no section: {MANY[field]}= selects, [{field}.NAME] sets.")
+            raise SettingError(
+                f"{path}: {field}={value!r} is no section: {KINDS[field].setting}= selects, [{field}.NAME] sets."
+            )
         elif field not in FIELDS:
-            known = (*FIELDS, *KEYS)
+            known = (*FIELDS, *POLICY_KEYS)
             hint = closest(field, known)
             raise SettingError(f"{path}: {key!r} is not a setting.{hint} Settings: {', '.join(known)}.")
         if field in found:
@@ -220,10 +208,9 @@ def _check(field: str, setting: Setting) -> None:
         if not isinstance(value, bool):
             raise SettingError(f"{field}={value!r} in {source}: it is true or false.")
         return
-    if isinstance(value, bool) or (field in NAMES and isinstance(value, float)):
+    wrong = isinstance(value, bool) or (value == [] and field not in LISTS)
+    if wrong or (field in NAMES and isinstance(value, float)):
         raise SettingError(f"{field}={value!r} in {source} is not a value of {field}.{_allowed(field)}")
-    if value == [] and field not in LISTS:
-        raise SettingError(f"{field}=[] in {source} is not a value of {field}.{_allowed(field)}")
     if field == "num_nodes" and (not isinstance(value, int) or value < 1):
         raise SettingError(f"num_nodes={value!r} in {source}: it is a whole number from 1.")
     if field == "timeout_s" and not (isinstance(value, (int, float)) and 0 < value < math.inf):

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from plugframe.core.registry.registry import Entry
+from plugframe.core.registry.catalogue import Catalogue
+from plugframe.core.registry.entry_points import Entry
 from plugframe.hooks.context import REPORT_AFTER_S
 from plugframe.hooks.descriptor import Plugin
 from plugframe.hooks.world import World
@@ -73,6 +74,13 @@ class Choice:
             return f"{self.name} (an object in the code)"
         return f"{self.name} ({self.entry.distribution} {self.entry.version})"
 
+    def make(self, catalogue: Catalogue) -> Any:
+        """Return the plugin object: the instance if there is one, else what the factory makes with the options."""
+        if self.instance is not None:
+            return self.instance
+        assert self.entry is not None
+        return catalogue.make(self.entry, self.arguments)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Plan:
@@ -91,8 +99,6 @@ class Plan:
         report_after_s: seconds after which ranks that wait for another are told; 0 for never.
         diagnostics: whether calls of ranks are recorded, reported when a rank does not come, and compared.
         notes: what was passed over, and why.
-        settings_file: the file that settings were read from; None if there is none.
-        callbacks: each that was asked for by name, and where.
     """
 
     choices: Mapping[str, Choice]
@@ -107,8 +113,6 @@ class Plan:
     report_after_s: float = REPORT_AFTER_S
     diagnostics: bool = True
     notes: tuple[str, ...] = field(default=())
-    settings_file: str | None = None
-    callbacks: tuple[tuple[str, str], ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -123,20 +127,6 @@ class Plan:
     def all_choices(self) -> list[Choice]:
         """Return every plugin in use."""
         return [*self.choices.values(), *self.extensions, *self.loggers]
-
-    def rows(self) -> list[tuple[str, str, str]]:
-        """Return (what, value, why) for every field, for people."""
-        devices = ", ".join(map(str, self.devices))
-        rows = [(kind, choice.origin, choice.reason) for kind, choice in self.choices.items()]
-        rows.insert(1, ("devices", f"{len(self.devices)} on each node: {devices}", self.devices_reason))
-        rows.insert(2, ("nodes", str(self.num_nodes), f"{self.world_size} ranks in all"))
-        rows += [("extension", c.origin, c.reason) for c in self.extensions]
-        rows += [("logger", c.origin, c.reason) for c in self.loggers]
-        rows += [("callback", name, f"asked for in {source}") for name, source in self.callbacks]
-        if self.settings_file is not None:
-            rows.append(("settings file", self.settings_file, "of the project around the working directory"))
-        options = [option for choice in self.all_choices() for option in choice.options]
-        return rows + [(option.key, option.text, f"asked for in {option.source}") for option in options]
 
     def line(self) -> str:
         """Return the plan in one line: every plugin in use with its package and version."""

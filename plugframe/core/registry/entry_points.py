@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from plugframe.core._compat import metadata
@@ -69,28 +69,28 @@ def normalize(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
-def published() -> tuple[Entry, ...]:
-    """Return every plugin that the distributions on the path publish; of two with one name the first counts.
+class Published(NamedTuple):
+    """What the distributions on the path publish; of two with one name the first counts.
 
-    Except of those that call themselves plugframe: the one that this module belongs to counts, see `impostor`.
+    Except of those that call themselves plugframe: the one that this module belongs to counts.
+
+    Attributes:
+        entries: every plugin and command.
+        impostor: where a distribution is that calls itself plugframe and is another, which has come before the real
+            one on the path, or is the only one with metadata; empty if there is none.
     """
-    return _read()[0]
+
+    entries: tuple[Entry, ...]
+    impostor: str
 
 
-def impostor() -> str:
-    """Return where a distribution is that calls itself plugframe and is another; empty if there is none.
-
-    It has come before the real one on the path, or there is metadata of no other.
-    """
-    return _read()[1]
-
-
-def _read() -> tuple[tuple[Entry, ...], str]:
+def published() -> Published:
+    """Read the metadata of every distribution on the path."""
     return _published(tuple((place, *_state(place)) for place in sys.path))
 
 
 @functools.lru_cache(maxsize=1)
-def _published(places: tuple[tuple[str, int, int], ...]) -> tuple[tuple[Entry, ...], str]:
+def _published(places: tuple[tuple[str, int, int], ...]) -> Published:
     """Read all metadata, again only after the path or one of its folders has changed."""
     seen: set[str] = set()
     found: list[Entry] = []
@@ -110,7 +110,7 @@ def _published(places: tuple[tuple[str, int, int], ...]) -> tuple[tuple[Entry, .
     if instead is not None and OWN_DISTRIBUTION not in seen:
         # Run from a folder that is not installed: what is installed under this name is the best that is known.
         found += instead[1]
-    return tuple(dict.fromkeys(found)), "" if instead is None else instead[0]
+    return Published(tuple(dict.fromkeys(found)), "" if instead is None else instead[0])
 
 
 def _is_this(distribution: Any) -> bool:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from plugframe.core.config.files import FROM_COMMAND_LINE, find_file, read_file
+from plugframe.core.config.files import POLICY_KEYS, find_file, read_file
 from plugframe.core.registry.entry_points import OWN_DISTRIBUTION, Entry, normalize
 from plugframe.errors import SettingError, closest
+from plugframe.hooks.variables import ALLOW, DISABLE, FROM_COMMAND_LINE
 
-DISABLE = "PLUGFRAME_DISABLE"
-ALLOW = "PLUGFRAME_ALLOW"
-#: The same two in a settings file.
-KEYS = ("disable", "allow")
 OPTION = "--disable-plugin"
 #: How the variable that names what a command line set marks one plugin that it disabled.
-_MARK = "disable="
+MARK = "disable="
 
 
 @dataclass(frozen=True)
@@ -93,25 +89,6 @@ class Policy:
             for each in unknown
         )
 
-    def variables(self) -> dict[str, str]:
-        """Return the variables that hold another process to this policy, wherever it runs."""
-        texts = {DISABLE: ",".join(dict.fromkeys(each.word for each in self.disabled))}
-        if self.allowed:
-            texts[ALLOW] = ",".join([OWN_DISTRIBUTION, *_common(self.allowed)])
-        return {name: text for name, text in texts.items() if text}
-
-
-def _common(lists: tuple[Allowed, ...]) -> list[str]:
-    """Return the words of all lists that every one of them allows."""
-
-    def allows(words: Iterable[str], word: str) -> bool:
-        package, _, name = word.partition(":")
-        pairs = [(normalize(other.partition(":")[0]), other.partition(":")[2]) for other in words]
-        return (normalize(package), "") in pairs or (normalize(package), name) in pairs
-
-    every = dict.fromkeys(word for each in lists for word in each.words)
-    return [word for word in every if all(allows(each.words, word) for each in lists)]
-
 
 def read_policy(environ: Mapping[str, str], folder: Path | None = None) -> Policy:
     """Read what is disabled and allowed, in the environment and in the settings file.
@@ -123,14 +100,15 @@ def read_policy(environ: Mapping[str, str], folder: Path | None = None) -> Polic
     Raises:
         SettingError: if one of them cannot be understood. Then nothing may be imported.
     """
-    path, data = _section(environ, folder)
-    filed = {key: _words(data[key], f"{key} in {path}") for key in KEYS if key in data}
-    commanded = _commanded(environ)
+    path = find_file(environ, folder or Path.cwd())
+    data = (read_file(path) if path else None) or {}
+    filed = {key: _words(data[key], f"{key} in {path}") for key in POLICY_KEYS if key in data}
+    marks = environ.get(FROM_COMMAND_LINE, "").split(",")
     disabled = [
         Disabled(word, f"the command line ({OPTION})", "command")
-        if word in commanded
+        if f"{MARK}{word}" in marks
         else Disabled(word, f"the environment variable {DISABLE}", "variable")
-        for word in _split(environ.get(DISABLE, ""), DISABLE)
+        for word in split(environ.get(DISABLE, ""), DISABLE)
     ]
     disabled += [Disabled(word, f"disable in {path}", "file") for word in filed.get("disable", ())]
     for each in disabled:
@@ -140,38 +118,16 @@ def read_policy(environ: Mapping[str, str], folder: Path | None = None) -> Polic
             )
     allowed = [Allowed(filed["allow"], f"allow in {path}")] if "allow" in filed else []
     if environ.get(ALLOW):
-        allowed.append(Allowed(_split(environ[ALLOW], ALLOW), f"the environment variable {ALLOW}"))
+        allowed.append(Allowed(split(environ[ALLOW], ALLOW), f"the environment variable {ALLOW}"))
     return Policy(tuple(disabled), tuple(allowed))
 
 
-def handed(words: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that carry what was typed to the registry, here and in ranks, beside what is set already.
+def split(text: str, source: str) -> tuple[str, ...]:
+    """Return the words of a list separated by commas.
 
     Raises:
-        SettingError: for a word that names no plugin.
+        SettingError: for a word that names no plugin and no package.
     """
-    typed = [word for each in words for word in _split(each, OPTION)]
-    if not typed:
-        return {}
-    before = _split(environ.get(DISABLE, ""), DISABLE)
-    marks = [part for part in environ.get(FROM_COMMAND_LINE, "").split(",") if part]
-    return {
-        DISABLE: ",".join(dict.fromkeys([*before, *typed])),
-        FROM_COMMAND_LINE: ",".join(dict.fromkeys([*marks, *(_MARK + word for word in typed)])),
-    }
-
-
-def _commanded(environ: Mapping[str, str]) -> set[str]:
-    parts = environ.get(FROM_COMMAND_LINE, "").split(",")
-    return {part.removeprefix(_MARK) for part in parts if part.startswith(_MARK)}
-
-
-def _section(environ: Mapping[str, str], folder: Path | None) -> tuple[Path | None, Mapping[str, Any]]:
-    path = find_file(environ, folder or Path(os.getcwd()))
-    return path, (read_file(path) if path else None) or {}
-
-
-def _split(text: str, source: str) -> tuple[str, ...]:
     return _words([part.strip() for part in text.split(",") if part.strip()], source)
 
 

@@ -12,16 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from plugframe.core._compat import metadata
-from plugframe.core.registry.entry_points import (
-    COMMAND,
-    OWN_DISTRIBUTION,
-    PREFIX,
-    Entry,
-    impostor,
-    name_and_version,
-    normalize,
-    published,
-)
+from plugframe.core.registry.entry_points import COMMAND, Entry, normalize, published
 from plugframe.core.registry.policy import Policy, read_policy
 from plugframe.errors import (
     AmbiguousPluginError,
@@ -30,11 +21,12 @@ from plugframe.errors import (
     PluginLoadError,
     RefusedPluginError,
     UnknownPluginError,
+    article,
     closest,
 )
 from plugframe.hooks.descriptor import API, Plugin
 
-__all__ = ["OWN_DISTRIBUTION", "PREFIX", "Entry", "Registry", "article", "name_and_version", "normalize"]
+__all__ = ["Entry", "Registry"]
 
 
 class Registry:
@@ -59,13 +51,13 @@ class Registry:
             SettingError: for a list of disabled or allowed plugins that cannot be read, and for a plugin that the
                 command line disables and that is not installed.
         """
-        entries, policy = published(), read_policy(os.environ if environ is None else environ)
+        entries, policy = published().entries, read_policy(os.environ if environ is None else environ)
         policy.check(entries)
         return cls((entry for entry in entries if entry.kind != COMMAND), policy)
 
     def notes(self) -> tuple[str, ...]:
         """Return what to tell the user about the policy, and about a stranger under plugframe's name."""
-        place = impostor()
+        place = published().impostor
         other = f"The distribution in {place} calls itself plugframe, and is not the one that runs: uninstall it."
         return (*self.policy.notes(self._entries), *([other] if place else []))
 
@@ -259,11 +251,6 @@ def _import(reference: str, entry: Entry, what: str) -> Any:
             f"{_words(error)}. Mend or uninstall {entry.distribution}."
         ) from error
     return value
-
-
-def article(noun: str) -> str:
-    """Return a noun with its article."""
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def _words(error: BaseException) -> str:

@@ -10,10 +10,9 @@ from typing import Any
 import pluggy
 
 from plugframe.core.planning.plan import Choice
-from plugframe.core.planning.plugin_objects import hooks_of
 from plugframe.errors import PluginContractError, SettingError, closest
 from plugframe.hooks.kinds import KINDS, Kind
-from plugframe.hooks.markers import PROJECT, deprecated_of
+from plugframe.hooks.markers import PROJECT, deprecated_uses, unmarked_of
 
 
 class BoundHooks:
@@ -25,19 +24,6 @@ class BoundHooks:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"There is no hook {name!r}; `plugframe.hooks` lists them.")
-
-
-def check_hooks(choice: Choice, plugin: Any) -> list[str]:
-    """Check the hooks of one plugin by itself; return what of them is deprecated.
-
-    Raises:
-        PluginContractError: as when it is used.
-    """
-    pipeline = Pipeline()
-    pipeline.add(choice, plugin)
-    if not KINDS[choice.kind].many:
-        pipeline.bind()  # a wrapper of a hook needs somebody who provides it
-    return pipeline.deprecations
 
 
 class Pipeline:
@@ -68,7 +54,9 @@ class Pipeline:
         origin = _origin(choice)
         if any(other is plugin for _, other in self._manager.list_name_plugin()):
             raise SettingError(f"{origin} is given twice: keep one.")
-        unmarked = ", ".join(_unmarked(plugin, choice.kind))
+        # A plugin of a kind of many can wrap any hook.
+        own = KINDS.values() if KINDS[choice.kind].many else (KINDS[choice.kind],)
+        unmarked = ", ".join(unmarked_of(plugin, (name for kind in own for name in kind.hooks)))
         if unmarked:
             raise PluginContractError(f"{origin} overrides {unmarked} without a mark: add {_MARK}.")
         label = f"{choice.kind} {choice.name} #{len(self._choices)}"
@@ -81,42 +69,27 @@ class Pipeline:
             # pluggy compares plugins with ==, and two equal dataclass objects would be one to it.
             raise PluginContractError(f"{origin} equals another plugin in use: give its class eq=False.") from error
         self._check_implementations(choice, plugin)
-        self.deprecations += self._deprecated(choice, plugin)
         self._choices[label] = choice
         if not KINDS[choice.kind].many:
             self._providers[choice.kind] = (choice, plugin)
 
     def _check_implementations(self, choice: Choice, plugin: Any) -> None:
         origin = _origin(choice)
-        known = [name for kind in KINDS.values() for name in hooks_of(kind)]
+        fix = f"upgrade {choice.entry.distribution}, or tell its author" if choice.entry else "mend its class"
+        known = [name for kind in KINDS.values() for name in kind.hooks]
         for caller in self._manager.get_hookcallers(plugin) or ():
             if not caller.has_spec():
                 raise PluginContractError(
                     f"{origin} implements {caller.name}, which is no hook.{closest(caller.name, known)}{_mend(choice)}"
                 )
-            parameters = inspect.signature(getattr(plugin, caller.name)).parameters.values()
-            for parameter in parameters:
+            for parameter in inspect.signature(getattr(plugin, caller.name)).parameters.values():
                 if parameter.kind is parameter.KEYWORD_ONLY:
                     raise PluginContractError(
                         f"{origin} breaks the plugin contract: {caller.name} takes {parameter.name} by keyword only, "
                         "which would never be filled: leave out the '*' before it."
                     )
-
-    def _deprecated(self, choice: Choice, plugin: Any) -> list[str]:
-        found = []
-        for caller in self._manager.get_hookcallers(plugin) or ():
-            deprecated = deprecated_of(caller.spec.function if caller.spec else None)
-            for impl in caller.get_hookimpls():
-                # What a plugin inherits from plugframe's own bases is not its author's to fix.
-                # A function that was made by hand may have no module.
-                module = getattr(impl.function, "__module__", None) or ""
-                if impl.plugin is not plugin or module.startswith(f"{PROJECT}."):
-                    continue
-                whole = {f"implements {caller.name}": deprecated.hook} if deprecated.hook else {}
-                names = [name for name in deprecated.arguments if name in (*impl.argnames, *impl.kwargnames)]
-                parts = {f"takes {name} in {caller.name}": deprecated.arguments[name] for name in names}
-                found += [_deprecation(choice, does, instead) for does, instead in {**whole, **parts}.items()]
-        return found
+            uses = deprecated_uses(caller, plugin)
+            self.deprecations += [f"{origin} {use} To be rid of this, {fix}." for use in uses]
 
     def bind(self) -> BoundHooks:
         """Check that every provider hook has its one provider, and return the hooks.
@@ -126,18 +99,15 @@ class Pipeline:
         """
         bound = BoundHooks()
         for kind in KINDS.values():
-            for name in hooks_of(kind):
+            for name in kind.hooks:
                 if kind.many:
-                    self._bind_many(bound, name)
+                    caller = getattr(self._manager.hook, name)
+                    setattr(bound, name, caller if caller.get_hookimpls() else None)
                 elif kind.name in self._providers:
                     self._bind_provider(bound, kind, name)
                 else:
                     self._check_unused(kind, name)
         return bound
-
-    def _bind_many(self, bound: BoundHooks, name: str) -> None:
-        caller = getattr(self._manager.hook, name)
-        setattr(bound, name, caller if caller.get_hookimpls() else None)
 
     def _bind_provider(self, bound: BoundHooks, kind: Kind, name: str) -> None:
         choice, plugin = self._providers[kind.name]
@@ -167,24 +137,7 @@ class Pipeline:
             )
 
 
-def _deprecation(choice: Choice, does: str, instead: str) -> str:
-    mend = f"upgrade {choice.entry.distribution}, or tell its author" if choice.entry else "mend its class"
-    return f"{_origin(choice)} {does}, which is deprecated: {instead.rstrip('.')}. To be rid of this, {mend}."
-
-
 _MARK = "@plugframe.hookimpl"
-
-
-def _unmarked(plugin: Any, kind: str) -> list[str]:
-    """Return the hooks of its kind (of all, for a plugin that can wrap any) that a plugin overrides unmarked."""
-    kinds = KINDS.values() if KINDS[kind].many else (KINDS[kind],)
-    found = []
-    for name in (name for each in kinds for name in hooks_of(each)):
-        method = getattr(type(plugin), name, None)
-        marked = hasattr(method, f"{PROJECT}_impl") or hasattr(method, f"{PROJECT}_spec")
-        if callable(method) and not marked:
-            found.append(name)
-    return found
 
 
 def _origin(choice: Choice) -> str:
@@ -201,8 +154,7 @@ def _print_call(hook_name: str, hook_impls: Any, kwargs: Mapping[str, Any]) -> N
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, (int, float, bool)):
+        return str(value)
     shape = getattr(value, "shape", None)
-    if shape is not None:
-        return f"{type(value).__name__}{tuple(shape)}"
-    text = value if isinstance(value, (int, float, bool)) else type(value).__name__
-    return str(text)
+    return type(value).__name__ + ("" if shape is None else str(tuple(shape)))

@@ -13,13 +13,12 @@ from typing import Any, ClassVar
 import pytest
 
 from plugframe.core.planning.plan import Choice
-from plugframe.core.planning.plugin_objects import hooks_of
-from plugframe.core.registry.option_validation import disagreements
 from plugframe.core.registry.registry import Entry, Registry
-from plugframe.core.runtime.pipeline import check_hooks
 from plugframe.errors import MissingDependencyError, PlugframeError, PluginContractError, closest
 from plugframe.hooks import API, KINDS, Plugin
 from plugframe.testing.contracts.running import broken, one_line
+from plugframe.testing.option_check import disagreements
+from plugframe.tools.hook_check import check_hooks
 
 PUBLISHED = "Published (an entry point of the kind's group gives the name)"
 LIGHT = "Light (loading the descriptor imports neither torch nor anything the plugin requires)"
@@ -150,7 +149,7 @@ class PluginContract:
 
     def test_nothing_else_looks_like_a_hook(self) -> None:
         """A method that is named like a hook of the kind and is none would never be called."""
-        hooks = hooks_of(KINDS[self.kind])
+        hooks = KINDS[self.kind].hooks
         for name in dir(type(self.make())):
             if name.startswith(f"{self.kind}_") and name not in hooks:
                 broken(COMPLETE, f"{name} is no hook, and is named like one.{closest(name, hooks)}")

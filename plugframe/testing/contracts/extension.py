@@ -14,7 +14,6 @@ import torch
 
 from plugframe import base
 from plugframe.core.planning.plan import Choice
-from plugframe.core.planning.plugin_objects import hooks_of
 from plugframe.core.runtime.pipeline import Pipeline
 from plugframe.hooks import KINDS, Plugin, hookimpl
 from plugframe.hooks.context import Context
@@ -66,7 +65,7 @@ class ExtensionContract(PluginContract):
         marks = _marks(self.make())
         if not marks:
             broken(WRAPS, "no method of it is marked with @plugframe.hookimpl, so it would never be called")
-        notifications = hooks_of(KINDS["extension"])
+        notifications = KINDS["extension"].hooks
         for name, marked in marks.items():
             if name not in _all_hooks():
                 broken(WRAPS, f"{name} is no hook")
@@ -285,11 +284,11 @@ def _marks(plugin: Any) -> dict[str, dict[str, Any]]:
 
 
 def _all_hooks() -> list[str]:
-    return [name for kind in KINDS.values() for name in hooks_of(kind)]
+    return [name for kind in KINDS.values() for name in kind.hooks]
 
 
 def _spec_of(name: str) -> Any:
-    return next(getattr(kind.spec, name) for kind in KINDS.values() if name in hooks_of(kind))
+    return next(getattr(kind.spec, name) for kind in KINDS.values() if name in kind.hooks)
 
 
 def _parameters(name: str) -> list[str]:
@@ -340,8 +339,8 @@ def _pipeline(plugin: Any, called: _Called) -> Any:
 def _provider(kind: str, called: _Called) -> Any:
     """Return an object like a plugin of one rank, that notes the calls of one hook."""
     parent = getattr(base, kind.capitalize())
-    marked = [name for name in hooks_of(KINDS[kind]) if hasattr(getattr(parent, name), f"{PROJECT}_impl")]
-    own = [name for name in hooks_of(KINDS[kind]) if name not in marked or name == called.name]
+    marked = [name for name in KINDS[kind].hooks if hasattr(getattr(parent, name), f"{PROJECT}_impl")]
+    own = [name for name in KINDS[kind].hooks if name not in marked or name == called.name]
     return type(f"Noted{kind.capitalize()}", (parent,), {name: hookimpl(_method(name, called)) for name in own})()
 
 

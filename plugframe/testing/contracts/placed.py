@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from plugframe.core.planning.plugin_objects import hooks_of
 from plugframe.core.registry.registry import Entry, Registry
 from plugframe.errors import PluginError
 from plugframe.hooks import KINDS, Plugin
@@ -70,7 +69,7 @@ def context_of(
     found: dict[str, Any] = {}
     for plugin in plugins:
         for kind in KINDS.values():
-            found |= {name: getattr(plugin, name) for name in hooks_of(kind) if hasattr(plugin, name)}
+            found |= {name: getattr(plugin, name) for name in kind.hooks if hasattr(plugin, name)}
     return Context(
         world=world or World(),
         device=device,

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from plugframe.base import Extension
-from plugframe.core.planning.plugin_objects import hooks_of
 from plugframe.core.registry.registry import Registry
 from plugframe.errors import PlugframeError
 from plugframe.hooks import KINDS, hookimpl
@@ -635,7 +634,7 @@ def _counter() -> tuple[Extension, dict[str, int]]:
         hook.__name__ = name
         return hookimpl(wrapper=True)(hook)
 
-    wrapped = {name: wrapper(name) for name in hooks_of(KINDS["strategy"]) if name != "strategy_describe"}
+    wrapped = {name: wrapper(name) for name in KINDS["strategy"].hooks if name != "strategy_describe"}
     return type("Counter", (Extension,), wrapped)(), calls
 
 

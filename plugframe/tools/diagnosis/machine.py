@@ -14,7 +14,7 @@ from pathlib import Path
 
 from plugframe import __version__
 from plugframe.core._compat import metadata
-from plugframe.core.registry.registry import OWN_DISTRIBUTION
+from plugframe.core.registry.entry_points import OWN_DISTRIBUTION
 from plugframe.tools.diagnosis.finding import Finding
 
 AREA = "machine"

@@ -16,10 +16,11 @@ from typing import Any
 
 from plugframe.core._compat import metadata, tomllib
 from plugframe.core.planning.plan import Choice
-from plugframe.core.registry.registry import Entry, Registry, name_and_version, normalize
-from plugframe.core.runtime.pipeline import check_hooks
+from plugframe.core.registry.entry_points import Entry, name_and_version, normalize
+from plugframe.core.registry.registry import Registry
 from plugframe.errors import MissingDependencyError, PlugframeError
 from plugframe.tools.diagnosis.finding import Finding, Status
+from plugframe.tools.hook_check import check_hooks
 
 AREA = "plugins"
 Answer = tuple[Status, str]

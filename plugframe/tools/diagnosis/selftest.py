@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from plugframe.cli.shared_options import policy_variables
 from plugframe.core.registry.registry import Registry
 from plugframe.errors import PlugframeError, SettingError
 from plugframe.tools.diagnosis.finding import Finding
@@ -43,7 +44,7 @@ def look(registry: Registry) -> Iterator[Finding]:
             folder,
         ]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PLUGFRAME_")}
-        environment |= registry.policy.variables()
+        environment |= policy_variables(registry.policy)
         started = time.perf_counter()
         try:
             done = subprocess.run(

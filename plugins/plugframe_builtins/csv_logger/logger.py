@@ -11,6 +11,7 @@ from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe_builtins._shared.version_folder import new_version
+from plugframe_builtins.csv_logger import plugin
 from plugframe_builtins.csv_logger.table import STEP, Table
 
 
@@ -28,8 +29,7 @@ class CSVLogger(Logger):
     """
 
     def __init__(self, folder: str | os.PathLike[str] = "runs", *, flush_rows: int = 100) -> None:
-        if flush_rows < 1:
-            raise SettingError(f"flush_rows={flush_rows!r} does not fit: it is a number of rows from 1.")
+        plugin.validate(self, flush_rows=flush_rows)
         self.folder = Path(folder)
         self.flush_rows = flush_rows
         self.path: Path | None = None

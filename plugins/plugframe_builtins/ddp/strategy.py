@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from plugframe.base import Strategy
 from plugframe.deferred.module import is_deferred, materialize_module
-from plugframe.errors import OrderError, SettingError, UnsupportedError
+from plugframe.errors import OrderError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
@@ -28,6 +28,7 @@ from plugframe_builtins._shared.data_parallel.reducer import Backward
 from plugframe_builtins._shared.data_parallel.settings_check import MOST_RANKS, Ride
 from plugframe_builtins._shared.model_check import check_same_model
 from plugframe_builtins._shared.tensor_hooks import Hooked
+from plugframe_builtins.ddp import plugin
 from plugframe_builtins.ddp.batchnorm import sync_batchnorm
 from plugframe_builtins.ddp.compression import check_compression, make_sender
 
@@ -69,19 +70,17 @@ class DDP(Strategy):
         powersgd: Mapping[str, Any] | None = None,
         sync_batchnorm: bool = False,
     ) -> None:
-        flags = {
-            "find_unused_parameters": find_unused_parameters,
-            "static_graph": static_graph,
-            "gradient_as_bucket_view": gradient_as_bucket_view,
-            "broadcast_buffers": broadcast_buffers,
-            "sync_batchnorm": sync_batchnorm,
-        }
-        for name, flag in flags.items():
-            if not isinstance(flag, bool):
-                raise SettingError(f"{name}={flag!r} of strategy 'ddp' must be True or False.")
-        for name, number in {"bucket_cap_mb": bucket_cap_mb, "timeout_s": timeout_s}.items():
-            if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float)) or number <= 0):
-                raise SettingError(f"{name}={number!r} of strategy 'ddp' must be a number above 0, or None.")
+        plugin.validate(
+            self,
+            find_unused_parameters=find_unused_parameters,
+            static_graph=static_graph,
+            gradient_as_bucket_view=gradient_as_bucket_view,
+            bucket_cap_mb=bucket_cap_mb,
+            broadcast_buffers=broadcast_buffers,
+            timeout_s=timeout_s,
+            gradient_compression=gradient_compression,
+            sync_batchnorm=sync_batchnorm,
+        )
         check_compression(gradient_compression, powersgd)
         self.broadcast_buffers = broadcast_buffers
         self.timeout_s = timeout_s

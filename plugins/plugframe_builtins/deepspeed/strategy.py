@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from plugframe.base import sync_buffers
-from plugframe.errors import CheckpointError, OrderError, SettingError, UnsupportedError
+from plugframe.errors import CheckpointError, OrderError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe.utils.logging import warn_caller
 from plugframe_builtins.deepspeed import config as configs
+from plugframe_builtins.deepspeed import plugin
 from plugframe_builtins.deepspeed.clip import clip_by_norm, clip_by_value
 from plugframe_builtins.deepspeed.engine import Engine
 from plugframe_builtins.deepspeed.library import library
@@ -95,9 +97,10 @@ class DeepSpeed(SetUp):
             sub_group_size=sub_group_size,
             zero_hpz_partition_size=zero_hpz_partition_size,
         )
+        plugin.validate(
+            self, **asdict(self.options), shared_memory_op=shared_memory_op, build_timeout_s=build_timeout_s
+        )
         self.options.check()
-        if isinstance(build_timeout_s, bool) or not isinstance(build_timeout_s, (int, float)) or build_timeout_s <= 0:
-            raise SettingError(f"build_timeout_s={build_timeout_s!r} of strategy 'deepspeed' must be a number above 0.")
         self.shared_memory_op = shared_memory_op
         self.build_timeout_s = build_timeout_s
         super().__init__(configs.read_raw(config))

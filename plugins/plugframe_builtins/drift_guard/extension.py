@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from plugframe.base import Extension
 from plugframe.diagnostics.replicas import check_in_sync, check_replicated, named_tensors
-from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
+from plugframe_builtins.drift_guard import plugin
 
 
 class DriftGuard(Extension):
@@ -26,8 +26,7 @@ class DriftGuard(Extension):
     """
 
     def __init__(self, *, every: int = 100) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise SettingError(f"every={every!r} of extension 'drift-guard' must be a number of steps from 1.")
+        plugin.validate(self, every=every)
         self.every = every
         self._context: Context | None = None
         self._modules: list[weakref.ref[nn.Module]] = []

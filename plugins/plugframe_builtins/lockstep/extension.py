@@ -12,9 +12,10 @@ from torch import nn
 from plugframe.base import Extension
 from plugframe.diagnostics.call_log import END, CallLog
 from plugframe.diagnostics.instrument import call_log_of, record
-from plugframe.errors import CollectiveMismatchError, SettingError
+from plugframe.errors import CollectiveMismatchError
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
+from plugframe_builtins.lockstep import plugin
 from plugframe_builtins.lockstep.channel import Channel
 from plugframe_builtins.lockstep.difference import Word, difference
 
@@ -52,8 +53,7 @@ class Lockstep(Extension):
     """
 
     def __init__(self, *, sites: bool = True) -> None:
-        if not isinstance(sites, bool):
-            raise SettingError(f"sites={sites!r} of extension 'lockstep' must be True or False.")
+        plugin.validate(self, sites=sites)
         self.sites = sites
         self._context: Context | None = None
         self._calls: CallLog | None = None

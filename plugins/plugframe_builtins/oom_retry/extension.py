@@ -13,7 +13,7 @@ from plugframe.errors import OrderError, SettingError
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe.utils.logging import warn_caller
-from plugframe_builtins.oom_retry import batches
+from plugframe_builtins.oom_retry import batches, plugin
 from plugframe_builtins.oom_retry.averaging import Units
 from plugframe_builtins.oom_retry.before import NEW, Before
 from plugframe_builtins.oom_retry.mean import Mean
@@ -70,9 +70,7 @@ class OomRetry(Extension):
     """
 
     def __init__(self, *, min_micro_batch: int = 1, micro_batch: int | None = None) -> None:
-        for name, number in {"min_micro_batch": min_micro_batch, "micro_batch": micro_batch}.items():
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-                raise SettingError(f"{name}={number!r} of extension 'oom-retry' must be a number of samples from 1.")
+        plugin.validate(self, min_micro_batch=min_micro_batch, micro_batch=micro_batch)
         if micro_batch is not None and micro_batch < min_micro_batch:
             raise SettingError(
                 f"micro_batch={micro_batch} of extension 'oom-retry' is below min_micro_batch={min_micro_batch}."

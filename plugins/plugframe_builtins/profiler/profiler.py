@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from plugframe.base import Extension
-from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe.utils.logging import warn_caller
+from plugframe_builtins.profiler import plugin
 from plugframe_builtins.profiler.trace import Trace
 
 
@@ -51,8 +51,7 @@ class Profiler(Extension):
         max_events: int = 200_000,
         synchronize: bool = False,
     ) -> None:
-        if max_events < 1:
-            raise SettingError(f"max_events={max_events!r} does not fit: it is a number of events from 1.")
+        plugin.validate(self, max_events=max_events, synchronize=synchronize)
         self.path = Path(path)
         self.max_events = max_events
         self.synchronize = synchronize

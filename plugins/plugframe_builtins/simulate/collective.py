@@ -7,12 +7,12 @@ from typing import Any
 from plugframe.base import failing, tell
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
-from plugframe_builtins._shared.torch_collective.collective import TorchCollective
+from plugframe_builtins._shared.torch_collective.collective import ProcessGroupCollective
 from plugframe_builtins.simulate.group import BACKEND, register
 from plugframe_builtins.simulate.traffic import Traffic
 
 
-class SimulatedCollective(TorchCollective):
+class SimulatedCollective(ProcessGroupCollective):
     """``torch.distributed`` over a process group that sends nothing; at tear-down it tells what would have been sent.
 
     Everything else is the torch collective: what ranks agree on beforehand, what is refused, shapes and dtypes.

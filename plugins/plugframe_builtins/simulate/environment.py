@@ -9,6 +9,7 @@ from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe.hooks.world import World
+from plugframe_builtins.simulate import as_environment
 
 
 class Simulated(Environment):
@@ -20,8 +21,7 @@ class Simulated(Environment):
     name = "simulate"
 
     def __init__(self, *, ranks: int | None = None) -> None:
-        if ranks is not None and ranks < 1:
-            raise SettingError(f"ranks={ranks} of environment 'simulate': it is a whole number from 1.")
+        as_environment.validate(self, ranks=ranks)
         self._ranks = ranks
         self._per_node = 1
 

@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
-from plugframe_builtins._shared.torch_collective.collective import TorchCollective
+from plugframe_builtins._shared.torch_collective.collective import ProcessGroupCollective
+from plugframe_builtins.torch_collective import plugin
 
-__all__ = ["TorchCollective"]
+
+class TorchCollective(ProcessGroupCollective):
+    """Exchange tensors and objects through a ``torch.distributed`` process group.
+
+    A process group that is initialised already is used as it is, and stays at tear-down. Every exchange of
+    tensors first compares what the ranks are about to send, so that a difference is an error on all of them.
+
+    Args:
+        backend: a ``torch.distributed`` backend, ``"gloo"`` or by device ``"cpu:gloo,cuda:nccl"``; by default
+            what the accelerator asks for.
+        timeout_s: seconds an exchange may take before it is an error; by default ``--timeout``, else 1800.
+    """
+
+    def __init__(self, *, backend: str | None = None, timeout_s: float | None = None) -> None:
+        plugin.validate(self, backend=backend, timeout_s=timeout_s)
+        super().__init__(backend=backend, timeout_s=timeout_s)

@@ -463,12 +463,12 @@ def trains_on_one_rank(context: Context) -> None:
     [
         (
             {"gradient_compression": "fp_16"},
-            r"'fp_16' is not known: use None or one of 'fp16', .* Did you mean 'fp16'\?",
+            r"DDP\(gradient_compression='fp_16'\): it is one of fp16, bf16, powersgd\. Did you mean 'fp16'\?",
         ),
         ({"powersgd": {}}, r"powersgd=\{\} has no effect: it goes with gradient_compression='powersgd'"),
-        ({"static_graph": "yes"}, "static_graph='yes' of strategy 'ddp' must be True or False"),
-        ({"bucket_cap_mb": 0}, "bucket_cap_mb=0 of strategy 'ddp' must be a number above 0, or None"),
-        ({"timeout_s": True}, "timeout_s=True of strategy 'ddp' must be a number above 0, or None"),
+        ({"static_graph": "yes"}, r"DDP\(static_graph='yes'\): it is true or false"),
+        ({"bucket_cap_mb": 0}, r"DDP\(bucket_cap_mb=0\): it is a whole number above 0"),
+        ({"timeout_s": True}, r"DDP\(timeout_s=True\): it is a number above 0"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:

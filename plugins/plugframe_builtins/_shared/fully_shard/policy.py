@@ -32,14 +32,12 @@ def check_policy(policy: Any) -> None:
             _dtype(name, value)
 
 
-def check_switches(strategy: str, cpu_offload: Any, reshard_after_forward: Any, compile: Any) -> None:
+def check_switches(strategy: str, reshard_after_forward: Any, compile: Any) -> None:
     """Refuse options of a wrong type.
 
     Raises:
         SettingError: saying what to pass.
     """
-    if not isinstance(cpu_offload, bool):
-        raise SettingError(f"cpu_offload={cpu_offload!r} of strategy {strategy!r} must be True or False.")
     if reshard_after_forward is not None and not isinstance(reshard_after_forward, int):
         raise SettingError(
             f"reshard_after_forward={reshard_after_forward!r} of strategy {strategy!r} must be True, False or a "

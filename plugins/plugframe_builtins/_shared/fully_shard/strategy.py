@@ -15,9 +15,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from plugframe import Plugin
 from plugframe.base import Strategy
 from plugframe.deferred.module import deferring, is_deferred, records
-from plugframe.errors import OrderError, SettingError, UnsupportedError
+from plugframe.errors import OrderError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
@@ -35,10 +36,14 @@ from plugframe_builtins._shared.sharding.layout import check_odd, lay_out
 from plugframe_builtins._shared.sharding.materialization import share_out
 from plugframe_builtins._shared.sharding.mesh import check_mesh, make_mesh
 from plugframe_builtins._shared.sharding.optimizer_remapping import Successors
+from plugframe_builtins._shared.sharding.options import OPTIONS
 from plugframe_builtins._shared.sharding.parameter import as_sharded
 from plugframe_builtins._shared.sharding.plain_states import take_plain_states
 from plugframe_builtins._shared.sharding.state import load_module_state, load_optimizer_state, whole
 from plugframe_builtins._shared.sharding.uneven_evaluation import Company
+
+#: The options that strategies of this kind have in common.
+_DECLARED = Plugin(factory=f"{__name__}:FullyShardedStrategy", options=OPTIONS)
 
 
 class FullyShardedStrategy(Strategy):
@@ -70,9 +75,8 @@ class FullyShardedStrategy(Strategy):
         check_mesh(self.name, mesh, self.axes)
         if not isinstance(activation_checkpointing, bool):
             check_units(activation_checkpointing)
-        self._check_number("unit_min_numel", unit_min_numel, least=1)
-        self._check_number("prefetch", prefetch, least=0)
-        check_switches(self.name, cpu_offload, reshard_after_forward, compile)
+        _DECLARED.validate(self, unit_min_numel=unit_min_numel, prefetch=prefetch, cpu_offload=cpu_offload)
+        check_switches(self.name, reshard_after_forward, compile)
         self.units = units
         self.unit_min_numel = unit_min_numel
         self.reshard_after_forward = reshard_after_forward
@@ -89,10 +93,6 @@ class FullyShardedStrategy(Strategy):
         self._channel: Channel | None = None
         self._together: Sequence[Optimizer] = ()
         self._undo = ExitStack()
-
-    def _check_number(self, name: str, value: Any, *, least: int) -> None:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise SettingError(f"{name}={value!r} of strategy {self.name!r} must be a whole number from {least} on.")
 
     @hookimpl
     def strategy_setup(self, context: Context) -> None:

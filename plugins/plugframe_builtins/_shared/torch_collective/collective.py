@@ -28,7 +28,7 @@ from plugframe_builtins._shared.torch_collective.reduction import Reduction
 DEFAULT_TIMEOUT_S = 1800.0
 
 
-class TorchCollective(Collective):
+class ProcessGroupCollective(Collective):
     """Exchange tensors and objects through a ``torch.distributed`` process group.
 
     A process group that is initialised already is used as it is, and stays at tear-down. Every exchange of
@@ -41,8 +41,6 @@ class TorchCollective(Collective):
     """
 
     def __init__(self, *, backend: str | None = None, timeout_s: float | None = None) -> None:
-        if timeout_s is not None and not timeout_s > 0:
-            raise SettingError(f"timeout_s={timeout_s!r} of the torch collective must be a number of seconds above 0.")
         self.backend = backend
         self.timeout_s = timeout_s
         self._undo = ExitStack()
@@ -300,7 +298,7 @@ class _Gather(torch.autograd.Function):
     """All-gather; its backward hands every rank the sum of the gradients of its row."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, collective: TorchCollective, peers: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, collective: ProcessGroupCollective, peers: dist.ProcessGroup) -> Tensor:
         ctx.rest = collective, peers
         return collective._gather(tensor, peers)
 
@@ -313,7 +311,7 @@ class _Scatter(torch.autograd.Function):
     """Reduce-scatter by sum, the transpose of all-gather: so that gradients of gradients are right too."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, collective: TorchCollective, peers: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, collective: ProcessGroupCollective, peers: dist.ProcessGroup) -> Tensor:
         ctx.rest = collective, peers
         return collective.collective_reduce_scatter(tensor=rows, op="sum", group=peers)
 
@@ -322,6 +320,6 @@ class _Scatter(torch.autograd.Function):
         return _gather_with_grads(grads[0], *ctx.rest), None, None
 
 
-def _gather_with_grads(tensor: Tensor, collective: TorchCollective, peers: dist.ProcessGroup) -> Tensor:
+def _gather_with_grads(tensor: Tensor, collective: ProcessGroupCollective, peers: dist.ProcessGroup) -> Tensor:
     result: Tensor = _Gather.apply(tensor, collective, peers)  # type: ignore[no-untyped-call]
     return result

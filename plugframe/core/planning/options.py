@@ -1,62 +1,72 @@
-"""Options meet the plugins they are for: every choice of a plan gets its own, read and checked."""
+"""Options of the plugins that were chosen: each gets those that were given for it, read and checked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from plugframe.core.config.options import MANY, Given, plain, read
+from plugframe.core.config.options import Given, plain, read
+from plugframe.core.config.request import Request, Setting
+from plugframe.core.planning.installed import Installed
 from plugframe.core.planning.plan import Choice, OptionValue
-from plugframe.errors import SettingError, closest
+from plugframe.errors import SettingError, UsageError, closest
+from plugframe.hooks.kinds import KINDS
+
+Note = Callable[[str], object]
 
 
-def configure(
-    choice: Choice, given: Sequence[Given], *, same: Callable[[str], bool], note: Callable[[str], None]
-) -> Choice:
-    """Return the choice with the options that were given for the kind it is the only one of.
-
-    Args:
-        choice: the selected plugin; with an instance only if the user made it.
-        given: the options of its kind.
-        same: says whether a name a settings file selects is this plugin's.
-        note: takes what has no effect.
+def configured(choice: Choice, request: Request, installed: Installed) -> Choice:
+    """Return the choice of a kind of one plugin with the options that were given for it.
 
     Raises:
         SettingError: for an option the plugin does not have, a wrong value, or options of an object in the code.
     """
-    elsewhere = [each for each in given if each.by == "file" and each.plugin and not same(each.plugin)]
+    given = [each for each in request.options if each.kind == choice.kind]
+
+    def of_another(each: Given) -> bool:
+        """Return whether a settings file gives the option to a plugin that it selects, and that is not this one."""
+        if each.by != "file" or not each.plugin:
+            return False
+        try:
+            return installed.choose(choice.kind, Setting(each.plugin, "")).qualified != choice.qualified
+        except UsageError:
+            return True  # not installed, and not asked for either: something stronger was
+
+    elsewhere = [each for each in given if of_another(each)]
     if elsewhere:
-        note(_of_another(elsewhere, choice))
-    return _configured(choice, [each for each in given if each not in elsewhere], note)
+        installed.note(_of_another(elsewhere, choice))
+    return _configured(choice, [each for each in given if each not in elsewhere], installed.note)
 
 
-def configure_many(choices: Sequence[Choice], given: Sequence[Given], note: Callable[[str], None]) -> list[Choice]:
+def all_configured(kind: str, choices: Sequence[Choice], request: Request, installed: Installed) -> tuple[Choice, ...]:
     """Return the choices of a kind any number of which can be in use, each with the options for its name.
 
     Raises:
-        SettingError: as `configure`, and for options of a plugin that is not in use.
+        SettingError: as `configured`, and for options of a plugin that is not in use.
     """
-    configured = []
+    given = [each for each in request.options if each.kind == kind]
+    found = []
     for choice in choices:
         mine = [each for each in given if _is_for(each, choice)]
         named = any(other.instance is None and other.qualified == choice.qualified for other in choices)
         # Beside a named one, an object of the same class has options of its own.
-        configured.append(choice if choice.instance is not None and named else _configured(choice, mine, note))
+        found.append(choice if choice.instance is not None and named else _configured(choice, mine, installed.note))
     for each in given:
         if not any(_is_for(each, choice) for choice in choices):
             # A file may hold options of plugins for the day they are used.
-            _refuse(_not_in_use(each, choices), note if each.by != "command" else None)
-    return configured
+            _refuse(_not_in_use(each, choices), installed.note if each.by != "command" else None)
+    return tuple(found)
 
 
-def _configured(choice: Choice, given: Sequence[Given], note: Callable[[str], None]) -> Choice:
+def _configured(choice: Choice, given: Sequence[Given], note: Note) -> Choice:
+    if not given:
+        return choice
     strongest = {each.name: each for each in sorted(given, key=lambda each: each.by != "file")}
     if choice.instance is not None:
         for each in strongest.values():
             if each.by != "file":
                 raise SettingError(_made_already(each, choice))
-        if strongest:
-            note(_of_another(list(strongest.values()), choice))
+        note(_of_another(list(strongest.values()), choice))
         return choice
     declared = {option.name: option for option in choice.descriptor.options}
     found = []
@@ -76,7 +86,7 @@ def _configured(choice: Choice, given: Sequence[Given], note: Callable[[str], No
     return replace(choice, options=tuple(found))
 
 
-def _refuse(message: str, note: Callable[[str], None] | None) -> None:
+def _refuse(message: str, note: Note | None) -> None:
     if note is None:
         raise SettingError(message)
     note(f"{message} This has no effect.")
@@ -111,7 +121,7 @@ def _not_in_use(given: Given, choices: Sequence[Choice]) -> str:
     hint = closest(given.plugin, [choice.name for choice in choices])
     return (
         f"{given.shown}: {given.kind} {given.plugin!r} is not in use.{hint} In use: {used}; "
-        f"{'--' if given.by == 'command' else ''}{MANY[given.kind]}={given.plugin} adds it."
+        f"{'--' if given.by == 'command' else ''}{KINDS[given.kind].setting}={given.plugin} adds it."
     )
 
 

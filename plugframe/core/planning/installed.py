@@ -1,0 +1,107 @@
+"""The installed plugins as choices: by name, as an object of the user's, or all that ``"auto"`` may pick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from plugframe.core.config.request import Setting
+from plugframe.core.planning.plan import Choice
+from plugframe.core.registry.catalogue import Catalogue
+from plugframe.errors import PluginError, PluginLoadError, SettingError, article, shown
+from plugframe.hooks.descriptor import Plugin
+from plugframe.hooks.kinds import KINDS
+
+
+def is_name(value: Any) -> bool:
+    """Return whether a setting names a plugin, and is not an object."""
+    return isinstance(value, (str, int))
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What there is to choose from.
+
+    Attributes:
+        catalogue: the registry.
+        note: takes a sentence about what was passed over, or has no effect.
+    """
+
+    catalogue: Catalogue
+    note: Callable[[str], object]
+
+    def choose(self, kind: str, setting: Setting) -> Choice:
+        """Return the choice for a setting that is a name or an object; an alias is followed.
+
+        Raises:
+            UsageError: if no such plugin is installed or may be used, or the object is none.
+            PluginLoadError: if its package is broken.
+        """
+        reason = f"asked for in {setting.source}"
+        if not is_name(setting.value):
+            return self._choose_object(kind, setting.value, reason)
+        entry = self.catalogue.find(kind, str(setting.value))
+        descriptor = self.catalogue.describe(entry)
+        if descriptor.alias_of:
+            alias, reason = entry, f"{str(setting.value)!r} stands for it, {reason}"
+            entry = self.catalogue.find(kind, descriptor.alias_of)
+            descriptor = self.catalogue.describe(entry)
+            if descriptor.alias_of:
+                raise PluginLoadError(f"{alias.origin} is broken: it stands for {entry.name!r}, which is an alias too.")
+        if descriptor.best_of and kind != "accelerator":
+            raise PluginLoadError(f"{entry.origin} is broken: best_of= is for accelerators.")
+        return Choice(kind=kind, name=entry.name, reason=reason, descriptor=descriptor, entry=entry)
+
+    def _choose_object(self, kind: str, instance: Any, reason: str) -> Choice:
+        """Return the choice for an object, with the descriptor its class is published under, if it is."""
+        if isinstance(instance, type) or not KINDS[kind].provided_by(instance):
+            hint = " No method of it is marked with @plugframe.hookimpl." if kind == "extension" else ""
+            if isinstance(instance, type):
+                hint = f" Pass an instance: {instance.__name__}()."
+            raise SettingError(
+                f"{kind}={shown(instance)} is neither the name of a plugin nor {article(kind)} object.{hint}"
+            )
+        cls = type(instance)
+        own = getattr(cls, "plugin", None)
+        name, entry = cls.__name__, None
+        descriptor = own if isinstance(own, Plugin) else Plugin(factory=f"{cls.__module__}:{cls.__qualname__}")
+        for each in self.catalogue.entries(kind):
+            try:
+                published = self.catalogue.describe(each)
+            except PluginError:
+                continue  # somebody else's broken package
+            if published.made(instance) and not published.preset:
+                name, entry, descriptor = each.name, each, published
+                break
+        return Choice(kind=kind, name=name, reason=reason, descriptor=descriptor, entry=entry, instance=instance)
+
+    def candidates(self, kind: str) -> list[Choice]:
+        """Return what ``"auto"`` may pick, by priority. A plugin that is broken or lacks something is noted."""
+        found: list[Choice] = []
+        for entry in self.catalogue.entries(kind):
+            if self.catalogue.shadowed(entry):
+                continue
+            try:
+                descriptor = self.catalogue.describe(entry)
+                if descriptor.priority is None or not descriptor.factory:
+                    continue
+                absent = self.catalogue.absent(entry)
+            except PluginError as error:
+                self.note(str(error))
+                continue
+            if absent:
+                self.note(f"{entry.origin} needs {absent}. It was passed over under {kind}='auto'.")
+                continue
+            reason = f"auto: priority {descriptor.priority}"
+            found.append(Choice(kind=kind, name=entry.name, reason=reason, descriptor=descriptor, entry=entry))
+        return sorted(found, key=lambda choice: -(choice.descriptor.priority or 0))
+
+    def make(self, choice: Choice) -> Choice:
+        """Return the choice with its plugin object, to ask it about this machine."""
+        return replace(choice, instance=choice.make(self.catalogue))
+
+    def refused(self, kind: str) -> str:
+        """Return what is installed of a kind and must not be used, to follow a message; empty if nothing is."""
+        told = [f"{entry.origin} is {why}." for entry, why in self.catalogue.refused(kind).items()]
+        return "".join(f" {each}" for each in told[:3]) + (f" So are {len(told) - 3} more." if told[3:] else "")
