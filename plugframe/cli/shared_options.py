@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from plugframe.core.registry.policy import OPTION, handed
+from plugframe.utils.environment import environment
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,15 +28,4 @@ def disabling(command: F) -> F:
 
 def _disable(context: click.Context, _: click.Parameter, words: tuple[str, ...]) -> None:
     variables = handed(words, os.environ)
-    before = {name: os.environ.get(name) for name in variables}
-
-    def undo() -> None:
-        for name, text in before.items():
-            if text is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = text
-
-    if variables:
-        os.environ.update(variables)
-        context.call_on_close(undo)
+    context.with_resource(environment(variables))
