@@ -21,7 +21,7 @@ from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe.utils.logging import warn_caller
 from plugframe.utils.registrations import Registrations
-from plugframe_builtins._shared.broadcast import send_from_first
+from plugframe_builtins._shared.broadcast import broadcast_from_first
 from plugframe_builtins._shared.data_parallel.buckets import Send
 from plugframe_builtins._shared.data_parallel.engine import Engine
 from plugframe_builtins._shared.data_parallel.reducer import Backward
@@ -139,7 +139,7 @@ class DDP(Strategy):
             self._undo.callback(sync_batchnorm(module, warn=self.context.world.global_rank == 0))
         if not any(True for _ in module.parameters()):
             check_same_model(module, self.context.hooks)
-            send_from_first(module.buffers(), self._group)
+            broadcast_from_first(module.buffers(), self._group)
             return None
         engine = Engine(
             module,

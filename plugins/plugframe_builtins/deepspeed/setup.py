@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from plugframe.base import Strategy
+from plugframe.base import Strategy, overwrite, stored
 from plugframe.deferred.module import deferring, materialize_module
 from plugframe.errors import UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
@@ -145,7 +145,8 @@ class SetUp(Strategy):
     def _broadcast(self, tensor: Tensor) -> None:
         """Give every rank rank 0's values."""
         if self.context.world.world_size > 1:
-            tensor.copy_(self.context.hooks.collective_broadcast(tensor=tensor.detach(), src=0, group=None))
+            own = stored(tensor.detach())
+            overwrite(own, self.context.hooks.collective_broadcast(tensor=own, src=0, group=None))
 
     @property
     def _rounds_to(self) -> torch.dtype | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from plugframe.base import ForwardShim, map_tensors, persistent_buffers, sync_buffers
+from plugframe.base import ForwardShim, map_tensors, replicated_buffers, sync_buffers
 from plugframe.errors import CollectiveMismatchError, OrderError, UnsupportedError, UsageError
 from plugframe_builtins._shared.fully_shard.added_parameters import check_added
 from plugframe_builtins._shared.fully_shard.gathered_copies import GatheredCopies
@@ -96,7 +96,7 @@ class Engine:
         self._sharded = sharded
         self._units = tuple(units)
         self._strategy = strategy
-        self._has_buffers = bool(persistent_buffers(shim.module))
+        self._has_buffers = bool(replicated_buffers(shim.module))
         self._company = company
         self._number = company.join(self)
         self._averages = True

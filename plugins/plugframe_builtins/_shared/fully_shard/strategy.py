@@ -15,7 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from plugframe.base import Strategy
+from plugframe.base import Strategy, overwrite, stored
 from plugframe.deferred.module import deferring, is_deferred, records
 from plugframe.errors import OrderError, SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
@@ -248,7 +248,8 @@ class FullyShardedStrategy(Strategy):
     def _broadcast(self, tensor: Tensor) -> None:
         """Give every rank rank 0's values."""
         if self.context.world.world_size > 1:
-            tensor.copy_(self.context.hooks.collective_broadcast(tensor=tensor.detach(), src=0, group=None))
+            own = stored(tensor.detach())
+            overwrite(own, self.context.hooks.collective_broadcast(tensor=own, src=0, group=None))
 
     @hookimpl
     def strategy_setup_optimizers(
