@@ -84,9 +84,9 @@ class Engine:
         self._reducer.local.clear()
 
     @property
-    def rides(self) -> bool:
-        """Whether something else travels with the gradients."""
-        return self._reducer.rides
+    def checks_settings(self) -> bool:
+        """Whether the settings of optimizers travel with the gradients."""
+        return self._reducer.checks_settings
 
     @property
     def averages(self) -> bool:
