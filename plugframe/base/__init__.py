@@ -12,8 +12,9 @@ from plugframe.base.launcher import Launcher
 from plugframe.base.logger import Logger
 from plugframe.base.precision import Precision, cast_floating, default_dtype
 from plugframe.base.strategy import ForwardShim, Strategy
-from plugframe.utils.buffers import overwrite, persistent_buffers, stored, sync_buffers
+from plugframe.utils.buffers import replicated_buffers, sync_buffers
 from plugframe.utils.devices import parse_devices
+from plugframe.utils.expanded import overwrite, stored
 from plugframe.utils.gathered import is_gathered, mark_gathered
 from plugframe.utils.logging import failing, size_text, tell, warn_caller
 from plugframe.utils.references import repoint
@@ -43,8 +44,8 @@ __all__ = [
     "overwrite",
     "pack",
     "parse_devices",
-    "persistent_buffers",
     "private_store",
+    "replicated_buffers",
     "repoint",
     "size_text",
     "stored",

@@ -13,7 +13,7 @@ from plugframe.checkpoint.stored import materialize
 from plugframe.deferred.module import deferring, materialize_module
 from plugframe.hooks import Engine, StrategySpec, hookimpl
 from plugframe.hooks.context import Context
-from plugframe.utils.buffers import load_expanded
+from plugframe.utils.expanded import load_expanded
 
 
 class ForwardShim(nn.Module):

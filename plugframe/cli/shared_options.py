@@ -11,6 +11,7 @@ import click
 from plugframe.core.registry.entry_points import OWN_DISTRIBUTION, normalize
 from plugframe.core.registry.policy import MARK, OPTION, Allowed, Policy, split
 from plugframe.hooks.variables import ALLOW, DISABLE, FROM_COMMAND_LINE
+from plugframe.utils.environment import environment
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -65,16 +66,4 @@ def _common(lists: Sequence[Allowed]) -> list[str]:
 
 
 def _disable(context: click.Context, _: click.Parameter, words: tuple[str, ...]) -> None:
-    variables = disabled_variables(words, os.environ)
-    before = {name: os.environ.get(name) for name in variables}
-
-    def undo() -> None:
-        for name, text in before.items():
-            if text is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = text
-
-    if variables:
-        os.environ.update(variables)
-        context.call_on_close(undo)
+    context.with_resource(environment(disabled_variables(words, os.environ)))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, cast
 
@@ -28,6 +27,7 @@ from plugframe.errors import EnvironmentMismatchError, UsageError
 from plugframe.launch.nodes import ElsewhereError, Nodes, Patient
 from plugframe.launch.rendezvous import listening, serve
 from plugframe.launch.signed import Signed
+from plugframe.utils.environment import environment
 
 #: How long a round waits for more nodes once the fewest are there.
 LAST_CALL_S = 5.0
@@ -205,16 +205,6 @@ class Elastic(Nodes):
             self._torch.set_closed()  # so that nobody begins another round
 
 
-@contextmanager
-def _no_shared_store() -> Iterator[None]:
+def _no_shared_store() -> AbstractContextManager[None]:
     """Keep torch from making a store for the ranks: it would tell its address in the first round alone."""
-    name = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    return environment({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})

@@ -6,10 +6,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing import SignalException
+
+from plugframe.utils.environment import environment
 
 #: torch's wrapper that times the agent's calls. An exception that rises in its first line becomes an UnboundLocalError.
 _FRAGILE = "torch.distributed.elastic.metrics.api"
@@ -50,10 +53,10 @@ class Signals:
         self._on_interrupt = on_interrupt
         self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
-        self._variable = os.environ.get(TORCH_SIGNALS)
+        self._undo = ExitStack()
 
     def __enter__(self) -> Signals:
-        os.environ[TORCH_SIGNALS] = "NONE"
+        self._undo.enter_context(environment({TORCH_SIGNALS: "NONE"}))
         if threading.current_thread() is threading.main_thread():
             for number in (*_HANDLED, WARNING):
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -63,10 +66,7 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
-        if self._variable is None:
-            os.environ.pop(TORCH_SIGNALS, None)
-        else:
-            os.environ[TORCH_SIGNALS] = self._variable
+        self._undo.close()
 
     def check(self) -> None:
         """Raise for a signal that came where raising would have been lost."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from plugframe.hooks.launcher import Job
 from plugframe.hooks.variables import JOB_SEED, LAUNCHED, TOKEN
 from plugframe.launch.inheritance import unmarked
+from plugframe.utils.environment import environment
 
 
 @contextmanager
@@ -24,17 +25,8 @@ def variables_of_ranks(job: Job, extra: Mapping[str, str]) -> Iterator[None]:
     if "OMP_NUM_THREADS" not in os.environ:
         # One process for each core's worth of threads: the default, all cores in every rank, is many times slower.
         wanted.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // job.num_processes)))
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        with unmarked():
-            yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    with environment(wanted), unmarked():
+        yield
 
 
 def _num_cores() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 import sys
 import tempfile
@@ -81,16 +80,14 @@ def fake_cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mapping[str, 
 def _plugframe_own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """From here on temporary files have a folder of their own, so that what a test leaves there is seen."""
     tmp_path_factory.getbasetemp()  # that of pytest stays where it is looked for
-    before, folder = os.environ.get("TMPDIR"), tempfile.mkdtemp(prefix="plugframe-tests-")
-    os.environ["TMPDIR"] = folder
+    from plugframe.utils.environment import environment
+
+    folder = tempfile.mkdtemp(prefix="plugframe-tests-")
+    with environment({"TMPDIR": folder}):
+        tempfile.tempdir = None
+        yield
+        shutil.rmtree(folder, ignore_errors=True)
     tempfile.tempdir = None
-    yield
-    shutil.rmtree(folder, ignore_errors=True)
-    tempfile.tempdir = None
-    if before is None:
-        del os.environ["TMPDIR"]
-    else:
-        os.environ["TMPDIR"] = before
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,7 @@ import torch.distributed as dist
 
 from plugframe.hooks.variables import RANK
 from plugframe.hooks.world import World
+from plugframe.utils.environment import environment
 
 #: How long the other ranks may take to end by themselves once one has failed.
 GRACE_S = 5.0
@@ -68,7 +69,8 @@ def run_ranks(
         RanksFailed: with the traceback and the last output of every rank that failed.
     """
     processes = get_context("forkserver")
-    with _store() as port, _output() as folder, _one_thread():
+    # The fork server starts, and imports torch, with one thread.
+    with _store() as port, _output() as folder, environment({"OMP_NUM_THREADS": "1"}):
         _keep_helpers_files_apart()
         processes.set_forkserver_preload(["plugframe.testing.preload", "pytest"])
         call = pickle.dumps((fn, args))
@@ -158,28 +160,13 @@ def _output() -> Iterator[Path]:
 
 def _keep_helpers_files_apart() -> None:
     """Have the fork server's socket in the system's temporary folder, since it outlives the test's own."""
-    before, variable = tempfile.tempdir, os.environ.pop("TMPDIR", None)
-    tempfile.tempdir = None
-    try:
-        get_temp_dir()
-    finally:
-        tempfile.tempdir = before
-        if variable is not None:
-            os.environ["TMPDIR"] = variable
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Have the fork server start, and import torch, with one thread."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+    before = tempfile.tempdir
+    with environment({"TMPDIR": None}):
+        tempfile.tempdir = None
+        try:
+            get_temp_dir()
+        finally:
+            tempfile.tempdir = before
 
 
 def _variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:

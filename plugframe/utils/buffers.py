@@ -2,64 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from plugframe.utils.broadcast import broadcast_tensors
 from plugframe.utils.shards import is_shard
 
 
-@torch.no_grad()
-def sync_buffers(module: nn.Module, hooks: Any) -> None:
-    """Give every rank rank 0's buffers, in one broadcast for each dtype. Every rank must call it.
+def replicated_buffers(module: nn.Module) -> list[Tensor]:
+    """Return the buffers that are kept equal on all ranks, each once: all that a forward may change.
 
-    Of all buffers those that a checkpoint holds: what is not persistent is computed (masks, tables of positions).
+    As under torch's ``DistributedDataParallel``, whether a checkpoint holds them (``persistent=True``) does not
+    matter. Left out are those that are split over ranks, not dense, or empty.
     """
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for buffer in persistent_buffers(module):
-        by_dtype.setdefault(buffer.dtype, []).append(buffer)
-    for buffers in by_dtype.values():
-        flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-        sent = hooks.collective_broadcast(tensor=flat, src=0, group=None)
-        for buffer, piece in zip(buffers, torch.split(sent, [buffer.numel() for buffer in buffers]), strict=True):
-            overwrite(buffer, piece.view(buffer.shape))
+    dense = (buffer for buffer in module.buffers() if buffer.layout is torch.strided and buffer.numel())
+    return [buffer for buffer in dense if not is_shard(buffer)]
 
 
-def persistent_buffers(module: nn.Module) -> list[Tensor]:
-    """Return the buffers that are in the module's state, each once; those that are split over ranks left out."""
-    names = set(module.state_dict(keep_vars=True))
-    named = module.named_buffers()
-    return [buffer for name, buffer in named if name in names and not is_shard(buffer) and buffer.numel()]
-
-
-def stored(tensor: Tensor) -> Tensor:
-    """Return a view that has each stored element once: an expanded tensor cannot be written as it is."""
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if size > 1 and stride == 0:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
-
-
-@torch.no_grad()
-def overwrite(tensor: Tensor, value: Tensor) -> None:
-    """Copy `value`, of the same shape, into `tensor`, which may be expanded, or made under ``inference_mode``."""
-    target = stored(tensor)
-    for dim, size in enumerate(target.shape):
-        value = value.narrow(dim, 0, size)
-    if target.is_inference():  # writable only there
-        with torch.inference_mode():
-            target.copy_(value)
-    else:
-        target.copy_(value)
-
-
-def load_expanded(module: torch.nn.Module, state: dict[str, Any]) -> list[str]:
-    """Load those buffers that are expanded, which ``load_state_dict`` cannot write; return their names."""
-    found = []
-    for name, buffer in module.named_buffers():
-        value = state.get(name)
-        if isinstance(value, Tensor) and stored(buffer) is not buffer and value.shape == buffer.shape:
-            overwrite(buffer, value)
-            found.append(name)
-    return found
+def sync_buffers(module: nn.Module, hooks: Any) -> None:
+    """Give every rank rank 0's `replicated_buffers`. Every rank must call it."""
+    broadcast = functools.partial(hooks.collective_broadcast, src=0, group=None)
+    broadcast_tensors(replicated_buffers(module), lambda tensor: broadcast(tensor=tensor))

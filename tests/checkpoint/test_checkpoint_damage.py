@@ -30,7 +30,7 @@ from plugframe.cli import cli
 from plugframe.errors import CheckpointError, CheckpointMismatchError, PlugframeWarning
 from plugframe.hooks.world import World
 from plugframe_builtins._shared.checkpoint_files import sharded_format, single_file_reader
-from plugframe_builtins._shared.checkpoint_files.index import Found
+from plugframe_builtins._shared.checkpoint_files.index import Index
 from plugframe_builtins._shared.checkpoint_files.tensor_file import CODES
 from plugframe_builtins._shared.sharded_checkpoint.partition import Piece
 from plugframe_builtins.remote_checkpoint import reading, writing
@@ -134,7 +134,7 @@ class Place:
             self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             self.fs.pipe_file(path, data)
 
-    def find(self) -> Found:
+    def find(self) -> Index:
         """What lies where in the files."""
         if "://" in self.target:
             return reading.find(RemoteFolder(self.target))
@@ -154,7 +154,7 @@ class Stretch(NamedTuple):
     xxh3: str
 
 
-def stretches(found: Found) -> list[Stretch]:
+def stretches(found: Index) -> list[Stretch]:
     result = []
     for name, laid in found.tensors.items():
         for chunk in laid.chunks:

@@ -17,6 +17,7 @@ from plugframe.lite import Lite
 from plugframe.testing.contracts.base import PluginContract
 from plugframe.testing.contracts.running import broken, cpu_accelerator, one_line
 from plugframe.testing.ranks import RanksFailed, run_ranks
+from plugframe.utils.environment import preserved_environment
 
 DETECTED = "Detected (where its variables say so, and nowhere else)"
 WORLD = "World (ranks and sizes are those of the job, and fit together on every rank)"
@@ -68,20 +69,16 @@ class EnvironmentContract(PluginContract):
     @contextmanager
     def within(self, given: Mapping[str, str]) -> Iterator[Any]:
         """Give the plugin in a process with these variables and no other scheduler's; check that it sets none."""
-        before = dict(os.environ)
-        kept = {k: v for k, v in before.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)}
-        os.environ.clear()
-        os.environ.update({**kept, **given})
-        try:
+        kept = {k: v for k, v in os.environ.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)}
+        with preserved_environment():
+            os.environ.clear()
+            os.environ.update({**kept, **given})
             yield self.make()
             now = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
             expected = {k: v for k, v in {**kept, **given}.items() if not k.startswith("PYTEST")}
             changed = sorted(k for k in {**now, **expected} if now.get(k) != expected.get(k))
             if changed:
                 broken(CLEAN, f"asking it about the job changed the variables {', '.join(changed)}")
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
 
     def jobs(self) -> Iterator[tuple[int, int, int, Mapping[str, str]]]:
         """Yield nodes, ranks on each, rank and variables of every rank of every shape; skip if it starts nothing."""

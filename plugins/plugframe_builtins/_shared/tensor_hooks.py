@@ -9,7 +9,7 @@ from torch import Tensor
 from plugframe.utils.logging import warn_caller
 
 
-class Hooked:
+class TensorHookCheck:
     """Looks for hooks on parameters at the first backward and then less and less, and warns once.
 
     Args:

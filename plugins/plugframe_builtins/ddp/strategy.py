@@ -21,13 +21,13 @@ from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe.utils.logging import warn_caller
 from plugframe.utils.registrations import Registrations
-from plugframe_builtins._shared.broadcast import send_from_first
+from plugframe_builtins._shared.broadcast import broadcast_from_first
 from plugframe_builtins._shared.data_parallel.buckets import Send
 from plugframe_builtins._shared.data_parallel.engine import Engine
 from plugframe_builtins._shared.data_parallel.reducer import Backward
-from plugframe_builtins._shared.data_parallel.settings_check import MOST_RANKS, Ride
+from plugframe_builtins._shared.data_parallel.settings_check import MOST_RANKS, SettingsCheck
 from plugframe_builtins._shared.model_check import check_same_model
-from plugframe_builtins._shared.tensor_hooks import Hooked
+from plugframe_builtins._shared.tensor_hooks import TensorHookCheck
 from plugframe_builtins.ddp import plugin
 from plugframe_builtins.ddp.batchnorm import sync_batchnorm
 from plugframe_builtins.ddp.compression import check_compression, make_sender
@@ -112,16 +112,18 @@ class DDP(Strategy):
             )
         self._undo.callback(self._registrations.watch())
         world = context.world
-        self._hooked = Hooked(speaks=world.world_size > 1 and world.global_rank == 0)
+        self._hook_check = TensorHookCheck(speaks=world.world_size > 1 and world.global_rank == 0)
         if 1 < context.world.world_size <= MOST_RANKS:
-            self._backward.ride = Ride(context.world.world_size, context.hooks.collective_all_gather_object)
+            self._backward.settings_check = SettingsCheck(
+                context.world.world_size, context.hooks.collective_all_gather_object
+            )
         if self.timeout_s is not None:
             self._group = dist.new_group(timeout=timedelta(seconds=self.timeout_s))
             self._undo.callback(_destroy, self._group)
 
     @hookimpl
     def strategy_teardown(self) -> None:
-        self._group = self._backward.ride = None
+        self._group = self._backward.settings_check = None
         for engine in self._alive():
             engine.disconnect()
         self._engines.clear()
@@ -138,7 +140,7 @@ class DDP(Strategy):
             self._undo.callback(sync_batchnorm(module, warn=self.context.world.global_rank == 0))
         if not any(True for _ in module.parameters()):
             check_same_model(module, self.context.hooks)
-            send_from_first(module.buffers(), self._group)
+            broadcast_from_first(module.buffers(), self._group)
             return None
         engine = Engine(
             module,
@@ -175,7 +177,7 @@ class DDP(Strategy):
     ) -> None:
         for engine in self._alive():
             engine.before_backward(loss)
-            self._hooked.look(engine.module.named_parameters)
+            self._hook_check.look(engine.module.named_parameters)
         with self._backward.running():
             super().strategy_backward(loss, module, args, kwargs)
 
@@ -183,10 +185,10 @@ class DDP(Strategy):
     def strategy_gather_later(
         self, values: Sequence[float], look: Callable[[Sequence[Sequence[float]]], None]
     ) -> Callable[[], Sequence[Sequence[float]]] | None:
-        ride = self._backward.ride
-        if ride is None or not any(engine.rides for engine in self._alive()):
+        check = self._backward.settings_check
+        if check is None or not any(engine.checks_settings for engine in self._alive()):
             return super().strategy_gather_later(values, look)
-        ride.note(values, look)
+        check.note(values, look)
         return tuple  # nothing to look at: the backward looks
 
     @hookimpl

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from plugframe.base import ForwardShim
 from plugframe.errors import OrderError, UnsupportedError
+from plugframe.utils.buffers import replicated_buffers
 from plugframe.utils.registrations import Registrations
 from plugframe_builtins.deepspeed.agreement import Agreement, Trace
 from plugframe_builtins.deepspeed.borrowed import Borrowed
@@ -117,7 +118,7 @@ class Engine(Reader):
         self.fragments = Fragments(add_up if self.zero.partitioned else _itself)
         self.zero.locate(before, self.fragments)
         trained = self.fragments.parameters()
-        self._has_buffers = any(True for _ in module.buffers())
+        self._has_buffers = bool(replicated_buffers(module))
         self._names, self._parameters = zip(*module.named_parameters(), strict=True)
         self._looks = tuple(map(_LOOK, self._parameters))
         self._places = [(p, p.data_ptr(), p.data) for p in trained] if self.zero.views else []

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from plugframe.errors import UnsupportedError
 from plugframe.hooks.context import Context
+from plugframe.utils.environment import preserved_environment
 from plugframe_builtins.deepspeed.build import build
 from plugframe_builtins.deepspeed.library import library
 
@@ -25,19 +26,6 @@ from plugframe_builtins.deepspeed.library import library
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 #: What torch sets by itself once its compiler was imported, which DeepSpeed does.
 _INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
-
-
-@contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Set variables, and afterwards have the environment as it was, whatever anybody has put in."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
 def start(context: Context, *, shared_memory_op: bool, build_timeout_s: float) -> ExitStack:
@@ -78,12 +66,13 @@ def start(context: Context, *, shared_memory_op: bool, build_timeout_s: float) -
     return kept
 
 
-def variables_of(context: Context) -> Any:
-    """Return a context with the variables DeepSpeed reads when it begins something."""
-    variables = {"LOCAL_RANK": str(context.world.local_rank)}
-    if "DS_ACCELERATOR" not in os.environ:
-        variables["DS_ACCELERATOR"] = context.device.type
-    return environment(**variables)
+@contextmanager
+def variables_of(context: Context) -> Iterator[None]:
+    """Set the variables DeepSpeed reads when it begins something; on leaving, undo what anybody has set meanwhile."""
+    with preserved_environment():
+        os.environ["LOCAL_RANK"] = str(context.world.local_rank)
+        os.environ.setdefault("DS_ACCELERATOR", context.device.type)
+        yield
 
 
 def _imported() -> Any:

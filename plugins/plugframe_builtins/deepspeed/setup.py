@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from plugframe.base import Strategy
+from plugframe.base import Strategy, overwrite, stored
 from plugframe.deferred.module import deferring, materialize_module
 from plugframe.errors import UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
@@ -23,8 +23,8 @@ from plugframe.utils.registrations import Registrations
 from plugframe_builtins._shared.data_parallel.engine import Engine as Replica
 from plugframe_builtins._shared.data_parallel.reducer import Backward
 from plugframe_builtins._shared.model_check import check_same_model
-from plugframe_builtins._shared.sharding.uneven_evaluation import Company
-from plugframe_builtins._shared.tensor_hooks import Hooked
+from plugframe_builtins._shared.sharding.uneven_evaluation import UnevenEvaluation
+from plugframe_builtins._shared.tensor_hooks import TensorHookCheck
 from plugframe_builtins.deepspeed import config as configs
 from plugframe_builtins.deepspeed.agreement import Agreement
 from plugframe_builtins.deepspeed.borrowed import Borrowed
@@ -51,7 +51,7 @@ class SetUp(Strategy):
     def __init__(self, raw: configs.Config) -> None:
         self._raw = raw
         self._config: configs.Config = {}
-        self._company: Company
+        self._evaluation: UnevenEvaluation
         self._mesh: DeviceMesh | None = None
         self._agreement: Agreement | None = None
         self._slots: list[Slot] = []
@@ -70,11 +70,11 @@ class SetUp(Strategy):
                 f"strategy 'deepspeed' needs a process group, and collective {context.names.get('collective')!r} has "
                 "none: use collective='torch'."
             )
-        self._company = Company(context.hooks, context.world.world_size)
+        self._evaluation = UnevenEvaluation(context.hooks, context.world.world_size)
         self._undo = start(context, shared_memory_op=self.shared_memory_op, build_timeout_s=self.build_timeout_s)
         self._undo.callback(self._registrations.watch())
         world = context.world
-        self._hooked = Hooked(speaks=world.world_size > 1 and world.global_rank == 0)
+        self._hook_check = TensorHookCheck(speaks=world.world_size > 1 and world.global_rank == 0)
         # A simulated group has nobody on the other side.
         if self.stage > 1 and context.world.world_size > 1 and "gloo" in dist.get_backend_config(dist.group.WORLD):
             self._agreement = Agreement(context.world.world_size)
@@ -138,14 +138,15 @@ class SetUp(Strategy):
             slot.pieces = partition(
                 slot.module, self.context, self._config, dtype=self._rounds_to, broadcast=self._broadcast
             )
-        slot.number = self._company.join(slot)
+        slot.number = self._evaluation.join(slot)
         slot.watch(self.stage).lock()
 
     @torch.no_grad()
     def _broadcast(self, tensor: Tensor) -> None:
         """Give every rank rank 0's values."""
         if self.context.world.world_size > 1:
-            tensor.copy_(self.context.hooks.collective_broadcast(tensor=tensor.detach(), src=0, group=None))
+            own = stored(tensor.detach())
+            overwrite(own, self.context.hooks.collective_broadcast(tensor=own, src=0, group=None))
 
     @property
     def _rounds_to(self) -> torch.dtype | None:
@@ -157,7 +158,7 @@ class SetUp(Strategy):
         return Reader(module, lambda shim: self._initialize(shim, None), guard, self._agreement)
 
     def _announce(self, slot: Slot) -> None:
-        self._company.announce(slot.number)
+        self._evaluation.announce(slot.number)
 
     def _replicate(self, module: nn.Module) -> Replica:
         group = self.context.hooks.collective_process_group()

@@ -118,7 +118,7 @@ class DeepSpeed(SetUp):
     ) -> None:
         for slot in self._slots:
             slot.before_backward(loss)
-            self._hooked.look(slot.module.named_parameters)
+            self._hook_check.look(slot.module.named_parameters)
         scale = self._loss_scale
         (loss if scale == 1.0 else loss * scale).backward(*args, **kwargs)  # type: ignore[no-untyped-call]
         for slot in self._slots:
@@ -166,7 +166,7 @@ class DeepSpeed(SetUp):
     def strategy_next_batch(self, iterator: Any, exhausted: Any) -> Any:
         batch = next(iterator, exhausted)
         if batch is exhausted and any(slot.shards for slot in self._slots) and not self._training():
-            self._company.keep()
+            self._evaluation.keep()
         return batch
 
     def _training(self) -> bool:

@@ -16,7 +16,7 @@ from plugframe.checkpoint import Contents, StoredTensor, join
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 from plugframe_builtins._shared.checkpoint_files import sharded_format
 from plugframe_builtins._shared.checkpoint_files.files import Files
-from plugframe_builtins._shared.checkpoint_files.index import Chunk, Found, Laid
+from plugframe_builtins._shared.checkpoint_files.index import Chunk, Index, TensorLayout
 from plugframe_builtins._shared.checkpoint_files.source import FileSource
 from plugframe_builtins._shared.checkpoint_files.verification import Part, check_sizes, headers_of, parts_of, read_parts
 from plugframe_builtins.remote_checkpoint.storage import RemoteFolder, told
@@ -86,7 +86,7 @@ class RemoteFiles(Files):
         return memoryview(last.data)[start - last.start : start - last.start + size]
 
 
-def find(folder: RemoteFolder) -> Found:
+def find(folder: RemoteFolder) -> Index:
     """Return what the manifest in a folder says.
 
     Raises:
@@ -149,11 +149,11 @@ def inspect(folder: RemoteFolder) -> Contents:
     )
 
 
-def _read_whole(found: Found, files: RemoteFiles) -> dict[str, Tensor]:
+def _read_whole(found: Index, files: RemoteFiles) -> dict[str, Tensor]:
     """Read every tensor, each byte once and verified as read."""
     whole = {name: torch.empty(laid.shape, dtype=laid.dtype, device="cpu") for name, laid in found.tensors.items()}
     parts = headers_of(found)
-    apart: list[tuple[str, Laid, Chunk, Tensor]] = []
+    apart: list[tuple[str, TensorLayout, Chunk, Tensor]] = []
     for name, laid in found.tensors.items():
         for chunk in laid.chunks:
             box = _box(whole[name], chunk)
@@ -176,7 +176,7 @@ def _box(tensor: Tensor, chunk: Chunk) -> Tensor:
     return tensor
 
 
-def _part(name: str, laid: Laid, chunk: Chunk, tensor: Tensor) -> Part:
+def _part(name: str, laid: TensorLayout, chunk: Chunk, tensor: Tensor) -> Part:
     assert chunk.xxh3 is not None
     size_bytes = math.prod(chunk.sizes) * laid.dtype.itemsize
     return Part(f"tensor {name!r}", chunk.file, chunk.start, size_bytes, chunk.xxh3, tensor)

@@ -19,7 +19,7 @@ from plugframe.checkpoint import digest
 from plugframe.errors import CheckpointError
 from plugframe_builtins._shared.checkpoint_files import sharded_format, tensor_file
 from plugframe_builtins._shared.checkpoint_files.coverage import fills
-from plugframe_builtins._shared.checkpoint_files.index import Chunk, Head, Laid
+from plugframe_builtins._shared.checkpoint_files.index import Chunk, Head, TensorLayout
 from plugframe_builtins._shared.sharded_checkpoint.partition import Piece
 from plugframe_builtins.remote_checkpoint.reading import read_manifest
 from plugframe_builtins.remote_checkpoint.storage import RemoteFolder
@@ -151,12 +151,12 @@ def _check_there(folder: RemoteFolder, files: Mapping[str, Head]) -> None:
             )
 
 
-def _tensors(folder: RemoteFolder, written: Sequence[Written]) -> dict[str, Laid]:
+def _tensors(folder: RemoteFolder, written: Sequence[Written]) -> dict[str, TensorLayout]:
     merged: dict[str, tuple[torch.dtype, tuple[int, ...], list[Chunk]]] = {}
     for each in written:
         for name, (dtype, shape, chunk) in each.chunks.items():
             merged.setdefault(name, (dtype, shape, []))[2].append(chunk)
-    tensors: dict[str, Laid] = {}
+    tensors: dict[str, TensorLayout] = {}
     for name, (dtype, shape, chunks) in merged.items():
         chunks.sort(key=lambda chunk: chunk.offsets)
         filled = sum(math.prod(chunk.sizes) for chunk in chunks)
@@ -165,7 +165,7 @@ def _tensors(folder: RemoteFolder, written: Sequence[Written]) -> dict[str, Laid
                 f"cannot write {folder.url}: the parts of {name!r} on all ranks have {filled} elements, the whole has "
                 f"{math.prod(shape)}; what was there before is untouched."
             )
-        tensors[name] = Laid(dtype=dtype, shape=shape, chunks=tuple(chunks))
+        tensors[name] = TensorLayout(dtype=dtype, shape=shape, chunks=tuple(chunks))
     return tensors
 
 

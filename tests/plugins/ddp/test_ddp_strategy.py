@@ -29,7 +29,7 @@ from plugframe_builtins.ddp.batchnorm import sync_batchnorm
 from plugframe_builtins.ddp.strategy import DDP
 from plugframe_builtins.single.strategy import SingleRank
 from plugframe_builtins.torch_collective.collective import TorchCollective
-from ranks import hooks_of, rank_store, run_checks
+from ranks import Tracking, buffers_on_ranks, hooks_of, rank_store, run_checks
 
 
 def context_of(world: World, **hooks: Any) -> Context:
@@ -269,6 +269,18 @@ def every_rank_evaluates_one_model(context: Context) -> None:
             assert module[1].num_batches_tracked.item() == 6
 
 
+def buffers_out_of_the_state_are_made_equal_too(context: Context) -> None:
+    """After a step all buffers are rank 0's on every rank, persistent or not, as under torch's own DDP."""
+    rank = context.world.global_rank
+    with strategy_of(context) as strategy:
+        training = Training(strategy, Tracking())
+        training.backward(training(torch.full((4 + rank, 3), 1.0 + rank)).sum())
+        first, second = buffers_on_ranks(training.module)
+        assert all(ours != theirs for ours, theirs in zip(first, second, strict=True))
+        training.step()
+        assert buffers_on_ranks(training.module) == [first, first]
+
+
 def buffers_follow_the_optimizer_that_owns_the_module(context: Context) -> None:
     """A step touches the buffers of the modules it updates alone; one optimizer may update several."""
     rank = context.world.global_rank
@@ -400,6 +412,7 @@ CHECKS = [
     parameters_may_be_left_out,
     evaluation_needs_no_other_rank,
     every_rank_evaluates_one_model,
+    buffers_out_of_the_state_are_made_equal_too,
     buffers_follow_the_optimizer_that_owns_the_module,
     buffers_without_a_set_up_optimizer_follow_torchs_rule,
     compressed_gradients_are_close_and_equal,

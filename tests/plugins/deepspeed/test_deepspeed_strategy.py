@@ -24,7 +24,7 @@ from plugframe.errors import OrderError
 from plugframe.hooks.world import World
 from plugframe_builtins.deepspeed import build, config
 from plugframe_builtins.deepspeed.strategy import DeepSpeed
-from ranks import hooks_of, run_checks
+from ranks import Tracking, buffers_on_ranks, hooks_of, run_checks
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
@@ -400,6 +400,18 @@ def teachers_and_buffers(lite: Lite, strategy: DeepSpeed) -> None:
         for value in weights(lite, module).values():
             gathered = lite.all_gather(value)
             assert all(torch.equal(gathered[0], other) for other in gathered)
+
+
+@each_stage()
+def buffers_are_rank_zeros_after_a_step(lite: Lite, strategy: DeepSpeed) -> None:
+    """After a step all buffers are rank 0's on every rank, persistent or not, as under torch's own DDP."""
+    model = Tracking()
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    lite.backward(model(torch.full((4 + lite.global_rank, 3), 1.0 + lite.global_rank)).sum())
+    first, *others = buffers_on_ranks(model)
+    assert all(ours != theirs for other in others for ours, theirs in zip(first, other, strict=True))
+    optimizer.step()
+    assert buffers_on_ranks(model) == [first] * lite.world_size
 
 
 def nothing_is_left_behind(world: World) -> None:
@@ -786,6 +798,7 @@ CHECKS = [
     the_optimizer_stays_the_users,
     optimizers_come_later,
     teachers_and_buffers,
+    buffers_are_rank_zeros_after_a_step,
     nothing_is_left_behind,
     uneven_evaluation,
     initialised_in_parts,

@@ -23,7 +23,7 @@ from plugframe_builtins._shared.fully_shard.units import find_units, split_dtype
 from plugframe_builtins._shared.sharding.mesh import check_mesh
 from plugframe_builtins.fsdp.strategy import FSDP
 from plugframe_builtins.precisions import MixedPrecision, TruePrecision
-from ranks import run_checks
+from ranks import Tracking, buffers_on_ranks, run_checks
 
 
 class Block(nn.Module):
@@ -233,6 +233,18 @@ def ranks_get_rank_zeros_values(world: World) -> None:
         lite.setup(model)
         assert_same(model, expected, rtol=0, atol=0)
         assert model.scale.unique().tolist() == [0.0]
+
+
+def buffers_are_rank_zeros_after_a_step(world: World) -> None:
+    """After a step all buffers are rank 0's on every rank, persistent or not, as under torch's own DDP."""
+    with lite_of(world) as lite:
+        model = Tracking()
+        model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        lite.backward(model(torch.full((4 + lite.global_rank, 3), 1.0 + lite.global_rank)).sum())
+        first, *others = buffers_on_ranks(model)
+        assert all(ours != theirs for other in others for ours, theirs in zip(first, other, strict=True))
+        optimizer.step()
+        assert buffers_on_ranks(model) == [first] * lite.world_size
 
 
 # ---------------------------------------------------------------- the loop
@@ -517,6 +529,7 @@ ALL = (
     optimizers_are_carried_over,
     a_new_optimizer_after_setup_works,
     ranks_get_rank_zeros_values,
+    buffers_are_rank_zeros_after_a_step,
     accumulation_nests,
     zeroed_gradients_are_forgotten,
     backwards_in_any_order,

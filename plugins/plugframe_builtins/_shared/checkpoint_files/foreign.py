@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from plugframe.checkpoint import names_text, printable_cause
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 from plugframe_builtins._shared.checkpoint_files import tensor_file
-from plugframe_builtins._shared.checkpoint_files.index import Found, Head, laid_whole
+from plugframe_builtins._shared.checkpoint_files.index import Head, Index, one_chunk
 
 ZIP_MAGIC = b"PK\x03\x04"
 #: How the files of torch.save began before they were zip archives.
@@ -39,7 +39,7 @@ def _no_safetensors(path: str, error: Exception) -> CheckpointCorruptError:
     return CheckpointCorruptError(f"{path} is not a whole safetensors file: {str(error)[:300]}.")
 
 
-def find(file: BinaryIO, path: str) -> Found | None:
+def find(file: BinaryIO, path: str) -> Index | None:
     """Return what a safetensors file holds, to be read later; None if it holds a dtype that has to be read whole.
 
     Raises:
@@ -59,13 +59,13 @@ def find(file: BinaryIO, path: str) -> Found | None:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _no_safetensors(path, error) from printable_cause(error)
     size_bytes = os.fstat(file.fileno()).st_size
-    return Found(
+    return Index(
         path=path,
         format="safetensors",
         version=0,
         size_bytes=size_bytes,
         structure={"dict": {name: {"tensor": name} for name in slots}},
-        tensors={name: laid_whole(slot, 8 + length) for name, slot in slots.items()},
+        tensors={name: one_chunk(slot, 8 + length) for name, slot in slots.items()},
         files={"": Head(size_bytes=size_bytes, head_bytes=8 + length, xxh3=None)},
         identity=str(size_bytes),
     )

@@ -24,7 +24,7 @@ from plugframe.errors import CheckpointCorruptError, CheckpointError, Checkpoint
 from plugframe.hooks.context import Context
 from plugframe_builtins._shared.checkpoint_files import foreign, sharded_format, single_file_reader
 from plugframe_builtins._shared.checkpoint_files.files import Files
-from plugframe_builtins._shared.checkpoint_files.index import Chunk, Found, Laid
+from plugframe_builtins._shared.checkpoint_files.index import Chunk, Index, TensorLayout
 from plugframe_builtins._shared.checkpoint_files.regular_file import open_regular
 from plugframe_builtins._shared.checkpoint_files.verification import Part, check_sizes, headers_of, parts_of, read_parts
 
@@ -92,7 +92,7 @@ def _load(path: str, trusted: bool, lazy: bool, rank: int, num_ranks: int) -> tu
         return _take(lying, files, lazy, rank, num_ranks), lying.identity
 
 
-def _take(found: Found, files: Files, lazy: bool, rank: int, num_ranks: int) -> dict[str, Any]:
+def _take(found: Index, files: Files, lazy: bool, rank: int, num_ranks: int) -> dict[str, Any]:
     check_sizes(found, files)
     tensors: dict[str, Tensor | StoredTensor] = {}
     if lazy:
@@ -109,7 +109,7 @@ def _take(found: Found, files: Files, lazy: bool, rank: int, num_ranks: int) -> 
     return state
 
 
-def _read_whole(found: Found, files: Files) -> dict[str, Tensor]:
+def _read_whole(found: Index, files: Files) -> dict[str, Tensor]:
     """Read every tensor, each byte once and verified as read."""
     whole = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in found.tensors.items()}
     parts = headers_of(found)
@@ -135,7 +135,7 @@ def _box(tensor: Tensor, chunk: Chunk) -> Tensor:
     return tensor
 
 
-def _part(name: str, laid: Laid, chunk: Chunk, tensor: Tensor | None) -> Part:
+def _part(name: str, laid: TensorLayout, chunk: Chunk, tensor: Tensor | None) -> Part:
     assert chunk.xxh3 is not None
     size_bytes = laid.dtype.itemsize
     for size in chunk.sizes:
@@ -201,7 +201,7 @@ def _inspect(path: str) -> Contents:
     )
 
 
-def _find(path: str) -> Found:
+def _find(path: str) -> Index:
     if os.path.isdir(path):
         if _is_torchs(path):
             from plugframe_builtins._shared.checkpoint_files import torch_format

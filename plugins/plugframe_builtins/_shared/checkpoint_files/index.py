@@ -32,7 +32,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Laid:
+class TensorLayout:
     """A tensor and the chunks that fill it."""
 
     dtype: torch.dtype
@@ -45,11 +45,11 @@ class Laid:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def laid_whole(slot: Slot, data_at: int, *, xxh3: tuple[str, ...] | None = None) -> Laid:
+def one_chunk(slot: Slot, data_at: int, *, xxh3: tuple[str, ...] | None = None) -> TensorLayout:
     """Return a tensor that lies in one piece in the one file, whose tensors begin at `data_at`."""
     origin = (0,) * len(slot.shape)
     chunk = Chunk(offsets=origin, sizes=slot.shape, file="", start=data_at + slot.start, xxh3=xxh3)
-    return Laid(dtype=slot.dtype, shape=slot.shape, chunks=(chunk,))
+    return TensorLayout(dtype=slot.dtype, shape=slot.shape, chunks=(chunk,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Head:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Index:
     """A checkpoint whose tensors were not read yet.
 
     Attributes:
@@ -88,7 +88,7 @@ class Found:
     version: int
     size_bytes: int
     structure: Any
-    tensors: Mapping[str, Laid]
+    tensors: Mapping[str, TensorLayout]
     files: Mapping[str, Head]
     info: Mapping[str, Any] = field(default_factory=dict)
     identity: str = ""

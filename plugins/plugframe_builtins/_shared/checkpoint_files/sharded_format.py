@@ -30,7 +30,7 @@ from plugframe.checkpoint import (
 )
 from plugframe.errors import CheckpointCorruptError, CheckpointError, CheckpointUnfinishedError
 from plugframe_builtins._shared.checkpoint_files.coverage import fills, fills_file
-from plugframe_builtins._shared.checkpoint_files.index import Chunk, Found, Head, Laid
+from plugframe_builtins._shared.checkpoint_files.index import Chunk, Head, Index, TensorLayout
 from plugframe_builtins._shared.checkpoint_files.regular_file import open_regular
 
 FORMAT = "plugframe sharded"
@@ -64,7 +64,7 @@ def pack(
     structure: Any,
     info: Mapping[str, Any],
     files: Mapping[str, Head],
-    tensors: Mapping[str, Laid],
+    tensors: Mapping[str, TensorLayout],
 ) -> bytes:
     """Return a manifest."""
     told, packed_info = split(info, where="the manifest's info")
@@ -82,12 +82,12 @@ def pack(
     return seal(body)
 
 
-def _pack(laid: Laid, numbers: Mapping[str, int]) -> list[Any]:
+def _pack(laid: TensorLayout, numbers: Mapping[str, int]) -> list[Any]:
     chunks = [[c.offsets, c.sizes, numbers[c.file], c.start, c.xxh3] for c in laid.chunks]
     return [dtype_name(laid.dtype), laid.shape, chunks]
 
 
-def find(path: str) -> Found:
+def find(path: str) -> Index:
     """Return what the manifest in a folder says.
 
     Raises:
@@ -106,7 +106,7 @@ def find(path: str) -> Found:
     return unpack(path, data, lambda: os.listdir(path))
 
 
-def unpack(path: str, data: bytes | None, list_names: Callable[[], Iterable[str]]) -> Found:
+def unpack(path: str, data: bytes | None, list_names: Callable[[], Iterable[str]]) -> Index:
     """Return what a manifest says, wherever it was read.
 
     Args:
@@ -202,7 +202,7 @@ def _some(names: Sequence[str]) -> str:
     return names_text(names[:5]) + (", …" if len(names) > 5 else "")
 
 
-def _unpack(path: str, fields: Any, data: bytes) -> Found:
+def _unpack(path: str, fields: Any, data: bytes) -> Index:
     if fields["format"] != FORMAT or fields["version"] != VERSION:
         raise ValueError("it is of another format or version")
     if not all(map(is_data, fields["files"])):
@@ -211,7 +211,7 @@ def _unpack(path: str, fields: Any, data: bytes) -> Found:
     names = list(files)
     tensors = {name: _unpack_tensor(name, packed, names, files) for name, packed in fields["tensors"].items()}
     _check_files(files, tensors)
-    return Found(
+    return Index(
         path=path,
         format=FORMAT,
         version=VERSION,
@@ -231,9 +231,9 @@ def _unpack_head(packed: Any) -> Head:
     return Head(size_bytes=checked_size(size_bytes), head_bytes=checked_size(head_bytes), xxh3=xxh3)
 
 
-def _unpack_tensor(name: str, packed: Any, names: Sequence[str], files: Mapping[str, Head]) -> Laid:
+def _unpack_tensor(name: str, packed: Any, names: Sequence[str], files: Mapping[str, Head]) -> TensorLayout:
     dtype, shape, chunks = packed
-    laid = Laid(dtype=dtype_of(dtype), shape=tuple(map(checked_size, shape)), chunks=())
+    laid = TensorLayout(dtype=dtype_of(dtype), shape=tuple(map(checked_size, shape)), chunks=())
     # A tensor of no elements may have any shape, but its strides must be numbers torch can hold.
     if math.prod(max(size, 1) for size in laid.shape) >= 2**59:
         raise ValueError(f"tensor {name!r} is out of place")
@@ -253,10 +253,10 @@ def _unpack_tensor(name: str, packed: Any, names: Sequence[str], files: Mapping[
     distinct = len({chunk.offsets for chunk in made}) == len(made)
     if not distinct or not fills(laid.shape, [(chunk.offsets, chunk.sizes) for chunk in made]):
         raise ValueError(f"the chunks of tensor {name!r} do not fill it exactly once")
-    return Laid(dtype=laid.dtype, shape=laid.shape, chunks=tuple(made))
+    return TensorLayout(dtype=laid.dtype, shape=laid.shape, chunks=tuple(made))
 
 
-def _check_files(files: Mapping[str, Head], tensors: Mapping[str, Laid]) -> None:
+def _check_files(files: Mapping[str, Head], tensors: Mapping[str, TensorLayout]) -> None:
     """Check that every byte of every file belongs to its header or to one chunk: none to two, none to nobody."""
     stretches: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
     for laid in tensors.values():

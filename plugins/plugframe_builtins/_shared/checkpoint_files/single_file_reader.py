@@ -13,7 +13,7 @@ from plugframe.checkpoint import Entry, Manifest, as_bytes, dtype_name, join, pa
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 from plugframe_builtins._shared.checkpoint_files import foreign, single_file
 from plugframe_builtins._shared.checkpoint_files.files import Files
-from plugframe_builtins._shared.checkpoint_files.index import Found, Head, laid_whole
+from plugframe_builtins._shared.checkpoint_files.index import Head, Index, one_chunk
 from plugframe_builtins._shared.checkpoint_files.single_file import (
     MANIFEST,
     MAX_HEADER_BYTES,
@@ -65,7 +65,7 @@ def read(file: BinaryIO, path: str) -> dict[str, Any]:
     return state
 
 
-def find(file: BinaryIO, path: str) -> Found:
+def find(file: BinaryIO, path: str) -> Index:
     """Return what a file of this layout holds; its header, manifest and structure are verified, its tensors not.
 
     Raises:
@@ -77,13 +77,13 @@ def find(file: BinaryIO, path: str) -> Found:
     manifest = _manifest(files, path, slots, data_at)
     structure = _structure(files, path, manifest, slots, data_at, [])
     size_bytes = data_at + slots[MANIFEST].end
-    return Found(
+    return Index(
         path=path,
         format=single_file.FORMAT,
         version=single_file.VERSION,
         size_bytes=size_bytes,
         structure=structure,
-        tensors={name: laid_whole(slots[name], data_at, xxh3=entry.xxh3) for name, entry in manifest.tensors.items()},
+        tensors={name: one_chunk(slots[name], data_at, xxh3=entry.xxh3) for name, entry in manifest.tensors.items()},
         files={"": Head(size_bytes=size_bytes, head_bytes=data_at, xxh3=None)},
         info=manifest.info,
         identity=_tail(files, size_bytes),

@@ -23,7 +23,7 @@ from torch.futures import Future
 from plugframe.checkpoint import StoredTensor, as_bytes
 from plugframe.errors import CheckpointError
 from plugframe_builtins._shared.checkpoint_files.files import Files
-from plugframe_builtins._shared.checkpoint_files.index import Chunk, Found
+from plugframe_builtins._shared.checkpoint_files.index import Chunk, Index
 
 #: Memory a read takes besides its target.
 _PIECE_BYTES = 16 * 1024 * 1024
@@ -35,7 +35,7 @@ _GAP_BYTES = 256 * 1024
 class FileSource:
     """Reads tensors of one checkpoint by name; see `plugframe.checkpoint.Source`."""
 
-    def __init__(self, found: Found, files: Files) -> None:
+    def __init__(self, found: Index, files: Files) -> None:
         self.found = found
         self.files = files
 
@@ -68,7 +68,7 @@ class FileSource:
 class ChunkReader(StorageReader):
     """Gives torch's planners the chunks of a checkpoint."""
 
-    def __init__(self, found: Found, files: Files, names: Mapping[str, Any]) -> None:
+    def __init__(self, found: Index, files: Files, names: Mapping[str, Any]) -> None:
         self._found = found
         self._files = files
         self._names = list(names)

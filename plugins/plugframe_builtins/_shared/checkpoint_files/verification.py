@@ -13,7 +13,7 @@ from torch import Tensor
 from plugframe.checkpoint import SEGMENT_BYTES, Checksum, as_bytes
 from plugframe.errors import CheckpointCorruptError
 from plugframe_builtins._shared.checkpoint_files.files import Files
-from plugframe_builtins._shared.checkpoint_files.index import Found
+from plugframe_builtins._shared.checkpoint_files.index import Index
 
 #: Small parts share a thread's turn.
 _TURN_BYTES = 4 * 1024 * 1024
@@ -41,7 +41,7 @@ class Part:
     header: bool = False
 
 
-def headers_of(found: Found) -> list[Part]:
+def headers_of(found: Index) -> list[Part]:
     """Return the headers of the files that have a checksum."""
     return [
         Part(f"the header of {name}", name, 0, head.head_bytes, (head.xxh3,), header=True)
@@ -50,7 +50,7 @@ def headers_of(found: Found) -> list[Part]:
     ]
 
 
-def parts_of(found: Found) -> list[Part]:
+def parts_of(found: Index) -> list[Part]:
     """Return everything in the files that has a checksum, in the order in which it lies there."""
     parts = headers_of(found)
     for name, laid in found.tensors.items():
@@ -61,7 +61,7 @@ def parts_of(found: Found) -> list[Part]:
     return sorted(parts, key=lambda part: (part.file, part.start))
 
 
-def check_sizes(found: Found, files: Files) -> None:
+def check_sizes(found: Index, files: Files) -> None:
     """Check that every file is there and as long as it was.
 
     Raises:
@@ -86,7 +86,7 @@ def wrong_size(expected: int, found: int, lost: Sequence[str]) -> str:
     return f"{what}: expected {expected} bytes, found {found}{_spell(lost, 'which cuts off ')}"
 
 
-def _cut_off(found: Found, file: str, size_bytes: int) -> list[str]:
+def _cut_off(found: Index, file: str, size_bytes: int) -> list[str]:
     """Return the tensors of which a part lies in a file beyond its first bytes."""
     return [
         name

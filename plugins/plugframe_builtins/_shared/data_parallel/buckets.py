@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plugframe.errors import UnsupportedError
-from plugframe_builtins._shared.data_parallel.settings_check import SLOTS, Ride
+from plugframe_builtins._shared.data_parallel.settings_check import SLOTS, SettingsCheck
 
 MIB = 1 << 20
 #: The first bucket that is full is small, as torch's is: sending begins early.
@@ -32,13 +32,13 @@ class Bucket:
         waiting: parameters whose gradient the backward that is running has not computed yet.
         work: what is waited for, None before the buffer was sent.
         early: whether it may be sent as soon as every parameter has its gradient, and not at the end of the backward.
-        ride: what else travels at the end of the buffer; None for nothing.
+        settings_check: what else travels at the end of the buffer; None for nothing.
         values: of the buffer, the gradients.
         flags: of the buffer, for each parameter 1 if it has a gradient; once exchanged, the mean over the ranks.
         slots: of the buffer, what else travels.
     """
 
-    ride: Ride | None = None
+    settings_check: SettingsCheck | None = None
     values: Tensor
     flags: Tensor
     slots: Tensor
@@ -94,8 +94,8 @@ class Bucket:
         self.flags.fill_(factor)
         if self._missing:
             self.flags[self._missing] = 0
-        if self.ride is not None:
-            self.ride.put(self.slots)
+        if self.settings_check is not None:
+            self.settings_check.put(self.slots)
         return flat
 
     @staticmethod
@@ -136,7 +136,7 @@ class Bucket:
         """The whole flat buffer: gradients, then flags."""
         if self.flat is None:
             first = _real(self.parameters[0].detach())
-            tail = [len(self.parameters), 0 if self.ride is None else SLOTS]
+            tail = [len(self.parameters), 0 if self.settings_check is None else SLOTS]
             self.flat = torch.zeros(self.numel + sum(tail), dtype=first.dtype, device=first.device)
             self.values = self.flat[: self.numel]
             # On a CPU a pass over memory costs more than a call for each parameter, unless they are tiny.

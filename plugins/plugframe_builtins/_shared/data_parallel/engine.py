@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from plugframe.utils.buffers import replicated_buffers
 from plugframe.utils.registrations import Registrations
-from plugframe_builtins._shared.broadcast import send_from_first
+from plugframe_builtins._shared.broadcast import broadcast_from_first
 from plugframe_builtins._shared.data_parallel.buckets import DEFAULT_MIB, MIB, Send
 from plugframe_builtins._shared.data_parallel.reducer import Backward, Reducer
 from plugframe_builtins._shared.data_parallel.sparse import sparse_parameters
@@ -83,9 +84,9 @@ class Engine:
         self._reducer.local.clear()
 
     @property
-    def rides(self) -> bool:
-        """Whether something else travels with the gradients."""
-        return self._reducer.rides
+    def checks_settings(self) -> bool:
+        """Whether the settings of optimizers travel with the gradients."""
+        return self._reducer.checks_settings
 
     @property
     def averages(self) -> bool:
@@ -134,7 +135,7 @@ class Engine:
         """Give every rank the buffers of rank 0, in one broadcast."""
         self.stale_buffers = False
         if self._group is not None:
-            send_from_first(self.module.buffers(), self._group)
+            broadcast_from_first(replicated_buffers(self.module), self._group)
 
     def _changed(self) -> bool:
         """Say whether parameters were frozen, unfrozen, converted or replaced since the module was looked at."""
@@ -159,7 +160,7 @@ class Engine:
         self._looks = tuple(map(_LOOK, parameters))
         # Adam's and SGD's parameter lists are looked through at every step.
         self._owned = frozenset(map(id, parameters))
-        self._has_buffers = any(True for _ in self.module.buffers())
+        self._has_buffers = bool(replicated_buffers(self.module))
         self._trains = any(parameter.requires_grad for parameter in parameters)
         if self._alone:
             return
@@ -178,7 +179,7 @@ class Engine:
         buffers = dict(self.module.named_buffers())
         new = [buffer for name, buffer in buffers.items() if name not in self._sent]
         self._sent.update(buffers)
-        send_from_first((*parameters, *new), self._group)
+        broadcast_from_first((*parameters, *new), self._group)
 
     def disconnect(self) -> None:
         """Exchange nothing any more. What an exception holds would otherwise keep the other ranks waiting."""

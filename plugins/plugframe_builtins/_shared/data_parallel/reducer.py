@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from plugframe.errors import UnsupportedError
 from plugframe_builtins._shared.data_parallel.buckets import Bucket, Send, make_buckets
-from plugframe_builtins._shared.data_parallel.settings_check import Ride
+from plugframe_builtins._shared.data_parallel.settings_check import SettingsCheck
 from plugframe_builtins._shared.data_parallel.sparse import average_sparse
 
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -31,12 +31,12 @@ class Backward:
 
     Attributes:
         inside: whether somebody calls `finish` when it is over; otherwise it is torch that will.
-        ride: what travels with the gradients; None for nothing.
+        settings_check: what travels with the gradients; None for nothing.
     """
 
     def __init__(self) -> None:
         self.inside = False
-        self.ride: Ride | None = None
+        self.settings_check: SettingsCheck | None = None
         self._reducers: list[Reducer] = []
 
     @contextmanager
@@ -75,8 +75,8 @@ class Backward:
         finally:
             for reducer in reducers:
                 reducer.running = False
-        if self.ride is not None:
-            self.ride.settle()
+        if self.settings_check is not None:
+            self.settings_check.settle()
 
     def abandon(self) -> None:
         """Forget a backward that has failed."""
@@ -156,16 +156,16 @@ class Reducer:
             self._handles[key] = node.register_hook(_firing(weakref.ref(self), key))
 
     @property
-    def rides(self) -> bool:
-        """Whether a bucket takes something else along."""
-        return any(bucket.ride is not None for bucket in self._buckets)
+    def checks_settings(self) -> bool:
+        """Whether a bucket takes the settings of optimizers along."""
+        return any(bucket.settings_check is not None for bucket in self._buckets)
 
     def _take_along(self) -> None:
-        """Have one bucket take along what rides: one that is sent whole, and whose sums the host can read at once."""
+        """Have one bucket take the settings along: one that is sent whole, and whose sums the host can read."""
         for bucket in self._buckets if self._make_send is None else ():
             first = bucket.parameters[0]
             if first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64):
-                bucket.ride = self._backward.ride
+                bucket.settings_check = self._backward.settings_check
                 return
 
     def close(self) -> None:
@@ -256,8 +256,8 @@ class Reducer:
         for bucket in self._buckets:
             bucket.work.wait()
         for bucket in self._buckets:
-            if bucket.ride is not None:
-                bucket.ride.read(bucket.slots)
+            if bucket.settings_check is not None:
+                bucket.settings_check.read(bucket.slots)
             bucket.write_back(as_views=self._as_views)
             bucket.work = None
         for parameter in self._sparse:

@@ -21,7 +21,7 @@ MOST_RANKS = 256
 Look = Callable[[Sequence[Sequence[float]]], None]
 
 
-class Ride:
+class SettingsCheck:
     """Sends a checksum of all settings so far with the gradients, and has ranks that differ tell each other theirs.
 
     Of equal bytes b on n ranks the sums fulfil n * sum(b * b) == sum(b) ** 2, and of unequal ones they do not

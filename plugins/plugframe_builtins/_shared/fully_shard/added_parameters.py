@@ -15,7 +15,7 @@ from torch.nn.modules.module import (
 from plugframe.errors import OrderError
 
 
-class Additions:
+class AddedParameters:
     """Watches the modules of models that were set up.
 
     A registration costs a look into a set; a forward and a step look at one attribute of the model's engine.
@@ -26,7 +26,7 @@ class Additions:
         self._handles: list[Any] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Additions, ()  # a strategy that is sent to another process watches other models there
+        return AddedParameters, ()  # a strategy that is sent to another process watches other models there
 
     def watch(self, module: nn.Module, engine: Any) -> None:
         """Mark ``engine.added`` where a parameter or part is added to `module`."""

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from plugframe.base import ForwardShim, map_tensors, persistent_buffers, sync_buffers
+from plugframe.base import ForwardShim, map_tensors, replicated_buffers, sync_buffers
 from plugframe.errors import CollectiveMismatchError, OrderError, UnsupportedError, UsageError
 from plugframe_builtins._shared.fully_shard.added_parameters import check_added
 from plugframe_builtins._shared.fully_shard.gathered_copies import GatheredCopies
-from plugframe_builtins._shared.fully_shard.unit_order import Channel, Paths
-from plugframe_builtins._shared.fully_shard.used_parameters import Used
+from plugframe_builtins._shared.fully_shard.unit_order import Channel, UnitOrder
+from plugframe_builtins._shared.fully_shard.used_parameters import UsedParameters
 from plugframe_builtins._shared.sharding.gradient_hooks import gradients_before, hooked, run_hooks
-from plugframe_builtins._shared.sharding.uneven_evaluation import Company
+from plugframe_builtins._shared.sharding.uneven_evaluation import UnevenEvaluation
 
 
 class Shim(ForwardShim):
@@ -76,7 +76,7 @@ class Engine:
     Args:
         shim: over the module, sharded.
         units: the sharded blocks, in the order of the model.
-        company: of the ranks that evaluate.
+        evaluation: what the ranks that evaluate tell each other.
         channel: of the ranks that train.
         strategy: its name, for messages.
         frees: whether parameters are freed before the end of a backward.
@@ -88,7 +88,13 @@ class Engine:
     """
 
     def __init__(
-        self, shim: Shim, units: Sequence[nn.Module], company: Company, channel: Channel, strategy: str, frees: bool
+        self,
+        shim: Shim,
+        units: Sequence[nn.Module],
+        evaluation: UnevenEvaluation,
+        channel: Channel,
+        strategy: str,
+        frees: bool,
     ) -> None:
         self.shim = shim
         self.local = self.stale_buffers = self.added = False
@@ -96,9 +102,9 @@ class Engine:
         self._sharded = sharded
         self._units = tuple(units)
         self._strategy = strategy
-        self._has_buffers = bool(persistent_buffers(shim.module))
-        self._company = company
-        self._number = company.join(self)
+        self._has_buffers = bool(replicated_buffers(shim.module))
+        self._evaluation = evaluation
+        self._number = evaluation.join(self)
         self._averages = True
         self._inside = self._closed = self._training = self._made = self._in_backward = self._ran = False
         self._frees = frees
@@ -110,16 +116,16 @@ class Engine:
         parameters, owners = _owned(shim.module)
         self._parameters = parameters
         self._gathered = GatheredCopies(shim.module)
-        self._paths: Paths | None = None
-        self._used: Used | None = None
+        self._paths: UnitOrder | None = None
+        self._used: UsedParameters | None = None
         if channel.open:
             model = type(shim.module).__name__
             paths = {id(part): path for path, part in shim.module.named_modules()}
             names = [paths[id(unit)] for unit in self._units]
-            self._paths = Paths(channel, self._number, names, self._pass_through, model, company.checksum)
+            self._paths = UnitOrder(channel, self._number, names, self._pass_through, model, evaluation.checksum)
             if hasattr(shim, "set_reduce_scatter_unused_params"):  # from torch 2.13 on
                 sharded.set_reduce_scatter_unused_params(True)
-            self._used = Used(channel, parameters, owners, model)
+            self._used = UsedParameters(channel, parameters, owners, model)
         self._watch(owners)
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +145,7 @@ class Engine:
             if self._paths is not None:
                 self._paths.begin()
         else:
-            self._company.announce(self._number)
+            self._evaluation.announce(self._number)
         self._ran |= torch.is_grad_enabled()
         self._visited.clear()
         self._inside = True

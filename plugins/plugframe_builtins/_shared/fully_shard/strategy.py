@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from plugframe import Plugin
-from plugframe.base import Strategy
+from plugframe.base import Strategy, overwrite, stored
 from plugframe.deferred.module import deferring, is_deferred, records
 from plugframe.errors import OrderError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
@@ -24,7 +24,7 @@ from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe.utils.logging import warn_caller
 from plugframe_builtins._shared.fully_shard.activation_checkpointing import recompute
-from plugframe_builtins._shared.fully_shard.added_parameters import Additions
+from plugframe_builtins._shared.fully_shard.added_parameters import AddedParameters
 from plugframe_builtins._shared.fully_shard.engine import Engine, Shim, show_outputs
 from plugframe_builtins._shared.fully_shard.policy import check_policy, check_switches, make_policy
 from plugframe_builtins._shared.fully_shard.unit_order import Channel
@@ -32,15 +32,15 @@ from plugframe_builtins._shared.fully_shard.units import Units, check_units, fin
 from plugframe_builtins._shared.model_check import check_same_model
 from plugframe_builtins._shared.sharding.clip import clip_by_norm, clip_by_value
 from plugframe_builtins._shared.sharding.copies import allow_copies, keep_attributes
-from plugframe_builtins._shared.sharding.layout import check_odd, lay_out
-from plugframe_builtins._shared.sharding.materialization import share_out
+from plugframe_builtins._shared.sharding.layout import check_layout, make_contiguous
+from plugframe_builtins._shared.sharding.materialization import materialize_shards
 from plugframe_builtins._shared.sharding.mesh import check_mesh, make_mesh
-from plugframe_builtins._shared.sharding.optimizer_remapping import Successors
+from plugframe_builtins._shared.sharding.optimizer_remapping import OptimizerRemapping
 from plugframe_builtins._shared.sharding.options import OPTIONS
 from plugframe_builtins._shared.sharding.parameter import as_sharded
 from plugframe_builtins._shared.sharding.plain_states import take_plain_states
 from plugframe_builtins._shared.sharding.state import load_module_state, load_optimizer_state, whole
-from plugframe_builtins._shared.sharding.uneven_evaluation import Company
+from plugframe_builtins._shared.sharding.uneven_evaluation import UnevenEvaluation
 
 #: The options that strategies of this kind have in common.
 _DECLARED = Plugin(factory=f"{__name__}:FullyShardedStrategy", options=OPTIONS)
@@ -87,9 +87,9 @@ class FullyShardedStrategy(Strategy):
         self.prefetch = prefetch
         self.compile = compile
         self._mesh: DeviceMesh | None = None
-        self._successors = Successors()
+        self._remapping = OptimizerRemapping()
         self._engines: list[weakref.ref[Engine]] = []
-        self._additions = Additions()
+        self._additions = AddedParameters()
         self._channel: Channel | None = None
         self._together: Sequence[Optimizer] = ()
         self._undo = ExitStack()
@@ -108,7 +108,7 @@ class FullyShardedStrategy(Strategy):
                 "device is the CPU already: leave it out."
             )
         self._mesh = self._make_mesh(context)
-        self._company = Company(context.hooks, context.world.world_size)
+        self._evaluation = UnevenEvaluation(context.hooks, context.world.world_size)
         self._channel = Channel(context)
 
     def _make_mesh(self, context: Context) -> DeviceMesh:
@@ -138,9 +138,9 @@ class FullyShardedStrategy(Strategy):
             module.to(self.context.device)
             return None
         self._check_parameters(module, parameters)
-        check_odd(module, parameters, self.name)
+        check_layout(module, parameters, self.name)
         check_same_model(module, self.context.hooks)
-        lay_out(module)
+        make_contiguous(module)
         values = records(module)
         for tensor in dict.fromkeys((*module.parameters(), *module.buffers())):
             if not tensor.is_meta:
@@ -150,17 +150,17 @@ class FullyShardedStrategy(Strategy):
         self._prepare_units(module, units)
         units = self._with_statistics(module, units)
         shim = self._shard(module, units)
-        share_out(module, values, device=self._home, broadcast=self._broadcast)
+        materialize_shards(module, values, device=self._home, broadcast=self._broadcast)
         after = dict(module.named_parameters(remove_duplicate=False))
         for parameter in after.values():
             as_sharded(parameter)
-        self._successors.note(parameters, after, self._together)
+        self._remapping.note(parameters, after, self._together)
         keep_attributes(module)
         allow_copies(module, units)
         take_plain_states(module, self.context.hooks)
         assert self._channel is not None
         frees = self.reshard_after_forward is not False
-        engine = Engine(shim, units[::-1], self._company, self._channel, self.name, frees)
+        engine = Engine(shim, units[::-1], self._evaluation, self._channel, self.name, frees)
         self._engines = [reference for reference in self._engines if reference() is not None]
         self._engines.append(weakref.ref(engine))
         self._additions.watch(module, engine)
@@ -248,13 +248,14 @@ class FullyShardedStrategy(Strategy):
     def _broadcast(self, tensor: Tensor) -> None:
         """Give every rank rank 0's values."""
         if self.context.world.world_size > 1:
-            tensor.copy_(self.context.hooks.collective_broadcast(tensor=tensor.detach(), src=0, group=None))
+            own = stored(tensor.detach())
+            overwrite(own, self.context.hooks.collective_broadcast(tensor=own, src=0, group=None))
 
     @hookimpl
     def strategy_setup_optimizers(
         self, module: nn.Module | None, optimizers: Sequence[Optimizer]
     ) -> Sequence[Optimizer]:
-        self._successors.carry_over(optimizers)
+        self._remapping.carry_over(optimizers)
         return optimizers
 
     @hookimpl
@@ -273,7 +274,7 @@ class FullyShardedStrategy(Strategy):
     def strategy_next_batch(self, iterator: Any, exhausted: Any) -> Any:
         batch = next(iterator, exhausted)
         if batch is exhausted and not self._training():
-            self._company.keep()
+            self._evaluation.keep()
         return batch
 
     def _training(self) -> bool:

@@ -73,7 +73,7 @@ class Exchange:
         return self._rows
 
 
-class Paths:
+class UnitOrder:
     """The way through the units of one model.
 
     Args:

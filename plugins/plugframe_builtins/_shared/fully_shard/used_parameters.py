@@ -21,7 +21,7 @@ from plugframe_builtins._shared.fully_shard.unit_order import Channel, Exchange
 _SUM = 4
 
 
-class Used:
+class UsedParameters:
     """Which units and parameters of one model the backwards of the ranks have come to.
 
     Args:

@@ -33,7 +33,7 @@ from plugframe.checkpoint import (
 )
 from plugframe.errors import CheckpointError
 from plugframe_builtins._shared.checkpoint_files import formats, sharded_format, tensor_file
-from plugframe_builtins._shared.checkpoint_files.index import Chunk, Head, Laid
+from plugframe_builtins._shared.checkpoint_files.index import Chunk, Head, TensorLayout
 
 #: About what the header and the manifest take for each tensor.
 _ENTRY_BYTES = 512
@@ -256,12 +256,12 @@ def _named(items: list[WriteItem]) -> dict[str, WriteItem]:
     return named
 
 
-def _tensors(metadata: Metadata, results: list[WriteResult]) -> dict[str, Laid]:
+def _tensors(metadata: Metadata, results: list[WriteResult]) -> dict[str, TensorLayout]:
     placed: dict[str, dict[torch.Size, Any]] = {}
     for result in results:
         assert result.index.offset is not None
         placed.setdefault(result.index.fqn, {})[result.index.offset] = result.storage_data
-    tensors: dict[str, Laid] = {}
+    tensors: dict[str, TensorLayout] = {}
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
         chunks = []
@@ -269,5 +269,5 @@ def _tensors(metadata: Metadata, results: list[WriteResult]) -> dict[str, Laid]:
             file, start, xxh3 = placed[name][chunk.offsets]
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
             chunks.append(Chunk(offsets=offsets, sizes=sizes, file=file, start=start, xxh3=xxh3))
-        tensors[name] = Laid(dtype=entry.properties.dtype, shape=tuple(entry.size), chunks=tuple(chunks))
+        tensors[name] = TensorLayout(dtype=entry.properties.dtype, shape=tuple(entry.size), chunks=tuple(chunks))
     return tensors

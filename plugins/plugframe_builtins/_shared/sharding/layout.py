@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from plugframe.errors import UnsupportedError
 
 
-def check_odd(module: nn.Module, parameters: Mapping[str, nn.Parameter], strategy: str) -> None:
+def check_layout(module: nn.Module, parameters: Mapping[str, nn.Parameter], strategy: str) -> None:
     """Refuse what cannot be sharded.
 
     Raises:
@@ -36,7 +36,7 @@ def check_odd(module: nn.Module, parameters: Mapping[str, nn.Parameter], strateg
 
 
 @torch.no_grad()
-def lay_out(module: nn.Module) -> None:
+def make_contiguous(module: nn.Module) -> None:
     """Make parameters contiguous, as sharding needs them, and give expanded buffers memory of their own."""
     for parameter in module.parameters():
         if not parameter.is_meta and not parameter.is_contiguous():

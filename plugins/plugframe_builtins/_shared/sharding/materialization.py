@@ -12,7 +12,7 @@ from plugframe.deferred.malloc import release_freed
 
 
 @torch.no_grad()
-def share_out(
+def materialize_shards(
     module: nn.Module,
     values: Mapping[str, Callable[[], Tensor]],
     *,

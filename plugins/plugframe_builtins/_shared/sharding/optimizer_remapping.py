@@ -46,7 +46,7 @@ class Replaced(nn.Parameter):
         )
 
 
-class Successors:
+class OptimizerRemapping:
     """Knows which parameter took the place of which."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Successors:
         self._successor: Any = WeakIdKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Successors, ()  # a strategy that is sent to another process finds other parameters there
+        return OptimizerRemapping, ()  # a strategy that is sent to another process finds other parameters there
 
     def note(
         self,

@@ -33,7 +33,7 @@ class Member(Protocol):
         ...
 
 
-class Company:
+class UnevenEvaluation:
     """What the ranks tell each other.
 
     Args:
