@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -68,6 +69,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.as_posix()
         alone = next((folder for folder in _ONE_AT_A_TIME if folder in path), None)
         item.add_marker(pytest.mark.xdist_group("one at a time" if alone else item.path.stem))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _heap_is_frozen(_plugframe_torch_is_warm: None) -> None:
+    """What was imported stays: the garbage collector, which tests call, need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

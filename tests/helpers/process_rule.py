@@ -18,7 +18,18 @@ import pytest
 
 #: A function that has one of these names in its code starts processes.
 STARTERS = frozenset(
-    ("Popen", "fork", "mp", "multiprocessing", "popen", "run_checks", "run_ranks", "start_processes", "subprocess")
+    (
+        "Popen",
+        "fork",
+        "mp",
+        "multiprocessing",
+        "popen",
+        "run_checks",
+        "run_ranks",
+        "start_processes",
+        "subprocess",
+        "supervise",
+    )
 )
 
 #: Code whose functions are followed: the tests' own, and the contract suites.
@@ -123,10 +134,7 @@ class ProcessRule:
             self._known[key] = False  # for those that call each other
             names = _names(function.__code__)
             self._known[key] = not STARTERS.isdisjoint(names) or any(
-                self._follows(value, owner if value is not function else None)
-                for name in names
-                for value in (function.__globals__.get(name), getattr(owner, name, None))
-                if value is not None
+                self._follows(value, owner) for value in _values(names, function, owner)
             )
         return self._known[key]
 
@@ -137,6 +145,14 @@ def _names(code: CodeType) -> set[str]:
         if isinstance(constant, CodeType):
             names |= _names(constant)
     return names
+
+
+def _values(names: set[str], function: FunctionType, owner: type | None) -> Iterator[Any]:
+    """Yield what the names in a function's code may stand for: globals, and members of its class and of modules."""
+    named = [function.__globals__[name] for name in names if name in function.__globals__]
+    holders = [owner, *(value for value in named if isinstance(value, ModuleType) and _is_followed(value))]
+    yield from named
+    yield from (getattr(holder, name) for holder in holders for name in names if hasattr(holder, name))
 
 
 def _is_followed(module: ModuleType | None) -> bool:
