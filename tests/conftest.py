@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -14,13 +15,29 @@ import pytest
 import torch
 
 from plugins_env import installed, packages  # noqa: F401 - fixtures
+from process_rule import ProcessRule
+
+#: Modules whose tests have deadlines, or start several jobs of several ranks: they run one after another.
+_ONE_AT_A_TIME = ("/tests/launch/", "/tests/diagnostics/", "/tests/plugins/slurm/")
+
+_FOLDER = pytest.StashKey[tuple[str, "str | None"]]()
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run whole folders in parallel; one file, or one test, in this process, where a debugger works."""
+    if config.args and all(".py" in word for word in config.args):
+        return 0
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the session a temporary folder of its own, so that what a test leaves in it is seen."""
+    """Give this process a temporary folder of its own, so that what a test leaves in it is seen."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell's background job ignores SIGINT, and so would every process that a test starts to interrupt it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.pluginmanager.register(ProcessRule(), "plugframe-process-rule")
+    if not hasattr(config, "workerinput") and config.getoption("numprocesses", None):
+        return  # no test runs here, but in workers that inherit the environment
     folder = tempfile.mkdtemp(prefix="plugframe-tests-")
     config.stash[_FOLDER] = (folder, os.environ.get("TMPDIR"))
     os.environ["TMPDIR"] = folder
@@ -33,7 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove the session's temporary folder."""
+    """Remove the temporary folder."""
+    if _FOLDER not in config.stash:
+        return
     folder, before = config.stash[_FOLDER]
     shutil.rmtree(folder, ignore_errors=True)
     tempfile.tempdir = None
@@ -43,7 +62,20 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         os.environ["TMPDIR"] = before
 
 
-_FOLDER = pytest.StashKey[tuple[str, "str | None"]]()
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file, which share jobs of ranks, in one worker; and those with deadlines all in one."""
+    for item in items:
+        path = item.path.as_posix()
+        alone = next((folder for folder in _ONE_AT_A_TIME if folder in path), None)
+        item.add_marker(pytest.mark.xdist_group("one at a time" if alone else item.path.stem))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _heap_is_frozen(_plugframe_torch_is_warm: None) -> None:
+    """What was imported stays: the garbage collector, which tests call, need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -606,6 +606,7 @@ def test_list_plugins_as_json(world: Ground, monkeypatch: pytest.MonkeyPatch) ->
     }
 
 
+@pytest.mark.ranks
 def test_list_plugins_check(world: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     """--check loads each descriptor by itself and says what is broken, missing or incompatible; exit code 1."""
     install(
@@ -633,6 +634,7 @@ def test_list_plugins_check(world: Ground, monkeypatch: pytest.MonkeyPatch) -> N
     assert plug("list-plugins", "--check", "--kind=accelerator").code == 0
 
 
+@pytest.mark.ranks
 def test_a_chatty_descriptor_does_not_spoil_the_listing(
     world: Ground, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,6 +35,7 @@ def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         del sys.modules[name]
 
 
+@pytest.mark.ranks
 def test_all_of_many_plugins_are_listed(many: Path) -> None:
     """Every name with its own package and version, by metadata and when loaded."""
     expected = {f"name{number}": (f"many-{number}", f"1.{number}") for number in range(COUNT)}

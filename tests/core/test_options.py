@@ -520,6 +520,7 @@ def test_words_that_miss(registry: Registry) -> None:
     assert "train.py --strategy.level=3" in run("--", "--strategy.level=3")[1]
 
 
+@pytest.mark.ranks
 def test_a_listing_of_one_plugin_shows_its_options(registry: Registry) -> None:
     """As they are typed, with default, values and help; of an alias those of what it stands for."""
     code, out, err = plug("list-plugins", "--kind", "strategy", "acme")

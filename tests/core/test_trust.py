@@ -157,6 +157,7 @@ def test_of_two_packages_the_one_that_may_be_used_has_the_name(tmp_path: Path) -
         Registry(entries, policy(tmp_path, DISABLE="acme")).find("strategy", "acme")
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("how", ["allow", "disable"])
 def test_what_is_refused_is_never_imported(shelf: Put, trap: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:  # noqa: F811
     """No command, no selection, no error on the way and no object in the code imports it; what is allowed works."""

@@ -145,6 +145,13 @@ def flat(read: list[list[Any]]) -> list[int]:
 
 
 DATA = list(range(11))
+
+
+def marked(kinds: dict[str, Any]) -> list[Any]:
+    """Return the names for parametrize: loaders with workers start processes."""
+    return [pytest.param(kind, marks=pytest.mark.ranks if "workers" in kind else ()) for kind in kinds]
+
+
 SAMPLERS = {
     "sequential": lambda: DataLoader(DATA, batch_size=2),
     "shuffled": lambda: DataLoader(DATA, batch_size=2, shuffle=True),
@@ -165,13 +172,13 @@ SAMPLERS = {
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("kind", SAMPLERS)
+@pytest.mark.parametrize("kind", marked(SAMPLERS))
 def test_evaluation_reads_every_sample_once(kind: str, count: int) -> None:
     """Whatever the sampler, an evaluation over N ranks reads every sample exactly once (law 8)."""
     assert flat(divide(SAMPLERS[kind], count, training=False)) == DATA
 
 
-@pytest.mark.parametrize("kind", SAMPLERS)
+@pytest.mark.parametrize("kind", marked(SAMPLERS))
 def test_training_takes_equal_steps_and_weighs_what_is_real(kind: str) -> None:
     """Whatever the sampler, ranks train equal numbers of steps, and batches that weigh cover every sample once."""
     read = divide(SAMPLERS[kind], 3)
@@ -269,6 +276,7 @@ def test_a_loader_class_of_the_users_own_keeps_everything() -> None:
     assert loader.extra == 1
 
 
+@pytest.mark.ranks
 def test_workers_of_different_ranks_draw_different_numbers() -> None:
     """Augmentation in workers differs between ranks whose generators are equal, and repeats from run to run."""
 
@@ -355,7 +363,7 @@ RANDOM = {
 }
 
 
-@pytest.mark.parametrize("kind", RANDOM)
+@pytest.mark.parametrize("kind", marked(RANDOM))
 def test_whatever_draws_the_order_ranks_agree_on_it(kind: str) -> None:
     """Samplers, batch samplers and streams that draw from any global generator, at any time, are divided exactly."""
     read = divide(RANDOM[kind], 2, training=False, epochs=2)
@@ -435,6 +443,7 @@ def test_nothing_is_read_ahead(training: bool, count: int) -> None:
         assert len(drawn) == 2 * count
 
 
+@pytest.mark.ranks
 def test_workers_that_stay_know_what_changes() -> None:
     """Worker processes that outlive an epoch hear of set-up, of evaluation, of each epoch, and of tear-down."""
     mode = [True]

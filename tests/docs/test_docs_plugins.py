@@ -22,6 +22,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tutorial_says_what_happens(kind: str) -> None:

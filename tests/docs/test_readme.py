@@ -98,6 +98,16 @@ def test_the_commands_name_what_exists(mark: str) -> None:
         assert (ROOT / script).exists()
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(("verb", "mark"), [("demo", "train"), ("test", "tests")])
+def test_the_verbs_do_what_the_commands_do(verb: str, mark: str, tmp_path: Path) -> None:
+    """`make demo` and `make test` on a fresh machine run the commands of the README, line by line."""
+    assert f"make {verb}" in block("verbs").splitlines()
+    done = run("make", "--dry-run", f"VENV={tmp_path}/.venv", verb, cwd=ROOT)
+    lines = [line for line in done.stdout.replace(f"{tmp_path}/", "").splitlines() if not line.startswith("touch")]
+    assert lines == block(mark).splitlines(), done.stderr
+
+
 def test_links_lead_somewhere() -> None:
     """Every relative link and picture is there."""
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):

@@ -84,6 +84,7 @@ def validation_of(output: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"^step +\d+: validation loss ([\d.]+)", output, re.MULTILINE)]
 
 
+@pytest.mark.ranks
 @needs_digits
 def test_image_classifier_in_plain_torch_goes_on_from_its_checkpoint(
     tmp_path: Path, run_twin: Callable[..., str]
@@ -117,6 +118,7 @@ def test_image_classifier_is_the_same_on_two_ranks_as_on_one_that_was_stopped(tm
     assert len(losses) == 135
 
 
+@pytest.mark.ranks
 def test_language_model_in_plain_torch_learns(tmp_path: Path, run_twin: Callable[..., str]) -> None:
     """The torch twin's validation loss falls; it writes some text and draws its losses."""
     output = run_twin("language_model", *SHORT, "--plot", str(tmp_path / "losses.png"))

@@ -50,6 +50,7 @@ def test_spawned_ranks_return_the_result_of_rank_0() -> None:
     queue.close()
 
 
+@pytest.mark.ranks
 def test_forked_ranks_run_any_function_and_return_the_result_of_rank_0() -> None:
     """Neither the function nor what it holds has to be picklable; sys.exit() is a return without a result."""
     here = open(os.devnull)  # noqa: SIM115 - something no other process could be sent
@@ -62,6 +63,7 @@ def test_forked_ranks_run_any_function_and_return_the_result_of_rank_0() -> None
     )
 
 
+@pytest.mark.ranks
 def test_a_failing_function_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
     """The report starts at the user's own frames, and the rank that was stopped is named as such."""
 
@@ -80,6 +82,7 @@ def test_a_failing_function_is_told_once(capfd: pytest.CaptureFixture[str]) -> N
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("function", "exit_code", "said"),
     [

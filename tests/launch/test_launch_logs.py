@@ -61,6 +61,7 @@ def said_by(ranks: Sequence[int], attempt: int) -> dict[str, str]:
 # ---------------------------------------------------------------------- the files
 
 
+@pytest.mark.ranks
 def test_output_is_kept_by_attempt_and_rank(script: Write, capfd: pytest.CaptureFixture[str]) -> None:
     """Each attempt has a folder, each rank two files; the terminal shows the same with the rank before each line."""
     path = script(f"{SPEAKING}\nif os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and rank == '1': os._exit(3)")
@@ -75,6 +76,7 @@ def test_output_is_kept_by_attempt_and_rank(script: Write, capfd: pytest.Capture
     assert all(line.startswith("[rank ") for line in out.splitlines())
 
 
+@pytest.mark.ranks
 def test_nothing_is_written_over_and_a_failure_names_the_folder(
     script: Write, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +96,7 @@ def test_nothing_is_written_over_and_a_failure_names_the_folder(
     assert Output.of(Job(num_processes=1, log_dir="logs")).begin(1, [2, 3]) == 1
 
 
+@pytest.mark.ranks
 def test_tracebacks_of_other_ranks_are_in_files(script: Write) -> None:
     """The terminal has that of the culprit; the others are kept, or a line says how to have them."""
     path = script("""
@@ -121,6 +124,7 @@ def test_tracebacks_of_other_ranks_are_in_files(script: Write) -> None:
     assert last == ["IndexError: list index out of range", "ValueError: no such colour"]
 
 
+@pytest.mark.ranks
 def test_a_function_is_heard_too(script: Write, capfd: pytest.CaptureFixture[str]) -> None:
     """Forked ranks write to their files, and rank 0's result comes back."""
     script("")
@@ -136,6 +140,7 @@ def test_a_function_is_heard_too(script: Write, capfd: pytest.CaptureFixture[str
     assert capfd.readouterr() == ("", "[rank 1] err of 1\n")
 
 
+@pytest.mark.ranks
 def test_without_a_folder_nothing_is_left(script: Write, capfd: pytest.CaptureFixture[str]) -> None:
     """What is shown line by line goes by way of temporary files; the rest is the terminal's as it is."""
     path = script(SPEAKING)
@@ -146,6 +151,7 @@ def test_without_a_folder_nothing_is_left(script: Write, capfd: pytest.CaptureFi
     assert os.listdir() == ["train.py"]
 
 
+@pytest.mark.ranks
 def test_lines_of_ranks_are_written_in_one_piece(
     script: Write, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +268,7 @@ def test_a_binding_that_cannot_be_is_one_line(script: Write, monkeypatch: pytest
     assert os.listdir() == ["train.py"]
 
 
+@pytest.mark.ranks
 def test_ranks_are_bound_by_numactl(script: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each rank of a script runs under numactl, with the CPUs that torch names for it."""
     path = script("import os; open(os.environ['RANK'], 'w').write(os.environ['BOUND'])")

@@ -98,6 +98,7 @@ def error(cell: Any) -> Any:
     return found
 
 
+@pytest.mark.ranks
 def test_a_notebook_launches_twice_and_shows_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results come back, ranks print into the cell, a report is the error, and nothing is left in the kernel."""
     for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR"):

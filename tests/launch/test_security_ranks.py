@@ -95,6 +95,7 @@ class _Evil:
         return open, (str(self.path), "w")
 
 
+@pytest.mark.ranks
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can become another user")
 def test_another_user_cannot_take_the_place_of_a_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -110,6 +111,7 @@ def test_another_user_cannot_take_the_place_of_a_rank(
     assert {"rank 0 got hello", "rank 1 got hello"} <= set(out.splitlines())
 
 
+@pytest.mark.ranks
 def test_the_ranks_of_a_node_meet_in_a_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store is a file below a folder of mode 0700; the token is new for each job, and both are gone afterwards."""
     monkeypatch.chdir(tmp_path)

@@ -111,6 +111,7 @@ def test_a_childs_signal_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         stopping.close()
 
 
+@pytest.mark.ranks
 def test_slurm_requeues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """scontrol is asked for the job, or the array's task; without a job nothing is; a refusal is told."""
     tool = tmp_path / "scontrol"

@@ -45,6 +45,7 @@ def test_the_page_has_a_row_for_every_script() -> None:
     assert words <= {"right", "right, warned", "warned", "refused", "–"}
 
 
+@pytest.mark.ranks
 @pytest.mark.kinds
 @pytest.mark.parametrize(("kind", "variant"), CELLS, ids=IDS)
 def test_every_cell_is_what_the_page_says(kind: Kind, variant: str) -> None:

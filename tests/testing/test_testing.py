@@ -53,6 +53,23 @@ def test_importing_it_is_light(run_python: Callable[[str], str]) -> None:
     assert run_python(code).strip() == "[]"
 
 
+LOADED = """
+import sys
+
+def test_what_is_loaded():
+    ours = sorted(name for name in sys.modules if name.split(".")[0] in ("plugframe", "plugframe_builtins", "torch"))
+    assert ours == ["plugframe", "plugframe.testing", "plugframe.testing.pytest_plugin"]
+"""
+
+
+def test_other_peoples_tests_load_nothing(tmp_path: Path) -> None:
+    """In a run of pytest that asks for none of the fixtures, the plugin is there and nothing else of plugframe."""
+    (tmp_path / "test_loaded.py").write_text(LOADED)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "1 passed" in done.stdout, done.stdout
+
+
 def test_the_core_never_imports_it() -> None:
     """pytest is an extra: nothing outside of plugframe.testing needs it."""
     folder = ROOT / "plugframe"
