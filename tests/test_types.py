@@ -7,6 +7,8 @@ import inspect
 import runpy
 from pathlib import Path
 
+import pytest
+
 from plugframe import Lite
 from plugframe.core.config.request import FIELDS
 from plugframe.lite import lite as module
@@ -66,9 +68,11 @@ def test_a_method_is_a_docstring_and_a_call() -> None:
 
 def test_editors_know_the_names_of_today() -> None:
     """The names that editors complete are those of the entry points."""
+    script = ROOT / ".ci" / "names.py"
+    if not script.exists():
+        pytest.skip("the script that writes them is in a checkout alone")
     written = (ROOT / "plugframe" / "lite" / "_names.py").read_text(encoding="utf-8")
-    script = runpy.run_path(str(ROOT / ".ci" / "names.py"))
-    assert written == script["text"](), "run python .ci/names.py"
+    assert written == runpy.run_path(str(script))["text"](), "run python .ci/names.py"
 
 
 def test_every_setting_is_an_argument() -> None:

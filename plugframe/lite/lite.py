@@ -422,7 +422,7 @@ class Lite:
     ) -> list[t.L1 | t.L2]: ...
     def setup_dataloaders(
         self,
-        *dataloaders: DataLoader[Any],
+        *dataloaders: DataLoader[object],
         use_distributed_sampler: bool = True,
         move_to_device: bool = True,
         weigh_uneven: bool = True,
