@@ -1,39 +1,192 @@
-"""Starting the ranks; and the whole object."""
+"""The user's object."""
+
+# One class in one file, as Fabric and httpx have theirs: signatures, overloads and docstrings are most of it.
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
+import atexit
+import builtins
+import os
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from types import FunctionType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
-from plugframe.errors import SettingError
+from plugframe.adopt.module import Phase, counting
+from plugframe.adopt.replaced import Successors
+from plugframe.core.config.request import gather
+from plugframe.core.planning.resolve import resolve
+from plugframe.core.registry.registry import Registry
+from plugframe.core.runtime.session import Session
+from plugframe.data.loaders import Loaders
+from plugframe.data.shared_seed import SharedSeed
+from plugframe.diagnostics.diagnostics import Diagnostics
+from plugframe.hooks.variables import FROM_COMMAND_LINE
 from plugframe.launch import start
-from plugframe.lite.checkpointing import Keeping
-from plugframe.lite.core import Core
-from plugframe.lite.logging import Telling
-from plugframe.lite.loop import Loop
-from plugframe.lite.ranks import Ranks
-from plugframe.lite.setup import SetUp
+from plugframe.launch.inheritance import Place, own_variables
+from plugframe.launch.preemption import Stopping
+from plugframe.lite import checkpointing, launch, logging, loop, plugins, ranks, seeding, setup
+from plugframe.lite.plugins import as_tuple, callback_object
+from plugframe.utils.logging import tell, warn_caller
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from typing import Concatenate, SupportsFloat
 
-#: Marks the ``run`` of a subclass that starts the ranks it needs.
-_WRAPPED = "_plugframe_starts_ranks"
+    import torch
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+    from torch.utils.data import DataLoader
+    from typing_extensions import Self, Unpack
+
+    from plugframe.data.random_streams import RankStreams
+    from plugframe.hooks import (
+        AcceleratorSpec,
+        CheckpointSpec,
+        CollectiveSpec,
+        Context,
+        EnvironmentSpec,
+        LauncherSpec,
+        LoggerSpec,
+        PrecisionSpec,
+        SaveHandle,
+        StrategySpec,
+    )
+    from plugframe.lite import _names as names
+    from plugframe.lite import _types as t
+    from plugframe.state.manager import CheckpointManager
+    from plugframe.state.tree import Filter
 
 
-class Lite(SetUp, Loop, Ranks, Keeping, Telling):
-    __doc__ = Core.__doc__
+class Lite:
+    """Runs a raw PyTorch loop on any device, any number of ranks, in any precision.
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    Every plugin argument takes a name (``"ddp"``), a name qualified by its package (``"acme-ddp:ddp"``) or a
+    plugin object. ``"auto"`` is chosen from what is installed and what this machine has; ``lite.plan`` says why.
+
+    Args:
+        accelerator: kind of device.
+        strategy: how the model is spread over the ranks.
+        devices: a count, a list of indices, ``"0,2"``, or ``-1`` or ``"auto"`` for all; on each node.
+        num_nodes: nodes of the job.
+        precision: ``"32-true"``, ``"16-mixed"``, ``"bf16"``, …; None means ``"auto"``.
+        collective: how ranks communicate.
+        checkpoint: format of saved states.
+        environment: who started the processes.
+        launcher: who starts them, if nobody did.
+        plugins: extensions by name, and plugin objects of any kind.
+        callbacks: objects whose methods `call` calls, and whose ``on_…`` hooks are called.
+        loggers: loggers by name, or objects.
+        timeout_s: seconds a collective may take before it is an error that says where every rank is; 30 minutes.
+        report_after_s: seconds after which one line on stderr says which ranks wait in a collective and where the
+            others are, while the job goes on waiting; 30, and 0 for never.
+        diagnostics: whether collective calls are recorded, to report and explain those that a rank does not reach,
+            and the plugins of all ranks are compared; True. Without, a job that hangs does so until its timeout.
+
+    Raises:
+        UsageError: (and its subclasses) for a wrong setting; one that contradicts the command line included.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: names.AcceleratorName | str | AcceleratorSpec = "auto",
+        strategy: names.StrategyName | str | StrategySpec = "auto",
+        devices: t.Devices = "auto",
+        num_nodes: int = 1,
+        precision: names.PrecisionName | str | int | PrecisionSpec | None = None,
+        collective: names.CollectiveName | str | CollectiveSpec = "auto",
+        checkpoint: names.CheckpointName | str | CheckpointSpec = "auto",
+        environment: names.EnvironmentName | str | EnvironmentSpec = "auto",
+        launcher: names.LauncherName | str | LauncherSpec = "auto",
+        plugins: names.ExtensionName | Sequence[names.ExtensionName | object] | object = (),
+        callbacks: object = (),
+        loggers: names.LoggerName | str | LoggerSpec | Sequence[names.LoggerName | str | LoggerSpec] | None = (),
+        timeout_s: float | None = None,
+        report_after_s: float | None = None,
+        diagnostics: bool | None = None,
+    ) -> None:
+        self._settings = {
+            "accelerator": accelerator,
+            "strategy": strategy,
+            "devices": devices,
+            "num_nodes": None if num_nodes == 1 and not isinstance(num_nodes, bool) else num_nodes,
+            "precision": precision,
+            "collective": collective,
+            "checkpoint": checkpoint,
+            "environment": environment,
+            "launcher": launcher,
+            "plugins": as_tuple(plugins),
+            "callbacks": as_tuple(callbacks),
+            "loggers": as_tuple(loggers),
+            "timeout_s": timeout_s,
+            "report_after_s": report_after_s,
+            "diagnostics": diagnostics,
+        }
+        self._resolve()
+
+    def _resolve(self, *, travelled: bool = False) -> None:
+        self._place = Place(travelled=travelled)
+        weakref.finalize(self, self._place.close).atexit = False
+        self._request = gather(self._settings)
+        self._registry = Registry.discover()
+        self._request = replace(self._request, notes=(*self._request.notes, *self._registry.notes()))
+        self.plan = resolve(self._request, self._registry, os.environ)
+        if self.plan.launched or (self.plan.world_size == 1 and FROM_COMMAND_LINE in os.environ):
+            self._place.claim(own_variables(self._registry))
+        self._callbacks = [callback_object(c) for c in self._request.value("callbacks", ())]
+        self._diagnostics = Diagnostics(self.plan) if self.plan.diagnostics else None
+        observers = [SharedSeed(), *([self._diagnostics] if self._diagnostics is not None else [])]
+        self._session = Session(self.plan, self._registry, [*self._callbacks, *observers])
+        self._hooks = self._session.hooks
+        for message in self._session.deprecations if self.global_rank == 0 else ():
+            warn_caller(message)
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self._phase = Phase()
+        self._loaders = Loaders(self._phase.weights)
+        self._stopping = Stopping()
+        self._streams: RankStreams | None = None
+        self._successors = Successors()
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         run = getattr(cls, "run", None)
         # Its own, or that of a class beside this one which knows nothing of ranks.
-        if isinstance(run, FunctionType) and not hasattr(run, _WRAPPED):
-            setattr(cls, "run", _on_every_rank(run))  # noqa: B010
+        if isinstance(run, FunctionType) and not hasattr(run, launch.WRAPPED):
+            setattr(cls, "run", launch.on_every_rank(run))  # noqa: B010
 
-    def launch(self, function: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | None:
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel to another process as settings and the subclass's own attributes; there the plan is made anew."""
+        own = (
+            "_request",
+            "_registry",
+            "plan",
+            "_callbacks",
+            "_session",
+            "_diagnostics",
+            "_hooks",
+            "_modules",
+            "_loaders",
+            "_phase",
+            "_stopping",
+            "_place",
+            "_streams",
+            "_successors",
+        )
+        return {key: value for key, value in self.__dict__.items() if key not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._resolve(travelled=True)
+
+    # ---------------------------------------------------------------- the job
+
+    @overload
+    def launch(self, function: None = None) -> None: ...
+    @overload
+    def launch(self, function: Callable[Concatenate[Self, t.P], t.T], *args: t.P.args, **kwargs: t.P.kwargs) -> t.T: ...
+    def launch(self, function: Callable[..., object] | None = None, *args: object, **kwargs: object) -> object:
         """Make sure that the job's ranks run.
 
         Where they do already (``plugframe run``, torchrun, a scheduler) or where one is enough, this process
@@ -50,45 +203,769 @@ class Lite(SetUp, Loop, Ranks, Keeping, Telling):
         Raises:
             RankFailedError: if a rank failed while running `function`.
         """
-        if function is not None and not callable(function):
-            raise SettingError(f"launch() takes a function, got {type(function).__name__}.")
-        if self._alone():
-            self._started("launch")
-            return function(self, *args, **kwargs) if function is not None else None
-        if function is None:
-            start.start_script(self.plan, self._request, self._registry)
-        handed = (type(self), self.__getstate__(), function, args, kwargs)
-        return cast("T", start.start_function(self.plan, self._request, self._registry, _rank_main, handed))
+        return launch.launch(self, function, args, kwargs)
 
+    def __enter__(self) -> Self:
+        return self
 
-for _part in (Core, SetUp, Loop, Ranks, Keeping, Telling):
-    for _name, _method in vars(_part).items():
-        if inspect.isfunction(_method):
-            _method.__qualname__ = f"Lite.{_name}"  # what an error about its arguments calls it
+    def __exit__(self, *exc: object) -> None:
+        self.teardown()
 
+    def teardown(self) -> None:
+        """End the job on this rank and give every object back as it was. It may be called twice."""
+        self._session.close()
+        self._streams = self._phase.draws = None
+        self._modules.clear()
+        self._loaders.clear()
+        self._stopping.close()
+        self._place.close()
+        atexit.unregister(self._session.close)
 
-def _rank_main(cls: type[Lite], state: dict[str, Any], function: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-    """Run a launched function on a rank: make the `Lite` of this process, call, tear down."""
-    lite = cls.__new__(cls)
-    lite.__setstate__(state)
-    with lite:
-        lite._started("launch")
-        return function(lite, *args, **kwargs)
+    def _alone(self) -> bool:
+        return self._session.context is not None or self.plan.launched or self.plan.world_size == 1
 
+    def _living(self) -> list[nn.Module]:
+        """Return the modules that were set up and still exist, in that order."""
+        return [module for module in (reference() for reference in self._modules) if module is not None]
 
-def _on_every_rank(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the ``run`` of a subclass start the ranks it needs and return rank 0's result."""
+    def _started(self, call: str) -> Context:
+        """Return the context, starting this rank if it is the first call that needs it."""
+        session = self._session
+        if session.context is None:
+            if not self._alone():
+                raise start.not_launched(self.plan, call)
+            self._place.check(call, launched=self.plan.launched)
+            context = session.start()
+            if context.world.global_rank == 0:
+                tell(self.plan.line())
+            self._phase.explain = self._diagnostics.explain if self._diagnostics is not None else None
+            if self.world_size > 1:
+                hooks: Any = self._hooks
+                session.on_close(setattr, hooks, "strategy_no_sync", hooks.strategy_no_sync)
+                hooks.strategy_no_sync = counting(self._phase, hooks.strategy_no_sync)
+            atexit.register(session.close)
+        return session.started()
 
-    @functools.wraps(run)
-    def wrapper(self: Lite, *args: Any, **kwargs: Any) -> Any:
-        if self._alone():
-            self._started("run")
-            return run(self, *args, **kwargs)
-        return self.launch(_call_run, *args, **kwargs)
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return cast("torch.device", self._session.device)
 
-    setattr(wrapper, _WRAPPED, True)
-    return wrapper
+    @property
+    def global_rank(self) -> int:
+        """This rank among all, from 0."""
+        return self._session.world.global_rank
 
+    @property
+    def local_rank(self) -> int:
+        """This rank among those of its node, from 0."""
+        return self._session.world.local_rank
 
-def _call_run(lite: Any, *args: Any, **kwargs: Any) -> Any:
-    return lite.run(*args, **kwargs)
+    @property
+    def node_rank(self) -> int:
+        """This node among all, from 0."""
+        return self._session.world.node_rank
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.plan.world_size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is global rank 0."""
+        return self.global_rank == 0
+
+    @property
+    def strategy(self) -> Any:
+        """The strategy plugin in use: the object itself, for what it has besides its hooks."""
+        return self._session.plugins["strategy"]
+
+    @property
+    def accelerator(self) -> AcceleratorSpec:
+        """The accelerator plugin in use."""
+        return cast("AcceleratorSpec", self._session.plugins["accelerator"])
+
+    @property
+    def loggers(self) -> list[LoggerSpec]:
+        """The logger plugins in use."""
+        return self._session.loggers
+
+    @property
+    def logger(self) -> LoggerSpec:
+        """The first logger plugin in use.
+
+        Raises:
+            SettingError: if there is none.
+        """
+        return logging.first_logger(self)
+
+    def extension(self, name: str) -> Any:
+        """Return the extension in use under that name: the object itself, for what can be asked of it.
+
+        Raises:
+            SettingError: if it is not in use.
+        """
+        return plugins.extension(self, name)
+
+    # ---------------------------------------------------------------- modules, optimizers, loaders
+
+    @overload
+    def setup(
+        self, module: t.M, *, scheduler: None = None, move_to_device: bool = True, forward_methods: t.Methods = ()
+    ) -> t.M: ...
+    @overload
+    def setup(
+        self, module: t.M, *, scheduler: t.S, move_to_device: bool = True, forward_methods: t.Methods = ()
+    ) -> tuple[t.M, t.S]: ...
+    @overload
+    def setup(
+        self,
+        module: t.M,
+        optimizer: t.O1,
+        /,
+        *,
+        scheduler: None = None,
+        move_to_device: bool = True,
+        forward_methods: t.Methods = (),
+    ) -> tuple[t.M, t.O1]: ...
+    @overload
+    def setup(
+        self,
+        module: t.M,
+        optimizer: t.O1,
+        /,
+        *,
+        scheduler: t.S,
+        move_to_device: bool = True,
+        forward_methods: t.Methods = (),
+    ) -> tuple[t.M, t.O1, t.S]: ...
+    @overload
+    def setup(
+        self,
+        module: t.M,
+        optimizer: t.O1,
+        second: t.O2,
+        /,
+        *more: Unpack[t.Os],
+        scheduler: None = None,
+        move_to_device: bool = True,
+        forward_methods: t.Methods = (),
+    ) -> tuple[t.M, t.O1, t.O2, Unpack[t.Os]]: ...
+    @overload
+    def setup(
+        self,
+        module: t.M,
+        optimizer: t.O1,
+        second: t.O2,
+        /,
+        *more: Unpack[t.Os],
+        scheduler: t.S,
+        move_to_device: bool = True,
+        forward_methods: t.Methods = (),
+    ) -> tuple[t.M, t.O1, t.O2, Unpack[t.Os], t.S]: ...
+    # A TypeVarTuple has no bound, so that the overloads take more than optimizers.
+    def setup(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]
+        self,
+        module: nn.Module,
+        *optimizers: Optimizer,
+        scheduler: object = None,
+        move_to_device: bool = True,
+        forward_methods: t.Methods = (),
+    ) -> object:
+        """Prepare a module and its optimizers, in place, and return them. Every rank must call it.
+
+        Args:
+            scheduler: returned as it is; schedulers need no set-up.
+            move_to_device: whether to move the module to this rank's device; a strategy that shards always does.
+            forward_methods: methods besides ``forward`` that run the module's parts and so must run under
+                precision and strategy.
+
+        Returns:
+            The module alone, or a tuple of module, optimizers and scheduler, as they were given.
+        """
+        return setup.setup(
+            self,
+            module,
+            optimizers,
+            scheduler=scheduler,
+            move_to_device=move_to_device,
+            forward_methods=forward_methods,
+        )
+
+    def setup_module(self, module: t.M, move_to_device: bool = True, forward_methods: t.Methods = ()) -> t.M:
+        """Prepare a module alone, in place, and return it. Every rank must call it."""
+        return setup.setup_module(self, module, move_to_device=move_to_device, forward_methods=forward_methods)
+
+    @overload
+    def setup_optimizers(self, optimizer: t.O1, /) -> t.O1: ...
+    @overload
+    def setup_optimizers(
+        self, optimizer: t.O1, second: t.O2, /, *more: Unpack[t.Os]
+    ) -> tuple[t.O1, t.O2, Unpack[t.Os]]: ...
+    # As above.
+    def setup_optimizers(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]
+        self, *optimizers: Optimizer
+    ) -> object:
+        """Prepare optimizers alone, after their module, and return them. Every rank must call it.
+
+        Returns:
+            The one that was given, or a tuple of them.
+        """
+        return setup.setup_optimizers(self, optimizers)
+
+    @overload
+    def setup_dataloaders(
+        self,
+        dataloader: t.L1,
+        /,
+        *,
+        use_distributed_sampler: bool = True,
+        move_to_device: bool = True,
+        weigh_uneven: bool = True,
+    ) -> t.L1: ...
+    @overload
+    def setup_dataloaders(
+        self,
+        dataloader: t.L1,
+        second: t.L2,
+        /,
+        *more: t.L2,
+        use_distributed_sampler: bool = True,
+        move_to_device: bool = True,
+        weigh_uneven: bool = True,
+    ) -> list[t.L1 | t.L2]: ...
+    def setup_dataloaders(
+        self,
+        *dataloaders: DataLoader[object],
+        use_distributed_sampler: bool = True,
+        move_to_device: bool = True,
+        weigh_uneven: bool = True,
+    ) -> object:
+        """Divide the samples of loaders between the ranks, in place, and return the loaders. Every rank must call it.
+
+        The order of samples depends on the seed, the loader and the epoch alone: it is the same for any number
+        of ranks. While training, all ranks take the same number of steps. While evaluating (gradients off, or
+        every model in eval mode) every sample is read exactly once.
+
+        Args:
+            use_distributed_sampler: False leaves the samples undivided.
+            move_to_device: whether batches come on this rank's device.
+            weigh_uneven: whether `backward` weighs a last batch that is smaller on some ranks, so that the mean
+                over ranks stays the mean over samples; it is meant for losses that are means, see `backward`.
+
+        Returns:
+            The one that was given, or a list of them.
+
+        Raises:
+            SettingError: on all ranks, if their data differ (lengths, indices, file lists, tensors; no sample is read),
+                or if a dataset is known to divide itself between ranks. A stream whose first samples differ between
+                ranks is refused when they are read.
+        """
+        return setup.setup_dataloaders(
+            self,
+            dataloaders,
+            use_distributed_sampler=use_distributed_sampler,
+            move_to_device=move_to_device,
+            weigh_uneven=weigh_uneven,
+        )
+
+    # ---------------------------------------------------------------- the training step
+
+    def backward(
+        self,
+        tensor: Tensor,
+        *args: Tensor | bool | None,
+        model: nn.Module | None = None,
+        batch: object = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        **kwargs: Unpack[t.BackwardArguments],
+    ) -> None:
+        """Compute gradients, in place of ``tensor.backward(*args, **kwargs)``. Every rank must call it.
+
+        The gradients that the ranks end with are those of one process on the batches of all of them, for the loss
+        that `reduction` says, and true to size under a loss scaler too. A batch that ranks share unevenly weighs by its
+        samples, whenever it was read: it is known by the tensors that a model was called with, and a loss may add up
+        several batches.
+
+        Args:
+            tensor: the loss of this rank's batch; 0-d, or any shape with ``gradient=``.
+            model: the module the loss belongs to, where several were set up and the strategy wants to know; the
+                only one that was set up is known without.
+            batch: what the loader gave, any part of it that has tensors; needed only where batches are read ahead
+                and models are called with new tensors that were made from them.
+            reduction: "mean" of the samples, or "sum": then the gradients are those of the sum over the batches of
+                all ranks. A loss that is divided by a number all ranks have in common (of tokens, after
+                ``lite.all_reduce``) is a sum.
+
+        Raises:
+            OrderError: if batches are uneven between ranks and there is no telling which of them the loss is of.
+        """
+        loop.backward(self, tensor, args, kwargs, model=model, batch=batch, reduction=reduction)
+
+    @property
+    def batch_weight(self) -> float:
+        """What the batch at hand weighs against those of the other ranks: samples × ranks / all samples.
+
+        It is 1 but for a last batch that ranks share unevenly, and 0 for one a rank was given only to keep step.
+        `backward` multiplies the loss by it; the mean over ranks of ``loss * lite.batch_weight`` is the mean over
+        all samples. At hand is the batch that a model was called with, or the one that was read since.
+
+        Raises:
+            OrderError: if batches were read ahead, and there is no telling which is meant.
+        """
+        return loop.batch_weight(self)
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[object]:
+        """Return a context in which gradients are accumulated but not exchanged: for all but the last micro-batch.
+
+        Forward and backward of the micro-batch both belong inside.
+        """
+        return loop.no_backward_sync(self, module, enabled=enabled)
+
+    def clip_gradients(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        clip_val: float | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor | None:
+        """Clip the gradients of `optimizer`'s parameters, by value or by total norm. Every rank must call it.
+
+        Under a loss scaler a step with non-finite gradients is skipped by itself, and they are no error here.
+
+        Returns:
+            For ``max_norm`` the total norm before clipping, a 0-d tensor, equal on all ranks; else None.
+
+        Raises:
+            RuntimeError: if the norm is not finite and `error_if_nonfinite`, on all ranks.
+        """
+        return loop.clip_gradients(
+            self,
+            module,
+            optimizer,
+            clip_val=clip_val,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            error_if_nonfinite=error_if_nonfinite,
+        )
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context the precision runs a forward in, for code outside of a module."""
+        return loop.autocast(self)
+
+    def to_device(self, obj: t.T) -> t.T:
+        """Return `obj` (a module, a tensor, or any nesting of tensors) on this rank's device."""
+        return cast("t.T", loop.to_device(self, obj))
+
+    def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[None]:
+        """Return a context in which a module is built on this rank's device, in the precision's dtype.
+
+        Args:
+            empty_init: True builds big parameters and buffers without storage. They get their values when the
+                module is set up, one after the other, and exactly those an eager build would have given them; a
+                strategy that spreads parameters over the ranks never holds the whole model. What changes
+                parameters belongs inside the context too: afterwards only `setup` may touch them.
+        """
+        return loop.init_module(self, empty_init=empty_init)
+
+    def init_tensor(self) -> AbstractContextManager[None]:
+        """Return a context in which tensors are created on this rank's device, in the precision's dtype."""
+        return loop.init_tensor(self)
+
+    # ---------------------------------------------------------------- between ranks
+
+    @overload
+    def all_gather(
+        self,
+        data: t.T,
+        group: t.Group = None,
+        sync_grads: bool = False,
+        *,
+        pad: float | None = None,
+        as_object: Literal[True],
+        timeout_s: float | None = None,
+    ) -> list[t.T]: ...
+    @overload
+    def all_gather(
+        self,
+        data: t.Number,
+        group: t.Group = None,
+        sync_grads: bool = False,
+        *,
+        pad: float | None = None,
+        timeout_s: float | None = None,
+    ) -> Tensor: ...
+    @overload
+    def all_gather(
+        self,
+        data: t.Text,
+        group: t.Group = None,
+        sync_grads: bool = False,
+        *,
+        pad: float | None = None,
+        timeout_s: float | None = None,
+    ) -> list[t.Text]: ...
+    @overload
+    def all_gather(
+        self,
+        data: dict[t.K, t.N],
+        group: t.Group = None,
+        sync_grads: bool = False,
+        *,
+        pad: float | None = None,
+        timeout_s: float | None = None,
+    ) -> dict[t.K, Tensor]: ...
+    @overload
+    def all_gather(
+        self,
+        data: list[t.N],
+        group: t.Group = None,
+        sync_grads: bool = False,
+        *,
+        pad: float | None = None,
+        timeout_s: float | None = None,
+    ) -> list[Tensor]: ...
+    @overload
+    def all_gather(
+        self,
+        data: t.Nest,
+        group: t.Group = None,
+        sync_grads: bool = False,
+        *,
+        pad: float | None = None,
+        timeout_s: float | None = None,
+    ) -> t.Nest: ...
+    @overload
+    def all_gather(
+        self,
+        data: object,
+        group: t.Group = None,
+        sync_grads: bool = False,
+        *,
+        pad: float | None = None,
+        as_object: bool = False,
+        timeout_s: float | None = None,
+    ) -> Any: ...
+    def all_gather(
+        self,
+        data: object,
+        group: t.Group = None,
+        sync_grads: bool = False,
+        *,
+        pad: float | None = None,
+        as_object: bool = False,
+        timeout_s: float | None = None,
+    ) -> object:
+        """Return `data` with every tensor of shape S stacked over ranks: shape (ranks, *S), for one rank too.
+
+        Numbers and arrays become tensors and are stacked too; any other object that can be pickled (a string, None)
+        becomes the list of what the ranks have in its place. Dictionaries go by key, in any order. Every rank of the
+        group must call it, with equal keys, lengths, types, shapes and dtypes.
+
+        Args:
+            sync_grads: whether gradients flow back through the result, to the input of every rank.
+            pad: a value with which tensors of unequal shapes, of as many dimensions, are filled up to the largest.
+            as_object: whether `data` is taken as one object, whatever is in it, and the list of those returned: what
+                ranks have may differ then.
+            timeout_s: seconds to wait for the other ranks, in place of what the job allows; equal on all ranks.
+
+        Raises:
+            CollectiveMismatchError: if keys, shapes or dtypes differ, on all ranks, listing them.
+            CollectiveTimeoutError: if a rank does not come in time, saying where every rank is.
+        """
+        return ranks.all_gather(
+            self, data, group, sync_grads=sync_grads, pad=pad, as_object=as_object, timeout_s=timeout_s
+        )
+
+    @overload
+    def all_reduce(
+        self, data: t.Number, group: t.Group = None, reduce_op: t.Reduction = "mean", *, timeout_s: float | None = None
+    ) -> Tensor: ...
+    @overload
+    def all_reduce(
+        self,
+        data: dict[t.K, t.N],
+        group: t.Group = None,
+        reduce_op: t.Reduction = "mean",
+        *,
+        timeout_s: float | None = None,
+    ) -> dict[t.K, Tensor]: ...
+    @overload
+    def all_reduce(
+        self,
+        data: list[t.N],
+        group: t.Group = None,
+        reduce_op: t.Reduction = "mean",
+        *,
+        timeout_s: float | None = None,
+    ) -> list[Tensor]: ...
+    @overload
+    def all_reduce(
+        self, data: t.Nest, group: t.Group = None, reduce_op: t.Reduction = "mean", *, timeout_s: float | None = None
+    ) -> t.Nest: ...
+    @overload
+    def all_reduce(
+        self,
+        data: t.Items[object] | Mapping[t.K, object],
+        group: t.Group = None,
+        reduce_op: t.Reduction = "mean",
+        *,
+        timeout_s: float | None = None,
+    ) -> Any: ...
+    def all_reduce(
+        self,
+        data: object,
+        group: t.Group = None,
+        reduce_op: t.Reduction = "mean",
+        *,
+        timeout_s: float | None = None,
+    ) -> object:
+        """Return `data` with every tensor reduced over ranks, of the same shape, for one rank too.
+
+        A tensor without a graph is reduced in place and returned, as torch and Fabric do. One with a graph stays as
+        it is, and gradients flow back through the new one to the input of every rank; every rank must then call
+        backward. Numbers and arrays become tensors. The dtype of the result, of which those in brackets are new
+        tensors and not reduced in place:
+
+        ==========================  ==================  =================  ========
+        passed                      sum, product        mean               min, max
+        ==========================  ==================  =================  ========
+        float32, float64, complex   the same            the same           the same
+        float16, bfloat16, float8   (float32)           the same           the same
+        int64                       the same            (float64)          the same
+        other integers, bool        (int64)             (float64)          the same
+        Python float, complex       float64             float64            float64
+        Python int, bool            int64               float64            the same
+        ==========================  ==================  =================  ========
+
+        Half precision is added up in float32; where a sum is returned in float32, the tensor passed holds it rounded.
+        Sums of int64 tensors wrap beyond 64 bits, as in torch. Expanded tensors are not reduced in place.
+
+        Dictionaries go by key, in any order. Every rank of the group must call it, with equal keys, lengths, types,
+        shapes and dtypes.
+
+        Args:
+            reduce_op: "mean" (or "avg"), "sum", "min", "max", "product", or one of `torch.distributed.ReduceOp`.
+            timeout_s: seconds to wait for the other ranks, in place of what the job allows; equal on all ranks.
+
+        Raises:
+            CollectiveMismatchError: if keys, shapes or dtypes differ, on all ranks, listing them.
+            CollectiveTimeoutError: if a rank does not come in time, saying where every rank is.
+        """
+        return ranks.all_reduce(self, data, group, reduce_op, timeout_s=timeout_s)
+
+    def broadcast(self, obj: t.T, src: int = 0, *, timeout_s: float | None = None) -> t.T:
+        """Return global rank `src`'s object, its tensors on this rank's device. Every rank must call it.
+
+        Any object that can be pickled; what the other ranks pass is not looked at. One that cannot is an error on all
+        ranks.
+
+        Args:
+            timeout_s: seconds to wait for the other ranks, in place of what the job allows; equal on all ranks.
+        """
+        return cast("t.T", ranks.broadcast(self, obj, src, timeout_s=timeout_s))
+
+    def barrier(self, name: str | None = None, *, timeout_s: float | None = None) -> None:
+        """Return once every rank is here. Every rank must call it.
+
+        Args:
+            timeout_s: seconds to wait for the other ranks, in place of what the job allows; equal on all ranks.
+        """
+        ranks.barrier(self, name, timeout_s=timeout_s)
+
+    def assert_in_sync(self, *objects: nn.Module | Optimizer) -> None:
+        """Check that parameters, and the state of optimizers, are bit for bit the same on all ranks.
+
+        Every rank must call it.
+
+        Args:
+            objects: modules and optimizers; without, every module that was set up.
+
+        Raises:
+            OutOfSyncError: on all ranks, naming the first that differs and the ranks that have another one.
+            UnsupportedError: under a strategy that keeps a part of the model on each rank: nothing is there twice.
+        """
+        ranks.assert_in_sync(self, objects)
+
+    def rank_zero_first(self, local: bool = False) -> AbstractContextManager[None]:
+        """Let rank 0 (of each node, if `local`) run what is inside before all others. Every rank must enter it."""
+        return ranks.rank_zero_first(self, local=local)
+
+    def print(
+        self,
+        *args: object,
+        sep: str | None = " ",
+        end: str | None = "\n",
+        file: t.Writable | None = None,
+        flush: bool = False,
+    ) -> None:
+        """Print on global rank 0 alone."""
+        if self.is_global_zero:
+            builtins.print(*args, sep=sep, end=end, file=file, flush=flush)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    @overload
+    def save(
+        self,
+        path: t.StrPath,
+        state: Mapping[str, object],
+        filter: Mapping[str, Filter] | None = None,
+        *,
+        wait: bool = True,
+    ) -> SaveHandle | None: ...
+    @overload
+    def save(
+        self,
+        state: Mapping[str, object],
+        path: t.StrPath,
+        /,
+        filter: Mapping[str, Filter] | None = None,
+        *,
+        wait: bool = True,
+    ) -> SaveHandle | None: ...
+    def save(
+        self, path: object, state: object, filter: Mapping[str, Filter] | None = None, *, wait: bool = True
+    ) -> SaveHandle | None:
+        """Write `state` at `path`; a crash at any instant leaves what was there whole. Every rank must call it.
+
+        Args:
+            path: where; a mapping here and a path second (``torch.save``'s order) is understood too.
+            state: objects with a ``state_dict``, tensors, plain values, and dicts and lists of those.
+            filter: for a key of `state`, which entries of that object are saved: ``f(name, value) -> bool``.
+            wait: False lets a checkpoint plugin that can save in the background.
+
+        Returns:
+            A handle to wait with, if the checkpoint is still being written; else None.
+
+        Raises:
+            CheckpointError: on all ranks; what was at `path` before is still there.
+        """
+        return checkpointing.save(self, path, state, filter=filter, wait=wait)
+
+    def load(
+        self,
+        path: t.StrPath,
+        state: dict[str, Any] | None = None,
+        strict: bool = True,
+        *,
+        weights_only: bool | None = None,
+        trusted: bool = False,
+        rng: bool = True,
+    ) -> dict[str, Any]:
+        """Put what lies at `path` into the objects of `state`, and its plain values into the dict itself.
+
+        Every rank must call it. Everything is checked before the first value is written.
+
+        Args:
+            state: as it was given to `save`; None returns the content instead.
+            strict: whether every key must be there and have a place.
+            weights_only: taken for scripts that pass it, and without effect: only `trusted` lets a file run code.
+            trusted: let a file or folder that another tool wrote with pickle run the code in it; never needed, and
+                without effect, for what plugframe wrote.
+            rng: whether to restore the states of the random generators. Those of another version of Python, NumPy or
+                torch may not fit the generators here, and are refused; False goes on without them.
+
+        Returns:
+            What has no place in `state`.
+
+        Raises:
+            CheckpointCorruptError: if it is not what was written.
+            CheckpointMismatchError: listing every missing and unexpected key and wrong shape.
+        """
+        return checkpointing.load(self, path, state, strict=strict, trusted=trusted, rng=rng)
+
+    def load_raw(
+        self,
+        path: t.StrPath,
+        obj: t.Stateful,
+        strict: bool = True,
+        *,
+        weights_only: bool | None = None,
+        trusted: bool = False,
+    ) -> None:
+        """Put the bare ``state_dict`` that lies at `path` into `obj`. Every rank must call it. See `load`."""
+        checkpointing.load_raw(self, path, obj, strict=strict, trusted=trusted)
+
+    def state_dict(self, obj: nn.Module | Optimizer, *, all_ranks: bool = False) -> dict[str, Any]:
+        """Return the state of a module or an optimizer as a plain process reads it. Every rank must call it.
+
+        Under every strategy: complete tensors, copies on the CPU, under the user's own keys. It is what
+        ``torch.save(lite.state_dict(model), path)`` may write on rank 0, and what ``load_state_dict`` of a plain
+        module or optimizer takes.
+
+        Args:
+            all_ranks: whether every rank gets it; else ranks above 0 get an empty dict.
+
+        Raises:
+            SettingError: for another type of object.
+        """
+        return checkpointing.state_dict(self, obj, all_ranks=all_ranks)
+
+    def checkpoints(
+        self,
+        folder: t.StrPath,
+        *,
+        keep_last: int | None = 3,
+        keep_best: tuple[str, Literal["min", "max"], int] | None = None,
+        every_s: float | None = None,
+    ) -> CheckpointManager:
+        """Return a keeper of this run's checkpoints: what to save when, what to keep, where to go on from.
+
+        ::
+
+            kept = lite.checkpoints("runs/a", keep_last=3, keep_best=("val_loss", "min", 1), every_s=600)
+            state = {"model": model, "optimizer": optimizer}
+            kept.resume(state)                                   # the newest whole one, if there is any
+            for step in range(kept.step + 1, steps + 1):
+                ...
+                kept.save(step, state, {"val_loss": loss}, force=lite.should_stop)
+
+        Every rank must make every call of it.
+
+        Args:
+            folder: of the run; made when something is saved.
+            keep_last: how many of the newest to keep; None keeps all.
+            keep_best: a metric, ``"min"`` or ``"max"``, and how many of the best to keep besides.
+            every_s: seconds that must have passed since the last one; None saves at every call.
+        """
+        return checkpointing.checkpoints(self, folder, keep_last=keep_last, keep_best=keep_best, every_s=every_s)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether any rank was sent SIGTERM or SIGUSR1: leave the loop, save and end. Every rank must ask.
+
+        All ranks get the same answer at the same question, so that all leave the loop at the same batch. From the
+        first question on these signals no longer end the process; SIGINT and SIGKILL do.
+        """
+        return checkpointing.should_stop(self)
+
+    def requeue(self) -> bool:
+        """Have the scheduler start this job again once it ends; say whether there is one that can.
+
+        Every rank must call it; one of them asks.
+        """
+        return checkpointing.requeue(self)
+
+    # ---------------------------------------------------------------- callbacks, metrics, seeds
+
+    def call(self, hook_name: str, *args: object, **kwargs: object) -> None:
+        """Call the method `hook_name` of every callback that has it, in the order they were passed.
+
+        Raises:
+            SettingError: if a callback has an attribute of that name that cannot be called.
+        """
+        plugins.call(self, hook_name, args, kwargs)
+
+    def log(self, name: str, value: SupportsFloat, step: int | None = None) -> None:
+        """Hand one metric to every logger."""
+        self.log_dict({name: value}, step=step)
+
+    def log_dict(self, metrics: Mapping[str, SupportsFloat], step: int | None = None) -> None:
+        """Hand metrics (numbers, or tensors of one element) to every logger, on global rank 0."""
+        logging.log_dict(self, metrics, step)
+
+    seed_everything = seeding.Seeding()

@@ -11,7 +11,7 @@ import torch.distributed.tensor.parallel
 import torch.nn.parallel
 import torch.utils.data
 
-import plugframe.lite.core  # noqa: F401 - for what it imports
+import plugframe.lite.lite  # noqa: F401 - for what it imports
 
 # The first optimizer has torch import its compiler.
 torch.optim.SGD([torch.zeros(1)], lr=0.1)

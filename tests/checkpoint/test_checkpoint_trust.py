@@ -31,6 +31,7 @@ from plugframe import (
 from plugframe.checkpoint import seal, split, unseal
 from plugframe.cli import cli
 from plugframe.hooks.world import World
+from plugframe.lite import checkpointing
 from plugframe.state.run import rng_state
 from plugframe.utils.logging import warn_caller
 from plugframe_builtins._shared.checkpoint_files import sharded_format
@@ -474,9 +475,9 @@ def test_metrics_and_steps_of_a_wrong_kind_are_no_raw_errors(lite: Lite, tmp_pat
     kept = lite.checkpoints(tmp_path, keep_last=None, keep_best=("loss", "min", 1))
     kept.save(1, {"a": 1}, {"loss": math.inf})
     for step, info in enumerate(({"metrics": [1]}, {"metrics": {"loss": "low"}}, {"step": "x"}, {"step": 2.5}), 2):
-        lite._save(tmp_path / step_name(step), {"a": step}, info={"step": step, **info}, wait=True)
+        checkpointing.save(lite, tmp_path / step_name(step), {"a": step}, info={"step": step, **info}, wait=True)
     huge = {"step": 9, "metrics": {"loss": 2**2000}}
-    lite._save(tmp_path / step_name(9), {"a": 9}, info=huge, wait=True)
+    checkpointing.save(lite, tmp_path / step_name(9), {"a": 9}, info=huge, wait=True)
     assert kept.best() == str(tmp_path / step_name(1))
     state = {"a": 0}
     with pytest.warns(PlugframeWarning, match="set aside"):
@@ -693,7 +694,8 @@ _EVIL = "\x1b]0;owned\x07\x1b[2J\u202e\x9b31m\rgone"
 
 def test_text_from_a_file_is_escaped(lite: Lite, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No key, value, name or message from a checkpoint reaches a terminal as a command to it."""
-    lite._save(
+    checkpointing.save(
+        lite,
         tmp_path / "x",
         {_EVIL: {_EVIL: torch.ones(1)}, "v": {_EVIL: [_EVIL]}},
         info={_EVIL: _EVIL, "plugins": {_EVIL: _EVIL}},

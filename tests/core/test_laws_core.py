@@ -94,6 +94,9 @@ def built_in_names() -> set[str]:
 
 TESTING = CORE / "testing"
 
+#: What editors complete: nothing imports it while a script runs, and so nothing is decided by it.
+FOR_EDITORS = CORE / "lite" / "_names.py"
+
 
 def test_the_core_names_no_plugin() -> None:
     """No string, attribute or import of the core names a built-in plugin, a device's maker or a backend (law 1)."""
@@ -101,11 +104,19 @@ def test_the_core_names_no_plugin() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}: {text[:80]!r}"
         for path, tree in trees(CORE)
+        if path != FOR_EDITORS
         # What is for tests alone simulates devices and schedulers: it speaks of those, not of plugins.
         for pattern in ((own,) if TESTING in path.parents else (own, others))
         for line, text in names_in(tree, pattern)
     ]
     assert not found, "the core names a plugin:\n" + "\n".join(found)
+
+
+def test_the_names_for_editors_are_not_imported() -> None:
+    """What is spared by the law about names is there for type checkers alone (law 1)."""
+    code = "import sys; from plugframe import Lite; Lite().teardown(); print('plugframe.lite._names' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize(

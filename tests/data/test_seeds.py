@@ -20,6 +20,7 @@ from plugframe.data.random_check import DrawCheck
 from plugframe.data.seed import GLOBAL_SEED, JOB_SEED, PROCESS, seed_process
 from plugframe.data.shared_seed import SharedSeed
 from plugframe.hooks.world import World
+from plugframe.lite.setup import draw_apart
 from ranks import run_checks
 
 MODULE_LEVEL = numpy.random.default_rng(0)
@@ -276,7 +277,7 @@ def train(lite: Lite, *, dropout: bool = False, noise: str = "", per_rank: bool 
     fixed = torch.randn(4)  # drawn once, equal on purpose
     makers = {"torch": lambda: torch.rand(()).item(), "numpy": numpy.random.rand, "random": random.random}
     lite._streams = lite._phase.draws = None  # as a job that begins
-    lite._draw_apart()
+    draw_apart(lite)
     loader = lite.setup_dataloaders(DataLoader(torch.ones(24, 4), batch_size=2, shuffle=True))
     for batch in loader:
         z = makers[noise]() if noise else 0.0

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from plugframe.hooks.world import World
 from plugframe.testing.contracts import states
@@ -25,7 +26,8 @@ def train(plugins: list[Any], *, alone: bool = True, fails: bool = False) -> dic
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
         model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
         data = torch.linspace(-1, 1, 48).reshape(12, 4)
-        loader = lite.setup_dataloaders(torch.utils.data.DataLoader(data, batch_size=2))  # type: ignore[arg-type]
+        rows: Any = data  # a tensor is a dataset
+        loader = lite.setup_dataloaders(DataLoader(rows, batch_size=2))
         losses = []
         for batch in loader:
             optimizer.zero_grad()

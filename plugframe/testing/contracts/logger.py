@@ -137,7 +137,8 @@ class LoggerContract(PluginContract):
         with running(loggers=logger) as (lite, _):
             lite.log("loss", torch.tensor(0.5, requires_grad=True), step=1)
             lite.log_dict({"a": 2, "b": torch.tensor([0.25])}, step=2)
-            for wrong in ("high", torch.ones(2), None, [1.0]):
+            mistakes: tuple[Any, ...] = ("high", torch.ones(2), None, [1.0])
+            for wrong in mistakes:
                 with pytest.raises(SettingError, match="culprit"):
                     lite.log("culprit", wrong, step=3)
         expected = [(1, "loss", 0.5), (2, "a", 2.0), (2, "b", 0.25)]

@@ -1,0 +1,64 @@
+"""Plugin objects and callbacks of a `Lite`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from plugframe.errors import SettingError, closest
+
+if TYPE_CHECKING:
+    from plugframe.lite.lite import Lite
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """Return what a setting of any number of plugins holds."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def extension(lite: Lite, name: str) -> Any:
+    """Return the extension in use under that name; see `Lite.extension`."""
+    found = lite._session.extensions
+    if name not in found:
+        used = ", ".join(choice.name for choice in lite.plan.extensions) or "none"
+        raise SettingError(
+            f"extension({name!r}): no such extension is in use.{closest(str(name), found)} In use: {used}. "
+            f"Lite(plugins={name!r}) or --plugins={name} adds it."
+        )
+    return found[name]
+
+
+def call(lite: Lite, hook_name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+    """Call the method `hook_name` of every callback that has it, in the order they were passed."""
+    for callback in lite._callbacks:
+        method = getattr(callback, hook_name, None)
+        if method is None:
+            continue
+        if not callable(method):
+            raise SettingError(f"{type(callback).__name__}.{hook_name} is no method: call() cannot call it.")
+        method(*args, **kwargs)
+
+
+def callback_object(callback: Any) -> Any:
+    """Return a callback object; on a command line it is written ``package.module:Class``."""
+    if not isinstance(callback, str):
+        made = callback() if isinstance(callback, type) else callback
+        if made is None or isinstance(made, (int, float, bytes, list, tuple, dict, set)):
+            text = "pass objects with methods that lite.call() may name, or write 'package.module:Class'."
+            raise SettingError(f"callbacks={callback!r}: {text}")
+        return made
+    module_name, colon, attribute = callback.partition(":")
+    if not colon:
+        raise SettingError(f"callbacks={callback!r}: write 'package.module:Class'.")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise SettingError(f"callbacks={callback!r}: {error}.") from error
+    if not hasattr(module, attribute):
+        raise SettingError(
+            f"callbacks={callback!r}: {module_name} has no {attribute!r}.{closest(attribute, dir(module))}"
+        )
+    return getattr(module, attribute)()
