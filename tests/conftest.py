@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ from plugins_env import installed, packages  # noqa: F401 - fixtures
 from process_rule import ProcessRule
 
 #: Modules whose tests have deadlines, or start several jobs of several ranks: they run one after another.
-_ONE_AT_A_TIME = ("/tests/launch/", "/tests/diagnostics/", "/tests/plugins/slurm/")
+_ONE_AT_A_TIME = ("tests/launch/", "tests/diagnostics/", "tests/plugins/slurm/")
 
 _FOLDER = pytest.StashKey[tuple[str, "str | None"]]()
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Run whole folders in parallel; one file, or one test, in this process, where a debugger works."""
     if config.args and all(".py" in word for word in config.args):
@@ -62,13 +64,18 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         os.environ["TMPDIR"] = before
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep the tests of a file, which share jobs of ranks, in one worker; and those with deadlines all in one."""
-    for item in items:
-        path = item.path.as_posix()
-        alone = next((folder for folder in _ONE_AT_A_TIME if folder in path), None)
-        item.add_marker(pytest.mark.xdist_group("one at a time" if alone else item.path.stem))
+    # Not the groups of --dist=loadgroup: xdist 3.8 writes them where pytest 9.2 no longer looks (Item._nodeid).
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "one at a time" if path.startswith(_ONE_AT_A_TIME) else path
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -263,7 +263,6 @@ def test_a_submodule_named_module_stays_the_users(lite: Lite) -> None:
     assert isinstance(model.module, nn.Linear)
 
 
-@pytest.mark.compile
 def test_compile_before_and_after_setup(lite: Lite) -> None:
     """``module.compile()`` before set-up and ``torch.compile`` before or after compute what eager code does."""
     x = torch.ones(2, 4)
@@ -580,7 +579,6 @@ def test_steps_have_the_users_signature(precision: str) -> None:
     scheduler.step()
 
 
-@pytest.mark.compile
 def test_a_compiled_module_is_one_with_what_it_was_made_of(lite: Lite) -> None:
     """Methods and state of a compiled module are those of the plain one, and so is what can be done to both."""
     x = torch.ones(1, 4)

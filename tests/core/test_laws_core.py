@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -42,10 +43,10 @@ PACKAGES = ("plugframe.base", "plugframe.hooks", "plugframe.utils", "plugframe.d
 TOOLS = ("plugframe.launch", "plugframe.checkpoint")
 
 
-def trees(folder: Path) -> Iterator[tuple[Path, ast.Module]]:
-    """Yield every module under a folder, parsed."""
-    for path in sorted(folder.rglob("*.py")):
-        yield path, ast.parse(path.read_text(encoding="utf-8"))
+@functools.cache
+def trees(folder: Path) -> list[tuple[Path, ast.Module]]:
+    """Return every module under a folder, parsed."""
+    return [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in sorted(folder.rglob("*.py"))]
 
 
 def told(tree: ast.Module) -> set[int]:

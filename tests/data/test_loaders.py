@@ -147,11 +147,6 @@ def flat(read: list[list[Any]]) -> list[int]:
 DATA = list(range(11))
 
 
-def marked(kinds: dict[str, Any]) -> list[Any]:
-    """Return the names for parametrize: loaders with workers start processes."""
-    return [pytest.param(kind, marks=pytest.mark.ranks if "workers" in kind else ()) for kind in kinds]
-
-
 SAMPLERS = {
     "sequential": lambda: DataLoader(DATA, batch_size=2),
     "shuffled": lambda: DataLoader(DATA, batch_size=2, shuffle=True),
@@ -172,13 +167,13 @@ SAMPLERS = {
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("kind", marked(SAMPLERS))
+@pytest.mark.parametrize("kind", SAMPLERS)
 def test_evaluation_reads_every_sample_once(kind: str, count: int) -> None:
     """Whatever the sampler, an evaluation over N ranks reads every sample exactly once (law 8)."""
     assert flat(divide(SAMPLERS[kind], count, training=False)) == DATA
 
 
-@pytest.mark.parametrize("kind", marked(SAMPLERS))
+@pytest.mark.parametrize("kind", SAMPLERS)
 def test_training_takes_equal_steps_and_weighs_what_is_real(kind: str) -> None:
     """Whatever the sampler, ranks train equal numbers of steps, and batches that weigh cover every sample once."""
     read = divide(SAMPLERS[kind], 3)
@@ -363,7 +358,7 @@ RANDOM = {
 }
 
 
-@pytest.mark.parametrize("kind", marked(RANDOM))
+@pytest.mark.parametrize("kind", RANDOM)
 def test_whatever_draws_the_order_ranks_agree_on_it(kind: str) -> None:
     """Samplers, batch samplers and streams that draw from any global generator, at any time, are divided exactly."""
     read = divide(RANDOM[kind], 2, training=False, epochs=2)

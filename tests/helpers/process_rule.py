@@ -1,8 +1,8 @@
 """The markers `ranks` and `compile`: set from what a test calls, and held to while it runs.
 
 A test is marked `ranks` if it, a fixture it uses, or a function of the tests that either calls, names what starts a
-process (`STARTERS`). What is started out of sight, by a loader with workers or by the command under test, is marked
-by hand. A test that starts a process and is not marked fails, and so does one that compiles and is not marked.
+process (`STARTERS`), or if it has a parameter that asks for workers. What is started out of sight, by the command under
+test for example, is marked by hand. A test that starts a process and is not marked fails. `compile` goes the same way.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing.process
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -18,19 +19,11 @@ import pytest
 
 #: A function that has one of these names in its code starts processes.
 STARTERS = frozenset(
-    (
-        "Popen",
-        "fork",
-        "mp",
-        "multiprocessing",
-        "popen",
-        "run_checks",
-        "run_ranks",
-        "start_processes",
-        "subprocess",
-        "supervise",
-    )
-)
+    ("Popen", "fork", "launcher_launch", "mp", "multiprocessing", "popen", "run_checks", "run_ranks", "supervise")
+) | {"subprocess"}
+
+#: A function that has all of these names in its code compiles.
+COMPILERS = frozenset(("torch", "compile"))
 
 #: Code whose functions are followed: the tests' own, and the contract suites.
 _FOLLOWED = ("/tests/", "/plugframe/testing/")
@@ -46,7 +39,7 @@ class ProcessRule:
     """A plugin of pytest that marks the tests and holds them to their marks."""
 
     def __init__(self) -> None:
-        self._known: dict[object, bool] = {}
+        self._known: dict[object, frozenset[str]] = {}
         self._refuses = False  # whether the test that runs may start a process
         self._started = ""
         self._fixtures: set[str] = set()  # those wider than a test, seen to start processes
@@ -62,10 +55,11 @@ class ProcessRule:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Mark what starts processes by its code, before ``-m`` selects."""
+        """Mark what its code or its parameters show, before ``-m`` selects."""
         for item in items:
-            if isinstance(item, pytest.Function) and not item.get_closest_marker("ranks") and self._starts(item):
-                item.add_marker("ranks")
+            if isinstance(item, pytest.Function):
+                for marker in sorted(self._shown(item)):
+                    item.add_marker(marker)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
@@ -109,34 +103,45 @@ class ProcessRule:
         if self._refuses:
             pytest.fail(_UNMARKED.format(what=what))
 
-    def _starts(self, item: pytest.Function) -> bool:
+    def _shown(self, item: pytest.Function) -> set[str]:
+        """Return the markers that an item's functions, fixtures and parameters show."""
         definitions = item._fixtureinfo.name2fixturedefs
-        fixtures = [definition.func for name in item.fixturenames for definition in definitions.get(name, ())[-1:]]
-        owner = item.cls
-        return any(self._follows(function, owner) for function in (item.function, *fixtures))
+        functions = [definition.func for name in item.fixturenames for definition in definitions.get(name, ())[-1:]]
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        shown = {"ranks"} if any(_asks_for_workers(*each) for each in parameters.items()) else set()
+        for function in (item.function, *functions, *filter(callable, parameters.values())):
+            shown |= self._follow(function, item.cls)
+        return shown
 
-    def _follows(self, function: Any, owner: type | None) -> bool:
-        """Say whether a function, or one that it calls, names a starter."""
-        while isinstance(function, MethodType) or hasattr(function, "__wrapped__"):
-            function = function.__func__ if isinstance(function, MethodType) else function.__wrapped__
+    def _follow(self, function: Any, owner: type | None) -> frozenset[str]:
+        """Return the markers that a function shows, or one that it calls."""
+        while isinstance(function, (MethodType, partial)) or hasattr(function, "__wrapped__"):
+            function = getattr(function, "__wrapped__", None) or getattr(function, "func", None) or function.__func__
         if isinstance(function, property):
             function = function.fget
+        if not _is_followed(sys.modules.get(getattr(function, "__module__", None) or "")):
+            return frozenset()
         if isinstance(function, type):
-            return _is_followed(sys.modules.get(function.__module__)) and any(
-                self._follows(member, function)
-                for member in vars(function).values()
-                if isinstance(member, (FunctionType, property))
-            )
-        if not isinstance(function, FunctionType) or not _is_followed(sys.modules.get(function.__module__)):
-            return False
+            members = [each for each in vars(function).values() if isinstance(each, (FunctionType, property))]
+            return frozenset().union(*(self._follow(member, function) for member in members))
+        if not isinstance(function, FunctionType):
+            return frozenset()
         key = (function, owner)
         if key not in self._known:
-            self._known[key] = False  # for those that call each other
+            self._known[key] = frozenset()  # for those that call each other
             names = _names(function.__code__)
-            self._known[key] = not STARTERS.isdisjoint(names) or any(
-                self._follows(value, owner) for value in _values(names, function, owner)
+            shown = {"ranks"} if not STARTERS.isdisjoint(names) else set()
+            shown |= {"compile"} if names >= COMPILERS else set()
+            self._known[key] = frozenset(shown).union(
+                *(self._follow(value, owner) for value in _values(names, function, owner))
             )
         return self._known[key]
+
+
+def _asks_for_workers(name: str, value: object) -> bool:
+    return (isinstance(value, str) and "worker" in value) or (
+        "workers" in name and isinstance(value, int) and value > 0
+    )
 
 
 def _names(code: CodeType) -> set[str]:

@@ -393,6 +393,7 @@ with temporary_folder() as folder:
     assert not folder.exists()
 
 
+@pytest.mark.ranks
 def test_nothing_listens_outside_loopback(script: Write) -> None:
     """Neither the launcher nor a rank that has set up a process group can be reached from another host."""
     from plugframe_builtins.elastic.launcher import Elastic

@@ -259,6 +259,7 @@ def test_every_checkpoint_is_passed_on() -> None:
     assert {(cell.saved_on, cell.ranks) for cell in PASSINGS} >= {(4, 2), (2, 4), (4, 1), (1, 4), (2, 1), (1, 2)}
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("cell", TRAININGS, ids=_ids(TRAININGS))
 def test_training_equals_one_process(
     cell: Training, outcome: dict[str, Any], reference: Callable[[str], tuple[dict[str, Tensor], list[Tensor]]]
@@ -272,6 +273,7 @@ def test_training_equals_one_process(
     assert max(far.values()) <= tolerance, far
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("cell", ONE_RANK, ids=_ids(ONE_RANK))
 def test_one_rank_is_plain_torch(cell: Training, outcome: dict[str, Any]) -> None:
     """On one rank, where a strategy keeps the whole model, the order of sums is plain torch's: all bits are equal."""
@@ -280,6 +282,7 @@ def test_one_rank_is_plain_torch(cell: Training, outcome: dict[str, Any]) -> Non
     assert differences(outcome["norms"], norms) == []
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("cell", PASSINGS, ids=_ids(PASSINGS))
 def test_checkpoints_pass_between_strategies(cell: Passing, outcome: dict[str, Any], outcomes: Outcomes) -> None:
     """What one strategy saved on some ranks another one holds on others, to the bit, and trains on as the first."""

@@ -103,6 +103,7 @@ def ranks_of(lite: Lite, factor: int) -> int:
     return factor * int(lite.all_reduce(torch.ones(1), reduce_op="sum").item())
 
 
+@pytest.mark.ranks
 def test_a_process_launches_again_and_again() -> None:
     """With the same `Lite`, another one, and from inside one that runs here on one device."""
     lite = Lite(accelerator="cpu", devices=2, strategy="ddp_fork")

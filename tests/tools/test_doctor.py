@@ -29,6 +29,7 @@ def by_name(found: Any) -> dict[str, Finding]:
     return {finding.name: finding for finding in found}
 
 
+@pytest.mark.ranks
 def test_a_sound_machine_is_told_so() -> None:
     """Every built-in loads, two ranks compute, save and load, and the exit code is 0."""
     result = doctor("--json")
@@ -59,6 +60,7 @@ def test_broken_packages_are_named_with_what_to_do(packages: Use) -> None:
     assert lines["ok    strategy acme"].endswith("): loads")
 
 
+@pytest.mark.ranks
 def test_a_plugin_that_hangs_or_kills_is_told_of() -> None:
     """What never comes back, or ends its process, is stopped and told of."""
 
@@ -83,6 +85,7 @@ def test_a_plugin_that_hangs_or_kills_is_told_of() -> None:
     assert plugins.apart(chatter, count=1) == [("ok", "loads")]
 
 
+@pytest.mark.ranks
 def test_clashes_and_stale_metadata_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two packages with a name, a package installed twice, and an editable one that was changed since."""
     monkeypatch.syspath_prepend(tmp_path)
@@ -134,6 +137,7 @@ def test_what_the_machine_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["pluggy"].status == "ok"
 
 
+@pytest.mark.ranks
 def test_a_job_that_fails_is_told_with_its_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """The exit code and the end of what the command said are in the line."""
     monkeypatch.setattr(selftest, "_accelerator", lambda registry: "nonesuch")
