@@ -2,7 +2,7 @@
 
     python benchmarks/failures.py [--how "plugframe run"]
 
-The table is that of ``tests/failure_cases.py``, of which the tests run a part.
+The table is that of ``tests/helpers/failure_cases.py``, of which the tests run a part.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 import failure_cases
 

@@ -3,7 +3,7 @@
     python benchmarks/resume_property.py --cases 200
 
 Each case draws a model, an optimizer, a sampler, a precision, a strategy, a checkpoint format, and when who is killed
-(SIGKILL to one rank, all ranks or the launcher); see ``tests/resume_cases.py``.
+(SIGKILL to one rank, all ranks or the launcher); see ``tests/helpers/resume_cases.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 import resume_cases
 

@@ -15,10 +15,10 @@ from torch.compiler import is_compiling
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from plugframe.adopt.optimizer import keeps_gradients, zeroing
-from plugframe.adopt.swap import KEY, State, adopt, plain_class, release
 from plugframe.base.precision import Precision
 from plugframe.data.batch_weights import Weights
 from plugframe.errors import SettingError, UsageError, closest
+from plugframe.utils.swap import KEY, State, adopt, plain_class, release
 
 if TYPE_CHECKING:
     from plugframe.data.random_check import DrawCheck

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.optim import Optimizer
 
-from plugframe.adopt.swap import KEY, State, adopt, release
 from plugframe.base.strategy import Strategy
 from plugframe.utils.logging import warn_caller
+from plugframe.utils.swap import KEY, State, adopt, release
 
 if TYPE_CHECKING:
     from plugframe.adopt.module import Phase

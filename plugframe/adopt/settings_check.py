@@ -42,7 +42,7 @@ class Comparison:
         self._able = True
         self._pending: Pending | None = None
         self._names: list[str] = []
-        self._sent: tuple[Any, ...] = ()
+        self._sent: list[Any] = []
         self._hash = 0.0
         self._row: Row = []
 
@@ -58,7 +58,9 @@ class Comparison:
         optimizer = self._optimizer()
         if optimizer is None or not self._able:
             return
-        settings = tuple(value for group in optimizer.param_groups for value in _values(group))
+        settings: list[Any] = []
+        for group in optimizer.param_groups:
+            _add_values(group, settings)
         if settings != self._sent:
             self._sent = settings
             self._hash = float(zlib.crc32(repr(settings).encode()))
@@ -108,15 +110,24 @@ class Comparison:
         )
 
 
-def _values(group: dict[str, Any]) -> Iterator[Any]:
-    """Yield what is compared of a group, hashable: plain numbers, tuples of them, and tensors on the CPU."""
+#: Types that are compared as they are, looked up because this runs for every key of every group at every step.
+_PLAIN = frozenset((int, float, bool, tuple))
+
+
+def _add_values(group: dict[str, Any], values: list[Any]) -> None:
+    """Append what is compared of a group: plain numbers, tuples of them, and tensors on the CPU."""
     for key, value in group.items():
-        if isinstance(value, int | float | tuple):
-            yield value
-        elif isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1:
-            yield value.item()
+        if type(value) in _PLAIN:
+            values.append(value)
+        elif value is None:
+            continue
         elif key == "params":
-            yield len(value)
+            values.append(len(value))
+        elif isinstance(value, Tensor):
+            if value.device.type == "cpu" and value.numel() == 1:
+                values.append(value.item())
+        elif isinstance(value, (int, float, tuple)):
+            values.append(value)
 
 
 def _named(number: int, group: dict[str, Any]) -> Iterator[tuple[str, float]]:

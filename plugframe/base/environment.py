@@ -13,6 +13,7 @@ from plugframe.hooks import EnvironmentSpec, hookimpl
 from plugframe.hooks.context import Context
 from plugframe.hooks.variables import MEETING
 from plugframe.hooks.world import World
+from plugframe.utils.stores import fresh_store
 
 
 class Environment(EnvironmentSpec):
@@ -217,10 +218,6 @@ def private_store(world: World) -> Any:
 def fresh(store: Any, world: World) -> Any:
     """Return `store` behind a prefix of its own for each time this job connects.
 
-    A second process group over the same store would read the addresses the first one left. The count is kept
-    in the store itself, for each rank, so that no process keeps state.
+    A second process group over the same store would read the addresses the first one left.
     """
-    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-
-    generation = store.add(f"plugframe/generation/{world.global_rank}", 1)
-    return PrefixStore(f"plugframe/{generation}", store)
+    return fresh_store(store, "environment", world.global_rank)

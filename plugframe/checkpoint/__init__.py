@@ -20,7 +20,6 @@ from plugframe.checkpoint.atomic import (
     sync_folder,
 )
 from plugframe.checkpoint.background_checksum import Checksums
-from plugframe.checkpoint.buffers import as_bytes, pieces
 from plugframe.checkpoint.contents import Contents
 from plugframe.checkpoint.error_codes import Packed, first_error, pack_error, unpack_error
 from plugframe.checkpoint.manifest import (
@@ -38,10 +37,12 @@ from plugframe.checkpoint.manifest import (
     seal,
     unseal,
 )
-from plugframe.checkpoint.shards import is_shard, local_of, view_locally
+from plugframe.checkpoint.pieces import pieces
 from plugframe.checkpoint.stored import Source, StoredTensor, fill, materialize
 from plugframe.checkpoint.tree import dump_structure, join, parse_structure, split, split_stored
 from plugframe.checkpoint.values import dtype_name, dtype_of
+from plugframe.utils.shards import is_shard, local_of, view_locally
+from plugframe.utils.tensor_bytes import as_bytes
 
 __all__ = [
     "DIGEST_CHARS",

@@ -8,8 +8,8 @@ from types import TracebackType
 
 from torch import Tensor
 
-from plugframe.checkpoint.buffers import as_bytes
 from plugframe.checkpoint.manifest import Checksum
+from plugframe.utils.tensor_bytes import as_bytes
 
 #: Below this, handing a checksum to another thread costs more than taking it.
 _THREAD_FROM_BYTES = 256 * 1024

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from plugframe.checkpoint.shards import view_locally
+from plugframe.utils.shards import view_locally
 
 
 class Source(Protocol):

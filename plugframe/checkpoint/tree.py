@@ -18,7 +18,6 @@ from torch import Tensor
 
 from plugframe._printable import printable_cause
 from plugframe.checkpoint import strict_json
-from plugframe.checkpoint.shards import is_shard, local_of, view_locally
 from plugframe.checkpoint.stored import StoredTensor, Viewed, viewed
 from plugframe.checkpoint.unsupported import describe, refuse, refuse_tensor
 from plugframe.checkpoint.values import (
@@ -32,6 +31,7 @@ from plugframe.checkpoint.values import (
     special_float,
 )
 from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe.utils.shards import is_shard, local_of, view_locally
 
 #: Deeper trees are refused: the JSON parser's own recursion limit is not far beyond.
 MAX_DEPTH = 100

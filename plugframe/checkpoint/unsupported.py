@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugframe.checkpoint.shards import is_shard
+from plugframe.utils.shards import is_shard
 
 _HINTS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (argparse.Namespace, "save vars({}) instead"),

@@ -88,6 +88,11 @@ def _options_of_kinds(command: Command) -> Command:
     "--report-after", "report_after_s", metavar="SECONDS", help="When to say which rank is waited for; 30, 0 for never."
 )
 @click.option(
+    "--diagnostics/--no-diagnostics",
+    default=None,
+    help="Record collective calls, to report ranks that do not come, and compare the ranks; on.",
+)
+@click.option(
     "--num-nodes",
     metavar="N|MIN:MAX",
     help="Machines of the job; run the command on each of them. MIN:MAX if they may come and go.",

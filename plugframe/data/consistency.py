@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from plugframe.adopt.swap import plain_class
-from plugframe.checkpoint.buffers import as_bytes
 from plugframe.errors import SettingError
+from plugframe.utils.swap import plain_class
+from plugframe.utils.tensor_bytes import as_bytes
 
 #: What a loader's data are known by: of each thing a description of its value.
 Signature = dict[str, str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from plugframe.adopt.swap import KEY, State, adopt, plain_class, release, state_of
+from plugframe.utils.swap import KEY, State, adopt, plain_class, release, state_of
 
 
 class EpochState(State):

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugframe.adopt.proxy import StandIn
 from plugframe.data.random_sources import get_state, is_source, pack, set_state, unpack
+from plugframe.utils.own_packages import own_packages
+from plugframe.utils.proxy import StandIn
 
 #: By where they are held, as in ``"dataset.transforms.1.rng"``.
 Held = dict[str, Any]
@@ -26,8 +27,8 @@ Held = dict[str, Any]
 #: how many objects at most.
 _DEPTH, _ITEMS, _OBJECTS = 6, 64, 1000
 _LEAVES = (str, bytes, int, float, bool, complex, type(None), type, ModuleType, BuiltinFunctionType, Tensor)
-#: Packages whose objects hold no generator of the user's.
-_FOREIGN = ("torch", "builtins", "typing", "plugframe", "plugframe_builtins", "threading", "multiprocessing")
+#: Packages of others whose objects hold no generator of the user's.
+_FOREIGN = ("torch", "builtins", "typing", "threading", "multiprocessing")
 
 
 def held_sources(*, module_level: bool = True, **owners: Any) -> Held:
@@ -103,7 +104,8 @@ def _named_by(cls: type) -> list[tuple[str, Any]]:
     """Return the generators among the globals that the methods of a class name."""
     found: list[tuple[str, Any]] = []
     for klass in cls.__mro__:
-        if klass.__module__.partition(".")[0] not in _FOREIGN:
+        package = klass.__module__.partition(".")[0]
+        if package not in _FOREIGN and package not in own_packages():
             for name, method in vars(klass).items():
                 if isinstance(method, FunctionType):
                     found += [(f"{name}.{key}", value) for key, value in _named(method)]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from plugframe.adopt.swap import KEY, State
 from plugframe.data.batch_weights import Entry, Weights
 from plugframe.data.epochs import EpochOf
 from plugframe.data.generators import Held, pack_held, unpack_held
@@ -20,6 +19,7 @@ from plugframe.data.seed import rng_problem, rng_state, set_rng_state, take_rng
 from plugframe.data.sharding import ShardedIterable, Start
 from plugframe.data.shuffle import Draws, Order
 from plugframe.errors import CheckpointMismatchError, OrderError
+from plugframe.utils.swap import KEY, State
 
 if TYPE_CHECKING:
     from plugframe.data.loaders import Loaders

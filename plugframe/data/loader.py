@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler, get_worker_info
 from torch.utils.data import sampler as torch_samplers
 
-from plugframe.adopt.swap import KEY, adopt, plain_class, release
 from plugframe.data.epochs import epoch_targets
 from plugframe.data.generators import Held, held_sources, reseed, salts
 from plugframe.data.iteration import LoaderState, Reading
@@ -30,6 +29,7 @@ from plugframe.data.shuffle import Draws, Order
 from plugframe.data.worker_seeding import SeededDataset, seed_here, tell_seed
 from plugframe.errors import OrderError, SettingError
 from plugframe.utils.logging import warn_caller
+from plugframe.utils.swap import KEY, adopt, plain_class, release
 
 _EXHAUSTED = object()
 

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import BatchSampler, IterableDataset, get_worker_info
 
-from plugframe.adopt.proxy import StandIn, rebuilt
 from plugframe.data.random_sources import has_state
 from plugframe.data.shuffle import Draws, Order
 from plugframe.data.stream_check import digest_of
 from plugframe.data.worker_seeding import SeededIndices, Seeds
+from plugframe.utils.proxy import StandIn, rebuilt
 
 Share = tuple[Any, float]
 

@@ -56,7 +56,7 @@ def check_window(digest: str, key: str, *, store: Any, prefix: str, rank: int, n
     Raises:
         SettingError: if they differ.
     """
-    key = f"plugframe/stream/{prefix}/{key}"
+    key = f"{prefix}/{key}"
     store.set(f"{key}/{rank}", digest)
     keys = [f"{key}/{each}" for each in range(num_ranks)]
     if not store.check(keys):

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from plugframe.adopt.proxy import StandIn, rebuilt
 from plugframe.data.generators import Held, held_sources, reseed
+from plugframe.utils.proxy import StandIn, rebuilt
 
 #: Gives the seed of a batch by its number in the epoch.
 Seeds = Callable[[int], int]

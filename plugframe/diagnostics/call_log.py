@@ -67,7 +67,7 @@ class Call:
         return asdict(self)
 
 
-class Ring:
+class CallLog:
     """Keeps the last calls of a rank. Keeping one costs about a microsecond; words are made of it when asked.
 
     Args:

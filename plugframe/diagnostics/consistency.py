@@ -1,4 +1,4 @@
-"""All ranks of a job run the same plugins, of the same versions; or none does."""
+"""Verify that all ranks of a job load the same plugin versions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from plugframe.core.planning.plan import Choice, Plan
-from plugframe.data.seed import PROCESS, seed_generators
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks.context import Context
+from plugframe.utils.rank_text import ranks_text
 
 Use = tuple[str, str]
 
@@ -32,44 +32,24 @@ def _which(choice: Choice) -> str:
     return f"{cls.__module__}.{cls.__qualname__} (an object in the code)"
 
 
-def agree(plan: Plan, context: Context) -> None:
-    """Compare with every other rank, once the collective is there and before anything else is set up with it.
+def check_same_plugins(plan: Plan, context: Context) -> None:
+    """Verify that all ranks load the same plugin versions. Every rank must call it.
 
     Raises:
         EnvironmentMismatchError: on all ranks, if one of them runs something else, with both.
     """
-    if context.world.world_size == 1:
-        return
     import torch
 
     mine = in_use(plan)
     digest = hashlib.sha256(json.dumps(mine).encode()).digest()
     # Thirty-two bytes from each, as numbers that every backend can carry; the lists travel only if they differ.
     words = [int.from_bytes(digest[at : at + 4], "big") >> 1 for at in range(0, 32, 4)]
-    sent = torch.tensor([*words, *_seed_words()], dtype=torch.int32)
-    gathered = context.hooks.collective_all_gather(tensor=sent.to(context.device), group=None, sync_grads=False).cpu()
-    everyone, seeds = gathered[:, : len(words)], gathered[:, len(words) :].tolist()
+    sent = torch.tensor(words, dtype=torch.int32).to(context.device)
+    everyone = context.hooks.collective_all_gather(tensor=sent, group=None, sync_grads=False).cpu()
     if bool((everyone == everyone[0]).all()):
-        _agree_on_seed(seeds[0], context)
         return
     lists = context.hooks.collective_all_gather_object(obj=mine, group=None)
     raise EnvironmentMismatchError(f"The ranks do not run the same: {'; '.join(differences(lists))}. {_MEND}")
-
-
-def _seed_words() -> list[int]:
-    """Return whether this process has a seed, and the seed in two halves, which fit into 31 bits each."""
-    seed = PROCESS.seed
-    return [0, 0, 0] if seed is None else [1, seed >> 16, seed & 0xFFFF]
-
-
-def _agree_on_seed(of_rank_0: Sequence[int], context: Context) -> None:
-    """Seed this rank with rank 0's seed, if its own was drawn from the operating system and is another."""
-    given, high, low = of_rank_0
-    seed = (high << 16) | low
-    if PROCESS.drawn and given and seed != PROCESS.seed:
-        PROCESS.seed = seed
-        seed_generators(seed)
-        context.hooks.accelerator_seed(seed=seed)
 
 
 _MEND = "Install the same packages on every node (`plugframe list-plugins` shows them), and select the same on all."
@@ -84,7 +64,7 @@ def differences(lists: Sequence[Sequence[Any]]) -> list[str]:
         for rank, uses in enumerate(by_rank):
             holders.setdefault(uses.get(kind, "none"), []).append(rank)
         if len(holders) > 1:
-            found.append(f"{kind} {', '.join(f'{which} on {_ranks(ranks)}' for which, ranks in holders.items())}")
+            found.append(f"{kind} {', '.join(f'{which} on {ranks_text(ranks)}' for which, ranks in holders.items())}")
     return found
 
 
@@ -94,20 +74,3 @@ def _by_kind(uses: Sequence[Any]) -> dict[str, str]:
     for kind, which in uses:
         by_kind.setdefault(kind, []).append(which)
     return {kind: " and ".join(all_of_it) for kind, all_of_it in by_kind.items()}
-
-
-def _span(first: int, last: int) -> list[str]:
-    return [f"{first} to {last}"] if last - first > 1 else [str(rank) for rank in range(first, last + 1)]
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    """Return ranks for a message: ``ranks 0 to 3 and 6``."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and rank == spans[-1][-1] + 1:
-            spans[-1] = [spans[-1][0], rank]
-        else:
-            spans.append([rank])
-    words = [word for first, *_, last in ((span[0], *span) for span in spans) for word in _span(first, last)]
-    shown = [*words[:4], f"{len(words) - 4} more"] if len(words) > 5 else words
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(shown[:-1])}{' and ' * (len(shown) > 1)}{shown[-1]}"

@@ -15,11 +15,12 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
-from plugframe.diagnostics.call_log import Ring, site
+from plugframe.diagnostics.call_log import CallLog, site
 from plugframe.diagnostics.rank_status import Account, find
 from plugframe.errors import CollectiveTimeoutError, RankLostError
 from plugframe.hooks.context import Context
-from plugframe.launch.report import LATE_TEXTS, LOST_TEXTS, NETWORK_TYPES
+from plugframe.utils.lost_rank import LATE_TEXTS, LOST_TEXTS, NETWORK_TYPES
+from plugframe.utils.stores import fresh_prefix
 
 #: How long answers are waited for: after a timeout, and after a rank's connection was lost, which often has died.
 LATE_S, LOST_S = 5.0, 2.0
@@ -28,24 +29,24 @@ _POLL_S = 0.01
 _ONE_ALARM_S = 10.0
 _FOR_EVER = timedelta(days=1000)
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_MEETINGS = os.path.join(_PACKAGE, "meetings.py")
+_INSTRUMENT = os.path.join(_PACKAGE, "diagnostics", "instrument.py")
 #: What a rank is doing, by the function of this package that runs the user's code or waits for it.
 _DOING = {
     (os.path.join("adopt", "module.py"), "run"): "forward",
-    (os.path.join("adopt", "loader.py"), "_batches"): "reading a batch",
+    (os.path.join("data", "loader.py"), "_batches"): "reading a batch",
 }
 
 
-class Alarm:
+class HangReporter:
     """A thread that answers for its rank, and what asks all of them.
 
     The thread waits inside a connection of its own to the store at which the ranks met: it costs nothing until it
     is woken, and answers also while the rank's own thread hangs.
     """
 
-    def __init__(self, context: Context, ring: Ring) -> None:
+    def __init__(self, context: Context, log: CallLog) -> None:
         self._rank, self._size = context.world.global_rank, context.world.world_size
-        self._ring = ring
+        self._log = log
         self._owner = threading.get_ident()
         self._line: _Line | None = None
         self._closed = False
@@ -53,8 +54,8 @@ class Alarm:
         store: Any = group.get_group_store() if hasattr(group, "get_group_store") else None
         if hasattr(store, "clone"):
             # A job may be set up more than once over one store: the user's own process group stays.
-            turn = store.add(f"plugframe/alarm/{self._rank}", 1)
-            self._line = _Line(store, f"plugframe/alarm/{turn}", self._rank, self._size, self.account)
+            prefix = fresh_prefix(store, "alarm", self._rank)
+            self._line = _Line(store, prefix, self._rank, self._size, self.account)
             self._line.start()
 
     def explain(self, error: BaseException, *, late: bool = False) -> Exception | None:
@@ -70,7 +71,7 @@ class Alarm:
         types = {kind.__name__ for kind in type(error).__mro__}
         if not (late or NETWORK_TYPES & types or any(text in said for text in LOST_TEXTS)):
             return None
-        waited_s = self._ring.waited_s()
+        waited_s = self._log.waited_s()
         mine = self.account(own=True)
         seconds = LATE_S if late else LOST_S
         accounts: dict[int, Account | None] = dict.fromkeys(range(self._size))
@@ -103,13 +104,13 @@ class Alarm:
     def account(self, *, own: bool = False, error: str = "", left: bool = False) -> Account:
         """Say where this rank is."""
         frame = sys._current_frames().get(self._owner) if not own else sys._getframe(1)
-        running, last = self._ring.running(), self._ring.last()
-        doing, stack = _where(frame, self._ring)
+        running, last = self._log.running(), self._log.last()
+        doing, stack = _where(frame, self._log)
         return Account(
             rank=self._rank,
             host=socket.gethostname(),
             running=None if left else running,
-            waited_s=0.0 if left else self._ring.waited_s(),
+            waited_s=0.0 if left else self._log.waited_s(),
             last=last,
             doing=doing,
             stack="" if left else stack,
@@ -139,12 +140,12 @@ def _head(mine: Account, culprit: int | None, waited_s: float, *, late: bool) ->
     return f"{call} lost the connection to rank {culprit}"
 
 
-def _where(frame: FrameType | None, ring: Ring) -> tuple[str, str]:
+def _where(frame: FrameType | None, log: CallLog) -> tuple[str, str]:
     """Return what a stack says: ``"in forward (model.py:31)"``, and the stack without what surrounds the user's."""
     if frame is None:
         return "", ""
     frames = [each for each, _ in traceback.walk_stack(frame)]
-    users = next((each for each in frames if ring.is_users(each)), None)
+    users = next((each for each in frames if log.is_users(each)), None)
     phases = (
         _DOING.get((each.f_code.co_filename[len(_PACKAGE) :], each.f_code.co_name), "")
         for each in frames
@@ -157,15 +158,15 @@ def _where(frame: FrameType | None, ring: Ring) -> tuple[str, str]:
     doing = f"at {place}" if name.startswith("<") else f"in {name} ({place})"
     if phase and phase != name:
         doing += f", {phase}" if " " in phase else f", in {phase}"
-    return doing, _shown(frames, ring)
+    return doing, _shown(frames, log)
 
 
-def _shown(frames: list[FrameType], ring: Ring) -> str:
+def _shown(frames: list[FrameType], log: CallLog) -> str:
     """Return a stack from where the user's code begins to where this package begins to keep its calls."""
     lines = list(traceback.extract_stack(frames[0]))
-    users = [ring.is_users(each) and not each.f_code.co_filename.startswith("<") for each in reversed(frames)]
+    users = [log.is_users(each) and not each.f_code.co_filename.startswith("<") for each in reversed(frames)]
     first = users.index(True) if True in users else 0
-    last = next((number for number, line in enumerate(lines) if line.filename == _MEETINGS), len(lines))
+    last = next((number for number, line in enumerate(lines) if line.filename == _INSTRUMENT), len(lines))
     return "".join(traceback.format_list(lines[first:last])).rstrip()
 
 

@@ -1,11 +1,11 @@
-"""Every call at which ranks meet goes through the ring, and one that fails because a rank did not come is explained."""
+"""Record every collective call, and explain calls that fail because a rank is missing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from plugframe.diagnostics.call_log import END, Ring
+from plugframe.diagnostics.call_log import END, CallLog
 
 #: Hooks at which ranks meet, and the argument that says how.
 MEETINGS: dict[str, str | None] = {
@@ -30,21 +30,29 @@ MEETINGS: dict[str, str | None] = {
 Explain = Callable[..., Exception | None]
 
 
-def record(hooks: Any, ring: Ring, explain: Explain) -> Callable[[], None]:
-    """Put the ring between the callers of `hooks` and what is bound there; return what takes it out again."""
+def record(hooks: Any, log: CallLog, explain: Explain) -> Callable[[], None]:
+    """Put the log between the callers of `hooks` and what is bound there; return what takes it out again."""
+    hooks.call_log = log
     before = {name: getattr(hooks, name) for name in MEETINGS}
     for name, argument in MEETINGS.items():
-        setattr(hooks, name, _recorded(name, argument, before[name], ring, explain))
+        setattr(hooks, name, _recorded(name, argument, before[name], log, explain))
 
     def undo() -> None:
+        del hooks.call_log
         for name, hook in before.items():
             setattr(hooks, name, hook)
 
     return undo
 
 
-def _recorded(name: str, argument: str | None, hook: Any, ring: Ring, explain: Explain) -> Any:
-    begin = ring.begin
+def call_log_of(hooks: Any) -> CallLog | None:
+    """Return the log to which calls of `hooks` are recorded; None if they are not."""
+    found: CallLog | None = getattr(hooks, "call_log", None)
+    return found
+
+
+def _recorded(name: str, argument: str | None, hook: Any, log: CallLog, explain: Explain) -> Any:
+    begin = log.begin
     argument = argument or ""
     late = name == "collective_monitored_barrier"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from plugframe.diagnostics import likely_causes
 from plugframe.diagnostics.call_log import Call
+from plugframe.utils.rank_text import ranks_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,15 +154,3 @@ def _hint(accounts: Mapping[int, Account | None], culprit: int | None, here: Cal
             return f"{account.running.name} stands under {where}, so that not every rank calls it: move it out."
         return "Every rank must make the same calls in the same order."
     return ""
-
-
-def ranks_text(ranks: Sequence[int]) -> str:
-    """Return ranks for a message: ``rank 3``, ``ranks 0, 2-7``."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    names = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(names)}"

@@ -10,9 +10,9 @@ import xxhash
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plugframe.checkpoint import as_bytes
-from plugframe.diagnostics.rank_status import ranks_text
 from plugframe.errors import OutOfSyncError, UnsupportedError
+from plugframe.utils.rank_text import ranks_text
+from plugframe.utils.tensor_bytes import as_bytes
 
 #: Elements hashed at a time on a device.
 _CHUNK = 1 << 20

@@ -7,10 +7,11 @@ import threading
 import time
 from collections.abc import Mapping
 
-from plugframe.diagnostics.call_log import Call, Ring
-from plugframe.diagnostics.hang_report import LATE_S, Alarm
-from plugframe.diagnostics.rank_status import Account, find, ranks_text
+from plugframe.diagnostics.call_log import Call, CallLog
+from plugframe.diagnostics.hang_report import LATE_S, HangReporter
+from plugframe.diagnostics.rank_status import Account, find
 from plugframe.hooks.context import Context
+from plugframe.utils.rank_text import ranks_text
 
 #: A report that changed nothing is repeated after so many times as long: 30 s, 2 min, 8 min.
 GROWTH = 4
@@ -18,27 +19,27 @@ GROWTH = 4
 _WORK = ("checkpoint_save", "checkpoint_load")
 
 
-def watch_over(context: Context, alarm: Alarm) -> Watch | None:
-    """Start watching this rank's calls; None if nothing is to be reported."""
-    after_s, ring = context.report_after_s, context.calls
+def start_stall_reporter(context: Context, log: CallLog, reporter: HangReporter) -> StallReporter | None:
+    """Start watching this rank's calls; return None if nothing is to be reported."""
+    after_s = context.report_after_s
     late = context.timeout_s is not None and context.timeout_s <= after_s
-    if ring is None or not after_s or late or "simulated" in context.provides.get("collective", ()):
+    if not after_s or late or "simulated" in context.provides.get("collective", ()):
         return None
-    return Watch(ring, alarm, rank=context.world.global_rank, after_s=after_s)
+    return StallReporter(log, reporter, rank=context.world.global_rank, after_s=after_s)
 
 
-class Watch:
+class StallReporter:
     """A thread that sleeps, and looks a few times per `after_s` whether this rank is in one call all the while.
 
     Args:
-        ring: this rank's calls.
-        alarm: what asks the other ranks.
+        log: this rank's calls.
+        reporter: what asks the other ranks.
         rank: this one.
         after_s: how long a call may take before the others are asked.
     """
 
-    def __init__(self, ring: Ring, alarm: Alarm, *, rank: int, after_s: float) -> None:
-        self._ring, self._alarm = ring, alarm
+    def __init__(self, log: CallLog, reporter: HangReporter, *, rank: int, after_s: float) -> None:
+        self._log, self._reporter = log, reporter
         self._rank, self._after_s = rank, after_s
         self._began, self._due_s = 0.0, after_s
         self._closed = threading.Event()
@@ -57,7 +58,7 @@ class Watch:
 
     def _look(self) -> float:
         """Report if it is time to; return in how many seconds it may be."""
-        waiting = self._ring.waiting()
+        waiting = self._log.waiting()
         if waiting is None or waiting[0].hook in _WORK:
             return self._after_s
         call, began = waiting
@@ -75,8 +76,8 @@ class Watch:
 
     def _report(self, call: Call, waited_s: float) -> str:
         """Return what is to be said, ``""`` if all ranks are in this call, or another rank says it."""
-        accounts = self._alarm.look(f"{call.number}/{call.hook}/{self._due_s:g}")
-        now = self._ring.waiting()
+        accounts = self._reporter.look(f"{call.number}/{call.hook}/{self._due_s:g}")
+        now = self._log.waiting()
         if not accounts or now is None or now[1] != self._began or self._closed.is_set():
             return ""
         if any(_waits_longer(account, call, waited_s) for account in accounts.values()):

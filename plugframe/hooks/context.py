@@ -11,8 +11,6 @@ from plugframe.hooks.world import World
 if TYPE_CHECKING:
     import torch
 
-    from plugframe.diagnostics.call_log import Ring
-
 #: Seconds after which ranks that wait for another are reported.
 REPORT_AFTER_S = 30.0
 
@@ -31,7 +29,6 @@ class Context:
         timeout_s: seconds a collective may take before it is an error, from ``--timeout``; None when not set.
         report_after_s: seconds after which one line says which ranks wait for which, from ``--report-after``; 0 for
             never.
-        calls: the last calls of this rank at which ranks meet; None with one rank.
     """
 
     world: World
@@ -41,4 +38,3 @@ class Context:
     provides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     timeout_s: float | None = None
     report_after_s: float = REPORT_AFTER_S
-    calls: Ring | None = None

@@ -18,6 +18,10 @@ class NotifySpec(Protocol):
     """Hooks that tell; they are called on every rank, last registered first."""
 
     @hookspec
+    def on_connect(self, context: Context) -> None:
+        """The ranks can communicate: the collective is set up, and what is set up after it is not."""
+
+    @hookspec
     def on_launch(self, context: Context) -> None:
         """Every provider is set up; the job runs."""
 
@@ -44,3 +48,7 @@ class NotifySpec(Protocol):
     @hookspec
     def on_teardown(self) -> None:
         """Called before anything is torn down."""
+
+    @hookspec
+    def on_disconnect(self) -> None:
+        """Called before the collective is torn down, also where a set-up has failed after `on_connect` was called."""

@@ -33,8 +33,6 @@ INTERRUPTED = 130
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _PACKAGE = os.path.dirname(_HERE) + os.sep
-#: Packages that lie between a user's call and what answers it.
-_CARRIERS = ("plugframe_builtins", "pluggy")
 
 
 def main() -> None:
@@ -184,8 +182,12 @@ def formatted(error: BaseException) -> list[str]:
 
 
 def _is_internal(file: str) -> bool:
-    carriers = [folder for name in _CARRIERS if name in sys.modules for folder in sys.modules[name].__path__]
-    return file.startswith((_PACKAGE, *(folder + os.sep for folder in carriers)))
+    """Say whether a file lies in this package, or in one between a user's call and what answers it."""
+    module = sys.modules.get("plugframe.utils.own_packages")
+    names = ("pluggy", *(module.own_packages() if module is not None else ()))
+    packages = [sys.modules[name] for name in names if name in sys.modules]
+    folders = [folder + os.sep for package in packages for folder in getattr(package, "__path__", ())]
+    return file.startswith((_PACKAGE, *folders))
 
 
 def strip(stack: TracebackType | None) -> TracebackType | None:

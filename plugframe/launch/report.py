@@ -10,23 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: Exceptions with which a rank notices that another one has gone.
-NETWORK_TYPES = frozenset(
-    {"DistNetworkError", "DistBackendError", "DistStoreError", "ConnectionError", "BrokenPipeError", "RankLostError"}
-)
-#: The same, where the type is a plain RuntimeError: its connection is lost,
-LOST_TEXTS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Connection refused",
-    "Broken pipe",
-    "Socket closed",
-    "remote process exited",
-    "Read error",
-    "caused pair closure",
-)
-#: or it has not come in time.
-LATE_TEXTS = ("Timed out waiting",)
+from plugframe.utils.lost_rank import LATE_TEXTS, LOST_TEXTS, NETWORK_TYPES
+from plugframe.utils.rank_text import ranks_text
+
 #: Signals that the launcher itself sends.
 _FROM_LAUNCHER = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
 #: How long after the first failure a cause may still be told, after its consequences were.
@@ -237,7 +223,7 @@ def _others(endings: Iterable[Ending], culprit: Ending | None) -> list[str]:
             if culprit is not None and ending.words is not None and fate == _cause(culprit, False):
                 fate = "failed alike"
             fates.setdefault(fate, []).append(ending.rank)
-    return [f"{_ranks(ranks)}: {fate}" for fate, ranks in fates.items()]
+    return [f"{ranks_text(ranks)}: {fate}" for fate, ranks in fates.items()]
 
 
 def _fate(ending: Ending) -> str:
@@ -251,14 +237,3 @@ def _fate(ending: Ending) -> str:
     if code is None or ending.by_launcher or -code in _FROM_LAUNCHER or code == 128 + signal.SIGINT:
         return "ended by the launcher"
     return _cause(ending, False)
-
-
-def _ranks(ranks: list[int]) -> str:
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    names = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(names)}"

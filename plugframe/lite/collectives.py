@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugframe.diagnostics.rank_status import ranks_text
 from plugframe.errors import CollectiveMismatchError, SettingError
 from plugframe.lite.ordered_tree import containers, walk
 from plugframe.lite.reductions import reduce_integer, reduce_tensor
+from plugframe.utils.rank_text import ranks_text
 from plugframe.utils.tree import map_tensors
 
 #: Python's numbers, each of which can hold the ones before it.

@@ -20,12 +20,15 @@ from plugframe.core.registry.registry import Registry
 from plugframe.core.runtime.session import Session
 from plugframe.data.loaders import Loaders
 from plugframe.data.random_streams import RankStreams
+from plugframe.data.shared_seed import SharedSeed
+from plugframe.diagnostics.diagnostics import Diagnostics
 from plugframe.errors import SettingError, closest
 from plugframe.hooks.context import Context
 from plugframe.hooks.variables import FROM_COMMAND_LINE
 from plugframe.launch import start
 from plugframe.launch.inheritance import Place, own_variables
 from plugframe.launch.preemption import Stopping
+from plugframe.utils.logging import tell, warn_caller
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -55,6 +58,8 @@ class Core:
         timeout_s: seconds a collective may take before it is an error that says where every rank is; 30 minutes.
         report_after_s: seconds after which one line on stderr says which ranks wait in a collective and where the
             others are, while the job goes on waiting; 30, and 0 for never.
+        diagnostics: whether collective calls are recorded, to report and explain those that a rank does not reach,
+            and the plugins of all ranks are compared; True. Without, a job that hangs does so until its timeout.
 
     Raises:
         UsageError: (and its subclasses) for a wrong setting; one that contradicts the command line included.
@@ -77,6 +82,7 @@ class Core:
         loggers: Any = (),
         timeout_s: float | None = None,
         report_after_s: float | None = None,
+        diagnostics: bool | None = None,
     ) -> None:
         self._settings = {
             "accelerator": accelerator,
@@ -93,6 +99,7 @@ class Core:
             "loggers": _as_tuple(loggers),
             "timeout_s": timeout_s,
             "report_after_s": report_after_s,
+            "diagnostics": diagnostics,
         }
         self._resolve()
 
@@ -106,8 +113,12 @@ class Core:
         if self.plan.launched or (self.plan.world_size == 1 and FROM_COMMAND_LINE in os.environ):
             self._place.claim(own_variables(self._registry))
         self._callbacks = [_callback(c) for c in self._request.value("callbacks", ())]
-        self._session = Session(self.plan, self._registry, self._callbacks)
+        self._diagnostics = Diagnostics(self.plan) if self.plan.diagnostics else None
+        observers = [SharedSeed(), *([self._diagnostics] if self._diagnostics is not None else [])]
+        self._session = Session(self.plan, self._registry, [*self._callbacks, *observers])
         self._hooks = self._session.hooks
+        for message in self._session.deprecations if self.global_rank == 0 else ():
+            warn_caller(message)
         self._modules: list[weakref.ref[nn.Module]] = []
         self._phase = Phase()
         self._loaders = Loaders(self._phase.weights)
@@ -123,6 +134,7 @@ class Core:
             "plan",
             "_callbacks",
             "_session",
+            "_diagnostics",
             "_hooks",
             "_modules",
             "_loaders",
@@ -244,8 +256,10 @@ class Core:
             if not self._alone():
                 raise start.not_launched(self.plan, call)
             self._place.check(call, launched=self.plan.launched)
-            session.start()
-            self._phase.explain = session.explain
+            context = session.start()
+            if context.world.global_rank == 0:
+                tell(self.plan.line())
+            self._phase.explain = self._diagnostics.explain if self._diagnostics is not None else None
             if self.world_size > 1:
                 hooks: Any = self._hooks
                 session.on_close(setattr, hooks, "strategy_no_sync", hooks.strategy_no_sync)

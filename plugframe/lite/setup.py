@@ -14,11 +14,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from plugframe.adopt import (
-    Order,
-    adopt_loader,
     adopt_module,
     adopt_optimizer,
-    release_loader,
     release_module,
     release_optimizer,
     state_of,
@@ -26,10 +23,11 @@ from plugframe.adopt import (
 from plugframe.adopt.module import checked_name
 from plugframe.adopt.settings_check import Comparison
 from plugframe.data.consistency import check_same, check_undivided, divider, signature
-from plugframe.data.loader import check_unread, divides_itself, held_by, sources_of
+from plugframe.data.loader import adopt_loader, check_unread, divides_itself, held_by, release_loader, sources_of
 from plugframe.data.random_check import DrawCheck
 from plugframe.data.random_sources import get_state, set_state
 from plugframe.data.random_streams import RankStreams
+from plugframe.data.shuffle import Order
 from plugframe.data.stream_check import check_window
 from plugframe.deferred.module import check_values, resuming
 from plugframe.errors import OrderError, SettingError
@@ -37,6 +35,7 @@ from plugframe.lite import checks
 from plugframe.lite.core import Core
 from plugframe.state.parameter_names import Names, names_of
 from plugframe.utils.logging import warn_caller
+from plugframe.utils.stores import fresh_prefix
 
 
 class SetUp(Core):
@@ -269,9 +268,9 @@ class SetUp(Core):
             return None
         store = group.get_group_store()
         # A job may be set up more than once over one store: the user's own process group stays.
-        turn = store.add(f"plugframe/streams/{self.global_rank}", 1)
+        prefix = fresh_prefix(store, "streams", self.global_rank)
         return functools.partial(
-            check_window, store=store, prefix=f"{turn}", rank=self.global_rank, num_ranks=self.world_size
+            check_window, store=store, prefix=prefix, rank=self.global_rank, num_ranks=self.world_size
         )
 
     def _draw_apart(self) -> None:

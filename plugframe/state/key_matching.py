@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plugframe.checkpoint.shards import is_shard
 from plugframe.checkpoint.stored import StoredTensor
+from plugframe.utils.shards import is_shard
 
 #: What wrappers of torch put between the names of modules: compilation, data parallelism, sharding, and activation
 #: checkpointing, whose wrappers call what they hold ``_…_wrapped_module``.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plugframe.checkpoint.shards import is_shard
+from plugframe.utils.shards import is_shard
 
 
 @torch.no_grad()

@@ -8,9 +8,10 @@ import warnings
 
 from plugframe._printable import printable
 from plugframe.errors import PlugframeWarning
+from plugframe.utils.own_packages import own_packages
 
-#: Packages whose frames lie between a line of the user's and the warning about it.
-_BETWEEN = ("plugframe", "plugframe_builtins", "pluggy", "torch", "contextlib", "functools")
+#: Packages of others whose frames lie between a line of the user's and the warning about it.
+_BETWEEN = ("pluggy", "torch", "contextlib", "functools")
 
 
 def tell(message: str, *, warn: bool = False) -> None:
@@ -26,7 +27,8 @@ def tell(message: str, *, warn: bool = False) -> None:
 def warn_caller(message: str) -> None:
     """Warn at the line of the user's that led here, whatever lies between: hooks, and a scheduler's wrapper."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
+    between = own_packages().union(_BETWEEN)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in between:
         level, frame = level + 1, frame.f_back
     warnings.warn(printable(message), PlugframeWarning, stacklevel=level)
 

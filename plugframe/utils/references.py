@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plugframe.errors import UnsupportedError
+from plugframe.utils.own_packages import own_packages
 
 #: Returns an entry of an optimizer's state for the parameter that took the place of another: ``(entry, old, new)``.
 Convert = Callable[[Any, Tensor, Tensor], Any]
@@ -186,7 +187,7 @@ def _is_own(value: Any) -> bool:
     if isinstance(value, Optimizer) or dataclasses.is_dataclass(value):
         return False
     package = type(value).__module__.partition(".")[0]
-    return package in ("plugframe", "plugframe_builtins", "builtins")
+    return package == "builtins" or package in own_packages()
 
 
 def _storage(tensor: Tensor) -> int | None:

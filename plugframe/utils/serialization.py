@@ -18,9 +18,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from plugframe.checkpoint import as_bytes
 from plugframe.errors import CollectiveMismatchError
 from plugframe.hooks.variables import TOKEN
+from plugframe.utils.stores import fresh_prefix
+from plugframe.utils.tensor_bytes import as_bytes
 
 _PLAIN, _PICKLE = b"J", b"P"
 #: Bytes of the length of the JSON part, and of the authentication code.
@@ -174,8 +175,7 @@ def job_token(store: Any, rank: int) -> bytes:
     if store is None:
         return b""
     # Several jobs may meet at one store, in turn.
-    turn = store.add(f"plugframe/token/{rank}", 1)
-    key = f"plugframe/token/of/{turn}"
+    key = fresh_prefix(store, "token", rank)
     if rank == 0:
         store.set(key, secrets.token_hex(32))
     return cast("bytes", store.get(key))

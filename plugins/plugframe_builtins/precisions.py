@@ -15,7 +15,7 @@ from plugframe.base import Precision, cast_floating, default_dtype
 from plugframe.errors import SettingError, UnsupportedError
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
-from plugframe_builtins.loss_scale import LossScale
+from plugframe_builtins._shared.loss_scale import LossScale
 
 
 class FullPrecision(Precision):

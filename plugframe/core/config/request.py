@@ -20,7 +20,8 @@ NAMES = tuple(kind.name for kind in KINDS.values() if not kind.many)
 #: Settings that hold any number of plugins.
 LISTS = (*(kind.setting for kind in KINDS.values() if kind.many), "callbacks")
 NUMBERS = ("num_nodes", "timeout_s", "report_after_s")
-FIELDS = (*NAMES, "devices", *NUMBERS, *LISTS)
+SWITCHES = ("diagnostics",)
+FIELDS = (*NAMES, "devices", *NUMBERS, *SWITCHES, *LISTS)
 
 CODE = "the code"
 
@@ -91,7 +92,7 @@ def gather(code: Mapping[str, Any], *, environ: Mapping[str, str] | None = None,
     for name, setting in [*given.items(), *typed.items(), *filed.items()]:
         _check(name, setting)
     overridden = {f: typed[f] for f in typed if f in given}
-    for name in (*NUMBERS, "devices", "callbacks"):
+    for name in (*NUMBERS, *SWITCHES, "devices", "callbacks"):
         if name in overridden and _canonical(given[name].value) != _canonical(overridden[name].value):
             raise contradiction(name, given[name], overridden[name])
     return Request({**filed, **typed, **given}, overridden, tuple(notes), tuple(options), path)
@@ -160,6 +161,8 @@ def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Setting], list[
             value = tuple(part.strip() for part in text.split(",") if part.strip())
         elif field in NUMBERS and text != "auto":
             value = _number(field, text, source)
+        elif field in SWITCHES:
+            value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
         found[field] = Setting(value, source)
     return found, options, notes
 
@@ -201,6 +204,10 @@ def _from_file(path: Path | None) -> tuple[dict[str, Setting], list[Given]]:
 
 def _check(field: str, setting: Setting) -> None:
     value, source = setting.value, setting.source
+    if field in SWITCHES:
+        if not isinstance(value, bool):
+            raise SettingError(f"{field}={value!r} in {source}: it is true or false.")
+        return
     wrong = isinstance(value, bool) or (value == [] and field not in LISTS)
     if wrong or (field in NAMES and isinstance(value, float)):
         raise SettingError(f"{field}={value!r} in {source} is not a value of {field}.{_allowed(field)}")

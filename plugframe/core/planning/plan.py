@@ -97,6 +97,7 @@ class Plan:
         world: this process's place, if `launched`.
         timeout_s: of collectives; None where none was asked for.
         report_after_s: seconds after which ranks that wait for another are told; 0 for never.
+        diagnostics: whether calls of ranks are recorded, reported when a rank does not come, and compared.
         notes: what was passed over, and why.
     """
 
@@ -110,6 +111,7 @@ class Plan:
     loggers: tuple[Choice, ...] = ()
     timeout_s: float | None = None
     report_after_s: float = REPORT_AFTER_S
+    diagnostics: bool = True
     notes: tuple[str, ...] = field(default=())
 
     @property

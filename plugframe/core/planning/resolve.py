@@ -85,6 +85,7 @@ def _plan(request: Request, asked: Requested, installed: Installed, environment:
         loggers=loggers,
         timeout_s=request.value("timeout_s"),
         report_after_s=request.value("report_after_s", REPORT_AFTER_S),
+        diagnostics=request.value("diagnostics", True),
     )
 
 

@@ -12,16 +12,10 @@ from typing import Any
 from plugframe.core.planning.plan import Choice, Plan
 from plugframe.core.planning.resolve import Catalogue
 from plugframe.core.runtime.pipeline import BoundHooks, Pipeline
-from plugframe.diagnostics.call_log import Ring
-from plugframe.diagnostics.consistency import agree
-from plugframe.diagnostics.hang_report import Alarm
-from plugframe.diagnostics.instrument import record
-from plugframe.diagnostics.stall_report import watch_over
 from plugframe.errors import OrderError
 from plugframe.hooks.context import Context
 from plugframe.hooks.markers import PROJECT
 from plugframe.hooks.world import World
-from plugframe.utils.logging import tell, warn_caller
 
 #: In this order they are set up; an accelerator first, so that tensors can exist.
 _SET_UP = ("accelerator", "collective", "precision", "strategy", "checkpoint")
@@ -36,7 +30,7 @@ class Session:
         plugins: the plugin object of each single kind.
         extensions: the extensions by name, bare and qualified; of two with one name the first.
         context: what plugins see of the job; None until `start`.
-        explain: makes of an error that came of another rank the one that says where all ranks are; None with one.
+        deprecations: what plugins implement that is on its way out, a sentence for each.
     """
 
     def __init__(self, plan: Plan, catalogue: Catalogue, callbacks: list[Any]) -> None:
@@ -44,8 +38,6 @@ class Session:
         self.plugins: dict[str, Any] = {}
         self.context: Context | None = None
         self._process = os.getpid()
-        self.explain: Any = None
-        self._leave: Any = None
         self._undo = ExitStack()
         self._adopted: dict[int, tuple[weakref.ref[Any], Callable[[Any], Any]]] = {}
         self._numbers = itertools.count()
@@ -60,9 +52,7 @@ class Session:
             if _has_hooks(callback):
                 self._pipeline.add(_as_choice(callback), callback)
         self.hooks: BoundHooks = self._pipeline.bind()
-        if self.world.global_rank == 0:
-            for message in dict.fromkeys(self._pipeline.deprecations):
-                warn_caller(message)
+        self.deprecations = tuple(dict.fromkeys(self._pipeline.deprecations))
 
     def _add(self, choice: Choice, catalogue: Catalogue) -> Any:
         plugin = choice.instance
@@ -95,14 +85,11 @@ class Session:
                 self._undo.callback(getattr(self.hooks, f"{kind}_teardown"))
                 getattr(self.hooks, f"{kind}_setup")(context=context)
                 if kind == "collective":
-                    self._watch(context)
-                    agree(self.plan, context)
+                    self._connect(context)
             if self.hooks.logger_setup is not None:
                 self._undo.callback(self.hooks.logger_teardown)
                 self.hooks.logger_setup(context=context)
             self.context = context
-            if context.world.global_rank == 0:
-                tell(self.plan.line())
             if self.hooks.on_launch is not None:
                 self.hooks.on_launch(context=context)
         except BaseException:
@@ -112,7 +99,6 @@ class Session:
         return context
 
     def _context(self) -> Context:
-        packages = {(type(plugin).__module__ or "").partition(".")[0] for plugin in self.plugins.values()}
         return Context(
             world=self.world,
             device=self.device,
@@ -121,20 +107,13 @@ class Session:
             provides={kind: tuple(choice.descriptor.provides) for kind, choice in self.plan.choices.items()},
             timeout_s=self.plan.timeout_s,
             report_after_s=self.plan.report_after_s,
-            calls=Ring(packages) if self.world.world_size > 1 else None,
         )
 
-    def _watch(self, context: Context) -> None:
-        """Record every collective call from here on, and report and explain those that a rank does not come to."""
-        if context.calls is None:
-            return
-        alarm = Alarm(context, context.calls)
-        watch = watch_over(context, alarm)
-        if watch is not None:
-            self._undo.callback(watch.close)
-        self.explain, self._leave = alarm.explain, alarm.close
-        self._undo.callback(alarm.close)
-        self._undo.callback(record(self.hooks, context.calls, alarm.explain))
+    def _connect(self, context: Context) -> None:
+        if self.hooks.on_disconnect is not None:
+            self._undo.callback(self.hooks.on_disconnect)
+        if self.hooks.on_connect is not None:
+            self.hooks.on_connect(context=context)
 
     def on_close(self, undo: Any, *args: Any) -> None:
         """Have ``undo(*args)`` called at tear-down, before what was set up earlier."""
@@ -152,8 +131,6 @@ class Session:
         """Tear everything down, in reverse; all of it, even if some fails."""
         if self.context is None or os.getpid() != self._process:
             return  # the latter: a copy that the script has forked leaves, and the job is not its own to end
-        if self._leave is not None:
-            self._leave()  # before any connection is closed: then the others know why
         try:
             if self.hooks.on_teardown is not None:
                 self.hooks.on_teardown()

@@ -10,9 +10,9 @@ from plugframe.base import Logger
 from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
+from plugframe_builtins._shared.version_folder import new_version
 from plugframe_builtins.csv_logger import plugin
 from plugframe_builtins.csv_logger.table import STEP, Table
-from plugframe_builtins.versions import new_version
 
 
 class CSVLogger(Logger):

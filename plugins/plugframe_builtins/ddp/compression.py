@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from plugframe.errors import MissingDependencyError, SettingError
-from plugframe_builtins.ddp.buckets import Bucket
+from plugframe_builtins._shared.data_parallel.buckets import Bucket
 
 
 def check_compression(kind: str | None, powersgd: Mapping[str, Any] | None) -> None:

@@ -21,16 +21,16 @@ from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe.utils.logging import warn_caller
 from plugframe.utils.registrations import Registrations
+from plugframe_builtins._shared.broadcast import send_from_first
+from plugframe_builtins._shared.data_parallel.buckets import Send
+from plugframe_builtins._shared.data_parallel.engine import Engine
+from plugframe_builtins._shared.data_parallel.reducer import Backward
+from plugframe_builtins._shared.data_parallel.settings_check import MOST_RANKS, Ride
+from plugframe_builtins._shared.model_check import check_same_model
+from plugframe_builtins._shared.tensor_hooks import Hooked
 from plugframe_builtins.ddp import plugin
 from plugframe_builtins.ddp.batchnorm import sync_batchnorm
-from plugframe_builtins.ddp.buckets import Send
 from plugframe_builtins.ddp.compression import check_compression, make_sender
-from plugframe_builtins.ddp.engine import Engine
-from plugframe_builtins.ddp.hooked import Hooked
-from plugframe_builtins.ddp.reducer import Backward
-from plugframe_builtins.ddp.replicas import send_from_first
-from plugframe_builtins.ddp.ride import MOST_RANKS, Ride
-from plugframe_builtins.ddp.sameness import check_same_model
 
 
 class DDP(Strategy):

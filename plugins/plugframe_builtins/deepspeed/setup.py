@@ -20,10 +20,11 @@ from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe.utils.registrations import Registrations
-from plugframe_builtins.ddp.engine import Engine as Replica
-from plugframe_builtins.ddp.hooked import Hooked
-from plugframe_builtins.ddp.reducer import Backward
-from plugframe_builtins.ddp.sameness import check_same_model
+from plugframe_builtins._shared.data_parallel.engine import Engine as Replica
+from plugframe_builtins._shared.data_parallel.reducer import Backward
+from plugframe_builtins._shared.model_check import check_same_model
+from plugframe_builtins._shared.sharding.uneven_evaluation import Company
+from plugframe_builtins._shared.tensor_hooks import Hooked
 from plugframe_builtins.deepspeed import config as configs
 from plugframe_builtins.deepspeed.agreement import Agreement
 from plugframe_builtins.deepspeed.borrowed import Borrowed
@@ -38,7 +39,6 @@ from plugframe_builtins.deepspeed.state import (
     load_optimizer_state,
 )
 from plugframe_builtins.deepspeed.suitable import check_optimizer, check_parameters
-from plugframe_builtins.sharding.company import Company
 
 
 class SetUp(Strategy):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from plugframe.errors import OrderError
-from plugframe_builtins.ddp.engine import Engine as Replica
+from plugframe_builtins._shared.data_parallel.engine import Engine as Replica
 from plugframe_builtins.deepspeed.engine import Engine, Reader
 from plugframe_builtins.deepspeed.guard import Guard
 from plugframe_builtins.deepspeed.marks import Marks

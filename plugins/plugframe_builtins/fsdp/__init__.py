@@ -1,7 +1,7 @@
 """Fully sharded data parallelism: every rank keeps its part of parameters, gradients and optimizer state."""
 
 from plugframe import Option, Plugin
-from plugframe_builtins.sharding.options import OPTIONS
+from plugframe_builtins._shared.sharding.options import OPTIONS
 
 plugin = Plugin(
     factory="plugframe_builtins.fsdp.strategy:FSDP",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from plugframe.base import Environment
 from plugframe.hooks import hookimpl
 from plugframe.hooks.world import World
-from plugframe_builtins.slurm.requeue import requeue
+from plugframe_builtins._shared.requeue import requeue
 
 
 class Local(Environment):

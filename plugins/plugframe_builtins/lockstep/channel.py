@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from plugframe.hooks.context import Context
-from plugframe_builtins.torch_collective.compat import all_gather_single
-from plugframe_builtins.torch_collective.connection import host_backend
+from plugframe_builtins._shared.torch_collective.compat import all_gather_single
+from plugframe_builtins._shared.torch_collective.connection import host_backend
 
 #: Bytes of a word on the wire; of a longer one the end follows in another exchange.
 _WIDTH = 512

@@ -8,7 +8,7 @@ from typing import Any
 
 from plugframe.diagnostics.call_log import Call
 from plugframe.diagnostics.likely_causes import loop_left, source, under_rank_condition, under_swallowing
-from plugframe.diagnostics.rank_status import ranks_text
+from plugframe.utils.rank_text import ranks_text
 
 
 @dataclass(frozen=True)

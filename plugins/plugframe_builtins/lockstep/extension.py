@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 from torch import nn
 
 from plugframe.base import Extension
-from plugframe.diagnostics.call_log import END, Ring
+from plugframe.diagnostics.call_log import END, CallLog
+from plugframe.diagnostics.instrument import call_log_of, record
 from plugframe.errors import CollectiveMismatchError
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
@@ -55,8 +56,9 @@ class Lockstep(Extension):
         plugin.validate(self, sites=sites)
         self.sites = sites
         self._context: Context | None = None
-        self._calls: Ring | None = None
+        self._calls: CallLog | None = None
         self._channel: Channel | None = None
+        self._undo: Callable[[], None] | None = None
         self._busy = self._sharded = False
         self._batches = self._forwards = 0
 
@@ -103,13 +105,22 @@ class Lockstep(Extension):
     def on_launch(self, context: Context) -> None:
         self._batches = self._forwards = 0
         self._sharded = False
-        if context.calls is not None and context.world.world_size > 1:
-            self._context, self._calls = context, context.calls
+        if context.world.world_size > 1:
+            self._context, self._calls = context, call_log_of(context.hooks) or self._own_log(context)
             self._channel = Channel.open(context)
+
+    def _own_log(self, context: Context) -> CallLog:
+        """Record calls here: the job runs without diagnostics."""
+        log = CallLog()
+        self._undo = record(context.hooks, log, lambda error, late: None)
+        return log
 
     @hookimpl
     def on_teardown(self) -> None:
         self._context = self._calls = None
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()

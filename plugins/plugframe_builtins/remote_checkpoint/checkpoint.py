@@ -14,11 +14,10 @@ from plugframe.checkpoint import Contents, StoredTensor, first_error, pack_error
 from plugframe.errors import CheckpointError
 from plugframe.hooks import SaveHandle, hookimpl
 from plugframe.hooks.context import Context
-from plugframe_builtins.checkpoint_files import folder as form
-from plugframe_builtins.checkpoint_files import opening
-from plugframe_builtins.checkpoint_files.tensorfile import CODES
-from plugframe_builtins.dcp_checkpoint.checkpoint import ShardedCheckpoint
-from plugframe_builtins.dcp_checkpoint.portion import common, digest, portion, table
+from plugframe_builtins._shared.checkpoint_files import formats, sharded_format
+from plugframe_builtins._shared.checkpoint_files.tensor_file import CODES
+from plugframe_builtins._shared.sharded_checkpoint.checkpoint import ShardedCheckpoint
+from plugframe_builtins._shared.sharded_checkpoint.partition import common, digest, portion, table
 from plugframe_builtins.remote_checkpoint import reading, writing
 from plugframe_builtins.remote_checkpoint.storage import RemoteFolder, local_path, told
 
@@ -116,18 +115,18 @@ class RemoteCheckpoint(Checkpoint):
     def inspect(self, path: str) -> Contents:
         local = local_path(path)
         if local is not None:
-            return opening.inspect(local)
+            return formats.inspect(local)
         with told(f"cannot read {path}"):
             return reading.inspect(RemoteFolder(path))
 
     def unfinished(self, path: str) -> bool:
         local = local_path(path)
         if local is not None:
-            return opening.unfinished(local)
+            return formats.unfinished(local)
         with told(f"cannot look into {path}"):
             names = list(RemoteFolder(path).sizes())
         # There are no empty folders in a store: nothing is there.
-        return bool(names) and form.is_unfinished(names)
+        return bool(names) and sharded_format.is_unfinished(names)
 
     def _save(self, path: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
         rank, num_ranks = self.context.world.global_rank, self.context.world.world_size

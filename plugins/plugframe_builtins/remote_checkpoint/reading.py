@@ -14,11 +14,11 @@ from torch import Tensor
 
 from plugframe.checkpoint import Contents, StoredTensor, join
 from plugframe.errors import CheckpointCorruptError, CheckpointError
-from plugframe_builtins.checkpoint_files import folder as form
-from plugframe_builtins.checkpoint_files.files import Files
-from plugframe_builtins.checkpoint_files.found import Chunk, Found, Laid
-from plugframe_builtins.checkpoint_files.source import FileSource
-from plugframe_builtins.checkpoint_files.verifying import Part, check_sizes, headers_of, parts_of, read_parts
+from plugframe_builtins._shared.checkpoint_files import sharded_format
+from plugframe_builtins._shared.checkpoint_files.files import Files
+from plugframe_builtins._shared.checkpoint_files.index import Chunk, Found, Laid
+from plugframe_builtins._shared.checkpoint_files.source import FileSource
+from plugframe_builtins._shared.checkpoint_files.verification import Part, check_sizes, headers_of, parts_of, read_parts
 from plugframe_builtins.remote_checkpoint.storage import RemoteFolder, told
 
 #: Who reads on where the last read ended is given this much at once: requests cost more than bytes.
@@ -98,14 +98,14 @@ def find(folder: RemoteFolder) -> Found:
         names = folder.sizes() if manifest is None else {}
         if manifest is None and not names:
             raise CheckpointError(f"{folder.url} does not exist.")
-        found = form.unpack(folder.url.rstrip("/"), manifest, lambda: names or folder.sizes())
+        found = sharded_format.unpack(folder.url.rstrip("/"), manifest, lambda: names or folder.sizes())
     return replace(found, path=folder.url)
 
 
 def read_manifest(folder: RemoteFolder) -> bytes | None:
     """Return the manifest in a folder, None if there is none."""
     try:
-        return folder.read(form.MANIFEST)
+        return folder.read(sharded_format.MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         return None
 

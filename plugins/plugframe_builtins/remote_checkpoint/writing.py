@@ -17,11 +17,10 @@ import torch
 
 from plugframe.checkpoint import digest
 from plugframe.errors import CheckpointError
-from plugframe_builtins.checkpoint_files import folder as form
-from plugframe_builtins.checkpoint_files import tensorfile
-from plugframe_builtins.checkpoint_files.coverage import fills
-from plugframe_builtins.checkpoint_files.found import Chunk, Head, Laid
-from plugframe_builtins.dcp_checkpoint.portion import Piece
+from plugframe_builtins._shared.checkpoint_files import sharded_format, tensor_file
+from plugframe_builtins._shared.checkpoint_files.coverage import fills
+from plugframe_builtins._shared.checkpoint_files.index import Chunk, Head, Laid
+from plugframe_builtins._shared.sharded_checkpoint.partition import Piece
 from plugframe_builtins.remote_checkpoint.reading import read_manifest
 from plugframe_builtins.remote_checkpoint.storage import RemoteFolder
 
@@ -42,7 +41,7 @@ def check(folder: RemoteFolder) -> bool:
         CheckpointError: saying what is in the way.
     """
     names = folder.sizes()
-    form.check_names(names, read_manifest(folder) if form.MANIFEST in names else None, folder.url)
+    sharded_format.check_names(names, read_manifest(folder) if sharded_format.MANIFEST in names else None, folder.url)
     return bool(names)
 
 
@@ -50,17 +49,17 @@ def write(folder: RemoteFolder, save_id: str, rank: int, pieces: Mapping[str, Pi
     """Write this rank's file."""
     if not pieces:
         return Written(chunks={})
-    name = form.data_name(save_id, rank)
+    name = sharded_format.data_name(save_id, rank)
     labels: dict[str, str] = {}
     # Wide elements first: then each tensor lies aligned without gaps, which the format forbids.
     for of in sorted(pieces, key=lambda of: -pieces[of].tensor.dtype.itemsize):
         labels[_label(of, pieces[of], labels)] = of
     tensors = {label: pieces[of].tensor for label, of in labels.items()}
-    slots = tensorfile.place({label: (tensor.dtype, tuple(tensor.shape)) for label, tensor in tensors.items()})
-    header = tensorfile.build_plain_header(slots, where=folder.url)
+    slots = tensor_file.place({label: (tensor.dtype, tuple(tensor.shape)) for label, tensor in tensors.items()})
+    header = tensor_file.build_plain_header(slots, where=folder.url)
     with folder.writing(name) as file:
         file.write(header)
-        checksums = tensorfile.write_tensors(file, tensors)
+        checksums = tensor_file.write_tensors(file, tensors)
     chunks = {}
     for label, of in labels.items():
         piece, slot = pieces[of], slots[label]
@@ -96,13 +95,13 @@ def commit(
     Called on rank 0.
     """
     files = {each.file: each.head for each in written if each.file is not None and each.head is not None}
-    data = form.pack(structure=structure, info=info, files=files, tensors=_tensors(folder, written))
+    data = sharded_format.pack(structure=structure, info=info, files=files, tensors=_tensors(folder, written))
     _check_there(folder, files)
     draft = _draft(save_id)
     with folder.writing(draft) as file:
         file.write(data)
     try:
-        folder.rename(draft, form.MANIFEST)
+        folder.rename(draft, sharded_format.MANIFEST)
     except Exception:
         # A store may do what it was asked to and fail to say so.
         if read_manifest(folder) != data:
@@ -110,7 +109,7 @@ def commit(
     # From here on the new checkpoint is there; what cannot be removed now the next save removes.
     with suppress(Exception):
         for name in folder.sizes():
-            if form.is_ours(name) and name != form.MANIFEST and name not in files:
+            if sharded_format.is_ours(name) and name != sharded_format.MANIFEST and name not in files:
                 folder.remove(name)
 
 
@@ -135,7 +134,7 @@ def abandon(folder: RemoteFolder, save_id: str, *, made: bool) -> None:
 
 
 def _draft(save_id: str) -> str:
-    return f".{form.MANIFEST}.tmp-{save_id}"
+    return f".{sharded_format.MANIFEST}.tmp-{save_id}"
 
 
 def _check_there(folder: RemoteFolder, files: Mapping[str, Head]) -> None:
@@ -173,7 +172,7 @@ def _tensors(folder: RemoteFolder, written: Sequence[Written]) -> dict[str, Laid
 def remove(folder: RemoteFolder) -> None:
     """Remove a checkpoint: its manifest first, without which the rest is none."""
     names = folder.sizes()
-    for name in sorted(names, key=lambda name: name != form.MANIFEST):
+    for name in sorted(names, key=lambda name: name != sharded_format.MANIFEST):
         folder.remove(name)
     with suppress(FileNotFoundError):  # an object store has no folders
         folder.remove_empty()

@@ -11,7 +11,7 @@ from plugframe.base import Checkpoint
 from plugframe.checkpoint import Contents, StoredTensor
 from plugframe.errors import CheckpointError
 from plugframe.hooks import SaveHandle, hookimpl
-from plugframe_builtins.checkpoint_files import opening, tensorfile
+from plugframe_builtins._shared.checkpoint_files import formats, tensor_file
 from plugframe_builtins.safetensors_checkpoint import writer
 
 
@@ -33,16 +33,16 @@ class SafetensorsCheckpoint(Checkpoint):
 
     @hookimpl
     def checkpoint_load(self, path: str, trusted: bool, lazy: bool) -> dict[str, Any]:
-        return opening.load(path, trusted=trusted, lazy=lazy, context=self.context)
+        return formats.load(path, trusted=trusted, lazy=lazy, context=self.context)
 
     def inspect(self, path: str) -> Contents:
-        return opening.inspect(path)
+        return formats.inspect(path)
 
     def unfinished(self, path: str) -> bool:
-        return opening.unfinished(path)
+        return formats.unfinished(path)
 
     def export(self, path: str, tensors: Mapping[str, Tensor | StoredTensor]) -> None:
-        tensorfile.write_plain(path, tensors)
+        tensor_file.write_plain(path, tensors)
 
 
 def _try_write(path: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> CheckpointError | None:

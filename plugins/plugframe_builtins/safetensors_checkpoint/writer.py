@@ -22,8 +22,8 @@ from plugframe.checkpoint import (
     replacing,
     split_stored,
 )
-from plugframe_builtins.checkpoint_files import folder
-from plugframe_builtins.safetensors_checkpoint.layout import (
+from plugframe_builtins._shared.checkpoint_files import sharded_format
+from plugframe_builtins._shared.checkpoint_files.single_file import (
     CODES,
     FORMAT,
     MANIFEST,
@@ -56,7 +56,7 @@ def write(path: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     header = build_header(slots, where=path)
 
     size_bytes = len(header) + slots[MANIFEST].end
-    with replacing(path, size_bytes=size_bytes, over_folder=folder.is_checkpoint) as file:
+    with replacing(path, size_bytes=size_bytes, over_folder=sharded_format.is_checkpoint) as file:
         file.write(header)
         checksums = _write_tensors(file, ordered)
         file.write(structure)

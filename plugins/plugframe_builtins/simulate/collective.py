@@ -7,9 +7,9 @@ from typing import Any
 from plugframe.base import failing, tell
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
+from plugframe_builtins._shared.torch_collective.collective import TorchCollective
 from plugframe_builtins.simulate.group import BACKEND, register
 from plugframe_builtins.simulate.traffic import Traffic
-from plugframe_builtins.torch_collective.collective import TorchCollective
 
 
 class SimulatedCollective(TorchCollective):

@@ -8,8 +8,8 @@ from plugframe.base import Environment
 from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks import hookimpl
 from plugframe.hooks.world import World
+from plugframe_builtins._shared.requeue import requeue
 from plugframe_builtins.slurm.lists import expand_hosts, expand_tasks
-from plugframe_builtins.slurm.requeue import requeue
 
 #: From here on SLURM numbers what is no step of srun's: a batch script, or the shell that salloc opens.
 SPECIAL_STEPS = 0xFFFF_FFF0

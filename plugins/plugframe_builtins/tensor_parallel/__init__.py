@@ -1,7 +1,7 @@
 """Tensor parallelism: single layers spread over ranks, and the data axis sharded on top."""
 
 from plugframe import Option, Plugin
-from plugframe_builtins.sharding.options import OPTIONS
+from plugframe_builtins._shared.sharding.options import OPTIONS
 
 _STYLES = ("colwise", "rowwise", "sequence", "colwise_gather")
 

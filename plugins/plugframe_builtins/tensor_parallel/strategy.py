@@ -11,15 +11,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
-from plugframe_builtins.fsdp.strategy import FSDP
-from plugframe_builtins.sharding.mesh import make_mesh
+from plugframe_builtins._shared.fully_shard.strategy import FullyShardedStrategy
+from plugframe_builtins._shared.sharding.mesh import make_mesh
 from plugframe_builtins.tensor_parallel.plan import Plan, apply_plan, check_plan
 
 #: Where a model may keep its own plan.
 ATTRIBUTE = "tensor_parallel_plan"
 
 
-class TensorParallel(FSDP):
+class TensorParallel(FullyShardedStrategy):
     """Split layers over the ranks of a tensor group, and shard everything over the groups as strategy ``fsdp`` does.
 
     The ranks of one tensor group read the same batches. They must draw the same random numbers (dropout): seed them

@@ -12,7 +12,7 @@ from plugframe.base import Logger
 from plugframe.errors import MissingDependencyError
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
-from plugframe_builtins.versions import new_version
+from plugframe_builtins._shared.version_folder import new_version
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

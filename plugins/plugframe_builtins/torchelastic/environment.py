@@ -11,7 +11,7 @@ from plugframe.errors import EnvironmentMismatchError
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe.hooks.world import World
-from plugframe_builtins.slurm.requeue import requeue
+from plugframe_builtins._shared.requeue import requeue
 from plugframe_builtins.torchelastic import plugin
 from plugframe_builtins.torchelastic.attempt import only_this_attempt
 

@@ -1,0 +1,241 @@
+"""Opening whatever lies at a path: a file or a folder of ours, or what others wrote.
+
+What stands on torch.distributed.checkpoint takes long to import, and is where it is used.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plugframe.checkpoint import (
+    Contents,
+    StoredTensor,
+    first_error,
+    is_being_written,
+    join,
+    pack_error,
+    printable_cause,
+)
+from plugframe.errors import CheckpointCorruptError, CheckpointError, CheckpointURLError, closest
+from plugframe.hooks.context import Context
+from plugframe_builtins._shared.checkpoint_files import foreign, sharded_format, single_file_reader
+from plugframe_builtins._shared.checkpoint_files.files import Files
+from plugframe_builtins._shared.checkpoint_files.index import Chunk, Found, Laid
+from plugframe_builtins._shared.checkpoint_files.regular_file import open_regular
+from plugframe_builtins._shared.checkpoint_files.verification import Part, check_sizes, headers_of, parts_of, read_parts
+
+
+def load(path: str, *, trusted: bool, lazy: bool, context: Context) -> dict[str, Any]:
+    """Read and verify what lies at `path`; see `CheckpointSpec.checkpoint_load`.
+
+    All ranks call it, and it raises on all of them if it does on one.
+    """
+    world = context.world
+    state: dict[str, Any] = {}
+    identity = ""
+    failure: CheckpointError | None = None
+    try:
+        state, identity = _load(path, trusted, lazy, world.global_rank, world.world_size)
+    except Exception as error:  # noqa: BLE001 the other ranks wait for word, whatever went wrong here
+        failure = _as_ours(error, path)
+    if world.world_size > 1:
+        everyone = context.hooks.collective_all_gather_object(obj=(pack_error(failure), identity), group=None)
+        failure = first_error([packed for packed, _ in everyone], failure, world.global_rank)
+        if failure is None and len({each for _, each in everyone}) > 1:
+            failure = CheckpointError(
+                f"the ranks found different checkpoints at {path}: is it being written, or not shared by all nodes?"
+            )
+    if failure is not None:
+        raise failure
+    return state
+
+
+def _as_ours(error: Exception, path: str) -> CheckpointError:
+    """Return an error of reading `path` as one of ours: the file may hold anything, and be larger than any memory."""
+    if isinstance(error, CheckpointError):
+        return error
+    if isinstance(error, OSError):
+        text = error.strerror or str(error)
+    else:
+        text = f"{type(error).__name__}: {' '.join((str(error) or 'no message').split())[:300].rstrip('.')}"
+    failure = CheckpointError(f"cannot read {path}: {text}.")
+    failure.__cause__ = printable_cause(error)
+    failure.__suppress_context__ = True
+    return failure
+
+
+def _load(path: str, trusted: bool, lazy: bool, rank: int, num_ranks: int) -> tuple[dict[str, Any], str]:
+    if os.path.isdir(path):
+        if _is_torchs(path):
+            from plugframe_builtins._shared.checkpoint_files import torch_format
+
+            return torch_format.read(path, trusted=trusted), ""
+        found = sharded_format.find(path)
+        files = Files(path, found.files)
+        return _take(found, files, lazy, rank, num_ranks), found.identity
+    _check_present(path)
+    with open_regular(path) as file:
+        kind = single_file_reader.sniff(file, path)
+        if kind == "own" and not lazy:
+            return single_file_reader.read(file, path), ""
+        if kind == "torch":
+            return foreign.read_torch(path, trusted=trusted), ""
+        lying = single_file_reader.find(file, path) if kind == "own" else foreign.find(file, path) if lazy else None
+        if lying is None:
+            return foreign.read_safetensors(path), ""
+        files = Files(path, lying.files)
+        files.adopt("", file.fileno())
+        return _take(lying, files, lazy, rank, num_ranks), lying.identity
+
+
+def _take(found: Found, files: Files, lazy: bool, rank: int, num_ranks: int) -> dict[str, Any]:
+    check_sizes(found, files)
+    tensors: dict[str, Tensor | StoredTensor] = {}
+    if lazy:
+        from plugframe_builtins._shared.checkpoint_files.source import FileSource
+
+        # Every rank will read other parts: together they verify all, and each a share.
+        read_parts(files, parts_of(found), share=rank, num_shares=num_ranks)
+        tensors.update(FileSource(found, files).tensors())
+    else:
+        tensors.update(_read_whole(found, files))
+    state = join(tensors, found.structure, where=found.path)
+    if not isinstance(state, dict):
+        raise CheckpointCorruptError(f"{found.path}: its structure is a {type(state).__name__}, not a dict.")
+    return state
+
+
+def _read_whole(found: Found, files: Files) -> dict[str, Tensor]:
+    """Read every tensor, each byte once and verified as read."""
+    whole = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in found.tensors.items()}
+    parts = headers_of(found)
+    apart: list[tuple[Part, Tensor, Tensor]] = []
+    for name, laid in found.tensors.items():
+        for chunk in laid.chunks:
+            box = _box(whole[name], chunk)
+            if box.is_contiguous():
+                parts.append(_part(name, laid, chunk, box))
+            else:
+                apart.append((_part(name, laid, chunk, None), box, box))
+    read_parts(files, sorted(parts, key=lambda part: (part.file, part.start)))
+    for part, box, _ in apart:
+        own = torch.empty(box.shape, dtype=box.dtype, device="cpu")
+        read_parts(files, [Part(part.what, part.file, part.start, part.size_bytes, part.xxh3, own)])
+        box.copy_(own)
+    return whole
+
+
+def _box(tensor: Tensor, chunk: Chunk) -> Tensor:
+    for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+        tensor = tensor.narrow(dim, offset, size)
+    return tensor
+
+
+def _part(name: str, laid: Laid, chunk: Chunk, tensor: Tensor | None) -> Part:
+    assert chunk.xxh3 is not None
+    size_bytes = laid.dtype.itemsize
+    for size in chunk.sizes:
+        size_bytes *= size
+    return Part(f"tensor {name!r}", chunk.file, chunk.start, size_bytes, chunk.xxh3, tensor)
+
+
+def check_file(path: str, shown: str) -> None:
+    """Refuse a file that is no checkpoint: it will not be replaced by a sharded_format.
+
+    Raises:
+        CheckpointError: saying what is in the way.
+    """
+    try:
+        with open_regular(path) as file:
+            single_file_reader.sniff(file, path)
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(
+            f"{shown} is a file, and no checkpoint, and a sharded checkpoint is a folder: give another name."
+        ) from error
+
+
+def inspect(path: str) -> Contents:
+    """Return what lies at `path`, without reading its tensors, nor running anything that lies there.
+
+    Raises:
+        CheckpointError: if nothing, or something else, is there; or something that is read only if trusted.
+    """
+    try:
+        return _inspect(path)
+    except Exception as error:  # noqa: BLE001 a file may hold anything
+        failure = _as_ours(error, path)
+        raise failure from failure.__cause__
+
+
+def unfinished(path: str) -> bool:
+    """Say whether `path` is what a save left that never wrote its manifest, and nobody writes there now."""
+    try:
+        return (
+            not os.path.islink(path)
+            and sharded_format.is_unfinished(os.listdir(path))
+            and not any(is_being_written(os.path.join(path, name)) for name in os.listdir(path))
+        )
+    except OSError:
+        return False  # a file, or what cannot be looked into
+
+
+def _inspect(path: str) -> Contents:
+    from plugframe_builtins._shared.checkpoint_files.source import FileSource
+
+    found = _find(path)
+    state = join(FileSource(found, Files(path, found.files)).tensors(), found.structure, where=path)
+    if not isinstance(state, dict):
+        raise CheckpointCorruptError(f"{path}: its structure is a {type(state).__name__}, not a dict.")
+    return Contents(
+        format=found.format,
+        version=found.version,
+        size_bytes=found.size_bytes,
+        num_files=len(found.files) + (not os.path.isfile(path)),
+        verifiable=found.version > 0,
+        info=found.info,
+        state=state,
+    )
+
+
+def _find(path: str) -> Found:
+    if os.path.isdir(path):
+        if _is_torchs(path):
+            from plugframe_builtins._shared.checkpoint_files import torch_format
+
+            torch_format.read(path, trusted=False)
+        return sharded_format.find(path)
+    _check_present(path)
+    with open_regular(path) as file:
+        kind = single_file_reader.sniff(file, path)
+        if kind == "torch":
+            raise CheckpointError(
+                f"{path} is a file of torch.save, which has to be read whole: load it, and save it again."
+            )
+        lying = single_file_reader.find(file, path) if kind == "own" else foreign.find(file, path)
+    if lying is None:
+        raise CheckpointError(f"{path} is a safetensors file with dtypes that torch {torch.__version__} lacks.")
+    return lying
+
+
+def _is_torchs(path: str) -> bool:
+    """Say whether a folder is one of torch's own; what others lay beside a manifest of ours is no part of it."""
+    from plugframe_builtins._shared.checkpoint_files import torch_format
+
+    return torch_format.is_one(path) and not sharded_format.opens(path)
+
+
+def _check_present(path: str) -> None:
+    if os.path.isfile(path):
+        return
+    if os.path.lexists(path):
+        raise CheckpointError(f"{path} is not a regular file.")
+    if "://" in path:
+        raise CheckpointURLError(f"{path} is a URL: this checkpoint format keeps to paths of the file system.")
+    above, name = os.path.split(path)
+    if not os.path.isdir(above or "."):
+        raise CheckpointError(f"{path} does not exist, nor does the folder {above}.")
+    raise CheckpointError(f"{path} does not exist.{closest(name, os.listdir(above or '.'))}")

@@ -1,0 +1,1 @@
+"""Average gradients over ranks that all hold the complete model."""

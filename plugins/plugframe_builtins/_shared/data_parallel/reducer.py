@@ -1,0 +1,276 @@
+"""Averaging gradients over ranks while a backward runs, for whatever that backward has computed.
+
+torch's ``DistributedDataParallel`` ties a backward to the forward before it: a second backward, parameters that are
+frozen in between, terms that no forward has made and second derivatives are errors there, or left to each rank. Here
+a gradient is averaged when it was accumulated, and the mean of what was averaged already is itself: so it does not
+matter how many backwards add to it, nor where their graphs come from.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+
+from plugframe.errors import UnsupportedError
+from plugframe_builtins._shared.data_parallel.buckets import Bucket, Send, make_buckets
+from plugframe_builtins._shared.data_parallel.settings_check import Ride
+from plugframe_builtins._shared.data_parallel.sparse import average_sparse
+
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+class Backward:
+    """The backward that is running, over all models: ranks must send the buckets of several in one order.
+
+    Attributes:
+        inside: whether somebody calls `finish` when it is over; otherwise it is torch that will.
+        ride: what travels with the gradients; None for nothing.
+    """
+
+    def __init__(self) -> None:
+        self.inside = False
+        self.ride: Ride | None = None
+        self._reducers: list[Reducer] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Return the context of a backward: on leaving, gradients are averaged."""
+        self.abandon()  # one that has failed
+        self.inside = True
+        try:
+            yield
+            self.finish()
+        finally:
+            self.inside = False
+            self.abandon()
+
+    def join(self, reducer: Reducer) -> None:
+        """Take in a reducer whose first gradient has come."""
+        if not self._reducers and not self.inside:
+            # Private, and what torch's DDP and FSDP2 end a backward with (torch 2.13).
+            torch.autograd.Variable._execution_engine.queue_callback(self.finish)
+        self._reducers.append(reducer)
+
+    def advance(self) -> None:
+        """Send the buckets that are ready, those of one reducer after those of the other."""
+        for reducer in self._reducers:
+            if not reducer.send_ready():
+                return
+
+    def finish(self) -> None:
+        """Average what is left, and wait."""
+        reducers, self._reducers = self._reducers, []
+        try:
+            for reducer in reducers:
+                reducer.send_all()
+            for reducer in reducers:
+                reducer.receive()
+        finally:
+            for reducer in reducers:
+                reducer.running = False
+        if self.ride is not None:
+            self.ride.settle()
+
+    def abandon(self) -> None:
+        """Forget a backward that has failed."""
+        for reducer in self._reducers:
+            reducer.running = False
+        self._reducers.clear()
+
+
+class Reducer:
+    """Averages the gradients of one model's parameters.
+
+    Args:
+        group: the ranks.
+        backward: shared by all reducers of a job.
+        cap_bytes: size of a full bucket.
+        as_views: whether gradients become views of the buckets.
+        send: sends a bucket in another way than whole.
+
+    Attributes:
+        averages: whether a backward that runs now averages gradients.
+        local: indices of parameters that got gradients which were not averaged since.
+        running: whether a backward that runs now has computed a gradient here.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        backward: Backward,
+        *,
+        cap_bytes: float,
+        as_views: bool,
+        make_send: Callable[[], Send] | None,
+    ) -> None:
+        self._group = group
+        self._backward = backward
+        self._cap_bytes = cap_bytes
+        self._as_views = as_views
+        self._make_send = make_send
+        self._send: Send = self._send_whole
+        self._factor = 1.0 / dist.get_world_size(group)
+        self.averages = True
+        self.running = False
+        self.local: set[int] = set()
+        self._handles: dict[int, Any] = {}
+        self._nodes: dict[int, Any] = {}
+        self._buckets: list[Bucket] = []
+        self._bucket_of: dict[int, Bucket] = {}
+        self._sparse: list[nn.Parameter] = []
+        self._arrived: set[int] = set()
+        # Ids of parameters whose gradient came once in an earlier backward, or several times in one. They outlive a
+        # freezing of the parameter; an id that is another's by now costs an early sending at most, or an error.
+        self._steady: set[int] = set()
+        self._repeated: set[int] = set()
+        self._next = 0
+
+    def watch(self, parameters: Named, sparse: set[int]) -> None:
+        """Average the gradients of these parameters from now on, and of no others.
+
+        Args:
+            parameters: trainable ones by name, in the order of the model.
+            sparse: ids of those whose gradients are sparse.
+        """
+        dense = [(name, p) for name, p in parameters if id(p) not in sparse and p.numel()]
+        self._sparse = [p for _, p in parameters if id(p) in sparse]
+        self._buckets = make_buckets(dense, self._cap_bytes)
+        self._take_along()
+        for bucket in self._buckets:
+            bucket.early = self._steady.issuperset(map(id, bucket.parameters))
+        self._bucket_of = {id(p): bucket for bucket in self._buckets for p in bucket.parameters}
+        if self._make_send is not None:
+            self._send = self._make_send()
+        self._forget()
+        for _, parameter in parameters:
+            key = id(parameter)
+            # After the accumulation and after all hooks of the user's: what they make of a gradient is averaged.
+            self._nodes[key] = node = get_gradient_edge(parameter).node
+            self._handles[key] = node.register_hook(_firing(weakref.ref(self), key))
+
+    @property
+    def rides(self) -> bool:
+        """Whether a bucket takes something else along."""
+        return any(bucket.ride is not None for bucket in self._buckets)
+
+    def _take_along(self) -> None:
+        """Have one bucket take along what rides: one that is sent whole, and whose sums the host can read at once."""
+        for bucket in self._buckets if self._make_send is None else ():
+            first = bucket.parameters[0]
+            if first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64):
+                bucket.ride = self._backward.ride
+                return
+
+    def close(self) -> None:
+        """Average nothing any more."""
+        self._forget()
+        self._buckets, self._sparse = [], []
+        self._bucket_of.clear()
+        self._group = self._send = None  # type: ignore[assignment]
+
+    def _forget(self) -> None:
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        self._nodes.clear()
+        self.running = False
+
+    def arrived(self, key: int) -> None:
+        """Take note that the gradient of a parameter was accumulated."""
+        if not self.averages:
+            self.local.add(key)
+            return
+        if not self.running:
+            self._begin()
+        bucket = self._bucket_of.get(key)
+        if bucket is None:  # a sparse one, or an empty one
+            return
+        if key not in self._arrived:
+            self._arrived.add(key)
+            bucket.waiting -= 1
+            if not bucket.waiting:
+                self._backward.advance()
+            return
+        # Reentrant checkpointing adds to the gradient of a shared parameter in several parts of one backward.
+        self._repeated.add(key)
+        if bucket.work is not None:
+            index = [id(parameter) for parameter in bucket.parameters].index(key)
+            raise UnsupportedError(
+                f"A backward has added to the gradient of parameter {bucket.names[index]!r} twice, and the ones before "
+                "it did not: it was sent to the other ranks already. Reentrant checkpointing of a parameter that is "
+                "used in several places does this: use checkpoint(..., use_reentrant=False)."
+            )
+
+    def _begin(self) -> None:
+        self.running = True
+        self._arrived.clear()
+        self._next = 0
+        for bucket in self._buckets:
+            bucket.begin()
+        self._backward.join(self)
+
+    def _learn(self) -> None:
+        """Let buckets be sent early from now on in which every gradient came, and once.
+
+        When a bucket is sent is a rank's own affair: all that matters is that they are sent in one order.
+        """
+        for bucket in self._buckets:
+            if not bucket.early and not bucket.waiting:
+                keys = {id(parameter) for parameter in bucket.parameters}
+                bucket.early = self._repeated.isdisjoint(keys)
+                if bucket.early:
+                    self._steady |= keys
+
+    def send_ready(self) -> bool:
+        """Send buckets in their order, up to the first that waits for a gradient; say whether all were sent."""
+        buckets = self._buckets
+        while self._next < len(buckets) and buckets[self._next].early and not buckets[self._next].waiting:
+            self._send_one(buckets[self._next])
+            self._next += 1
+        return self._next == len(buckets)
+
+    def send_all(self) -> None:
+        """Send the buckets that were not: what this backward has left out may have come on another rank."""
+        for bucket in self._buckets[self._next :]:
+            self._send_one(bucket)
+        self._next = len(self._buckets)
+
+    @torch.no_grad()
+    def _send_one(self, bucket: Bucket) -> None:
+        bucket.fill(self._factor)
+        bucket.work = self._send(bucket)
+
+    def _send_whole(self, bucket: Bucket) -> Any:
+        return dist.all_reduce(bucket.flat, group=self._group, async_op=True)
+
+    @torch.no_grad()
+    def receive(self) -> None:
+        """Wait, and make the gradients the means."""
+        for bucket in self._buckets:
+            bucket.work.wait()
+        for bucket in self._buckets:
+            if bucket.ride is not None:
+                bucket.ride.read(bucket.slots)
+            bucket.write_back(as_views=self._as_views)
+            bucket.work = None
+        for parameter in self._sparse:
+            average_sparse(parameter, self._group)
+        if self.local:
+            self.local -= self._bucket_of.keys() | {id(p) for p in self._sparse}
+        self._learn()
+
+
+def _firing(reference: weakref.ref[Reducer], key: int) -> Callable[..., None]:
+    def fire(*_: Any) -> None:
+        reducer = reference()
+        if reducer is not None:
+            reducer.arrived(key)
+
+    return fire

@@ -1,0 +1,1 @@
+"""Train modules sharded by ``torch.distributed.fsdp.fully_shard``."""

@@ -1,0 +1,220 @@
+"""The plugin: every rank writes its part, at once or in the background, and reads what it needs."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+
+from plugframe.base import Checkpoint
+from plugframe.checkpoint import Contents, Packed, StoredTensor, first_error, pack_error, split_stored, unpack_error
+from plugframe.errors import CheckpointError, CheckpointURLError, UnsupportedError
+from plugframe.hooks import SaveHandle, hookimpl
+from plugframe.hooks.context import Context
+from plugframe.utils.logging import warn_caller
+from plugframe_builtins._shared.checkpoint_files import formats
+from plugframe_builtins._shared.checkpoint_files.tensor_file import CODES
+from plugframe_builtins._shared.sharded_checkpoint.partition import Piece, common, digest, portion, table
+from plugframe_builtins._shared.sharded_checkpoint.pending import Pending, clean, explain, interrupted
+from plugframe_builtins._shared.sharded_checkpoint.planner import PiecePlanner
+from plugframe_builtins._shared.sharded_checkpoint.staging import Staged, Staging
+from plugframe_builtins._shared.sharded_checkpoint.writer import FolderWriter, begin
+from plugframe_builtins._shared.torch_collective.connection import host_backend
+
+
+class _Offer(NamedTuple):
+    """What a rank brings to a save."""
+
+    error: Packed
+    digest: bytes
+    save_id: str
+    folder: str
+
+
+class ShardedCheckpoint(Checkpoint):
+    """A folder per checkpoint, on ``torch.distributed.checkpoint``, keyed by names: it loads on any number of ranks."""
+
+    def __init__(self) -> None:
+        self._pending: Pending | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._staging = Staging()
+
+    @hookimpl
+    def checkpoint_setup(self, context: Context) -> None:
+        super().checkpoint_setup(context)
+        if context.world.world_size > 1 and context.hooks.collective_process_group() is None:
+            raise UnsupportedError(
+                f"checkpoint={context.names.get('checkpoint', 'dcp')!r} connects its ranks through torch.distributed, "
+                f"which collective={context.names.get('collective')!r} does not: use collective='torch'."
+            )
+
+    @hookimpl
+    def checkpoint_teardown(self) -> None:
+        try:
+            error = self._untold()
+        finally:
+            self._staging.clear()
+            if self._group is not None and dist.is_initialized():
+                dist.destroy_process_group(self._group)
+            self._group = None
+        if error is None:
+            return
+        if sys.exc_info()[0] is None:
+            raise error
+        # Something else is on its way out, and is the error to tell.
+        warn_caller(str(error))
+
+    @hookimpl
+    def checkpoint_save(
+        self, path: str, state: Mapping[str, Any], info: Mapping[str, Any], wait: bool
+    ) -> SaveHandle | None:
+        world = self.context.world
+        offer, tensors, structure = self._prepare(path, state)
+        offers: list[_Offer] = self._exchange(offer)
+        failed = next((each.error for each in offers if each.error is not None), None)
+        if failed is not None:
+            raise unpack_error(failed)
+        shared = set(table(tensors))
+        if len({each.digest for each in offers}) > 1:
+            # A rank with an empty part of a shared tensor cannot tell that it is shared: then none looks.
+            tensors, structure = split_stored(state, dtypes=CODES.keys(), where=path, sharded=True, aliases=False)
+            shared = common(self._exchange(table(tensors)), where=path)
+        pieces = portion(tensors, shared, rank=world.global_rank, num_ranks=world.world_size)
+        writer = FolderWriter(
+            offers[0].folder,
+            os.path.abspath(path),
+            path,
+            offers[0].save_id,
+            world.global_rank,
+            structure,
+            dict(info),
+        )
+        if wait:
+            self._save(pieces, writer)
+            return None
+        self._pending = self._save_behind(pieces, writer)
+        return self._pending
+
+    @hookimpl
+    def checkpoint_load(self, path: str, trusted: bool, lazy: bool) -> dict[str, Any]:
+        error = self._untold()
+        failed = first_error(self._exchange(pack_error(error)), error, self.context.world.global_rank)
+        if failed is not None:
+            raise failed
+        return formats.load(path, trusted=trusted, lazy=lazy, context=self.context)
+
+    def inspect(self, path: str) -> Contents:
+        return formats.inspect(path)
+
+    def unfinished(self, path: str) -> bool:
+        return formats.unfinished(path)
+
+    def _untold(self) -> CheckpointError | None:
+        """Wait for the save in the background; return what went wrong, unless somebody was told before."""
+        pending, self._pending = self._pending, None
+        return pending.untold() if pending is not None else None
+
+    def _exchange(self, obj: Any) -> list[Any]:
+        if self.context.world.world_size == 1:
+            return [obj]
+        everyone: list[Any] = self.context.hooks.collective_all_gather_object(obj=obj, group=None)
+        return everyone
+
+    def _prepare(self, path: str, state: Mapping[str, Any]) -> tuple[_Offer, dict[str, Tensor | StoredTensor], Any]:
+        """Do what can go wrong on one rank alone, before anything is written."""
+        error = self._untold()
+        if error is not None:
+            return _Offer(pack_error(error), b"", "", ""), {}, None
+        try:
+            if not path or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+                raise CheckpointURLError(f"{path!r} is no path of the file system, which a sharded checkpoint needs.")
+            tensors, structure = split_stored(state, dtypes=CODES.keys(), where=path, sharded=True)
+            first = self.context.world.global_rank == 0
+            save_id, folder = begin(os.path.abspath(path), path) if first else ("", "")
+        except CheckpointError as problem:
+            return _Offer(pack_error(problem), b"", "", ""), {}, None
+        except Exception as problem:  # noqa: BLE001 the other ranks wait for word, whatever went wrong here
+            text = f"cannot write {path}: {type(problem).__name__}: {problem}"
+            return _Offer(pack_error(CheckpointError(text)), b"", "", ""), {}, None
+        return _Offer(None, digest(table(tensors)), save_id, folder), tensors, structure
+
+    def _save(self, pieces: Mapping[str, Piece], writer: FolderWriter) -> None:
+        values = {name: piece.tensor for name, piece in pieces.items()}
+        try:
+            self._run(values, PiecePlanner(pieces), writer)
+        except BaseException as error:
+            writer.settle(failed=clean(error))
+            if isinstance(error, (Exception, CheckpointException)) and not interrupted(error):
+                failure = explain(error, writer)
+                raise failure from failure.__cause__
+            # Torch makes an error of its own of an interrupt on any rank.
+            if isinstance(error, CheckpointException):
+                raise KeyboardInterrupt from error
+            raise
+        writer.settle(failed=False)
+
+    def _save_behind(self, pieces: Mapping[str, Piece], writer: FolderWriter) -> Pending:
+        values: dict[str, Tensor] = {}
+        failure: CheckpointError | None = None
+        try:
+            values = self._staging.copy({name: _loaded(piece.tensor) for name, piece in pieces.items()})
+        except (RuntimeError, MemoryError) as error:
+            text = " ".join(str(error).split())
+            failure = CheckpointError(
+                f"cannot save {writer.shown} in the background (rank {writer.rank}): no memory for a copy of what is "
+                f"to be saved: {type(error).__name__}: {text}"
+            )
+        planner = PiecePlanner(pieces, error=failure)
+        group = self._peers()
+        if group is None:
+            return Pending(_in_thread(lambda: _save_alone(values, planner, writer)), writer)
+        answer = async_save(values, storage_writer=writer, planner=planner, process_group=group, async_stager=Staged())
+        return Pending(answer if isinstance(answer, Future) else answer.upload_completion, writer)
+
+    def _run(self, values: dict[str, Any], planner: PiecePlanner, writer: FolderWriter) -> None:
+        group = self._peers()
+        if group is None:
+            _save_alone(values, planner, writer)
+        else:
+            save(values, storage_writer=writer, planner=planner, process_group=group)
+
+    def _peers(self) -> dist.ProcessGroup | None:
+        """Return a group of all ranks that no other call uses, None for a single rank."""
+        if self.context.world.world_size == 1:
+            return None
+        if self._group is None:
+            # Of its own: a save in the background must not mix with what the loop exchanges meanwhile.
+            group = dist.new_group(backend=host_backend())
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
+        return self._group
+
+
+def _loaded(tensor: Tensor | StoredTensor) -> Tensor:
+    return tensor.read() if isinstance(tensor, StoredTensor) else tensor
+
+
+def _save_alone(values: dict[str, Any], planner: PiecePlanner, writer: FolderWriter) -> None:
+    """Do what ``torch.distributed.checkpoint.save`` does, without a process group, of which that warns."""
+    planner.set_up_planner(values, writer.storage_meta(), True)
+    writer.set_up_storage_writer(True)
+    plan = writer.prepare_local_plan(planner.create_local_plan())
+    plans, metadata = planner.create_global_plan([plan])
+    plan = planner.finish_plan(writer.prepare_global_plan(plans)[0])
+    results = writer.write_data(plan, planner).wait()
+    writer.finish(metadata, [results])
+
+
+def _in_thread(save: Callable[[], None]) -> Future[None]:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    future = pool.submit(save)
+    pool.shutdown(wait=False)
+    return future

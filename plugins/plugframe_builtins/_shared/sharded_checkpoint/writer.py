@@ -1,0 +1,273 @@
+"""Writing the folder: every rank its file, then rank 0 the manifest, which makes them a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from plugframe.checkpoint import (
+    StoredTensor,
+    check_space,
+    digest,
+    draft_name,
+    exchange,
+    make_folders,
+    open_locked,
+    remove_if_dead,
+    remove_leftovers,
+    replacing,
+    sync_folder,
+)
+from plugframe.errors import CheckpointError
+from plugframe_builtins._shared.checkpoint_files import formats, sharded_format, tensor_file
+from plugframe_builtins._shared.checkpoint_files.index import Chunk, Head, Laid
+
+#: About what the header and the manifest take for each tensor.
+_ENTRY_BYTES = 512
+
+
+def begin(path: str, shown: str) -> tuple[str, str]:
+    """Check that `path` may become a checkpoint, clear up what dead writers left, and return a name for the save.
+
+    Returns:
+        The name, and the folder to write in: `path`, or one beside it where a checkpoint of one file is there, which
+        the folder will replace.
+
+    Raises:
+        CheckpointError: saying what is in the way.
+    """
+    with _told(f"cannot write {shown}"):
+        remove_leftovers(os.path.realpath(path))
+        if os.path.lexists(path) and not os.path.isdir(path):
+            formats.check_file(path, shown)
+            return secrets.token_hex(8), draft_name(path)
+        if os.path.isdir(path):
+            sharded_format.check_content(path, shown)
+            keep = committed(path)
+            if keep is not None or not os.path.exists(os.path.join(path, sharded_format.MANIFEST)):
+                _sweep(path, keep or {})
+    return secrets.token_hex(8), path
+
+
+def committed(path: str) -> Mapping[str, Head] | None:
+    """Return the files of the checkpoint that is there; None if there is none, or nobody can tell."""
+    try:
+        return sharded_format.find(path).files
+    except (CheckpointError, OSError):
+        return None
+
+
+def _sweep(path: str, keep: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> None:
+    """Remove data files that are not to be kept: those `known` to be over, and those of dead writers."""
+    for name in os.listdir(path):
+        if not sharded_format.is_data(name) or name in keep:
+            continue
+        if name in (known or {}):
+            with suppress(OSError):
+                os.unlink(os.path.join(path, name))
+        else:
+            remove_if_dead(os.path.join(path, name))
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn every error into one that can travel to the other ranks, and says what was tried."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{what}: {error.strerror or error}; what was there before is untouched.") from error
+    except Exception as error:
+        text = " ".join((str(error) or "no message").split())
+        raise CheckpointError(
+            f"{what}: {type(error).__name__}: {text.rstrip('.')}; what was there before is untouched."
+        ) from error
+
+
+@dataclass(eq=False)
+class FolderWriter(StorageWriter):
+    """Writes one save.
+
+    Attributes:
+        path: the folder to write in.
+        target: the path of the checkpoint; another one if the folder will take the place of a file there.
+        shown: the path as it was asked for.
+        save_id: of this save; see `begin`.
+        rank: this one.
+        structure: of the state; rank 0's counts.
+        info: about the run; rank 0's counts.
+    """
+
+    path: str
+    target: str
+    shown: str
+    save_id: str
+    rank: int
+    structure: Any
+    info: Mapping[str, Any]
+    _file: BinaryIO | None = None
+    _made: list[str] = field(default_factory=list)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Do nothing: one writer serves one save."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: rank 0 coordinates."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Leave the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Check that all the files will find room, and make the sharded_format. Called on rank 0."""
+        with _told(f"cannot write {self.shown}"):
+            size_bytes = sum(_size_bytes(item) + _ENTRY_BYTES for plan in plans for item in plan.items)
+            check_space(self.shown, self.path, size_bytes)
+            self._made = make_folders(self.path)
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's file and force it to disk; its lock is held until `settle`."""
+        with _told(f"cannot write {self.shown} (rank {self.rank})"):
+            results = self._write(plan, planner) if plan.items else []
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        name = sharded_format.data_name(self.save_id, self.rank)
+        # Wide elements first: then each tensor lies aligned without gaps, which the format forbids.
+        items = sorted(plan.items, key=lambda item: -_itemsize(item))
+        named = _named(items)
+        slots = tensor_file.place({label: _chunk(item) for label, item in named.items()})
+        header = tensor_file.build_plain_header(slots, where=self.shown)
+        while self._file is None:
+            self._file = open_locked(os.path.join(self.path, name))
+        self._file.write(header)
+        # Of what the planner gives no item is a stream of bytes.
+        tensors = {label: cast("Tensor | StoredTensor", planner.resolve_data(item)) for label, item in named.items()}
+        checksums = tensor_file.write_tensors(self._file, tensors)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        sync_folder(self.path)
+        end = max(slot.end for slot in slots.values())
+        head = Head(size_bytes=len(header) + end, head_bytes=len(header), xxh3=digest(header))
+        return [
+            WriteResult(MetadataIndex(name), head.size_bytes, head),
+            *(
+                WriteResult(
+                    item.index, slots[label].size_bytes, (name, len(header) + slots[label].start, checksums[label])
+                )
+                for label, item in named.items()
+            ),
+        ]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Put the manifest in the place of the old one, once all ranks have written; then remove the old files.
+
+        Called on rank 0.
+        """
+        with _told(f"cannot write {self.shown}"):
+            flat = [result for each in results for result in each]
+            files = {result.index.fqn: result.storage_data for result in flat if isinstance(result.storage_data, Head)}
+            tensors = _tensors(metadata, [result for result in flat if not isinstance(result.storage_data, Head)])
+            data = sharded_format.pack(structure=self.structure, info=self.info, files=files, tensors=tensors)
+            before = committed(self.path)
+            for above in self._made:
+                sync_folder(above)
+            with replacing(os.path.join(self.path, sharded_format.MANIFEST), size_bytes=len(data)) as file:
+                file.write(data)
+            if self.path != self.target:
+                exchange(self.path, self.target)
+                sync_folder(os.path.dirname(self.target))
+                with suppress(OSError):
+                    os.unlink(self.path)  # where the old file is now
+                return
+        # From here on the new checkpoint is there; what cannot be removed now the next save removes.
+        with suppress(OSError):
+            _sweep(self.path, files, before)
+
+    def settle(self, *, failed: bool) -> None:
+        """Let go of the file. If the save `failed` on all ranks, rank 0 removes what was written of it."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+        self._file = None
+        if not failed or self.rank != 0 or not os.path.isdir(self.path):
+            return
+        with suppress(OSError):
+            kept = committed(self.path) or {}
+            for name in os.listdir(self.path):
+                # The last step of all may have failed after the manifest was in place.
+                if name.startswith(f"{self.save_id}-") and name not in kept:
+                    os.unlink(os.path.join(self.path, name))
+            if self.path != self.target:
+                shutil.rmtree(self.path)
+            elif self._made:
+                os.rmdir(self.path)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Say that no path makes one of these by itself."""
+        return False
+
+
+def _chunk(item: WriteItem) -> tuple[torch.dtype, tuple[int, ...]]:
+    assert item.tensor_data is not None
+    return item.tensor_data.properties.dtype, tuple(item.tensor_data.chunk.sizes)
+
+
+def _itemsize(item: WriteItem) -> int:
+    return _chunk(item)[0].itemsize
+
+
+def _size_bytes(item: WriteItem) -> int:
+    dtype, sizes = _chunk(item)
+    return math.prod(sizes) * dtype.itemsize
+
+
+def _named(items: list[WriteItem]) -> dict[str, WriteItem]:
+    """Give each item the name it has in its file: that of its tensor, and which part of it if it is one."""
+    named: dict[str, WriteItem] = {}
+    for item in items:
+        assert item.tensor_data is not None
+        label = item.index.fqn
+        chunk = item.tensor_data.chunk
+        if chunk.sizes != item.tensor_data.size:
+            box = zip(chunk.offsets, chunk.sizes, strict=True)
+            label += f"[{','.join(f'{offset}:{offset + size}' for offset, size in box)}]"
+        while label in named or label == "__metadata__":
+            label += "#"
+        named[label] = item
+    return named
+
+
+def _tensors(metadata: Metadata, results: list[WriteResult]) -> dict[str, Laid]:
+    placed: dict[str, dict[torch.Size, Any]] = {}
+    for result in results:
+        assert result.index.offset is not None
+        placed.setdefault(result.index.fqn, {})[result.index.offset] = result.storage_data
+    tensors: dict[str, Laid] = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        chunks = []
+        for chunk in sorted(entry.chunks, key=lambda chunk: chunk.offsets):
+            file, start, xxh3 = placed[name][chunk.offsets]
+            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            chunks.append(Chunk(offsets=offsets, sizes=sizes, file=file, start=start, xxh3=xxh3))
+        tensors[name] = Laid(dtype=entry.properties.dtype, shape=tuple(entry.size), chunks=tuple(chunks))
+    return tensors

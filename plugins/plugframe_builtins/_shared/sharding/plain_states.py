@@ -1,0 +1,66 @@
+"""``load_state_dict`` of plain tensors into sharded modules: every rank takes its part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from plugframe.checkpoint import as_bytes
+from plugframe.errors import OutOfSyncError
+from plugframe_builtins._shared.sharding.parameter import own_part
+
+_MASK = (1 << 63) - 1
+
+
+def take_plain_states(module: nn.Module, hooks: Any) -> None:
+    """Have `module` and its parts take the states of plain modules, the same on all ranks."""
+    for part in module.modules():
+        if part._parameters:
+            part.register_load_state_dict_pre_hook(_Taking(hooks))  # type: ignore[no-untyped-call]
+
+
+class _Taking:
+    """A hook on ``load_state_dict`` of a module that has parameters. Every rank must load."""
+
+    def __init__(self, hooks: Any) -> None:
+        self._hooks = hooks
+
+    def __call__(self, part: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        if self._hooks is None:
+            return
+        plain: dict[str, tuple[DTensor, Tensor]] = {}
+        for name, parameter in part._parameters.items():
+            value = state.get(prefix + name)
+            if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+                continue
+            if value.shape == parameter.shape:  # else torch says so
+                plain[prefix + name] = (parameter, value)
+        if plain:
+            self._check_equal({key: value for key, (_, value) in plain.items()})
+        for key, (own, value) in plain.items():
+            state[key] = own_part(value, own)
+
+    def _check_equal(self, values: dict[str, Tensor]) -> None:
+        """Refuse states that differ between ranks: parts of both would be mixed.
+
+        Raises:
+            OutOfSyncError: on all ranks.
+        """
+        digest = xxhash.xxh3_64()
+        for value in values.values():
+            digest.update(as_bytes(value.detach().cpu().contiguous()))
+        mine = torch.tensor([digest.intdigest() & _MASK])
+        everyone = self._hooks.collective_all_gather(tensor=mine, group=None, sync_grads=False)
+        if not bool((everyone == everyone[0]).all()):
+            names = ", ".join(map(repr, values))
+            raise OutOfSyncError(
+                f"load_state_dict() of a sharded model got other values for {names} on some ranks: every rank keeps "
+                "its part of what it is given, so load the same state on all."
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Taking:
+        return _Taking(None)

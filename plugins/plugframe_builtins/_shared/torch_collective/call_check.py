@@ -1,0 +1,67 @@
+"""Asking every rank what it is about to send, before it is sent."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from plugframe.errors import CollectiveMismatchError
+from plugframe.utils.rank_text import ranks_text
+from plugframe_builtins._shared.torch_collective.compat import all_gather_single
+
+#: Bytes of a description on the wire: the same on every rank, whatever it is about to send.
+WIDTH = 192
+#: Bytes after it, in which what is small is sent at once: a loss, a flag, a word between ranks.
+ROOM = 256
+
+
+def agree(
+    call: str, tensor: Tensor | None, group: dist.ProcessGroup, device: torch.device, *, carry: Tensor | None = None
+) -> Tensor:
+    """Check that all ranks of `group` make the same call, of a tensor with the same shape, dtype and kind of device.
+
+    Unequal tensors would abort one rank and leave the other with uninitialised memory, so each rank first
+    sends a fixed number of bytes that say what it is up to, through `device`.
+
+    Args:
+        carry: bytes that go along, of dtype uint8 and shape (n,) with n of at most `ROOM`.
+
+    Returns:
+        What every rank sent along, of dtype uint8 and shape (ranks, n), on `device`.
+
+    Raises:
+        CollectiveMismatchError: on all ranks, with what each of them called.
+    """
+    mine = _encode(call if tensor is None else _describe(call, tensor)).to(device)
+    size = 0 if carry is None else carry.numel()
+    if carry is not None:
+        mine[WIDTH : WIDTH + size] = carry
+    everyone = mine.new_empty(group.size() * (WIDTH + ROOM))
+    all_gather_single(everyone, mine, group=group)
+    rows = everyone.view(-1, WIDTH + ROOM)
+    if bool((rows[:, :WIDTH] == mine[:WIDTH]).all()):
+        return rows[:, WIDTH : WIDTH + size].contiguous()
+    ranks: dict[str, list[int]] = {}
+    for rank, row in zip(dist.get_process_group_ranks(group), rows[:, :WIDTH].tolist(), strict=True):
+        ranks.setdefault(bytes(row).rstrip(b"\0").decode(errors="replace"), []).append(rank)
+    calls = "; ".join(f"{ranks_text(members)}: {text}" for text, members in ranks.items())
+    raise CollectiveMismatchError(
+        f"The ranks do not agree on a collective: {calls}. Make the same call on every rank, "
+        "with one shape and dtype (pad what differs, or gather it as an object)."
+    )
+
+
+def _describe(call: str, tensor: Tensor) -> str:
+    dtype, layout = (str(each).removeprefix("torch.") for each in (tensor.dtype, tensor.layout))
+    kind = dtype if tensor.layout is torch.strided else f"{dtype} {layout}"
+    return f"{call} of {tuple(tensor.shape)} {kind} on {tensor.device.type}"
+
+
+def _encode(text: str) -> Tensor:
+    data = text.encode()
+    if len(data) > WIDTH:
+        data = data[: WIDTH - 9] + b"#%08x" % zlib.crc32(data)
+    return torch.frombuffer(bytearray(data.ljust(WIDTH + ROOM, b"\0")), dtype=torch.uint8)

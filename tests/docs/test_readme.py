@@ -1,0 +1,118 @@
+"""The README says what is so."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from paths import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(mark: str) -> str:
+    """Return the code block after the comment ``<!-- mark -->``."""
+    found = re.search(rf"^<!-- {mark} -->\n```\w*\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    assert found, f"the README has no block {mark!r}"
+    return found.group(1)
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def run(*command: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "100", **variables},
+    )
+
+
+def test_the_table_of_plugins_is_what_is_printed() -> None:
+    """The table is what ``plugframe list-plugins`` prints for the built-ins."""
+    done = run(sys.executable, "-m", "plugframe", "list-plugins")
+    printed = [line.rstrip() for line in done.stdout.splitlines()]
+    ours = [line for line in printed if line.startswith("kind") or " plugframe " in line]
+    shown = [line.rstrip() for line in block("list-plugins").splitlines()]
+    assert [re.sub(r" +", " ", line) for line in shown] == [re.sub(r" +", " ", line) for line in ours]
+
+
+def test_the_plugin_in_twenty_lines_trains(tmp_path: Path) -> None:
+    """The plugin of the README, copied out of it and published as it says, is selected by name and trains."""
+    files = {}
+    for snippet in [*snippets("python"), *snippets("toml")]:
+        name = re.match(r"# (\S+)\n", snippet)
+        if name:
+            files[name.group(1)] = snippet
+    assert set(files) >= {"acme/__init__.py", "acme/strategy.py", "pyproject.toml"}
+    lines = sum(len([line for line in text.splitlines()[1:] if line.strip()]) for text in files.values())
+    assert lines <= 20
+    site = tmp_path / "site"
+    for name in ("acme/__init__.py", "acme/strategy.py"):
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text(files[name])
+    meta = site / "acme-1.0.dist-info"
+    meta.mkdir()
+    (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    point = re.search(r'entry-points\."([\w.]+)"\]\n(\w+) = "([\w:.]+)"', files["pyproject.toml"])
+    assert point
+    (meta / "entry_points.txt").write_text(f"[{point.group(1)}]\n{point.group(2)} = {point.group(3)}\n")
+    (tmp_path / "train.py").write_text(
+        "import torch\n"
+        "from plugframe import Lite\n"
+        "lite = Lite()\n"
+        "model = torch.nn.Linear(2, 1)\n"
+        "model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))\n"
+        "lite.backward(model(torch.full((1, 2), lite.global_rank + 1.0)).sum())\n"
+        "lite.print('gradient', model.weight.grad.tolist(), type(lite.strategy).__name__)\n"
+    )
+    command = (sys.executable, "-m", "plugframe", "run", "train.py", "--strategy=acme", "--accelerator=cpu")
+    done = run(*command, "--devices=2", cwd=tmp_path, PYTHONPATH=str(site))
+    assert "gradient [[1.5, 1.5]] Acme" in done.stdout, done.stderr
+
+
+def test_the_diff_adds_five_lines() -> None:
+    """The diff that the page is about adds five lines."""
+    (diff,) = snippets("diff")
+    assert len([line for line in diff.splitlines() if line.startswith("+")]) == 5
+
+
+@pytest.mark.parametrize("mark", ["train", "tests"])
+def test_the_commands_name_what_exists(mark: str) -> None:
+    """The two commands use files of the repository and the pinned versions."""
+    text = block(mark)
+    assert "-c constraints.txt" in text
+    assert (ROOT / "constraints.txt").exists()
+    for script in re.findall(r"\S+\.py", text):
+        assert (ROOT / script).exists()
+
+
+def test_links_lead_somewhere() -> None:
+    """Every relative link and picture is there."""
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_no_text_of_the_project_names_a_machine() -> None:
+    """No file names a path of the machine it was written on."""
+    done = run("git", "ls-files", cwd=ROOT)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    home = re.compile(r"(?<![\w.])/(?:root|work|home/\w+)/")
+    for name in done.stdout.split("\n"):
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".txt", ".svg") and path.is_file():
+            found = home.search(path.read_text(encoding="utf-8"))
+            assert not found, f"{name}: {found}"
