@@ -6,7 +6,9 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "plugframe"
+from paths import ROOT
+
+PACKAGE = ROOT / "plugframe"
 CORE = PACKAGE / "core"
 MOST_LINES = 2_500
 MOST_MODULES = 4
