@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from plugframe.hooks.checkpoint import CheckpointSpec, SaveHandle
     from plugframe.hooks.collective import CollectiveSpec, ReduceOp
     from plugframe.hooks.context import Context
-    from plugframe.hooks.descriptor import API, Option, Plugin
+    from plugframe.hooks.descriptor import API, Plugin
     from plugframe.hooks.environment import EnvironmentSpec
     from plugframe.hooks.kinds import KINDS, Kind
     from plugframe.hooks.launcher import Job, LauncherSpec
     from plugframe.hooks.logger import LoggerSpec
     from plugframe.hooks.markers import PROJECT, hookimpl, hookspec
     from plugframe.hooks.notify import NotifySpec
+    from plugframe.hooks.option import Option
     from plugframe.hooks.precision import Dtypes, PrecisionSpec
     from plugframe.hooks.strategy import Engine, StrategySpec
     from plugframe.hooks.world import World
@@ -70,7 +71,7 @@ def __getattr__(name: str) -> Any:
         "LauncherSpec": "launcher",
         "LoggerSpec": "logger",
         "NotifySpec": "notify",
-        "Option": "descriptor",
+        "Option": "option",
         "Plugin": "descriptor",
         "PrecisionSpec": "precision",
         "ReduceOp": "collective",

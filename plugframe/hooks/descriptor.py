@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from plugframe.errors import SettingError
-from plugframe.hooks.option import Option as Option
+from plugframe.hooks.option import Option, validate_options
 
 #: The version of the hook contract this release speaks; it accepts this one and the one before.
 API = 1
@@ -129,12 +128,7 @@ class Plugin:
         Raises:
             SettingError: for the first value that has the wrong type or is not allowed, saying what is.
         """
-        declared = {option.name: option for option in self.options}
-        for name, value in values.items():
-            try:
-                declared[name].validate(value)
-            except ValueError as error:
-                raise SettingError(f"{type(owner).__name__}({name}={value!r}): {error}") from None
+        validate_options(owner, self.options, **values)
 
     def made(self, plugin: Any) -> bool:
         """Return whether the factory names the class of an object. Nothing is imported for it."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import GenericAlias
 from typing import Any
 
-from plugframe.errors import closest
+from plugframe.errors import SettingError, closest
 
 #: Types an option can have by itself, as an item of a list, and as a value of a dict.
 SCALARS = (str, int, float, bool)
@@ -133,6 +134,20 @@ class Option:
 
     def _arguments(self) -> tuple[Any, ...]:
         return getattr(self.type, "__args__", ())
+
+
+def validate_options(owner: object, options: Iterable[Option], /, **values: Any) -> None:
+    """Check arguments of a constructor by declared options; see `Plugin.validate`, which passes those of a descriptor.
+
+    Raises:
+        SettingError: for the first value that has the wrong type or is not allowed, saying what is.
+    """
+    declared = {option.name: option for option in options}
+    for name, value in values.items():
+        try:
+            declared[name].validate(value)
+        except ValueError as error:
+            raise SettingError(f"{type(owner).__name__}({name}={value!r}): {error}") from None
 
 
 def _parsed(option: Option, text: str) -> Any:

@@ -10,8 +10,9 @@ import click
 
 from plugframe.core.config.options import typed
 from plugframe.core.registry.registry import Entry, Registry
-from plugframe.hooks.descriptor import Option, Plugin
+from plugframe.hooks.descriptor import Plugin
 from plugframe.hooks.kinds import KINDS
+from plugframe.hooks.option import Option
 
 
 def show_plugins(registry: Registry, entries: list[Entry], *, as_json: bool) -> None:

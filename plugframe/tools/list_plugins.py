@@ -250,7 +250,7 @@ def _check_class(registry: Registry, entry: Entry, descriptor: Plugin) -> None:
     No plugin is made: what a constructor asks of the machine is `plugframe doctor`'s to find.
     """
     from plugframe.core.planning.plan import Choice
-    from plugframe.tools.hook_check import check_hooks
+    from plugframe.utils.hook_check import check_hooks
 
     cls = registry.factory(entry)
     if isinstance(cls, type):

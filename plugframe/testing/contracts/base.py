@@ -18,7 +18,7 @@ from plugframe.errors import MissingDependencyError, PlugframeError, PluginContr
 from plugframe.hooks import API, KINDS, Plugin
 from plugframe.testing.contracts.running import broken, one_line
 from plugframe.testing.option_check import disagreements
-from plugframe.tools.hook_check import check_hooks
+from plugframe.utils.hook_check import check_hooks
 
 PUBLISHED = "Published (an entry point of the kind's group gives the name)"
 LIGHT = "Light (loading the descriptor imports neither torch nor anything the plugin requires)"

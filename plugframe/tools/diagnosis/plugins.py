@@ -20,7 +20,7 @@ from plugframe.core.registry.entry_points import Entry, name_and_version, normal
 from plugframe.core.registry.registry import Registry
 from plugframe.errors import MissingDependencyError, PlugframeError
 from plugframe.tools.diagnosis.finding import Finding, Status
-from plugframe.tools.hook_check import check_hooks
+from plugframe.utils.hook_check import check_hooks
 
 AREA = "plugins"
 Answer = tuple[Status, str]

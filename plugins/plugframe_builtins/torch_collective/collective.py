@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from plugframe_builtins._shared.torch_collective.collective import ProcessGroupCollective
-from plugframe_builtins.torch_collective import plugin
 
 
 class TorchCollective(ProcessGroupCollective):
@@ -17,7 +16,3 @@ class TorchCollective(ProcessGroupCollective):
             what the accelerator asks for.
         timeout_s: seconds an exchange may take before it is an error; by default ``--timeout``, else 1800.
     """
-
-    def __init__(self, *, backend: str | None = None, timeout_s: float | None = None) -> None:
-        plugin.validate(self, backend=backend, timeout_s=timeout_s)
-        super().__init__(backend=backend, timeout_s=timeout_s)

@@ -15,13 +15,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from plugframe import Plugin
 from plugframe.base import Strategy, overwrite, stored
 from plugframe.deferred.module import deferring, is_deferred, records
 from plugframe.errors import OrderError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
+from plugframe.hooks.option import validate_options
 from plugframe.utils.logging import warn_caller
 from plugframe_builtins._shared.fully_shard.activation_checkpointing import recompute
 from plugframe_builtins._shared.fully_shard.added_parameters import AddedParameters
@@ -41,9 +41,6 @@ from plugframe_builtins._shared.sharding.parameter import as_sharded
 from plugframe_builtins._shared.sharding.plain_states import take_plain_states
 from plugframe_builtins._shared.sharding.state import load_module_state, load_optimizer_state, whole
 from plugframe_builtins._shared.sharding.uneven_evaluation import UnevenEvaluation
-
-#: The options that strategies of this kind have in common.
-_DECLARED = Plugin(factory=f"{__name__}:FullyShardedStrategy", options=OPTIONS)
 
 
 class FullyShardedStrategy(Strategy):
@@ -75,7 +72,7 @@ class FullyShardedStrategy(Strategy):
         check_mesh(self.name, mesh, self.axes)
         if not isinstance(activation_checkpointing, bool):
             check_units(activation_checkpointing)
-        _DECLARED.validate(self, unit_min_numel=unit_min_numel, prefetch=prefetch, cpu_offload=cpu_offload)
+        validate_options(self, OPTIONS, unit_min_numel=unit_min_numel, cpu_offload=cpu_offload, prefetch=prefetch)
         check_switches(self.name, reshard_after_forward, compile)
         self.units = units
         self.unit_min_numel = unit_min_numel

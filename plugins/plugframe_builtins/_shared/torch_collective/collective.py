@@ -16,6 +16,7 @@ from plugframe.base import Collective, job_token
 from plugframe.errors import CollectiveMismatchError, OrderError, SettingError
 from plugframe.hooks import ReduceOp, hookimpl
 from plugframe.hooks.context import Context
+from plugframe.hooks.option import validate_options
 from plugframe.utils.logging import warn_caller
 from plugframe.utils.rank_text import ranks_text
 from plugframe_builtins._shared.torch_collective.call_check import ROOM, agree
@@ -23,6 +24,7 @@ from plugframe_builtins._shared.torch_collective.compat import all_gather_single
 from plugframe_builtins._shared.torch_collective.connection import backends, check_existing, connected, loopback_only
 from plugframe_builtins._shared.torch_collective.fork import keep_groups_of_the_parent
 from plugframe_builtins._shared.torch_collective.objects import Parcel
+from plugframe_builtins._shared.torch_collective.options import OPTIONS
 from plugframe_builtins._shared.torch_collective.reduction import Reduction
 
 DEFAULT_TIMEOUT_S = 1800.0
@@ -41,6 +43,7 @@ class ProcessGroupCollective(Collective):
     """
 
     def __init__(self, *, backend: str | None = None, timeout_s: float | None = None) -> None:
+        validate_options(self, OPTIONS, backend=backend, timeout_s=timeout_s)
         self.backend = backend
         self.timeout_s = timeout_s
         self._undo = ExitStack()
