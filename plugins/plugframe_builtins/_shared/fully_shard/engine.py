@@ -18,7 +18,7 @@ from plugframe.errors import CollectiveMismatchError, OrderError, UnsupportedErr
 from plugframe_builtins._shared.fully_shard.added_parameters import check_added
 from plugframe_builtins._shared.fully_shard.gathered_copies import GatheredCopies
 from plugframe_builtins._shared.fully_shard.unit_order import Channel, UnitOrder
-from plugframe_builtins._shared.fully_shard.used_parameters import UsedParameters
+from plugframe_builtins._shared.fully_shard.used_parameters import UsedParameters, owned_parameters
 from plugframe_builtins._shared.sharding.gradient_hooks import gradients_before, hooked, run_hooks
 from plugframe_builtins._shared.sharding.uneven_evaluation import UnevenEvaluation
 
@@ -113,7 +113,7 @@ class Engine:
         # In the order in which the last forward came to them.
         self._visited: list[nn.Module] = []
         self._position = {id(unit): number for number, unit in enumerate(self._units)}
-        parameters, owners = _owned(shim.module)
+        parameters, owners = owned_parameters(shim.module)
         self._parameters = parameters
         self._gathered = GatheredCopies(shim.module)
         self._paths: UnitOrder | None = None
@@ -394,13 +394,3 @@ class _Hook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook(None)
-
-
-def _owned(module: nn.Module) -> tuple[list[nn.Parameter], list[tuple[nn.Module, str]]]:
-    """Return every parameter once, and the module and attribute that hold it."""
-    found: dict[int, tuple[nn.Parameter, tuple[nn.Module, str]]] = {}
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                found.setdefault(id(parameter), (parameter, (part, name)))
-    return [parameter for parameter, _ in found.values()], [owner for _, owner in found.values()]

@@ -114,3 +114,13 @@ class UsedParameters:
         for parameter, came, empty in zip(self._parameters, used.tolist(), self._empty, strict=True):
             if not came and empty:
                 parameter.grad = None
+
+
+def owned_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[tuple[nn.Module, str]]]:
+    """Return every parameter once, and the module and attribute that hold it."""
+    found: dict[int, tuple[nn.Parameter, tuple[nn.Module, str]]] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), (parameter, (part, name)))
+    return [parameter for parameter, _ in found.values()], [owner for _, owner in found.values()]
