@@ -1,4 +1,4 @@
-"""Run the scripts of tests/kinds under every strategy and draw the table: python docs/draw_kinds.py [NAME…]"""
+"""Run the scripts of tests/kinds under every strategy and update the table: python docs/draw_kinds.py [NAME…]"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = dict[str, Outcome]
 
 
 def table(rows: dict[tuple[str, str], Row], titles: dict[str, str]) -> str:
-    """Return the table: a row for each script and variant, a column for each strategy."""
+    """Return the table, with one row per script and variant and one column per strategy."""
     lines = ["| script | what it does | " + " | ".join(STRATEGIES) + " |", "| --- " * (len(STRATEGIES) + 2) + "|"]
     for (name, variant), row in rows.items():
         cells = [word(row.get(strategy)) for strategy in STRATEGIES]
@@ -27,14 +27,14 @@ def table(rows: dict[tuple[str, str], Row], titles: dict[str, str]) -> str:
 
 
 def word(outcome: Outcome | None) -> str:
-    """Return what a cell of the table says."""
+    """Return the text of a cell."""
     if outcome is None:
         return "–"
     return outcome.word + (", warned" if outcome.warned and outcome.word == "right" else "")
 
 
 def reasons(rows: dict[tuple[str, str], Row]) -> str:
-    """Return the messages of what is refused, each once, with where it is."""
+    """Return the messages of refused cells, each once, with its cells."""
     found: dict[str, list[str]] = {}
     for (name, variant), row in rows.items():
         for strategy, outcome in row.items():
@@ -46,7 +46,7 @@ def reasons(rows: dict[tuple[str, str], Row]) -> str:
 
 
 def drawn(kind: Kind, variant: str) -> Row:
-    """Run one script and variant under its strategies, and say so."""
+    """Run one script and variant under its strategies, and print each result."""
     row = {}
     for strategy in kind.under(variant):
         row[strategy] = outcome = run_cell(kind, variant, strategy)
@@ -57,7 +57,7 @@ def drawn(kind: Kind, variant: str) -> Row:
 
 
 def main() -> None:
-    """Run what was named, or all, and write the page if it was all."""
+    """Run the named scripts, or all of them; update the page only after running all."""
     wanted = sys.argv[1:]
     chosen = [kind for kind in kinds() if not wanted or kind.name in wanted]
     rows = {(kind.name, variant): drawn(kind, variant) for kind in chosen for variant in kind.variants}

@@ -1,7 +1,7 @@
-"""Run the commands of the plugin authors' guide, and write their output into it: python docs/draw_pages.py [KIND …]
+"""Run the commands of the plugin authors' guide and update their output: python docs/draw_pages.py [KIND …]
 
-A block ``console`` holds commands (``$ …``) and, below each, what it printed; a comment ``<!-- file: PATH -->`` is
-followed by that file. What differs from run to run is cut out of the output as ``…``.
+A ``console`` block holds commands (``$ …``), each followed by its output; a comment ``<!-- file: PATH -->`` is
+followed by the contents of that file. Output that varies between runs is replaced by ``…``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 GUIDE = Path(__file__).parent / "plugins"
 _BLOCK = re.compile(r"```console\n(.*?)```\n", re.DOTALL)
 _FILE = re.compile(r"<!-- file: (\S+) -->\n(?:\n```python\n.*?```\n)?", re.DOTALL)
-#: Commands as they are run here: from the environment and the packages that are there, without a network.
+#: Commands replaced by an equivalent that uses the installed packages and no network.
 _OFFLINE = {
     "pip install -e '.[test]'": "{python} -m pip install -q --no-deps --no-index --no-build-isolation -t {site} .",
     "python -m build --wheel": "{python} -m build --wheel --no-isolation",
 }
-#: What is not the same twice.
+#: Patterns of output that varies between runs, and their replacements.
 _VARYING = (
     (r"\d+ passed(, \d+ skipped)?( in .*)?", "… passed …"),
     (r"(?s)^[.s\sx%\[\]\d]*(?=… passed)", ""),
@@ -34,7 +34,7 @@ _VARYING = (
 
 
 def drawn(page: str) -> str:
-    """Return a page with its commands run and their output, and with the files they wrote."""
+    """Run the commands of a page, and return it with their output and files."""
     with tempfile.TemporaryDirectory(prefix="guide-") as folder:
         shell = _Shell(Path(folder))
         page = _BLOCK.sub(lambda block: f"```console\n{shell.run(block[1])}```\n", page)
@@ -81,10 +81,10 @@ class _Shell:
             check=False,
         )
         if done.returncode != 0:
-            raise RuntimeError(f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+            raise RuntimeError(f"{command} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}")
         text = done.stdout
-        for pattern, instead in _VARYING:
-            text = re.sub(pattern, instead, text)
+        for pattern, replacement in _VARYING:
+            text = re.sub(pattern, replacement, text)
         text = text.strip("\n")
         return f"{text}\n" if text else ""
 

@@ -1,4 +1,4 @@
-"""Write the reference of the plugin contract from its hookspecs: python docs/draw_reference.py"""
+"""Generate the reference of the plugin contract from its hookspecs: python docs/draw_reference.py"""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from plugframe.hooks.markers import deprecated_of
 TARGET = Path(__file__).parent / "plugins" / "reference.md"
 _HEAD = f"""# The plugin contract
 
-Written from the hookspecs by `python docs/draw_reference.py`. This is API {API}; plugframe accepts the API before
-as well. A hook with a base method need not be given: `plugframe.base` has one class per kind.
+Generated from the hookspecs by `python docs/draw_reference.py`. API version: {API}; the previous one is accepted too.
+`plugframe.base` has one base class per kind; hooks that it implements are optional.
 
 """
 
@@ -55,13 +55,13 @@ def _kind(kind: Kind) -> str:
 def _hook(kind: Kind, name: str) -> str:
     function = getattr(kind.spec, name)
     signature = str(inspect.signature(function)).replace("'", "").replace("(self, ", "(").replace("(self)", "()")
-    going = deprecated_of(function)
-    note = f"\n\n**Going:** {going}" if going.hook or going.arguments else ""
+    deprecated = deprecated_of(function)
+    note = f"\n\n**Deprecated:** {deprecated}" if deprecated.hook or deprecated.arguments else ""
     return f"### `{name}`\n\n```python\n{name}{signature}\n```\n\n{_prose(function)}{note}"
 
 
 def _prose(thing: Any) -> str:
-    """Return a docstring as Markdown: its sections as bold words, its double backquotes as single ones."""
+    """Return a docstring as Markdown: bold section names, single backquotes."""
     text = (inspect.getdoc(thing) or "").replace("``", "`")
     text = re.sub(r"^::$", "", text, flags=re.MULTILINE)
     text = re.sub(r"^(Args|Returns|Raises|Attributes|Example):$", r"**\1**\n", text, flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Run the README's main command and draw what it prints: python docs/draw_terminal.py > docs/terminal.svg"""
+"""Run the README's main command and render its output: python docs/draw_terminal.py > docs/terminal.svg"""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ COMMAND = "plugframe run examples/image_classifier/train_lite.py --strategy=ddp 
 
 
 def main() -> None:
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        console = Console(record=True, width=110, file=nowhere, force_terminal=True)
+    with open(os.devnull, "w", encoding="utf-8") as devnull:
+        console = Console(record=True, width=110, file=devnull, force_terminal=True)
         done = subprocess.run(COMMAND.split(), capture_output=True, text=True, check=True)
         console.print(Text("$ " + COMMAND, style="bold green"))
         for line in done.stderr.splitlines():

@@ -1,4 +1,4 @@
-"""What both twins share: the data, the model and the picture of the losses."""
+"""Data, model and loss plot, shared by train_torch.py and train_lite.py."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from torch.utils.data import TensorDataset
 
 
 def digits(num_test: int = 360) -> tuple[TensorDataset, TensorDataset]:
-    """Return the 1797 handwritten digits that come with scikit-learn, (1, 8, 8) each, to train on and to test on."""
+    """Return scikit-learn's 1797 handwritten digits, (1, 8, 8) each, as a training and a test set."""
     bunch = load_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 8 - 1  # -1 … 1
     labels = torch.tensor(bunch.target, dtype=torch.int64)
-    # Drawn once and for all, whatever the seed of the run: every run is tested on the same images.
+    # A fixed seed: every run is tested on the same images.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     test, train = order[:num_test], order[num_test:]
     return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 
 
 def convnet() -> nn.Sequential:
-    """Return a small network from (batch, 1, 8, 8) images to (batch, 10) logits.
+    """Return a small network from images (batch, 1, 8, 8) to logits (batch, 10).
 
-    It has no dropout and no batch norm: what one process computes does not depend on how many others there are.
+    It has no dropout and no batch norm, so its losses do not depend on the number of processes.
     """
     return nn.Sequential(
         nn.Conv2d(1, 16, kernel_size=3, padding=1),
@@ -45,7 +45,7 @@ def convnet() -> nn.Sequential:
 
 
 def progress(batches: Collection[Any], text: str, *, show: bool = True) -> Iterable[Any]:
-    """Return the batches, with a progress bar where somebody watches: in a terminal that can draw one."""
+    """Return the batches, with a progress bar if stdout is a terminal and rich is installed."""
     if not show or not sys.stdout.isatty() or not importlib.util.find_spec("rich"):
         return batches
     from rich.progress import track
@@ -54,17 +54,17 @@ def progress(batches: Collection[Any], text: str, *, show: bool = True) -> Itera
 
 
 def write_losses(path: Path, losses: Sequence[float]) -> None:
-    """Write the loss of every step, a line of JSON each."""
+    """Write the loss of every step as one line of JSON."""
     lines = (json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in enumerate(losses, start=1))
     path.write_text("".join(lines), encoding="utf-8")
 
 
 def plot_losses(path: Path, losses: Sequence[float]) -> None:
-    """Draw the loss of every step into a picture, where matplotlib is installed."""
+    """Plot the loss of every step, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"no {path}: it needs matplotlib, pip install matplotlib", file=sys.stderr)
+        print(f"{path} not written: run pip install matplotlib", file=sys.stderr)
         return
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()

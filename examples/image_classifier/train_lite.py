@@ -1,4 +1,4 @@
-"""Handwritten digits with plugframe: any device, any number of processes, the same losses as one process."""
+"""Train on handwritten digits with plugframe: any device, any number of processes, the losses of one process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from plugframe import Lite
 
 def main(args: argparse.Namespace) -> None:
     lite = Lite()
-    lite.launch()  # starts the processes under plain python; does nothing where they already run
+    lite.launch()  # starts the processes under plain python; does nothing if they already run
     lite.seed_everything(args.seed)
 
     train_data, test_data = digits()
@@ -38,26 +38,26 @@ def main(args: argparse.Namespace) -> None:
 
     while epoch < args.epochs:
         model.train()
-        parts = []
+        epoch_losses = []
         for images, labels in progress(train_loader, f"epoch {epoch + 1:2d}", show=lite.is_global_zero):
             optimizer.zero_grad()
             loss = cross_entropy(model(images), labels)
             lite.backward(loss)
             optimizer.step()
-            parts.append(loss.item() * lite.batch_weight)
+            epoch_losses.append(loss.item() * lite.batch_weight)
         scheduler.step()
         epoch += 1
 
-        losses += lite.all_reduce(torch.tensor(parts, device=lite.device), reduce_op="mean").tolist()
+        losses += lite.all_reduce(torch.tensor(epoch_losses, device=lite.device), reduce_op="mean").tolist()
         loss_of_epoch = mean(losses[-len(train_loader) :])
-        correct, seen = evaluate(lite, model, test_loader)
-        lite.print(f"epoch {epoch:2d}: loss {loss_of_epoch:.4f}, test accuracy {100 * correct / seen:.1f} %")
+        correct, total = evaluate(lite, model, test_loader)
+        lite.print(f"epoch {epoch:2d}: loss {loss_of_epoch:.4f}, test accuracy {100 * correct / total:.1f} %")
 
         if args.checkpoint:
             lite.save(args.checkpoint, {**state, "epoch": epoch, "losses": losses})
 
-    correct, seen = evaluate(lite, model, test_loader)
-    lite.print(f"test accuracy: {100 * correct / seen:.1f} %")
+    correct, total = evaluate(lite, model, test_loader)
+    lite.print(f"test accuracy: {100 * correct / total:.1f} %")
     if args.losses and lite.is_global_zero:
         write_losses(args.losses, losses)
     if args.plot and lite.is_global_zero:
@@ -66,23 +66,23 @@ def main(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def evaluate(lite: Lite, model: nn.Module, loader: DataLoader[tuple[Tensor, ...]]) -> tuple[int, int]:
-    """Return how many images the model reads rightly, and how many it has seen."""
+    """Return the number of correctly classified images and the number of images."""
     model.eval()
-    correct = seen = 0
+    correct = total = 0
     for images, labels in loader:
         correct += (model(images).argmax(dim=1) == labels).sum().item()
-        seen += len(labels)
-    correct, seen = lite.all_reduce((correct, seen), reduce_op="sum")
-    return int(correct), int(seen)
+        total += len(labels)
+    correct, total = lite.all_reduce((correct, total), reduce_op="sum")
+    return int(correct), int(total)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=32, help="samples in a step, over all processes")
+    parser.add_argument("--batch-size", type=int, default=32, help="samples per step, over all processes")
     parser.add_argument("--lr", type=float, default=0.08)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", type=Path, help="saved after each epoch; training goes on from it")
+    parser.add_argument("--checkpoint", type=Path, help="save here after each epoch, and resume from here")
     parser.add_argument("--losses", type=Path, help="write the loss of every step here, as lines of JSON")
-    parser.add_argument("--plot", type=Path, default=Path("losses.png"), help="draw the loss of every step here")
+    parser.add_argument("--plot", type=Path, default=Path("losses.png"), help="plot the loss of every step here")
     main(parser.parse_args())

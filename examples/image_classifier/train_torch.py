@@ -1,4 +1,4 @@
-"""Handwritten digits in plain torch: one process, on the CPU. What train_lite.py changes is the lesson."""
+"""Train on handwritten digits in plain torch: one process, on the CPU. Compare with train_lite.py."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def main(args: argparse.Namespace) -> None:
         epoch += 1
 
         loss_of_epoch = mean(losses[-len(train_loader) :])
-        correct, seen = evaluate(model, test_loader)
-        print(f"epoch {epoch:2d}: loss {loss_of_epoch:.4f}, test accuracy {100 * correct / seen:.1f} %")
+        correct, total = evaluate(model, test_loader)
+        print(f"epoch {epoch:2d}: loss {loss_of_epoch:.4f}, test accuracy {100 * correct / total:.1f} %")
 
         if args.checkpoint:
             state = {
@@ -60,8 +60,8 @@ def main(args: argparse.Namespace) -> None:
             }
             torch.save(state, args.checkpoint)
 
-    correct, seen = evaluate(model, test_loader)
-    print(f"test accuracy: {100 * correct / seen:.1f} %")
+    correct, total = evaluate(model, test_loader)
+    print(f"test accuracy: {100 * correct / total:.1f} %")
     if args.losses:
         write_losses(args.losses, losses)
     if args.plot:
@@ -70,22 +70,22 @@ def main(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: DataLoader[tuple[Tensor, ...]]) -> tuple[int, int]:
-    """Return how many images the model reads rightly, and how many it has seen."""
+    """Return the number of correctly classified images and the number of images."""
     model.eval()
-    correct = seen = 0
+    correct = total = 0
     for images, labels in loader:
         correct += (model(images).argmax(dim=1) == labels).sum().item()
-        seen += len(labels)
-    return correct, seen
+        total += len(labels)
+    return correct, total
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=32, help="samples in a step")
+    parser.add_argument("--batch-size", type=int, default=32, help="samples per step")
     parser.add_argument("--lr", type=float, default=0.08)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", type=Path, help="saved after each epoch; training goes on from it")
+    parser.add_argument("--checkpoint", type=Path, help="save here after each epoch, and resume from here")
     parser.add_argument("--losses", type=Path, help="write the loss of every step here, as lines of JSON")
-    parser.add_argument("--plot", type=Path, default=Path("losses.png"), help="draw the loss of every step here")
+    parser.add_argument("--plot", type=Path, default=Path("losses.png"), help="plot the loss of every step here")
     main(parser.parse_args())

@@ -1,4 +1,4 @@
-"""What both twins share: the text, and the picture of the losses."""
+"""Text data and loss plot, shared by train_torch.py and train_lite.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODULES = ("argparse", "ast", "dataclasses", "enum", "functools", "inspect", "sh
 
 
 def encode(text: str) -> Tensor:
-    """Return the indices (characters,) of `text`; what is not in the alphabet is left out."""
+    """Return the indices (characters,) of `text`; drop characters that are not in the alphabet."""
     index = {character: i for i, character in enumerate(ALPHABET)}
     return torch.tensor([index[character] for character in text if character in index])
 
@@ -28,12 +28,12 @@ def decode(indices: Tensor) -> str:
 
 
 class SourceCode(Dataset[tuple[Tensor, Tensor]]):
-    """Pieces of the source of Python's own library: characters (block,), and for each the one that follows it."""
+    """Source code of the standard library, as characters (block,) and the characters after each of them (block,)."""
 
     def __init__(self, *, block: int, validation: bool) -> None:
         library = Path(sysconfig.get_path("stdlib"))
         texts = [encode((library / f"{name}.py").read_text(encoding="utf-8")) for name in MODULES]
-        # The end of every module is kept to validate on.
+        # The last 5 % of every module are the validation set.
         cuts = [len(text) * 19 // 20 for text in texts]
         self.text = torch.cat([t[c:] if validation else t[:c] for t, c in zip(texts, cuts, strict=True)])
         self.block = block
@@ -47,11 +47,11 @@ class SourceCode(Dataset[tuple[Tensor, Tensor]]):
 
 
 def plot_losses(path: Path, training: Sequence[float], validation: Mapping[int, float]) -> None:
-    """Draw the training loss of every step, and the validation loss where it was measured, if matplotlib is there."""
+    """Plot the training loss of every step and the measured validation losses, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"no {path}: it needs matplotlib, pip install matplotlib", file=sys.stderr)
+        print(f"{path} not written: run pip install matplotlib", file=sys.stderr)
         return
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()

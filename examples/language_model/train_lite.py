@@ -1,4 +1,4 @@
-"""A small GPT learns to write Python, with plugframe: any device, any number of processes."""
+"""Train a small GPT on Python code with plugframe: any device, any number of processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from plugframe import Lite
 
 def main(args: argparse.Namespace) -> None:
     lite = Lite()
-    lite.launch()  # starts the processes under plain python; does nothing where they already run
+    lite.launch()  # starts the processes under plain python; does nothing if they already run
     lite.seed_everything(args.seed)
 
     train_text = SourceCode(block=args.block, validation=False)
@@ -39,23 +39,23 @@ def main(args: argparse.Namespace) -> None:
     if args.checkpoint and args.checkpoint.exists():
         lite.load(args.checkpoint, state)
 
-    done = state["step"]
-    training, validation = [], {done: validate(lite, model, validation_loader)}
-    lite.print(f"step {done:3d}: validation loss {validation[done]:.3f}")
-    batches = chain.from_iterable(repeat(train_loader))  # epoch after epoch
-    for step in range(done + 1, args.steps + 1):
-        loss_of_step = 0.0
+    start_step = state["step"]
+    training, validation = [], {start_step: validate(lite, model, validation_loader)}
+    lite.print(f"step {start_step:3d}: validation loss {validation[start_step]:.3f}")
+    batches = chain.from_iterable(repeat(train_loader))  # endless: epoch after epoch
+    for step in range(start_step + 1, args.steps + 1):
+        step_loss = 0.0
         optimizer.zero_grad()
-        for part in range(1, args.accumulate + 1):
-            text, following = next(batches)
-            with lite.no_backward_sync(model, enabled=part < args.accumulate):
-                loss = loss_of(model, text, following) / args.accumulate
+        for micro_step in range(1, args.accumulate + 1):
+            text, targets = next(batches)
+            with lite.no_backward_sync(model, enabled=micro_step < args.accumulate):
+                loss = next_character_loss(model, text, targets) / args.accumulate
                 lite.backward(loss)
-            loss_of_step += loss.item()
+            step_loss += loss.item()
         lite.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
         scheduler.step()
-        training.append(float(lite.all_reduce(loss_of_step, reduce_op="mean")))
+        training.append(float(lite.all_reduce(step_loss, reduce_op="mean")))
 
         if step % args.validate_every == 0 or step == args.steps:
             validation[step] = validate(lite, model, validation_loader)
@@ -63,24 +63,24 @@ def main(args: argparse.Namespace) -> None:
             if args.checkpoint:
                 lite.save(args.checkpoint, {**state, "step": step})
 
-    start = lite.to_device(encode("def ").unsqueeze(0))
-    lite.print(decode(model.generate(start, length=args.sample)[0]))
+    prompt = lite.to_device(encode("def ").unsqueeze(0))
+    lite.print(decode(model.generate(prompt, length=args.sample)[0]))
     if args.plot and lite.is_global_zero:
         plot_losses(args.plot, training, validation)
 
 
-def loss_of(model: nn.Module, text: Tensor, following: Tensor) -> Tensor:
-    """Return how badly the model foresees what follows each character, in nats per character."""
-    return cross_entropy(model(text).flatten(0, 1), following.flatten())
+def next_character_loss(model: nn.Module, text: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross entropy of the next character, in nats."""
+    return cross_entropy(model(text).flatten(0, 1), targets.flatten())
 
 
 @torch.no_grad()
 def validate(lite: Lite, model: nn.Module, loader: DataLoader[tuple[Tensor, Tensor]]) -> float:
-    """Return the mean loss over all of the loader's text."""
+    """Return the mean loss over the loader."""
     model.eval()
     total, count = 0.0, 0
-    for text, following in loader:
-        total += loss_of(model, text, following).item() * len(text)
+    for text, targets in loader:
+        total += next_character_loss(model, text, targets).item() * len(text)
         count += len(text)
     model.train()
     total, count = lite.all_reduce((total, count), reduce_op="sum")
@@ -88,7 +88,7 @@ def validate(lite: Lite, model: nn.Module, loader: DataLoader[tuple[Tensor, Tens
 
 
 def warm_up_then_cosine(step: int, warm_up: int, steps: int) -> float:
-    """Return the factor of the learning rate: up from 0 in a line, then down to a twentieth."""
+    """Return the learning rate factor: linear warm-up from 0, then cosine decay to 0.05."""
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.05 + 0.95 * (1 + cos(pi * (step - warm_up) / max(steps - warm_up, 1))) / 2
@@ -97,14 +97,14 @@ def warm_up_then_cosine(step: int, warm_up: int, steps: int) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=16, help="pieces in a step, over all processes")
-    parser.add_argument("--accumulate", type=int, default=2, help="backward passes in a step")
-    parser.add_argument("--block", type=int, default=64, help="characters in a piece of text")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples per step, over all processes")
+    parser.add_argument("--accumulate", type=int, default=2, help="backward passes per step")
+    parser.add_argument("--block", type=int, default=64, help="characters per sample")
     parser.add_argument("--lr", type=float, default=5e-3)
-    parser.add_argument("--warm-up", type=int, default=30, help="steps until the learning rate is reached")
+    parser.add_argument("--warm-up", type=int, default=30, help="steps of learning rate warm-up")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--validate-every", type=int, default=50, help="steps between two validations")
-    parser.add_argument("--sample", type=int, default=300, help="characters to write at the end")
-    parser.add_argument("--checkpoint", type=Path, help="save here at every validation, and go on from here")
-    parser.add_argument("--plot", type=Path, default=Path("losses.png"), help="draw the losses here")
+    parser.add_argument("--validate-every", type=int, default=50, help="steps between validations")
+    parser.add_argument("--sample", type=int, default=300, help="characters to generate at the end")
+    parser.add_argument("--checkpoint", type=Path, help="save here at every validation, and resume from here")
+    parser.add_argument("--plot", type=Path, default=Path("losses.png"), help="plot the losses here")
     main(parser.parse_args())

@@ -1,4 +1,4 @@
-"""A small training that uses the plugin: plugframe run train.py --precision=fp8-mixed"""
+"""Train a small model with the plugin: plugframe run train.py --precision=fp8-mixed"""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""What local SGD saves, and what that costs: plugframe run compare.py --devices=2 --accelerator=cpu"""
+"""Compare communication and loss of local SGD and DDP: plugframe run compare.py --devices=2 --accelerator=cpu"""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from plugframe.base import Extension
 
 
 class Exchanges(Extension):
-    """Counts the averages of parameters."""
+    """Count averages of parameters."""
 
     count = 0
 
@@ -22,7 +22,7 @@ class Exchanges(Extension):
 
 
 def train(strategy: str) -> str:
-    """Train for 1600 steps; return how often the ranks exchanged tensors, and the loss on data they have not seen."""
+    """Train for 1600 steps; return the number of exchanges between ranks and the validation loss, as a line."""
     exchanges = Exchanges()
     with Lite(strategy=strategy, plugins=[exchanges]) as lite:
         lite.seed_everything(0)
@@ -40,11 +40,11 @@ def train(strategy: str) -> str:
                 steps += 1
     with torch.no_grad():
         loss = float(nn.functional.mse_loss(model(x[2048:]), y[2048:]))
-    # DistributedDataParallel, which does not go through the hook, exchanges gradients at each step.
+    # ddp averages gradients in every step, without this hook.
     return f"{strategy:10} {exchanges.count or steps:5} exchanges, loss {loss:.3f}" if lite.is_global_zero else ""
 
 
 for name in ("ddp", "local_sgd", "diloco"):
-    told = train(name)
-    if told:
-        print(told)
+    line = train(name)
+    if line:
+        print(line)

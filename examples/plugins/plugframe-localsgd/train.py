@@ -1,4 +1,4 @@
-"""A small training that uses the plugin: plugframe run train.py --strategy=local_sgd --devices=2 --accelerator=cpu"""
+"""Train a small model with the plugin: plugframe run train.py --strategy=local_sgd --devices=2 --accelerator=cpu"""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""A small training that uses the plugin: plugframe run train.py --accelerator=pydevice"""
+"""Train a small model with the plugin: plugframe run train.py --accelerator=pydevice"""
 
 import torch
 from torch import nn

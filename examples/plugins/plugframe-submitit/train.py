@@ -1,4 +1,4 @@
-"""A small training that uses the plugin: plugframe run train.py --launcher=submitit"""
+"""Train a small model with the plugin: plugframe run train.py --launcher=submitit"""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""The contract every plugframe precision keeps, checked over this one."""
+"""Run the contract suite of plugframe's precision plugins."""
 
 from plugframe.testing import PrecisionContract
 

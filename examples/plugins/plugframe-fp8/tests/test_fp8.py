@@ -1,4 +1,4 @@
-"""What fp8-mixed promises: numbers of 8 bits where it says so, and nowhere else."""
+"""fp8-mixed computes linear layers in fp8, and nothing else."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def angle(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e30])
 def test_a_tensor_of_any_size_fits(name: str, size: float) -> None:
-    """Its greatest number is the format's greatest, and the others are as near as the format's bits allow."""
+    """The largest magnitude maps to the maximum of the format; the others are within its rounding error."""
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * size
     q, scale = quantize(x, FORMATS[name])
-    most, spacing = torch.finfo(FORMATS[name]).max, torch.finfo(FORMATS[name]).eps
+    max_value, spacing = torch.finfo(FORMATS[name]).max, torch.finfo(FORMATS[name]).eps
     assert q.dtype is FORMATS[name]
-    assert float(q.float().abs().max()) == most
+    assert float(q.float().abs().max()) == max_value
     large = x.abs() > x.abs().max() / 16
     torch.testing.assert_close((q.float() * scale)[large], x[large], rtol=spacing / 2 * 1.001, atol=0)
 
 
-def test_nothing_and_what_is_not_finite() -> None:
-    """Zeros stay zeros; infinities and NaN are not hidden; an empty tensor is one."""
+def test_zeros_empty_and_nonfinite_tensors() -> None:
+    """Zeros stay zeros; inf and NaN give non-finite results; empty tensors stay empty."""
     q, scale = quantize(torch.zeros(3), torch.float8_e4m3fn)
     assert (q.float() * scale).tolist() == [0, 0, 0]
     for wrong in (float("inf"), float("nan")):
@@ -62,8 +62,8 @@ def test_nothing_and_what_is_not_finite() -> None:
     assert quantize(torch.zeros(0, 3), torch.float8_e5m2)[0].shape == (0, 3)
 
 
-def test_it_is_coarser_than_bfloat16_and_goes_the_same_way() -> None:
-    """Output and gradients differ from float32's by some percent, and point where they point."""
+def test_it_is_coarser_than_bfloat16_and_has_the_same_direction() -> None:
+    """Outputs and gradients differ from float32 by a few percent, and have the same direction."""
     net, x = network(), torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
     exact, exact_grads = gradients("32-true", copy.deepcopy(net), x)
     fp8, fp8_grads = gradients("fp8-mixed", copy.deepcopy(net), x)
@@ -74,23 +74,23 @@ def test_it_is_coarser_than_bfloat16_and_goes_the_same_way() -> None:
     assert {gradient.dtype for gradient in fp8_grads} == {torch.float32}
 
 
-def test_what_is_kept_for_backward_takes_a_byte_a_number() -> None:
-    """A linear layer keeps its input and its weight in fp8."""
-    kept: list[torch.dtype] = []
+def test_tensors_saved_for_backward_are_fp8() -> None:
+    """A linear layer saves its input and its weight in fp8."""
+    saved: list[torch.dtype] = []
 
-    def note(tensor: Tensor) -> Tensor:
-        kept.extend([tensor.dtype] * (tensor.numel() > 1))
+    def record(tensor: Tensor) -> Tensor:
+        saved.extend([tensor.dtype] * (tensor.numel() > 1))
         return tensor
 
-    with job() as lite, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with job() as lite, torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         net = lite.setup(nn.Linear(16, 8, bias=False))
         loss = net(torch.randn(4, 16)).sum()
         lite.backward(loss)
-    assert kept == [torch.float8_e4m3fn, torch.float8_e4m3fn]
+    assert saved == [torch.float8_e4m3fn, torch.float8_e4m3fn]
 
 
 def test_the_module_is_the_users_own() -> None:
-    """Its layers keep their class, its state its keys; a copy, and the module afterwards, compute as they did."""
+    """Classes and state keys are unchanged; a copy, and the module after tear-down, compute as before."""
     net, x = network(), torch.randn(3, 16)
     before, keys, classes = net(x), list(net.state_dict()), [type(part) for part in net.modules()]
     with job() as lite:
@@ -105,7 +105,7 @@ def test_the_module_is_the_users_own() -> None:
 
 
 class HeadApart(nn.Module):
-    """A model that keeps one layer out of fp8."""
+    """A model with one layer outside of fp8."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,8 +117,8 @@ class HeadApart(nn.Module):
             return self.head(x.float())
 
 
-def test_autocast_switched_off_switches_fp8_off() -> None:
-    """What a model computes in float32 on purpose stays in float32."""
+def test_disabled_autocast_disables_fp8() -> None:
+    """A layer under disabled autocast computes in float32."""
     torch.manual_seed(0)
     model = HeadApart()
     x = torch.randn(5, 16)
@@ -130,7 +130,7 @@ def test_autocast_switched_off_switches_fp8_off() -> None:
 
 
 class Checkpointed(nn.Module):
-    """A network whose layers are computed again in backward, in the precision of the job."""
+    """A network that recomputes its layers in backward, in the precision of the job."""
 
     def __init__(self, layers: nn.Module, lite: Lite) -> None:
         super().__init__()
@@ -141,8 +141,8 @@ class Checkpointed(nn.Module):
         return checkpoint(self.layers, x, use_reentrant=False, context_fn=self.contexts)
 
 
-def test_a_checkpointed_layer_comes_out_as_before() -> None:
-    """Gradients are those of the layers that were kept."""
+def test_checkpointed_layers_have_the_same_gradients() -> None:
+    """Gradients equal those without checkpointing."""
     net, x = network(), torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
     _, expected = gradients("fp8-mixed", copy.deepcopy(net), x)
     with job() as lite:
@@ -152,6 +152,6 @@ def test_a_checkpointed_layer_comes_out_as_before() -> None:
 
 
 def test_a_wrong_format_is_refused() -> None:
-    """In one line with those there are."""
-    with pytest.raises(SettingError, match="gradients='e3m4' is no format: use one of 'e5m2', 'e4m3'"):
+    """The error lists the formats."""
+    with pytest.raises(SettingError, match="gradients='e3m4' is not a format: use one of 'e5m2', 'e4m3'"):
         Fp8Mixed(gradients="e3m4")

@@ -1,4 +1,4 @@
-"""The contract every plugframe strategy keeps, checked over these."""
+"""Run the contract suite of plugframe's strategy plugins."""
 
 from plugframe.testing import StrategyContract
 

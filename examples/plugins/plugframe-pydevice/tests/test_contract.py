@@ -1,4 +1,4 @@
-"""The contract every plugframe accelerator keeps, checked over this one."""
+"""Run the contract suite of plugframe's accelerator plugins."""
 
 from plugframe.testing import AcceleratorContract
 

@@ -1,4 +1,4 @@
-"""The device by itself, and trainings on it as users start them."""
+"""The device on its own, and training on it from the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRAIN = Path(__file__).parent.parent / "train.py"
 
 
 def test_results_are_the_cpus() -> None:
-    """A forward and its gradient give the CPU's numbers, and what views and in-place operators share is shared."""
+    """Outputs and gradients equal the CPU's; views and in-place operators share memory."""
     torch.manual_seed(0)
     x, weight = torch.randn(3, 4), torch.randn(5, 4)
     found: list[torch.Tensor] = []
@@ -31,7 +31,7 @@ def test_results_are_the_cpus() -> None:
 
 
 def test_memory_is_counted() -> None:
-    """Bytes are those of the tensors, by device; the peak stays until it is reset."""
+    """Statistics count the bytes of tensors per device; the peak stays until it is reset."""
     plugin, device = PyDevice(), torch.device("pydevice", 3)
     before = plugin.accelerator_memory_stats(device)["allocated_bytes"]
     tensor = torch.zeros(1000, device=device)
@@ -42,8 +42,8 @@ def test_memory_is_counted() -> None:
     assert stats["peak_allocated_bytes"] >= before + 4000
 
 
-def test_wrong_places_are_errors() -> None:
-    """Tensors of two devices do not mix, and a device that is not there has no tensors."""
+def test_wrong_devices_are_errors() -> None:
+    """Mixing devices raises, and so does a device that does not exist."""
     here = torch.ones(2, device="pydevice:0")
     with pytest.raises(RuntimeError, match="same device"):
         here + torch.ones(2)
@@ -61,8 +61,8 @@ def test_wrong_places_are_errors() -> None:
     ],
     ids=["auto", "ddp"],
 )
-def test_a_training_ends_where_the_cpus_does(options: tuple[str, ...], loss: float, tmp_path: Path) -> None:
-    """From the command line: chosen by itself on one device, and by name on two in mixed precision."""
+def test_training_reaches_the_loss_of_the_cpu(options: tuple[str, ...], loss: float, tmp_path: Path) -> None:
+    """From the command line: automatically on one device, and by name on two in mixed precision."""
     command = [sys.executable, "-m", "plugframe", "run", str(TRAIN), *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)

@@ -1,4 +1,4 @@
-"""What the ring promises: collectives of any size, little traffic, equal bits, and an end when a neighbour leaves."""
+"""The ring: collectives of any size, traffic, bit-identical results, and errors when a neighbour leaves."""
 
 from __future__ import annotations
 
@@ -18,50 +18,50 @@ from plugframe.hooks.world import World
 from plugframe.testing import run_ranks
 
 
-def of_rank(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+def tensor_of_rank(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(rank)).to(dtype)
 
 
 def on_three_ranks(world: World) -> dict[str, Any]:
-    """Everything that is asked below, in one start."""
-    told: dict[str, Any] = {}
+    """Collect the results for all tests below, in a single start of the ranks."""
+    results: dict[str, Any] = {}
     with Lite(accelerator="cpu", devices=3, strategy="ddp", collective="ring") as lite:
         lite.launch()
         group = dist.group.WORLD
         assert isinstance(group, RingGroup)
-        told["backend"] = dist.get_backend()
+        results["backend"] = dist.get_backend()
         for count in (1, 2, 3, 1000, 300_001):
-            tensor = of_rank(lite.global_rank, count, torch.float32)
+            tensor = tensor_of_rank(lite.global_rank, count, torch.float32)
             before = group.ring.sent_bytes
             dist.all_reduce(tensor)
-            told[f"sum {count}"] = tensor
-            told[f"bytes {count}"] = group.ring.sent_bytes - before
+            results[f"sum {count}"] = tensor
+            results[f"bytes {count}"] = group.ring.sent_bytes - before
         for source in range(3):
-            tensor = of_rank(lite.global_rank, 700_000, torch.float32)
+            tensor = tensor_of_rank(lite.global_rank, 700_000, torch.float32)
             dist.broadcast(tensor, source)
-            told[f"from {source}"] = torch.equal(tensor, of_rank(source, 700_000, torch.float32))
+            results[f"from {source}"] = torch.equal(tensor, tensor_of_rank(source, 700_000, torch.float32))
         pair = dist.new_group([0, 2])
         if lite.global_rank != 1:
             tensor = torch.tensor([float(lite.global_rank + 1)])
             dist.all_reduce(tensor, group=pair)
-            told["pair"] = tensor.item()
+            results["pair"] = tensor.item()
         torch.manual_seed(0)
         model = nn.Linear(4, 2)
         model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        x = of_rank(lite.global_rank, 8, torch.float32).view(2, 4)
+        x = tensor_of_rank(lite.global_rank, 8, torch.float32).view(2, 4)
         lite.backward(model(x).square().mean())
         optimizer.step()
-        told["weight"] = model.weight.detach().clone()
+        results["weight"] = model.weight.detach().clone()
         try:
             dist.all_reduce(torch.ones(1), dist.ReduceOp.BXOR)
         except ValueError as error:
-            told["refused"] = str(error)
-    told["left"] = dist.is_initialized()
-    return told
+            results["refused"] = str(error)
+    results["left"] = dist.is_initialized()
+    return results
 
 
 def alone_in_the_ring(world: World) -> str:
-    """Rank 1 leaves; what does rank 0 say, and how soon?"""
+    """Let rank 1 leave; return the error of rank 0."""
     with Lite(accelerator="cpu", devices=2, collective="ring") as lite:
         lite.launch()
         lite.barrier()
@@ -75,61 +75,61 @@ def alone_in_the_ring(world: World) -> str:
 
 
 @pytest.fixture(scope="module")
-def told() -> list[dict[str, Any]]:
-    """What each of three ranks saw."""
+def results() -> list[dict[str, Any]]:
+    """The results of the three ranks."""
     return run_ranks(3, on_three_ranks)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 1000, 300_001])
-def test_all_ranks_get_the_same_sum(told: list[dict[str, Any]], count: int) -> None:
-    """Also of fewer numbers than ranks; to the last bit."""
-    expected = sum(of_rank(rank, count, torch.float32) for rank in range(3))
-    torch.testing.assert_close(told[0][f"sum {count}"], expected)
-    assert all(torch.equal(each[f"sum {count}"], told[0][f"sum {count}"]) for each in told)
+def test_all_ranks_get_the_same_sum(results: list[dict[str, Any]], count: int) -> None:
+    """Sums are bit-identical, also with fewer elements than ranks."""
+    expected = sum(tensor_of_rank(rank, count, torch.float32) for rank in range(3))
+    torch.testing.assert_close(results[0][f"sum {count}"], expected)
+    assert all(torch.equal(each[f"sum {count}"], results[0][f"sum {count}"]) for each in results)
 
 
-def test_a_rank_sends_little_more_than_the_tensor(told: list[dict[str, Any]]) -> None:
-    """Twice (n - 1) / n of it, and not n - 1 times."""
-    for each in told:
+def test_a_rank_sends_little_more_than_the_tensor(results: list[dict[str, Any]]) -> None:
+    """A rank sends 2 (n - 1) / n of the tensor, not n - 1 times the tensor."""
+    for each in results:
         assert each["bytes 300001"] == pytest.approx(2 * 2 / 3 * 4 * 300_001, rel=1e-4)
 
 
-def test_any_rank_can_tell_the_others(told: list[dict[str, Any]]) -> None:
-    """A broadcast goes round from whichever rank it begins at, in several pieces."""
-    assert all(each[f"from {source}"] for each in told for source in range(3))
+def test_any_rank_can_broadcast(results: list[dict[str, Any]]) -> None:
+    """A broadcast in several chunks works from every source."""
+    assert all(each[f"from {source}"] for each in results for source in range(3))
 
 
-def test_groups_are_rings_of_their_own(told: list[dict[str, Any]]) -> None:
-    """Two of three ranks."""
-    assert [each.get("pair") for each in told] == [4.0, None, 4.0]
+def test_groups_are_rings_of_their_own(results: list[dict[str, Any]]) -> None:
+    """A subgroup of two of three ranks reduces among its members."""
+    assert [each.get("pair") for each in results] == [4.0, None, 4.0]
 
 
-def test_ddp_runs_over_it(told: list[dict[str, Any]]) -> None:
-    """DistributedDataParallel's gradients travel the ring, and equal one process's on the whole batch."""
-    assert {each["backend"] for each in told} == {"ring"}
+def test_ddp_runs_over_it(results: list[dict[str, Any]]) -> None:
+    """Gradients under ddp equal those of one process on the full batch."""
+    assert {each["backend"] for each in results} == {"ring"}
     torch.manual_seed(0)
     model = nn.Linear(4, 2)
-    batch = torch.cat([of_rank(rank, 8, torch.float32).view(2, 4) for rank in range(3)])
+    batch = torch.cat([tensor_of_rank(rank, 8, torch.float32).view(2, 4) for rank in range(3)])
     model(batch).square().mean().backward()
     assert model.weight.grad is not None
-    for each in told:
+    for each in results:
         torch.testing.assert_close(each["weight"], model.weight.detach() - 0.1 * model.weight.grad)
 
 
-def test_what_it_cannot_do_is_said(told: list[dict[str, Any]]) -> None:
-    """A reduction it does not know is refused; nothing is left of the group."""
-    assert all("reduces by SUM, AVG, PRODUCT, MIN, MAX, not by" in each["refused"] for each in told)
-    assert not any(each["left"] for each in told)
+def test_an_unsupported_reduction_raises(results: list[dict[str, Any]]) -> None:
+    """An unsupported reduction raises; tear-down destroys the group."""
+    assert all("supports the reductions SUM, AVG, PRODUCT, MIN, MAX, not" in each["refused"] for each in results)
+    assert not any(each["left"] for each in results)
 
 
 def test_a_neighbour_that_leaves_is_an_error() -> None:
-    """At once, and not after the timeout of half an hour."""
-    said = run_ranks(2, alone_in_the_ring)
-    assert said[0] == "The barrier 'the end' failed on rank 0: A neighbour of rank 0 has left the ring."
+    """The error is raised immediately, not after the timeout of half an hour."""
+    errors = run_ranks(2, alone_in_the_ring)
+    assert errors[0] == "The barrier 'the end' failed on rank 0: A neighbour of rank 0 has left the ring."
 
 
-def test_a_stranger_is_not_let_in() -> None:
-    """Who connects without the word that was left in the store is not taken for a neighbour."""
+def test_a_connection_without_the_token_is_rejected() -> None:
+    """A process that connects without the token from the store is not accepted as a neighbour."""
     store = dist.HashStore()
     from threading import Thread
 
@@ -156,6 +156,6 @@ def test_a_stranger_is_not_let_in() -> None:
 
 
 def test_a_wrong_timeout_is_refused() -> None:
-    """In one line."""
+    """The error states the allowed values."""
     with pytest.raises(SettingError, match="timeout_s=0 must be a number of seconds above 0"):
         RingCollective(timeout_s=0)

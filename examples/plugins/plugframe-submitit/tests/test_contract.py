@@ -1,4 +1,4 @@
-"""The contract every plugframe launcher keeps, checked over this one."""
+"""Run the contract suite of plugframe's launcher plugins."""
 
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ class TestSubmitit(LauncherContract):
 
     @classmethod
     def setup_class(cls) -> None:
-        """Keep the outputs of the jobs apart, and no longer than the tests need them."""
+        """Write the outputs of the jobs to a temporary folder."""
         cls._folder = TemporaryDirectory()
         cls.options = {"cluster": "local", "folder": cls._folder.name}
 

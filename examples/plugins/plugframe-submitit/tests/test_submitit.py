@@ -1,4 +1,4 @@
-"""What the launcher promises: the output as it comes, results by value, two nodes, and an end of what has failed."""
+"""The launcher: live output, functions by value, two nodes, and failures."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ with Lite(accelerator="cpu", strategy="ddp") as lite:
     lite.print(f"{lite.world_size} ranks, {lite._session.world.num_nodes} nodes: {int(total)}")
 """
 
-#: Programs of SLURM, as far as submitit asks for them. The two tasks of a job are processes of this host.
+#: Fakes of the SLURM commands that submitit uses. The two tasks of a job are processes of this host.
 PROGRAMS = {
     "sbatch": """
         import os, subprocess, sys
         own = {**os.environ, "SLURM_JOB_ID": "77"}
-        # Apart from this program's own output, which submitit reads to its end.
+        # Do not inherit the output of this program, which submitit reads to the end.
         quiet = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
         started = subprocess.Popen(["bash", sys.argv[-1]], env=own, **quiet)
         open(os.path.join(os.path.dirname(__file__), "job"), "w").write(str(started.pid))
@@ -64,7 +64,7 @@ PROGRAMS = {
 
 @pytest.fixture
 def script(tmp_path: Path) -> str:
-    """A script that says how many ranks there are."""
+    """A script that prints the number of ranks."""
     path = tmp_path / "train.py"
     path.write_text(SCRIPT)
     return str(path)
@@ -75,7 +75,7 @@ def launch(tmp_path: Path, **job: Any) -> Any:
 
 
 def test_the_output_of_a_script_is_passed_on(tmp_path: Path, script: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """What the ranks print is printed here, without submitit's own notes, and kept in the folder."""
+    """Output of the ranks is printed without submitit's own log lines, and stays in the folder."""
     assert launch(tmp_path, num_processes=2, command=(script,)) is None
     out, err = capfd.readouterr()
     assert out.splitlines() == ["2 ranks, 1 nodes: 3"]
@@ -85,7 +85,7 @@ def test_the_output_of_a_script_is_passed_on(tmp_path: Path, script: str, capfd:
 
 
 def test_a_function_is_sent_by_value(tmp_path: Path) -> None:
-    """A lambda that holds a variable will do, and what it returns comes back."""
+    """A closure can be launched, and its return value is returned."""
     held = {"here": 3}
     assert launch(tmp_path, num_processes=1, function=lambda more: {**held, "more": more}, args=("there",)) == {
         "here": 3,
@@ -93,13 +93,13 @@ def test_a_function_is_sent_by_value(tmp_path: Path) -> None:
     }
 
 
-def test_a_job_that_is_ended_is_told(tmp_path: Path) -> None:
-    """A node that dies without a word is a RankFailedError that says where the outputs are."""
+def test_a_killed_job_raises(tmp_path: Path) -> None:
+    """A killed node raises RankFailedError with the folder of the outputs."""
 
     def end_the_node() -> None:
         os.kill(os.getppid(), signal.SIGKILL)
 
-    with pytest.raises(RankFailedError, match=r"Job \d+ of submitit ended without a result .*outputs are in .*jobs"):
+    with pytest.raises(RankFailedError, match=r"submitit job \d+ ended without a result .*outputs in .*jobs"):
         launch(tmp_path, num_processes=1, function=end_the_node)
 
 
@@ -107,7 +107,7 @@ def test_a_job_that_is_ended_is_told(tmp_path: Path) -> None:
 def test_two_nodes_of_slurm_are_one_job(
     tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A task on each node starts its ranks, and they find each other at the first host of the job."""
+    """A task on each node starts its ranks, with a rendezvous at the first host of the job."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, code in PROGRAMS.items():
@@ -125,18 +125,18 @@ def test_two_nodes_of_slurm_are_one_job(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cluster": "cloud"}, "cluster='cloud' is not possible: use 'slurm', 'local', or leave it out"),
+        ({"cluster": "cloud"}, "cluster='cloud' is not supported: use 'slurm', 'local', or leave it out"),
         ({"timeout_min": 0}, "timeout_min=0 must be a number of minutes, 1 or more"),
     ],
 )
 def test_a_wrong_option_is_refused(options: dict[str, Any], message: str) -> None:
-    """In one line that says what is allowed."""
+    """The error states the allowed values."""
     with pytest.raises(SettingError, match=message):
         Submitit(**options)
 
 
-def test_what_submitit_cannot_do_is_said_before_anything_starts(tmp_path: Path) -> None:
-    """Two nodes of one host, and what cannot be pickled."""
+def test_an_unsupported_job_raises_before_anything_starts(tmp_path: Path) -> None:
+    """Two nodes on one host, and a function that cannot be pickled."""
     with pytest.raises(UsageError, match="cannot submit this job: LocalExecutor can use only one node"):
         launch(tmp_path, num_processes=1, num_nodes=2, command=("train.py",))
     with pytest.raises(UsageError, match="cannot send the function print to the ranks"):

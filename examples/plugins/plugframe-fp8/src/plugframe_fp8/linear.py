@@ -1,4 +1,4 @@
-"""A linear layer on 8-bit numbers."""
+"""A linear layer in fp8."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Four bits of exponent and three of mantissa, or five and two.
+#: e5m2: 5 exponent and 2 mantissa bits; e4m3: 4 and 3.
 FORMATS = {"e5m2": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}
 
 
 def quantize(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return `tensor` in fp8, and what to multiply it with: a float32 scale that makes its greatest number fit.
+    """Return `tensor` in fp8 and its float32 scale, which maps the largest magnitude to the maximum of the format.
 
-    A number that is not finite makes the scale so, and with it every result.
+    A non-finite element makes the scale, and thus every result, non-finite.
     """
-    most = torch.finfo(dtype).max
-    greatest = tensor.detach().abs().amax().float() if tensor.numel() else torch.ones((), device=tensor.device)
-    scale = torch.where(greatest == 0, torch.ones_like(greatest), greatest / most)
-    # Of the least numbers float32 has, that quotient is none any more.
+    max_value = torch.finfo(dtype).max
+    amax = tensor.detach().abs().amax().float() if tensor.numel() else torch.ones((), device=tensor.device)
+    scale = torch.where(amax == 0, torch.ones_like(amax), amax / max_value)
+    # The quotient of the smallest float32 numbers underflows.
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
-    return (tensor / scale).clamp(-most, most).to(dtype), scale
+    return (tensor / scale).clamp(-max_value, max_value).to(dtype), scale
 
 
 class Fp8Linear(torch.autograd.Function):
-    """``input @ weight.T`` in fp8; its gradients too. What it keeps for backward takes a byte a number."""
+    """``input @ weight.T`` in fp8, gradients included. Tensors are saved for backward in fp8."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, gradients: torch.dtype) -> Tensor:
@@ -42,16 +42,16 @@ class Fp8Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, x_scale, w, w_scale = ctx.saved_tensors
         g, g_scale = quantize(grads[0], ctx.gradients)
-        of_input = of_weight = None
+        grad_input = grad_weight = None
         if ctx.needs_input_grad[0]:
-            of_input = _product(g, w, g_scale * w_scale).to(ctx.dtypes[0])
+            grad_input = _product(g, w, g_scale * w_scale).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             rows, columns = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-            of_weight = _product(rows.t(), columns, g_scale * x_scale, torch.float32).to(ctx.dtypes[1])
-        return of_input, of_weight, None
+            grad_weight = _product(rows.t(), columns, g_scale * x_scale, torch.float32).to(ctx.dtypes[1])
+        return grad_input, grad_weight, None
 
 
 def _product(a: Tensor, b: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    # Every number of both formats is one of bfloat16 too, so that nothing is lost on the way in.
+    # bfloat16 represents all numbers of both formats exactly.
     with torch.autocast(a.device.type, enabled=False):
         return (torch.matmul(a.to(dtype), b.to(dtype)).float() * scale).to(dtype)

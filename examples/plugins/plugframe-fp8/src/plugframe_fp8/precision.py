@@ -1,4 +1,4 @@
-"""The precision: bfloat16 autocast, in which linear layers work on 8-bit numbers."""
+"""The precision: bfloat16 autocast, with linear layers in fp8."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from plugframe_fp8.linear import FORMATS, Fp8Linear
 
 
 class Fp8Mixed(Precision):
-    """Parameters in float32, forwards under bfloat16 autocast, linear layers in fp8 with a scale for each tensor.
+    """Parameters in float32, forwards under bfloat16 autocast, linear layers in fp8 with per-tensor scales.
 
-    What enters a linear layer is rounded to fp8: inputs and weights to e4m3, gradients to e5m2, as proposed in
+    The operands of linear layers are rounded to fp8: inputs and weights to e4m3, gradients to e5m2, as proposed in
     Micikevicius et al., "FP8 Formats for Deep Learning", 2022, arXiv:2209.05433. Each tensor is scaled so that its
-    greatest number is the format's; products are added up in more bits. What is kept for backward is kept in fp8.
+    largest magnitude is the maximum of the format; products are accumulated in higher precision. Tensors are saved for
+    backward in fp8.
 
-    The arithmetic is that of fp8 hardware, the speed is not: numbers are multiplied as bfloat16.
+    The results are those of fp8 hardware, the speed is not: numbers are multiplied as bfloat16.
 
-    A checkpointed part of a model must be computed again as it was before::
+    Recompute checkpointed activations under the same autocast::
 
         checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), lite.autocast()))
 
     Args:
-        gradients: the format of gradients, ``"e5m2"`` or ``"e4m3"``.
+        gradients: format of gradients, ``"e5m2"`` or ``"e4m3"``.
     """
 
     compute = torch.bfloat16
 
     def __init__(self, *, gradients: str = "e5m2") -> None:
         if gradients not in FORMATS:
-            raise SettingError(f"gradients={gradients!r} is no format: use one of {', '.join(map(repr, FORMATS))}.")
+            raise SettingError(f"gradients={gradients!r} is not a format: use one of {', '.join(map(repr, FORMATS))}.")
         self.gradients = gradients
         self._autocast_type = ""
 
@@ -50,11 +51,14 @@ class Fp8Mixed(Precision):
 
     @hookimpl
     def precision_forward_context(self) -> AbstractContextManager[Any]:
-        return self._in_fp8()
+        return self._fp8_context()
 
     @contextmanager
-    def _in_fp8(self) -> Iterator[None]:
-        with torch.autocast(self._autocast_type, self.compute), _Linears(self._autocast_type, FORMATS[self.gradients]):
+    def _fp8_context(self) -> Iterator[None]:
+        with (
+            torch.autocast(self._autocast_type, self.compute),
+            _Fp8LinearMode(self._autocast_type, FORMATS[self.gradients]),
+        ):
             yield
 
     @hookimpl
@@ -62,8 +66,8 @@ class Fp8Mixed(Precision):
         return cast_floating(data, torch.get_default_dtype())
 
 
-class _Linears(TorchFunctionMode):
-    """Has every linear layer computed in fp8 where autocast is on. The modules themselves are not touched."""
+class _Fp8LinearMode(TorchFunctionMode):
+    """Run linear layers in fp8 where autocast is enabled, without changing the modules."""
 
     def __init__(self, autocast_type: str, gradients: torch.dtype) -> None:
         super().__init__()

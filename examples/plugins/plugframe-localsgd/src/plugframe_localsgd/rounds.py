@@ -1,4 +1,4 @@
-"""A round: the steps an optimizer makes by itself, and the one that is made of them together."""
+"""A round: local optimizer steps, followed by one outer step on the average."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 
 
 class Round:
-    """The round of one optimizer, and its outer optimizer: SGD on what a round has changed.
+    """The current round of one optimizer, and its outer optimizer: SGD on the change of the round.
 
-    With a learning rate of 1 and no momentum the outer step goes to the average itself, and nothing is kept for it.
+    With a learning rate of 1 and no momentum the outer step takes the average and needs no state.
 
     Attributes:
-        steps: that were made in this round.
-        momentum: of the outer optimizer, by parameter.
+        steps: local steps in this round.
+        momentum: momentum of the outer optimizer, by parameter.
     """
 
     def __init__(self, *, lr: float, momentum: float) -> None:
@@ -27,7 +27,7 @@ class Round:
 
     @torch.no_grad()
     def begin(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Note where the ranks set out from; all of them do so from the same parameters."""
+        """Save the parameters at the beginning of a round, which are equal on all ranks."""
         if self._lr == 1 and self._mu == 0:
             return
         for parameter in parameters:
@@ -38,10 +38,10 @@ class Round:
 
     @torch.no_grad()
     def end(self, parameters: Sequence[nn.Parameter], means: Sequence[Tensor]) -> None:
-        """Make the outer step, given the means of the ranks' parameters."""
+        """Run the outer step, given the means of the parameters over ranks."""
         self.steps = 0
         for parameter, mean in zip(parameters, means, strict=True):
-            # A parameter the optimizer was given in the middle of the round has no anchor: it takes the average.
+            # A parameter added to the optimizer during the round has no anchor: it takes the average.
             anchor = self._anchors.get(parameter)
             if anchor is None:
                 parameter.copy_(mean)
@@ -55,5 +55,5 @@ class Round:
 
 
 def trained(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Return the parameters the optimizer changes."""
+    """Return the optimizer's parameters that require gradients."""
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]

@@ -16,35 +16,34 @@ from plugframe.base import Strategy
 from plugframe.errors import SettingError
 from plugframe.hooks import Engine, hookimpl
 from plugframe.hooks.context import Context
-from plugframe_localsgd.exchange import average_state, means, take_over
+from plugframe_localsgd.exchange import average_state, broadcast, means
 from plugframe_localsgd.rounds import Round, trained
 
-#: Under which an outer optimizer's momentum stands beside what the inner one keeps of a parameter.
+#: Key of the outer momentum in the optimizer state of a parameter.
 _MOMENTUM = "outer_momentum"
 
 
 class LocalSGD(Strategy):
-    """Let every rank train its own copy of the model, and average the copies every few optimizer steps.
+    """Train a copy of the model on every rank, and average the copies every few optimizer steps.
 
-    Gradients are those of the rank's own batches and are never exchanged; clipping looks at them alone, and asks the
-    other ranks only whether theirs are finite (not with ``error_if_nonfinite=False``). Saving and tear-down end the
-    round, so that what is saved is the same on all ranks, and is what goes on being trained. Buffers, such as running
-    statistics, are rank 0's after each round.
+    Gradients are local and never communicated. Clipping uses the local norm; ranks only compare whether it is finite
+    (not with ``error_if_nonfinite=False``). Saving and tear-down end the round, so the saved model is the same on all
+    ranks, and training continues with it. Buffers, such as running statistics, are those of rank 0 after each round.
 
     Stich, "Local SGD Converges Fast and Communicates Little", 2018, arXiv:1805.09767. With an outer optimizer:
     Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", 2023, arXiv:2311.08105.
 
     Args:
-        sync_every: optimizer steps of a round.
-        outer_lr: of the outer optimizer, SGD, whose gradient is what a round has changed; 1 goes to the average.
-        outer_momentum: its Nesterov momentum.
+        sync_every: optimizer steps per round.
+        outer_lr: learning rate of the outer optimizer, SGD on the change of a round; 1 takes the average.
+        outer_momentum: Nesterov momentum of the outer optimizer.
     """
 
     def __init__(self, *, sync_every: int = 8, outer_lr: float = 1.0, outer_momentum: float = 0.0) -> None:
         if not isinstance(sync_every, int) or isinstance(sync_every, bool) or sync_every < 1:
             raise SettingError(f"sync_every={sync_every!r} must be a number of optimizer steps, 1 or more.")
         if not outer_lr > 0:
-            raise SettingError(f"outer_lr={outer_lr!r} must be a number above 0; 1 goes to the average.")
+            raise SettingError(f"outer_lr={outer_lr!r} must be a number above 0; 1 takes the average.")
         if not 0 <= outer_momentum < 1:
             raise SettingError(f"outer_momentum={outer_momentum!r} must be a number from 0 to below 1.")
         self.sync_every, self.outer_lr, self.outer_momentum = sync_every, outer_lr, outer_momentum
@@ -66,7 +65,7 @@ class LocalSGD(Strategy):
     @hookimpl
     def strategy_setup_module(self, module: nn.Module) -> Engine:
         super().strategy_setup_module(module)
-        take_over([*module.parameters(), *module.buffers()], self.context.hooks)
+        broadcast([*module.parameters(), *module.buffers()], self.context.hooks)
         self._modules.append(weakref.ref(module))
         return None
 
@@ -84,12 +83,12 @@ class LocalSGD(Strategy):
         self, optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any] | None
     ) -> Any:
         if self.context.world.world_size == 1:
-            return super().strategy_optimizer_step(optimizer, step, closure)  # there is nobody to be apart from
+            return super().strategy_optimizer_step(optimizer, step, closure)  # nothing to average
         current = self._rounds[optimizer]
         if current.steps == 0:
             current.begin(trained(optimizer))
         result = super().strategy_optimizer_step(optimizer, step, closure)
-        # Calls are counted, also those in which a loss scaler left the step out: they are equal on all ranks.
+        # Count calls, also those in which a loss scaler skipped the step: the count is equal on all ranks.
         current.steps += 1
         if current.steps == self.sync_every:
             self._end_round(optimizer)
@@ -110,12 +109,12 @@ class LocalSGD(Strategy):
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients, norm_type)
         if error_if_nonfinite:
-            # On all ranks or on none: one that leaves its loop would keep the others waiting at the next average.
+            # Raise on all ranks: otherwise the others would wait in the next average.
             wrong = (~norm.isfinite()).float().reshape(1).to(self.context.device)
             if bool(self.context.hooks.collective_all_reduce(tensor=wrong, op="max", group=None)):
                 raise RuntimeError(
                     f"The norm of the gradients is not finite on a rank (here: {float(norm)}): the loss or the data of "
-                    "that rank holds inf or nan. Pass error_if_nonfinite=False to go on regardless."
+                    "that rank has inf or nan. Pass error_if_nonfinite=False to continue anyway."
                 )
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
@@ -123,7 +122,7 @@ class LocalSGD(Strategy):
     @hookimpl
     def strategy_module_state(self, module: nn.Module, sharded: bool) -> dict[str, Any]:
         own = set(map(id, module.parameters()))
-        for optimizer in self._living():
+        for optimizer in self._alive():
             if any(id(parameter) in own for parameter in trained(optimizer)):
                 self._end_round(optimizer)
         return super().strategy_module_state(module, sharded)
@@ -134,7 +133,7 @@ class LocalSGD(Strategy):
     ) -> tuple[list[str], list[str]]:
         result = super().strategy_load_module_state(module, state, strict)
         for current in self._rounds.values():
-            current.steps = 0  # a round begins with what was loaded
+            current.steps = 0  # the loaded values start a new round
         return result
 
     @hookimpl
@@ -143,33 +142,35 @@ class LocalSGD(Strategy):
         if self.context.world.world_size > 1:
             average_state(optimizer, self.context.device, self.context.hooks)
         state = super().strategy_optimizer_state(optimizer, sharded)
-        kept = dict(state["state"])
-        for number, parameter in _numbered(optimizer).items():
+        entries = dict(state["state"])
+        for index, parameter in _indexed(optimizer).items():
             momentum = self._rounds[optimizer].momentum.get(parameter)
-            # Of a parameter that never moved there is nothing to say, also not to another strategy's optimizer.
+            # Skip zero momentum, so that another strategy's optimizer can load the state.
             if momentum is not None and bool(momentum.any()):
-                kept[number] = {**kept.get(number, {}), _MOMENTUM: momentum}
-        return {**state, "state": kept}
+                entries[index] = {**entries.get(index, {}), _MOMENTUM: momentum}
+        return {**state, "state": entries}
 
     @hookimpl
     def strategy_load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        own = {n: {key: each for key, each in kept.items() if key != _MOMENTUM} for n, kept in state["state"].items()}
-        inner = {**state, "state": {number: kept for number, kept in own.items() if kept}}
+        own = {
+            n: {key: each for key, each in entries.items() if key != _MOMENTUM} for n, entries in state["state"].items()
+        }
+        inner = {**state, "state": {index: entries for index, entries in own.items() if entries}}
         super().strategy_load_optimizer_state(optimizer, inner)
         current = self._rounds[optimizer]
         current.steps = 0
         current.momentum.clear()
-        for number, parameter in _numbered(optimizer).items():
-            momentum = state["state"].get(number, {}).get(_MOMENTUM)
+        for index, parameter in _indexed(optimizer).items():
+            momentum = state["state"].get(index, {}).get(_MOMENTUM)
             if momentum is not None:
                 current.momentum[parameter] = momentum.to(parameter.device, parameter.dtype, copy=True)
 
     @hookimpl
     def strategy_teardown(self) -> None:
         try:
-            # After an error the other ranks may be anywhere: nobody would answer.
+            # After an error the other ranks may not reach this average.
             if sys.exc_info()[0] is None:
-                for optimizer in self._living():
+                for optimizer in self._alive():
                     self._end_round(optimizer)
         finally:
             self._modules.clear()
@@ -178,7 +179,7 @@ class LocalSGD(Strategy):
 
     @torch.no_grad()
     def _end_round(self, optimizer: Optimizer) -> None:
-        """Average what the optimizer trains, if it has made a step since that was last done."""
+        """Average the optimizer's parameters if it has stepped since the last average."""
         current = self._rounds[optimizer]
         if current.steps == 0:
             return
@@ -192,9 +193,9 @@ class LocalSGD(Strategy):
             if any(id(parameter) in own for parameter in module.parameters())
             for buffer in module.buffers()
         ]
-        take_over(buffers, hooks)
+        broadcast(buffers, hooks)
 
-    def _living(self) -> list[Optimizer]:
+    def _alive(self) -> list[Optimizer]:
         return [optimizer for optimizer in (reference() for reference in self._optimizers) if optimizer is not None]
 
     @property
@@ -203,18 +204,18 @@ class LocalSGD(Strategy):
 
 
 class DiLoCo(LocalSGD):
-    """Local SGD with long rounds and the outer optimizer of DiLoCo. The paper's rounds are of 500 steps.
+    """Local SGD with long rounds and the outer optimizer of DiLoCo. The paper uses rounds of 500 steps.
 
     Args:
-        sync_every: optimizer steps of a round.
-        outer_lr: of the outer optimizer.
-        outer_momentum: its Nesterov momentum.
+        sync_every: optimizer steps per round.
+        outer_lr: learning rate of the outer optimizer.
+        outer_momentum: Nesterov momentum of the outer optimizer.
     """
 
     def __init__(self, *, sync_every: int = 50, outer_lr: float = 0.7, outer_momentum: float = 0.9) -> None:
         super().__init__(sync_every=sync_every, outer_lr=outer_lr, outer_momentum=outer_momentum)
 
 
-def _numbered(optimizer: Optimizer) -> dict[int, nn.Parameter]:
-    """Return the optimizer's parameters by the numbers its ``state_dict`` gives them."""
+def _indexed(optimizer: Optimizer) -> dict[int, nn.Parameter]:
+    """Return the optimizer's parameters by their index in its ``state_dict``."""
     return dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))

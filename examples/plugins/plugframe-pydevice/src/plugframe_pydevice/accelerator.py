@@ -1,4 +1,4 @@
-"""The accelerator. Importing this module registers the device with torch: it is imported once plugframe asks."""
+"""The accelerator. Importing this module registers the device with torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from plugframe_pydevice.group import BACKEND
 
 
 class PyDevice(Accelerator):
-    """Simulated devices, told apart by an index."""
+    """Simulated devices, distinguished by an index."""
 
     device_type = backend.NAME
 

@@ -1,4 +1,4 @@
-"""``torch.autocast``: what computes in the lower dtype, what in float32, and what in the widest it is given."""
+"""``torch.autocast``: operators that run in the lower precision, in float32, or in the widest input dtype."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.utils import _pytree as pytree
 
 from plugframe_pydevice.backend import NAME
 
-# The products, as on other accelerators.
+# Matrix products, as on other accelerators.
 _LOWER = """
     matmul linear mm bmm mv addmm addmv addbmm baddbmm chain_matmul linalg_multi_dot linalg_vecdot
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d.input conv_transpose3d.input convolution conv_tbc
     prelu scaled_dot_product_attention gru_cell lstm_cell rnn_relu_cell rnn_tanh_cell
 """
-# Where 8 bits of mantissa lose too much: powers, sums over many numbers, losses.
+# Where 8 bits of mantissa are too few: powers, long sums, losses.
 _FLOAT32 = """
     acos asin cosh erfinv exp expm1 log log10 log1p log2 reciprocal rsqrt sinh tan
     pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar softplus layer_norm native_layer_norm rms_norm group_norm
@@ -36,18 +36,18 @@ def _kernel(op: Any, choose: Callable[[Sequence[Tensor]], torch.dtype]) -> Calla
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(NAME, enabled=False):
             leaves, structure = pytree.tree_flatten((args, kwargs))
-            dtype = choose([leaf for leaf in leaves if _takes_part(leaf)])
-            leaves = [leaf.to(dtype) if _takes_part(leaf) else leaf for leaf in leaves]
+            dtype = choose([leaf for leaf in leaves if _is_castable(leaf)])
+            leaves = [leaf.to(dtype) if _is_castable(leaf) else leaf for leaf in leaves]
             cast_args, cast_kwargs = pytree.tree_unflatten(leaves, structure)
             return op(*cast_args, **cast_kwargs)
 
     return kernel
 
 
-def _takes_part(leaf: Any) -> bool:
+def _is_castable(leaf: Any) -> bool:
     if not isinstance(leaf, Tensor):
         return False
-    # Double precision was asked for by name.
+    # float64 is chosen explicitly and not changed.
     return leaf.device.type == NAME and leaf.is_floating_point() and leaf.dtype is not torch.float64
 
 
@@ -65,7 +65,7 @@ def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def register() -> list[Any]:
-    """Register everything; it lasts for as long as the libraries that are returned."""
+    """Register all kernels; they stay registered while the returned libraries are referenced."""
     library: Any = torch.library.Library
     everything = library("_", "IMPL")
     everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
@@ -74,6 +74,6 @@ def register() -> list[Any]:
         for name in names.split():
             packet, _, overload = name.partition(".")
             op = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
-            if op is not None:  # some are not in every version of torch
+            if op is not None:  # missing in some versions of torch
                 own.impl(name, _kernel(op, choose))
     return [everything, own]

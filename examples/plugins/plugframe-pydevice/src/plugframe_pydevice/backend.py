@@ -1,4 +1,4 @@
-"""``torch.pydevice``: what torch asks the module of a device, and what scripts may ask it."""
+"""``torch.pydevice``: the device module that torch requires, and functions for scripts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ memory = Memory()
 
 
 class _State:
-    """What a driver would know of this process."""
+    """The state of this process that a driver would hold."""
 
     def __init__(self) -> None:
         self.current = 0
@@ -29,17 +29,17 @@ _state = _State()
 
 
 def device_count() -> int:
-    """Return how many devices there are: ``PYDEVICE_COUNT``, by default 4."""
+    """Return the number of devices: ``PYDEVICE_COUNT``, by default 4."""
     return int(os.environ.get("PYDEVICE_COUNT", "4"))
 
 
 def is_available() -> bool:
-    """Say whether there is one."""
+    """Return whether there is a device."""
     return device_count() > 0
 
 
 def is_initialized() -> bool:
-    """There is nothing to start."""
+    """Return True: there is nothing to initialize."""
     return True
 
 
@@ -48,7 +48,7 @@ def _is_in_bad_fork() -> bool:
 
 
 def index_of(device: Any) -> int:
-    """Return the index of a device given as torch does, the current one's where it has none."""
+    """Return the index of a device, or the current index if it has none."""
     if isinstance(device, int):
         return device
     index = None if device is None else torch.device(device).index
@@ -64,27 +64,27 @@ def current_device() -> int:
 
 
 def set_device(device: Any) -> None:
-    """Make a device the current one."""
+    """Set the current device."""
     _state.current = index_of(device)
 
 
 @contextmanager
 def device(device: Any) -> Iterator[None]:
-    """Make a device the current one for a while."""
-    before = _state.current
+    """Set the current device within a context."""
+    previous = _state.current
     set_device(device)
     try:
         yield
     finally:
-        _state.current = before
+        _state.current = previous
 
 
 def synchronize(device: Any = None) -> None:
-    """Return at once: work is done when its call returns."""
+    """Return immediately: every call is synchronous."""
 
 
 def empty_cache() -> None:
-    """Free what no tensor holds any more."""
+    """Free memory that no tensor uses."""
     memory.collect()
 
 
@@ -94,12 +94,12 @@ def memory_allocated(device: Any = None) -> int:
 
 
 def max_memory_allocated(device: Any = None) -> int:
-    """Return the most bytes that were in use on a device."""
+    """Return the peak of the bytes in use on a device."""
     return memory.peak_bytes(index_of(device))
 
 
 def reset_peak_memory_stats(device: Any = None) -> None:
-    """Begin to look for the peak anew."""
+    """Reset the peak to the bytes now in use."""
     memory.reset_peak(index_of(device))
 
 
@@ -120,12 +120,12 @@ def get_rng_state(device: Any = None) -> Tensor:
 
 
 def set_rng_state(state: Tensor, device: Any = None) -> None:
-    """Put back what `get_rng_state` gave."""
+    """Restore a state returned by `get_rng_state`."""
     _generator(index_of(device)).set_state(state)
 
 
 def get_amp_supported_dtype() -> list[torch.dtype]:
-    """Return what ``torch.autocast`` may compute in."""
+    """Return the dtypes that ``torch.autocast`` supports."""
     return [torch.bfloat16, torch.float16]
 
 
@@ -133,11 +133,11 @@ def _generator(index: int) -> torch.Generator:
     return _state.generators.setdefault(index, torch.Generator())
 
 
-# ---------------------------------------------------------------------- queues: work is done when its call returns
+# ---------------------------------------------------------------------- streams: every call is synchronous
 
 
 class Event(torch.Event):
-    """Everything before it is done."""
+    """An event that is always complete."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Event:
         return super().__new__(cls, device=NAME)
@@ -156,7 +156,7 @@ class Event(torch.Event):
 
 
 class Stream(torch.Stream):
-    """The one queue of a device, under another name."""
+    """The single stream of a device."""
 
     def __new__(cls, device: Any = None, priority: int = 0) -> Stream:
         return super().__new__(cls, device=NAME if device is None else device)
@@ -178,11 +178,11 @@ class Stream(torch.Stream):
 
 
 def current_stream(device: Any = None) -> Stream:
-    """Return the queue of a device."""
+    """Return the stream of a device."""
     return Stream(device)
 
 
 @contextmanager
 def stream(stream: torch.Stream | None) -> Iterator[None]:
-    """Put work into a queue."""
+    """Do nothing: there is a single stream."""
     yield

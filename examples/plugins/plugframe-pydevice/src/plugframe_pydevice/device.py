@@ -1,4 +1,4 @@
-"""Importing this module makes the devices known to torch: ``torch.device("pydevice", 2)``, ``torch.pydevice``."""
+"""Register the devices with torch on import: ``torch.device("pydevice", 2)``, ``torch.pydevice``."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from plugframe_pydevice import autocast, backend, group, kernels
 
 
 def load() -> None:
-    """Do nothing more: what torch calls when it is imported, where an entry point of ``torch.backends`` names it."""
+    """Do nothing: a target for an entry point of ``torch.backends``, which torch loads when it is imported."""
 
 
 class _DeviceIndex:
     def __init__(self, device: int | None, /) -> None:
         self.index = device
-        self.before = backend.current_device()
+        self.previous = backend.current_device()
 
     def __enter__(self) -> None:
         if self.index is not None:
-            self.before = backend.current_device()
+            self.previous = backend.current_device()
             backend.set_device(self.index)
 
     def __exit__(self, *error: object) -> None:
         if self.index is not None:
-            backend.set_device(self.before)
+            backend.set_device(self.previous)
 
 
 def _capability(device: Any = None, /) -> dict[str, Any]:
@@ -34,29 +34,29 @@ def _capability(device: Any = None, /) -> dict[str, Any]:
     return {"supported_dtypes": dtypes}
 
 
-_resize_of_torch: Any = torch.UntypedStorage.resize_
+_torch_resize: Any = torch.UntypedStorage.resize_
 
 
 def _resize(storage: torch.UntypedStorage, size_bytes: int) -> Any:
-    """Keep memory that is given back for a while (as fully sharded parameters are): no Python can move it."""
+    """Ignore a shrinking resize (as of fully sharded parameters): Python cannot move the storage."""
     if storage.device.type != backend.NAME:
-        return _resize_of_torch(storage, size_bytes)
+        return _torch_resize(storage, size_bytes)
     if size_bytes > storage.nbytes():
         raise RuntimeError(f"The memory of a tensor on {backend.NAME} cannot grow: make a new tensor.")
     return storage
 
 
-# The one way to a device without C++; torch calls it experimental, and has no public name for it yet.
+# The only way to register a device without C++; experimental in torch, without a public name yet.
 backend_registration._setup_privateuseone_for_python_backend(backend.NAME, backend)
-# The kernels are there for as long as these are.
+# Kernels stay registered while these are referenced.
 libraries = [*kernels.register(), *autocast.register()]
 group.register()
-# torch gives such a device one thread for backwards, which serves index 0 alone: they run where they are called.
+# torch's backward thread for such a device serves index 0 only, so run backwards in the calling thread.
 torch.autograd.set_multithreading_enabled(False)
 
-# A device in C++ has an allocator and a guard, which know the memory in use and the current device. torch gives one in
-# Python neither: these would raise, or call index 0 the current device for ever.
-_answers: dict[str, Any] = {
+# torch.accelerator gets memory statistics and the current device from the C++ allocator and guard of a device. A device
+# in Python has neither: these functions would raise, or always return index 0.
+_overrides: dict[str, Any] = {
     "current_device_index": backend.current_device,
     "set_device_index": backend.set_device,
     "device_index": _DeviceIndex,
@@ -69,7 +69,7 @@ _answers: dict[str, Any] = {
     "max_memory_reserved": backend.max_memory_allocated,
     "reset_peak_memory_stats": backend.reset_peak_memory_stats,
 }
-for _name, _answer in _answers.items():
-    setattr(torch.accelerator, _name, _answer)
+for _name, _override in _overrides.items():
+    setattr(torch.accelerator, _name, _override)
 _storage: Any = torch.UntypedStorage
 _storage.resize_ = _resize

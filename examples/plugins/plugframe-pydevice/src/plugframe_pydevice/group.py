@@ -1,4 +1,4 @@
-"""A backend of ``torch.distributed``: gloo, over the host's view of the devices' memory."""
+"""A backend of ``torch.distributed``: gloo on CPU views of device memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from plugframe_pydevice.kernels import host
 
 BACKEND = "pydevice_gloo"
 
-# Some have one name before torch 2.13 and another since; those that are missing are left out.
+# Some were renamed in torch 2.13; missing names are skipped.
 _COLLECTIVES = (
     "allgather",
     "all_gather_single",
@@ -42,7 +42,7 @@ _POINT_TO_POINT = ("send", "recv", "recv_anysource", "barrier")
 
 
 class HostGroup(dist.ProcessGroup):
-    """Tensors of the CPU travel as they are, those of a device as tensors of the CPU over the same bytes."""
+    """A process group that passes CPU tensors, and CPU views of device tensors, to gloo."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]
@@ -69,7 +69,7 @@ distributed: Any = torch._C._distributed_c10d
 def _collective(name: str) -> Callable[..., dist.Work]:
     def method(self: HostGroup, *args: Any, **kwargs: Any) -> dist.Work:
         getattr(self._host, name)(*_hosted(args), **_hosted(kwargs)).wait()
-        # Whoever asks the work for its result expects the tensors that were given, the output being the first.
+        # The result of the work must be the tensors passed in; the output is the first argument.
         future: torch.futures.Future[Any] = torch.futures.Future()
         future.set_result(args[0])
         work: dist.Work = distributed._create_work_from_future(future)
@@ -80,7 +80,7 @@ def _collective(name: str) -> Callable[..., dist.Work]:
 
 def _point_to_point(name: str) -> Callable[..., dist.Work]:
     def method(self: HostGroup, *args: Any, **kwargs: Any) -> dist.Work:
-        # Not waited for: the other rank may be about to send, too.
+        # Do not wait: the other rank may be about to send, too.
         work: dist.Work = getattr(self._host, name)(*_hosted(args), **_hosted(kwargs))
         return work
 
@@ -99,5 +99,5 @@ for _name in _POINT_TO_POINT:
 
 
 def register() -> None:
-    """Make the backend known, and the one that tensors on the device take by default."""
+    """Register the backend, as the default of tensors on the device."""
     dist.Backend.register_backend(BACKEND, HostGroup, devices=["cpu", NAME])

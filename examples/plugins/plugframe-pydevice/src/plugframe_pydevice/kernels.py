@@ -1,4 +1,4 @@
-"""The kernels: structure is torch's own, arithmetic is the CPU's over the same bytes."""
+"""Kernels: torch's own for views, the CPU's over the same memory for arithmetic."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from plugframe_pydevice import backend
 
 aten = torch.ops.aten
 
-# These kernels of the CPU read no byte: they make a tensor over the storage of another, on whichever device.
+# These CPU kernels read no data: they create a view of a storage on any device.
 _ON_CPU = DispatchKeySet(DispatchKey.CPU)
 _STRUCTURE = ("as_strided", "view", "_reshape_alias", "unfold")
-# A list of indices may stay on the host, as on other accelerators.
+# Index tensors may be on the CPU, as on other accelerators.
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index")
 
 
 def host(tensor: Tensor) -> Tensor:
-    """Return a tensor of the CPU over the same bytes, `tensor` itself if it is one."""
+    """Return a CPU view of the memory of `tensor`, or `tensor` itself if it is on the CPU."""
     if tensor.device.type == "cpu":
         return tensor
     storage = tensor.untyped_storage()
@@ -38,7 +38,7 @@ def host(tensor: Tensor) -> Tensor:
 
 
 def empty_strided(size: Sequence[int], stride: Sequence[int], *, dtype: torch.dtype, index: int) -> Tensor:
-    """Return a tensor of the device `index` with memory of its own."""
+    """Allocate a tensor on the device `index`."""
     last = sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     items = 0 if 0 in size else last + 1
     raw = backend.memory.allocate(items * dtype.itemsize, index=index)
@@ -48,8 +48,8 @@ def empty_strided(size: Sequence[int], stride: Sequence[int], *, dtype: torch.dt
 
 
 def to_device(tensor: Tensor, *, index: int) -> Tensor:
-    """Return a copy of a tensor of the CPU on the device `index`, laid out alike."""
-    # An expanded tensor has one item in several places, which cannot be written.
+    """Copy a CPU tensor to the device `index`, with the same strides."""
+    # The elements of an expanded tensor share memory and cannot be written.
     stride = tensor.stride() if 0 not in tensor.stride() else torch.empty_like(tensor, device="meta").stride()
     result = empty_strided(tensor.size(), stride, dtype=tensor.dtype, index=index)
     host(result).copy_(tensor)
@@ -57,7 +57,7 @@ def to_device(tensor: Tensor, *, index: int) -> Tensor:
 
 
 def over(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor over the storage of `tensor`, which is on a device, that lies in it as `like` does."""
+    """Return a view of the storage of the device tensor `tensor`, with size, strides, offset and dtype of `like`."""
     place = like.size(), like.stride(), like.storage_offset()
     if like.dtype == tensor.dtype:
         result: Tensor = aten.as_strided.default.redispatch(_ON_CPU, tensor, *place)
@@ -111,11 +111,11 @@ def _set_storage(tensor: Tensor, storage: Any, offset: int, size: Sequence[int],
     return result
 
 
-def _set_whole(tensor: Tensor, storage: Any) -> Tensor:
+def _set_storage_only(tensor: Tensor, storage: Any) -> Tensor:
     return _set_storage(tensor, storage, 0, [storage.nbytes() // tensor.dtype.itemsize])
 
 
-def _set_nothing(tensor: Tensor) -> Tensor:
+def _set_empty(tensor: Tensor) -> Tensor:
     nothing = empty_strided([0], [1], dtype=tensor.dtype, index=tensor.device.index)
     return _set_storage(tensor, nothing.untyped_storage(), 0, [0])
 
@@ -130,11 +130,11 @@ def _copy_from_and_resize(source: Tensor, target: Tensor) -> Tensor:
 
 
 def _record_stream(tensor: Tensor, stream: Any) -> None:
-    """There is one queue, and it is empty: work is done when the call returns."""
+    """Do nothing: every call is synchronous."""
 
 
 def _is_compatible(tensor: Tensor, other: Tensor) -> bool:
-    """Let ``module.to(device)`` keep its parameters, as on the devices torch knows: optimizers hold them."""
+    """Let ``module.to(device)`` keep its parameter objects, as on built-in devices, because optimizers hold them."""
     return tensor.layout is other.layout is torch.strided
 
 
@@ -142,12 +142,12 @@ def _is_compatible(tensor: Tensor, other: Tensor) -> bool:
 
 
 def fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """Compute any operator over the bytes of its arguments; what shares memory on the CPU shares it here."""
+    """Run any operator on CPU views of its arguments; results that alias them on the CPU alias them here."""
     leaves, structure = pytree.tree_flatten((args, kwargs))
     device = _device_of(op, leaves)
     given: dict[int, Tensor] = {}
-    hosted = [_to_host(leaf, given) for leaf in leaves]
-    host_args, host_kwargs = pytree.tree_unflatten(hosted, structure)
+    host_leaves = [_to_host(leaf, given) for leaf in leaves]
+    host_args, host_kwargs = pytree.tree_unflatten(host_leaves, structure)
     resized = _replace_outputs(op, kwargs, host_kwargs)
     with _generator_of(op, device):
         results = op(*host_args, **host_kwargs)
@@ -161,9 +161,9 @@ def fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _device_of(op: Any, leaves: Sequence[Any]) -> int:
     found = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == backend.NAME}
-    strangers = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type != backend.NAME]
+    others = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type != backend.NAME]
     if op._schema.name not in _INDEXING:
-        found |= {leaf.device for leaf in strangers if leaf.dim() > 0}
+        found |= {leaf.device for leaf in others if leaf.dim() > 0}
     if len(found) > 1:
         names = " and ".join(sorted(map(str, found)))
         raise RuntimeError(f"{op._schema.name}: expected all tensors to be on the same device, found {names}.")
@@ -185,7 +185,7 @@ def _to_host(leaf: Any, given: dict[int, Tensor]) -> Any:
 
 
 def _replace_outputs(op: Any, kwargs: dict[str, Any], host_kwargs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    """Let the CPU shape a tensor of its own for every output: some change their mind about its size on the way."""
+    """Replace each ``out`` tensor by an empty CPU tensor, because some operators resize it several times."""
     pairs = []
     for argument in op._schema.arguments:
         out = kwargs.get(argument.name) if argument.is_out else None
@@ -216,17 +216,17 @@ def _to_result(result: Any, given: dict[int, Tensor], device: int) -> Any:
 
 @contextmanager
 def _generator_of(op: Any, device: int) -> Iterator[None]:
-    """Let an operator that draws numbers draw the device's, and leave the CPU's generator where it was."""
+    """Run a random operator with the device's generator state, and restore the CPU's."""
     if torch.Tag.nondeterministic_seeded not in op.tags:
         yield
         return
-    before = torch.get_rng_state()
+    cpu_state = torch.get_rng_state()
     torch.set_rng_state(backend.get_rng_state(device))
     try:
         yield
     finally:
         backend.set_rng_state(torch.get_rng_state(), device)
-        torch.set_rng_state(before)
+        torch.set_rng_state(cpu_state)
 
 
 # ---------------------------------------------------------------------- registration
@@ -240,7 +240,7 @@ def _structural(op: Any) -> Callable[..., Any]:
 
 
 def register() -> list[Any]:
-    """Register everything; it lasts for as long as the libraries that are returned."""
+    """Register all kernels; they stay registered while the returned libraries are referenced."""
     library: Any = torch.library.Library
     everything = library("_", "IMPL")
     everything.fallback(fallback, "PrivateUse1")
@@ -251,8 +251,8 @@ def register() -> list[Any]:
         "empty_strided": _empty_strided,
         "resize_": _resize,
         "set_.source_Storage_storage_offset": _set_storage,
-        "set_.source_Storage": _set_whole,
-        "set_": _set_nothing,
+        "set_.source_Storage": _set_storage_only,
+        "set_": _set_empty,
         "_copy_from": _copy_from,
         "_copy_from_and_resize": _copy_from_and_resize,
         "record_stream": _record_stream,

@@ -1,4 +1,4 @@
-"""The memory of the simulated devices: blocks of the host's, handed to torch as memory of a device."""
+"""Memory of the simulated devices: host memory, passed to torch as device memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-_EXTENSION_DEVICE = 12  # kDLExtDev: torch reads it as the device type that a package outside of it adds
+_EXTENSION_DEVICE = 12  # kDLExtDev: torch maps it to the out-of-tree device type
 _UNSIGNED, _BITS, _LANES = 1, 8, 1
 _HEADER_BYTES = 256
 
@@ -32,7 +32,7 @@ class _Array(ctypes.Structure):
 
 
 class _Block(ctypes.Structure):
-    """``DLManagedTensor`` of the DLPack protocol, followed by what its pointers point to."""
+    """``DLManagedTensor`` of the DLPack protocol, followed by the targets of its pointers."""
 
     _fields_ = (
         ("array", _Array),
@@ -49,17 +49,17 @@ _libc.malloc.argtypes = [ctypes.c_size_t]
 _libc.free.argtypes = [ctypes.c_void_p]
 _libc.sem_init.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint]
 _libc.sem_getvalue.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-_let_go_address = ctypes.cast(_libc.sem_post, ctypes.c_void_p).value
+_release_address = ctypes.cast(_libc.sem_post, ctypes.c_void_p).value
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
 class Memory:
-    """Gives out blocks and counts them, as an allocator of a driver would.
+    """Allocate and count blocks, as the allocator of a driver would.
 
-    A block that torch lets go of is marked, by a semaphore in its header, and freed by the next `collect`. Python
-    cannot free it there and then: torch also lets go of tensors while an exception is on its way, which would get lost.
+    When torch releases a block, a semaphore in its header marks it, and the next `collect` frees it. A Python deleter
+    cannot free it immediately: torch also releases tensors while an exception propagates, which would be lost.
     """
 
     def __init__(self) -> None:
@@ -69,26 +69,26 @@ class Memory:
         self._lock = threading.RLock()
 
     def allocated_bytes(self, index: int) -> int:
-        """Return the bytes in use now on a device."""
+        """Return the bytes in use on a device."""
         self.collect()
         return self._in_use_bytes[index]
 
     def peak_bytes(self, index: int) -> int:
-        """Return the most bytes that were in use on a device."""
+        """Return the peak of the bytes in use on a device."""
         return self._peak_bytes[index]
 
     def reset_peak(self, index: int) -> None:
-        """Begin to look for the peak anew."""
+        """Reset the peak to the bytes now in use."""
         self._peak_bytes[index] = self.allocated_bytes(index)
 
     def allocate(self, size_bytes: int, *, index: int) -> Tensor:
-        """Return that many bytes on the device `index`, as a flat uint8 tensor that owns them."""
+        """Allocate bytes on the device `index`; return a flat uint8 tensor that owns them."""
         with self._lock:
             if self._in_use_bytes[index] + size_bytes > self._peak_bytes[index]:
-                self.collect()  # so that a peak is one, and what waits to be freed is never more than the peak
+                self.collect()  # released blocks must not count towards the peak
             address = _libc.malloc(_HEADER_BYTES + size_bytes)
             if not address:
-                raise torch.OutOfMemoryError(f"pydevice:{index} has no {size_bytes} bytes left.")
+                raise torch.OutOfMemoryError(f"pydevice:{index} cannot allocate {size_bytes} bytes.")
             self._blocks[address] = index, size_bytes
             self._in_use_bytes[index] += size_bytes
             self._peak_bytes[index] = max(self._peak_bytes[index], self._in_use_bytes[index])
@@ -98,14 +98,14 @@ class Memory:
             data = address + _HEADER_BYTES
             block.array = _Array(data, _EXTENSION_DEVICE, index, 1, _UNSIGNED, _BITS, _LANES, shape, stride, 0)
             block.manager = None
-            block.deleter = _let_go_address
+            block.deleter = _release_address
             tensor: Tensor = torch.utils.dlpack.from_dlpack(_new_capsule(address, b"dltensor", None))
-            # torch has read the array, and the deleter gets its address: from now on the semaphore is there.
+            # torch has read the array, and the deleter gets its address: the semaphore can overwrite it now.
             _libc.sem_init(address, 0, 0)
             return tensor
 
     def collect(self) -> None:
-        """Free the blocks that torch has let go of."""
+        """Free the blocks that torch has released."""
         marked = ctypes.c_int()
         with self._lock:
             for address, (index, size_bytes) in tuple(self._blocks.items()):

@@ -1,4 +1,4 @@
-"""The collective over the ring."""
+"""The collective on the ring process group."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Before there is a group: functions in it keep the default group of the time they are imported for ever.
+# Import before a group exists: its functions bind the default group at import time.
 import torch.distributed.nn.functional
 from torch import Tensor
 
@@ -31,21 +31,21 @@ _OPS = {
     "max": dist.ReduceOp.MAX,
     "product": dist.ReduceOp.PRODUCT,
 }
-# One and one is one, of bools.
+# For bools, sum is or, and product is and.
 _BOOL_OPS = {**_OPS, "sum": dist.ReduceOp.MAX, "product": dist.ReduceOp.MIN}
-#: Bytes in which a rank says what it is about to send.
-_SAID = 160
+#: Bytes of the message that describes a call.
+_MESSAGE_BYTES = 160
 
 
 class RingCollective(Collective):
-    """Exchange tensors and objects through a process group whose ranks form a ring.
+    """Communicate through a process group whose ranks form a ring.
 
-    A process group that is initialised already is used as it is, and stays at tear-down.
+    An existing process group is used unchanged, and is not destroyed at tear-down.
 
     Args:
-        timeout_s: seconds an exchange may take before it is an error; by default ``--timeout``, else 1800.
+        timeout_s: timeout of a collective in seconds; by default ``--timeout``, else 1800.
         interface: address at which a rank listens for its neighbour; by default loopback for a job on one node, and
-            what the host's name stands for otherwise.
+            the address of the host name otherwise.
     """
 
     def __init__(self, *, timeout_s: float | None = None, interface: str | None = None) -> None:
@@ -69,7 +69,7 @@ class RingCollective(Collective):
             found = dist.get_rank(), dist.get_world_size()
             if found != (world.global_rank, world.world_size):
                 raise EnvironmentMismatchError(
-                    f"torch.distributed is initialised as rank {found[0]} of {found[1]}, and this process is rank "
+                    f"torch.distributed is initialized as rank {found[0]} of {found[1]}, but this process is rank "
                     f"{world.global_rank} of {world.world_size}: leave init_process_group() to plugframe."
                 )
             return
@@ -91,29 +91,29 @@ class RingCollective(Collective):
     @hookimpl
     def collective_all_gather(self, tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
         peers = self._peers(group)
-        self._agree("all_gather", tensor, peers)
+        self._check_same_call("all_gather", tensor, peers)
         if sync_grads:
             gathered: Tensor = _Gather.apply(tensor, self, peers)  # type: ignore[no-untyped-call]
             return gathered
         return self._gather(tensor, peers)
 
     def _gather(self, tensor: Tensor, peers: dist.ProcessGroup) -> Tensor:
-        mine = tensor.detach().resolve_conj().resolve_neg().contiguous()
-        everyone = mine.new_empty(peers.size(), *mine.shape)
-        if mine.numel():
-            rows = list(everyone.view(peers.size(), -1).view(torch.uint8).unbind())
-            dist.all_gather(rows, mine.view(-1).view(torch.uint8), group=peers)
-        return everyone
+        local = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        gathered_rows = local.new_empty(peers.size(), *local.shape)
+        if local.numel():
+            rows = list(gathered_rows.view(peers.size(), -1).view(torch.uint8).unbind())
+            dist.all_gather(rows, local.view(-1).view(torch.uint8), group=peers)
+        return gathered_rows
 
     @hookimpl
     def collective_all_reduce(self, tensor: Tensor, op: ReduceOp, group: Any) -> Tensor:
         check_reduction(op, tensor)
         peers = self._peers(group)
-        self._agree(f"all_reduce({op})", tensor, peers)
-        flat = _sent(tensor, op)
+        self._check_same_call(f"all_reduce({op})", tensor, peers)
+        flat = _flat_copy(tensor, op)
         if flat.numel():
             dist.all_reduce(flat, (_BOOL_OPS if tensor.dtype is torch.bool else _OPS)[op], group=peers)
-        return _received(flat, tensor).view(tensor.shape)
+        return _restored(flat, tensor).view(tensor.shape)
 
     @hookimpl
     def collective_reduce_scatter(self, tensor: Tensor, op: ReduceOp, group: Any) -> Tensor:
@@ -122,18 +122,18 @@ class RingCollective(Collective):
             size, shape = peers.size(), tuple(tensor.shape)
             raise SettingError(f"reduce_scatter over {size} ranks takes shape ({size}, …), got {shape}.")
         check_reduction(op, tensor)
-        self._agree(f"reduce_scatter({op})", tensor, peers)
-        rows = _sent(tensor, op).view(peers.size(), -1)
-        mine = torch.empty_like(rows[0])
-        if mine.numel():
+        self._check_same_call(f"reduce_scatter({op})", tensor, peers)
+        rows = _flat_copy(tensor, op).view(peers.size(), -1)
+        local = torch.empty_like(rows[0])
+        if local.numel():
             kind = (_BOOL_OPS if tensor.dtype is torch.bool else _OPS)[op]
-            dist.reduce_scatter(mine, list(rows.unbind()), kind, group=peers)
-        return _received(mine, tensor).view(tensor.shape[1:])
+            dist.reduce_scatter(local, list(rows.unbind()), kind, group=peers)
+        return _restored(local, tensor).view(tensor.shape[1:])
 
     @hookimpl
     def collective_broadcast(self, tensor: Tensor, src: int, group: Any) -> Tensor:
         peers = self._peers(group, src)
-        self._agree(f"broadcast(src={src})", tensor, peers)
+        self._check_same_call(f"broadcast(src={src})", tensor, peers)
         result = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
         if result.numel():
             dist.broadcast(result.view(-1).view(torch.uint8), src, group=peers)
@@ -194,31 +194,31 @@ class RingCollective(Collective):
         if peers is None or self._store is None:
             raise OrderError("The ring is not set up: call lite.launch() first.")
         if dist.get_rank(peers) < 0:
-            raise SettingError(f"Rank {dist.get_rank()} is not in this group: let only its members call.")
+            raise SettingError(f"Rank {dist.get_rank()} is not in this group: call this on its members only.")
         if src is not None and src not in dist.get_process_group_ranks(peers):
             members = ", ".join(map(str, dist.get_process_group_ranks(peers)))
             raise SettingError(f"src={src} is not in this group, which has the ranks {members} of the job.")
         return peers
 
-    def _agree(self, call: str, tensor: Tensor, peers: dist.ProcessGroup) -> None:
-        """Refuse on all ranks what differs on any: a neighbour would read one message as the next.
+    def _check_same_call(self, call: str, tensor: Tensor, peers: dist.ProcessGroup) -> None:
+        """Raise on all ranks if calls differ: a neighbour would otherwise misread the data.
 
         Raises:
-            CollectiveMismatchError: with what each rank called.
+            CollectiveMismatchError: with the call of each rank.
         """
         text = f"{call} of {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-        said = torch.frombuffer(bytearray(text.encode()[:_SAID].ljust(_SAID)), dtype=torch.uint8)
-        rows = [torch.empty_like(said) for _ in range(peers.size())]
-        dist.all_gather(rows, said, group=peers)
-        if all(torch.equal(row, said) for row in rows):
+        message = torch.frombuffer(bytearray(text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES)), dtype=torch.uint8)
+        rows = [torch.empty_like(message) for _ in range(peers.size())]
+        dist.all_gather(rows, message, group=peers)
+        if all(torch.equal(row, message) for row in rows):
             return
         ranks = dist.get_process_group_ranks(peers)
-        told = "; ".join(f"rank {n}: {bytes(r.tolist()).decode().strip()}" for n, r in zip(ranks, rows, strict=True))
-        raise CollectiveMismatchError(f"The ranks do not agree on a collective: {told}.")
+        calls = "; ".join(f"rank {n}: {bytes(r.tolist()).decode().strip()}" for n, r in zip(ranks, rows, strict=True))
+        raise CollectiveMismatchError(f"The ranks make different collective calls: {calls}.")
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather whose backward hands every rank the sum of the gradients of its row."""
+    """All-gather; its backward sums the gradients of a row over ranks, by reduce-scatter."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, collective: RingCollective, peers: Any) -> Tensor:
@@ -231,7 +231,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """The other way round, for gradients of gradients."""
+    """Reduce-scatter; its backward is an all-gather, for higher-order gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, collective: RingCollective, peers: Any) -> Tensor:
@@ -243,18 +243,18 @@ class _Scatter(torch.autograd.Function):
         return _Gather.apply(grads[0], *ctx.rest), None, None  # type: ignore[no-untyped-call]
 
 
-def _sent(tensor: Tensor, op: str) -> Tensor:
-    """Return a flat copy in a dtype whose numbers can be added up on the way."""
+def _flat_copy(tensor: Tensor, op: str) -> Tensor:
+    """Return a flat copy in a dtype that can accumulate."""
     dtype = tensor.dtype
     if dtype is torch.bool:
         dtype = torch.uint8
     elif tensor.is_floating_point() and tensor.element_size() < (4 if op in ("mean", "avg") else 2):
-        dtype = torch.float32  # a sum of halves can overflow where their mean does not
+        dtype = torch.float32  # a sum in half precision can overflow although the mean does not
     work = tensor.detach().resolve_conj().resolve_neg().to(dtype, copy=True, memory_format=torch.contiguous_format)
     return (torch.view_as_real(work) if work.is_complex() else work).reshape(-1)
 
 
-def _received(flat: Tensor, like: Tensor) -> Tensor:
+def _restored(flat: Tensor, like: Tensor) -> Tensor:
     return (torch.view_as_complex(flat.view(-1, 2)) if like.is_complex() else flat).to(like.dtype)
 
 
@@ -272,11 +272,11 @@ def _destroy() -> None:
 
 
 def _keep_excepthook() -> Any:
-    """Return what puts ``sys.excepthook`` back: torch replaces it with every process group, and leaves it so."""
-    before = sys.excepthook
+    """Return a function that restores ``sys.excepthook``, which torch replaces with every process group."""
+    previous = sys.excepthook
 
-    def put_back() -> None:
+    def restore() -> None:
         if getattr(sys.excepthook, "__module__", "").startswith("torch."):
-            sys.excepthook = before
+            sys.excepthook = previous
 
-    return put_back
+    return restore

@@ -13,20 +13,20 @@ from torch import Tensor
 from plugframe_ringgather.ring import Ring
 
 BACKEND = "ring"
-#: Bytes after which a broadcast is handed on while the rest still comes.
-_PIECE = 1 << 20
+#: Size of the chunks in which a broadcast is forwarded.
+_CHUNK_BYTES = 1 << 20
 
 _COMBINE: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "SUM": lambda mine, theirs: mine.add_(theirs),
-    "AVG": lambda mine, theirs: mine.add_(theirs),
-    "PRODUCT": lambda mine, theirs: mine.mul_(theirs),
-    "MIN": lambda mine, theirs: torch.minimum(mine, theirs, out=mine),
-    "MAX": lambda mine, theirs: torch.maximum(mine, theirs, out=mine),
+    "SUM": lambda local, received: local.add_(received),
+    "AVG": lambda local, received: local.add_(received),
+    "PRODUCT": lambda local, received: local.mul_(received),
+    "MIN": lambda local, received: torch.minimum(local, received, out=local),
+    "MAX": lambda local, received: torch.maximum(local, received, out=local),
 }
 
 
 class Done(dist.Work):
-    """Work that was done before it was handed out."""
+    """Work that is already complete."""
 
     def __init__(self, result: Any) -> None:
         super().__init__()
@@ -47,11 +47,11 @@ class Done(dist.Work):
 
 
 class RingGroup(dist.ProcessGroup):
-    """Collectives in which every rank talks to its two neighbours only.
+    """A process group in which every rank communicates with its two neighbours only.
 
-    A reduction sends 2 (n - 1) / n of the tensor from each of n ranks, whatever n is, and gives all of them the same
-    bits: each part is added up in one place (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters
-    of workstations", 2009).
+    In a reduction each of n ranks sends 2 (n - 1) / n of the tensor, for any n. The result is bit-identical on all
+    ranks, since each shard is summed in a single order (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms
+    for clusters of workstations", 2009).
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: Any, *, address: str | None = None) -> None:
@@ -74,14 +74,14 @@ class RingGroup(dist.ProcessGroup):
     def abort(self) -> None:
         self.ring.close()
 
-    # torch's own stubs overload these for its C++ groups; what it calls on a group in Python is this.
+    # torch's stubs overload these for its C++ groups; on a Python group it calls these signatures.
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Done:  # type: ignore[override]
         name = _reduction(dist.ReduceOp.SUM if opts is None else opts.reduceOp)
         for tensor in tensors:
             flat = tensor.contiguous().view(-1)
-            parts = list(flat.tensor_split(self.ring.size))
-            self._combine(parts, name)
-            self._hand_round(parts)
+            shards = list(flat.tensor_split(self.ring.size))
+            self._combine(shards, name)
+            self._all_gather(shards)
             if flat.data_ptr() != tensor.data_ptr():
                 tensor.copy_(flat.view(tensor.shape))
         return Done(tensors)
@@ -93,22 +93,22 @@ class RingGroup(dist.ProcessGroup):
         source = opts.rootRank
         for tensor in tensors:
             flat = tensor.contiguous().view(-1)
-            pieces: list[Tensor | None] = list(torch.split(flat, max(_PIECE // flat.element_size(), 1)))
-            has, ends = self.ring.rank == source, (self.ring.rank + 1) % self.ring.size == source
-            for comes, goes in zip([*pieces, None], [None, *pieces], strict=True):
+            chunks: list[Tensor | None] = list(torch.split(flat, max(_CHUNK_BYTES // flat.element_size(), 1)))
+            is_source, is_last = self.ring.rank == source, (self.ring.rank + 1) % self.ring.size == source
+            for incoming, outgoing in zip([*chunks, None], [None, *chunks], strict=True):
                 if self.ring.size > 1:
-                    self.ring.exchange(None if ends else goes, None if has else comes)
+                    self.ring.exchange(None if is_last else outgoing, None if is_source else incoming)
             if flat.data_ptr() != tensor.data_ptr():
                 tensor.copy_(flat.view(tensor.shape))
         return Done(tensors)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Done:  # type: ignore[override]
-        for rows, mine in zip(outputs, inputs, strict=True):
-            parts = [torch.empty(mine.numel(), dtype=mine.dtype) for _ in rows]
-            parts[self.ring.rank].copy_(mine.reshape(-1))
-            self._hand_round(parts)
-            for row, part in zip(rows, parts, strict=True):
-                row.copy_(part.view(row.shape))
+        for rows, local in zip(outputs, inputs, strict=True):
+            shards = [torch.empty(local.numel(), dtype=local.dtype) for _ in rows]
+            shards[self.ring.rank].copy_(local.reshape(-1))
+            self._all_gather(shards)
+            for row, shard in zip(rows, shards, strict=True):
+                row.copy_(shard.view(row.shape))
         return Done(outputs)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Done:
@@ -117,9 +117,9 @@ class RingGroup(dist.ProcessGroup):
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Done:  # type: ignore[override]
         name = _reduction(dist.ReduceOp.SUM if opts is None else opts.reduceOp)
         for output, rows in zip(outputs, inputs, strict=True):
-            parts = [row.reshape(-1).clone() for row in rows]
-            self._combine(parts, name)
-            output.copy_(parts[self.ring.rank].view(output.shape))
+            shards = [row.reshape(-1).clone() for row in rows]
+            self._combine(shards, name)
+            output.copy_(shards[self.ring.rank].view(output.shape))
         return Done(outputs)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Done:
@@ -132,34 +132,34 @@ class RingGroup(dist.ProcessGroup):
     def barrier(self, opts: Any = None) -> Done:
         return self.allreduce([torch.ones(1)])
 
-    def _combine(self, parts: Sequence[Tensor], name: str) -> None:
-        """Reduce in place, so that this rank has the result of the part with its own number."""
+    def _combine(self, shards: Sequence[Tensor], name: str) -> None:
+        """Reduce in place; this rank gets the result of the shard with its rank as index."""
         ring = self.ring
         combine = _COMBINE[name]
         for step in range(ring.size - 1):
-            goes, comes = parts[(ring.rank - step - 1) % ring.size], parts[(ring.rank - step - 2) % ring.size]
-            theirs = torch.empty_like(comes)
-            ring.exchange(goes, theirs)
-            combine(comes, theirs)
+            outgoing, incoming = shards[(ring.rank - step - 1) % ring.size], shards[(ring.rank - step - 2) % ring.size]
+            received = torch.empty_like(incoming)
+            ring.exchange(outgoing, received)
+            combine(incoming, received)
         if name == "AVG":
-            parts[ring.rank].div_(ring.size)
+            shards[ring.rank].div_(ring.size)
 
-    def _hand_round(self, parts: Sequence[Tensor]) -> None:
-        """Give every rank every part; this one has that of its own number."""
+    def _all_gather(self, shards: Sequence[Tensor]) -> None:
+        """Send every shard to every rank; this one holds the shard with its rank as index."""
         ring = self.ring
         for step in range(ring.size - 1):
-            ring.exchange(parts[(ring.rank - step) % ring.size], parts[(ring.rank - step - 1) % ring.size])
+            ring.exchange(shards[(ring.rank - step) % ring.size], shards[(ring.rank - step - 1) % ring.size])
 
 
 def _reduction(op: Any) -> str:
     for name in _COMBINE:
         if op == getattr(dist.ReduceOp, name):
             return name
-    raise ValueError(f"The backend {BACKEND!r} reduces by {', '.join(_COMBINE)}, not by {op}.")
+    raise ValueError(f"The backend {BACKEND!r} supports the reductions {', '.join(_COMBINE)}, not {op}.")
 
 
 def register(address: str | None) -> None:
-    """Make the backend known to torch, by the name ``ring``; groups made from now on listen at `address`."""
+    """Register the backend with torch as ``ring``; new groups listen at `address`."""
 
     def make(store: Any, rank: int, size: int, timeout: Any) -> RingGroup:
         return RingGroup(store, rank, size, timeout, address=address)

@@ -1,4 +1,4 @@
-"""The launcher over submitit."""
+"""The launcher based on submitit."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from plugframe.base import Launcher
 from plugframe.errors import RankFailedError, SettingError, UsageError
 from plugframe.hooks import Job, hookimpl
 from plugframe_submitit.node import Node, Outcome, visible_devices
-from plugframe_submitit.output import Follower
+from plugframe_submitit.output import OutputForwarder
 
-_LOOK_S = 0.1
-#: How long a job that was cancelled may take to end.
-_FAREWELL_S = 20.0
+_POLL_S = 0.1
+#: Time limit for a cancelled job to end.
+_CANCEL_TIMEOUT_S = 20.0
 
 
 class Submitit(Launcher):
-    """Submit the job, pass its output on as it comes, and return its result.
+    """Submit the job, stream its output, and return its result.
 
-    submitit runs a task on every node, and the task starts the ranks there and watches over them, as ``plugframe run``
-    on that node would: restarts, reports and signals are the same. Ctrl-C cancels the job.
+    submitit runs a task on every node, which starts and monitors the ranks there like ``plugframe run`` on that node:
+    restarts, reports and signals are the same. Ctrl-C cancels the job.
 
     Args:
-        folder: where submissions, outputs and results are; all nodes must see it.
-        cluster: ``"slurm"``, or ``"local"`` for processes of this host; by default SLURM if there is an ``sbatch``.
-        timeout_min: minutes the job may take.
-        gpus_per_node: GPUs to ask SLURM for on each node.
-        slurm: further parameters of submitit for SLURM, such as ``{"partition": "big"}``.
+        folder: folder of submissions, outputs and results, visible to all nodes.
+        cluster: ``"slurm"``, or ``"local"`` for processes on this host; by default SLURM if ``sbatch`` is available.
+        timeout_min: time limit of the job in minutes.
+        gpus_per_node: GPUs per node to request from SLURM.
+        slurm: more SLURM parameters of submitit, such as ``{"partition": "big"}``.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Submitit(Launcher):
         slurm: Mapping[str, str] | None = None,
     ) -> None:
         if cluster not in (None, "slurm", "local"):
-            raise SettingError(f"cluster={cluster!r} is not possible: use 'slurm', 'local', or leave it out.")
+            raise SettingError(f"cluster={cluster!r} is not supported: use 'slurm', 'local', or leave it out.")
         if timeout_min < 1:
             raise SettingError(f"timeout_min={timeout_min!r} must be a number of minutes, 1 or more.")
         self.folder, self.cluster, self.timeout_min = folder, cluster, timeout_min
@@ -85,30 +85,30 @@ class Submitit(Launcher):
         return executor
 
     def _outcome(self, submitted: Any) -> Any:
-        follower = Follower(submitted)
+        forwarder = OutputForwarder(submitted)
         try:
             while not submitted.done():
-                follower.look()
-                time.sleep(_LOOK_S)
+                forwarder.forward()
+                time.sleep(_POLL_S)
         except BaseException:
             submitted.cancel(check=False)
-            deadline = time.monotonic() + _FAREWELL_S
+            deadline = time.monotonic() + _CANCEL_TIMEOUT_S
             while not submitted.done() and time.monotonic() < deadline:
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
             raise
         finally:
-            follower.look(last=True)
+            forwarder.forward(last=True)
         outcomes: list[Outcome] = []
         try:
             outcomes = submitted.results()
         except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
             raise RankFailedError(
-                f"Job {submitted.job_id} of submitit ended without a result ({submitted.state}): it was cancelled, ran "
-                f"out of time or memory, or its node failed. Its outputs are in {self.folder}.\n{error}"
+                f"submitit job {submitted.job_id} ended without a result ({submitted.state}): it was cancelled, ran "
+                f"out of time or memory, or its node failed. See its outputs in {self.folder}.\n{error}"
             ) from None
         for outcome in outcomes:
-            if outcome.refusal:
-                raise UsageError(outcome.refusal)
+            if outcome.usage_error:
+                raise UsageError(outcome.usage_error)
             if outcome.report:
                 raise RankFailedError(outcome.report, exit_code=outcome.exit_code)
         return outcomes[0].result

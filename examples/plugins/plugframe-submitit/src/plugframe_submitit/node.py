@@ -1,4 +1,4 @@
-"""What submitit runs: a task on each node, which starts and watches over the ranks there."""
+"""The task that submitit runs on each node: it starts and monitors the ranks there."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _DEVICES = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a task.
+    """The outcome of a task.
 
     Attributes:
-        result: what the function returned on rank 0, on node 0.
-        report: of a rank that failed; empty if none did.
-        refusal: why the job could not be started; empty if it was.
-        exit_code: what the job should exit with.
+        result: return value of the function on rank 0, on node 0 only.
+        report: report of a failed rank; empty if none failed.
+        usage_error: message of the error that prevented the start; empty if the job started.
+        exit_code: exit code of the job.
     """
 
     result: Any = None
     report: str = ""
-    refusal: str = ""
+    usage_error: str = ""
     exit_code: int = 0
 
 
@@ -39,10 +39,10 @@ class Node:
     """The task of one node.
 
     Attributes:
-        job: without its function.
-        call: the function and its arguments, pickled by value; empty for a script.
-        path: where modules were found when the job was submitted.
-        devices: the GPUs that were to be seen there, on this very host; None on another.
+        job: the job without its function.
+        call: function and arguments, pickled by value; empty for a script.
+        path: ``sys.path`` of the submitting process.
+        devices: visible GPUs of the submitting process, for local jobs; None otherwise.
     """
 
     job: Job
@@ -53,7 +53,7 @@ class Node:
     def __call__(self) -> Outcome:
         sys.path.extend(folder for folder in self.path if folder not in sys.path)
         if self.devices is not None:
-            # submitit's local jobs would see none.
+            # submitit hides all GPUs from local jobs.
             os.environ.pop(_DEVICES, None)
             os.environ.update({_DEVICES: self.devices} if self.devices else {})
         try:
@@ -61,7 +61,7 @@ class Node:
         except RankFailedError as error:
             return Outcome(report=error.report, exit_code=error.exit_code)
         except UsageError as error:
-            return Outcome(refusal=str(error))
+            return Outcome(usage_error=str(error))
 
     def _run(self) -> Any:
         job, environment = self.job, submitit.JobEnvironment()
@@ -75,15 +75,15 @@ class Node:
         if not self.call:
             return supervise(job)
         function, args = pickle.loads(self.call)
-        # In copies of this process, which has done nothing yet: the function need not be importable.
+        # Fork, so that the function need not be importable; this process has not initialized anything yet.
         return supervise(replace(job, function=function, args=args), start_method="fork")
 
 
 def _port(job_id: str) -> int:
-    """Return a port that all nodes derive from the number of their job."""
+    """Derive a port from the job id, the same on all nodes."""
     return 20_000 + int("".join(filter(str.isdigit, job_id)) or 0) % 10_000
 
 
 def visible_devices() -> str:
-    """Return the GPUs that ranks started here would see; empty for all."""
+    """Return the GPUs visible to ranks on this host; empty for all."""
     return os.environ.get(_DEVICES, "")
