@@ -44,6 +44,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "loggers": (3, True, ["csv", "csv"], ("cvs", "Did you mean 'csv'?")),
     "timeout_s": (True, 0, -1, math.inf, math.nan, "x", Thing()),
     "report_after_s": (True, -1, math.inf, math.nan, "x", Thing()),
+    "diagnostics": (0, 2, "x", [], Thing(), ("true", "it is true or false")),
 }
 CELLS = [
     (name, *(value if isinstance(value, tuple) else (value, ""))) for name, values in WRONG.items() for value in values

@@ -14,11 +14,9 @@ from plugframe.core.planning.resolve import Catalogue
 from plugframe.core.runtime.pipeline import BoundHooks, Pipeline
 from plugframe.errors import OrderError
 from plugframe.hooks.context import Context
+from plugframe.hooks.kinds import SETUP_ORDER
 from plugframe.hooks.markers import PROJECT
 from plugframe.hooks.world import World
-
-#: In this order they are set up; an accelerator first, so that tensors can exist.
-_SET_UP = ("accelerator", "collective", "precision", "strategy", "checkpoint")
 
 
 class Session:
@@ -80,15 +78,15 @@ class Session:
         self._process = os.getpid()
         context = self._context()
         try:
-            for kind in _SET_UP:
+            for kind in SETUP_ORDER:
+                setup = getattr(self.hooks, f"{kind}_setup")
+                if setup is None:  # of a kind of many, none is in use
+                    continue
                 # Undone even if the set-up itself fails half-way.
                 self._undo.callback(getattr(self.hooks, f"{kind}_teardown"))
-                getattr(self.hooks, f"{kind}_setup")(context=context)
+                setup(context=context)
                 if kind == "collective":
                     self._connect(context)
-            if self.hooks.logger_setup is not None:
-                self._undo.callback(self.hooks.logger_teardown)
-                self.hooks.logger_setup(context=context)
             self.context = context
             if self.hooks.on_launch is not None:
                 self.hooks.on_launch(context=context)
