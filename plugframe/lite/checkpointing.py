@@ -12,9 +12,9 @@ from plugframe.adopt import state_of
 from plugframe.hooks.checkpoint import SaveHandle
 from plugframe.lite.core import Core
 from plugframe.state import saving
-from plugframe.state.full import whole_state
+from plugframe.state.full import full_state_dict
 from plugframe.state.manager import CheckpointManager
-from plugframe.state.parameter_names import Names, names_of
+from plugframe.state.parameter_names import ParameterNames, names_of
 from plugframe.state.tree import Filter
 
 
@@ -50,7 +50,7 @@ class Keeping(Core):
             state,
             filters=filter,
             loaders=self._loaders,
-            naming=self._naming,
+            namer=self._naming,
             wait=wait,
             info=info,
         )
@@ -92,7 +92,7 @@ class Keeping(Core):
             state,
             strict=strict,
             loaders=self._loaders,
-            naming=self._naming,
+            namer=self._naming,
             trusted=trusted,
             rng=rng,
         )
@@ -111,7 +111,7 @@ class Keeping(Core):
             SettingError: for another type of object.
         """
         self._started("state_dict")
-        return whole_state(self._session, obj, all_ranks=all_ranks, naming=self._naming)
+        return full_state_dict(self._session, obj, all_ranks=all_ranks, namer=self._naming)
 
     def checkpoints(
         self,
@@ -175,9 +175,9 @@ class Keeping(Core):
     ) -> None:
         """Put the bare ``state_dict`` that lies at `path` into `obj`. Every rank must call it. See `load`."""
         self._started("load_raw")
-        saving.load_raw(self._session, path, obj, strict=strict, naming=self._naming, trusted=trusted)
+        saving.load_raw(self._session, path, obj, strict=strict, namer=self._naming, trusted=trusted)
 
-    def _naming(self, optimizer: Optimizer) -> Names | None:
+    def _naming(self, optimizer: Optimizer) -> ParameterNames | None:
         """Return the names of the optimizer's parameters: now, or when it was set up if the strategy hides them."""
         found = names_of(optimizer, self._living())
         return found or getattr(state_of(optimizer), "names", None)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from plugframe.adopt.module import Phase, counting
-from plugframe.adopt.replaced import Successors
+from plugframe.adopt.job_state import JobState, track_no_sync
+from plugframe.adopt.replaced import ReplacedParameters
 from plugframe.core.config.request import FROM_COMMAND_LINE, gather
 from plugframe.core.planning.resolve import resolve
 from plugframe.core.registry.registry import Registry
@@ -119,11 +119,11 @@ class Core:
         for message in self._session.deprecations if self.global_rank == 0 else ():
             warn_caller(message)
         self._modules: list[weakref.ref[nn.Module]] = []
-        self._phase = Phase()
+        self._phase = JobState()
         self._loaders = Loaders(self._phase.weights)
         self._stopping = Stopping()
         self._streams: RankStreams | None = None
-        self._successors = Successors()
+        self._replaced_parameters = ReplacedParameters()
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process as settings and the subclass's own attributes; there the plan is made anew."""
@@ -234,7 +234,7 @@ class Core:
     def teardown(self) -> None:
         """End the job on this rank and give every object back as it was. It may be called twice."""
         self._session.close()
-        self._streams = self._phase.draws = None
+        self._streams = self._phase.random_check = None
         self._modules.clear()
         self._loaders.clear()
         self._stopping.close()
@@ -258,11 +258,11 @@ class Core:
             context = session.start()
             if context.world.global_rank == 0:
                 tell(self.plan.line())
-            self._phase.explain = self._diagnostics.explain if self._diagnostics is not None else None
+            self._phase.explain_error = self._diagnostics.explain if self._diagnostics is not None else None
             if self.world_size > 1:
                 hooks: Any = self._hooks
                 session.on_close(setattr, hooks, "strategy_no_sync", hooks.strategy_no_sync)
-                hooks.strategy_no_sync = counting(self._phase, hooks.strategy_no_sync)
+                hooks.strategy_no_sync = track_no_sync(self._phase, hooks.strategy_no_sync)
             atexit.register(session.close)
         return session.started()
 

@@ -63,16 +63,16 @@ class Loop(Core):
             scale *= self._hooks.strategy_data_shard()[1]
         if scale != 1.0:
             tensor = tensor * scale
-        weights.used = weights.trains = True
-        weights.graded = False
-        weights.backwards += 1
+        weights.model_called = weights.trains = True
+        weights.unmarked = False
+        weights.num_backwards += 1
         phase = self._phase
-        phase.backward = phase.called = True
-        phase.backwards += not phase.local
+        phase.in_backward = phase.backward_called = True
+        phase.num_backwards += not phase.no_sync
         try:
             self._hooks.strategy_backward(loss=tensor, module=model, args=args, kwargs=kwargs)
         finally:
-            phase.backward = False
+            phase.in_backward = False
             for handle in handles:
                 handle.remove()
             self._hooks.precision_finish_backward()
@@ -93,7 +93,7 @@ class Loop(Core):
         weights = self._phase.weights
         if not weights.uneven:
             return 1.0
-        weights.asked()
+        weights.on_weight_requested()
         return weights.current()
 
     def _mean_loss(self, loss: Any) -> Any:

@@ -134,7 +134,7 @@ class Ranks(Core):
             timeout_s: seconds to wait for the other ranks, in place of what the job allows; equal on all ranks.
         """
         self._started("barrier")
-        self._phase.weights.met = True
+        self._phase.weights.communicated = True
         if timeout_s is None:
             self._hooks.collective_barrier(name=name or "", group=None)
         else:
@@ -162,7 +162,7 @@ class Ranks(Core):
 
     def _meet(self, call: str, group: Any, timeout_s: float | None) -> None:
         """Wait for the other ranks, if it is said for how long: then what follows waits for nobody."""
-        self._phase.weights.exchanged()
+        self._phase.weights.on_collective()
         if timeout_s is None:
             return
         if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:

@@ -21,20 +21,27 @@ from plugframe.adopt import (
     state_of,
 )
 from plugframe.adopt.module import checked_name
-from plugframe.adopt.settings_check import Comparison
-from plugframe.data.consistency import check_same, check_undivided, divider, signature
-from plugframe.data.loader import adopt_loader, check_unread, divides_itself, held_by, release_loader, sources_of
-from plugframe.data.random_check import DrawCheck
-from plugframe.data.random_sources import get_state, set_state
+from plugframe.adopt.settings_check import SettingsCheck
+from plugframe.data.consistency import check_consistent, check_unsharded, existing_sharding, signature
+from plugframe.data.loader import (
+    adopt_loader,
+    check_unread,
+    has_sharded_sampler,
+    release_loader,
+    sampling_generators,
+    transform_generators,
+)
+from plugframe.data.random_check import RandomStreamCheck
 from plugframe.data.random_streams import RankStreams
-from plugframe.data.shuffle import Order
-from plugframe.data.stream_check import check_window
+from plugframe.data.shuffle import Shuffle
+from plugframe.data.stream_check import check_first_window
 from plugframe.deferred.module import check_values, resuming
 from plugframe.errors import OrderError, SettingError
 from plugframe.lite import checks
 from plugframe.lite.core import Core
-from plugframe.state.parameter_names import Names, names_of
+from plugframe.state.parameter_names import ParameterNames, names_of
 from plugframe.utils.logging import warn_caller
+from plugframe.utils.rng import get_state, set_state
 from plugframe.utils.stores import fresh_prefix
 
 
@@ -64,7 +71,7 @@ class SetUp(Core):
         checks.check_optimizers(optimizers)
         checks.check_ownership(module, optimizers)
         module = self._prepare(module, move_to_device, "setup")
-        self._successors.carry_over(optimizers)
+        self._replaced_parameters.update_optimizers(optimizers)
         called = [names_of(optimizer, [module]) for optimizer in optimizers]
         setup = self._hooks.strategy_setup_module_and_optimizers
         engine, prepared = setup(module=module, optimizers=optimizers)
@@ -96,7 +103,7 @@ class SetUp(Core):
         checks.check_optimizers(optimizers)
         self._started("setup_optimizers")
         self._check_modules()
-        self._successors.carry_over(optimizers)
+        self._replaced_parameters.update_optimizers(optimizers)
         called = [names_of(optimizer, self._living()) for optimizer in optimizers]
         known = {id(parameter) for module in self._living() for parameter in module.parameters()}
         prepared = self._hooks.strategy_setup_optimizers(module=None, optimizers=optimizers)
@@ -135,17 +142,17 @@ class SetUp(Core):
         for loader in dataloaders:
             check_unread(loader)
         shared = list(dataloaders) if use_distributed_sampler else []
-        divided = [loader for loader in shared if not divides_itself(loader, *shard)]
+        divided = [loader for loader in shared if not has_sharded_sampler(loader, *shard)]
         seed = self._agree(divided, shared)
         self._count_exchanges()
         compare = self._comparison() if any(isinstance(d.dataset, IterableDataset) for d in shared) else None
         for loader in dataloaders:
-            order = Order(seed, self._loaders.number())
+            shuffle = Shuffle(seed, self._loaders.number())
             state = adopt_loader(
                 loader,
                 hooks=self._hooks,
                 device=context.device if move_to_device else None,
-                order=order,
+                shuffle=shuffle,
                 shard=shard,
                 training=self._training,
                 split=use_distributed_sampler,
@@ -166,7 +173,7 @@ class SetUp(Core):
             if move_to_device:
                 check_values(module)
                 module = module.to(context.device)
-        self._successors.note(before, module)
+        self._replaced_parameters.record(before, module)
         return module
 
     def _check_module(self, module: nn.Module, forward_methods: Iterable[Any]) -> tuple[Any, ...]:
@@ -194,15 +201,14 @@ class SetUp(Core):
                 )
 
     def _adopt(self, module: nn.Module, engine: Any, names: tuple[Any, ...]) -> None:
-        adopt_module(module, hooks=self._hooks, engine=engine, phase=self._phase, forward_methods=names)
+        adopt_module(module, hooks=self._hooks, engine=engine, job=self._phase, forward_methods=names)
         self._modules[:] = [reference for reference in self._modules if reference() is not None]
         self._modules.append(weakref.ref(module))
         self._session.release_on_close(module, _if_adopted(release_module))
         if self._hooks.on_setup is not None:
             self._hooks.on_setup(module=module)
 
-    def _adopt_optimizer(self, optimizer: Optimizer, names: Names | None) -> None:
-        phase = self._phase if self._session.world.global_rank == 0 else None
+    def _adopt_optimizer(self, optimizer: Optimizer, names: ParameterNames | None) -> None:
         self._hooks.precision_setup_optimizer(optimizer=optimizer)
         mean = compare = None
         if self.world_size > 1:
@@ -211,9 +217,15 @@ class SetUp(Core):
             known = {id(p) for module in self._living() for p in module.parameters()}
             # What no module has is each rank's own, and so may be its settings.
             if all(id(p) in known for group in optimizer.param_groups for p in group["params"]):
-                compare = Comparison(optimizer, self._hooks.strategy_gather_later, self._phase)
+                compare = SettingsCheck(optimizer, self._hooks.strategy_gather_later, self._phase)
         adopt_optimizer(
-            optimizer, hooks=self._hooks, names=names, phase=phase, job=self._phase, mean=mean, compare=compare
+            optimizer,
+            hooks=self._hooks,
+            names=names,
+            job=self._phase,
+            check_backward=self.is_global_zero,
+            mean=mean,
+            compare=compare,
         )
         self._session.release_on_close(optimizer, _if_adopted(release_optimizer))
 
@@ -227,20 +239,24 @@ class SetUp(Core):
         Raises:
             SettingError: on all ranks, if the data of a loader differ, or are divided already.
         """
-        sources = [source for loader in loaders for source in sources_of(loader)]
+        sources = [source for loader in loaders for source in sampling_generators(loader)]
         if self.world_size == 1:
             return torch.initial_seed()
         # Ranks that read the same batches must change them alike too.
-        held = [held_by(loader) for loader in loaders] if self._hooks.strategy_data_shard()[1] < self.world_size else []
-        found = [(signature(d, deep=self._loaders.is_new(d.dataset)), divider(d)) for d in shared]
+        held = (
+            [transform_generators(loader) for loader in loaders]
+            if self._hooks.strategy_data_shard()[1] < self.world_size
+            else []
+        )
+        found = [(signature(d, deep=self._loaders.is_new(d.dataset)), existing_sharding(d)) for d in shared]
         states = [get_state(source) for source in sources] if self.is_global_zero else None
         states_held = [{path: get_state(source) for path, source in each.items()} for each in held]
         if not self.is_global_zero:
             states_held = []
         mine = (torch.initial_seed(), states, states_held, found)
         everyone = self._hooks.collective_all_gather_object(obj=mine, group=None)
-        check_same([[each for each, _ in found] for *_, found in everyone])
-        check_undivided([[name for _, name in found] for *_, found in everyone])
+        check_consistent([[each for each, _ in found] for *_, found in everyone])
+        check_unsharded([[name for _, name in found] for *_, found in everyone])
         seed, states, states_held, _ = everyone[0]
         for source, state in zip(sources, states, strict=True):
             set_state(source, state)
@@ -258,8 +274,8 @@ class SetUp(Core):
             if self.world_size == 1 or counter is None or "sharded" in provides:
                 return
             counter()
-            self._phase.weights.exchanges = counter
-            self._phase.weights.speaks = self.is_global_zero
+            self._phase.weights.num_collectives = counter
+            self._phase.weights.warns = self.is_global_zero
 
     def _comparison(self) -> Callable[..., None] | None:
         """Return what compares the first windows of streams, at the store at which the ranks met; None without one."""
@@ -270,7 +286,7 @@ class SetUp(Core):
         # A job may be set up more than once over one store: the user's own process group stays.
         prefix = fresh_prefix(store, "streams", self.global_rank)
         return functools.partial(
-            check_window, store=store, prefix=prefix, rank=self.global_rank, num_ranks=self.world_size
+            check_first_window, store=store, prefix=prefix, rank=self.global_rank, num_ranks=self.world_size
         )
 
     def _draw_apart(self) -> None:
@@ -283,7 +299,9 @@ class SetUp(Core):
         self._streams.open()
         if self.world_size > 1 and not self.plan.simulated:
             context = self._session.started()
-            self._phase.draws = DrawCheck(index=index, hooks=self._hooks, context=context, loaders=self._loaders)
+            self._phase.random_check = RandomStreamCheck(
+                index=index, hooks=self._hooks, context=context, loaders=self._loaders
+            )
 
     def _training(self) -> bool:
         return torch.is_grad_enabled() and any(module.training for module in self._living())

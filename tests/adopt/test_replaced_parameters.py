@@ -65,7 +65,7 @@ def test_the_optimizer_trains_the_new_parameters(apart: bool) -> None:
         assert not torch.equal(module[0].weight, before)
 
 
-@pytest.mark.parametrize(("kind", "what"), [("renamed", "is not there any more"), ("frozen", "cannot be trained")])
+@pytest.mark.parametrize(("kind", "what"), [("renamed", "no longer exists"), ("frozen", "is no longer trainable")])
 def test_a_parameter_without_a_successor_is_refused(kind: str, what: str) -> None:
     """A layer whose new parameters have other names, or are frozen, is named before anything is trained."""
     with Lite(accelerator="cpu", devices=1, precision=Replacing(kind)) as lite:

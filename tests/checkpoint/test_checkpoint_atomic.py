@@ -223,7 +223,7 @@ def test_paths_that_are_no_place_for_a_file_are_refused(tmp_path: Path) -> None:
         f"{tmp_path}/new/": "is a folder",
         "": "is a folder",
         "s3://bucket/last.ckpt": "is a URL",
-        str(tmp_path / "pipe"): "is no regular file",
+        str(tmp_path / "pipe"): "is not a regular file",
         str(tmp_path / "file" / "last.ckpt"): "Not a directory",
     }
     for path, text in cases.items():

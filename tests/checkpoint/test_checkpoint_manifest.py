@@ -61,7 +61,7 @@ def test_a_manifest_of_something_else_is_refused() -> None:
         b"[[[[",
     ):
         data = body + b',"xxh3":"%b"}' % digest(body).encode()
-        with pytest.raises(CheckpointCorruptError, match="its manifest is not one"):
+        with pytest.raises(CheckpointCorruptError, match="its manifest is invalid"):
             Manifest.from_bytes(data, where="f")
 
 

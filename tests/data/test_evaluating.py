@@ -136,7 +136,7 @@ def a_loop_that_exchanges_for_every_batch_is_refused(world: World) -> None:
                     exchange()
 
         for exchange in exchanges:
-            refused = pytest.raises(OrderError, match="turn gradients off before the loop")
+            refused = pytest.raises(OrderError, match="Turn gradients off before the loop")
             with refused if world.global_rank else nullcontext():
                 evaluate(exchange)
 

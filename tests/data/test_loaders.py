@@ -28,7 +28,7 @@ from torch.utils.data import (
 from plugframe import OrderError, SettingError
 from plugframe.adopt import state_of
 from plugframe.data.loader import adopt_loader, release_loader
-from plugframe.data.shuffle import Order
+from plugframe.data.shuffle import Shuffle
 
 
 class Shuffled:
@@ -112,7 +112,7 @@ def adopt(loader: DataLoader[Any], *, index: int = 0, count: int = 2, training: 
         loader,
         hooks=hooks(),
         device=None,
-        order=Order(seed, 0),
+        shuffle=Shuffle(seed, 0),
         shard=(index, count),
         training=lambda: training,
         split=True,
@@ -444,7 +444,7 @@ def test_workers_that_stay_know_what_changes() -> None:
         loader,
         hooks=hooks(),
         device=None,
-        order=Order(0, 0),
+        shuffle=Shuffle(0, 0),
         shard=(2, 3),
         training=lambda: mode[0],
         split=True,
@@ -620,5 +620,5 @@ def test_a_pass_begun_before_set_up_is_refused() -> None:
             super().__init__(*args)
             self.current = super().__iter__()
 
-    with pytest.raises(OrderError, match=r"This Endless holds in .current a pass over its data that began before"):
+    with pytest.raises(OrderError, match=r"This Endless holds in .current an iterator over its data that was"):
         adopt(Endless(DATA))

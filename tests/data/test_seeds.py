@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info, random_split
 
 from plugframe import Lite, OutOfSyncError, SettingError, seed_everything
-from plugframe.data.generators import held_sources
-from plugframe.data.random_check import DrawCheck
+from plugframe.data.generators import find_generators
+from plugframe.data.random_check import RandomStreamCheck
 from plugframe.data.seed import GLOBAL_SEED, JOB_SEED, PROCESS, seed_process
 from plugframe.data.shared_seed import SharedSeed
 from plugframe.hooks.world import World
@@ -52,7 +52,7 @@ def test_any_integer_and_its_digits_are_a_seed(seed: Any) -> None:
 )
 def test_what_is_no_integer_is_no_seed(seed: Any) -> None:
     """Booleans, floats, negative numbers and other texts are refused, with what a seed is."""
-    with pytest.raises(SettingError, match="is not a seed: it is a whole number from 0 to 4294967295"):
+    with pytest.raises(SettingError, match="is not a seed: pass an integer from 0 to 4294967295"):
         seed_everything(seed)
     with pytest.raises(SettingError, match="per_rank=1 of seed_everything"):
         seed_everything(1, per_rank=1)  # type: ignore[arg-type]
@@ -97,7 +97,7 @@ def test_generators_are_found_wherever_a_data_set_keeps_them() -> None:
         "samples": [random.Random(index) for index in range(1000)],
     }
     generator = torch.Generator()
-    found = held_sources(dataset=kept, collate_fn=lambda batch: (batch, generator, MODULE_LEVEL))
+    found = find_generators(dataset=kept, collate_fn=lambda batch: (batch, generator, MODULE_LEVEL))
     assert sorted(found) == [
         "collate_fn.MODULE_LEVEL",
         "collate_fn.generator",
@@ -105,7 +105,7 @@ def test_generators_are_found_wherever_a_data_set_keeps_them() -> None:
         "dataset.in a list.1",
         "dataset.in a slot.rng",
     ]
-    assert "collate_fn.MODULE_LEVEL" not in held_sources(module_level=False, collate_fn=lambda: MODULE_LEVEL)
+    assert "collate_fn.MODULE_LEVEL" not in find_generators(module_level=False, collate_fn=lambda: MODULE_LEVEL)
 
 
 class Augmented(Dataset[Tensor]):
@@ -275,7 +275,7 @@ def train(lite: Lite, *, dropout: bool = False, noise: str = "", per_rank: bool 
     model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
     fixed = torch.randn(4)  # drawn once, equal on purpose
     makers = {"torch": lambda: torch.rand(()).item(), "numpy": numpy.random.rand, "random": random.random}
-    lite._streams = lite._phase.draws = None  # as a job that begins
+    lite._streams = lite._phase.random_check = None  # as a job that begins
     lite._draw_apart()
     loader = lite.setup_dataloaders(DataLoader(torch.ones(24, 4), batch_size=2, shuffle=True))
     for batch in loader:
@@ -283,7 +283,7 @@ def train(lite: Lite, *, dropout: bool = False, noise: str = "", per_rank: bool 
         lite.backward(model(batch + z * fixed).square().mean())
         optimizer.step()
         optimizer.zero_grad()
-    assert lite._phase.draws is None
+    assert lite._phase.random_check is None
 
 
 def equal_draws_are_told_once(lite: Lite) -> None:
@@ -314,13 +314,13 @@ def equal_draws_are_told_once(lite: Lite) -> None:
 def ranks_of_one_group_must_draw_alike(lite: Lite) -> None:
     """Ranks that read the same batches and draw different numbers on them are refused, on all ranks."""
     torch.manual_seed(lite.global_rank)
-    check = DrawCheck(index=0, hooks=lite._hooks, context=lite._session.started(), loaders=lite._loaders)
-    before = check.enter()
+    check = RandomStreamCheck(index=0, hooks=lite._hooks, context=lite._session.started(), loaders=lite._loaders)
+    before = check.before_forward()
     assert before is not None
     torch.rand(1)
-    check.leave(before)
+    check.after_forward(before)
     with pytest.raises(OutOfSyncError, match="Ranks 0 and 1 read the same batches, and the model drew different"):
-        check.at_step()
+        check.after_step()
 
 
 CHECKS = (

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from plugframe.data.sharding import ShardedIndices, Start, share_batches, share_indices
+from plugframe.data.sharding import PassStart, ShardedIndices, share_batches, share_indices
 
 numbers = st.integers(0, 60)
 sizes = st.integers(1, 5)
@@ -31,8 +31,8 @@ def shares(number: int, size: int, count: int, *, drop_last: bool, even: bool) -
 
 
 def stand_in(sampler: Any, *, index: int, count: int, even: bool) -> ShardedIndices:
-    def start() -> Start:
-        return Start(draws=None, even=even, weigh=lambda weight: None, skip=0)
+    def start() -> PassStart:
+        return PassStart(random_stream=None, even=even, add_weight=lambda weight: None, skip=0)
 
     return ShardedIndices(sampler, index=index, count=count, begin=lambda: start, even=lambda: even)
 

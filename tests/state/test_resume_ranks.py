@@ -10,7 +10,7 @@ import pytest
 
 import resume_ranks_cases as cases
 from plugframe import CheckpointMismatchError
-from plugframe.data.position import Layout, Place, converted
+from plugframe.data.position import Layout, ResumePoint, resume_point
 from ranks import run_ranks
 
 SIZE, STOP = 2, 4
@@ -20,7 +20,7 @@ KINDS = (
 )
 REFUSED = {
     "own loader": "its __iter__ decides what it reads",
-    "stream, workers": "each worker process reads its own part of a stream",
+    "stream, workers": "each worker process reads its own shard of a stream",
 }
 #: Saved by, then loaded (and saved once more) by, then loaded by so many ranks.
 ROUTES = {"1 to 2": (1, 2, 2), "2 to 3 to 1": (2, 3, 1)}
@@ -91,12 +91,12 @@ def test_a_place_that_cannot_be_converted_is_refused(stages: list[dict[str, list
 def test_places_are_counted_in_what_all_layouts_share() -> None:
     """A position is in batches of a rank; what lies before it, in samples of all ranks."""
     saved = {"position": 3, "origin": 10, "first": 2, "layout": ["samples", 4, 2, 0]}
-    assert converted(saved, Layout("samples", 4, 2)) == Place(3, 10, 2)
-    assert converted(saved, Layout("samples", 3, 5)) == Place(0, 34, 5, elsewhere=True)
+    assert resume_point(saved, Layout("samples", 4, 2)) == ResumePoint(3, 10, 2)
+    assert resume_point(saved, Layout("samples", 3, 5)) == ResumePoint(0, 34, 5, other_layout=True)
     ended = {"position": 0, "epoch": 4}
-    assert converted(ended, Layout("its sampler divides the data itself", 4, 2)) == Place(0, 0, 0)
-    with pytest.raises(CheckpointMismatchError, match="counted in different ways"):
-        converted(saved, Layout("batches", 1, 2))
+    assert resume_point(ended, Layout("its sampler divides the data itself", 4, 2)) == ResumePoint(0, 0, 0)
+    with pytest.raises(CheckpointMismatchError, match="one counts samples, the other batches"):
+        resume_point(saved, Layout("batches", 1, 2))
 
 
 def test_numbers_of_each_rank_go_on_exactly(tmp_path: Path) -> None:
