@@ -24,7 +24,7 @@ MAX_MANIFEST_BYTES = 2**30
 #: A part has one checksum per segment of this size, so that several threads can verify it.
 SEGMENT_BYTES = 16 * 1024 * 1024
 #: Length of a checksum: 64-bit xxh3, https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md. It detects damage
-#: at memory speed. It does not prevent forgery, which is harmless: no data is ever executed.
+#: at memory speed. It does not detect forgery, but no data is ever executed.
 DIGEST_CHARS = 16
 
 _TAIL = b',"xxh3":"%b"}'

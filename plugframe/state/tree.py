@@ -357,7 +357,7 @@ def _mismatch(where: str, value: Tensor, loaded: Any) -> str | None:
 def _brief(value: Any) -> str:
     try:
         return repr(value)[:60]
-    except ValueError:  # an integer beyond sys.int_info.str_digits_check_threshold
+    except ValueError:  # an integer with more digits than sys.get_int_max_str_digits()
         return f"a {type(value).__name__}"
 
 
