@@ -93,9 +93,9 @@ def join(tensors: Mapping[str, Tensor | StoredTensor], structure: Any, *, where:
     try:
         state = joiner.decode(structure, 0)
     except Exception as error:  # noqa: BLE001 a file may hold anything
-        raise CheckpointCorruptError(f"{where}: its structure is invalid: {str(error)[:200]}.") from printable_cause(
-            error
-        )
+        raise CheckpointCorruptError(
+            f"{where}: its structure is not what was written: {str(error)[:200]}."
+        ) from printable_cause(error)
     unused = [name for name in tensors if name not in joiner.used]
     if unused:
         raise CheckpointCorruptError(f"{where}: tensor {unused[0]!r} is not part of its structure.")

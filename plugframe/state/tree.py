@@ -273,7 +273,7 @@ class Restore:
             rank, problems = found
             where = "" if self.problems else f" on rank {rank}"
             raise CheckpointMismatchError(
-                f"{self.path} does not match the objects it is loaded into{where}; nothing was changed. "
+                f"{self.path} does not fit the objects it is loaded into{where}; nothing was changed. "
                 + "; ".join(self.problems or problems)
             )
         self._load_objects()
@@ -308,7 +308,7 @@ class Restore:
                 apply()
             except Exception as problem:  # noqa: BLE001 as above
                 failure = f"{where}: {type(problem).__name__}: {problem}"
-                error = CheckpointMismatchError(f"{self.path} does not match; nothing was changed. {failure}")
+                error = CheckpointMismatchError(f"{self.path} does not fit; nothing was changed. {failure}")
                 error.__cause__ = problem
                 break
         found = self._first_rank_with(failure)

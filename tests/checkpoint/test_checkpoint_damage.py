@@ -572,7 +572,7 @@ def test_what_fails_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
     assert re.search(mismatch.format("on rank 1; "), first["shape"][0])
     assert re.search(mismatch.format(""), second["shape"][0])
     assert re.search(
-        r"did not take its state on rank 1; nothing was changed. other: KeyError: 'no'", first["refused"][0]
+        r"did not accept its state on rank 1; nothing was changed. other: KeyError: 'no'", first["refused"][0]
     )
     assert second["refused"][0].startswith("KeyError")
     assert [changed for outcome in (first, second) for _, changed in outcome.values()] == [""] * 8

@@ -38,7 +38,7 @@ def steps(folder: Path) -> list[int]:
 def test_the_newest_and_the_best_are_kept(lite: Lite, tmp_path: Path, wait: bool) -> None:
     """keep_last and keep_best each keep theirs; all others are removed completely."""
     if not wait and lite.plan.choices["checkpoint"].name != "dcp":
-        pytest.skip("this format saves at once")
+        pytest.skip("this format does not save in the background")
     kept = lite.checkpoints(tmp_path / "a", keep_last=2, keep_best=("loss", "min", 1))
     assert kept.latest() is None
     assert kept.best() is None
@@ -72,7 +72,9 @@ def test_a_run_goes_on_from_the_newest_whole_one(lite: Lite, tmp_path: Path) -> 
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     again, found = lite.checkpoints(tmp_path / "run"), state()
-    with pytest.warns(PlugframeWarning, match=r"step-000000000003.ckpt.* It is set aside, and the one before it taken"):
+    with pytest.warns(
+        PlugframeWarning, match=r"step-000000000003.ckpt.* It is set aside, and the checkpoint before it"
+    ):
         assert again.resume(found)
     assert again.step == 2
     assert found["model"].weight.tolist() == [[2.0, 2.0]]
@@ -116,7 +118,7 @@ def test_what_a_killed_save_left_is_no_checkpoint(lite: Lite, tmp_path: Path, st
     interrupted(newest)
     again, found = lite.checkpoints(tmp_path / "run"), state()
     removed = pytest.warns(
-        PlugframeWarning, match="7.ckpt is not complete.* It is removed, and the one before it taken"
+        PlugframeWarning, match="7.ckpt is not complete.* It is removed, and the checkpoint before it is loaded"
     )
     with removed if folder else nullcontext():
         assert again.resume(found) is bool(steps_before)
