@@ -15,7 +15,8 @@ from plugframe.data.batch_weights import BatchWeights
 from plugframe.data.epochs import EpochSetter
 from plugframe.data.generators import Generators, pack_states, restore_states
 from plugframe.data.position import Layout, resume_point
-from plugframe.data.sharding import PassStart, ShardedIterable
+from plugframe.data.sharded_iterable import ShardedIterable
+from plugframe.data.sharding import PassStart
 from plugframe.data.shuffle import RandomStream, Shuffle
 from plugframe.errors import CheckpointMismatchError, OrderError
 from plugframe.utils.rng import (

@@ -15,14 +15,8 @@ from plugframe.data.epochs import epoch_setters
 from plugframe.data.generators import Generators, find_generators, generator_attributes, reseed, salts
 from plugframe.data.iteration import LoaderPass, LoaderState
 from plugframe.data.position import Layout
-from plugframe.data.sharding import (
-    ShardedIndices,
-    ShardedIterable,
-    SizedShardedIterable,
-    WeightedCollate,
-    WeightedItem,
-    is_flat,
-)
+from plugframe.data.sharded_iterable import ShardedIterable, SizedShardedIterable, WeightedCollate, WeightedItem
+from plugframe.data.sharding import ShardedIndices, is_flat
 from plugframe.data.shuffle import RandomStream, Shuffle
 from plugframe.data.stateful import is_stateful
 from plugframe.data.worker_seeding import SeededDataset, seed_worker, set_worker_info_seed
@@ -217,14 +211,7 @@ def adopt_loader(
         if split:
             _shard_iterable(loader, state, index, count)
     elif split:
-        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        inner = getattr(loader, name)
-        state.random_stream = functools.partial(_random_stream, inner, shuffle)
-        state.sharded = True
-        begin = state.begin_indices
-        own_index, own_count = (0, 1) if has_sharded_sampler(loader, index, count) else shard
-        indices = ShardedIndices(inner, index=own_index, count=own_count, begin=begin, even=training)
-        _replace(loader, state, name, indices)
+        _shard_indices(loader, state, index, count)
     state.indexed = state.sharded and type(loader).__iter__ is DataLoader.__iter__
     state.layout = _layout(loader, state, index, count)
     _seed_per_rank(loader, state, index, count)
@@ -303,6 +290,17 @@ def check_unread(loader: DataLoader[Any]) -> None:
                 f"This {type(loader).__name__} holds in .{name} an iterator over its data that was made before set-up "
                 "and is not divided between ranks: make it after lite.setup_dataloaders()."
             )
+
+
+def _shard_indices(loader: DataLoader[Any], state: LoaderState, index: int, count: int) -> None:
+    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    inner = getattr(loader, name)
+    state.random_stream = functools.partial(_random_stream, inner, state.shuffle)
+    state.sharded = True
+    if has_sharded_sampler(loader, index, count):
+        index, count = 0, 1
+    indices = ShardedIndices(inner, index=index, count=count, begin=state.begin_indices, even=state.training)
+    _replace(loader, state, name, indices)
 
 
 def _shard_iterable(loader: DataLoader[Any], state: LoaderState, index: int, count: int) -> None:
