@@ -1,4 +1,4 @@
-"""Your own objects back: a module and an optimizer, each itself plus hooks, and itself again after."""
+"""Adopt a module or an optimizer in place: the same object with added behaviour, and release it again."""
 
 from plugframe.adopt.module import adopt_module, release_module
 from plugframe.adopt.optimizer import adopt_optimizer, release_optimizer

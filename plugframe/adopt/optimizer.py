@@ -1,4 +1,4 @@
-"""The user's optimizer, whose step runs under strategy and precision."""
+"""Adopt an optimizer in place: its step runs under strategy and precision."""
 
 from __future__ import annotations
 
@@ -6,48 +6,53 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
+from plugframe.adopt.job_state import JobState
 from plugframe.base.strategy import Strategy
 from plugframe.utils.logging import warn_caller
 from plugframe.utils.swap import KEY, State, adopt, release
 
-if TYPE_CHECKING:
-    from plugframe.adopt.module import Phase
-
-Names = list[list[str]]
+ParameterNames = list[list[str]]
 
 
 class OptimizerState(State):
-    """What an adopted optimizer knows.
+    """State of an adopted optimizer.
 
     Attributes:
-        patched: the ``step`` a scheduler had put on the instance, None if there was none.
-        inside: whether a step is running, so that a loss scaler that calls ``step`` gets the inner one.
-        names: of its parameters by group, when it was set up; None if they were not known.
-        phase: asked once, after the first step, whether the gradients came by way of `Lite`; None where nobody asks.
-        job: says whether random numbers are still compared between the ranks, after the first steps.
-        steps: how many it has made, those before the checkpoint it was resumed from included.
-        mean: makes the loss that a closure returns that of all ranks; None on one rank.
-        compare: compares settings with those of the other ranks, given the steps made; None on one rank.
+        patched: the ``step`` that a scheduler set on the instance, None if there was none.
+        inside: whether a step is running: a loss scaler that calls ``step`` then calls the original.
+        names: names of its parameters by group at set-up; None if they are unknown.
+        job: state of the job; None in tests of one optimizer.
+        check_backward: whether to warn after the first step if ``lite.backward`` was not called.
+        num_steps: number of steps, including those before the checkpoint it was resumed from.
+        num_steps_here: number of steps in this process.
+        mean: returns the mean over ranks of the loss of a closure; None on one rank.
+        compare: compares settings between ranks, given the number of steps; None on one rank.
     """
 
-    #: Those in use. The launcher's side of a rank asks when the rank has failed, and no object leads it here.
+    #: Those in use. At class level, since `plugframe.launch.rank` reads it after an error and holds no optimizer.
     alive: ClassVar[weakref.WeakSet[OptimizerState]] = weakref.WeakSet()
 
     def __init__(
-        self, optimizer: Optimizer, hooks: Any, names: Names | None, phase: Phase | None, job: Phase | None
+        self,
+        optimizer: Optimizer,
+        hooks: Any,
+        names: ParameterNames | None,
+        job: JobState | None,
+        *,
+        check_backward: bool,
     ) -> None:
         self.hooks = hooks
         self.names = names
         self.patched: Callable[..., Any] | None = optimizer.__dict__.pop("step", None)
         self.inside = False
-        self.steps = 0
-        self.phase = phase
+        self.num_steps = 0
+        self.num_steps_here = 0
         self.job = job
-        self.made = 0
+        self.check_backward = check_backward
         self.mean: Callable[[Any], Any] | None = None
         self.compare: Callable[[int], None] | None = None
         self.alive.add(self)
@@ -61,31 +66,31 @@ def adopt_optimizer(
     optimizer: Optimizer,
     *,
     hooks: Any,
-    names: Names | None = None,
-    phase: Phase | None = None,
-    job: Phase | None = None,
+    names: ParameterNames | None = None,
+    job: JobState | None = None,
+    check_backward: bool = False,
     mean: Callable[[Any], Any] | None = None,
     compare: Callable[[int], None] | None = None,
 ) -> None:
     """Adopt `optimizer` in place."""
-    state = OptimizerState(optimizer, hooks, names, phase, job)
+    state = OptimizerState(optimizer, hooks, names, job, check_backward=check_backward)
     state.mean, state.compare = mean, compare
     namespace: dict[str, Any] = {"step": _make_step(type(optimizer).step, state.patched)}
-    if keeps_gradients(hooks):
-        namespace["zero_grad"] = zeroing(type(optimizer).zero_grad)
+    if owns_gradients(hooks):
+        namespace["zero_grad"] = make_zero_grad(type(optimizer).zero_grad)
     if not hasattr(optimizer, "optimizer"):
         namespace["optimizer"] = property(_itself)
     adopt(optimizer, state, namespace)
 
 
-def keeps_gradients(hooks: Any) -> bool:
-    """Say whether the strategy keeps gradients beside those of the parameters."""
+def owns_gradients(hooks: Any) -> bool:
+    """Return whether the strategy stores gradients outside of the parameters' ``grad``."""
     hook = getattr(hooks, "strategy_zero_grad", None)
     return hook is not None and getattr(hook, "__func__", None) is not Strategy.strategy_zero_grad
 
 
-def zeroing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a ``zero_grad`` that has the strategy forget gradients too."""
+def make_zero_grad(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a ``zero_grad`` that resets the gradients of the strategy too."""
 
     @functools.wraps(original)
     def zero_grad(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,26 +104,26 @@ def zeroing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def release_optimizer(optimizer: Optimizer) -> None:
-    """Give the optimizer back as it was, with the step a scheduler had wrapped."""
+    """Restore the class of the optimizer, and the ``step`` that a scheduler set."""
     state = release(optimizer)
     if state.patched is not None and "step" not in optimizer.__dict__:
         optimizer.__dict__["step"] = state.patched
 
 
-def resumed_at(optimizer: Any, step: int) -> None:
-    """Count on from `step`, if this is an adopted optimizer."""
+def set_num_steps(optimizer: Any, step: int) -> None:
+    """Set the number of steps, if this is an adopted optimizer."""
     state = getattr(optimizer, "__dict__", {}).get(KEY)
     if isinstance(state, OptimizerState):
-        state.steps = step
+        state.num_steps = step
 
 
 def steps_made() -> int:
-    """Return the most steps that any optimizer in use has made."""
-    return max((state.steps for state in OptimizerState.alive), default=0)
+    """Return the largest number of steps of any optimizer in use."""
+    return max((state.num_steps for state in OptimizerState.alive), default=0)
 
 
 def _itself(self: Any) -> Any:
-    """The optimizer itself: there is nothing to unwrap."""
+    """Return the optimizer itself: it is not wrapped."""
     return self
 
 
@@ -126,34 +131,36 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
     @functools.wraps(original)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         state: OptimizerState | None = self.__dict__.get(KEY)
-        # What a scheduler put on the instance holds the optimizer weakly, and so must what is made here.
+        # A scheduler's `step` references the optimizer weakly; a bound method stored here would not.
         inner = patched or functools.partial(original, self)
-        if state is None or state.inside:  # given back, but a scheduler still holds this function
+        if state is None or state.inside:  # released, but a scheduler still holds this function
             return inner(*args, **kwargs)
         closure = None
         if args or kwargs:
-            inner, closure = _bound(inner, args, kwargs)
+            inner, closure = _split_closure(inner, args, kwargs)
             if closure is not None and state.mean is not None:
                 closure = _averaged(closure, state.mean)
         if state.compare is not None:
-            state.compare(state.made)
+            state.compare(state.num_steps_here)
         state.inside = True
         try:
             result = state.hooks.strategy_optimizer_step(optimizer=self, step=inner, closure=closure)
         finally:
             state.inside = False
-        state.steps += 1
-        state.made += 1
-        if state.phase is not None:
-            _check_gradients(self, state.phase)
-            state.phase = None
-        if state.job is not None and state.job.draws is not None and state.job.draws.at_step():
-            state.job.draws = None
+        state.num_steps += 1
+        state.num_steps_here += 1
+        job = state.job
+        if job is not None:
+            if state.check_backward:
+                _warn_if_unconverted(self, job)
+                state.check_backward = False
+            if job.random_check is not None and job.random_check.after_step():
+                job.random_check = None
         if state.hooks.on_optimizer_step is not None:
             state.hooks.on_optimizer_step(optimizer=self)
         return result
 
-    # torch marks a step it has instrumented, and one a scheduler has wrapped, by attributes of the function.
+    # A hack: torch marks a step that it has instrumented, or a scheduler wrapped, by attributes of the function.
     marked: Any = step
     marked.hooked = True
     if hasattr(patched, "_wrapped_by_lr_sched"):
@@ -162,7 +169,7 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
 
 
 def _averaged(closure: Callable[[], Any], mean: Callable[[Any], Any]) -> Callable[[], Any]:
-    """Return a closure whose loss is that of all ranks: a line search must decide alike on each."""
+    """Return a closure that returns the mean loss of all ranks, so that a line search decides consistently."""
 
     @functools.wraps(closure)
     def averaged() -> Any:
@@ -171,9 +178,9 @@ def _averaged(closure: Callable[[], Any], mean: Callable[[Any], Any]) -> Callabl
     return averaged
 
 
-def _check_gradients(optimizer: Optimizer, phase: Phase) -> None:
-    """Say it if there are gradients and ``lite.backward`` was never called, as in a script that is half converted."""
-    if phase.called or all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+def _warn_if_unconverted(optimizer: Optimizer, job: JobState) -> None:
+    """Warn if there are gradients and ``lite.backward`` was never called, as in a partially converted script."""
+    if job.backward_called or all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
         return
     warn_caller(
         "An optimizer stepped on gradients of loss.backward(): call lite.backward(loss), which scales losses in "
@@ -181,14 +188,14 @@ def _check_gradients(optimizer: Optimizer, phase: Phase) -> None:
     )
 
 
-def _bound(
+def _split_closure(
     inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Any], Callable[[], Any] | None]:
-    """Return the step with all its arguments but the closure, and the closure."""
+    """Return the step bound to all arguments except the closure, and the closure."""
     if len(args) > 1 or (args and ("closure" in kwargs or not (args[0] is None or callable(args[0])))):
-        # A signature of the optimizer's own, as in ``step(loss)``. By keyword: a loss scaler hands on only those.
+        # A custom signature, such as ``step(loss)``. By keyword, since a loss scaler forwards only keyword arguments.
         signature = inspect.signature(inner)
-        signature.bind(*args, **kwargs)  # refuses what does not fit
+        signature.bind(*args, **kwargs)  # raises TypeError
         named = dict(zip(signature.parameters, args, strict=False))
         return functools.partial(inner, **named, **kwargs), None
     closure = args[0] if args else kwargs.pop("closure", None)

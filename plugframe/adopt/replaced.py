@@ -1,4 +1,4 @@
-"""Parameters that a precision or a move to another device replaced, and optimizers that were made with the old ones."""
+"""Track parameters replaced at set-up, and update optimizers that were made with the old ones."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from plugframe.errors import SettingError
 from plugframe.utils.references import repoint
 
 
-class Successors:
-    """Knows which parameter took the place of which, as long as the old one lives, in an optimizer for instance."""
+class ReplacedParameters:
+    """Maps replaced parameters to new ones, while the old ones are referenced, for example by an optimizer."""
 
     def __init__(self) -> None:
-        # By id: tensors are compared by value. The reference says whether an id is still that of the same parameter.
-        self._found: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor] | None, str]] = {}
+        # By id, since tensors compare by value. The weak reference detects an id that was reused.
+        self._replaced: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor] | None, str]] = {}
 
-    def note(self, before: Mapping[str, nn.Parameter], module: nn.Module) -> None:
-        """Take note of the parameters of `module` that are others than `before`, by name."""
+    def record(self, before: Mapping[str, nn.Parameter], module: nn.Module) -> None:
+        """Record the parameters of `module` that differ from those in `before`, by name."""
         now = dict(module.named_parameters(remove_duplicate=False))
-        kept = set(map(id, now.values()))
-        self._found = {key: each for key, each in self._found.items() if each[0]() is not None}
+        current = set(map(id, now.values()))
+        self._replaced = {key: each for key, each in self._replaced.items() if each[0]() is not None}
         for name, old in before.items():
-            if id(old) not in kept:
+            if id(old) not in current:
                 new = now.get(name)
-                self._found[id(old)] = (weakref.ref(old), None if new is None else weakref.ref(new), name)
+                self._replaced[id(old)] = (weakref.ref(old), None if new is None else weakref.ref(new), name)
 
-    def carry_over(self, optimizers: Iterable[Optimizer]) -> None:
-        """Have optimizers refer to the new parameters, in place.
+    def update_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
+        """Replace the old parameters in optimizers by the new ones, in place.
 
         Raises:
-            SettingError: if one holds a parameter that nothing trainable has taken the place of, by name.
+            SettingError: if an optimizer updates a parameter that was removed, or replaced by one without gradients.
         """
-        if not self._found:
+        if not self._replaced:
             return
         optimizers = list(optimizers)
         pairs: dict[Any, Any] = {}
         for optimizer in optimizers:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                reference, successor, name = self._found.get(id(parameter), (None, None, ""))
-                if reference is None or id(reference()) != id(parameter):
+                old, new_reference, name = self._replaced.get(id(parameter), (None, None, ""))
+                if old is None or id(old()) != id(parameter):
                     continue
-                new = None if successor is None else successor()
+                new = None if new_reference is None else new_reference()
                 trains = getattr(new, "requires_grad", False)
                 if parameter.requires_grad and not trains:
-                    what = "is not there any more" if new is None else "cannot be trained any more"
+                    what = "no longer exists" if new is None else "is no longer trainable"
                     raise SettingError(
                         f"Set-up has replaced parameter {name!r}, which this {type(optimizer).__name__} updates, and "
-                        f"it {what}: call lite.setup_module(model) first, make the optimizer of the parameters it has "
-                        "then, and call lite.setup_optimizers(optimizer)."
+                        f"it {what}: call lite.setup_module(model) first, then make the optimizer with the model's "
+                        "new parameters, and call lite.setup_optimizers(optimizer)."
                     )
                 if new is not None:
                     pairs[parameter] = new

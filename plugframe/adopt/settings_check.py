@@ -1,45 +1,43 @@
-"""Comparing over ranks, at every optimizer step, what must be the same: learning rates, other settings, step counts."""
+"""Compare optimizer settings between ranks at every step: learning rates, other settings, numbers of steps."""
 
 from __future__ import annotations
 
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from plugframe.adopt.job_state import JobState
 from plugframe.errors import OutOfSyncError
 
-if TYPE_CHECKING:
-    from plugframe.adopt.module import Phase
-
-#: Settings that travel by themselves, so that the message can name them; the others are compared by a hash.
-_NAMED = 16
+#: Number of settings sent as values, so that the message can name them; all others are compared by a hash.
+_MAX_NAMED = 16
 _STEPS, _BACKWARDS, _HASH = range(3)
 
 Row = list[float]
-#: Waits for what every rank has sent, and returns it by rank.
+#: Waits for the rows of all ranks, and returns them by rank.
 Pending = Callable[[], Sequence[Sequence[float]]]
 
 
-class Comparison:
-    """Compares an optimizer's settings with those of the other ranks, one step later and without waiting for a device.
+class SettingsCheck:
+    """Compares an optimizer's settings between ranks, one step later and without waiting for a device.
 
-    The numbers of a step are sent when it begins and looked at when the next one does: they arrived meanwhile.
-    Ranks that differ make one step too many, and then all of them stop.
+    The row of a step is sent when the step begins and compared when the next one does, when it has arrived. Ranks that
+    differ make one step too many before all raise.
 
     Args:
-        send: begins to exchange a few numbers; returns None where that cannot be done beside everything else.
-        phase: counts the backwards that exchanged gradients.
+        send: starts a gather of a few numbers; returns None if it cannot run asynchronously.
+        job: state of the job, with the number of backwards that synchronised gradients.
     """
 
-    def __init__(self, optimizer: Optimizer, send: Callable[..., Pending | None], phase: Phase) -> None:
+    def __init__(self, optimizer: Optimizer, send: Callable[..., Pending | None], job: JobState) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._send = send
-        self._phase = phase
-        self._able = True
+        self._job = job
+        self._supported = True
         self._pending: Pending | None = None
         self._names: list[str] = []
         self._sent: list[Any] = []
@@ -47,16 +45,16 @@ class Comparison:
         self._row: Row = []
 
     def __call__(self, steps: int) -> None:
-        """Look at the numbers of the last step, and send those of this one. Every rank must call it.
+        """Compare the rows of the last step, and send that of this one. Every rank must call it.
 
         Raises:
-            OutOfSyncError: on all ranks, naming the parameter group and the values of the ranks.
+            OutOfSyncError: on all ranks, with the parameter group and the values of the ranks.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
-            self._look(self._wait(pending))
+            self._compare(self._wait(pending))
         optimizer = self._optimizer()
-        if optimizer is None or not self._able:
+        if optimizer is None or not self._supported:
             return
         settings: list[Any] = []
         for group in optimizer.param_groups:
@@ -64,25 +62,27 @@ class Comparison:
         if settings != self._sent:
             self._sent = settings
             self._hash = float(zlib.crc32(repr(settings).encode()))
-            named = [pair for number, group in enumerate(optimizer.param_groups) for pair in _named(number, group)]
-            self._names = [name for name, _ in named[:_NAMED]]
-            self._row = [value for _, value in named[:_NAMED]] + [0.0] * (_NAMED - len(named))
-        values = [float(steps), float(self._phase.backwards), self._hash, *self._row]
-        self._pending = self._send(values=values, look=self._look)
+            named = [
+                pair for number, group in enumerate(optimizer.param_groups) for pair in _named_values(number, group)
+            ]
+            self._names = [name for name, _ in named[:_MAX_NAMED]]
+            self._row = [value for _, value in named[:_MAX_NAMED]] + [0.0] * (_MAX_NAMED - len(named))
+        values = [float(steps), float(self._job.num_backwards), self._hash, *self._row]
+        self._pending = self._send(values=values, look=self._compare)
         if self._pending is None:
-            self._able = False
+            self._supported = False
 
     def _wait(self, pending: Pending) -> Sequence[Sequence[float]]:
         try:
             return pending()
         except RuntimeError as error:
-            failure = self._phase.explain(error) if self._phase.explain is not None else None
-            if failure is None:
+            explanation = self._job.explain_error(error) if self._job.explain_error is not None else None
+            if explanation is None:
                 raise
-            raise failure from error
+            raise explanation from error
 
-    def _look(self, rows: Sequence[Sequence[float]]) -> None:
-        if not rows:  # they ride along, and were looked at
+    def _compare(self, rows: Sequence[Sequence[float]]) -> None:
+        if not rows:  # sent with another collective, which has called this function already
             return
         first = repr(rows[0])
         if all(repr(row) == first for row in rows[1:]):
@@ -94,28 +94,28 @@ class Comparison:
                 counts = _by_rank([int(value) for value in columns[_BACKWARDS]])
                 raise OutOfSyncError(
                     f"The ranks do not make the same steps of {optimizer}: before its step "
-                    f"{int(columns[_STEPS][0]) + 1} the number of backwards is {counts}. A condition that holds on "
-                    "some ranks decides about step() or backward(): decide by what lite.all_reduce() gives."
+                    f"{int(columns[_STEPS][0]) + 1} the number of backwards is {counts}. step() or backward() depends "
+                    "on a condition that differs between ranks: compute it from the result of lite.all_reduce()."
                 )
         for name, column in zip(self._names, columns[_HASH + 1 :], strict=False):
             if len(set(map(repr, column))) > 1:
                 raise OutOfSyncError(
-                    f"{name} of {optimizer} differs between the ranks: {_by_rank(column)}. All must step alike: give a "
-                    "schedule that looks at a loss, such as ReduceLROnPlateau, that of all ranks, "
+                    f"{name} of {optimizer} differs between the ranks: {_by_rank(column)}. If a scheduler depends on a "
+                    "loss, such as ReduceLROnPlateau, pass it the loss of all ranks: "
                     "scheduler.step(lite.all_reduce(loss))."
                 )
         raise OutOfSyncError(
             f"The settings of {optimizer} differ between the ranks in a parameter group (learning rate, momentum, …): "
-            "make it alike on every rank, and give a schedule the loss of all ranks, lite.all_reduce(loss)."
+            "use the same settings on every rank, and pass schedulers the loss of all ranks, lite.all_reduce(loss)."
         )
 
 
-#: Types that are compared as they are, looked up because this runs for every key of every group at every step.
+#: Types compared unchanged. A look-up is fast: this runs for every key of every group at every step.
 _PLAIN = frozenset((int, float, bool, tuple))
 
 
 def _add_values(group: dict[str, Any], values: list[Any]) -> None:
-    """Append what is compared of a group: plain numbers, tuples of them, and tensors on the CPU."""
+    """Append the compared values of a group: plain numbers, tuples of them, and tensors on the CPU."""
     for key, value in group.items():
         if type(value) in _PLAIN:
             values.append(value)
@@ -130,8 +130,8 @@ def _add_values(group: dict[str, Any], values: list[Any]) -> None:
             values.append(value)
 
 
-def _named(number: int, group: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the numbers of a group by name, the learning rate first."""
+def _named_values(number: int, group: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the names and numbers of a group, the learning rate first."""
     for key in sorted(group, key=lambda key: (key != "lr", key)):
         value = group[key]
         if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1:

@@ -1,9 +1,8 @@
-"""What every checkpoint plugin shares: a state as tensors plus structure, checksums, atomic replacement.
+"""Shared code of checkpoint plugins: a state as tensors and structure, checksums, atomic replacement of files.
 
-`split` and `join` turn a state tree into named tensors and a JSON-able structure and back, `pieces` and
-`as_bytes` give the bytes of tensors without copying them whole, a `StoredTensor` is read when it is needed,
-`Manifest` says what must be found again, and `replacing` puts a new file in place of an old one so that a crash
-at any instant leaves one of the two.
+`split` and `join` convert between a state tree and named tensors with a JSON-serialisable structure. `pieces` and
+`as_bytes` return the bytes of tensors in chunks. A `StoredTensor` is read on demand. `Manifest` holds the expected
+contents with checksums. `replacing` replaces a file atomically: a crash leaves the old or the new one.
 """
 
 from plugframe._printable import names_text, printable, printable_cause

@@ -1,9 +1,8 @@
-"""Putting a new file in the place of an old one, so that a crash at any instant leaves one of the two whole.
+"""Replace files atomically: a crash at any instant leaves the old or the new file intact.
 
-The new file is written beside the old one under a name of its own, ``.NAME.tmp-<random>``, forced to disk,
-and renamed over it. While it is being written its writer holds a lock on it, which the kernel drops with the
-writer: that tells what a crash left behind from what another process is writing now, without trusting process
-ids, which containers share and reboots reuse.
+The new file is written beside the old one as ``.NAME.tmp-<random>``, forced to disk, and renamed over it. Its writer
+holds a lock on it, which the kernel releases when the process ends. So files left by a crash can be distinguished from
+those being written, without process ids, which containers share and reboots reuse.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from plugframe.errors import CheckpointError, CheckpointURLError
 
 @contextmanager
 def replacing(path: str, *, size_bytes: int, over_folder: Callable[[str], bool] | None = None) -> Iterator[BinaryIO]:
-    """Give a file to write `size_bytes` into; at the end of the block it is at `path`, and on disk.
+    """Open a file for `size_bytes`; at the end of the block it is at `path`, and on disk.
 
-    Parent folders are made, a symbolic link keeps pointing where it does, and the permissions of what was
-    there before stay. Files that dead writers of the same path left behind are removed first.
+    Parent folders are created. A symbolic link keeps its target, and an existing file its permissions. Files of dead
+    writers of the same path are removed first.
 
     Args:
-        over_folder: says of a folder at `path` whether it may be replaced, with all that is in it.
+        over_folder: returns whether a folder at `path` may be replaced, with its contents.
 
     Raises:
-        CheckpointError: naming the path and the reason, with what was there before untouched.
+        CheckpointError: with the path and the reason; an existing file is unchanged.
     """
     target = _target(path, over_folder)
     folder = os.path.dirname(target)
@@ -48,7 +47,7 @@ def replacing(path: str, *, size_bytes: int, over_folder: Callable[[str], bool] 
             file.flush()
             _copy_mode(target, file)
             os.fsync(file.fileno())
-            _put(temporary, target)
+            _move_into_place(temporary, target)
     except OSError as error:
         raise CheckpointError(
             f"cannot write {path}: {error.strerror or error}{_free(error, folder, size_bytes)}; "
@@ -60,12 +59,12 @@ def replacing(path: str, *, size_bytes: int, over_folder: Callable[[str], bool] 
     except OSError as error:
         raise CheckpointError(
             f"{path} is written, but {folder} cannot be forced to disk ({error.strerror}): "
-            "after a power failure the previous file may be back."
+            "after a power failure the previous file may be there again."
         ) from error
 
 
 def remove_leftovers(path: str) -> list[str]:
-    """Remove what writers of `path` that are dead now left beside it; return the names removed."""
+    """Remove temporary files of dead writers of `path`; return the names removed."""
     folder, pattern = os.path.dirname(path), re.compile(re.escape(_prefix(path)) + "[0-9a-f]{16}")
     try:
         names = [name for name in os.listdir(folder or ".") if pattern.fullmatch(name)]
@@ -75,27 +74,29 @@ def remove_leftovers(path: str) -> list[str]:
 
 
 def exchange(first: str, second: str) -> None:
-    """Put what is at either path at the other, at once: a file and a folder, say.
+    """Exchange two paths atomically, such as a file and a folder.
 
     Raises:
-        OSError: where the system or the file system cannot.
+        OSError: if the system or the file system does not support it.
     """
     library = ctypes.CDLL(None, use_errno=True)
     rename = getattr(library, "renameat2", None)
     if rename is None:
-        raise OSError(errno.ENOSYS, "a file and a folder cannot take each other's place on this system")
+        raise OSError(errno.ENOSYS, "this system cannot exchange a file and a folder atomically")
     here, flag = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
     if rename(here, os.fsencode(first), here, os.fsencode(second), flag) != 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"a file and a folder cannot take each other's place here ({os.strerror(number)})")
+        raise OSError(
+            number, f"this file system cannot exchange a file and a folder atomically ({os.strerror(number)})"
+        )
 
 
-def _put(temporary: str, target: str) -> None:
+def _move_into_place(temporary: str, target: str) -> None:
     if not os.path.isdir(target):
         os.replace(temporary, target)
         return
     exchange(temporary, target)
-    shutil.rmtree(temporary, ignore_errors=True)  # the old one; what stays the next save removes
+    shutil.rmtree(temporary, ignore_errors=True)  # the old folder; the next save removes what remains
 
 
 def _target(path: str, over_folder: Callable[[str], bool] | None) -> str:
@@ -109,12 +110,12 @@ def _target(path: str, over_folder: Callable[[str], bool] | None) -> str:
             f"{path!r} is a folder: give the name of a file, such as {os.path.join(path, 'last.ckpt')!r}."
         )
     if os.path.exists(path) and not os.path.isfile(path):
-        raise CheckpointError(f"{path} is there already and is no regular file: give another name.")
+        raise CheckpointError(f"{path} exists and is not a regular file: give another name.")
     return os.path.realpath(path)
 
 
 def draft_name(path: str) -> str:
-    """Return a new name beside `path` for what will take its place; `remove_leftovers` knows such names."""
+    """Return a new temporary name beside `path`, of the form that `remove_leftovers` removes."""
     target = os.path.realpath(path)
     return os.path.join(os.path.dirname(target), f"{_prefix(target)}{secrets.token_hex(8)}")
 
@@ -122,13 +123,13 @@ def draft_name(path: str) -> str:
 def _prefix(path: str) -> str:
     name = os.path.basename(path)
     if len(os.fsencode(name)) > 200:
-        # A file name has 255 bytes at most.
+        # File names are limited to 255 bytes.
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
     return f".{name}.tmp-"
 
 
 def check_space(path: str, folder: str, size_bytes: int) -> None:
-    """Refuse to write `size_bytes` at `path` if there is no room for them in `folder`, which need not be there yet.
+    """Raise if `folder`, which need not exist yet, has less than `size_bytes` free for `path`.
 
     Raises:
         CheckpointError: with the bytes needed and free.
@@ -150,7 +151,7 @@ def _free(error: OSError, folder: str, size_bytes: int) -> str:
 
 
 def make_folders(folder: str) -> list[str]:
-    """Make `folder` and those above it; return the folders that got a new entry by it."""
+    """Create `folder` and its parents; return the folders that got a new entry."""
     changed: list[str] = []
     above = folder
     while not os.path.isdir(above):
@@ -162,12 +163,12 @@ def make_folders(folder: str) -> list[str]:
 
 @contextmanager
 def _temporary(target: str) -> Iterator[tuple[BinaryIO, str]]:
-    file, temporary = _open_draft(target)
+    file, temporary = _open_temporary(target)
     try:
         yield file, temporary
         file.close()
     except BaseException:
-        # The error on its way out is the one to tell; the next save removes what cannot be removed now.
+        # Keep the original error; the next save removes the file if it cannot be removed now.
         with suppress(OSError):
             file.close()
         with suppress(OSError):
@@ -175,7 +176,7 @@ def _temporary(target: str) -> Iterator[tuple[BinaryIO, str]]:
         raise
 
 
-def _open_draft(target: str) -> tuple[BinaryIO, str]:
+def _open_temporary(target: str) -> tuple[BinaryIO, str]:
     while True:
         temporary = draft_name(target)
         file = open_locked(temporary)
@@ -184,17 +185,17 @@ def _open_draft(target: str) -> tuple[BinaryIO, str]:
 
 
 def open_locked(path: str) -> BinaryIO | None:
-    """Make a file at `path` and hold its writer's lock while it is open; None if it was taken away at once."""
+    """Create a file at `path`, locked while it is open; return None if another process removed it at once."""
     file = open(path, "xb")  # noqa: SIM115 the caller closes it
     if _lock(file.fileno()) is not False and os.path.exists(path):
         return file
-    # Another process, clearing up, saw the file before it was locked and takes it away.
+    # Another process saw the file in `remove_leftovers` before it was locked, and removes it.
     file.close()
     return None
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Take the writer's lock: True if it is ours now, False if another has it, None if there are no locks here."""
+    """Take the writer's lock: True on success, False if another process has it, None if locks are not supported."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -205,9 +206,9 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def is_being_written(path: str) -> bool:
-    """Say whether somebody has the file at `path` open for writing, as `open_locked` opens it.
+    """Return whether a process has the file at `path` open with `open_locked`.
 
-    Where there are no locks nobody can tell, and it counts as being written.
+    True where locks are not supported.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -222,16 +223,16 @@ def is_being_written(path: str) -> bool:
 
 
 def remove_if_dead(temporary: str) -> bool:
-    """Remove a file, or a folder of files, whose writers are gone; say whether it was removed."""
+    """Remove a file, or a folder of files, of dead writers; return whether it was removed."""
     if os.path.isdir(temporary) and not os.path.islink(temporary):
         return _remove_folder_if_dead(temporary)
     try:
         descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        # Gone, not a file, or another user's.
+        # Removed already, not a file, or another user's.
         return False
     try:
-        # Where locks do not exist nobody can tell a dead writer's file from a live one's: it stays.
+        # Without locks, the file of a dead writer cannot be distinguished from one being written: it stays.
         if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not _lock(descriptor):
             return False
         os.unlink(temporary)
@@ -252,18 +253,18 @@ def _remove_folder_if_dead(folder: str) -> bool:
 
 
 def _copy_mode(target: str, file: BinaryIO) -> None:
-    # Some file systems have no permissions to set; a checkpoint is worth more than its mode.
+    # Some file systems do not support permissions: save the checkpoint nevertheless.
     with suppress(FileNotFoundError, PermissionError):
         os.fchmod(file.fileno(), stat.S_IMODE(os.stat(target).st_mode) & 0o666)
 
 
 def sync_folder(folder: str) -> None:
-    """Force the names in a folder to disk."""
+    """Force the entries of a folder to disk."""
     descriptor = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot, and need not.
+        # Some network file systems neither support nor need it.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:

@@ -1,4 +1,4 @@
-"""Checksums taken in another thread while the bytes are written."""
+"""Compute checksums in a background thread while the bytes are written."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from plugframe.checkpoint.manifest import Checksum
 from plugframe.utils.tensor_bytes import as_bytes
 
-#: Below this, handing a checksum to another thread costs more than taking it.
+#: Below this size, passing a chunk to another thread costs more than its checksum.
 _THREAD_FROM_BYTES = 256 * 1024
 _MAX_PENDING = 3
 
 
 class Checksums:
-    """The checksums of several parts, piece by piece; a context manager, which ends its thread.
+    """Computes the checksums of several parts from their pieces; a context manager that ends its thread.
 
-    It has one thread, so the pieces of a part stay in order, and lags a few pieces behind at most, so copies of
-    pieces do not pile up. Both the writing and the summing release the interpreter's lock.
+    There is one thread, so the pieces of a part stay in order, and at most a few pieces are pending, so that copies do
+    not accumulate. Both writing and hashing release the GIL.
     """
 
     def __init__(self) -> None:
@@ -37,31 +37,31 @@ class Checksums:
         self._pool.shutdown()
 
     def begin(self, name: str) -> None:
-        """Open a part; it may stay empty."""
+        """Begin a part, which may stay empty."""
         self._sums[name] = Checksum()
 
     def add(self, name: str, piece: Tensor) -> memoryview:
-        """Sum the next piece of a part, soon, and return its bytes; they stay alive until that is done."""
+        """Schedule the checksum of the next piece of a part, and return its bytes, kept alive until then."""
         data = as_bytes(piece)
         update = self._sums[name].update
         while self._pending and self._pending[0][0].done():
-            self._take()
+            self._wait_for_oldest()
         if not self._pending and len(data) < _THREAD_FROM_BYTES:
             update(data)
             return data
-        # `data` is the memory of `piece`, which must live until it has been read.
+        # `data` is a view of the memory of `piece`, which must stay alive until it is hashed.
         self._pending.append((self._pool.submit(update, data), piece))
         if len(self._pending) > _MAX_PENDING:
-            self._take()
+            self._wait_for_oldest()
         return data
 
     def result(self) -> dict[str, tuple[str, ...]]:
-        """Return the checksums of every part; nothing may be added after."""
+        """Wait, and return the checksums of every part; nothing may be added afterwards."""
         while self._pending:
-            self._take()
+            self._wait_for_oldest()
         return {name: checksum.result() for name, checksum in self._sums.items()}
 
-    def _take(self) -> None:
-        """Wait for the oldest piece, and only then let go of its memory."""
+    def _wait_for_oldest(self) -> None:
+        """Wait for the oldest piece, then release its memory."""
         self._pending[0][0].result()
         self._pending.popleft()

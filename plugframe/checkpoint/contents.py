@@ -1,4 +1,4 @@
-"""What a checkpoint holds, for those who want to look at it."""
+"""The contents of a checkpoint, for inspection."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What lies at a path.
+    """The contents of a checkpoint.
 
     Attributes:
-        format: the name of its format.
-        version: of the format; 0 if it has none.
-        size_bytes: of all its files.
-        num_files: how many files it has.
+        format: name of the format.
+        version: version of the format; 0 if it has none.
+        size_bytes: total size of its files.
+        num_files: number of files.
         verifiable: whether it has checksums.
         info: plain values about the run that saved it.
-        state: what was saved; its tensors are `StoredTensor`, read and verified by nobody yet.
+        state: the saved state; its tensors are `StoredTensor`, neither read nor verified yet.
     """
 
     format: str

@@ -1,4 +1,4 @@
-"""Errors that all ranks raise when one of them does: as a code and a text, which any exchange can carry."""
+"""Send errors between ranks as a code and a message, so that all ranks raise the same class."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _CLASSES: dict[str, type[CheckpointError]] = {
     "error": CheckpointError,
 }
 
-#: The code of an error's class and its text; None for no error.
+#: The code of an error's class and its message; None for no error.
 Packed = tuple[str, str] | None
 
 
 def pack_error(error: CheckpointError | None) -> Packed:
-    """Return what `unpack_error` on another rank makes an error of the same class and text of."""
+    """Return an error in a form that `unpack_error` restores on another rank."""
     if error is None:
         return None
     code = next(code for code, cls in _CLASSES.items() if isinstance(error, cls))
@@ -33,20 +33,20 @@ def pack_error(error: CheckpointError | None) -> Packed:
 
 
 def unpack_error(packed: Sequence[str]) -> CheckpointError:
-    """Return the error of another rank."""
-    code, text = packed
-    return _CLASSES.get(code, CheckpointError)(text)
+    """Return the error that was passed to `pack_error`."""
+    code, message = packed
+    return _CLASSES.get(code, CheckpointError)(message)
 
 
 def first_error(
     everyone: Sequence[Sequence[str] | None], mine: CheckpointError | None, rank: int
 ) -> CheckpointError | None:
-    """Return the error of the first rank that has one: on all ranks the same, on that rank the original.
+    """Return the error of the first rank that has one, None if there is none; on that rank the original object.
 
     Args:
-        everyone: what `pack_error` gave on each rank.
-        mine: this rank's own error.
-        rank: this one.
+        everyone: results of `pack_error`, by rank.
+        mine: this rank's error.
+        rank: this rank.
     """
     for number, packed in enumerate(everyone):
         if packed is not None:

@@ -1,4 +1,4 @@
-"""One process at a time saves into a folder: a lock that the kernel drops with its owner."""
+"""Lock a folder for one process; the kernel releases the lock when the process ends."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ LOCK_FILE = ".plugframe-lock"
 
 
 class FolderLock:
-    """Hold a folder for this process.
+    """A lock on a folder, held by this process.
 
-    The folder itself is locked with ``flock``, so nothing is left in it. Network file systems lock only files that
-    are open for writing: there a file `LOCK_FILE` in the folder is locked instead, and stays. Where there are no
-    locks at all the folder counts as held. The processes of one job need one lock: a second one of this process
-    shares it.
+    The folder itself is locked with ``flock``, so no file is created. Network file systems lock only files open for
+    writing: there a file `LOCK_FILE` in the folder is locked instead, and remains. If locks are not supported,
+    acquiring always succeeds. Locks of one process on the same folder share one ``flock``.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = os.path.abspath(folder)
-        self._held: _Held | None = None
+        self._held: _Descriptor | None = None
 
     def take(self) -> bool:
-        """Hold the folder, which must exist; say whether it is held now. False: another process holds it.
+        """Lock the folder, which must exist; return False if another process has locked it.
 
         Raises:
             OSError: if it cannot be opened.
@@ -34,21 +33,21 @@ class FolderLock:
         key = _key(self.folder)
         if self._held is not None and self._held.key == key and self._held.descriptor is not None:
             return True
-        self._held = _HELD.get(key)
+        self._held = _LOCKS.get(key)
         if self._held is None:
             descriptor = _lock(self.folder)
             if descriptor == _TAKEN:
                 return False
-            self._held = _Held(key, descriptor)
-            _HELD[key] = self._held
+            self._held = _Descriptor(key, descriptor)
+            _LOCKS[key] = self._held
         return True
 
     def release(self) -> None:
-        """Let go of the folder, unless another lock of this process holds it as well."""
+        """Release the folder, unless another lock of this process holds it too."""
         self._held = None
 
     def owner(self) -> str:
-        """Return who else holds the folder, as far as this system tells: ``"process 1234"``."""
+        """Return the process that holds the folder, such as ``"process 1234"``, if the system reports it."""
         with suppress(OSError, ValueError):
             keys = {_key(self.folder)}
             with suppress(OSError):
@@ -63,8 +62,8 @@ class FolderLock:
         return "another process"
 
 
-class _Held:
-    """An open descriptor that carries the lock; None where there are no locks."""
+class _Descriptor:
+    """An open file descriptor that holds the lock; -1 where locks are not supported, None in a forked child."""
 
     def __init__(self, key: tuple[int, int], descriptor: int | None) -> None:
         self.key = key
@@ -72,8 +71,8 @@ class _Held:
         self.close = weakref.finalize(self, _close, self.descriptor, os.getpid())
 
 
-#: What this process holds: a lock is the process's by its nature, whichever object asked for it first.
-_HELD: weakref.WeakValueDictionary[tuple[int, int], _Held] = weakref.WeakValueDictionary()
+#: The locks of this process. At module level, since ``flock`` locks belong to the process, not to a `FolderLock`.
+_LOCKS: weakref.WeakValueDictionary[tuple[int, int], _Descriptor] = weakref.WeakValueDictionary()
 _TAKEN = -2
 
 
@@ -83,7 +82,7 @@ def _key(path: str) -> tuple[int, int]:
 
 
 def _lock(folder: str) -> int | None:
-    """Return a descriptor that holds the lock, None where there are none, or `_TAKEN`."""
+    """Return a descriptor that holds the lock, None where locks are not supported, or `_TAKEN`."""
     for path, flags in (
         (folder, os.O_RDONLY | os.O_DIRECTORY),
         (os.path.join(folder, LOCK_FILE), os.O_RDWR | os.O_CREAT),
@@ -101,19 +100,19 @@ def _lock(folder: str) -> int | None:
 
 
 def _close(descriptor: int | None, process: int) -> None:
-    # A copy that was forked has let go of its own already.
+    # A forked child has closed its descriptor already.
     if descriptor is not None and descriptor >= 0 and os.getpid() == process:
         os.close(descriptor)
 
 
-def _let_go_in_child() -> None:
-    """Close what was inherited: a loader's worker that outlives its rank must not hold the rank's folder."""
-    for held in list(_HELD.values()):
-        if held.descriptor is not None and held.descriptor >= 0:
+def _close_in_child() -> None:
+    """Close inherited descriptors: a loader's worker that outlives its rank must not hold the rank's lock."""
+    for lock in list(_LOCKS.values()):
+        if lock.descriptor is not None and lock.descriptor >= 0:
             with suppress(OSError):
-                os.close(held.descriptor)
-        held.descriptor = None
-    _HELD.clear()
+                os.close(lock.descriptor)
+        lock.descriptor = None
+    _LOCKS.clear()
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+os.register_at_fork(after_in_child=_close_in_child)

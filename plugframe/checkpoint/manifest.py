@@ -1,6 +1,6 @@
-"""The manifest: what a checkpoint must hold when it is read again, with a checksum of every part.
+"""The manifest of a checkpoint: its expected contents, with checksums of every part.
 
-It is JSON that ends in its own checksum, ``,"xxh3":"1a2b3c4d5e6f7081"}``, which covers every byte before.
+It is JSON that ends in its own checksum, ``,"xxh3":"1a2b3c4d5e6f7081"}``, which covers all bytes before.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from plugframe.errors import CheckpointCorruptError, CheckpointError
 
 _T = TypeVar("_T")
 _HEXADECIMAL = frozenset("0123456789abcdef")
-#: A longer manifest is none: that of a thousand ranks with a thousand tensors each has a tenth of it.
+#: A longer file is refused: the manifest of a thousand ranks with a thousand tensors each has a tenth of this size.
 MAX_MANIFEST_BYTES = 2**30
 
-#: A part has one checksum for each stretch of this many bytes, so that several threads can verify it.
+#: A part has one checksum per segment of this size, so that several threads can verify it.
 SEGMENT_BYTES = 16 * 1024 * 1024
-#: Of a checksum: xxh3 in 64 bits, https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md. It finds damage at
-#: the speed of memory, and is no defence against forgery: nothing that is read is ever run.
+#: Length of a checksum: 64-bit xxh3, https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md. It detects damage
+#: at memory speed. It does not detect forgery, but no data is ever executed.
 DIGEST_CHARS = 16
 
 _TAIL = b',"xxh3":"%b"}'
@@ -32,21 +32,21 @@ _TAIL_BYTES = len(_TAIL % (b"0" * DIGEST_CHARS))
 
 
 def digest(data: memoryview | bytes) -> str:
-    """Return the checksum of these bytes, `DIGEST_CHARS` hexadecimal digits."""
+    """Return the checksum of `data`, `DIGEST_CHARS` hexadecimal digits."""
     return xxhash.xxh3_64_hexdigest(data)
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
-    """Return a JSON object that ends in its own checksum. The order of its keys stays."""
+    """Return a JSON object that ends in its own checksum, with the keys in their order."""
     data = json.dumps(body, allow_nan=False, separators=(",", ":")).encode("ascii")[:-1]
     return data + _TAIL % digest(data).encode()
 
 
 def unseal(data: bytes, *, where: str) -> bytes:
-    """Return the JSON in what `seal` wrote, without the checksum.
+    """Return the JSON written by `seal`, without the checksum.
 
     Raises:
-        CheckpointCorruptError: if a byte of it is not what was written.
+        CheckpointCorruptError: if the checksum does not match.
     """
     body, tail = data[:-_TAIL_BYTES], data[-_TAIL_BYTES:]
     if tail != _TAIL % digest(body).encode():
@@ -59,7 +59,7 @@ def unseal(data: bytes, *, where: str) -> bytes:
 
 
 class Checksum:
-    """The xxh3 of every segment of a part, taken while its bytes go by."""
+    """Computes the xxh3 of every segment of a part incrementally."""
 
     def __init__(self) -> None:
         self._done: list[str] = []
@@ -77,7 +77,7 @@ class Checksum:
             view = view[len(part) :]
 
     def result(self) -> tuple[str, ...]:
-        """Return the checksums as `digest` does; nothing may be added after."""
+        """Return the checksums, each like `digest`; nothing may be added afterwards."""
         if self._num_bytes:
             self._close()
         return tuple(self._done)
@@ -90,13 +90,13 @@ class Checksum:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What one part must be.
+    """The expected contents of one part.
 
     Attributes:
-        dtype: ``"float32"``; see `dtype_name`.
-        shape: of the tensor.
-        size_bytes: of its contents.
-        xxh3: of each segment of `SEGMENT_BYTES` bytes, the last one shorter; see `Checksum`.
+        dtype: name of the dtype, such as ``"float32"``; see `dtype_name`.
+        shape: shape of the tensor.
+        size_bytes: size of its contents.
+        xxh3: checksum of each segment of `SEGMENT_BYTES` bytes, the last one shorter; see `Checksum`.
     """
 
     dtype: str
@@ -106,20 +106,20 @@ class Entry:
 
     @classmethod
     def blank(cls, *, dtype: str, shape: tuple[int, ...], size_bytes: int) -> Entry:
-        """Return an entry whose checksums are not known yet, but take the room they will take."""
+        """Return an entry with placeholder checksums of the final length."""
         xxh3 = ("0" * DIGEST_CHARS,) * -(-size_bytes // SEGMENT_BYTES)
         return cls(dtype=dtype, shape=shape, size_bytes=size_bytes, xxh3=xxh3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint must hold.
+    """The expected contents of a checkpoint.
 
     Attributes:
-        format: the name of the format.
-        version: of the format.
-        structure: the entry of the structure, see `split`.
-        tensors: the entry of each tensor, by name.
+        format: name of the format.
+        version: version of the format.
+        structure: entry of the structure, see `split`.
+        tensors: entry of each tensor, by name.
         info: plain values about the run that saved it.
     """
 
@@ -130,10 +130,10 @@ class Manifest:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """Return it as JSON with its checksum. Checksums of entries do not change the length.
+        """Return the manifest as JSON with its checksum; the length does not depend on the checksums of entries.
 
         Raises:
-            CheckpointError: if `info` holds what is no plain value.
+            CheckpointError: if `info` holds values that are not plain.
         """
         tensors, info = split(self.info, where="the manifest's info")
         if tensors:
@@ -149,31 +149,31 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes, *, where: str) -> Manifest:
-        """Return what `to_bytes` wrote.
+        """Return the manifest written by `to_bytes`.
 
         Raises:
-            CheckpointCorruptError: if a byte of it is not what was written.
+            CheckpointCorruptError: if it is damaged.
         """
         body = unseal(data, where=where)
         try:
             fields = parse_structure(body)
             return cls(
-                format=_a(str, fields["format"]),
-                version=_a(int, fields["version"]),
+                format=_checked(str, fields["format"]),
+                version=_checked(int, fields["version"]),
                 structure=_unpack(fields["structure"]),
                 tensors={name: _unpack(packed) for name, packed in fields["tensors"].items()},
                 info=info_of(fields["info"], where=where),
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             text = repr(error)[:200]
-            raise CheckpointCorruptError(f"{where}: its manifest is not one: {text}.") from printable_cause(error)
+            raise CheckpointCorruptError(f"{where}: its manifest is invalid: {text}.") from printable_cause(error)
 
 
 def info_of(packed: Any, *, where: str) -> dict[str, Any]:
-    """Return what a manifest says of the run.
+    """Return the info in a manifest.
 
     Raises:
-        CheckpointCorruptError: if it is no dict of plain values.
+        CheckpointCorruptError: if it is not a dict of plain values.
     """
     info = join({}, packed, where=where)
     if not isinstance(info, dict):
@@ -182,28 +182,36 @@ def info_of(packed: Any, *, where: str) -> dict[str, Any]:
 
 
 def checked_size(value: Any) -> int:
-    """Return a number of bytes or elements from a manifest; a ValueError for anything else."""
+    """Return a number of bytes or elements from a manifest.
+
+    Raises:
+        ValueError: if it is not a valid size.
+    """
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{str(value)[:40]!r} is no size")
+        raise ValueError(f"{str(value)[:40]!r} is not a size")
     return value
 
 
 def checked_sums(value: Any, size_bytes: int) -> tuple[str, ...]:
-    """Return the checksums of a part of that size; a ValueError for any other number of them, or what is none."""
-    sums = tuple(_a(list, value))
+    """Return the checksums of a part of that size.
+
+    Raises:
+        ValueError: if their number is wrong, or one is invalid.
+    """
+    sums = tuple(_checked(list, value))
     if len(sums) != -(-size_bytes // SEGMENT_BYTES) or not all(map(is_digest, sums)):
-        raise ValueError("its checksums are not those of its segments")
+        raise ValueError("its checksums do not match its segments")
     return sums
 
 
 def is_digest(value: Any) -> bool:
-    """Say whether a value is what `digest` returns."""
+    """Return whether a value has the form of a `digest`."""
     return isinstance(value, str) and len(value) == DIGEST_CHARS and set(value) <= _HEXADECIMAL
 
 
-def _a(cls: type[_T], value: Any) -> _T:
+def _checked(cls: type[_T], value: Any) -> _T:
     if type(value) is not cls:
-        raise ValueError(f"a {type(value).__name__} stands where a {cls.__name__} belongs")
+        raise ValueError(f"expected {cls.__name__}, found {type(value).__name__}")
     return value
 
 
@@ -212,10 +220,10 @@ def _pack(entry: Entry) -> list[Any]:
 
 
 def _unpack(packed: Any) -> Entry:
-    dtype, shape, size_bytes, xxh3 = _a(list, packed)
+    dtype, shape, size_bytes, xxh3 = _checked(list, packed)
     return Entry(
-        dtype=_a(str, dtype),
-        shape=tuple(map(checked_size, _a(list, shape))),
+        dtype=_checked(str, dtype),
+        shape=tuple(map(checked_size, _checked(list, shape))),
         size_bytes=checked_size(size_bytes),
         xxh3=checked_sums(xxh3, size_bytes),
     )

@@ -1,4 +1,4 @@
-"""The elements of tensors, piece by piece: never copying a complete tensor."""
+"""Iterate over the elements of tensors in pieces, without copying a complete tensor."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from plugframe.checkpoint.stored import StoredTensor
 
 
 def pieces(tensor: Tensor | StoredTensor, *, max_bytes: int) -> Iterator[Tensor]:
-    """Yield the elements of `tensor` in row-major order: contiguous CPU tensors of at most `max_bytes` each.
+    """Yield the elements of `tensor` in row-major order, as contiguous CPU tensors of at most `max_bytes` each.
 
-    Only a piece at a time is copied, and only if the tensor is on a device or not contiguous.
+    One piece at a time is copied, and only if the tensor is on a device or not contiguous.
     """
     if isinstance(tensor, StoredTensor):
         tensor = tensor.read()

@@ -1,4 +1,4 @@
-"""Tensors that lie in a checkpoint, verified, and are read when they are needed."""
+"""Tensors in a checkpoint that are read and verified on demand."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from plugframe.utils.shards import view_locally
+from plugframe.utils.tree import map_leaves
 
 
 class Source(Protocol):
-    """What can read tensors of one checkpoint by name."""
+    """Reads tensors of one checkpoint by name."""
 
     def fill(self, targets: Mapping[str, Tensor]) -> None:
-        """Put the named tensors into `targets`: of the same (global) shape each, of any dtype, on any device.
+        """Read the named tensors into `targets` of the same (global) shapes, of any dtype, on any device.
 
-        A target may be a ``DTensor``: then only this rank's part is read. No other rank need call it.
+        Of a ``DTensor`` only this rank's shard is read. Other ranks need not call it.
         """
         ...
 
@@ -28,10 +29,10 @@ class StoredTensor:
     """A tensor in a checkpoint.
 
     Attributes:
-        name: by which its source knows it.
-        shape: of the whole tensor.
-        dtype: in which it was saved.
-        source: that reads it.
+        name: name in the source.
+        shape: global shape.
+        dtype: saved dtype.
+        source: reads the tensor.
     """
 
     name: str
@@ -41,32 +42,32 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Return the size of the whole tensor in bytes."""
+        """Return the size of the full tensor in bytes."""
         return self.shape.numel() * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """Return the whole tensor, on the CPU."""
+        """Return the full tensor, on the CPU."""
         if isinstance(self.source, Viewed):
-            whole = self.source.base.read()
-            return torch.view_as_complex(whole) if self.dtype.is_complex else whole.view(self.dtype)
-        whole = torch.empty(self.shape, dtype=self.dtype, device="cpu")
-        self.source.fill({self.name: whole})
-        return whole
+            full = self.source.base.read()
+            return torch.view_as_complex(full) if self.dtype.is_complex else full.view(self.dtype)
+        full = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        self.source.fill({self.name: full})
+        return full
 
 
 def viewed(base: StoredTensor, dtype: torch.dtype) -> StoredTensor:
-    """Return a stored tensor whose bytes are taken for another dtype: complex of pairs of reals, or as wide.
+    """Return a stored tensor viewed as another dtype: complex from pairs of reals, or of the same item size.
 
     Raises:
-        ValueError: if that cannot be.
+        ValueError: if the dtypes do not match.
     """
     shape = base.shape
     if dtype.is_complex:
         if shape[-1:] != (2,) or base.dtype.to_complex() is not dtype:
-            raise ValueError(f"{base.name!r} of {base.dtype} and shape {tuple(shape)} holds no {dtype}")
+            raise ValueError(f"{base.name!r} of {base.dtype} and shape {tuple(shape)} cannot be viewed as {dtype}")
         shape = shape[:-1]
     elif base.dtype.itemsize != dtype.itemsize:
-        raise ValueError(f"{base.name!r} of {base.dtype} holds no {dtype}")
+        raise ValueError(f"{base.name!r} of {base.dtype} cannot be viewed as {dtype}")
     return StoredTensor(base.name, shape, dtype, Viewed(base, dtype))
 
 
@@ -78,10 +79,10 @@ class Viewed:
     dtype: torch.dtype
 
     def fill(self, targets: Mapping[str, Tensor]) -> None:
-        """Put the tensor into its targets, by way of one of its own dtype where they have another."""
+        """Read the tensor into its targets; through a temporary tensor where their dtype differs."""
         for target in targets.values():
-            fits = target.is_complex() if self.dtype.is_complex else target.dtype is self.dtype
-            own = target if fits else torch.empty_like(target, dtype=self.dtype)
+            matches = target.is_complex() if self.dtype.is_complex else target.dtype is self.dtype
+            own = target if matches else torch.empty_like(target, dtype=self.dtype)
             self.base.source.fill({self.base.name: view_locally(own, self._as_base)})
             if own is not target:
                 target.copy_(own)
@@ -92,25 +93,25 @@ class Viewed:
 
 @torch.no_grad()
 def fill(pairs: Iterable[tuple[Tensor, Tensor | StoredTensor]]) -> None:
-    """Copy values into targets of the same (global) shape, of a ``DTensor`` only this rank's part.
+    """Copy values into targets of the same (global) shape; into a ``DTensor`` only this rank's shard.
 
     Args:
-        pairs: a target (a Tensor or DTensor, on any device) and what it becomes (a whole tensor), each.
+        pairs: targets (a Tensor or DTensor, on any device), each with its new value (a full tensor).
     """
-    from torch.distributed.tensor import DTensor, distribute_tensor  # it takes long to import
+    from torch.distributed.tensor import DTensor, distribute_tensor  # slow to import
 
     by_source: dict[int, tuple[Source, dict[str, Tensor]]] = {}
     for target, value in pairs:
         if isinstance(value, StoredTensor):
-            # One tensor may go to several places.
+            # One tensor may have several targets.
             _, wanted = by_source.setdefault(id(value.source), (value.source, {}))
             if value.name in wanted:
                 value.source.fill({value.name: target.detach()})
             else:
                 wanted[value.name] = target.detach()
         elif isinstance(target, DTensor):
-            whole = value.to(target.device)
-            part = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+            full = value.to(target.device)
+            part = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
             target.to_local().copy_(part.to_local())
         else:
             target.copy_(value)
@@ -119,17 +120,12 @@ def fill(pairs: Iterable[tuple[Tensor, Tensor | StoredTensor]]) -> None:
 
 
 def materialize(tree: Any) -> Any:
-    """Return `tree` (dicts, lists, tuples) with every `StoredTensor` read whole, each once."""
-    return _materialized(tree, {})
+    """Return `tree` with every `StoredTensor` read completely, each once."""
+    tensors: dict[int, Tensor] = {}
 
+    def read(stored: StoredTensor) -> Tensor:
+        if id(stored) not in tensors:
+            tensors[id(stored)] = stored.read()
+        return tensors[id(stored)]
 
-def _materialized(tree: Any, read: dict[int, Tensor]) -> Any:
-    if isinstance(tree, StoredTensor):
-        if id(tree) not in read:
-            read[id(tree)] = tree.read()
-        return read[id(tree)]
-    if type(tree) is dict:
-        return {key: _materialized(value, read) for key, value in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)([_materialized(value, read) for value in tree])
-    return tree
+    return map_leaves(read, tree, StoredTensor)

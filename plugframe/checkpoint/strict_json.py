@@ -1,20 +1,20 @@
-"""JSON from a file that nobody vouches for: what two readers could read in two ways is refused."""
+"""Parse JSON from an untrusted file: ambiguous input is refused."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-#: Digits of an integer in JSON; what `encode_scalar` writes has 20 at most.
+#: Maximum digits of an integer in JSON; `encode_scalar` writes at most 20.
 _MAX_DIGITS = 40
 
 
 def parse(data: bytes | str) -> Any:
-    """Return what JSON says.
+    """Parse JSON.
 
     Raises:
-        ValueError: for what is no JSON, names one key twice, has a number that JSON has not (NaN, Infinity), an
-            integer of more digits than any size has, or is nested beyond measure.
+        ValueError: if it is not JSON, has a duplicate key, NaN or Infinity, an integer with too many digits, or is
+            nested too deeply.
     """
     text = data.decode("utf-8", "surrogatepass") if isinstance(data, bytes) else data
     try:
@@ -28,12 +28,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:60]!r} is there twice")
+        raise ValueError(f"duplicate key {twice[:60]!r}")
     return found
 
 
 def _refuse(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _integer(text: str) -> int:

@@ -1,8 +1,8 @@
-"""A state tree as named tensors plus a JSON-able structure, and back.
+"""Split a state tree into named tensors and a JSON-serialisable structure, and join them again.
 
-In the structure None, bool, str, list and ordinary int and float stand for themselves; all else is an object
-with one key, its tag: ``{"tensor": "model.weight"}``, ``{"dict": {…}}``, ``{"tuple": […]}``. So no string and no
-key of the user's can be mistaken for a tag.
+In the structure, None, bool, str, list and ordinary int and float represent themselves; everything else is an object
+with one key, its tag: ``{"tensor": "model.weight"}``, ``{"dict": {…}}``, ``{"tuple": […]}``. So strings and keys of the
+user cannot be mistaken for tags.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from plugframe.checkpoint.values import (
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 from plugframe.utils.shards import is_shard, local_of, view_locally
 
-#: Deeper trees are refused: the JSON parser's own recursion limit is not far beyond.
+#: Deeper trees are refused: the recursion limit of the JSON parser is only slightly larger.
 MAX_DEPTH = 100
-#: A tensor may be in a state this often; more is no state, but a file that unfolds to more than any memory.
+#: Maximum number of references to one tensor: more would be a file that expands beyond any memory.
 MAX_REFERENCES = 50_000
 
 
@@ -47,21 +47,21 @@ def split(
     sharded: bool = False,
     aliases: bool = True,
 ) -> tuple[dict[str, Tensor], Any]:
-    """Return the tensors of `state` by name, and a JSON-able structure that names them.
+    """Return the tensors of `state` by name, and a JSON-serialisable structure that refers to them.
 
-    Subclasses of plain types become those types, numpy scalars the equal plain value, numpy arrays tensors;
-    a tensor that occurs twice (same memory, shape and strides) is listed once. The tensors are detached views:
-    on their own device, strided as they were, never complex.
+    Subclasses of plain types become those types, NumPy scalars plain values, and NumPy arrays tensors. A tensor that
+    occurs twice (same memory, shape and strides) is listed once. The tensors are detached views with their device and
+    strides; complex ones are viewed as real.
 
     Args:
         state: the tree; see `CheckpointSpec`.
-        dtypes: what the format can hold; other one-byte types are listed as uint8. None means any.
-        where: what the error names, usually the path.
-        sharded: whether tensors may be a ``DTensor``, of which this rank has a part. They are listed as such.
-        aliases: whether a ``DTensor`` that occurs twice is found out. A rank with an empty part cannot tell.
+        dtypes: dtypes that the format supports; other one-byte types are listed as uint8. None means any.
+        where: name for errors, usually the path.
+        sharded: whether tensors may be a ``DTensor``; they are listed as such.
+        aliases: whether to detect a ``DTensor`` that occurs twice. A rank with an empty shard cannot.
 
     Raises:
-        CheckpointError: naming every entry that cannot be saved, with its type and what to save instead.
+        CheckpointError: listing every entry that cannot be saved, with its type and what to save instead.
     """
     splitter = _Splitter(dtypes, sharded=sharded, aliases=aliases, stored=False)
     structure = splitter.run(state, where)
@@ -77,22 +77,22 @@ def split_stored(
     sharded: bool = False,
     aliases: bool = True,
 ) -> tuple[dict[str, Tensor | StoredTensor], Any]:
-    """Do what `split` does with a state whose tensors may yet lie in a checkpoint; they stay there."""
+    """Split a state like `split`; its tensors may be a `StoredTensor`, which is not read."""
     splitter = _Splitter(dtypes, sharded=sharded, aliases=aliases, stored=True)
     structure = splitter.run(state, where)
     return splitter.tensors, structure
 
 
 def join(tensors: Mapping[str, Tensor | StoredTensor], structure: Any, *, where: str = "the checkpoint") -> Any:
-    """Return the tree that `split` took apart; its tensors may yet lie in the checkpoint.
+    """Return the tree that was passed to `split`; its tensors may be a `StoredTensor`.
 
     Raises:
-        CheckpointCorruptError: if the structure is none, or does not fit the tensors.
+        CheckpointCorruptError: if the structure is invalid, or does not match the tensors.
     """
     joiner = _Joiner(tensors)
     try:
         state = joiner.decode(structure, 0)
-    except Exception as error:  # noqa: BLE001 whatever a value in the place of another leads to
+    except Exception as error:  # noqa: BLE001 a file may hold anything
         raise CheckpointCorruptError(
             f"{where}: its structure is not what was written: {str(error)[:200]}."
         ) from printable_cause(error)
@@ -105,15 +105,15 @@ def join(tensors: Mapping[str, Tensor | StoredTensor], structure: Any, *, where:
 def dump_structure(structure: Any) -> bytes:
     """Return a structure as JSON."""
     text = json.dumps(structure, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # A lone surrogate is a legal str in Python; this way it comes back as it was.
+    # Preserves lone surrogates, which are legal in a Python str.
     return text.encode("utf-8", "surrogatepass")
 
 
 def parse_structure(data: bytes) -> Any:
-    """Return what `dump_structure` wrote.
+    """Return the structure written by `dump_structure`.
 
     Raises:
-        ValueError: if `data` is no JSON, names a key twice, or is nested beyond measure.
+        ValueError: if `data` is not valid; see `plugframe.checkpoint.strict_json.parse`.
     """
     return strict_json.parse(data)
 
@@ -142,7 +142,9 @@ class _Splitter:
         if value is None or isinstance(value, bool):
             return value
         if isinstance(value, int) and int.bit_length(value) > MAX_INT_BITS:
-            return self._problem(f"{_spell(path)} is an integer of {int.bit_length(value)} bits: save it as a tensor")
+            return self._problem(
+                f"{_path_text(path)} is an integer of {int.bit_length(value)} bits: save it as a tensor"
+            )
         if isinstance(value, (str, int, float, complex, bytes)):
             return encode_scalar(value)
         if isinstance(value, Tensor):
@@ -157,9 +159,9 @@ class _Splitter:
 
     def _container(self, value: Any, path: tuple[Any, ...]) -> Any:
         if id(value) in self._open:
-            return self._problem(f"{_spell(path)} contains itself: a state must be a tree")
+            return self._problem(f"{_path_text(path)} contains itself: a state must be a tree")
         if len(path) > MAX_DEPTH:
-            return self._problem(f"{_spell(path[:3])}… is nested more than {MAX_DEPTH} deep: flatten it")
+            return self._problem(f"{_path_text(path[:3])}… is nested more than {MAX_DEPTH} deep: flatten it")
         self._open.add(id(value))
         try:
             if isinstance(value, Mapping):
@@ -175,11 +177,11 @@ class _Splitter:
             if is_numpy(key, "integer"):
                 key = int(key)
             if isinstance(key, bool) or not isinstance(key, (str, int)):
-                self._problem(f"{_spell(path)} has the key {key!r}, {describe(key)}: keys must be str or int")
+                self._problem(f"{_path_text(path)} has the key {key!r}, {describe(key)}: keys must be str or int")
                 continue
             items.append([encode_scalar(key), self.encode(item, (*path, key))])
         if isinstance(value, Counter):
-            # MultiStepLR keeps one in its state, and needs one back.
+            # MultiStepLR has a Counter in its state, and needs one when it is loaded.
             return {"counter": items}
         return {"dict": dict(items)} if all(type(key) is str for key, _ in items) else {"items": items}
 
@@ -192,17 +194,17 @@ class _Splitter:
             tensor = from_numpy(value)
             if tensor is not None:
                 return self._tensor(tensor, path)
-            name = _spell(path)
+            name = _path_text(path)
             return self._problem(f"{name} is {describe(value)} of {value.dtype}: save {name}.tolist() instead")
-        return self._problem(refuse(value, _spell(path)))
+        return self._problem(refuse(value, _path_text(path)))
 
     def _tensor(self, value: Tensor, path: tuple[Any, ...]) -> Any:
-        problem = refuse_tensor(value, _spell(path), sharded=self._sharded)
+        problem = refuse_tensor(value, _path_text(path), sharded=self._sharded)
         if problem:
             return self._problem(problem)
         identity = _identity(value) if self._aliases or not is_shard(value) else id(value)
         if identity not in self._nodes:
-            # The value is kept with its node: its address tells it from others only while it lives.
+            # Keep the value alive: its address identifies it only while it lives.
             self._nodes[identity] = (value, self._store(value.detach(), path))
         return self._refer(identity, path)
 
@@ -218,7 +220,7 @@ class _Splitter:
         try:
             self.tensors[name] = view_locally(plain, _as_uint8)
         except (RuntimeError, ValueError):
-            return self._problem(f"{_spell(path)} is a tensor of {plain.dtype}, which this format cannot hold")
+            return self._problem(f"{_path_text(path)} is a tensor of {plain.dtype}, which this format cannot hold")
         return {"bits": [dtype_name(plain.dtype), name]}
 
     def _stored_tensor(self, value: StoredTensor, path: tuple[Any, ...]) -> Any:
@@ -234,11 +236,13 @@ class _Splitter:
     def _refer(self, identity: Any, path: tuple[Any, ...]) -> Any:
         self._num_references[identity] += 1
         if self._num_references[identity] == MAX_REFERENCES + 1:
-            return self._problem(f"{_spell(path)} is the same tensor for the {MAX_REFERENCES + 1}th time: save it once")
+            return self._problem(
+                f"{_path_text(path)} is the same tensor for the {MAX_REFERENCES + 1}th time: save it once"
+            )
         return self._nodes[identity][1]
 
     def _name(self, path: tuple[Any, ...]) -> str:
-        # "a.b" may be one key or two; the structure knows, the name need only be readable and free.
+        # The name need only be readable and unique: the structure distinguishes the key "a.b" from two keys.
         name = ".".join(str(key) for key in path).encode("utf-8", "backslashreplace").decode()
         if not name or name.startswith("__"):
             name = f"state.{name}"
@@ -288,7 +292,7 @@ class _Joiner:
         items = [(self.decode(key, depth), self.decode(item, depth)) for key, item in body]
         found = dict(items)
         if len(found) != len(items) or any(isinstance(key, bool) or not isinstance(key, (str, int)) for key in found):
-            raise ValueError("a dict has a key twice, or one that is neither str nor int")
+            raise ValueError("a dict has a duplicate key, or one that is neither str nor int")
         return found
 
     def _bits(self, dtype: Any, name: Any) -> Tensor | StoredTensor:
@@ -306,7 +310,7 @@ class _Joiner:
             raise ValueError(f"tensor {name!r} is missing")
         self.used[name] += 1
         if self.used[name] > MAX_REFERENCES:
-            raise ValueError(f"tensor {name!r} is named more than {MAX_REFERENCES} times")
+            raise ValueError(f"tensor {name!r} has more than {MAX_REFERENCES} references")
         if (kind, name) not in self._made:
             self._made[kind, name] = make(self._tensors[name])
         return self._made[kind, name]
@@ -318,20 +322,20 @@ def _as_complex(tensor: Tensor | StoredTensor) -> Tensor | StoredTensor:
     return torch.view_as_complex(tensor)
 
 
-def _spell(path: tuple[Any, ...]) -> str:
+def _path_text(path: tuple[Any, ...]) -> str:
     return "state" + "".join(f"[{key!r}]" for key in path)
 
 
 def _identity(value: Tensor) -> Any:
-    """Return a key that two tensors share if they are the same values in the same memory."""
+    """Return a key that is equal for tensors of the same memory, dtype, shape and strides."""
     if is_shard(value):
-        part = _identity(local_of(value.detach()))
-        # The part may be a passing object, whose number tells nothing.
-        return (part, value.shape, value.device_mesh, value.placements) if isinstance(part, tuple) else id(value)
+        local = _identity(local_of(value.detach()))
+        # An id is useless here: the local tensor may be a temporary object.
+        return (local, value.shape, value.device_mesh, value.placements) if isinstance(local, tuple) else id(value)
     try:
         pointer = value.data_ptr()
     except RuntimeError:
-        # Not every device tells addresses.
+        # Not every device supports addresses.
         pointer = 0
     if pointer == 0 or value.numel() == 0:
         return id(value)

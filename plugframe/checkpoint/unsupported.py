@@ -1,4 +1,4 @@
-"""Why a value cannot be saved, and what to save in its place."""
+"""Explain why a value cannot be saved, and what to save instead."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _PLAIN = "save its values as dict, list, tuple, tensor, str, bytes, int, float, 
 
 
 def describe(value: Any) -> str:
-    """Return the type of `value` as a reader would say it: ``an argparse.Namespace``."""
+    """Return the type of `value` with an article: ``an argparse.Namespace``."""
     kind = type(value)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def refuse(value: Any, name: str) -> str:
-    """Return what is wrong with `value`, found at `name`, and what to do about it."""
+    """Return a message that `value`, found at `name`, cannot be saved, and what to save instead."""
     return f"{name} is {describe(value)}: {_hint(value).format(name)}"
 
 
@@ -57,10 +57,10 @@ def _hint(value: Any) -> str:
 
 
 def refuse_tensor(value: Tensor, name: str, *, sharded: bool = False) -> str | None:
-    """Return why a tensor has no bytes of its own to save, or None if it has; if `sharded`, parts will do."""
+    """Return why a tensor cannot be saved, None if it can; a ``DTensor`` can only if `sharded`."""
     if sharded and is_shard(value):
         if any(placement.is_partial() for placement in value.placements):
-            return f"{name} is a DTensor of sums yet to be made: save {name}.full_tensor() instead"
+            return f"{name} is a DTensor with partial placements: save {name}.full_tensor() instead"
         return refuse_tensor(value.to_local(), name)
     if type(value.detach()) is not Tensor:
         how = "full_tensor()" if hasattr(value, "full_tensor") else "as_subclass(torch.Tensor)"
@@ -82,5 +82,5 @@ def _storage_bytes(value: Tensor) -> int | None:
     try:
         return value.untyped_storage().nbytes()
     except RuntimeError:
-        # Some devices have no storage that can be asked; their tensors are copied off before they are read.
+        # Some devices have no accessible storage; their tensors are copied to the CPU before they are read.
         return None

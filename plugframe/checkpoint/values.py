@@ -1,4 +1,4 @@
-"""Plain values in JSON, dtypes by name, and numpy's values as plain ones and tensors."""
+"""Convert plain values to JSON, dtypes to names, and NumPy values to plain values and tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: A larger integer is no value of a run: Python takes minutes to write it out.
+#: Larger integers are refused: Python takes minutes to format them.
 MAX_INT_BITS = 2**20
 
 
@@ -20,7 +20,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_of(name: Any) -> torch.dtype:
-    """Return the dtype of that name; a ValueError for anything else, whatever ``torch`` has under it."""
+    """Return the dtype of that name.
+
+    Raises:
+        ValueError: if there is none.
+    """
     dtype = vars(torch).get(name) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name!r} is not a dtype")
@@ -28,13 +32,13 @@ def dtype_of(name: Any) -> torch.dtype:
 
 
 def encode_scalar(value: str | int | float | complex | bytes) -> Any:
-    """Return the JSON of a plain value: itself, or an object that tags what JSON cannot say exactly."""
-    # The unbound methods: a subclass (an IntEnum, a str with its own __str__) may say something else.
+    """Return a plain value for JSON: itself, or a tagged object if JSON cannot represent it exactly."""
+    # Unbound methods, since subclasses (an IntEnum, a str with its own __str__) may override them.
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, int):
         number = int.__int__(value)
-        # int() refuses decimal text of more than 4300 digits, hexadecimal never.
+        # int() refuses decimal strings of more than 4300 digits, but never hexadecimal ones.
         return number if -(2**63) <= number < 2**64 else {"int": hex(number)}
     if isinstance(value, float):
         real = float.__float__(value)
@@ -45,28 +49,32 @@ def encode_scalar(value: str | int | float | complex | bytes) -> Any:
 
 
 def large_int(text: Any) -> int:
-    """Return the integer of a hexadecimal text; a ValueError for one beyond `MAX_INT_BITS`."""
+    """Return the integer of a hexadecimal string.
+
+    Raises:
+        ValueError: if it is longer than `MAX_INT_BITS`.
+    """
     if not isinstance(text, str) or len(text) > MAX_INT_BITS // 4 + 3:
-        raise ValueError("an integer is longer than any that is saved")
+        raise ValueError(f"an integer has more than {MAX_INT_BITS} bits")
     return int(text, 16)
 
 
 def special_float(text: Any) -> float:
-    """Return the float JSON has no word for."""
+    """Return a float that JSON cannot represent."""
     if text not in ("nan", "inf", "-inf"):
         raise ValueError(f"{text!r} is not nan, inf or -inf")
     return float(text)
 
 
 def is_numpy(value: Any, kind: str) -> bool:
-    """Say whether `value` is an instance of ``numpy.<kind>``."""
-    # numpy is optional: who has an array has imported it.
+    """Return whether `value` is an instance of ``numpy.<kind>``."""
+    # NumPy is optional: if an array exists, it is imported.
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, getattr(numpy, kind))
 
 
 def from_numpy(array: Any) -> Tensor | None:
-    """Return the tensor of an array, on its memory where that can be, or None if no tensor holds such values."""
+    """Return an array as a tensor, sharing memory if possible; None if no tensor dtype matches."""
     numpy = sys.modules["numpy"]
     if type(array) not in (numpy.ndarray, numpy.memmap):
         return None

@@ -1,1 +1,1 @@
-"""Loaders, sharding, shuffling and seeding."""
+"""Data loaders: sharding, shuffling, seeding, positions and batch weights."""

@@ -1,26 +1,26 @@
-"""Which batch a loss was computed from, and so how much it weighs against those of the other ranks.
+"""Weights of batches: match each loss to the batch it was computed from.
 
-A batch weighs 1 but for the last window of an epoch (see `plugframe.data.sharding`), and everything here rests until
-a batch with another weight is handed over. From then on a model's call looks for the batch that its inputs come
-from, by identity and by storage, and marks its outputs in the autograd graph; `backward` reads the marks. So it does
-not matter in which order batches are read and used.
+A batch weighs 1 except in the last window of an epoch (see `plugframe.data.sharding`), and this module does nothing
+until a batch with another weight is read. From then on, a model's call looks up the batch of its inputs, by identity
+and by storage, and marks its outputs in the autograd graph; `backward` reads the marks. So batches may be read and
+used in any order.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from plugframe.data.batch_index import BatchIndex, BatchRecord
 from plugframe.errors import OrderError
 from plugframe.utils.logging import warn_caller
 from plugframe.utils.tree import leaves
 
 if TYPE_CHECKING:
-    from plugframe.data.iteration import Reading
+    from plugframe.data.iteration import LoaderPass
 
 #: Key of the mark in the metadata of a node of the autograd graph.
 _MARK = "plugframe.weight"
@@ -32,361 +32,281 @@ _AHEAD = (
 )
 _SEVERAL = (
     "This loss belongs to batches of several loaders, which are uneven between ranks in different ways. Call the model "
-    "for each batch by itself, set the loaders up with weigh_uneven=False, or use DataLoader(drop_last=True)."
+    "for each batch separately, set the loaders up with weigh_uneven=False, or use DataLoader(drop_last=True)."
 )
 _NESTED = (
-    "This loss adds up batches that are uneven between ranks in different ways, and one model's output of one is the "
-    "input of another: call lite.backward() for each batch by itself."
+    "This loss adds up batches that are uneven between ranks in different ways, and one model's output is another's "
+    "input: call lite.backward() for each batch separately."
 )
 
-_TWICE = (
-    "The last batch of a loader on this rank repeats samples of another rank, to keep step with it in training, and it "
-    "was not trained on: whatever it was counted in has them twice. Turn gradients off before the loop (with "
-    "torch.no_grad(): for batch in loader: ...), or weigh what you count with lite.batch_weight."
+_REPEATED = (
+    "The last batch of a loader on this rank repeats samples of another rank, to run the same number of training "
+    "steps, and it was not trained on: results computed from it count these samples twice. Turn gradients off before "
+    "the loop (with torch.no_grad(): for batch in loader: ...), or multiply by lite.batch_weight."
 )
-_PARTS = (
-    "A loader that is divided between ranks was evaluated, and nothing was reduced or gathered before the training "
-    "went on: each rank's result is of its own part of the samples. Use lite.all_reduce() or lite.all_gather() on it."
+_UNREDUCED = (
+    "A loader that is divided between ranks was evaluated, and nothing was reduced or gathered before training "
+    "continued: each rank's result covers only its own samples. Use lite.all_reduce() or lite.all_gather() on it."
 )
 
+#: A weight, or the error message that explains why it is unknown.
 Weight = float | str
 
-#: How many batches are remembered before those that have gone are looked for.
-_FEW = 8
 
-
-class Entry:
-    """A batch that was handed over.
+class BatchWeights:
+    """The weights of the batches that are in use in one job.
 
     Attributes:
-        weight: against those of the other ranks.
-        reading: the pass it belongs to.
-        matched: whether a model was given any of it.
+        active: whether any loader may return uneven batches.
+        uneven: whether a batch with a weight other than 1 may be in use; if not, steps skip all look-ups.
+        model_called: whether a model was called since `update_passes`.
+        trains: whether a model was called in training mode with gradients, or `backward`, since `update_passes`.
+        unmarked: whether a model was called with gradients since the last backward, and its outputs were not marked.
+        num_backwards: number of backwards so far.
+        communicated: whether the script called a collective since `update_passes`.
+        open_passes: the passes that are being read, most recently read last.
+        num_collectives: returns the number of collectives so far, where evaluations make none by themselves; None if
+            they cannot be counted.
+        warns: whether this rank warns for all.
+        unreduced_at: the number of collectives at the end of an evaluation without any; None after any other pass.
     """
 
-    __slots__ = ("matched", "reading", "refs", "weight")
-
-    def __init__(self, weight: float, reading: Reading) -> None:
-        self.weight = weight
-        self.reading = reading
-        self.matched = False
-        self.refs: list[weakref.ref[Any]] = []
-
-    def alive(self) -> bool:
-        """Say whether anybody holds any of it."""
-        return any(ref() is not None for ref in self.refs)
-
-
-class _Known:
-    """Batches by the objects in them, and by the storages of their tensors."""
+    num_collectives: Callable[[], int] | None = None
+    warns = False
 
     def __init__(self) -> None:
-        self._objects: dict[int, tuple[weakref.ref[Any], Entry]] = {}
-        self._storages: dict[int, list[tuple[weakref.ref[Any], int, int, Entry]]] = {}
-        self._limit = _FEW
-
-    def add(self, batch: Any, entry: Entry) -> None:
-        for leaf in leaves(batch):
-            try:
-                ref = weakref.ref(leaf)
-            except TypeError:  # a number, a string
-                continue
-            entry.refs.append(ref)
-            self._objects[id(leaf)] = (ref, entry)
-            if isinstance(leaf, Tensor):
-                self._add_storage(leaf, ref, entry)
-        if len(self._objects) > self._limit:
-            self._prune()
-
-    def _add_storage(self, tensor: Tensor, ref: weakref.ref[Any], entry: Entry) -> None:
-        span = _span(tensor)
-        if span is None:
-            return
-        storage, start, end = span
-        # A view that outlives the tensor keeps its storage. One of a storage that holds more lives as long as itself:
-        # an in-memory dataset is always there.
-        if end - start >= storage.nbytes():
-            ref = weakref.ref(storage)
-            entry.refs.append(ref)
-        self._storages.setdefault(id(storage), []).append((ref, start, end, entry))
-
-    def find(self, value: Any) -> Entry | None:
-        """Return the batch that an object, or the memory of a tensor, belongs to."""
-        ref, entry = self._objects.get(id(value), (None, None))
-        if ref is not None and ref() is value:
-            return entry
-        span = _span(value) if self._storages and isinstance(value, Tensor) else None
-        if span is not None:
-            storage, start, end = span
-            for ref, first, last, entry in self._storages.get(id(storage), ()):
-                if first <= start and end <= last and start < end and ref() is not None:
-                    return entry
-        return None
-
-    def _prune(self) -> None:
-        self._objects = {key: (ref, entry) for key, (ref, entry) in self._objects.items() if ref() is not None}
-        kept = {key: [each for each in found if each[0]() is not None] for key, found in self._storages.items()}
-        self._storages = {key: found for key, found in kept.items() if found}
-        self._limit = 2 * len(self._objects) + _FEW
-
-
-class Weights:
-    """What the batches at hand weigh, in one job.
-
-    Attributes:
-        active: whether there is a loader whose batches can be uneven.
-        uneven: whether a batch that does not weigh 1 may be at hand; without, nothing below is called in a step.
-        used: whether a model ran since this was last taken note of.
-        trains: the same of a model in training mode with gradients, or of a backward.
-        graded: whether a model ran with gradients since the last backward, and its outputs were not marked.
-        backwards: how many there were.
-        met: whether the script exchanged something between ranks since this was last taken note of.
-        open: the passes that are being read, the one read last at the end.
-        exchanges: counts the collectives so far, where evaluations make none by themselves; None if nobody can.
-        speaks: whether this rank says what holds for all.
-        parts: that count, after an evaluation in whose results nothing was exchanged; None after any other.
-    """
-
-    exchanges: Callable[[], int] | None = None
-    speaks = False
-
-    def __init__(self) -> None:
-        self.open: list[Reading] = []
+        self.open_passes: list[LoaderPass] = []
         self._reset()
 
     def clear(self) -> None:
-        """Forget all."""
-        self.check_padding()
+        """Drop all records, after a last check for repeated samples."""
+        self.warn_repeated()
         self._reset()
 
     def _reset(self) -> None:
-        self.active = self.uneven = self.used = self.trains = self.graded = self.met = False
-        self.backwards = 0
-        self.open.clear()
-        self._known = _Known()
-        self._pending: list[Entry] = []
+        self.active = self.uneven = self.model_called = self.trains = self.unmarked = self.communicated = False
+        self.num_backwards = 0
+        self.open_passes.clear()
+        self._index = BatchIndex()
+        self._pending: list[BatchRecord] = []
         self._current: Weight | None = None
-        self._padding: tuple[Entry, int] | None = None
-        self._told_parts = False
-        self.parts: int | None = None
+        self._padding: tuple[BatchRecord, int] | None = None
+        self._warned_unreduced = False
+        self.unreduced_at: int | None = None
 
     # ------------------------------------------------------------------ reading
 
-    def hand_over(self, reading: Reading, batch: Any) -> None:
-        """Take note of a batch that is not known to be one of a plain loop's even ones."""
-        entry = Entry(reading.weight, reading)
-        self._known.add(batch, entry)
-        while reading.entries and not reading.entries[0].alive():
-            reading.entries.popleft()
-        reading.entries.append(entry)
-        if reading.weight != 1.0:
+    def record_batch(self, loader_pass: LoaderPass, batch: Any) -> None:
+        """Record a batch, unless it is an even one of a plain loop."""
+        record = BatchRecord(loader_pass.weight, loader_pass)
+        self._index.add(batch, record)
+        while loader_pass.records and not loader_pass.records[0].alive():
+            loader_pass.records.popleft()
+        loader_pass.records.append(record)
+        if loader_pass.weight != 1.0:
             self.uneven = True
-            self._pending.append(entry)
-        if not reading.weight:
-            self._padding = (entry, self.backwards)
+            self._pending.append(record)
+        if not loader_pass.weight:
+            self._padding = (record, self.num_backwards)
 
-    def to_front(self, reading: Reading) -> None:
-        """Take note of which of the open passes is read."""
-        if self.open and self.open[-1] is not reading and reading in self.open:
-            self.open.remove(reading)
-            self.open.append(reading)
+    def move_to_end(self, loader_pass: LoaderPass) -> None:
+        """Make an open pass the most recently read one."""
+        if self.open_passes and self.open_passes[-1] is not loader_pass and loader_pass in self.open_passes:
+            self.open_passes.remove(loader_pass)
+            self.open_passes.append(loader_pass)
 
-    def close(self, reading: Reading) -> None:
-        """Take note that a pass is over."""
-        self.absorb()
-        reading.closed = True
-        if reading.opening and not reading.used:
-            reading.ahead = True  # its only batch was kept
-        if reading in self.open:  # not after tear-down
-            self.open.remove(reading)
-        self.moved_on()
-        evaluated = reading.used and not reading.trains and not reading.met and reading.count > 1
-        if evaluated and self.exchanges is not None and self.exchanges() == reading.exchanges:
-            self.parts = reading.exchanges
+    def close_pass(self, loader_pass: LoaderPass) -> None:
+        """Record the end of a pass."""
+        self.update_passes()
+        loader_pass.closed = True
+        if loader_pass.at_first_batch and not loader_pass.model_called:
+            loader_pass.ahead = True  # its only batch is unused so far
+        if loader_pass in self.open_passes:  # not after tear-down
+            self.open_passes.remove(loader_pass)
+        self.forget_current()
+        evaluated = loader_pass.model_called and not loader_pass.trains and not loader_pass.communicated
+        if not evaluated or loader_pass.count == 1 or self.num_collectives is None:
+            return
+        if self.num_collectives() == loader_pass.num_collectives:
+            self.unreduced_at = loader_pass.num_collectives
 
-    def check_parts(self) -> None:
-        """Say once that the results of an evaluation were each rank's own, if the training goes on after it."""
-        parts, self.parts = self.parts, None
-        if self.speaks and self.exchanges is not None and self.exchanges() == parts and not self._told_parts:
-            self._told_parts = True
-            warn_caller(_PARTS)
+    def warn_unreduced(self) -> None:
+        """Warn once if training continues after an evaluation whose results were not reduced."""
+        unreduced_at, self.unreduced_at = self.unreduced_at, None
+        if not self.warns or self._warned_unreduced or self.num_collectives is None:
+            return
+        if self.num_collectives() == unreduced_at:
+            self._warned_unreduced = True
+            warn_caller(_UNREDUCED)
 
-    def check_padding(self, *, exchanged: bool = False) -> None:
-        """Say it if a batch that only keeps step was not trained on, and so counted in something else.
+    def warn_repeated(self, *, in_collective: bool = False) -> None:
+        """Warn if a batch that repeats samples of another rank was not trained on, and so is counted in a result.
 
         Args:
-            exchanged: whether the script exchanges a result now; without, a model must have seen the batch: a loop
-                that only reads may want nothing of it.
+            in_collective: whether the script is calling a collective; if not, a model must have been called: a loop
+                that only reads may ignore the batch.
         """
         if self._padding is None:
             return
-        entry, backwards = self._padding
-        reading = entry.reading
-        if self.backwards != backwards:
+        record, num_backwards = self._padding
+        loader_pass = record.loader_pass
+        if self.num_backwards != num_backwards:
             self._padding = None
-        elif reading.closed and (exchanged or reading.used) and not (reading.ahead and self._kept(reading)):
+            return
+        used = in_collective or loader_pass.model_called
+        if loader_pass.closed and used and not (loader_pass.ahead and self._has_earlier_batches(loader_pass)):
             self._padding = None
-            warn_caller(_TWICE)
+            warn_caller(_REPEATED)
 
     @staticmethod
-    def _kept(reading: Reading) -> bool:
-        """Say whether somebody keeps the batches of a pass, and may still train on them."""
-        return any(entry.alive() for entry in list(reading.entries)[:-1])
+    def _has_earlier_batches(loader_pass: LoaderPass) -> bool:
+        """Return whether batches before the last of a pass are still referenced, and may be trained on."""
+        return any(record.alive() for record in list(loader_pass.records)[:-1])
 
-    def moved_on(self) -> None:
-        """Forget which batch the last forward belonged to: another was handed over."""
+    def forget_current(self) -> None:
+        """Forget the batch of the latest forward: another one was read."""
         self._current = None
 
-    def absorb(self) -> None:
-        """Have the open passes take note of what the script has done since."""
-        for reading in self.open:
-            reading.used |= self.used
-            reading.trains |= self.trains
-            reading.met |= self.met
-        self.used = self.trains = self.met = False
+    def update_passes(self) -> None:
+        """Record in the open passes the model calls and collectives since the last update."""
+        for loader_pass in self.open_passes:
+            loader_pass.model_called |= self.model_called
+            loader_pass.trains |= self.trains
+            loader_pass.communicated |= self.communicated
+        self.model_called = self.trains = self.communicated = False
 
-    def begin(self, reading: Reading) -> None:
-        """Take note that the first batch of a pass is about to be handed over."""
-        self.absorb()
-        reading.used = reading.trains = reading.met = False
-        reading.exchanges = self.exchanges() if self.exchanges is not None else None
-        self.check_padding()
-        self._pending = [entry for entry in self._pending if self._counts(entry, reading)]
-        self.uneven = bool(self._pending) or any(each.weight != 1.0 for each in self.open if each is not reading)
+    def begin_pass(self, loader_pass: LoaderPass) -> None:
+        """Record the beginning of a pass, before its first batch is returned."""
+        self.update_passes()
+        loader_pass.model_called = loader_pass.trains = loader_pass.communicated = False
+        loader_pass.num_collectives = self.num_collectives() if self.num_collectives is not None else None
+        self.warn_repeated()
+        self._pending = [record for record in self._pending if self._may_be_trained_on(record, loader_pass)]
+        others = (each for each in self.open_passes if each is not loader_pass)
+        self.uneven = bool(self._pending) or any(each.weight != 1.0 for each in others)
 
     @staticmethod
-    def _counts(entry: Entry, beginning: Reading) -> bool:
-        reading = entry.reading
-        if not reading.closed:
+    def _may_be_trained_on(record: BatchRecord, beginning: LoaderPass) -> bool:
+        loader_pass = record.loader_pass
+        if not loader_pass.closed:
             return True
-        if reading.owner is beginning.owner and not entry.alive():  # read anew: what became of it does not matter now
+        if loader_pass.owner is beginning.owner and not record.alive():  # the loader is read again
             return False
-        # Of a pass that was read in step with the training nothing is left to be trained on.
-        return reading.ahead and (entry.alive() or not entry.matched)
+        # A pass that was read in step with the training leaves no batch to be trained on.
+        return loader_pass.ahead and (record.alive() or not record.matched)
 
     # ------------------------------------------------------------------ in the model's call
 
-    def of(self, inputs: Any) -> Weight:
-        """Return the weight of the batch that a model's inputs come from; a text that says why there is none."""
-        found = {id(entry): entry for entry in map(self._known.find, leaves(inputs)) if entry is not None}
+    def weight_of(self, inputs: Any) -> Weight:
+        """Return the weight of the batch that a model's inputs come from, or the message of an error."""
+        found = {id(record): record for record in map(self._index.find, leaves(inputs)) if record is not None}
         if not found:
-            return self._unmatched()
-        for entry in found.values():
-            entry.matched = True
-        weights = {entry.weight for entry in found.values()}
+            return self._unmatched_weight()
+        for record in found.values():
+            record.matched = True
+        weights = {record.weight for record in found.values()}
         self._current = weights.pop() if len(weights) == 1 else _SEVERAL
         return self._current
 
     def mark(self, outputs: Any, weight: Weight) -> None:
-        """Mark what a model has made of a batch of that weight."""
+        """Mark a model's outputs with the weight of the batch they were computed from."""
         for leaf in leaves(outputs):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                 metadata: Any = leaf.grad_fn.metadata
                 metadata[_MARK] = weight
 
-    def _unmatched(self) -> Weight:
-        """Return the weight of a loss whose model saw no tensor of any batch."""
+    def _unmatched_weight(self) -> Weight:
+        """Return the weight of a loss whose model was called with no tensor of any batch."""
         if self._current is not None:
-            return self._current  # generated in a step that has used the batch already
-        if not self.open:
-            left = (entry for entry in self._pending if entry.reading.ahead and entry.reading.even)
-            return _AHEAD if any(not entry.matched for entry in left) else 1.0
-        # Read since the last backward: several if they are read side by side, the inner one of loops within each other.
-        readings = [reading for reading in self.open if reading.stamp == self.backwards] or self.open[-1:]
-        if not torch.is_grad_enabled():
-            readings = self.open[-1:]
-        if any(reading.ahead and reading.mixed and not self._is_last(reading) for reading in readings):
+            return self._current  # inputs were generated in a step that has used the batch already
+        if not self.open_passes:
+            pending = (r for r in self._pending if r.loader_pass.ahead and r.loader_pass.even)
+            return _AHEAD if any(not record.matched for record in pending) else 1.0
+        # Those read since the last backward: several if read side by side, the innermost one of nested loops.
+        passes = [each for each in self.open_passes if each.num_backwards == self.num_backwards]
+        if not passes or not torch.is_grad_enabled():
+            passes = self.open_passes[-1:]
+        if any(each.ahead and each.mixed and not self._only_last_alive(each) for each in passes):
             return _AHEAD
-        weights = {reading.weight for reading in readings}
+        weights = {each.weight for each in passes}
         return weights.pop() if len(weights) == 1 else _SEVERAL
 
-    def _is_last(self, reading: Reading) -> bool:
-        """Say whether of a pass that was read ahead the batch read last is the only one that somebody holds."""
-        return reading.entries[-1].alive() and not self._kept(reading)
+    def _only_last_alive(self, loader_pass: LoaderPass) -> bool:
+        """Return whether the batch read last is the only one of a pass that is still referenced."""
+        return loader_pass.records[-1].alive() and not self._has_earlier_batches(loader_pass)
 
     # ------------------------------------------------------------------ in backward
 
     def current(self) -> float:
-        """Return what the batch at hand weighs: that of the last call of a model, or the one that was read since.
+        """Return the weight of the current batch: that of the latest model call, or the one read since.
 
         Raises:
-            OrderError: if it cannot be known.
+            OrderError: if it is ambiguous.
         """
-        if self._current is None and self.open and not self.open[-1].ahead:
-            return self.open[-1].weight
-        return _counted(self._unmatched(), "mean")
+        if self._current is None and self.open_passes and not self.open_passes[-1].ahead:
+            return self.open_passes[-1].weight
+        return _factor(self._unmatched_weight(), "mean")
 
-    def exchanged(self) -> None:
-        """Take note that the script exchanges something between ranks."""
-        self.met = True
-        self.parts = None  # not every collective of plugframe's own is counted
-        self.check_padding(exchanged=True)
+    def on_collective(self) -> None:
+        """Record that the script calls a collective."""
+        self.communicated = True
+        self.unreduced_at = None  # not every collective of plugframe itself is counted
+        self.warn_repeated(in_collective=True)
 
-    def asked(self) -> None:
-        """Take note that the script weighs what it counts by itself."""
+    def on_weight_requested(self) -> None:
+        """Record that the script uses the weight itself."""
         self._padding = None
 
     def weigh(self, loss: Tensor, batch: Any, reduction: str) -> tuple[float, list[Any]]:
-        """Return what to multiply `loss` with; and where it adds up several batches, handles of hooks that weigh them.
+        """Return the factor of a loss, and handles of hooks that scale its terms if it adds up several batches.
 
-        Of a sum every batch counts whole, but for one that only keeps step.
+        With ``reduction="sum"`` every batch has the factor 1, except one that repeats samples, which has 0.
 
         Raises:
-            OrderError: if its batches cannot be known.
+            OrderError: if its batches are ambiguous.
         """
-        marks = [] if batch is not None else list(_marked(loss, through=False))
-        if batch is None and not marks and self.graded:
-            return 1.0, []  # its model ran before any uneven batch was read
+        marks = [] if batch is not None else list(_marked_nodes(loss, through=False))
+        if batch is None and not marks and self.unmarked:
+            return 1.0, []  # its model was called before any uneven batch was read
         if not marks:
-            weight = self.of(batch) if batch is not None else self._unmatched()
-            return _counted(weight, reduction), []
-        weights = {_counted(weight, reduction) for _, weight in marks if not isinstance(weight, str)}
-        texts = [weight for _, weight in marks if isinstance(weight, str)]
-        if texts and len(weights) != 1:
-            raise OrderError(texts[0])
-        nested = len(list(_marked(loss, through=True))) != len(marks)
+            weight = self.weight_of(batch) if batch is not None else self._unmatched_weight()
+            return _factor(weight, reduction), []
+        weights = {_factor(weight, reduction) for _, weight in marks if not isinstance(weight, str)}
+        messages = [weight for _, weight in marks if isinstance(weight, str)]
+        if messages and len(weights) != 1:
+            raise OrderError(messages[0])
+        nested = len(list(_marked_nodes(loss, through=True))) != len(marks)
         if len(weights) == 1:
             weight = weights.pop()
-            if weight == 1.0 or nested or not self.graded:
+            if weight == 1.0 or nested or not self.unmarked:
                 return weight, []
-            # A forward of before the uneven batch was read may be in it too, which is not marked and weighs 1.
-            return 1.0, [node.register_prehook(_scaling(weight)) for node, _ in marks]
+            # The loss may include an unmarked forward from before the uneven batch, whose weight is 1.
+            return 1.0, [node.register_prehook(_scale_by(weight)) for node, _ in marks]
         if nested:
             raise OrderError(_NESTED)
-        return 1.0, [node.register_prehook(_scaling(_counted(weight, reduction))) for node, weight in marks]
+        return 1.0, [node.register_prehook(_scale_by(_factor(weight, reduction))) for node, weight in marks]
 
 
-def _counted(weight: Weight, reduction: str) -> float:
+def _factor(weight: Weight, reduction: str) -> float:
     if isinstance(weight, str):
         raise OrderError(weight)
     return weight if reduction == "mean" else float(weight > 0)
 
 
-def _scaling(weight: float) -> Any:
-    """Return a hook of a node of the autograd graph that multiplies the gradients that come in."""
+def _scale_by(weight: float) -> Any:
+    """Return a prehook of an autograd node that multiplies incoming gradients."""
     return lambda gradients: tuple(None if each is None else each * weight for each in gradients)
 
 
-def _span(tensor: Tensor) -> tuple[Any, int, int] | None:
-    """Return the storage of a tensor, and where in memory its elements begin and end; None if it has no plain one."""
-    try:
-        if tensor.layout is not torch.strided or tensor.device.type == "meta":
-            return None
-        storage = tensor.untyped_storage()
-        start = tensor.data_ptr()
-    except (RuntimeError, NotImplementedError):  # a subclass without memory of its own
-        return None
-    if not tensor.numel():
-        return storage, start, start
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return storage, start, start + extent * tensor.element_size()
+def _marked_nodes(loss: Tensor, *, through: bool) -> Iterator[tuple[Any, Weight]]:
+    """Yield the marked nodes of the graph of `loss`.
 
-
-def _marked(loss: Tensor, *, through: bool) -> Iterator[tuple[Any, Weight]]:
-    """Yield the marked nodes of the graph of `loss`; without `through` those reached without passing another."""
-    seen, todo = set(), [loss.grad_fn]
-    while todo:
-        node = todo.pop()
+    Args:
+        through: whether to go on behind a marked node.
+    """
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
@@ -396,4 +316,4 @@ def _marked(loss: Tensor, *, through: bool) -> Iterator[tuple[Any, Weight]]:
             yield node, weight
             if not through:
                 continue
-        todo.extend(following for following, _ in node.next_functions)
+        stack.extend(following for following, _ in node.next_functions)

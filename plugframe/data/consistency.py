@@ -1,8 +1,7 @@
-"""Whether all ranks hold the same data, which `plugframe.data.sharding` divides between them.
+"""Verify that all ranks hold the same data, before `plugframe.data.sharding` divides it between them.
 
-Nothing of a dataset is read: a sample may be random, expensive, or open a file that worker processes must open
-themselves. Compared are lengths, and what a dataset or sampler keeps in memory for each sample: indices, file names,
-labels, tensors.
+No sample is read: it may be random, expensive, or open a file that worker processes must open themselves. Lengths are
+compared, and what a dataset or sampler stores in memory per sample: indices, file names, labels, tensors.
 """
 
 from __future__ import annotations
@@ -21,41 +20,42 @@ from plugframe.errors import SettingError
 from plugframe.utils.swap import plain_class
 from plugframe.utils.tensor_bytes import as_bytes
 
-#: What a loader's data are known by: of each thing a description of its value.
+#: A description of each property of a loader's data, by name.
 Signature = dict[str, str]
 
-_MANY = 4096
+#: Limits per table: rows compared, bytes compared, and depth of nested datasets.
+_MAX_ROWS = 4096
 _MAX_BYTES = 4 << 20
 _MAX_DEPTH = 4
-#: Packages whose datasets divide themselves between ranks, by class.
-_DIVIDING = {"streaming": "StreamingDataset", "litdata": "StreamingDataset"}
+#: Classes of datasets that shard themselves, by package.
+_SELF_SHARDING = {"streaming": "StreamingDataset", "litdata": "StreamingDataset"}
 
 
-def divider(loader: DataLoader[Any]) -> str | None:
-    """Return what is known to divide the data of a loader between ranks: class of the dataset, and how; None."""
-    found = (_divider(part) for part in _parts(loader.dataset))
-    what = next((what for what in found if what is not None), None)
-    return None if what is None else f"{type(loader.dataset).__name__} is divided between ranks already, by {what}"
+def existing_sharding(loader: DataLoader[Any]) -> str | None:
+    """Return a sentence on how the data of a loader is sharded already, None if it is not known to be."""
+    found = (_sharding_of(each) for each in _nested_datasets(loader.dataset))
+    how = next((how for how in found if how is not None), None)
+    return None if how is None else f"{type(loader.dataset).__name__} is divided between ranks already, by {how}"
 
 
-def check_undivided(everyone: Sequence[Sequence[str | None]]) -> None:
-    """Refuse data that divide themselves on any rank.
+def check_unsharded(everyone: Sequence[Sequence[str | None]]) -> None:
+    """Raise if the data of a loader is sharded already on any rank.
 
     Raises:
-        SettingError: on all ranks, naming what divides them.
+        SettingError: on all ranks.
     """
     for what in (what for found in everyone for what in found if what is not None):
         raise SettingError(
             f"This {what}: dividing it again would lose samples. Call lite.setup_dataloaders(..., "
-            "use_distributed_sampler=False), or leave the dividing to it."
+            "use_distributed_sampler=False), or remove that sharding."
         )
 
 
 def signature(loader: DataLoader[Any], *, deep: bool = True) -> Signature:
-    """Return what must be equal on all ranks.
+    """Return the properties that must be equal on all ranks.
 
     Args:
-        deep: whether to look at what is kept for each sample, or at lengths alone.
+        deep: whether to include digests of per-sample data, or lengths only.
     """
     found = {"batch_size": str(loader.batch_size), "drop_last": str(loader.drop_last)}
     dataset = loader.dataset
@@ -77,18 +77,18 @@ def signature(loader: DataLoader[Any], *, deep: bool = True) -> Signature:
     return found
 
 
-def check_same(everyone: Sequence[Sequence[Signature]]) -> None:
+def check_consistent(everyone: Sequence[Sequence[Signature]]) -> None:
     """Compare the signatures of all ranks' loaders, in rank order.
 
     Raises:
-        SettingError: on all ranks, naming the first difference.
+        SettingError: on all ranks, with the first difference.
     """
     first = everyone[0]
     for rank, others in enumerate(everyone[1:], start=1):
         if len(others) != len(first):
             raise SettingError(
-                f"setup_dataloaders() got {len(first)} loaders on rank 0 and {len(others)} on rank {rank}: every rank "
-                "sets up the same."
+                f"setup_dataloaders() got {len(first)} loaders on rank 0 and {len(others)} on rank {rank}: pass the "
+                "same loaders on every rank."
             )
         for number, (mine, other) in enumerate(zip(first, others, strict=True)):
             for what in dict.fromkeys((*mine, *other)):
@@ -99,13 +99,12 @@ def check_same(everyone: Sequence[Sequence[Signature]]) -> None:
 def _difference(number: int, what: str, rank: int, mine: str | None, other: str | None) -> str:
     if len(mine or "") < 32 and len(other or "") < 32:
         values = f"{what} is {mine} on rank 0 and {other} on rank {rank}"
-    else:  # digests say nothing to people
+    else:  # digests are not readable
         values = f"{what} on rank {rank} is not that of rank 0"
     return (
         f"The ranks hold different data, and would read some samples twice and others never: {values} "
-        f"(dataloaders[{number}]). Make it alike on every rank: lite.seed_everything(1) before random_split and all "
-        "that is drawn, sorted file lists; or set up data that is divided by rank already with "
-        "use_distributed_sampler=False."
+        f"(dataloaders[{number}]). Make the data equal: sort lists of files, and call lite.seed_everything(1) before "
+        "random_split and other draws. If it is divided by rank already, pass use_distributed_sampler=False."
     )
 
 
@@ -120,26 +119,26 @@ def _length(value: Any) -> int | None:
         return None
     try:
         return len(value)
-    except (TypeError, NotImplementedError):  # a class whose base has one, and that does not know
+    except (TypeError, NotImplementedError):  # inherited __len__ of a class without a length
         return None
 
 
-def _parts(dataset: Any) -> Iterator[Any]:
-    """Yield a dataset and what it reads from: other datasets, stages of a pipeline."""
+def _nested_datasets(dataset: Any) -> Iterator[Any]:
+    """Yield a dataset and its sources: other datasets, stages of a pipeline."""
     seen: set[int] = set()
-    todo: list[tuple[Any, int]] = [(dataset, 0)]
-    while todo:
-        part, depth = todo.pop()
-        if id(part) in seen or len(seen) > 256:
+    stack: list[tuple[Any, int]] = [(dataset, 0)]
+    while stack:
+        each, depth = stack.pop()
+        if id(each) in seen or len(seen) > 256:
             continue
-        seen.add(id(part))
-        yield part
+        seen.add(id(each))
+        yield each
         if depth < 2 * _MAX_DEPTH:
-            todo += [(value, depth + 1) for value in _inside(part)]
+            stack += [(value, depth + 1) for value in _sources(each)]
 
 
-def _inside(part: Any) -> Iterator[Any]:
-    attributes = getattr(part, "__dict__", None)
+def _sources(dataset: Any) -> Iterator[Any]:
+    attributes = getattr(dataset, "__dict__", None)
     for name, value in (attributes or {}).items():
         if isinstance(value, Dataset) or name in ("dataset", "source_datapipe", "src", "source"):
             yield value
@@ -147,28 +146,29 @@ def _inside(part: Any) -> Iterator[Any]:
             yield from value if isinstance(value, (list, tuple)) else (value,)
 
 
-def _divider(part: Any) -> str | None:
-    """Return what divides a dataset between ranks, None if nothing known does."""
-    distributed = getattr(part, "_distributed", None)
+def _sharding_of(dataset: Any) -> str | None:
+    """Return how a dataset is sharded between ranks, None if it is not known to be."""
+    distributed = getattr(dataset, "_distributed", None)
     if distributed is not None and getattr(distributed, "world_size", 1) > 1:
         return "datasets.distributed.split_dataset_by_node"
-    names = {getattr(part, "__name__", ""), type(part).__name__, getattr(getattr(part, "f", None), "__name__", "")}
+    inner = getattr(dataset, "f", None)
+    names = {getattr(dataset, "__name__", ""), type(dataset).__name__, getattr(inner, "__name__", "")}
     if "split_by_node" in names:
         return "split_by_node"
     if "ShardingFilterIterDataPipe" in names:
         return "sharding_filter()"
-    for klass in type(part).__mro__:
+    for klass in type(dataset).__mro__:
         package = klass.__module__.partition(".")[0]
-        if _DIVIDING.get(package) == klass.__name__:
+        if _SELF_SHARDING.get(package) == klass.__name__:
             return f"{package}.{klass.__name__}"
     return None
 
 
-# ---------------------------------------------------------------------- what is kept for each sample
+# ---------------------------------------------------------------------- per-sample data
 
 
 def _tables(owner: Any, depth: int) -> Iterator[tuple[str, str]]:
-    """Yield a name and a digest of everything that `owner` keeps for each of its samples."""
+    """Yield the name and digest of each attribute of `owner` with one entry per sample."""
     number = _length(owner)
     name = plain_class(owner).__name__
     if number is None:
@@ -181,7 +181,7 @@ def _tables(owner: Any, depth: int) -> Iterator[tuple[str, str]]:
         yield f"rows of the {name}", _rows(owner, number)
         return
     for attribute, value in list(getattr(owner, "__dict__", {}).items()):
-        if attribute == "data_source":  # of torch's samplers: the dataset itself
+        if attribute == "data_source":  # the dataset itself, in torch's samplers
             continue
         digests = [_digest(each, number) for each in _columns(value)]
         for position, found in enumerate(each for each in digests if each is not None):
@@ -193,7 +193,7 @@ def _tables(owner: Any, depth: int) -> Iterator[tuple[str, str]]:
 
 
 def _columns(value: Any) -> Iterable[Any]:
-    """Return a value, or the tensors and arrays in it: several columns of one table."""
+    """Return the tensors and arrays in a container, as columns of one table; else the value itself."""
     inside = list(value.values()) if isinstance(value, Mapping) else value
     if isinstance(inside, (list, tuple)) and 0 < len(inside) <= 16 and all(_is_array(each) for each in inside):
         return inside
@@ -206,17 +206,17 @@ def _is_array(value: Any) -> bool:
 
 
 def _digest(value: Any, number: int) -> str | None:
-    """Return a digest of a table with an entry for each of `number` samples; None for anything else."""
+    """Return a digest of a table with one entry for each of `number` samples; None for anything else."""
     if isinstance(value, range):
         return _hashed([repr(value).encode()]) if len(value) == number else None
     if _is_array(value):
         return _digest_array(value, number)
     if hasattr(value, "iloc") and len(value) == number:
-        value = value.iloc[_places(number)].to_numpy().tolist()
+        value = value.iloc[_rows_compared(number)].to_numpy().tolist()
         number = len(value)
     if not isinstance(value, (list, tuple)) or len(value) != number:
         return None
-    entries = [_plain(value[place]) for place in _places(number)]
+    entries = [_entry_bytes(value[row]) for row in _rows_compared(number)]
     return None if None in entries else _hashed(entry for entry in entries if entry is not None)
 
 
@@ -226,30 +226,30 @@ def _digest_array(value: Any, number: int) -> str | None:
     if isinstance(value, Tensor):
         if value.layout is not torch.strided or value.device.type == "meta" or value.is_quantized:
             return None
-        places = _places(number, value[0].numel() * value.element_size())
-        rows = value.detach()[torch.tensor(places, device=value.device)]
+        indices = _rows_compared(number, value[0].numel() * value.element_size())
+        rows = value.detach()[torch.tensor(indices, device=value.device)]
         return _hashed([bytes_of(rows)]) if rows.numel() else None
     if value.dtype.hasobject:
         return _digest(value.tolist(), number)
-    return _hashed([value[_places(number, value[0].nbytes)].tobytes()])
+    return _hashed([value[_rows_compared(number, value[0].nbytes)].tobytes()])
 
 
 def bytes_of(tensor: Tensor) -> bytes:
-    """Return the elements of a strided tensor of at least one."""
-    flat = tensor.detach().cpu().reshape(-1).contiguous()  # held by name: the bytes live as long as it does
+    """Return the bytes of a strided tensor with at least one element."""
+    flat = tensor.detach().cpu().reshape(-1).contiguous()  # a variable, since as_bytes() does not keep it alive
     return bytes(as_bytes(flat))
 
 
-def _places(number: int, row_bytes: int = 1) -> list[int]:
-    """Return the positions that are looked at: all, or many at equal distances."""
-    many = max(2, min(_MANY, _MAX_BYTES // max(row_bytes, 1)))
-    if number <= many:
+def _rows_compared(number: int, row_bytes: int = 1) -> list[int]:
+    """Return the indices of the rows to compare: all, or up to the limits at equal distances."""
+    limit = max(2, min(_MAX_ROWS, _MAX_BYTES // max(row_bytes, 1)))
+    if number <= limit:
         return list(range(number))
-    return [place * (number - 1) // (many - 1) for place in range(many)]
+    return [index * (number - 1) // (limit - 1) for index in range(limit)]
 
 
-def _plain(entry: Any) -> bytes | None:
-    """Return what an entry of a list is, if it is plain: the same data may lie in another folder on another node."""
+def _entry_bytes(entry: Any) -> bytes | None:
+    """Return the bytes of a plain entry, None for others; of a path the last component, as folders differ by node."""
     if isinstance(entry, (str, os.PathLike)):
         return os.path.basename(os.fspath(entry)).encode(errors="replace")
     if isinstance(entry, (bool, int, float, bytes)):
@@ -258,20 +258,20 @@ def _plain(entry: Any) -> bytes | None:
         digest = _digest_array(entry, len(entry)) if entry.ndim else repr(entry.tolist())
         return None if digest is None else digest.encode()
     if isinstance(entry, (list, tuple)):
-        parts = [_plain(part) for part in entry]
-        return None if None in parts else b"(" + b",".join(part for part in parts if part is not None) + b")"
+        items = [_entry_bytes(item) for item in entry]
+        return None if None in items else b"(" + b",".join(item for item in items if item is not None) + b")"
     return None
 
 
 def _rows(dataset: Any, number: int) -> str:
-    """Return a digest of the first and last rows of a table that can be read without its transforms."""
+    """Return a digest of the first, middle and last row of a Hugging Face dataset, read without its transforms."""
     table = dataset.with_format(None)
-    return _hashed(repr(table[place]).encode() for place in {0, number // 2, number - 1} if number)
+    return _hashed(repr(table[index]).encode() for index in {0, number // 2, number - 1} if number)
 
 
-def _hashed(parts: Iterable[bytes]) -> str:
+def _hashed(chunks: Iterable[bytes]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
+    for chunk in chunks:
+        digest.update(len(chunk).to_bytes(8, "little"))
+        digest.update(chunk)
     return digest.hexdigest()

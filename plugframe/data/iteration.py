@@ -1,4 +1,4 @@
-"""Where loaders stand: epochs, passes over the data, what the batch at hand weighs; and how to resume."""
+"""State of an adopted loader: its epochs, passes over the data, weights of batches; and how it resumes."""
 
 from __future__ import annotations
 
@@ -10,223 +10,240 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from plugframe.data.batch_weights import Entry, Weights
-from plugframe.data.epochs import EpochOf
-from plugframe.data.generators import Held, pack_held, unpack_held
-from plugframe.data.position import Layout, converted
-from plugframe.data.random_sources import fits, get_state, pack, set_state, unpack
-from plugframe.data.seed import rng_problem, rng_state, set_rng_state, take_rng
-from plugframe.data.sharding import ShardedIterable, Start
-from plugframe.data.shuffle import Draws, Order
+from plugframe.data.batch_index import BatchRecord
+from plugframe.data.batch_weights import BatchWeights
+from plugframe.data.epochs import EpochSetter
+from plugframe.data.generators import Generators, pack_states, restore_states
+from plugframe.data.position import Layout, resume_point
+from plugframe.data.sharded_iterable import ShardedIterable
+from plugframe.data.sharding import PassStart
+from plugframe.data.shuffle import RandomStream, Shuffle
 from plugframe.errors import CheckpointMismatchError, OrderError
+from plugframe.utils.rng import (
+    accepts_state,
+    capture_rng,
+    get_state,
+    load_rng_state,
+    pack,
+    rng_state,
+    rng_state_problem,
+    set_state,
+    unpack,
+)
 from plugframe.utils.swap import KEY, State
 
 if TYPE_CHECKING:
     from plugframe.data.loaders import Loaders
 
 
-class Reading:
+class LoaderPass:
     """One pass over a loader, from ``iter(loader)`` to its end.
 
     Attributes:
-        epoch: which it is.
-        position: batches handed over.
-        weight: of the batch handed over last.
-        weights: of the batches that were put together since, in order.
-        skip: batches to leave out at the beginning.
+        epoch: number of the epoch.
+        position: number of batches returned.
+        weight: of the batch returned last.
+        next_weights: of the batches that were made since, in order.
+        skip: number of batches to leave out at the beginning.
         origin: what all ranks together had read of the epoch when their number last changed: samples, or batches of
             a batch sampler; positions count from there.
-        first: the number of the first batch from there, which its random numbers go by.
-        begun: whether a sampler was asked for its indices.
-        before: the states of the process's generators, of those the order is drawn from, and of those its samples
-            are changed with, when it began.
-        owner: tells its loader from others; not the loader's state, which would keep itself alive.
-        count: of the shares of its loader.
+        first: number of the first batch from there, from which its random numbers derive.
+        sampling: whether the sampler was iterated.
+        initial_states: states at the beginning: of the process's generators, the sampling and the transform generators.
+        owner: identifies the loader; not its state, which would keep itself alive.
+        count: number of data shards.
         even: whether it began as a pass of the training, in which every rank takes part in every step.
-        handed: whether a batch was handed over.
-        opening: whether its second batch was not asked for yet.
-        unsure: whether it may turn out to be read ahead, or not to train.
-        mixed: whether its batches so far weigh differently.
-        ahead: whether its second batch was asked for before a model had run on the first.
-        used: whether a model has run since its first batch was handed over.
-        trains: whether one has in training mode with gradients, or a backward.
-        met: whether the script exchanged something between ranks since.
-        exchanges: how many collectives there were when it began; None where nobody can tell.
-        closed: whether it is over.
-        stamp: how many backwards there were when its last batch was handed over.
-        entries: the batches that may still be trained on, as far as they are taken note of.
+        started: whether a batch was returned.
+        at_first_batch: whether the second batch was not requested yet.
+        undecided: whether the pass may turn out to be read ahead, or not to train.
+        mixed: whether its batches so far have different weights.
+        ahead: whether the second batch was requested before a model was called with the first.
+        model_called: whether a model was called since the first batch was returned.
+        trains: whether a model was called in training mode with gradients, or `backward`.
+        communicated: whether the script called a collective since.
+        num_collectives: number of collectives at the beginning; None where they cannot be counted.
+        closed: whether the pass is over.
+        num_backwards: number of backwards when the last batch was returned.
+        records: the recorded batches that may still be trained on.
     """
 
     count = 1
-    closed = handed = unsure = mixed = ahead = used = trains = met = False
+    closed = started = undecided = mixed = ahead = model_called = trains = communicated = False
 
-    def __init__(self, epoch: int, sources: list[Any], held: Held, *, even: bool, owner: Any = None) -> None:
+    def __init__(
+        self, epoch: int, sampling: list[Any], transforms: Generators, *, even: bool, owner: Any = None
+    ) -> None:
         self.epoch = epoch
         self.even = even
         self.owner = owner
-        self.opening = True
-        self.stamp = 0
-        self.exchanges: int | None = None
-        self.entries: deque[Entry] = deque()
+        self.at_first_batch = True
+        self.num_backwards = 0
+        self.num_collectives: int | None = None
+        self.records: deque[BatchRecord] = deque()
         self.position = 0
         self.weight = 1.0
-        self.weights: deque[float] = deque()
+        self.next_weights: deque[float] = deque()
         self.skip = 0
         self.origin = 0
         self.first = 0
-        self.begun = False
-        self.before = (take_rng(), [get_state(source) for source in sources], pack_held(held))
+        self.sampling = False
+        self.initial_states = (capture_rng(), [get_state(generator) for generator in sampling], pack_states(transforms))
 
 
 class LoaderState(State):
-    """What an adopted loader knows.
+    """State of an adopted loader.
 
     Attributes:
-        epoch: how many epochs were started.
-        training: whether the epoch that starts now trains: every rank must then take part in every step.
-        replaced: attributes of the loader that something stands in for, to be put back.
-        weight: what the last batch weighs against those of the other ranks; None outside of an epoch.
-        divided: whether its indices are divided between the ranks here.
-        index: of this rank's share of the data.
-        count: of the shares.
-        weights: of the batches at hand, in the job.
-        token: tells it from others.
-        layout: what the place of a pass goes by besides its position.
-        indexed: whether it can leave out what was read, and need not read it again.
-        seeding: whether batches are being handed to worker processes that seed themselves for each.
-        draws: gives the random numbers for the sampler in an epoch.
-        sources: the user's own generators that the order of its samples is drawn from.
-        held: those in this process that the samples themselves are changed with; see `plugframe.data.generators`.
-        salts: of those that its dataset or ``collate_fn`` held at set-up.
-        resumes: whether it goes on in the middle of an epoch by what is known here.
-        loader: returns the loader, while there is one.
-        moved: whether the loader has been told where to go on, and the pass that does is still to begin.
-        beginning: the pass that begins now.
-        job: the loaders of the job it belongs to.
+        epoch: number of epochs started.
+        training: returns whether the epoch that starts now trains: every rank must then take part in every step.
+        replaced: original values of replaced attributes of the loader.
+        weight: of the last batch, relative to those of the other ranks; None outside of an epoch.
+        sharded: whether its indices are divided between the ranks here.
+        index: data shard of this rank.
+        count: number of data shards.
+        weights: weights of the batches in use, of the job.
+        owner: identifies the loader.
+        layout: the unit of a position.
+        indexed: whether it can skip batches that were read, without reading them again.
+        seeds_workers: whether batches are being sent to worker processes with a seed each.
+        random_stream: returns the random stream of the sampler in an epoch.
+        sampling_generators: the user's own generators that determine the order of samples.
+        transform_generators: those in this process that samples are transformed with; see `plugframe.data.generators`.
+        salts: hashes of those of the dataset or ``collate_fn`` at set-up.
+        resumable: whether plugframe resumes it in the middle of an epoch; a loader with ``state_dict`` resumes itself.
+        loader: returns the loader, while it exists.
+        position_loaded: whether the loader's own position was loaded, and the next pass is yet to begin.
+        starting_pass: the pass that begins now.
+        resume_from: the position at which the next pass begins; None for the beginning.
+        job: the loaders of the job.
         early: whether it was set up before any loader of the job was read.
-        compare: compares the first window of a stream with those of the other ranks; None once it has.
-        trained: whether a pass over it trained that did not look like it when it began.
+        compare: compares the first window of a stream between ranks; None afterwards.
+        trained: whether a pass trained that did not look like it when it began.
     """
 
     iterable: ShardedIterable | None = None
-    divided = False
+    sharded = False
     index = 0
     count = 1
     layout = Layout()
     indexed = False
-    seeding = False
-    draws: Callable[[int], Draws | None]
+    seeds_workers = False
+    random_stream: Callable[[int], RandomStream | None]
     weight: float | None = None
-    resumes = True
-    moved = False
+    resumable = True
+    position_loaded = False
     job: Loaders | None = None
     early = True
     trained = False
     compare: Callable[..., None] | None = None
 
-    def __init__(self, *, hooks: Any, device: Any, order: Order, training: Callable[[], bool], weigh: bool) -> None:
+    def __init__(self, *, hooks: Any, device: Any, shuffle: Shuffle, training: Callable[[], bool], weigh: bool) -> None:
         self.hooks = hooks
         self.device = device
-        self.order = order
+        self.shuffle = shuffle
         self.training = training
         self.weigh = weigh
         self.epoch = 0
         self.replaced: dict[str, Any] = {}
-        self.targets: list[EpochOf] = []
-        self.sources: list[Any] = []
-        self.held: Held = {}
+        self.epoch_setters: list[EpochSetter] = []
+        self.sampling_generators: list[Any] = []
+        self.transform_generators: Generators = {}
         self.salts: dict[str, int] = {}
-        self.readings: list[Reading] = []
-        self.kept: Mapping[str, Any] | None = None
-        self.beginning: Reading | None = None
+        self.passes: list[LoaderPass] = []
+        self.resume_from: Mapping[str, Any] | None = None
+        self.starting_pass: LoaderPass | None = None
         self.loader: Callable[[], Any] = lambda: None
-        self.weights = Weights()
-        self.token = object()
+        self.weights = BatchWeights()
+        self.owner = object()
 
     def plain_dict(self, obj: Any) -> dict[str, Any]:
         """Return the attributes of the plain object."""
         return {**{k: v for k, v in obj.__dict__.items() if k != KEY}, **self.replaced}
 
-    def begin(self) -> Reading:
-        """Begin a pass: count the epoch and tell it to what wants to know."""
-        for target in self.targets:
-            target.tell(self.epoch)
+    def begin(self) -> LoaderPass:
+        """Begin a pass: count the epoch, and set it in samplers and datasets."""
+        for setter in self.epoch_setters:
+            setter.set_epoch(self.epoch)
         if self.job is not None:
             self.job.begun = True
-            self.job.passes += 1
-        reading = Reading(self.epoch, self.sources, self.held, even=self._even(), owner=self.token)
-        self.beginning = reading
-        reading.count = self.count
-        # A pass without gradients is no epoch of the training: one rank may evaluate alone, and the order stays common.
+            self.job.num_passes += 1
+        loader_pass = LoaderPass(
+            self.epoch, self.sampling_generators, self.transform_generators, even=self._even(), owner=self.owner
+        )
+        self.starting_pass = loader_pass
+        loader_pass.count = self.count
+        # A pass without gradients is not an epoch of the training: one rank may evaluate alone, and the order of
+        # samples stays equal on all ranks.
         self.epoch += torch.is_grad_enabled()
         if self.iterable is not None:
-            self.iterable.tell(reading.epoch, even=reading.even)
-        return reading
+            self.iterable.begin_epoch(loader_pass.epoch, even=loader_pass.even)
+        return loader_pass
 
     def _even(self) -> bool:
         return self.training() or (self.trained and torch.is_grad_enabled())
 
-    def begin_indices(self) -> Callable[[], Start]:
-        """Return what gives the sampler, at its first index, what the pass that begins now starts with."""
-        assert self.beginning is not None
-        return functools.partial(self._start_indices, self.beginning, self.seeding)
+    def begin_indices(self) -> Callable[[], PassStart]:
+        """Return a function that the sampler calls at its first index of the pass that begins now."""
+        assert self.starting_pass is not None
+        return functools.partial(self._start_indices, self.starting_pass, self.seeds_workers)
 
-    def _start_indices(self, reading: Reading, seeding: bool) -> Start:
-        if reading.begun:
-            # A loader class that starts anew within one pass, as one without an end does: that is another epoch.
+    def _start_indices(self, loader_pass: LoaderPass, seeds_workers: bool) -> PassStart:
+        if loader_pass.sampling:
+            # A loader class that iterates its sampler again within one pass, such as an endless one: a new epoch.
             again = self.begin()
-            reading.epoch, reading.position, reading.before = again.epoch, 0, again.before
-            reading.origin = reading.first = 0
-            self.beginning = reading
-        reading.begun = True
-        skip, reading.skip = reading.skip, 0
-        seeds = functools.partial(self.order.seed_of, reading.epoch, self.index) if seeding else None
-        return Start(
-            self.draws(reading.epoch),
-            reading.even,
-            reading.weights.append,
+            loader_pass.epoch, loader_pass.position = again.epoch, 0
+            loader_pass.initial_states = again.initial_states
+            loader_pass.origin = loader_pass.first = 0
+            self.starting_pass = loader_pass
+        loader_pass.sampling = True
+        skip, loader_pass.skip = loader_pass.skip, 0
+        seeds = functools.partial(self.shuffle.seed_of, loader_pass.epoch, self.index) if seeds_workers else None
+        return PassStart(
+            self.random_stream(loader_pass.epoch),
+            loader_pass.even,
+            loader_pass.next_weights.append,
             skip,
             seeds,
-            trains=functools.partial(getattr, reading, "trains"),
-            origin=reading.origin,
-            first=reading.first,
+            trains=lambda: loader_pass.trains,
+            origin=loader_pass.origin,
+            first=loader_pass.first,
         )
 
-    def evaluates(self, reading: Reading) -> bool:
-        """Look at what the script has done with the batches so far, and say whether it evaluates.
+    def is_evaluating(self, loader_pass: LoaderPass) -> bool:
+        """Update a pass by what the script has done with its batches, and return whether it evaluates.
 
-        What a pass is for is read from the gradient and training modes when it begins; a script may say it only
-        inside of its loop. A model that runs with gradients in training mode, or a backward, means training.
+        The purpose of a pass is derived from the gradient and training modes when it begins; a script may set them
+        only inside of its loop. A model call with gradients in training mode, or a backward, means training.
         """
-        self.weights.absorb()
-        if reading.opening:
-            reading.opening = False
-            reading.ahead = not reading.used
-        if reading.trains and not reading.even:
-            # Every model is in evaluation mode, as where the running statistics of one are kept, and yet it trains.
+        self.weights.update_passes()
+        if loader_pass.at_first_batch:
+            loader_pass.at_first_batch = False
+            loader_pass.ahead = not loader_pass.model_called
+        if loader_pass.trains and not loader_pass.even:
+            # All models are in evaluation mode, as with frozen running statistics, and the pass trains nevertheless.
             self.trained = True
             if self.iterable is not None:
-                self.iterable.tell_more(even=True)
-        reading.unsure = not reading.trains
-        return reading.used and not reading.trains
+                self.iterable.require_even_steps()
+        loader_pass.undecided = not loader_pass.trains
+        return loader_pass.model_called and not loader_pass.trains
 
-    def withhold(self, reading: Reading) -> None:
-        """Leave out a batch that would only keep step with the other ranks: an evaluation has seen its samples.
+    def skip_padding(self, loader_pass: LoaderPass) -> None:
+        """Skip a batch that repeats samples of another rank: an evaluation must not see them twice.
 
         Raises:
-            OrderError: if the loop exchanges something for every batch: the other ranks would wait for it.
+            OrderError: if the loop calls collectives for every batch: the other ranks would wait for this one.
         """
-        reading.weights.popleft()
-        counts = self.weights.exchanges
-        if reading.met or (counts is not None and counts() != reading.exchanges):
+        loader_pass.next_weights.popleft()
+        count = self.weights.num_collectives
+        if loader_pass.communicated or (count is not None and count() != loader_pass.num_collectives):
             raise OrderError(
-                "This rank has no samples left for the last batch of an evaluation whose loop exchanges something "
-                "between ranks for every batch: turn gradients off before the loop, not in it (with torch.no_grad(): "
-                "for batch in loader: ...), so that samples are divided for it; or exchange once, after the loop."
+                "This rank has no samples left for the last batch of an evaluation whose loop calls collectives for "
+                "every batch. Turn gradients off before the loop, not in it (with torch.no_grad(): for batch in "
+                "loader: ...), so that samples are divided for it; or call collectives once, after the loop."
             )
 
     def compare_window(self, window: str) -> None:
-        """Compare the first window of a stream with those of the other ranks, once.
+        """Compare the first window of a stream between ranks, once.
 
         Raises:
             SettingError: if they differ.
@@ -236,146 +253,147 @@ class LoaderState(State):
         self.iterable.window = None
         compare, self.compare = self.compare, None
         if compare is not None and window:
-            compare(digest=window, key=str(self.order.number))
+            compare(digest=window, key=str(self.shuffle.number))
 
-    def hand_over(self, reading: Reading, batch: Any = None) -> None:
-        """Note that `reading` has just read a batch."""
+    def record_batch(self, loader_pass: LoaderPass, batch: Any = None) -> None:
+        """Record that a batch of a pass is returned."""
         weights = self.weights
-        if not reading.handed:
-            reading.handed = True
-            weights.begin(reading)
-            reading.unsure = self.count > 1
-        reading.position += 1
-        if reading.weights:
-            weight = reading.weights.popleft()
-            # One that only keeps step counts for nothing, whatever a loss is.
+        if not loader_pass.started:
+            loader_pass.started = True
+            weights.begin_pass(loader_pass)
+            loader_pass.undecided = self.count > 1
+        loader_pass.position += 1
+        if loader_pass.next_weights:
+            weight = loader_pass.next_weights.popleft()
+            # A batch that repeats samples has weight 0, also with weigh_uneven=False.
             weight = weight if self.weigh or not weight else 1.0
-            reading.mixed |= not reading.opening and weight != reading.weight
-            reading.weight = weight
-        if self.readings[-1] is not reading:
-            self.readings.remove(reading)
-            self.readings.append(reading)
-        self.weight = reading.weight
+            loader_pass.mixed |= not loader_pass.at_first_batch and weight != loader_pass.weight
+            loader_pass.weight = weight
+        if self.passes[-1] is not loader_pass:
+            self.passes.remove(loader_pass)
+            self.passes.append(loader_pass)
+        self.weight = loader_pass.weight
         if self.count > 1:
-            self._note(reading, batch)
+            self._record_weight(loader_pass, batch)
 
-    def _note(self, reading: Reading, batch: Any) -> None:
+    def _record_weight(self, loader_pass: LoaderPass, batch: Any) -> None:
         weights = self.weights
-        weights.to_front(reading)
-        reading.stamp = weights.backwards
-        # The even batches of a plain loop need no note: it uses the one that was read last.
-        if reading.opening or reading.ahead or reading.weight != 1.0 or len(weights.open) > 1:
-            weights.hand_over(reading, batch)
+        weights.move_to_end(loader_pass)
+        loader_pass.num_backwards = weights.num_backwards
+        # Even batches of a plain loop need no record: the loop uses the one that was read last.
+        plain = not (loader_pass.at_first_batch or loader_pass.ahead) and len(weights.open_passes) <= 1
+        if not plain or loader_pass.weight != 1.0:
+            weights.record_batch(loader_pass, batch)
         if weights.uneven:
-            weights.moved_on()
+            weights.forget_current()
 
-    def open(self, reading: Reading) -> None:
-        """Note that `reading` is being read."""
-        if not self.readings and self.job is not None:
+    def open(self, loader_pass: LoaderPass) -> None:
+        """Record that a pass is being read."""
+        if not self.passes and self.job is not None:
             self.job.active.append(self)
-        self.readings.append(reading)
-        self.weights.open.append(reading)
+        self.passes.append(loader_pass)
+        self.weights.open_passes.append(loader_pass)
 
-    def close(self, reading: Reading) -> None:
-        """Note that `reading` is over: the weight that counts is that of a pass around it, if there is one."""
-        self.weights.close(reading)
-        self.readings.remove(reading)
-        self.weight = self.readings[-1].weight if self.readings else None
-        if not self.readings and self.job is not None and self in self.job.active:
+    def close(self, loader_pass: LoaderPass) -> None:
+        """Record that a pass is over; the current weight is that of an enclosing pass, if there is one."""
+        self.weights.close_pass(loader_pass)
+        self.passes.remove(loader_pass)
+        self.weight = self.passes[-1].weight if self.passes else None
+        if not self.passes and self.job is not None and self in self.job.active:
             self.job.active.remove(self)
 
-    def where(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return where the loader stands, for a checkpoint: what all ranks share, and what is this rank's own."""
+    def capture(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the position of the loader, for a checkpoint: values common to all ranks, and those of this rank."""
         common: dict[str, Any] = {
-            "number": self.order.number,
-            "seed": self.order.seed,
+            "number": self.shuffle.number,
+            "seed": self.shuffle.seed,
             "epoch": self.epoch,
             "position": 0,
             "early": self.early,
         }
-        if not self.readings:
+        if not self.passes:
             return common, {
-                "generators": [pack(get_state(source)) for source in self.sources],
-                "held": pack_held(self.held),
+                "generators": [pack(get_state(generator)) for generator in self.sampling_generators],
+                "held": pack_states(self.transform_generators),
             }
-        reading = self.readings[-1]
-        common["epoch"] = reading.epoch
-        rng, sources, held = reading.before
-        own: dict[str, Any] = {"generators": [pack(state) for state in sources]}
-        own["held"] = pack_held(self.held) if self.indexed else held
-        if self.resumes:
-            common["position"] = reading.position
-            common.update(origin=reading.origin, first=reading.first, layout=list(self.layout))
-            own["rng"] = rng_state(rng)
-            place = self.iterable.place() if self.iterable is not None and reading.position else None
-            if place is not None:
-                own["place"] = place
+        loader_pass = self.passes[-1]
+        common["epoch"] = loader_pass.epoch
+        rng, sampling, transforms = loader_pass.initial_states
+        own: dict[str, Any] = {"generators": [pack(state) for state in sampling]}
+        own["held"] = pack_states(self.transform_generators) if self.indexed else transforms
+        if self.resumable:
+            common["position"] = loader_pass.position
+            common.update(origin=loader_pass.origin, first=loader_pass.first, layout=list(self.layout))
+            own["rng"] = rng.to_state()
+            stream = self.iterable.capture_stream() if self.iterable is not None and loader_pass.position else None
+            if stream is not None:
+                own["place"] = stream
         elif (loader := self.loader()) is not None:
             common["layout"] = list(self.layout)
             own["loader"] = loader.state_dict()
         return common, own
 
-    def go_on(self, common: Mapping[str, Any], own: Mapping[str, Any] | None, *, same: bool) -> None:
-        """Have the next pass begin where `where` was asked.
+    def resume(self, common: Mapping[str, Any], own: Mapping[str, Any] | None, *, same: bool) -> None:
+        """Make the next pass begin at a position returned by `capture`.
 
         Args:
-            own: what is a rank's own, None if no rank had it.
-            same: whether it is this rank's; if not, that of another one, which shares what the order is drawn from.
+            own: the values of one rank; None if no rank saved any.
+            same: whether they are those of this rank; if not, only what determines the order of samples is used.
 
         Raises:
             CheckpointMismatchError: if this loader cannot resume at that position.
         """
-        place = converted(common, self.layout)
-        self.order.seed = common["seed"]
+        point = resume_point(common, self.layout)
+        self.shuffle.seed = common["seed"]
         self.epoch = common["epoch"]
-        self.kept = None
+        self.resume_from = None
         if own is None:
             return
-        for source, state in zip(self.sources, own.get("generators", ()), strict=False):
-            set_state(source, unpack(state))
+        for generator, state in zip(self.sampling_generators, own.get("generators", ()), strict=False):
+            set_state(generator, unpack(state))
         if same:
-            unpack_held(self.held, own.get("held", {}))
+            restore_states(self.transform_generators, own.get("held", {}))
         loader = self.loader()
         if "loader" in own and loader is not None:
             loader.load_state_dict(own["loader"])
-            self.moved = True
-        if place.position or place.origin:
-            self.kept = {**place._asdict(), "rng": own.get("rng"), "place": own.get("place")}
+            self.position_loaded = True
+        if point.position or point.origin:
+            self.resume_from = {**point._asdict(), "rng": own.get("rng"), "place": own.get("place")}
 
     def problem(self, common: Mapping[str, Any], own: Mapping[str, Any] | None) -> str | None:
-        """Return why `go_on` would fail, None if it would not."""
+        """Return why `resume` would fail, None if it would not."""
         try:
-            converted(common, self.layout)
+            resume_point(common, self.layout)
         except CheckpointMismatchError as error:
             return str(error)
         if own is None:
             return None
-        for source, state in zip(self.sources, own.get("generators", ()), strict=False):
-            if not fits(source, unpack(state)):
-                return f"the state of a {type(source).__name__} of a loader was saved by another version"
-        return rng_problem(own["rng"]) if own.get("rng") is not None else None
+        for generator, state in zip(self.sampling_generators, own.get("generators", ()), strict=False):
+            if not accepts_state(generator, unpack(state)):
+                return f"the state of a {type(generator).__name__} of a loader was saved by another version"
+        return rng_state_problem(own["rng"]) if own.get("rng") is not None else None
 
-    def remember(self) -> Callable[[], None]:
-        """Return what undoes `go_on`; a loader's own ``load_state_dict`` aside."""
-        before = self.order.seed, self.epoch, self.kept, self.moved
-        states = [get_state(source) for source in self.sources]
-        held = pack_held(self.held)
+    def snapshot(self) -> Callable[[], None]:
+        """Return a function that undoes `resume`, except a loader's own ``load_state_dict``."""
+        before = self.shuffle.seed, self.epoch, self.resume_from, self.position_loaded
+        states = [get_state(generator) for generator in self.sampling_generators]
+        transforms = pack_states(self.transform_generators)
 
-        def back() -> None:
-            self.order.seed, self.epoch, self.kept, self.moved = before
-            for source, state in zip(self.sources, states, strict=True):
-                set_state(source, state)
-            unpack_held(self.held, held)
+        def undo() -> None:
+            self.shuffle.seed, self.epoch, self.resume_from, self.position_loaded = before
+            for generator, state in zip(self.sampling_generators, states, strict=True):
+                set_state(generator, state)
+            restore_states(self.transform_generators, transforms)
 
-        return back
+        return undo
 
     @contextmanager
-    def replaying(self, kept: Mapping[str, Any]) -> Iterator[None]:
-        """Have the random numbers of the pass that is gone on with, and those of now again afterwards."""
-        now = rng_state()
-        if kept["rng"] is not None:
-            set_rng_state(kept["rng"])
+    def replaying(self, rng: Mapping[str, Any] | None) -> Iterator[None]:
+        """Use the random numbers from the beginning of a resumed pass inside the block, if `rng` holds their state."""
+        outside = rng_state()
+        if rng is not None:
+            load_rng_state(rng)
         try:
             yield
         finally:
-            set_rng_state(now)
+            load_rng_state(outside)

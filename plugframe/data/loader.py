@@ -1,4 +1,4 @@
-"""The user's DataLoader, which reads this rank's share and hands over batches on this rank's device."""
+"""Adopt a DataLoader in place: it reads this rank's share and returns batches on this rank's device."""
 
 from __future__ import annotations
 
@@ -11,22 +11,15 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler, get_worker_info
 from torch.utils.data import sampler as torch_samplers
 
-from plugframe.data.epochs import epoch_targets
-from plugframe.data.generators import Held, held_sources, reseed, salts
-from plugframe.data.iteration import LoaderState, Reading
+from plugframe.data.epochs import epoch_setters
+from plugframe.data.generators import Generators, find_generators, generator_attributes, reseed, salts
+from plugframe.data.iteration import LoaderPass, LoaderState
 from plugframe.data.position import Layout
-from plugframe.data.random_sources import has_state, random_sources
-from plugframe.data.seed import rng_state
-from plugframe.data.sharding import (
-    ShardedIndices,
-    ShardedIterable,
-    SizedShardedIterable,
-    Weighed,
-    WeighedCollate,
-    is_flat,
-)
-from plugframe.data.shuffle import Draws, Order
-from plugframe.data.worker_seeding import SeededDataset, seed_here, tell_seed
+from plugframe.data.sharded_iterable import ShardedIterable, SizedShardedIterable, WeightedCollate, WeightedItem
+from plugframe.data.sharding import ShardedIndices, is_flat
+from plugframe.data.shuffle import RandomStream, Shuffle
+from plugframe.data.stateful import is_stateful
+from plugframe.data.worker_seeding import SeededDataset, seed_worker, set_worker_info_seed
 from plugframe.errors import OrderError, SettingError
 from plugframe.utils.logging import warn_caller
 from plugframe.utils.swap import KEY, adopt, plain_class, release
@@ -34,16 +27,16 @@ from plugframe.utils.swap import KEY, adopt, plain_class, release
 _EXHAUSTED = object()
 
 
-class RankedWorker:
-    """Seeds a worker process by rank as well: equal seeds on all ranks would augment alike on all of them.
+class RankWorkerInit:
+    """A ``worker_init_fn`` that seeds by rank too: with equal seeds all ranks would augment in the same way.
 
-    A stream that is divided here sees the same seed on all ranks: it may shuffle by it.
+    A stream that is divided here gets the same seed on all ranks, since it may shuffle by it.
 
     Args:
-        inner: the loader's own ``worker_init_fn``.
-        rank: of this rank's share of the data.
+        inner: the user's ``worker_init_fn``.
+        rank: data shard of this rank.
         collate: the loader's ``collate_fn``.
-        salts: of the generators that the dataset and `collate` hold; see `plugframe.data.generators`.
+        salts: hashes of the generators of the dataset and `collate`; see `plugframe.data.generators.salts`.
     """
 
     def __init__(
@@ -63,12 +56,12 @@ class RankedWorker:
         base = info.seed if info else torch.initial_seed()
         seed = (base + self.rank * 0x9E3779B97F4A7C15) % 2**63
         if self.rank:
-            seed_here(seed)
+            seed_worker(seed)
         dataset = info.dataset if info else None
         if type(dataset) in (ShardedIterable, SizedShardedIterable):
-            tell_seed(cast("ShardedIterable", dataset).seed_of_worker(worker))
+            set_worker_info_seed(cast("ShardedIterable", dataset).seed_of_worker(worker))
         elif dataset is not None:
-            reseed(held_sources(dataset=dataset, collate_fn=self.collate), self.salts, seed)
+            reseed(find_generators(dataset=dataset, collate_fn=self.collate), self.salts, seed)
         if self.inner is not None:
             self.inner(worker)
 
@@ -78,101 +71,107 @@ def _iter(self: Any) -> Iterator[Any]:
     original = plain_class(self).__iter__
     if state is None:
         return original(self)  # type: ignore[no-any-return]
-    # A class with a way of its own to begin may read whatever it likes before and after; one that keeps its own
-    # position begins as torch's does.
-    seeded = state.indexed or (state.divided and not state.resumes)
-    begin = functools.partial(_begin_seeded, state, original) if seeded else original
-    reading = state.begin()
-    if state.moved:
-        state.moved = False
-        # What it draws to begin, it drew before the checkpoint was saved.
-        with state.replaying({"rng": rng_state()}):
-            return _batches(state, reading, begin(self))
-    if state.kept is None:
-        return _batches(state, reading, begin(self))
-    kept, state.kept = state.kept, None
-    reading.position = kept["position"]
-    # Where batches are made from indices, those that were read need not be made again; a stream can only be read.
-    reading.origin, reading.first = kept["origin"], kept["first"]
+    # Not for a class with its own __iter__, which may read anything before and after; a class with a ``state_dict``
+    # begins as torch's does.
+    seeds_workers = state.indexed or (state.sharded and not state.resumable)
+    begin = functools.partial(_begin_seeded, state, original) if seeds_workers else original
+    loader_pass = state.begin()
+    if state.position_loaded:
+        state.position_loaded = False
+        with state.replaying(None):  # draws at the beginning were made before the checkpoint was saved
+            return _batches(state, loader_pass, begin(self))
+    if state.resume_from is None:
+        return _batches(state, loader_pass, begin(self))
+    return _resume(self, state, loader_pass, begin)
+
+
+def _resume(
+    loader: Any, state: LoaderState, loader_pass: LoaderPass, begin: Callable[[Any], Iterator[Any]]
+) -> Iterator[Any]:
+    """Begin a pass at the position of a checkpoint: skip indices, load the stream's position, or read batches again."""
+    assert state.resume_from is not None
+    saved, state.resume_from = state.resume_from, None
+    loader_pass.position = saved["position"]
+    loader_pass.origin, loader_pass.first = saved["origin"], saved["first"]
     if state.indexed:
-        reading.skip = reading.position
-    elif kept["place"] is not None and state.iterable is not None and self.num_workers == 0:
-        state.iterable.go_on(kept["place"])
-        with state.replaying(kept):  # what it drew to begin, it drew before the checkpoint was saved
-            return _batches(state, reading, begin(self))
+        loader_pass.skip = loader_pass.position
+    elif saved["place"] is not None and state.iterable is not None and loader.num_workers == 0:
+        state.iterable.resume_stream(saved["place"])
+        with state.replaying(saved["rng"]):  # draws at the beginning were made before the checkpoint was saved
+            return _batches(state, loader_pass, begin(loader))
     if state.iterable is not None:
-        state.iterable.pass_over(reading.origin)
-    again = reading.position - reading.skip
-    if again and state.index == 0:
-        hint = " A stream with state_dict() that is read without workers goes on by itself." if state.iterable else ""
-        what = f"{again} batches of a {type(self).__name__} are read again and passed over, to go on where the run was."
-        warn_caller(what + hint)
-    with state.replaying(kept):
-        iterator = begin(self)
-        for _ in range(again):
+        state.iterable.skip_items(loader_pass.origin)
+    num_dropped = loader_pass.position - loader_pass.skip
+    if num_dropped and state.index == 0:
+        hint = " A stream with state_dict() that is read without workers resumes directly." if state.iterable else ""
+        name = plain_class(loader).__name__
+        warn_caller(f"{num_dropped} batches of a {name} are read again and dropped, to resume the epoch.{hint}")
+    with state.replaying(saved["rng"]):
+        iterator = begin(loader)
+        for _ in range(num_dropped):
             state.hooks.strategy_next_batch(iterator=iterator, exhausted=_EXHAUSTED)
-            if reading.weights:
-                reading.weights.popleft()
-    return _batches(state, reading, iterator)
+            if loader_pass.next_weights:
+                loader_pass.next_weights.popleft()
+    return _batches(state, loader_pass, iterator)
 
 
 def _begin_seeded(state: LoaderState, original: Callable[[Any], Iterator[Any]], loader: Any) -> Iterator[Any]:
-    """Begin a pass; worker processes, if there are any, are given a dataset that seeds them for each batch."""
+    """Begin a pass; worker processes, if any, get a dataset that seeds them for each batch."""
     if loader.num_workers == 0:
         return original(loader)
     dataset = loader.dataset
-    state.seeding = True
-    # DataLoader refuses to have its dataset set; the user's own is back before anybody sees the loader again.
+    state.seeds_workers = True
+    # DataLoader refuses assignment to `dataset`; the user's own is restored before the loader is used again.
     object.__setattr__(loader, "dataset", SeededDataset(dataset, loader.collate_fn, state.salts))
     try:
         return original(loader)
     finally:
         object.__setattr__(loader, "dataset", dataset)
-        state.seeding = False
+        state.seeds_workers = False
 
 
 def _len(self: Any) -> int:
     state: LoaderState | None = self.__dict__.get(KEY)
-    count = functools.partial(plain_class(self).__len__, self)
+    length = functools.partial(plain_class(self).__len__, self)
     if state is None or state.iterable is None:
-        return int(count())
-    return int(state.iterable.length(state.training(), count))
+        return int(length())
+    return int(state.iterable.num_batches(state.training(), length))
 
 
-def _batches(state: LoaderState, reading: Reading, iterator: Iterator[Any]) -> Iterator[Any]:
+def _batches(state: LoaderState, loader_pass: LoaderPass, iterator: Iterator[Any]) -> Iterator[Any]:
     next_batch = state.hooks.strategy_next_batch
     move = state.hooks.accelerator_move_batch if state.device is not None else None
-    state.open(reading)
-    state.beginning = reading  # a loader class may ask for its indices only now
-    evaluates = False
+    state.open(loader_pass)
+    state.starting_pass = loader_pass  # a loader class may iterate its sampler only now
+    evaluating = False
     try:
         while True:
-            if reading.unsure:
-                evaluates = state.evaluates(reading)
-            if evaluates:
-                # So that a strategy whose ranks evaluate together knows it too, at the end of the loader.
+            if loader_pass.undecided:
+                evaluating = state.is_evaluating(loader_pass)
+            if evaluating:
+                # Strategies derive from the gradient mode whether the ranks evaluate, at the end of the loader.
                 with torch.no_grad():
                     batch = next_batch(iterator=iterator, exhausted=_EXHAUSTED)
             else:
                 batch = next_batch(iterator=iterator, exhausted=_EXHAUSTED)
             if batch is _EXHAUSTED:
                 return
-            if type(batch) is Weighed:
+            if type(batch) is WeightedItem:
                 batch, weight, window = batch
-                reading.weights.append(float(weight))
+                loader_pass.next_weights.append(float(weight))
                 if window is not None:
                     state.compare_window(window)
-            elif not reading.handed and state.iterable is not None and state.iterable.window is not None:
+            elif not loader_pass.started and state.iterable is not None and state.iterable.window is not None:
                 state.compare_window(state.iterable.window)
-            if evaluates and reading.weights and not reading.weights[0]:
-                state.withhold(reading)
+            if evaluating and loader_pass.next_weights and not loader_pass.next_weights[0]:
+                state.skip_padding(loader_pass)
                 continue
             if move is not None:
                 batch = move(batch=batch, device=state.device)
-            state.hand_over(reading, batch)
+            state.record_batch(loader_pass, batch)
             yield batch
     finally:
-        state.close(reading)
+        state.close(loader_pass)
 
 
 def adopt_loader(
@@ -180,129 +179,134 @@ def adopt_loader(
     *,
     hooks: Any,
     device: Any,
-    order: Order,
+    shuffle: Shuffle,
     shard: tuple[int, int],
     training: Callable[[], bool],
     split: bool,
     weigh: bool,
 ) -> LoaderState:
-    """Adopt `loader` in place, and return what it knows.
+    """Adopt `loader` in place, and return its state.
 
     Args:
-        device: where batches go; None leaves them where they are.
-        shard: (index, count) of this rank's share.
-        training: asked when an epoch starts.
-        split: whether to divide the samples between the ranks; False leaves the sampler alone.
-        weigh: whether uneven last batches weigh by their number of samples.
+        device: device to move batches to; None leaves them where they are.
+        shard: (index, count) of the data shard of this rank.
+        training: returns, when an epoch starts, whether it trains.
+        split: whether to divide the samples between the ranks; False leaves the sampler unchanged.
+        weigh: whether to weigh uneven last batches by their number of samples.
 
     Raises:
         OrderError: if it is being read already.
-        SettingError: if its sampler divides the data between other ranks than these.
+        SettingError: if its sampler divides the data between a different set of ranks.
     """
     index, count = shard
     check_unread(loader)
-    state = LoaderState(hooks=hooks, device=device, order=order, training=training, weigh=weigh)
-    state.sources = sources_of(loader)
+    state = LoaderState(hooks=hooks, device=device, shuffle=shuffle, training=training, weigh=weigh)
+    state.sampling_generators = sampling_generators(loader)
     state.index, state.count = index, count
-    # A loader that keeps its own position is not to be moved on twice.
-    state.resumes = not has_state(loader)
+    # A loader with a ``state_dict`` resumes itself.
+    state.resumable = not is_stateful(loader)
     state.loader = weakref.ref(loader)
-    state.targets = epoch_targets(_epoch_candidates(loader))
+    state.epoch_setters = epoch_setters(_epoch_candidates(loader))
     if isinstance(loader.dataset, IterableDataset):
         if split:
             _shard_iterable(loader, state, index, count)
     elif split:
-        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        inner = getattr(loader, name)
-        state.draws = functools.partial(_draws, inner, order)
-        state.divided = True
-        begin = state.begin_indices
-        part = (0, 1) if divides_itself(loader, index, count) else shard
-        _stand_in(loader, state, name, ShardedIndices(inner, index=part[0], count=part[1], begin=begin, even=training))
-    state.indexed = state.divided and type(loader).__iter__ is DataLoader.__iter__
+        _shard_indices(loader, state, index, count)
+    state.indexed = state.sharded and type(loader).__iter__ is DataLoader.__iter__
     state.layout = _layout(loader, state, index, count)
-    _seed_apart(loader, state, index, count)
+    _seed_per_rank(loader, state, index, count)
     namespace: dict[str, Any] = {"__iter__": _iter}
     if type(state.iterable) is SizedShardedIterable:
         namespace["__len__"] = _len
-    _forget_workers(loader)
+    _end_workers(loader)
     adopt(loader, state, namespace)
     return state
 
 
 def release_loader(loader: DataLoader[Any]) -> None:
-    """Give the loader back as it was."""
+    """Restore the loader: its class and replaced attributes."""
     state = release(loader)
     for name, value in state.replaced.items():
         object.__setattr__(loader, name, value)
-    for target in state.targets:
-        target.release()
-    _forget_workers(loader)
+    for setter in state.epoch_setters:
+        setter.release()
+    _end_workers(loader)
 
 
 def _layout(loader: DataLoader[Any], state: LoaderState, index: int, count: int) -> Layout:
-    """Return what a position in the loader goes by; where ranks or batches cannot change, its kind says why."""
+    """Return the unit of positions in the loader. The kinds are saved in checkpoints: do not change their wording."""
     size, plain = loader.batch_size or 1, type(loader).__iter__ is DataLoader.__iter__
-    if not state.resumes:
+    if not state.resumable:
         return Layout("it keeps its position itself", size, count)
     if not plain:
         return Layout("its __iter__ decides what it reads", size, count)
     if state.iterable is not None:
         return Layout("stream", size, count, loader.num_workers)
-    if not state.divided:
+    if not state.sharded:
         return Layout("the script divides its data itself (use_distributed_sampler=False)", size, count)
-    if divides_itself(loader, index, count):
+    if has_sharded_sampler(loader, index, count):
         return Layout("its sampler divides the data itself", size, count)
     inner = state.replaced["batch_sampler" if loader.batch_sampler is not None else "sampler"]
     return Layout("samples", inner.batch_size, count) if is_flat(inner) else Layout("batches", 1, count)
 
 
-def _seed_apart(loader: DataLoader[Any], state: LoaderState, index: int, count: int) -> None:
-    """Have the generators that samples are changed with give other numbers on each rank."""
+def _seed_per_rank(loader: DataLoader[Any], state: LoaderState, index: int, count: int) -> None:
+    """Seed the generators that samples are transformed with differently on each rank."""
     if state.iterable is None:
-        held = held_by(loader)
-        state.salts = salts(held)
-        # A dataset that hears of the epoch may shuffle itself then, alike on all ranks.
+        generators = transform_generators(loader)
+        state.salts = salts(generators)
+        # A dataset with ``set_epoch`` may shuffle itself by these generators, which must be equal on all ranks then.
         if loader.num_workers == 0 and not hasattr(loader.dataset, "set_epoch"):
-            state.held = held
+            state.transform_generators = generators
             if index:
-                reseed(held, state.salts, index)
+                reseed(generators, state.salts, index)
     if loader.num_workers > 0 and (count > 1 or state.iterable is not None):
-        ranked = RankedWorker(loader.worker_init_fn, index, loader.collate_fn, state.salts)
-        _stand_in(loader, state, "worker_init_fn", ranked)
+        worker_init = RankWorkerInit(loader.worker_init_fn, index, loader.collate_fn, state.salts)
+        _replace(loader, state, "worker_init_fn", worker_init)
 
 
-def _stand_in(loader: Any, state: LoaderState, name: str, value: Any) -> None:
+def _replace(loader: Any, state: LoaderState, name: str, value: Any) -> None:
     state.replaced[name] = getattr(loader, name)
-    # DataLoader refuses to have some attributes set after its construction; here every reader of them is known.
+    # DataLoader refuses assignment to some attributes after construction; here all code that reads them is known.
     object.__setattr__(loader, name, value)
 
 
-def _forget_workers(loader: Any) -> None:
-    """End worker processes that outlive an epoch: they know the sampler and the dataset of before."""
+def _end_workers(loader: Any) -> None:
+    """End persistent worker processes: they hold the previous sampler and dataset."""
     if vars(loader).get("_iterator") is not None:
         object.__setattr__(loader, "_iterator", None)
 
 
 def check_unread(loader: DataLoader[Any]) -> None:
-    """Refuse a loader class that holds a pass over undivided data.
+    """Raise if the loader holds an iterator over undivided data.
 
     Raises:
-        OrderError: naming the attribute.
+        OrderError: with the name of the attribute.
     """
     for name, value in vars(loader).items():
-        ours = any(klass.__module__ == DataLoader.__module__ for klass in type(value).__mro__)
-        if name != "_iterator" and ours and isinstance(value, Iterator):
+        is_torchs = any(klass.__module__ == DataLoader.__module__ for klass in type(value).__mro__)
+        if name != "_iterator" and is_torchs and isinstance(value, Iterator):
             raise OrderError(
-                f"This {type(loader).__name__} holds in .{name} a pass over its data that began before set-up and is "
-                "not divided between ranks: begin it after lite.setup_dataloaders()."
+                f"This {type(loader).__name__} holds in .{name} an iterator over its data that was made before set-up "
+                "and is not divided between ranks: make it after lite.setup_dataloaders()."
             )
+
+
+def _shard_indices(loader: DataLoader[Any], state: LoaderState, index: int, count: int) -> None:
+    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    inner = getattr(loader, name)
+    state.random_stream = functools.partial(_random_stream, inner, state.shuffle)
+    state.sharded = True
+    if has_sharded_sampler(loader, index, count):
+        index, count = 0, 1
+    indices = ShardedIndices(inner, index=index, count=count, begin=state.begin_indices, even=state.training)
+    _replace(loader, state, name, indices)
 
 
 def _shard_iterable(loader: DataLoader[Any], state: LoaderState, index: int, count: int) -> None:
     batched = loader.batch_size is not None
-    # A loader class with an __iter__ of its own would see the weights, which are ours.
-    weighed = count > 1 and type(loader).__iter__ is DataLoader.__iter__
+    # A loader class with its own __iter__ would see the weights.
+    weighted = count > 1 and type(loader).__iter__ is DataLoader.__iter__
     kind = SizedShardedIterable if hasattr(type(loader.dataset), "__len__") else ShardedIterable
     state.iterable = kind(
         loader.dataset,
@@ -310,26 +314,26 @@ def _shard_iterable(loader: DataLoader[Any], state: LoaderState, index: int, cou
         drop_last=bool(loader.drop_last),
         index=index,
         count=count,
-        weighed=weighed,
-        order=state.order,
+        weighted=weighted,
+        shuffle=state.shuffle,
     )
     if loader.num_workers > 0 and loader.persistent_workers:
         state.iterable.share_memory()
-    _stand_in(loader, state, "dataset", state.iterable)
-    if weighed:
-        _stand_in(loader, state, "collate_fn", WeighedCollate(loader.collate_fn, batched=batched))
+    _replace(loader, state, "dataset", state.iterable)
+    if weighted:
+        _replace(loader, state, "collate_fn", WeightedCollate(loader.collate_fn, batched=batched))
 
 
-def _draws(batches: Any, order: Order, epoch: int) -> Draws | None:
-    """Return random numbers for a sampler that draws from the process's generators, as far as can be known."""
+def _random_stream(batches: Any, shuffle: Shuffle, epoch: int) -> RandomStream | None:
+    """Return random numbers for a sampler, None if it is known not to draw from the process's generators."""
     source = batches.sampler if is_flat(batches) else batches
     if isinstance(source, (list, tuple, range)) or type(source) is SequentialSampler:
         return None
-    torchs = type(source).__module__ == torch_samplers.__name__
-    if torchs and isinstance(getattr(source, "generator", None), torch.Generator):
+    is_torchs = type(source).__module__ == torch_samplers.__name__
+    if is_torchs and isinstance(getattr(source, "generator", None), torch.Generator):
         return None
-    # torch's own samplers draw whatever they draw before they give the first index.
-    return order.draws(epoch, every=not torchs)
+    # torch's own samplers draw all numbers before they yield the first index.
+    return shuffle.random_stream(epoch, every=not is_torchs)
 
 
 def _index_sampler(loader: DataLoader[Any]) -> Any:
@@ -337,7 +341,7 @@ def _index_sampler(loader: DataLoader[Any]) -> Any:
 
 
 def _samplers(loader: DataLoader[Any]) -> list[Any]:
-    """Return what gives the indices: a sampler, or a batch sampler and the sampler in it."""
+    """Return the loader's sampler, or its batch sampler and the sampler in it."""
     if isinstance(loader.dataset, IterableDataset):
         return []
     outer = _index_sampler(loader)
@@ -345,11 +349,11 @@ def _samplers(loader: DataLoader[Any]) -> list[Any]:
     return [outer] if inner is None else [outer, inner]
 
 
-def divides_itself(loader: DataLoader[Any], index: int, count: int) -> bool:
-    """Say whether a sampler of the loader divides the data between the ranks, as a ``DistributedSampler`` does.
+def has_sharded_sampler(loader: DataLoader[Any], index: int, count: int) -> bool:
+    """Return whether a sampler of the loader divides the data between the ranks, as a ``DistributedSampler`` does.
 
     Raises:
-        SettingError: if it divides it between other ranks than these.
+        SettingError: if it divides the data between a different set of ranks.
     """
     for sampler in _samplers(loader):
         rank, ranks = getattr(sampler, "rank", None), getattr(sampler, "num_replicas", None)
@@ -358,8 +362,8 @@ def divides_itself(loader: DataLoader[Any], index: int, count: int) -> bool:
         if (rank, ranks) != (index, count):
             raise SettingError(
                 f"This {type(sampler).__name__} reads share {rank} of {ranks}, and this rank is to read share {index} "
-                f"of {count}: make it with num_replicas={count} and this rank's rank=, or pass a sampler that knows "
-                "of no ranks."
+                f"of {count}: make it with num_replicas={count} and this rank's rank=, or pass a sampler that does not "
+                "divide the data."
             )
         return True
     return False
@@ -369,20 +373,20 @@ def _epoch_candidates(loader: DataLoader[Any]) -> list[Any]:
     return [*_samplers(loader), loader.dataset]
 
 
-def held_by(loader: DataLoader[Any]) -> Held:
-    """Return the user's own generators that the samples of a map-style loader are changed with."""
+def transform_generators(loader: DataLoader[Any]) -> Generators:
+    """Return the user's own generators that samples of a map-style loader are transformed with."""
     if isinstance(loader.dataset, IterableDataset):
         return {}
-    ordering = {id(source) for source in sources_of(loader)}
-    # In this process those of the script are left alone: it may draw from them what must be equal on all ranks.
+    sampling = {id(generator) for generator in sampling_generators(loader)}
+    # In this process, leave the script's globals alone: it may draw numbers from them that must be equal on all ranks.
     module_level = loader.num_workers > 0
-    held = held_sources(module_level=module_level, dataset=loader.dataset, collate_fn=loader.collate_fn)
-    return {path: source for path, source in held.items() if id(source) not in ordering}
+    found = find_generators(module_level=module_level, dataset=loader.dataset, collate_fn=loader.collate_fn)
+    return {path: generator for path, generator in found.items() if id(generator) not in sampling}
 
 
-def sources_of(loader: DataLoader[Any]) -> list[Any]:
-    """Return the user's own generators that the samples of a loader are drawn from."""
+def sampling_generators(loader: DataLoader[Any]) -> list[Any]:
+    """Return the user's own generators that determine the samples of a loader and their order."""
     streams = [loader.dataset] if isinstance(loader.dataset, IterableDataset) else []
     generator = [loader.generator] if isinstance(loader.generator, torch.Generator) else []
-    found = [*generator, *random_sources(*_samplers(loader), *streams)]
-    return list({id(source): source for source in found}.values())
+    found = [*generator, *generator_attributes(*_samplers(loader), *streams)]
+    return list({id(each): each for each in found}.values())

@@ -1,4 +1,4 @@
-"""What a loader's position goes by, and the same place for another number of ranks or another batch size."""
+"""Positions of loaders, and their conversion to another number of ranks or another batch size."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from plugframe.errors import CheckpointMismatchError
 
 
 class Layout(NamedTuple):
-    """How the batches of a loader lie in the order of the epoch.
+    """How an epoch is divided into the batches of a loader.
 
     Attributes:
-        kind: what is divided between the ranks: ``"samples"`` and ``"batches"`` of a sampler, items of a
-            ``"stream"``, or nothing that is known of (a reason why a place holds for this layout alone).
-        size: samples in a rank's batch; 1 where whole batches are divided.
-        ranks: of the data axis.
-        workers: worker processes, of each of which a stream gives its own part; 0 for what is not a stream.
+        kind: what is divided between the ranks: ``"samples"`` or ``"batches"`` of a sampler, or items of a
+            ``"stream"``. Any other value is the reason why a position holds for this layout only.
+        size: samples in a rank's batch; 1 where complete batches are divided.
+        ranks: ranks of the data axis.
+        workers: worker processes, each of which reads its own shard of a stream; 0 for others.
     """
 
     kind: str = "samples"
@@ -25,55 +25,55 @@ class Layout(NamedTuple):
     workers: int = 0
 
 
-class Place(NamedTuple):
+class ResumePoint(NamedTuple):
     """Where in an epoch a pass begins.
 
     Attributes:
-        position: batches a rank has read since `origin`.
+        position: batches that a rank has read since `origin`.
         origin: what all ranks had read before, in samples or batches of a sampler.
-        first: the number of the first batch after `origin`.
-        elsewhere: whether it was another layout's.
+        first: number of the first batch after `origin`.
+        other_layout: whether it was converted from another layout.
     """
 
     position: int
     origin: int
     first: int
-    elsewhere: bool = False
+    other_layout: bool = False
 
 
-#: What can be counted in the order that all layouts share.
-_COUNTED = ("samples", "batches", "stream")
+#: Kinds that count positions in an order common to all layouts.
+_CONVERTIBLE = ("samples", "batches", "stream")
 
 
-def converted(common: Mapping[str, Any], layout: Layout) -> Place:
-    """Return the place that a checkpoint holds, for a loader of this layout.
+def resume_point(common: Mapping[str, Any], layout: Layout) -> ResumePoint:
+    """Return the position in a checkpoint, converted to `layout`.
 
     Raises:
-        CheckpointMismatchError: if there is none that reads each sample once.
+        CheckpointMismatchError: if no such position reads each sample once.
     """
     position, origin, first = common["position"], common.get("origin", 0), common.get("first", 0)
     saved = Layout(*common["layout"]) if "layout" in common else layout
     inside = bool(position or origin or "layout" in common)
     if not inside or saved == layout:
-        return Place(position, origin, first)
+        return ResumePoint(position, origin, first)
     problem = _problem(saved, layout)
     if problem:
         raise CheckpointMismatchError(
             f"A loader was saved in the middle of an epoch with {_text(saved)}, and is set up with {_text(layout)}: "
-            f"{problem}, so it cannot go on with the samples that are left. Resume with {_text(saved)}, or save "
+            f"{problem}, so it cannot resume with the remaining samples. Resume with {_text(saved)}, or save "
             "between epochs."
         )
-    return Place(0, origin + position * saved.size * saved.ranks, first + position, elsewhere=True)
+    return ResumePoint(0, origin + position * saved.size * saved.ranks, first + position, other_layout=True)
 
 
 def _problem(saved: Layout, layout: Layout) -> str:
     for each in (saved, layout):
-        if each.kind not in _COUNTED:
+        if each.kind not in _CONVERTIBLE:
             return each.kind
     if saved.kind != layout.kind:
-        return "these are counted in different ways"
+        return f"one counts {saved.kind}, the other {layout.kind}"
     if saved.workers or layout.workers:
-        return "each worker process reads its own part of a stream"
+        return "each worker process reads its own shard of a stream"
     return ""
 
 

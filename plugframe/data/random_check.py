@@ -1,10 +1,8 @@
-"""Finding ranks that draw the same random numbers in training, or, in one tensor group, different ones."""
+"""Detect ranks that draw equal random numbers in training, or different ones within one tensor group."""
 
 from __future__ import annotations
 
 import hashlib
-import random
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,27 +12,28 @@ from plugframe.data.loaders import Loaders
 from plugframe.data.seed import PROCESS
 from plugframe.errors import OutOfSyncError
 from plugframe.utils.logging import tell
+from plugframe.utils.rng import capture_rng
 
-#: What is compared, in the order in which it is sent.
-_WHAT = ("the model (dropout and the like)", "the loop by torch", "the loop by random", "the loop by numpy")
-#: Sent for what cannot be told yet: a pass over a loader began meanwhile, which draws a number itself.
+#: The compared streams, in the order of the gathered numbers.
+_STREAMS = ("the model (dropout and the like)", "the loop by torch", "the loop by random", "the loop by numpy")
+#: Gathered for a stream that cannot be compared: a pass over a loader began, which draws a number itself.
 _UNKNOWN = -1
-#: How many forwards are looked at, and after how many steps the ranks compare: two models in turn make a round of the
-#: loop two or more steps. Where every step begins a pass there are some more.
-_FORWARDS, _STEPS, _MOST_STEPS = 16, 4, 8
+#: Number of forwards observed, and of steps after which the check ends: several, since two models in turn make a
+#: round of the loop two or more steps. Where every step begins a pass there are more.
+_MAX_FORWARDS, _STEPS, _MAX_STEPS = 16, 4, 8
 
 
-class DrawCheck:
-    """Compares the ranks' random numbers after the first optimizer steps of a job, and never again.
+class RandomStreamCheck:
+    """Compares the ranks' random numbers after the first optimizer steps of a job.
 
-    A few numbers are exchanged at each of those: later steps cost what they did. What the loop draws outside of the
-    model is what is drawn from the end of one step to the end of the next.
+    A few numbers are gathered at each of those steps; later steps cost nothing. The loop's draws are those outside of
+    the model, from the end of one step to the end of the next.
 
     Args:
-        index: of this rank's share of the data; ranks with equal index must draw alike.
-        hooks: those of the job.
-        context: of the job.
-        loaders: those of the job.
+        index: data shard of this rank; ranks with the same index must draw the same numbers.
+        hooks: hooks of the job.
+        context: context of the job.
+        loaders: loaders of the job.
     """
 
     def __init__(self, *, index: int, hooks: Any, context: Any, loaders: Loaders) -> None:
@@ -42,80 +41,81 @@ class DrawCheck:
         self._hooks = hooks
         self._context = context
         self._loaders = loaders
-        self._forwards = 0
-        self._steps = 0
-        self._model = 0
-        self._before: list[int] = []
-        self._passes = 0
+        self._num_forwards = 0
+        self._num_steps = 0
+        self._model_digest = 0
+        self._loop_digests: list[int] = []
+        self._num_passes = 0
 
-    def enter(self) -> int | None:
-        """Note that a model is called; return what `leave` wants, None if this call is not looked at."""
-        if self._model or self._forwards >= _FORWARDS or not torch.is_grad_enabled():
+    def before_forward(self) -> int | None:
+        """Return the argument for `after_forward`, None if this call is not observed."""
+        if self._model_digest or self._num_forwards >= _MAX_FORWARDS or not torch.is_grad_enabled():
             return None
-        self._forwards += 1
-        return self._of_torch()
+        self._num_forwards += 1
+        return self._torch_digest()
 
-    def leave(self, before: int) -> None:
-        """Note that the model returned."""
-        if self._of_torch() != before:
-            self._model = before
+    def after_forward(self, before: int) -> None:
+        """Record whether the model drew random numbers."""
+        if self._torch_digest() != before:
+            self._model_digest = before
 
-    def at_step(self) -> bool:
-        """Compare, and return whether the check is over. Called on every rank after an optimizer step.
+    def after_step(self) -> bool:
+        """Compare, and return whether the check is complete. Every rank must call it after an optimizer step.
 
         Raises:
             OutOfSyncError: on all ranks, if the ranks of a tensor group drew different numbers for the same data.
         """
-        self._steps += 1
-        mine = [self._index, self._model, *self._of_loop()]
-        sent = torch.tensor(mine, dtype=torch.int64, device=self._context.device)
+        self._num_steps += 1
+        row = [self._index, self._model_digest, *self._loop_row()]
+        sent = torch.tensor(row, dtype=torch.int64, device=self._context.device)
         rows = self._hooks.collective_all_gather(tensor=sent, group=None, sync_grads=False).tolist()
         _check_groups(rows)
-        same = _same(rows)
-        if same and self._context.world.global_rank == 0 and PROCESS.per_rank is None:
+        equal = _equal_streams(rows)
+        if equal and self._context.world.global_rank == 0 and PROCESS.per_rank is None:
             tell(
-                f"All ranks drew the same random numbers in training: {', '.join(same)}. lite.seed_everything(seed, "
-                "per_rank=True) gives each its own; per_rank=False says that equal ones are meant.",
+                f"All ranks drew the same random numbers in training: {', '.join(equal)}. "
+                "lite.seed_everything(seed, per_rank=True) makes them differ; per_rank=False keeps them equal without "
+                "this warning.",
                 warn=True,
             )
-        waiting = self._steps < _STEPS or any(_UNKNOWN in row[2:] for row in rows)
-        if same or not waiting or self._steps >= _MOST_STEPS:
+        incomplete = self._num_steps < _STEPS or any(_UNKNOWN in row[2:] for row in rows)
+        if equal or not incomplete or self._num_steps >= _MAX_STEPS:
             return True
-        self._before, self._passes = self._all(), self._loaders.passes
+        self._loop_digests, self._num_passes = self._digests(), self._loaders.num_passes
         return False
 
-    def _of_loop(self) -> list[int]:
-        if not self._before:
+    def _loop_row(self) -> list[int]:
+        if not self._loop_digests:
             return [0, 0, 0]
-        if self._passes != self._loaders.passes:
+        if self._num_passes != self._loaders.num_passes:
             return [_UNKNOWN] * 3
-        return [was if now != was else 0 for was, now in zip(self._before, self._all(), strict=True)]
+        pairs = zip(self._loop_digests, self._digests(), strict=True)
+        return [before if now != before else 0 for before, now in pairs]
 
-    def _all(self) -> list[int]:
-        numpy = sys.modules.get("numpy.random")
-        return [self._of_torch(), _digest(random.getstate()), _digest(_numpy_state(numpy)) if numpy else 0]
+    def _digests(self) -> list[int]:
+        snapshot = capture_rng()
+        numpy_digest = 0
+        if snapshot.numpy is not None:
+            name, keys, *rest = snapshot.numpy
+            numpy_digest = _digest([name, keys.tolist(), rest])
+        return [self._torch_digest(), _digest(snapshot.python), numpy_digest]
 
-    def _of_torch(self) -> int:
+    def _torch_digest(self) -> int:
         on_device = self._hooks.accelerator_rng_state(device=self._context.device)
         return _digest([torch.get_rng_state().tolist(), None if on_device is None else on_device.tolist()])
 
 
-def _numpy_state(numpy: Any) -> Any:
-    name, keys, *rest = numpy.get_state()
-    return [name, keys.tolist(), rest]
-
-
 def _digest(state: Any) -> int:
-    """Return a positive number for a state."""
+    """Return a positive hash of a state."""
     return int.from_bytes(hashlib.blake2b(repr(state).encode(), digest_size=7).digest(), "little") + 1
 
 
-def _same(rows: Sequence[Sequence[int]]) -> list[str]:
-    """Say what all ranks of the data axis have drawn from equal states."""
+def _equal_streams(rows: Sequence[Sequence[int]]) -> list[str]:
+    """Return the streams that all ranks of the data axis drew from equal states."""
     if len({row[0] for row in rows}) < 2:
         return []
     columns = list(zip(*(row[1:] for row in rows), strict=True))
-    return [what for what, column in zip(_WHAT, columns, strict=True) if len(set(column)) == 1 and column[0] > 0]
+    return [name for name, column in zip(_STREAMS, columns, strict=True) if len(set(column)) == 1 and column[0] > 0]
 
 
 def _check_groups(rows: Sequence[Sequence[int]]) -> None:

@@ -1,4 +1,4 @@
-"""Give ranks whose seed was drawn from the operating system the seed of rank 0."""
+"""Share the seed of rank 0 with ranks that drew theirs from the operating system."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from plugframe.hooks.context import Context
 
 
 class SharedSeed:
-    """Seeds every rank with rank 0's seed, where its own was drawn and is another."""
+    """Seed every rank with the seed of rank 0, where its own was drawn and differs."""
 
     @hookimpl
     def on_connect(self, context: Context) -> None:
@@ -16,14 +16,14 @@ class SharedSeed:
             return
         import torch
 
-        # In two halves, which fit into 31 bits each: every backend can carry them.
+        # Two halves of at most 31 bits each, which every backend can send.
         seed = PROCESS.seed
         words = [0, 0, 0] if seed is None else [1, seed >> 16, seed & 0xFFFF]
         sent = torch.tensor(words, dtype=torch.int32).to(context.device)
-        everyone = context.hooks.collective_all_gather(tensor=sent, group=None, sync_grads=False)
-        given, high, low = everyone[0].tolist()
+        gathered = context.hooks.collective_all_gather(tensor=sent, group=None, sync_grads=False)
+        has_seed, high, low = gathered[0].tolist()
         first = (high << 16) | low
-        if PROCESS.drawn and given and first != seed:
+        if PROCESS.drawn and has_seed and first != seed:
             PROCESS.seed = first
             seed_generators(first)
             context.hooks.accelerator_seed(seed=first)

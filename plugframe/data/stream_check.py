@@ -1,4 +1,4 @@
-"""The first window of a stream, which all ranks must see alike: one that divides itself would lose samples."""
+"""Compare the first window of a stream between ranks: a stream that shards itself would lose samples."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from plugframe.errors import SettingError
 from plugframe.utils.tree import leaves
 
 
-def digest_of(items: Iterable[Any]) -> str:
-    """Return what a window is known by; an empty text if nothing in it can be compared.
+def window_digest(items: Iterable[Any]) -> str:
+    """Return a digest of a window; an empty string if it holds no comparable value.
 
-    Whole numbers and texts count (keys, labels, tokens), and only if there are none numbers with a fraction: those
-    may be augmented by a generator that nobody but the stream knows.
+    Integers and strings are compared (keys, labels, tokens). Only if there are none, floats are: they may be augmented
+    by a generator of the stream.
     """
     exact, inexact = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     empty = exact.digest()
     for item in items:
         for leaf in leaves(item):
-            kind, data = _bytes(leaf)
+            is_exact, data = _bytes(leaf)
             if data is not None:
-                (exact if kind else inexact).update(data)
+                (exact if is_exact else inexact).update(data)
     for digest in (exact, inexact):
         if digest.digest() != empty:
             return digest.hexdigest()
@@ -34,7 +34,7 @@ def digest_of(items: Iterable[Any]) -> str:
 
 
 def _bytes(leaf: Any) -> tuple[bool, bytes | None]:
-    """Return whether a value is exact, and what it is."""
+    """Return whether a value is exact, and its bytes; None if it cannot be compared."""
     if isinstance(leaf, Tensor):
         if leaf.device.type == "meta" or leaf.layout is not torch.strided or leaf.is_quantized or not leaf.numel():
             return True, None
@@ -43,15 +43,15 @@ def _bytes(leaf: Any) -> tuple[bool, bytes | None]:
         return True, repr(leaf).encode()
     if isinstance(leaf, float):
         return False, repr(leaf).encode()
-    if hasattr(leaf, "dtype") and hasattr(leaf, "tobytes"):  # an array of NumPy's
+    if hasattr(leaf, "dtype") and hasattr(leaf, "tobytes"):  # a NumPy array
         return leaf.dtype.kind not in "fcO", None if leaf.dtype.hasobject else leaf.tobytes()
     return True, None
 
 
-def check_window(digest: str, key: str, *, store: Any, prefix: str, rank: int, num_ranks: int) -> None:
-    """Leave word of this rank's first window, and compare those of all ranks if all have left word.
+def check_first_window(digest: str, key: str, *, store: Any, prefix: str, rank: int, num_ranks: int) -> None:
+    """Write the digest of this rank's first window to `store`, and compare all digests if all are written.
 
-    Nobody waits: of ranks that read one stream the last one sees all others.
+    Does not wait: the last of the ranks that read the stream compares.
 
     Raises:
         SettingError: if they differ.
@@ -61,13 +61,13 @@ def check_window(digest: str, key: str, *, store: Any, prefix: str, rank: int, n
     keys = [f"{key}/{each}" for each in range(num_ranks)]
     if not store.check(keys):
         return
-    # The keys stay: another rank may read them at this moment, and would wait for one that was deleted.
-    seen = [store.get(each).decode() for each in keys]
-    if len(set(seen)) == 1:
+    # Keys are not deleted: another rank may be reading them, and would wait for a deleted one.
+    digests = [store.get(each).decode() for each in keys]
+    if len(set(digests)) == 1:
         return
-    other = next(each for each in range(num_ranks) if seen[each] != seen[0])
+    other = next(each for each in range(num_ranks) if digests[each] != digests[0])
     raise SettingError(
         f"Rank 0 and rank {other} read different samples at the beginning of a stream that setup_dataloaders() divides "
         "between ranks: some would be lost. If it divides itself (by rank, split_by_node), set it up with "
-        "use_distributed_sampler=False; if it is shuffled, seed its generator alike on all ranks."
+        "use_distributed_sampler=False; if it is shuffled, seed its generator with the same seed on all ranks."
     )

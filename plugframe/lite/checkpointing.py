@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from plugframe.adopt import state_of
 from plugframe.hooks.checkpoint import SaveHandle
 from plugframe.state import saving
-from plugframe.state.full import whole_state
+from plugframe.state.full import full_state_dict
 from plugframe.state.manager import CheckpointManager
-from plugframe.state.parameter_names import Names, Naming, names_of
+from plugframe.state.parameter_names import ParameterNamer, ParameterNames, names_of
 from plugframe.state.tree import Filter
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def save(
         state,
         filters=filter,
         loaders=lite._loaders,
-        naming=_naming(lite),
+        namer=_naming(lite),
         wait=wait,
         info=info,
     )
@@ -51,7 +51,7 @@ def load(lite: Lite, path: Any, state: Any, *, strict: bool, trusted: bool, rng:
         state,
         strict=strict,
         loaders=lite._loaders,
-        naming=_naming(lite),
+        namer=_naming(lite),
         trusted=trusted,
         rng=rng,
     )
@@ -60,13 +60,13 @@ def load(lite: Lite, path: Any, state: Any, *, strict: bool, trusted: bool, rng:
 def load_raw(lite: Lite, path: Any, obj: Any, *, strict: bool, trusted: bool) -> None:
     """Read the bare ``state_dict`` that lies at `path` into `obj`."""
     lite._started("load_raw")
-    saving.load_raw(lite._session, path, obj, strict=strict, naming=_naming(lite), trusted=trusted)
+    saving.load_raw(lite._session, path, obj, strict=strict, namer=_naming(lite), trusted=trusted)
 
 
 def state_dict(lite: Lite, obj: nn.Module | Optimizer, *, all_ranks: bool) -> dict[str, Any]:
     """Return the state of a module or an optimizer as a plain process reads it."""
     lite._started("state_dict")
-    return whole_state(lite._session, obj, all_ranks=all_ranks, naming=_naming(lite))
+    return full_state_dict(lite._session, obj, all_ranks=all_ranks, namer=_naming(lite))
 
 
 def checkpoints(
@@ -103,10 +103,10 @@ def requeue(lite: Lite) -> bool:
     return bool(lite._hooks.collective_broadcast_object(obj=asked, src=0, group=None))
 
 
-def _naming(lite: Lite) -> Naming:
+def _naming(lite: Lite) -> ParameterNamer:
     """Return what names an optimizer's parameters: now, or when it was set up if the strategy hides them."""
 
-    def naming(optimizer: Optimizer) -> Names | None:
+    def naming(optimizer: Optimizer) -> ParameterNames | None:
         found = names_of(optimizer, lite._living())
         return found or getattr(state_of(optimizer), "names", None)
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
-from plugframe.adopt.module import Phase, counting
-from plugframe.adopt.replaced import Successors
+from plugframe.adopt.job_state import JobState, track_no_sync
+from plugframe.adopt.replaced import ReplacedParameters
 from plugframe.core.config.request import gather
 from plugframe.core.planning.resolve import resolve
 from plugframe.core.registry.registry import Registry
@@ -143,11 +143,11 @@ class Lite:
         for message in self._session.deprecations if self.global_rank == 0 else ():
             warn_caller(message)
         self._modules: list[weakref.ref[nn.Module]] = []
-        self._phase = Phase()
+        self._phase = JobState()
         self._loaders = Loaders(self._phase.weights)
         self._stopping = Stopping()
         self._streams: RankStreams | None = None
-        self._successors = Successors()
+        self._replaced_parameters = ReplacedParameters()
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -172,7 +172,7 @@ class Lite:
             "_stopping",
             "_place",
             "_streams",
-            "_successors",
+            "_replaced_parameters",
         )
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
@@ -214,7 +214,7 @@ class Lite:
     def teardown(self) -> None:
         """End the job on this rank and give every object back as it was. It may be called twice."""
         self._session.close()
-        self._streams = self._phase.draws = None
+        self._streams = self._phase.random_check = None
         self._modules.clear()
         self._loaders.clear()
         self._stopping.close()
@@ -238,11 +238,11 @@ class Lite:
             context = session.start()
             if context.world.global_rank == 0:
                 tell(self.plan.line())
-            self._phase.explain = self._diagnostics.explain if self._diagnostics is not None else None
+            self._phase.explain_error = self._diagnostics.explain if self._diagnostics is not None else None
             if self.world_size > 1:
                 hooks: Any = self._hooks
                 session.on_close(setattr, hooks, "strategy_no_sync", hooks.strategy_no_sync)
-                hooks.strategy_no_sync = counting(self._phase, hooks.strategy_no_sync)
+                hooks.strategy_no_sync = track_no_sync(self._phase, hooks.strategy_no_sync)
             atexit.register(session.close)
         return session.started()
 

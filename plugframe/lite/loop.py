@@ -43,15 +43,15 @@ def backward(
         scale *= hooks.strategy_data_shard()[1]
     if scale != 1.0:
         tensor = tensor * scale
-    weights.used = weights.trains = True
-    weights.graded = False
-    weights.backwards += 1
-    phase.backward = phase.called = True
-    phase.backwards += not phase.local
+    weights.model_called = weights.trains = True
+    weights.unmarked = False
+    weights.num_backwards += 1
+    phase.in_backward = phase.backward_called = True
+    phase.num_backwards += not phase.no_sync
     try:
         hooks.strategy_backward(loss=tensor, module=model, args=args, kwargs=kwargs)
     finally:
-        phase.backward = False
+        phase.in_backward = False
         for handle in handles:
             handle.remove()
         hooks.precision_finish_backward()
@@ -64,7 +64,7 @@ def batch_weight(lite: Lite) -> float:
     weights = lite._phase.weights
     if not weights.uneven:
         return 1.0
-    weights.asked()
+    weights.on_weight_requested()
     return weights.current()
 
 

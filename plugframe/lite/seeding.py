@@ -39,7 +39,7 @@ class Seeding:
             """Seed every generator, on every device; see `plugframe.seed_everything`."""
             if lite is None:
                 return seeds.seed_everything(seed, workers, verbose, per_rank=per_rank)
-            number, drawn = seeds.found_seed(seed)
+            number, drawn = seeds.resolve_seed(seed)
             if drawn and lite.world_size > 1 and lite._alone():
                 lite._started("seed_everything")
                 number = int(lite._hooks.collective_broadcast_object(obj=number, src=0, group=None))

@@ -21,19 +21,26 @@ from plugframe.adopt import (
     state_of,
 )
 from plugframe.adopt.module import checked_name
-from plugframe.adopt.settings_check import Comparison
-from plugframe.data.consistency import check_same, check_undivided, divider, signature
-from plugframe.data.loader import adopt_loader, check_unread, divides_itself, held_by, release_loader, sources_of
-from plugframe.data.random_check import DrawCheck
-from plugframe.data.random_sources import get_state, set_state
+from plugframe.adopt.settings_check import SettingsCheck
+from plugframe.data.consistency import check_consistent, check_unsharded, existing_sharding, signature
+from plugframe.data.loader import (
+    adopt_loader,
+    check_unread,
+    has_sharded_sampler,
+    release_loader,
+    sampling_generators,
+    transform_generators,
+)
+from plugframe.data.random_check import RandomStreamCheck
 from plugframe.data.random_streams import RankStreams
-from plugframe.data.shuffle import Order
-from plugframe.data.stream_check import check_window
+from plugframe.data.shuffle import Shuffle
+from plugframe.data.stream_check import check_first_window
 from plugframe.deferred.module import check_values, resuming
 from plugframe.errors import OrderError, SettingError
 from plugframe.lite import checks, loop
-from plugframe.state.parameter_names import Names, names_of
+from plugframe.state.parameter_names import ParameterNames, names_of
 from plugframe.utils.logging import warn_caller
+from plugframe.utils.rng import get_state, set_state
 from plugframe.utils.stores import fresh_prefix
 
 if TYPE_CHECKING:
@@ -56,7 +63,7 @@ def setup(
     checks.check_optimizers(optimizers)
     checks.check_ownership(module, optimizers)
     module = _prepare(lite, module, move_to_device, "setup")
-    lite._successors.carry_over(optimizers)
+    lite._replaced_parameters.update_optimizers(optimizers)
     called = [names_of(optimizer, [module]) for optimizer in optimizers]
     setup = lite._hooks.strategy_setup_module_and_optimizers
     engine, prepared = setup(module=module, optimizers=optimizers)
@@ -87,7 +94,7 @@ def setup_optimizers(lite: Lite, optimizers: tuple[Optimizer, ...]) -> object:
     checks.check_optimizers(optimizers)
     lite._started("setup_optimizers")
     _check_modules(lite)
-    lite._successors.carry_over(optimizers)
+    lite._replaced_parameters.update_optimizers(optimizers)
     called = [names_of(optimizer, lite._living()) for optimizer in optimizers]
     known = {id(parameter) for module in lite._living() for parameter in module.parameters()}
     prepared = lite._hooks.strategy_setup_optimizers(module=None, optimizers=optimizers)
@@ -112,17 +119,17 @@ def setup_dataloaders(
     for loader in dataloaders:
         check_unread(loader)
     shared = list(dataloaders) if use_distributed_sampler else []
-    divided = [loader for loader in shared if not divides_itself(loader, *shard)]
+    divided = [loader for loader in shared if not has_sharded_sampler(loader, *shard)]
     seed = _agree(lite, divided, shared)
     _count_exchanges(lite)
     compare = _comparison(lite) if any(isinstance(d.dataset, IterableDataset) for d in shared) else None
     for loader in dataloaders:
-        order = Order(seed, lite._loaders.number())
+        shuffle = Shuffle(seed, lite._loaders.number())
         state = adopt_loader(
             loader,
             hooks=lite._hooks,
             device=context.device if move_to_device else None,
-            order=order,
+            shuffle=shuffle,
             shard=shard,
             training=functools.partial(_training, lite),
             split=use_distributed_sampler,
@@ -144,7 +151,7 @@ def _prepare(lite: Lite, module: M, move_to_device: bool, call: str) -> M:
         if move_to_device:
             check_values(module)
             module = module.to(context.device)
-    lite._successors.note(before, module)
+    lite._replaced_parameters.record(before, module)
     return module
 
 
@@ -176,7 +183,7 @@ def _check_stray(lite: Lite, optimizers: Iterable[Optimizer], known: set[int]) -
 
 
 def _adopt(lite: Lite, module: nn.Module, engine: Any, names: tuple[Any, ...]) -> None:
-    adopt_module(module, hooks=lite._hooks, engine=engine, phase=lite._phase, forward_methods=names)
+    adopt_module(module, hooks=lite._hooks, engine=engine, job=lite._phase, forward_methods=names)
     lite._modules[:] = [reference for reference in lite._modules if reference() is not None]
     lite._modules.append(weakref.ref(module))
     lite._session.release_on_close(module, _if_adopted(release_module))
@@ -184,8 +191,7 @@ def _adopt(lite: Lite, module: nn.Module, engine: Any, names: tuple[Any, ...]) -
         lite._hooks.on_setup(module=module)
 
 
-def _adopt_optimizer(lite: Lite, optimizer: Optimizer, names: Names | None) -> None:
-    phase = lite._phase if lite._session.world.global_rank == 0 else None
+def _adopt_optimizer(lite: Lite, optimizer: Optimizer, names: ParameterNames | None) -> None:
     lite._hooks.precision_setup_optimizer(optimizer=optimizer)
     mean = compare = None
     if lite.world_size > 1:
@@ -193,8 +199,16 @@ def _adopt_optimizer(lite: Lite, optimizer: Optimizer, names: Names | None) -> N
         known = {id(p) for module in lite._living() for p in module.parameters()}
         # What no module has is each rank's own, and so may be its settings.
         if all(id(p) in known for group in optimizer.param_groups for p in group["params"]):
-            compare = Comparison(optimizer, lite._hooks.strategy_gather_later, lite._phase)
-    adopt_optimizer(optimizer, hooks=lite._hooks, names=names, phase=phase, job=lite._phase, mean=mean, compare=compare)
+            compare = SettingsCheck(optimizer, lite._hooks.strategy_gather_later, lite._phase)
+    adopt_optimizer(
+        optimizer,
+        hooks=lite._hooks,
+        names=names,
+        job=lite._phase,
+        check_backward=lite.is_global_zero,
+        mean=mean,
+        compare=compare,
+    )
     lite._session.release_on_close(optimizer, _if_adopted(release_optimizer))
 
 
@@ -208,20 +222,24 @@ def _agree(lite: Lite, loaders: Sequence[DataLoader[Any]], shared: Sequence[Data
     Raises:
         SettingError: on all ranks, if the data of a loader differ, or are divided already.
     """
-    sources = [source for loader in loaders for source in sources_of(loader)]
+    sources = [source for loader in loaders for source in sampling_generators(loader)]
     if lite.world_size == 1:
         return torch.initial_seed()
     # Ranks that read the same batches must change them alike too.
-    held = [held_by(loader) for loader in loaders] if lite._hooks.strategy_data_shard()[1] < lite.world_size else []
-    found = [(signature(d, deep=lite._loaders.is_new(d.dataset)), divider(d)) for d in shared]
+    held = (
+        [transform_generators(loader) for loader in loaders]
+        if lite._hooks.strategy_data_shard()[1] < lite.world_size
+        else []
+    )
+    found = [(signature(d, deep=lite._loaders.is_new(d.dataset)), existing_sharding(d)) for d in shared]
     states = [get_state(source) for source in sources] if lite.is_global_zero else None
     states_held = [{path: get_state(source) for path, source in each.items()} for each in held]
     if not lite.is_global_zero:
         states_held = []
     mine = (torch.initial_seed(), states, states_held, found)
     everyone = lite._hooks.collective_all_gather_object(obj=mine, group=None)
-    check_same([[each for each, _ in found] for *_, found in everyone])
-    check_undivided([[name for _, name in found] for *_, found in everyone])
+    check_consistent([[each for each, _ in found] for *_, found in everyone])
+    check_unsharded([[name for _, name in found] for *_, found in everyone])
     seed, states, states_held, _ = everyone[0]
     for source, state in zip(sources, states, strict=True):
         set_state(source, state)
@@ -240,8 +258,8 @@ def _count_exchanges(lite: Lite) -> None:
         if lite.world_size == 1 or counter is None or "sharded" in provides:
             return
         counter()
-        lite._phase.weights.exchanges = counter
-        lite._phase.weights.speaks = lite.is_global_zero
+        lite._phase.weights.num_collectives = counter
+        lite._phase.weights.warns = lite.is_global_zero
 
 
 def _comparison(lite: Lite) -> Callable[..., None] | None:
@@ -252,7 +270,9 @@ def _comparison(lite: Lite) -> Callable[..., None] | None:
     store = group.get_group_store()
     # A job may be set up more than once over one store: the user's own process group stays.
     prefix = fresh_prefix(store, "streams", lite.global_rank)
-    return functools.partial(check_window, store=store, prefix=prefix, rank=lite.global_rank, num_ranks=lite.world_size)
+    return functools.partial(
+        check_first_window, store=store, prefix=prefix, rank=lite.global_rank, num_ranks=lite.world_size
+    )
 
 
 def draw_apart(lite: Lite) -> None:
@@ -265,7 +285,9 @@ def draw_apart(lite: Lite) -> None:
     lite._streams.open()
     if lite.world_size > 1 and not lite.plan.simulated:
         context = lite._session.started()
-        lite._phase.draws = DrawCheck(index=index, hooks=lite._hooks, context=context, loaders=lite._loaders)
+        lite._phase.random_check = RandomStreamCheck(
+            index=index, hooks=lite._hooks, context=context, loaders=lite._loaders
+        )
 
 
 def _training(lite: Lite) -> bool:

@@ -1,1 +1,1 @@
-"""From the user's objects to a state tree and back; the checkpoint manager."""
+"""Collect the state of the user's objects into a tree, restore it, and manage the checkpoints of a run."""

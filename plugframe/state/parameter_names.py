@@ -1,7 +1,7 @@
-"""Parameters by name in the state of an optimizer, where torch has numbers.
+"""Convert the keys of an optimizer's state between parameter numbers, as in torch, and names.
 
-A number says where a parameter stands among those of its optimizer, which another run may order in another way;
-its name says which it is. ``Optimizer.load_state_dict`` takes either.
+A number is a parameter's position in its optimizer, which may differ in another run; a name identifies it.
+``Optimizer.load_state_dict`` accepts either.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from plugframe.adopt.module import COMPILED
 from plugframe.state.key_matching import match
 
 #: The names of an optimizer's parameters, group by group.
-Names = list[list[str]]
+ParameterNames = list[list[str]]
 
-#: Gives the names of an optimizer's parameters; None where some have none, or two have the same.
-Naming = Callable[[Optimizer], Names | None]
+#: Returns the names of an optimizer's parameters; None if some have no name, or two have the same.
+ParameterNamer = Callable[[Optimizer], ParameterNames | None]
 
 
-def names_of(optimizer: Optimizer, modules: Iterable[nn.Module]) -> Names | None:
-    """Return the names of the optimizer's parameters in these modules, or None."""
+def names_of(optimizer: Optimizer, modules: Iterable[nn.Module]) -> ParameterNames | None:
+    """Return the names of the optimizer's parameters in these modules; None if some have no name."""
     known: dict[int, str] = {}
     for module in modules:
         for name, parameter in module.named_parameters():
@@ -33,22 +33,22 @@ def names_of(optimizer: Optimizer, modules: Iterable[nn.Module]) -> Names | None
     return names if all(flat) and len(set(flat)) == len(flat) else None
 
 
-def to_names(state: Mapping[str, Any], names: Names | None) -> dict[str, Any]:
-    """Return an optimizer's state with names in place of numbers; unchanged if the names are not those of all."""
+def to_names(state: Mapping[str, Any], names: ParameterNames | None) -> dict[str, Any]:
+    """Return an optimizer's state with names in place of numbers; unchanged if `names` does not cover all."""
     groups = state["param_groups"]
     if names is None or [len(group["params"]) for group in groups] != [len(group) for group in names]:
         return dict(state)
     numbers = [number for group in groups for number in group["params"]]
-    called = dict(zip(numbers, (name for group in names for name in group), strict=True))
+    name_of = dict(zip(numbers, (name for group in names for name in group), strict=True))
     return {
         **state,
-        "state": {called.get(number, number): kept for number, kept in state["state"].items()},
+        "state": {name_of.get(number, number): entry for number, entry in state["state"].items()},
         "param_groups": [{**group, "params": own} for group, own in zip(groups, names, strict=True)],
     }
 
 
-def renamed(state: Mapping[str, Any], names: Names | None) -> Mapping[str, Any]:
-    """Return a saved state with an optimizer's own names where the saved ones differ only by wrappers."""
+def renamed(state: Mapping[str, Any], names: ParameterNames | None) -> Mapping[str, Any]:
+    """Return a saved state with the optimizer's own names where saved ones differ only by wrappers."""
     saved = [list(group["params"]) for group in state["param_groups"]]
     if names is None or not _named(saved):
         return state
@@ -58,7 +58,7 @@ def renamed(state: Mapping[str, Any], names: Names | None) -> Mapping[str, Any]:
         return state
     return {
         **state,
-        "state": {own.get(name, name): kept for name, kept in state["state"].items()},
+        "state": {own.get(name, name): entry for name, entry in state["state"].items()},
         "param_groups": [
             {**group, "params": [own.get(name, name) for name in params]}
             for group, params in zip(state["param_groups"], saved, strict=True)
@@ -66,8 +66,8 @@ def renamed(state: Mapping[str, Any], names: Names | None) -> Mapping[str, Any]:
     }
 
 
-def differences(state: Mapping[str, Any], names: Names | None) -> list[str]:
-    """Return what an optimizer with these names and a saved state do not have in common, in words."""
+def differences(state: Mapping[str, Any], names: ParameterNames | None) -> list[str]:
+    """Return a message for each parameter group whose names differ from those of a saved state."""
     saved = [list(group["params"]) for group in state["param_groups"]]
     own = names if names is not None and _named(saved) else None
     if own is None or len(own) != len(saved):
@@ -81,14 +81,14 @@ def differences(state: Mapping[str, Any], names: Names | None) -> list[str]:
     return found
 
 
-def to_numbers(state: Mapping[str, Any], names: Names | None) -> dict[str, Any]:
-    """Return a saved state with the numbers the optimizer with these names gives its parameters, in its order."""
+def to_numbers(state: Mapping[str, Any], names: ParameterNames | None) -> dict[str, Any]:
+    """Return a saved state with the parameter numbers of an optimizer with these names."""
     saved = [list(group["params"]) for group in state["param_groups"]]
     order = names if names is not None and _named(saved) and not differences(state, names) else saved
     number = {name: position for position, name in enumerate(name for group in order for name in group)}
     return {
         **state,
-        "state": {number.get(name, name): kept for name, kept in state["state"].items()},
+        "state": {number.get(name, name): entry for name, entry in state["state"].items()},
         "param_groups": [
             {**group, "params": [number[name] for name in own]}
             for group, own in zip(state["param_groups"], order, strict=True)

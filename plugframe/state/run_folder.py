@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints, as rank 0 sees it and changes it for all."""
+"""List, remove and rename the checkpoints in the folder of a run, on rank 0."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _DRAFT = re.compile(r"\.(step-\d{12}\.ckpt)\.tmp-[0-9a-f]{16}")
 
 
 class RunFolder:
-    """What lies in a folder, which may be at a URL; rank 0 calls everything but `at`.
+    """The checkpoints in a folder or at a URL. Only rank 0 calls its methods, except `at`.
 
     Attributes:
-        path: of the folder.
-        pending: the name of a checkpoint that may still be written in the background; empty if there is none.
-        lock: holds it for this job.
+        path: path or URL of the folder.
+        pending: name of a checkpoint that may still be written in the background; empty if there is none.
+        lock: the lock on the folder.
         saves: whether this job has begun to save into it.
     """
 
@@ -37,11 +37,11 @@ class RunFolder:
         self._keep_last, self._keep_best = keep_last, keep_best
 
     def at(self, name: str) -> str:
-        """Return the path of something in the folder, which may be at a URL."""
+        """Return the path or URL of a name in the folder."""
         return f"{self.path.rstrip('/')}/{name}" if "://" in self.path else os.path.join(self.path, name)
 
-    def hold(self, *, make: bool) -> bool:
-        """Hold the folder for this job; say whether nobody else does. A URL cannot be held."""
+    def acquire(self, *, make: bool) -> bool:
+        """Lock the folder for this job, and return whether it succeeded. True for a URL, which cannot be locked."""
         if "://" in self.path or self._session.plan.simulated:
             return True
         try:
@@ -56,19 +56,19 @@ class RunFolder:
         except OSError as error:
             if make:
                 raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}.") from error
-            return False  # it can be read perhaps, and nothing in it be changed
+            return False  # perhaps readable, and not to be changed
 
-    def look(self) -> tuple[list[str], bool, str]:
-        """Return the names of the checkpoints, whether this job may change the folder, and what to say if not."""
-        alone = self.hold(make=False)
+    def scan(self) -> tuple[list[str], bool, str]:
+        """Return the names of the checkpoints, whether this job may change the folder, and a warning if not."""
+        exclusive = self.acquire(make=False)
         names = self._names()
         warning = ""
-        if not alone and names:
+        if not exclusive and names:
             warning = (
                 f"Another job ({self.lock.owner()}) saves into {self.path}: nothing in it is removed or set aside "
                 "here, and save() is refused while that job runs."
             )
-        return names, alone, warning
+        return names, exclusive, warning
 
     def _names(self) -> list[str]:
         names: list[str] = self._session.hooks.checkpoint_list(folder=self.path)
@@ -84,13 +84,13 @@ class RunFolder:
         return [name for name in self._names() if name != self.pending and not self.is_unfinished(name)]
 
     def is_unfinished(self, name: str) -> bool:
-        """Say whether it is what a save left that never made a checkpoint of it."""
-        # By what lies there, never by an error: this alone lets `resume` remove something.
-        ask = getattr(self._session.plugins["checkpoint"], "unfinished", None)
-        return ask is not None and ask(self.at(name)) is True
+        """Return whether it is left by a save that did not complete."""
+        # Decided from the files, never from an error: only this lets `resume` remove something.
+        is_unfinished = getattr(self._session.plugins["checkpoint"], "unfinished", None)
+        return is_unfinished is not None and is_unfinished(self.at(name)) is True
 
     def ranked(self) -> list[str]:
-        """Return the checkpoints that have the metric, the best first, of equal ones the newest."""
+        """Return the checkpoints that have the metric, the best first; of equal ones the newest first."""
         assert self._keep_best is not None
         metric, direction, _ = self._keep_best
         sign = 1.0 if direction == "min" else -1.0
@@ -101,69 +101,69 @@ class RunFolder:
                 value = _metrics(info, self.at(name)).get(metric)
             except CheckpointError:
                 continue  # damaged: reported when it is loaded
-            if value is not None and value == value:  # not a NaN, which is no best of anything
+            if value is not None and value == value:  # not NaN
                 found.append((sign * value, -step_of(name), name))
         return [name for *_, name in sorted(found)]
 
     def check_info(self, name: str) -> None:
-        """Refuse a checkpoint that was saved as that of another step: it took another's place."""
+        """Raise if a checkpoint was saved for another step, and so was renamed."""
         try:
             info = self._session.plugins["checkpoint"].inspect(self.at(name)).info
         except PlugframeError:
-            return  # what is wrong with it, if anything is, loading it tells
+            return  # reported when it is loaded
         _metrics(info, self.at(name))
         step = info.get("step", step_of(name))
         if step != step_of(name):
-            shown = f"that of step {step}" if type(step) is int and step < 10**12 else "that of no step"
+            shown = f"that of step {step}" if type(step) is int and step < 10**12 else "an invalid step"
             raise CheckpointCorruptError(
                 f"{self.at(name)} has the wrong name: expected the checkpoint of step {step_of(name)}, found {shown}."
             )
 
     def prune(self, saved: str) -> str:
-        """Remove what is no longer kept; return what to say if that fails, since `saved` is there all the same."""
+        """Remove old checkpoints; return a warning if that fails, since `saved` is complete nevertheless."""
         try:
             if self._keep_last is not None:
                 names = self._finished()
-                kept = {saved, *names[-self._keep_last :]}
+                keep = {saved, *names[-self._keep_last :]}
                 if self._keep_best is not None:
-                    kept.update(self.ranked()[: self._keep_best[2]])
+                    keep.update(self.ranked()[: self._keep_best[2]])
                 for name in names:
-                    if name not in kept:
+                    if name not in keep:
                         self._session.hooks.checkpoint_remove(path=self.at(name))
-            self._sweep()
-        except Exception as error:  # noqa: BLE001 whatever it is, the save has not failed
-            return f"{self.at(saved)} is saved, but an older checkpoint that is no longer kept stays: {error}"
+            self._remove_leftovers()
+        except Exception as error:  # noqa: BLE001 the save itself has succeeded
+            return f"{self.at(saved)} is saved, but an older checkpoint could not be removed: {error}"
         return ""
 
-    def _sweep(self) -> None:
-        """Remove what saves and removals that were killed left beside the checkpoints."""
+    def _remove_leftovers(self) -> None:
+        """Remove temporary files of killed saves and removals."""
         if "://" in self.path:
-            return  # where nothing lies beside them
+            return  # there are no temporary files at URLs
         for name in self._session.hooks.checkpoint_list(folder=self.path):
             draft = _DRAFT.fullmatch(name)
             if draft is not None and draft[1] != self.pending:
                 remove_leftovers(self.at(draft[1]))
 
-    def remove_unfinished(self, name: str, alone: bool) -> tuple[str, str]:
-        """Return what was done, and a text that says why."""
+    def remove_unfinished(self, name: str, exclusive: bool) -> tuple[str, str]:
+        """Remove an incomplete checkpoint if this job may; return what was done, and why."""
         text = f"{self.at(name)} is not complete."
         try:
             self._session.plugins["checkpoint"].inspect(self.at(name))
         except PlugframeError as error:
             text = str(error)
-        # Asked again, at the last moment.
-        if not alone or not self.is_unfinished(name):
-            return "passed over", text
+        # Checked again right before removing.
+        if not exclusive or not self.is_unfinished(name):
+            return "skipped", text
         self._session.hooks.checkpoint_remove(path=self.at(name))
         return "removed", text
 
-    def set_aside(self, name: str, alone: bool) -> str:
-        """Rename a damaged checkpoint, if this job is `alone` here; return what was done."""
-        if not alone:
-            return "passed over"
-        there = set(self._session.hooks.checkpoint_list(folder=self.path))
-        targets = (f"damaged-{name}{more}" for more in ("", *(f"-{number}" for number in range(2, len(there) + 3))))
-        target = next(target for target in targets if target not in there)  # what was set aside before stays as well
+    def set_aside(self, name: str, exclusive: bool) -> str:
+        """Rename a damaged checkpoint if this job may; return what was done."""
+        if not exclusive:
+            return "skipped"
+        existing = set(self._session.hooks.checkpoint_list(folder=self.path))
+        targets = (f"damaged-{name}{more}" for more in ("", *(f"-{number}" for number in range(2, len(existing) + 3))))
+        target = next(target for target in targets if target not in existing)  # earlier damaged checkpoints stay
         self._session.hooks.checkpoint_move(path=self.at(name), target=self.at(target))
         return "set aside"
 
@@ -181,10 +181,10 @@ def step_of(name: str) -> int:
 
 
 def _metrics(info: Mapping[str, Any], path: str) -> dict[str, float]:
-    """Return the metrics a checkpoint was saved with.
+    """Return the metrics of a checkpoint.
 
     Raises:
-        CheckpointCorruptError: if they are none.
+        CheckpointCorruptError: if they are invalid.
     """
     metrics = info.get("metrics", {})
     numbers = isinstance(metrics, Mapping) and all(
@@ -192,5 +192,5 @@ def _metrics(info: Mapping[str, Any], path: str) -> dict[str, float]:
         for name, value in metrics.items()
     )
     if not numbers:
-        raise CheckpointCorruptError(f"{path}: its metrics are no numbers by name.")
+        raise CheckpointCorruptError(f"{path}: its metrics are not a dict of numbers.")
     return {name: float(value) for name, value in metrics.items()}

@@ -1,4 +1,4 @@
-"""Saving and loading the state of a run through the checkpoint plugin."""
+"""Save and load the state of a run through the checkpoint plugin."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from plugframe.core.runtime.session import Session
 from plugframe.data.loaders import Loaders
 from plugframe.errors import CheckpointError, SettingError
 from plugframe.hooks.checkpoint import SaveHandle
-from plugframe.state.parameter_names import Naming
+from plugframe.state.parameter_names import ParameterNamer
 from plugframe.state.run import RunState, run_state
-from plugframe.state.tree import Filter, Restore, check_held, collect
+from plugframe.state.tree import Filter, Restore, check_rank_keys, collect
 from plugframe.utils.logging import warn_caller
 
-#: The key of a checkpoint under which plugframe keeps what an exact resume needs besides the user's objects.
+#: The key for the state of the run besides the user's objects; see `plugframe.state.run`.
 RUN = "__plugframe__"
 
 
 def checked_path(path: Any) -> str:
-    """Return a path as text.
+    """Return a path as a string.
 
     Raises:
-        SettingError: for what is no path.
+        SettingError: if it is not a path.
     """
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise SettingError(f"A checkpoint's path is a str or a Path, got {path!r}.")
     return os.fspath(path)
 
 
-class Unwritten:
-    """The handle of a save that writes nothing."""
+class NoOpSaveHandle:
+    """The handle of a save that writes nothing, in a simulated job."""
 
     def wait(self) -> None:
         """Return at once."""
 
     def done(self) -> bool:
-        """Say yes."""
+        """Return True."""
         return True
 
 
@@ -50,31 +50,31 @@ def save(
     *,
     filters: Mapping[str, Filter] | None,
     loaders: Loaders,
-    naming: Naming,
+    namer: ParameterNamer,
     wait: bool,
     info: Mapping[str, Any] | None = None,
 ) -> SaveHandle | None:
-    """Write `state` and what belongs to the run. Called on every rank."""
+    """Write `state` and the state of the run. Every rank must call it."""
     if isinstance(path, Mapping):
         path, state = state, path  # torch.save's order
     target = checked_path(path)
     if not isinstance(state, Mapping):
         raise SettingError(f"save() takes the state as a dict such as {{'model': model}}, got {type(state).__name__}.")
     if RUN in state:
-        raise CheckpointError(f"The key {RUN!r} of the state is taken by plugframe itself: choose another name.")
+        raise CheckpointError(f"The key {RUN!r} of the state is reserved for plugframe: choose another name.")
     provides = session.plan.choices["checkpoint"].descriptor.provides
     rank = session.world.global_rank
     if not wait and "async" not in provides and rank == 0:
         name = session.plan.choices["checkpoint"].name
-        warn_caller(f"wait=False has no effect: checkpoint {name!r} saves at once.")
+        warn_caller(f"wait=False has no effect: checkpoint {name!r} does not save in the background.")
     hooks = session.hooks
-    tree = collect(state, hooks, sharded="sharded" in provides, naming=naming, filters=filters)
-    check_held(tree, session, target)
+    tree = collect(state, hooks, sharded="sharded" in provides, namer=namer, filters=filters)
+    check_rank_keys(tree, session, target)
     tree[RUN] = run_state(session, loaders)
     if session.plan.simulated:
-        # The parts of all other ranks would be missing, or this one's in their place.
+        # The shards of the other ranks do not exist.
         warn_caller("Nothing is saved: the other ranks of this job are simulated.")
-        return None if wait else Unwritten()
+        return None if wait else NoOpSaveHandle()
     handle: SaveHandle | None = hooks.checkpoint_save(
         path=target, state=tree, info={**_info(session), **(info or {})}, wait=wait
     )
@@ -90,11 +90,11 @@ def load(
     *,
     strict: bool,
     loaders: Loaders,
-    naming: Naming,
+    namer: ParameterNamer,
     trusted: bool,
     rng: bool = True,
 ) -> dict[str, Any]:
-    """Read a checkpoint into `state` and return what has no place in it. Called on every rank."""
+    """Load a checkpoint into `state` and return the keys that `state` does not have. Every rank must call it."""
     target = checked_path(path)
     if state is not None and not isinstance(state, dict):
         raise SettingError(
@@ -105,18 +105,18 @@ def load(
     run = loaded.pop(RUN, None)
     if state is None:
         return {key: materialize(value) for key, value in loaded.items()}
-    restore = Restore(session.hooks, path=target, strict=strict, naming=naming)
+    restore = Restore(session.hooks, path=target, strict=strict, namer=namer)
     rest = restore.into(state, loaded)
-    # Read and tried before anything is written: what can fail must have failed then.
-    kept = RunState(session, run, loaders, rng=rng) if run is not None else None
-    if kept is not None:
-        kept.plan(restore)
+    # Validated before anything is written.
+    run_to_restore = RunState(session, run, loaders, rng=rng) if run is not None else None
+    if run_to_restore is not None:
+        run_to_restore.plan(restore)
     restore.apply()
-    _tell(session, _passed_over(restore))
-    if kept is not None:
-        kept.finish()
+    _warn(session, _ignored_text(restore))
+    if run_to_restore is not None:
+        run_to_restore.finish()
     else:
-        _tell(
+        _warn(
             session,
             f"{target} holds no state of a run: random generators, the loss scaler and the loaders' positions were not "
             "restored.",
@@ -126,25 +126,25 @@ def load(
     return rest
 
 
-def load_raw(session: Session, path: Any, obj: Any, *, strict: bool, naming: Naming, trusted: bool) -> None:
-    """Read a file that holds the bare state of one object. Called on every rank."""
+def load_raw(session: Session, path: Any, obj: Any, *, strict: bool, namer: ParameterNamer, trusted: bool) -> None:
+    """Load a file that holds the state of one object. Every rank must call it."""
     target = checked_path(path)
     loaded = session.hooks.checkpoint_load(path=target, trusted=trusted, lazy=_lazy(session))
     loaded.pop(RUN, None)
     if not (hasattr(obj, "load_state_dict") and hasattr(obj, "state_dict")):
         raise SettingError(f"load_raw() takes an object with load_state_dict(), got {type(obj).__name__}.")
-    restore = Restore(session.hooks, path=target, strict=strict, naming=naming)
+    restore = Restore(session.hooks, path=target, strict=strict, namer=namer)
     restore.into({"object": obj}, {"object": loaded})
     restore.apply()
-    _tell(session, _passed_over(restore))
+    _warn(session, _ignored_text(restore))
 
 
-def _passed_over(restore: Restore) -> str:
-    what = "; ".join(restore.passed_over)
-    return what and f"Not all of {restore.path} was restored, as strict=False allows: {what}."
+def _ignored_text(restore: Restore) -> str:
+    problems = "; ".join(restore.ignored)
+    return problems and f"Not all of {restore.path} was restored, as strict=False allows: {problems}."
 
 
-def _tell(session: Session, message: str) -> None:
+def _warn(session: Session, message: str) -> None:
     """Warn on rank 0, at the line of the user's call."""
     if message and session.world.global_rank == 0:
         warn_caller(message)
@@ -157,5 +157,5 @@ def _info(session: Session) -> dict[str, Any]:
 
 
 def _lazy(session: Session) -> bool:
-    """Say whether ranks keep only their parts of a model, and so should read only those."""
+    """Return whether ranks hold shards of a model, and so should read only those from a checkpoint."""
     return "sharded" in session.plan.choices["strategy"].descriptor.provides

@@ -1,4 +1,4 @@
-"""Walking through batches: any nesting of mappings, sequences, named tuples and dataclasses."""
+"""Map over and iterate nested containers: mappings, sequences, named tuples and dataclasses."""
 
 from __future__ import annotations
 
@@ -14,20 +14,25 @@ from torch.nn import Module
 def map_tensors(fn: Callable[[Tensor], Any], data: Any) -> Any:
     """Return `data` with ``fn(tensor)`` in place of every tensor; `data` itself where nothing changed.
 
-    Containers keep their types; objects with a ``to`` method of their own are left alone.
+    Containers keep their types; objects with a ``to`` method of their own are unchanged.
     """
-    if isinstance(data, Tensor):
+    return map_leaves(fn, data, Tensor)
+
+
+def map_leaves(fn: Callable[[Any], Any], data: Any, leaf_type: type) -> Any:
+    """Return `data` with ``fn(leaf)`` in place of each instance of `leaf_type`; `data` itself where nothing changed."""
+    if isinstance(data, leaf_type):
         return fn(data)
     if isinstance(data, Mapping):
-        return _map_mapping(fn, data)
+        return _map_mapping(fn, data, leaf_type)
     if isinstance(data, tuple) and hasattr(data, "_fields"):
-        values = [map_tensors(fn, value) for value in data]
+        values = [map_leaves(fn, value, leaf_type) for value in data]
         return data if _same(values, data) else type(data)(*values)
     if isinstance(data, (list, tuple)):
-        values = [map_tensors(fn, value) for value in data]
+        values = [map_leaves(fn, value, leaf_type) for value in data]
         return data if _same(values, data) else type(data)(values)
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
-        return _map_dataclass(fn, data)
+        return _map_dataclass(fn, data, leaf_type)
     return data
 
 
@@ -35,23 +40,23 @@ def _same(new: Any, old: Any) -> bool:
     return all(a is b for a, b in zip(new, old, strict=True))
 
 
-def _map_mapping(fn: Callable[[Tensor], Any], data: Mapping[Any, Any]) -> Any:
-    values = {key: map_tensors(fn, value) for key, value in data.items()}
+def _map_mapping(fn: Callable[[Any], Any], data: Mapping[Any, Any], leaf_type: type) -> Any:
+    values = {key: map_leaves(fn, value, leaf_type) for key, value in data.items()}
     if _same(values.values(), data.values()):
         return data
     if type(data) is dict:
         return values
-    # A mapping class of the user's own (a defaultdict, a BatchEncoding): a shallow copy keeps what else it holds.
+    # A user's mapping class (a defaultdict, a BatchEncoding): a shallow copy keeps its other attributes.
     result: Any = copy.copy(data)
     for key, value in values.items():
         result[key] = value
     return result
 
 
-def _map_dataclass(fn: Callable[[Tensor], Any], data: Any) -> Any:
+def _map_dataclass(fn: Callable[[Any], Any], data: Any, leaf_type: type) -> Any:
     names = [field.name for field in dataclasses.fields(data)]
     old = [getattr(data, name) for name in names]
-    new = [map_tensors(fn, value) for value in old]
+    new = [map_leaves(fn, value, leaf_type) for value in old]
     if _same(new, old):
         return data
     result = copy.copy(data)
@@ -61,12 +66,12 @@ def _map_dataclass(fn: Callable[[Tensor], Any], data: Any) -> Any:
 
 
 def leaves(data: Any, *, depth: int = 8) -> Iterator[Any]:
-    """Yield everything in `data` that is no container: tensors, numbers, objects.
+    """Yield everything in `data` that is not a container: tensors, numbers, objects.
 
-    A dataclass, and an object of the user's own with tensors in its attributes, are yielded before what is in them.
+    A dataclass, and a user's object with tensors in its attributes, are yielded before their contents.
 
     Args:
-        depth: levels to descend at most: objects may refer to each other.
+        depth: maximum number of levels: objects may reference each other.
     """
     inside: Any = ()
     if isinstance(data, Mapping):

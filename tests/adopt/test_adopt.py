@@ -1,4 +1,4 @@
-"""Your own objects back: what set-up returns is what was given."""
+"""Adopting objects in place: set-up returns the objects it was given."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from plugframe import Lite, OrderError, SettingError, UsageError
 
 
 class Net(nn.Module):
-    """A model with everything people put on one."""
+    """A model with common attributes and properties."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Net(nn.Module):
 
 
 class Copying(Net):
-    """A model that copies and pickles in its own way."""
+    """A model with its own copying and pickling."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Copying:
         twin = Copying()
@@ -65,7 +65,7 @@ def lite() -> Iterator[Lite]:
 
 
 def test_setup_returns_the_same_objects(lite: Lite) -> None:
-    """``setup`` gives back the very objects it was given; ``isinstance``, attributes and methods hold."""
+    """``setup`` returns the same objects; ``isinstance``, attributes and methods are unchanged."""
     model, optimizer = Net(), torch.optim.SGD([nn.Parameter(torch.zeros(1))])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
@@ -84,7 +84,7 @@ def test_setup_returns_the_same_objects(lite: Lite) -> None:
 
 
 def test_properties_are_set_without_being_read(lite: Lite) -> None:
-    """Assigning a property runs its setter alone."""
+    """Assigning a property calls only its setter."""
     model = lite.setup(Net())
     model.width = 7
     assert model._width == 7
@@ -101,7 +101,7 @@ def test_a_bare_sequential_can_be_indexed(lite: Lite) -> None:
 
 @pytest.mark.parametrize("cls", [Net, Copying])
 def test_copies_and_pickles_are_plain(lite: Lite, cls: type[Net]) -> None:
-    """``deepcopy``, ``copy``, ``pickle`` and ``torch.save`` of a set-up module give a plain one that works."""
+    """``deepcopy``, ``copy``, ``pickle`` and ``torch.save`` of a set-up module return a plain one that works."""
     model = lite.setup(cls())
     for twin in (copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model))):
         assert type(twin) is cls
@@ -114,7 +114,7 @@ def test_copies_and_pickles_are_plain(lite: Lite, cls: type[Net]) -> None:
 
 
 def test_a_module_that_refers_to_itself_can_be_copied(lite: Lite) -> None:
-    """A copy of a module that holds a reference to itself refers to the copy."""
+    """The copy of a module that references itself references the copy."""
     model = Net()
     object.__setattr__(model, "me", [model])
     lite.setup(model)
@@ -141,7 +141,7 @@ def test_optimizers_pickle_and_schedule(lite: Lite) -> None:
 
 
 def test_step_hooks_of_torch_run_once(lite: Lite) -> None:
-    """torch's own step hooks see one call for each step."""
+    """torch's step hooks are called once per step."""
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     lite.setup(model, optimizer)
@@ -156,7 +156,7 @@ def test_step_hooks_of_torch_run_once(lite: Lite) -> None:
 
 
 def test_closures_reach_the_optimizer(lite: Lite) -> None:
-    """LBFGS re-evaluates its closure, and returns its loss."""
+    """LBFGS evaluates its closure several times, and returns its loss."""
     model = Net()
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
     lite.setup(model, optimizer)
@@ -176,7 +176,7 @@ def test_closures_reach_the_optimizer(lite: Lite) -> None:
 
 
 def test_an_unmarked_method_that_runs_a_part_is_refused(lite: Lite) -> None:
-    """A method that runs a part with parameters must be marked; marked, it runs under the strategy."""
+    """A method that calls a submodule with parameters must be marked; then it runs under the strategy."""
     model = lite.setup(Net())
     with pytest.raises(UsageError, match=r"Net.loss\(\) runs Linear 'body.0' outside .*forward_methods=\('loss',\)"):
         model.loss(torch.ones(1, 4))
@@ -190,7 +190,7 @@ def test_an_unmarked_method_that_runs_a_part_is_refused(lite: Lite) -> None:
 
 
 def test_forward_called_directly_runs_under_the_strategy() -> None:
-    """``model.forward(x)`` is not a way around precision and strategy."""
+    """``model.forward(x)`` does not bypass precision and strategy."""
     with Lite(accelerator="cpu", devices=1, precision="bf16-true") as lite:
         model = lite.setup(nn.Linear(2, 2))
         assert model.forward(torch.ones(1, 2)).dtype is torch.float32
@@ -233,7 +233,7 @@ def test_a_set_up_model_is_freed_with_its_last_reference(lite: Lite) -> None:
 
 
 def test_wrong_objects_are_refused(lite: Lite) -> None:
-    """Wrong types, doubles and foreign optimizers are named."""
+    """Wrong types, duplicates and foreign optimizers are refused by name."""
     model = Net()
     loader = torch.utils.data.DataLoader([1, 2])
     with pytest.raises(SettingError, match=r"got a DataLoader: use lite\.setup_dataloaders"):
@@ -256,7 +256,7 @@ def test_wrong_objects_are_refused(lite: Lite) -> None:
 
 
 def test_a_submodule_named_module_stays_the_users(lite: Lite) -> None:
-    """A model that has a part called ``module`` keeps it."""
+    """A model with a submodule called ``module`` keeps it."""
     model = nn.Sequential()
     model.add_module("module", nn.Linear(1, 1))
     lite.setup(model)
@@ -264,7 +264,7 @@ def test_a_submodule_named_module_stays_the_users(lite: Lite) -> None:
 
 
 def test_compile_before_and_after_setup(lite: Lite) -> None:
-    """``module.compile()`` before set-up and ``torch.compile`` before or after compute what eager code does."""
+    """``module.compile()`` before set-up, and ``torch.compile`` before or after it, compute the eager result."""
     x = torch.ones(2, 4)
     eager = Net()
     before = copy.deepcopy(eager)
@@ -280,7 +280,7 @@ def test_compile_before_and_after_setup(lite: Lite) -> None:
 
 
 class Registered(nn.Module):
-    """A class that notices when it is subclassed, and asks for an argument then."""
+    """A class with ``__init_subclass__`` that requires an argument."""
 
     names: ClassVar[list[str]] = []
 
@@ -290,14 +290,14 @@ class Registered(nn.Module):
 
 
 class Known(Registered, name="known"):
-    """One of them."""
+    """A subclass of it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
 class Strict(type):
-    """A metaclass with rules of its own."""
+    """A metaclass that validates its classes."""
 
     made: ClassVar[list[str]] = []
 
@@ -325,14 +325,14 @@ class Abstract(nn.Module, abc.ABC):
 
 
 class Concrete(Abstract):
-    """What implements it."""
+    """An implementation of it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
 def test_classes_are_not_told_of_the_swap(lite: Lite) -> None:
-    """Set-up calls no ``__init_subclass__`` and no metaclass of the user's, and confuses no abstract class."""
+    """Set-up calls no ``__init_subclass__`` or metaclass of the user's, and abstract classes work."""
     for module in (Known(), Versioned(), Concrete()):
         lite.setup(module)
         assert module(torch.ones(1)) == 1
@@ -345,7 +345,7 @@ def test_classes_are_not_told_of_the_swap(lite: Lite) -> None:
 
 
 class Chatty:
-    """A mix-in that is no module, as those of language models are."""
+    """A mix-in that is not a module, as in language models."""
 
     body: nn.Module
 
@@ -357,7 +357,7 @@ class Chatty:
 
 
 class Speaker(nn.Module, Chatty):
-    """A model with that mix-in, a private method and one that yields."""
+    """A model with that mix-in, a private method and a generator method."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -375,7 +375,7 @@ class Speaker(nn.Module, Chatty):
 
 
 def test_methods_of_every_origin_run_under_the_strategy(lite: Lite) -> None:
-    """Methods of mix-ins, private methods and generators are marked, and refused, like any other."""
+    """Methods of mix-ins, private methods and generators are marked and refused like others."""
     x = torch.ones(1, 4)
     model = lite.setup(Speaker())
     assert model.ask(x).shape == (1, 2)
@@ -404,7 +404,7 @@ def test_a_set_up_that_fails_changes_nothing() -> None:
 
 
 class Checkpointed(nn.Module):
-    """A model that computes a public method once more in backward."""
+    """A model that recomputes a public method in backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -421,7 +421,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("marked", [(), ("block",)])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_activation_checkpointing_of_public_methods(precision: str, marked: tuple[str, ...]) -> None:
-    """A method that backward runs again is part of the forward it was part of."""
+    """A method that is recomputed in backward belongs to its forward."""
     with Lite(accelerator="cpu", devices=1, precision=precision) as lite:
         for reentrant in (False, True):
             model = lite.setup(Checkpointed(), forward_methods=marked)
@@ -430,7 +430,7 @@ def test_activation_checkpointing_of_public_methods(precision: str, marked: tupl
 
 
 def test_parametrizations_come_and_go(lite: Lite) -> None:
-    """A parametrization put on a set-up module stays through copies and tear-down, and can be taken off again."""
+    """A parametrization of a set-up module survives copies and tear-down, and can be removed."""
     weight_norm, remove = nn.utils.parametrizations.weight_norm, nn.utils.parametrize.remove_parametrizations
     x = torch.ones(1, 4)
     stays, goes = lite.setup(nn.Linear(4, 2)), lite.setup(nn.Linear(4, 2))
@@ -448,7 +448,7 @@ def test_parametrizations_come_and_go(lite: Lite) -> None:
 
 
 def test_scripted_modules_are_modules(lite: Lite) -> None:
-    """A scripted or traced module trains, copies and is given back."""
+    """A scripted or traced module trains, copies and is released."""
     x = torch.ones(2, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -464,7 +464,7 @@ def test_scripted_modules_are_modules(lite: Lite) -> None:
 
 
 class Own(nn.Module):
-    """A module that copies itself by hand, and refers to itself."""
+    """A module with its own ``__deepcopy__`` that references itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -479,7 +479,7 @@ class Own(nn.Module):
 
 
 def test_a_copy_made_by_hand_refers_to_itself(lite: Lite) -> None:
-    """A class with a ``__deepcopy__`` of its own and a reference to itself is copied once."""
+    """A class with its own ``__deepcopy__`` and a reference to itself is copied once."""
     twin = copy.deepcopy(lite.setup(Own()))
     assert type(twin) is Own
     assert twin.me[0] is twin
@@ -487,13 +487,13 @@ def test_a_copy_made_by_hand_refers_to_itself(lite: Lite) -> None:
 
 @pytest.mark.parametrize("module", [nn.LazyLinear(2), nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d())])
 def test_a_module_without_shapes_is_refused(lite: Lite, module: nn.Module) -> None:
-    """A lazy module becomes another class in its first forward: that must come before set-up."""
+    """A lazy module changes its class in the first forward, which must come before set-up."""
     with pytest.raises(OrderError, match="has no shape yet: run one forward before lite.setup"):
         lite.setup(module)
 
 
 def test_what_was_set_up_is_not_set_up_again(lite: Lite) -> None:
-    """A part of what was set up, and one object passed twice, are refused."""
+    """A submodule of a set-up module, and one object passed twice, are refused."""
     model = lite.setup(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(OrderError, match="This Linear is part '0' of a Sequential that was set up already"):
         lite.setup(model[0])
@@ -507,7 +507,7 @@ def test_what_was_set_up_is_not_set_up_again(lite: Lite) -> None:
 
 
 def test_optimizers_come_after_their_module(lite: Lite) -> None:
-    """Optimizers set up apart come after a module; clipping takes a module's own optimizer, of the same ``Lite``."""
+    """Optimizers are set up after a module; clipping requires a module's optimizer, of the same ``Lite``."""
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(OrderError, match=r"setup_optimizers\(\) before any model was set up"):
@@ -525,7 +525,7 @@ def test_optimizers_come_after_their_module(lite: Lite) -> None:
 
 
 def test_objects_are_freed_at_once(lite: Lite) -> None:
-    """Set-up makes no reference cycle: a model and its optimizer go with their last reference, as in plain torch."""
+    """Set-up makes no reference cycles: a model and its optimizer are freed with their last reference."""
     model = nn.Linear(4, 2)
     model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
     lite.backward(model(torch.ones(1, 4)).sum())
@@ -540,7 +540,7 @@ def test_objects_are_freed_at_once(lite: Lite) -> None:
 
 
 class Plain(torch.optim.Optimizer):
-    """An optimizer whose step takes nothing."""
+    """An optimizer whose step takes no arguments."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 0.1})
@@ -550,7 +550,7 @@ class Plain(torch.optim.Optimizer):
 
 
 class Greedy(torch.optim.SGD):
-    """An optimizer whose step takes the loss first."""
+    """An optimizer whose step takes the loss as first argument."""
 
     def step(self, loss: float, closure: Any = None, *, boost: int = 1) -> Any:  # type: ignore[override]
         self.seen = (loss, boost)
@@ -559,7 +559,7 @@ class Greedy(torch.optim.SGD):
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 def test_steps_have_the_users_signature(precision: str) -> None:
-    """A step with any signature is called with what it was given, with schedulers and after tear-down as well."""
+    """A step with any signature gets its arguments, also with schedulers and after tear-down."""
     model = nn.Linear(4, 2)
     plain, greedy = Plain(model.parameters()), Greedy(model.parameters(), lr=0.1)
     with Lite(accelerator="cpu", devices=1, precision=precision) as lite:
@@ -580,7 +580,7 @@ def test_steps_have_the_users_signature(precision: str) -> None:
 
 
 def test_a_compiled_module_is_one_with_what_it_was_made_of(lite: Lite) -> None:
-    """Methods and state of a compiled module are those of the plain one, and so is what can be done to both."""
+    """Methods and state of a compiled module are those of the original, and both accept the same calls."""
     x = torch.ones(1, 4)
     plain = Net()
     model = torch.compile(plain, backend="eager")
@@ -602,7 +602,7 @@ def test_a_compiled_module_is_one_with_what_it_was_made_of(lite: Lite) -> None:
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_a_set_up_module_compiles_as_one_graph(precision: str) -> None:
-    """``torch.compile(model, fullgraph=True)`` after set-up meets nothing that breaks the graph."""
+    """``torch.compile(model, fullgraph=True)`` works after set-up."""
     torch.compiler.reset()
     with Lite(accelerator="cpu", devices=1, precision=precision) as lite:
         model = lite.setup(Net(), forward_methods=("loss",))

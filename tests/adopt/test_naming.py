@@ -1,4 +1,4 @@
-"""Parameters by name in optimizer states."""
+"""Parameter names in optimizer states."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model_and_optimizer(*order: str) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def test_names_stand_for_numbers_and_back() -> None:
-    """A state with names, put back into numbers, is the state; torch takes it with names as well."""
+    """Converting a state to names and back returns the same state; torch accepts both."""
     model, optimizer = model_and_optimizer()
     names = names_of(optimizer, [model])
     assert names == [["0.weight", "0.bias", "1.weight", "1.bias"]]
@@ -36,7 +36,7 @@ def test_names_stand_for_numbers_and_back() -> None:
 
 
 def test_names_find_their_parameters_in_another_order() -> None:
-    """An optimizer that holds the same parameters in another order gets each its own state."""
+    """An optimizer with the same parameters in another order loads each parameter's state."""
     model, optimizer = model_and_optimizer()
     named = to_names(optimizer.state_dict(), names_of(optimizer, [model]))
     other_model, other = model_and_optimizer("1.bias", "0.weight", "1.weight", "0.bias")
@@ -50,7 +50,7 @@ def test_names_find_their_parameters_in_another_order() -> None:
 
 
 def test_numbers_stay_where_names_are_not_clear() -> None:
-    """Parameters of no module, or two of one name, leave torch's numbers."""
+    """Parameters without a module, or with equal names, keep torch's numbers."""
     model, optimizer = model_and_optimizer()
     twin = nn.Sequential(nn.Linear(2, 3))
     assert names_of(optimizer, []) is None
@@ -62,7 +62,7 @@ def test_numbers_stay_where_names_are_not_clear() -> None:
 
 
 def test_checkpoints_are_keyed_by_names(tmp_path: Any) -> None:
-    """What lite saves names the parameters; a file with numbers loads too; other parameters are refused by name."""
+    """Checkpoints contain names; files with numbers load too; other parameters are refused by name."""
     path = tmp_path / "state.safetensors"
     with Lite(accelerator="cpu", devices=1) as lite:
         _, optimizer = lite.setup(*model_and_optimizer())

@@ -1,4 +1,4 @@
-"""Pointing an optimizer at the parameters that took the place of its own."""
+"""Replacing the parameters that an optimizer references."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from plugframe.errors import UnsupportedError
 
 
 def replaced(count: int = 2) -> tuple[list[nn.Parameter], dict[Any, Any]]:
-    """Return parameters, and what takes their place."""
+    """Return parameters, and their replacements."""
     old = [nn.Parameter(torch.full((3,), float(number))) for number in range(count)]
     return old, {parameter: copy.deepcopy(parameter) for parameter in old}
 
 
 class Pair(NamedTuple):
-    """Two of anything."""
+    """A named tuple of two values."""
 
     first: Any
     second: Any
 
 
 class Holder:
-    """An object of a script's own."""
+    """A user's object."""
 
     __slots__ = ("parameters",)
 
@@ -40,7 +40,7 @@ class Holder:
 
 
 class Wild(SGD):
-    """An optimizer that refers to its parameters in every way."""
+    """An optimizer with every type of reference to its parameters."""
 
     def __init__(self, params: list[nn.Parameter]) -> None:
         super().__init__(params, lr=0.1)
@@ -60,7 +60,7 @@ class Wild(SGD):
 
 
 def test_every_reference_follows():
-    """Lists, tuples, keys, ids, weak references, slots, closures and inner optimizers refer to the new parameters."""
+    """Lists, tuples, keys, ids, weak references, slots, closures and inner optimizers reference the new parameters."""
     old, successors = replaced()
     new = list(successors.values())
     optimizer = Wild(old)
@@ -86,7 +86,7 @@ def test_every_reference_follows():
 
 @pytest.mark.parametrize("make", [functools.partial(torch.optim.LBFGS, lr=0.5, max_iter=3), Adam, SGD])
 def test_state_and_lists_of_torchs_optimizers_follow(make: Any):
-    """After it an optimizer that has stepped goes on as if its parameters had always been the new ones."""
+    """An optimizer that has stepped continues as if it had been made with the new parameters."""
     expected, _ = replaced()
     old, successors = replaced()
     runs: list[tuple[Optimizer, list[nn.Parameter]]] = [(make(expected), expected), (make(old), old)]
@@ -114,7 +114,7 @@ def test_state_and_lists_of_torchs_optimizers_follow(make: Any):
 
 
 def test_state_entries_are_converted():
-    """``convert`` gets each entry of a replaced parameter's state, and other parameters keep theirs and their order."""
+    """``convert`` gets each entry of a replaced parameter's state; others are unchanged and in order."""
     old, successors = replaced()
     kept = nn.Parameter(torch.ones(3))
     optimizer = SGD([old[0], kept, old[1]], lr=0.1, momentum=0.9)
@@ -129,7 +129,7 @@ def test_state_entries_are_converted():
 
 
 def test_a_view_of_an_old_parameter_is_refused():
-    """A flat view that an optimizer made of a parameter cannot follow: the error says where it is."""
+    """An optimizer's flat view of a parameter cannot be replaced: the error has its path."""
     old, successors = replaced()
     optimizer: Any = SGD(old, lr=0.1)
     optimizer.views = {"first": old[0].detach().view(-1)}
@@ -138,7 +138,7 @@ def test_a_view_of_an_old_parameter_is_refused():
 
 
 def test_modules_are_left_to_set_up():
-    """A module that an optimizer keeps is not walked into: whoever replaces its parameters registers them."""
+    """Modules that an optimizer references are not searched."""
     old, successors = replaced(1)
     optimizer: Any = SGD(old, lr=0.1)
     optimizer.model = nn.Module()

@@ -1,4 +1,4 @@
-"""Parameters that a precision replaces at set-up are what the optimizer trains, or set-up refuses by name."""
+"""Parameters that a precision replaces at set-up are trained, or set-up raises with their name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from plugframe.hooks import hookimpl
 
 
 class Rounded(nn.Linear):
-    """A layer as a quantising precision puts in the place of another."""
+    """A layer like those of a quantising precision."""
 
 
 class Replacing(Precision):
-    """Puts other layers into a model, with parameters of their own."""
+    """Replaces layers of a model by others with new parameters."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -39,7 +39,7 @@ class Replacing(Precision):
 
 
 class Own(torch.optim.SGD):
-    """An optimizer with a list of its own."""
+    """An optimizer with its own list of parameters."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, lr=0.1, momentum=0.9)
@@ -48,7 +48,7 @@ class Own(torch.optim.SGD):
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_the_optimizer_trains_the_new_parameters(apart: bool) -> None:
-    """In its groups and its own lists, set up together with the model or afterwards."""
+    """In its groups and its own lists, set up with the model or afterwards."""
     with Lite(accelerator="cpu", devices=1, precision=Replacing("plain")) as lite:
         module = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
         optimizer = Own(module.parameters())
@@ -65,9 +65,9 @@ def test_the_optimizer_trains_the_new_parameters(apart: bool) -> None:
         assert not torch.equal(module[0].weight, before)
 
 
-@pytest.mark.parametrize(("kind", "what"), [("renamed", "is not there any more"), ("frozen", "cannot be trained")])
+@pytest.mark.parametrize(("kind", "what"), [("renamed", "no longer exists"), ("frozen", "is no longer trainable")])
 def test_a_parameter_without_a_successor_is_refused(kind: str, what: str) -> None:
-    """A layer whose new parameters have other names, or are frozen, is named before anything is trained."""
+    """A layer whose new parameters have other names, or are frozen, is refused by name."""
     with Lite(accelerator="cpu", devices=1, precision=Replacing(kind)) as lite:
         module = nn.Sequential(nn.Linear(2, 2))
         with pytest.raises(
@@ -77,7 +77,7 @@ def test_a_parameter_without_a_successor_is_refused(kind: str, what: str) -> Non
 
 
 def test_parameters_that_no_optimizer_can_step_are_refused() -> None:
-    """Expanded parameters and those made under inference_mode, by name; frozen ones may be so."""
+    """Expanded parameters and inference tensors are refused by name, unless frozen."""
     module = nn.Linear(2, 2)
     module.weight = nn.Parameter(torch.ones(1, 2).expand(2, 2))
     with Lite(accelerator="cpu", devices=1) as lite:

@@ -1,4 +1,4 @@
-"""A file is replaced whole or not at all, and what a crash left behind is cleared by the next save."""
+"""Files are replaced atomically, and the next save removes what a crash left."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def failing(number: int) -> Callable[..., Any]:
 
 
 def test_the_new_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
-    """The second content replaces the first, parent folders are made, and no other file is left."""
+    """The second content replaces the first, parent folders are created, and no other file remains."""
     path = tmp_path / "runs" / "1" / "last.ckpt"
     put(path, b"old")
     put(path, b"new content")
@@ -39,7 +39,7 @@ def test_the_new_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
 
 
 def test_links_and_permissions_stay(tmp_path: Path) -> None:
-    """A symbolic link goes on pointing at the file that is replaced, which keeps its permissions."""
+    """A symbolic link keeps its target, and the replaced file its permissions."""
     real, link = tmp_path / "real.ckpt", tmp_path / "last.ckpt"
     put(real, b"old")
     real.chmod(0o640)
@@ -51,14 +51,14 @@ def test_links_and_permissions_stay(tmp_path: Path) -> None:
 
 
 def test_a_new_file_has_the_usual_permissions(tmp_path: Path) -> None:
-    """Without an old file the umask decides, as for any file."""
+    """A new file gets the permissions of the umask."""
     put(tmp_path / "last.ckpt", b"new")
     (tmp_path / "other").write_bytes(b"")
     assert (tmp_path / "last.ckpt").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_a_relative_path_and_a_long_name_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bare name means the working folder, and a name of 255 bytes leaves room for the temporary one."""
+    """A bare name is in the working folder, and a name of 255 bytes leaves room for the temporary one."""
     monkeypatch.chdir(tmp_path)
     put(Path("last.ckpt"), b"1")
     put(Path("n" * 255), b"2")
@@ -67,7 +67,7 @@ def test_a_relative_path_and_a_long_name_work(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), ZeroDivisionError(), KeyboardInterrupt()])
 def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path, error: BaseException) -> None:
-    """Whatever goes wrong in the middle, the old file is untouched and the half-written one is gone."""
+    """After any error while writing, the old file is unchanged and the temporary one is removed."""
     path = tmp_path / "last.ckpt"
     put(path, b"old")
 
@@ -85,7 +85,7 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path, error: BaseE
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_an_error_at_the_end_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    """A disk that fails when the file is forced to it, or renamed, costs the new file only."""
+    """If fsync or rename fails, the old file is unchanged."""
     path = tmp_path / "last.ckpt"
     put(path, b"old")
     monkeypatch.setattr(os, step, failing(errno.EIO))
@@ -96,7 +96,7 @@ def test_an_error_at_the_end_leaves_the_old_file(tmp_path: Path, monkeypatch: py
 
 
 def test_a_disk_that_fills_up_says_how_much_is_missing(tmp_path: Path) -> None:
-    """When the disk runs full in the middle, the error has the bytes needed and the bytes free."""
+    """If the disk fills up while writing, the error has the bytes needed and the bytes free."""
     with (
         pytest.raises(
             CheckpointError, match=r"No space left on device \(it needs 12345 bytes and .* has \d+ bytes free"
@@ -108,7 +108,7 @@ def test_a_disk_that_fills_up_says_how_much_is_missing(tmp_path: Path) -> None:
 
 
 def test_too_little_space_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without room for the whole file nothing is written, nor are folders made."""
+    """Without enough space nothing is written, and no folders are created."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
     with pytest.raises(CheckpointError, match=r"it needs 11 bytes and .* has 10 bytes free"):
         put(tmp_path / "new" / "last.ckpt", b"x" * 11)
@@ -119,7 +119,7 @@ def test_too_little_space_is_refused_before_writing(tmp_path: Path, monkeypatch:
 def test_a_folder_that_cannot_be_synced_is_reported_unless_it_need_not_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rename that may not survive a power failure is an error; a file system without folder sync is fine."""
+    """A rename that may not survive a power failure is an error, unless folders cannot be synced."""
     real = os.fsync
 
     def fsync(number: int) -> Callable[[int], None]:
@@ -134,7 +134,7 @@ def test_a_folder_that_cannot_be_synced_is_reported_unless_it_need_not_be(
 
 
 def test_leftovers_of_dead_writers_are_cleared_and_of_live_ones_not(tmp_path: Path) -> None:
-    """The lock on a half-written file dies with its writer; only files of the same checkpoint are touched."""
+    """The lock on a temporary file ends with its writer; only files of the same checkpoint are removed."""
     path = tmp_path / "last.ckpt"
     dead = tmp_path / (".last.ckpt.tmp-" + "0" * 16)
     live = tmp_path / (".last.ckpt.tmp-" + "1" * 16)
@@ -160,7 +160,7 @@ def test_leftovers_of_dead_writers_are_cleared_and_of_live_ones_not(tmp_path: Pa
 
 
 def test_writers_of_one_path_do_not_clear_each_other(tmp_path: Path) -> None:
-    """Of two that write the same path at once, the one that ends last wins, and both files are whole."""
+    """Of two concurrent writers of one path the last one wins, and both files are intact."""
     path = tmp_path / "last.ckpt"
     with replacing(str(path), size_bytes=6) as first:
         first.write(b"first")
@@ -173,7 +173,7 @@ def test_writers_of_one_path_do_not_clear_each_other(tmp_path: Path) -> None:
 def test_a_writer_whose_file_is_cleared_too_early_takes_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between making the file and locking it another process may take it for a dead writer's."""
+    """Another process may remove a new file before it is locked."""
     real, seen = fcntl.flock, []
 
     def cleared_first(descriptor: int, operation: int) -> None:
@@ -190,7 +190,7 @@ def test_a_writer_whose_file_is_cleared_too_early_takes_another(
 
 
 def test_a_writer_beaten_to_its_own_lock_takes_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that someone else holds the lock of is not written to."""
+    """A file that another process has locked is not written to."""
     real, calls = fcntl.flock, []
 
     def held(descriptor: int, operation: int) -> None:
@@ -205,7 +205,7 @@ def test_a_writer_beaten_to_its_own_lock_takes_another_file(tmp_path: Path, monk
 
 
 def test_without_locks_saving_works_and_nothing_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system without locks cannot tell dead from alive, so what may be alive stays."""
+    """Without locks, dead writers cannot be detected, so their files stay."""
     leftover = tmp_path / (".last.ckpt.tmp-" + "0" * 16)
     leftover.write_bytes(b"half")
     monkeypatch.setattr(fcntl, "flock", failing(errno.ENOTSUP))
@@ -215,7 +215,7 @@ def test_without_locks_saving_works_and_nothing_is_cleared(tmp_path: Path, monke
 
 
 def test_paths_that_are_no_place_for_a_file_are_refused(tmp_path: Path) -> None:
-    """A folder, a URL, a device or a file in the place of a folder is refused, and stays what it is."""
+    """A folder, a URL, a device, or a file in place of a folder is refused and unchanged."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_bytes(b"")
     cases = {
@@ -223,7 +223,7 @@ def test_paths_that_are_no_place_for_a_file_are_refused(tmp_path: Path) -> None:
         f"{tmp_path}/new/": "is a folder",
         "": "is a folder",
         "s3://bucket/last.ckpt": "is a URL",
-        str(tmp_path / "pipe"): "is no regular file",
+        str(tmp_path / "pipe"): "is not a regular file",
         str(tmp_path / "file" / "last.ckpt"): "Not a directory",
     }
     for path, text in cases.items():

@@ -1,4 +1,4 @@
-"""A process killed while it saves leaves a whole checkpoint, the old one or the new one."""
+"""A process killed while it saves leaves an intact checkpoint, the old one or the new one."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ print(json.dumps({"random": random_kills, "lines": line_kills, "left": os.listdi
 
 
 def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(tmp_path: Path, run_python: Callable[[str], str]) -> None:
-    """Killed at random moments and at every few lines: one of the versions loads, and the next save clears up."""
+    """Killed at random moments and at every few lines: one version loads, and the next save removes leftovers."""
     code = _VICTIMS.replace("TESTS", repr(str(HELPERS))).replace("TARGET", repr(str(tmp_path)))
     found = json.loads(run_python(code))
     assert len(found["random"]) == 5

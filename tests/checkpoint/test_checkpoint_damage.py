@@ -1,4 +1,4 @@
-"""No damage to a checkpoint of any form goes unseen, and what cannot be loaded changes nothing."""
+"""Damage to a checkpoint of any format is detected, and a failed load changes nothing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ NUM_SHARDS = 3
 
 
 class Simple:
-    """The least that has a state."""
+    """A minimal object with a state."""
 
     def __init__(self, value: Any = 0) -> None:
         self.value = value
@@ -65,7 +65,7 @@ class Simple:
 
 
 def objects(seed: int) -> dict[str, Any]:
-    """What a user gives to save and to load."""
+    """Return objects of a user to save and load."""
     torch.manual_seed(seed)
     first = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
     second = nn.Linear(6, 6, dtype=torch.bfloat16)
@@ -85,7 +85,7 @@ def objects(seed: int) -> dict[str, Any]:
 
 
 def content(value: Any) -> Any:
-    """Everything in objects, copied."""
+    """Return a copy of the contents of objects."""
     if isinstance(value, (nn.Module, Optimizer, Simple, torch.optim.lr_scheduler.LRScheduler)):
         return copy.deepcopy(value.state_dict())
     if isinstance(value, dict):
@@ -97,7 +97,7 @@ def content(value: Any) -> Any:
 
 
 def save_in_shards(url: str, tree: Mapping[str, Any], save_id: str) -> None:
-    """Write what several ranks would have: the largest tensor in parts, the others in turn."""
+    """Write the shards of several ranks: the largest tensor split, the others in turn."""
     folder = RemoteFolder(url)
     tensors, structure = split(tree, dtypes=CODES.keys())
     largest = max(tensors, key=lambda name: tensors[name].nbytes)
@@ -115,7 +115,7 @@ def save_in_shards(url: str, tree: Mapping[str, Any], save_id: str) -> None:
 
 
 class Place:
-    """The files of a checkpoint, wherever it lies; of a single file, the one name is empty."""
+    """The files of a checkpoint, on disk or in memory; a single file has the name ""."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -135,7 +135,7 @@ class Place:
             self.fs.pipe_file(path, data)
 
     def find(self) -> Index:
-        """What lies where in the files."""
+        """Return the positions of tensors in the files."""
         if "://" in self.target:
             return reading.find(RemoteFolder(self.target))
         if Path(self.target).is_dir():
@@ -145,7 +145,7 @@ class Place:
 
 
 class Stretch(NamedTuple):
-    """Where a part of a tensor lies."""
+    """Where a part of a tensor is stored."""
 
     file: str
     tensor: str
@@ -169,7 +169,7 @@ def stretches(found: Index) -> list[Stretch]:
 
 
 class Damage(NamedTuple):
-    """What a checkpoint became, and what the error must say: each pattern must be found in it."""
+    """A damaged checkpoint, and patterns that the error must match."""
 
     files: dict[str, bytes]
     patterns: list[str]
@@ -180,7 +180,7 @@ def some_tensor(tensors: set[str]) -> str:
 
 
 def flip(rng: random.Random, files: dict[str, bytes], places: list[Stretch]) -> Damage:
-    """One bit, in a tensor as often as anywhere."""
+    """Flip one bit, in a tensor half of the time."""
     if rng.random() < 0.5:
         place = rng.choice(places)
         name, at = place.file, rng.randrange(place.start, place.end)
@@ -198,7 +198,7 @@ def flip(rng: random.Random, files: dict[str, bytes], places: list[Stretch]) -> 
 
 
 def cut(rng: random.Random, files: dict[str, bytes], places: list[Stretch]) -> Damage:
-    """A file that ends too early, or is a little longer."""
+    """Truncate a file, or append to it."""
     name = rng.choice(sorted(files))
     size = len(files[name])
     keep = rng.choice([rng.randrange(size), rng.randrange(size), 0, size - 1, size + 1])
@@ -212,7 +212,7 @@ def cut(rng: random.Random, files: dict[str, bytes], places: list[Stretch]) -> D
 
 
 def swap(rng: random.Random, files: dict[str, bytes], places: list[Stretch], others: dict[str, bytes]) -> Damage:
-    """Two files, or parts of one, in each other's place, of this checkpoint or of another."""
+    """Exchange two files, or parts of one, within this checkpoint or with another."""
     shards = sorted(name for name in files if name != sharded_format.MANIFEST)
     how = rng.choice(["tensors", "shards", "other shard", "other manifest"] if len(files) > 1 else ["tensors", "tail"])
     if how == "tensors":
@@ -247,7 +247,7 @@ def _swappable(files: Mapping[str, bytes], a: Stretch, b: Stretch) -> bool:
 
 
 def missing(rng: random.Random, files: dict[str, bytes], places: list[Stretch]) -> Damage:
-    """A file that is gone."""
+    """Remove a file."""
     name = rng.choice(sorted(files))
     lost = {place.tensor for place in places if place.file == name}
     left = {other: data for other, data in files.items() if other != name}
@@ -259,7 +259,7 @@ def missing(rng: random.Random, files: dict[str, bytes], places: list[Stretch]) 
 
 @pytest.fixture(autouse=True)
 def _memory() -> Iterator[None]:
-    """The files of fsspec's memory are gone after the test."""
+    """Clear fsspec's memory file system after the test."""
     yield
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
@@ -273,7 +273,7 @@ def running(form_name: str) -> Iterator[Lite]:
 
 
 def write(lite: Lite, form_name: str, target: str, seed: int) -> None:
-    """Save objects: as one file, or in shards."""
+    """Save objects as one file, or in shards."""
     lite.seed_everything(seed)
     if form_name == "file":
         lite.save(target, objects(seed))
@@ -285,14 +285,14 @@ def write(lite: Lite, form_name: str, target: str, seed: int) -> None:
 
 
 def run_of(lite: Lite, target: str) -> Any:
-    """What a checkpoint holds besides the user's objects."""
+    """Return the checkpoint's state of the run."""
     loaded = lite._session.hooks.checkpoint_load(path=target, trusted=False, lazy=False)
     return materialize(loaded["__plugframe__"])
 
 
 @pytest.mark.parametrize("form_name", FORMS)
 def test_no_damage_is_loaded(form_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No flipped bit, cut, swapped or missing file loads; the error says what is hit, and no object changes."""
+    """No flipped bit, cut, swapped or missing file loads; the error names the damaged part, and no object changes."""
     target = FORMS[form_name][1].format(tmp_path / "run" / NAME)
     (tmp_path / "run").mkdir()
     rng = random.Random(20)
@@ -331,7 +331,7 @@ def test_no_damage_is_loaded(form_name: str, tmp_path: Path, capsys: pytest.Capt
 
 
 def loads(lite: Lite, target: str, mine: dict[str, Any]) -> dict[str, Callable[[], object]]:
-    """Every way a job loads."""
+    """Return every way to load in a job."""
     hook = lite._session.hooks.checkpoint_load
     return {
         "load": partial(lite.load, target),
@@ -342,7 +342,7 @@ def loads(lite: Lite, target: str, mine: dict[str, Any]) -> dict[str, Callable[[
 
 
 def check_command(capsys: pytest.CaptureFixture[str], target: str, tmp_path: Path, damage: Damage) -> None:
-    """The command refuses it too, and says as much."""
+    """Check that the command refuses it with the same message."""
     for words in (["verify", target], ["convert", target, str(tmp_path / "new"), "--force"]):
         with pytest.raises(SystemExit) as ended:
             cli.main(["checkpoint", *words])
@@ -354,7 +354,7 @@ def check_command(capsys: pytest.CaptureFixture[str], target: str, tmp_path: Pat
 
 
 def check_keeper(lite: Lite, target: str, mine: dict[str, Any]) -> None:
-    """The keeper of the run's checkpoints resumes from nothing that is damaged."""
+    """Check that the checkpoint manager does not resume from damage."""
     kept = lite.checkpoints(target.rpartition("/")[0], keep_best=("loss", "min", 1))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -373,7 +373,7 @@ def check_keeper(lite: Lite, target: str, mine: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("form_name", FORMS)
 def test_checkpoints_in_each_others_place_are_not_resumed_from(form_name: str, tmp_path: Path) -> None:
-    """A whole checkpoint under the name of another step is told of and set aside: its step would be wrong."""
+    """An intact checkpoint under the name of another step is set aside with a warning."""
     folder = FORMS[form_name][1].format(tmp_path / "run")
     with running(form_name) as lite:
         kept = lite.checkpoints(folder)
@@ -393,14 +393,14 @@ def test_checkpoints_in_each_others_place_are_not_resumed_from(form_name: str, t
 
 
 class Refusing(Simple):
-    """An object that gives its state and takes none."""
+    """An object that returns its state and refuses to load one."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         raise KeyError("no")
 
 
 def everything(lite: Lite, target: str, mine: dict[str, Any]) -> Any:
-    """What the user's objects hold, and what an exact resume needs besides: generators, loaders, the loss scaler."""
+    """Return the contents of the objects and of the run: generators, loaders, the loss scaler."""
     lite.save(f"{target}-now", {})
     return content(mine), run_of(lite, f"{target}-now")
 
@@ -423,7 +423,7 @@ def lose_last_shard(place: Place) -> None:
 
 
 def misfits(mine: dict[str, Any]) -> dict[str, tuple[dict[str, Any], str]]:
-    """Objects that differ from what was saved only in what is put back last, and what the error says."""
+    """Return states that mismatch only in what is restored last, and the error messages."""
     second = nn.Linear(6, 7, dtype=torch.bfloat16)
     complex_model = nn.Linear(6, 6, dtype=torch.float32)
     two_groups = torch.optim.AdamW([{"params": [p]} for p in mine["first"].parameters()])
@@ -443,7 +443,7 @@ def misfits(mine: dict[str, Any]) -> dict[str, tuple[dict[str, Any], str]]:
 
 @pytest.mark.parametrize("form_name", FORMS)
 def test_a_failed_load_changes_nothing(form_name: str, tmp_path: Path) -> None:
-    """Damage to the last shard, and whatever does not fit, is found before the first value is written."""
+    """Damage to the last shard, and mismatches, are found before the first value is written."""
     target = FORMS[form_name][1].format(tmp_path / "run" / NAME)
     (tmp_path / "run").mkdir()
     with running(form_name) as lite:
@@ -486,7 +486,7 @@ def test_a_failed_load_changes_nothing(form_name: str, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("raw", [False, True])
 def test_entries_no_model_takes_are_found_before(tmp_path: Path, entry: Any, text: str, raw: bool) -> None:
-    """What only fails inside a module's own load_state_dict is known before anything is written."""
+    """Errors inside a module's own load_state_dict are found before anything is written."""
     with running("file") as lite:
         second = {"weight": entry, "bias": torch.zeros(6, dtype=torch.bfloat16)}
         mine = objects(3)
@@ -498,7 +498,7 @@ def test_entries_no_model_takes_are_found_before(tmp_path: Path, entry: Any, tex
 
 
 def _two_ranks(world: World, folder: str) -> dict[str, tuple[str, str]]:
-    """Load what fits one rank only; return each error and which objects changed."""
+    """Load a checkpoint that matches on one rank only; return each error and which objects changed."""
     outcomes: dict[str, tuple[str, str]] = {}
     target = f"{folder}/last"
     with Lite(accelerator="cpu", devices=world.world_size, strategy="fsdp", checkpoint="dcp") as lite:
@@ -550,7 +550,7 @@ def _model_and_optimizer() -> tuple[nn.Module, Optimizer]:
 
 
 def _of_rank(lite: Lite, mine: dict[str, Any]) -> dict[str, Any]:
-    """What the objects hold on this rank, and its generators."""
+    """Return the contents of the objects on this rank, and of its generators."""
     parts = {name: p.to_local().detach().clone() for name, p in mine["model"].named_parameters()}
     kept = {key: value for key, value in content(mine["optimizer"]).items() if key == "param_groups"}
     return {
@@ -564,7 +564,7 @@ def _of_rank(lite: Lite, mine: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_what_fails_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
-    """A shard that one rank wrote, a tensor or an object that one rank has: all ranks refuse the checkpoint."""
+    """A damaged shard, tensor or object of one rank makes all ranks refuse the checkpoint."""
     first, second = run_ranks(2, _two_ranks, str(tmp_path))
     assert first["damage"] == second["damage"]
     assert re.search(r"-00001\.safetensors: tensor '.*expected \w{16}, found \w{16}", first["damage"][0])
@@ -572,7 +572,7 @@ def test_what_fails_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
     assert re.search(mismatch.format("on rank 1; "), first["shape"][0])
     assert re.search(mismatch.format(""), second["shape"][0])
     assert re.search(
-        r"did not take its state on rank 1; nothing was changed. other: KeyError: 'no'", first["refused"][0]
+        r"did not accept its state on rank 1; nothing was changed. other: KeyError: 'no'", first["refused"][0]
     )
     assert second["refused"][0].startswith("KeyError")
     assert [changed for outcome in (first, second) for _, changed in outcome.values()] == [""] * 8
@@ -583,18 +583,18 @@ def test_what_fails_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
 
 
 class Own:
-    """A class of the user's."""
+    """A user's class."""
 
 
 class Slots:
-    """An object with an attribute nobody expects."""
+    """An object with an unexpected attribute."""
 
     __slots__ = ("a",)
 
 
 @pytest.mark.parametrize("form_name", FORMS)
 def test_save_refuses_by_key_what_load_would(form_name: str, tmp_path: Path) -> None:
-    """Whatever load could not give back is named at its place, at any depth, and nothing is written."""
+    """Values that could not be loaded are refused with their path, at any depth, and nothing is written."""
     target = FORMS[form_name][1].format(tmp_path / "last")
     refused: dict[str, Any] = {
         "namespace": argparse.Namespace(lr=1),
@@ -660,7 +660,7 @@ def test_save_refuses_by_key_what_load_would(form_name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("form_name", FORMS)
 def test_what_save_takes_load_gives_back(form_name: str, tmp_path: Path) -> None:
-    """At the very limit of depth, with the strangest keys, values and tensors, it loads: nothing is saved in vain."""
+    """At the maximum depth, with unusual keys, values and tensors, saved states load."""
     target = FORMS[form_name][1].format(tmp_path / "last")
     deepest: list[Any] = [1, 1, 1]
     for _ in range(98):

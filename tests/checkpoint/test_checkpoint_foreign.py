@@ -1,4 +1,4 @@
-"""Files of torch.save are read, and no file runs its code unasked."""
+"""Files of torch.save are read, and none runs code unless trusted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from plugframe_builtins.safetensors_checkpoint import writer
 
 
 class Payload:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = str(marker)
@@ -33,7 +33,7 @@ class Payload:
 
 
 class Built:
-    """A harmless class, but still code to import."""
+    """A harmless class, which still is code to import."""
 
 
 def load(path: Path, trusted: bool = False) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_a_torch_save_file_of_tensors_loads(tmp_path: Path, zipped: bool, truste
 
 
 def test_trusting_a_torch_save_file_runs_its_code(tmp_path: Path) -> None:
-    """Only trusted=True, said outright, lets the file run code."""
+    """Only an explicit trusted=True lets the file run code."""
     torch.save({"a": Payload(tmp_path / "ran")}, tmp_path / "last.pt")
     text = r"last\.pt is a torch.save file that holds code \(\w+\.mkdir\), .* run: pass trusted=True only if"
     with pytest.raises(CheckpointError, match=text):
@@ -60,7 +60,7 @@ def test_trusting_a_torch_save_file_runs_its_code(tmp_path: Path) -> None:
 
 
 def test_what_is_no_state_in_a_torch_save_file_is_refused(tmp_path: Path) -> None:
-    """A bare tensor, a cut file and a class that is gone are errors of ours that name the file."""
+    """A bare tensor, a truncated file and a missing class are errors that name the file."""
     path = tmp_path / "last.pt"
     torch.save(torch.ones(2), path)
     with pytest.raises(CheckpointError, match=r"holds a Tensor, not a dict: read it with torch\.load"):
@@ -145,7 +145,7 @@ def test_no_code_in_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_code_in_metadata_and_bytes_stays_data(tmp_path: Path) -> None:
-    """A pickle in the metadata or the bytes of a safetensors file, or in a state, is bytes and no more."""
+    """A pickle in the metadata or the bytes of a safetensors file, or in a state, is data."""
     marker = tmp_path / "ran"
     code = pickle.dumps(Payload(marker))
     tensor = torch.frombuffer(bytearray(code), dtype=torch.uint8)
@@ -170,7 +170,7 @@ def test_code_in_metadata_and_bytes_stays_data(tmp_path: Path) -> None:
     ],
 )
 def test_a_forged_structure_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
-    """A file of ours, all its checksums right, that asks for a call is corrupt."""
+    """A file of ours with correct checksums whose structure contains a call is corrupt."""
     marker = tmp_path / "ran"
     forged = ('{"dict":{"a":{"tensor":"a"},"b":' + entry + "}}").replace("MARK", str(marker))
     with monkeypatch.context() as patch:
@@ -182,7 +182,7 @@ def test_a_forged_structure_runs_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_folder_of_files_with_pickled_metadata_is_refused(tmp_path: Path) -> None:
-    """A sharded checkpoint of another tool keeps pickles in its metadata: it is read only if trusted."""
+    """A sharded checkpoint of another tool with pickled metadata is read only if trusted."""
     (tmp_path / "dcp").mkdir()
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     with pytest.raises(CheckpointError, match=r"metadata is a pickle .* none of it was run: pass trusted=True"):

@@ -1,4 +1,4 @@
-"""A disk that is full, a real one: whatever the form, what was there before stays, and nothing of the new one."""
+"""On a full disk, a real one, the existing checkpoint stays and nothing of the new one remains, for every format."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ _FORMS = {
 
 
 def test_a_full_disk_costs_no_form_its_checkpoint(tmp_path: Path) -> None:
-    """Known too small it is not written to; found full on the way it is cleared up; and the old checkpoint loads."""
+    """Too little space is refused or cleaned up, and the old checkpoint loads."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = _MOUNT.format(folder=folder)

@@ -1,4 +1,4 @@
-"""Code hidden in a checkpoint, in every place of every form, is never run, whichever way the checkpoint is read."""
+"""Code hidden anywhere in a checkpoint of any format is never run, however the checkpoint is read."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
 
 
 class Payload:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = str(marker)
@@ -67,7 +67,7 @@ class Payload:
 
 
 def made(make: Callable[[], Any]) -> Any:
-    """A plugin, set up for one rank."""
+    """Return a plugin, set up for one rank."""
     checkpoint = make()
     checkpoint.checkpoint_setup(
         context=Context(world=World(), device=torch.device("cpu"), hooks=hooks_of(OneRank()), names={})
@@ -80,14 +80,14 @@ def file_of(path: Path, state: dict[str, Any] | None = None, info: dict[str, Any
 
 
 def folder_of(path: Path, state: dict[str, Any] | None = None, info: dict[str, Any] | None = None) -> Path:
-    """A folder of ours; return its data file."""
+    """Write a folder of ours; return its data file."""
     made(ShardedCheckpoint).checkpoint_save(path=str(path), state=state or STATE, info=info or {}, wait=True)
     (data,) = path.glob("*.safetensors")
     return data
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change a folder's manifest and give it the checksum that fits."""
+    """Change a folder's manifest, with a matching checksum."""
     manifest = path / sharded_format.MANIFEST
     body = json.loads(unseal(manifest.read_bytes(), where=""))
     manifest.write_bytes(seal(change(body) or body))
@@ -109,7 +109,7 @@ def raw_pickle(path: Path, code: Payload, protocol: int) -> None:
 
 
 def torch_folder(path: Path, code: Payload) -> None:
-    """What torch itself writes, with pickles in place of its metadata and among its values."""
+    """A sharded checkpoint of torch, with pickles in place of its metadata and among its values."""
     path.mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -118,7 +118,7 @@ def torch_folder(path: Path, code: Payload) -> None:
 
 
 def pickled_shard(path: Path, code: Payload, how: str) -> None:
-    """A folder whose data file became a pickle: of another length, of the same, or with all checksums to fit."""
+    """A folder whose data file became a pickle: of another length, of the same, or with matching checksums."""
     data = folder_of(path)
     content = pickle.dumps({"a": code})
     size = data.stat().st_size
@@ -145,7 +145,7 @@ def pickled_manifest(path: Path, code: Payload) -> None:
 
 
 def side_files(path: Path, code: Payload) -> None:
-    """A folder of ours among files that tools run by their names."""
+    """A folder of ours with files that other tools execute by name."""
     folder_of(path)
     for name in ("conftest", "__init__", "__main__", "sitecustomize", "usercustomize", "torch", "plugframe", "hubconf"):
         (path / f"{name}.py").write_text(code.source)
@@ -172,18 +172,18 @@ REQUESTS = (
 
 
 def requests(code: Payload) -> list[Any]:
-    """What other readers of JSON take for a call."""
+    """JSON that other readers interpret as a call."""
     return [json.loads(text.replace("MARK", code.marker)) for text in REQUESTS]
 
 
 def call_in_structure(path: Path, code: Payload, number: int) -> None:
-    """A folder whose structure, all checksums right, asks for a call."""
+    """A folder whose structure contains a call, with correct checksums."""
     folder_of(path)
     rewrite(path, lambda body: body["structure"]["dict"].update(evil=requests(code)[number]))
 
 
 def call_in_file(path: Path, code: Payload, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file whose structure, all checksums right, asks for a call."""
+    """A file whose structure contains a call, with correct checksums."""
     _, structure = split(STATE)
     structure["dict"]["evil"] = requests(code)[number]
     with monkeypatch.context() as patch:
@@ -192,7 +192,7 @@ def call_in_file(path: Path, code: Payload, number: int, monkeypatch: pytest.Mon
 
 
 def calls_as_values(path: Path, code: Payload, save: Callable[..., Any]) -> None:
-    """A checkpoint whose values and info look like calls and pickles, and are none."""
+    """A checkpoint with values and info that look like calls and pickles."""
     plain = {**STATE, "calls": requests(code), "pickle": pickle.dumps(code)}
     save(
         path, {**plain, "tensor": torch.frombuffer(bytearray(pickle.dumps(code)), dtype=torch.uint8)}, plain_info(code)
@@ -210,7 +210,7 @@ def header_metadata(path: Path, code: Payload) -> None:
 
 
 def header_entries(path: Path, code: Payload) -> None:
-    """A safetensors file whose header has code where dtypes and shapes belong."""
+    """A safetensors file whose header has code in place of dtypes and shapes."""
     evil = f"__import__('os').mkdir({code.marker!r})"
     slot = {"dtype": evil, "shape": [evil], "data_offsets": [0, 4]}
     header = json.dumps({"__metadata__": {"format": evil}, "a": slot}).encode()
@@ -224,7 +224,7 @@ def object_array(path: Path, code: Payload, packed: bool) -> None:
 
 
 def tar_traversal(path: Path, code: Payload) -> None:
-    """A tar archive that climbs out of the folder it is unpacked in."""
+    """A tar archive with paths outside of the folder it is extracted to."""
     with tarfile.open(path, "w") as archive:
         for name in ("../escaped.py", str(Path(code.marker) / "x"), "pickle", "manifest.json"):
             info = tarfile.TarInfo(name)
@@ -233,7 +233,7 @@ def tar_traversal(path: Path, code: Payload) -> None:
 
 
 def zip_traversal(path: Path, code: Payload) -> None:
-    """A zip archive that looks like one of torch.save and climbs out of the folder it is unpacked in."""
+    """A zip archive like those of torch.save with paths outside of the folder it is extracted to."""
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("a/data.pkl", "../escaped.py", f"{code.marker}/x", "a/../../escaped.py"):
             archive.writestr(name, pickle.dumps(code) if name.endswith("pkl") else code.source)
@@ -259,7 +259,7 @@ def file_names(path: Path, code: Payload, name: str) -> None:
 
 
 def linked(path: Path, code: Payload, what: str) -> None:
-    """A folder with a link out of it to a pickle, or that is one itself to another tool's."""
+    """A folder with a link to a pickle outside, or that is a link to another tool's."""
     away = path.parent / "away"
     if what == "folder":
         torch_folder(away, code)
@@ -273,7 +273,7 @@ def linked(path: Path, code: Payload, what: str) -> None:
 
 
 def bomb(path: Path, _: Payload, how: str) -> None:
-    """A file or a manifest that announces, or unfolds to, more than any memory."""
+    """A file or a manifest that declares or expands to more than any memory."""
     if how == "length":
         path.write_bytes((2**63).to_bytes(8, "little") + b'{"__metadata__":{' + b" " * 100)
     elif how == "long header":
@@ -304,7 +304,7 @@ def bomb(path: Path, _: Payload, how: str) -> None:
 
 
 def at_url(path: Path, code: Payload, build: Callable[[Path, Payload], object], url: str) -> str:
-    """What `build` makes, at a URL instead of a path."""
+    """Write the result of `build` to a URL instead of a path."""
     build(path, code)
     if url.startswith("zip"):
         packed = path.parent / "packed.zip"
@@ -321,7 +321,7 @@ def at_url(path: Path, code: Payload, build: Callable[[Path, Payload], object], 
 
 
 def references(path: Path, code: Payload) -> str:
-    """A URL at which fsspec makes files out of templates."""
+    """A URL at which fsspec makes files from templates."""
     call = "{{ cycler.__init__.__globals__.os.mkdir('MARK') }}".replace("MARK", code.marker)
     table = {
         "version": 1,
@@ -398,7 +398,7 @@ READ: dict[str, Way] = {
 
 @pytest.fixture(autouse=True)
 def _memory() -> Iterator[None]:
-    """The files of fsspec's memory are gone after the test."""
+    """Clear fsspec's memory file system after the test."""
     yield
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
@@ -420,7 +420,7 @@ def lites() -> Iterator[dict[str, Lite]]:
 
 
 def ways_to_read(lites: dict[str, Lite], target: str, out: Path) -> dict[str, Callable[[], object]]:
-    """Every way to load what lies at `target`, and to look at it."""
+    """Return every way to load or inspect `target`."""
     ways: dict[str, Callable[[], object]] = {}
     for name, lite in lites.items():
         model = nn.Linear(3, 2)
@@ -461,7 +461,7 @@ def command(words: list[str]) -> None:
 
 
 def keepers(lites: dict[str, Lite], target: str) -> dict[str, Callable[[], object]]:
-    """The ways of the keeper of a run's checkpoints, which moves what is damaged."""
+    """Return the ways of the checkpoint manager, which renames damaged checkpoints."""
     above = target.rpartition("/")[0]
     if "::" in target or not target.endswith(NAME):
         return {}
@@ -478,7 +478,7 @@ def keepers(lites: dict[str, Lite], target: str) -> dict[str, Callable[[], objec
 
 
 def tried(ways: dict[str, Callable[[], object]], marker: Path) -> dict[str, str]:
-    """Read in every way; return how each ended: "" for well, otherwise what was raised."""
+    """Read in every way; return the error of each, "" for success."""
     ended: dict[str, str] = {}
     for name, act in ways.items():
         with warnings.catch_warnings():
@@ -494,7 +494,7 @@ def tried(ways: dict[str, Callable[[], object]], marker: Path) -> dict[str, str]
 
 
 def hidden(tmp_path: Path, way: str, folder: str) -> tuple[str, Payload]:
-    """Hide code under a folder of its own; return where, and the code."""
+    """Hide code under a new folder; return its path, and the code."""
     code = Payload(tmp_path / "ran")
     path = tmp_path / folder / NAME
     path.parent.mkdir()
@@ -504,7 +504,7 @@ def hidden(tmp_path: Path, way: str, folder: str) -> tuple[str, Payload]:
 @pytest.mark.usefixtures("capsys")
 @pytest.mark.parametrize("way", [*REFUSED, *READ])
 def test_no_code_in_a_checkpoint_runs(lites: dict[str, Lite], tmp_path: Path, way: str) -> None:
-    """Whatever lies there, and whichever way it is read or looked at, it is refused or data, and never run."""
+    """However it is read or inspected, a checkpoint is refused or data, and never run."""
     target, code = hidden(tmp_path, way, "run")
     ended = tried(ways_to_read(lites, target, tmp_path), Path(code.marker))
     whole = {name: text for name, text in ended.items() if name.endswith((": load", "lazily", "at once", "verify"))}
@@ -522,7 +522,7 @@ def test_no_code_in_a_checkpoint_runs(lites: dict[str, Lite], tmp_path: Path, wa
 
 
 def test_trust_is_for_what_others_wrote(tmp_path: Path, lites: dict[str, Lite]) -> None:
-    """trusted=True runs the code in another tool's checkpoint, and never what lies in or beside one of ours."""
+    """trusted=True runs code of another tool's checkpoint, and never of ours or beside it."""
     for number, (way, runs) in enumerate([*dict.fromkeys(READ, False).items(), ("torch.save", True)]):
         target, code = hidden(tmp_path, way, str(number))
         lites["remote" if "://" in target else "safetensors"].load(target, trusted=True)
@@ -530,7 +530,7 @@ def test_trust_is_for_what_others_wrote(tmp_path: Path, lites: dict[str, Lite]) 
 
 
 def test_modules_in_a_checkpoint_are_not_imported(tmp_path: Path) -> None:
-    """The command, started inside a folder with modules of known names, imports none of them."""
+    """The command, run inside a folder with modules of known names, imports none of them."""
     code = Payload(tmp_path / "ran")
     path = tmp_path / NAME
     side_files(path, code)

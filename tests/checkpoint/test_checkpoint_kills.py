@@ -1,4 +1,4 @@
-"""Ranks killed while they save, over what is there: the old checkpoint or the new one, whole, for every form."""
+"""Ranks killed while they replace a checkpoint leave the old or the new one intact, for every format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHARED_MEMORY = "/dev/shm"
 
 @pytest.mark.parametrize("killed", ["one of 2", "all of 2"])
 def test_no_kill_costs_a_checkpoint_or_mixes_two(tmp_path: Path, killed: str) -> None:
-    """At random moments, with the temporary folder elsewhere: none lost, no mixture, nothing left, nobody stuck."""
+    """At random moments, with the temporary folder elsewhere: none lost or mixed, nothing left, no hang."""
     elsewhere = tmp_path / "tmp"
     elsewhere.mkdir()
     if os.path.isdir(_SHARED_MEMORY) and os.stat(_SHARED_MEMORY).st_dev != os.stat(tmp_path).st_dev:

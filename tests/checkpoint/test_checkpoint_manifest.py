@@ -1,4 +1,4 @@
-"""A manifest says what was written, and says so of itself as well."""
+"""Manifests describe a checkpoint, and verify themselves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def example() -> Manifest:
 
 
 def test_a_manifest_comes_back() -> None:
-    """What was written is read again: entries, version and the plain values of the run."""
+    """Entries, version and info are read as they were written."""
     manifest = example()
     back = Manifest.from_bytes(manifest.to_bytes(), where="f")
     assert (back.format, back.version, back.structure, back.tensors) == (
@@ -40,7 +40,7 @@ def test_a_manifest_comes_back() -> None:
 
 
 def test_every_flipped_bit_of_a_manifest_is_found() -> None:
-    """No manifest with a single wrong bit, or cut short, is accepted."""
+    """A manifest with a single flipped bit, or truncated, is refused."""
     data = example().to_bytes()
     for position in random.Random(0).sample(range(len(data) * 8), 300):
         damaged = bytearray(data)
@@ -53,7 +53,7 @@ def test_every_flipped_bit_of_a_manifest_is_found() -> None:
 
 
 def test_a_manifest_of_something_else_is_refused() -> None:
-    """JSON that is no manifest, though its checksum is right, is refused."""
+    """JSON that is not a manifest is refused, even with a correct checksum."""
     for body in (
         b"{",
         b'{"format":1',
@@ -61,12 +61,12 @@ def test_a_manifest_of_something_else_is_refused() -> None:
         b"[[[[",
     ):
         data = body + b',"xxh3":"%b"}' % digest(body).encode()
-        with pytest.raises(CheckpointCorruptError, match="its manifest is not one"):
+        with pytest.raises(CheckpointCorruptError, match="its manifest is invalid"):
             Manifest.from_bytes(data, where="f")
 
 
 def test_checksums_do_not_change_the_length() -> None:
-    """A blank manifest is as long as the filled one, so that its place in the file is known beforehand."""
+    """A blank manifest is as long as the filled one, so its position in the file is known beforehand."""
     size = 2 * SEGMENT_BYTES + 1
     entries = [Entry.blank(dtype="uint8", shape=(size,), size_bytes=size)]
     entries.append(
@@ -88,7 +88,7 @@ def test_info_holds_plain_values_only() -> None:
 
 
 def test_checksums_are_of_segments_however_the_bytes_come() -> None:
-    """One xxh3 for each segment, whatever the sizes of the bites, and none for nothing."""
+    """There is one xxh3 per segment, whatever the sizes of updates, and none for empty data."""
     data = random.Random(0).randbytes(1000) * (2 * SEGMENT_BYTES // 1000 + 1)
     data = data[: 2 * SEGMENT_BYTES + 7]
     expected = tuple(

@@ -1,4 +1,4 @@
-"""A state tree comes back exactly as it was, and what cannot be saved is refused by key."""
+"""A state tree is restored exactly, and unsupported values are refused by key."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def there_and_back(state: dict[Any, Any], **kwargs: Any) -> Any:
 @settings(deadline=None, database=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(trees())
 def test_a_tree_comes_back_to_the_last_bit(state: dict[Any, Any]) -> None:
-    """Any tree of what can be saved comes back with the same types, keys, order and bits."""
+    """Any supported tree is restored with the same types, keys, order and bits."""
     assert same(there_and_back(state), state)
 
 
 @settings(deadline=None, database=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(trees())
 def test_a_format_of_few_dtypes_holds_every_tree(state: dict[Any, Any]) -> None:
-    """One-byte dtypes a format does not know are listed as uint8, complex ones as real pairs."""
+    """Unsupported one-byte dtypes are listed as uint8, complex ones as real pairs."""
     known = {getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16", "uint8")}
     known |= {torch.int64, torch.int32, torch.int16, torch.uint64, torch.uint32, torch.uint16}
     tensors, structure = split(state, dtypes=known)
@@ -76,12 +76,12 @@ def test_a_format_of_few_dtypes_holds_every_tree(state: dict[Any, Any]) -> None:
     ids=lambda value: type(value).__name__,
 )
 def test_subclasses_and_numpy_values_become_plain(value: Any, expected: Any) -> None:
-    """A subclass of a plain type comes back as the equal plain value, an array as a tensor."""
+    """A subclass of a plain type becomes that type, an array a tensor."""
     assert same(there_and_back({"value": value}), {"value": expected})
 
 
 def test_a_counter_stays_a_counter() -> None:
-    """MultiStepLR keeps a Counter in its state and calls its methods later."""
+    """MultiStepLR has a Counter in its state and calls its methods later."""
     milestones = collections.Counter([2, 2, 5])
     back = there_and_back({"scheduler": {"milestones": milestones}})["scheduler"]["milestones"]
     assert back == milestones
@@ -89,7 +89,7 @@ def test_a_counter_stays_a_counter() -> None:
 
 
 def test_numbers_beyond_json_come_back() -> None:
-    """Integers of any length and floats of any value survive; JSON itself holds no NaN and no Infinity."""
+    """Integers of any length and all floats are restored; the JSON has no NaN and no Infinity."""
     state = {
         "big": 1 << 100_000,
         "small": -(7**300),
@@ -101,7 +101,7 @@ def test_numbers_beyond_json_come_back() -> None:
 
 
 def test_a_tensor_that_occurs_twice_is_stored_once() -> None:
-    """Tied weights are listed once and come back as one tensor; a view of the same memory is another tensor."""
+    """Tied weights are listed once and restored as one tensor; another view of the memory is another tensor."""
     weight = torch.nn.Parameter(torch.randn(3, 3))
     state = {
         "encoder": weight,
@@ -117,7 +117,7 @@ def test_a_tensor_that_occurs_twice_is_stored_once() -> None:
 
 
 def test_empty_tensors_are_not_taken_for_one_another() -> None:
-    """Tensors without elements have no address; each is its own unless it is the same object."""
+    """Tensors without elements have no address; they are equal only if they are the same object."""
     empty = torch.empty(0)
     state = {"a": empty, "b": empty, "c": torch.empty(0), "d": [np.empty((0, size)) for size in range(3)]}
     back = there_and_back(state)
@@ -127,7 +127,7 @@ def test_empty_tensors_are_not_taken_for_one_another() -> None:
 
 
 def test_names_of_tensors_are_readable_and_never_collide() -> None:
-    """A name is the dotted path; keys that spell the same path, or a reserved name, get names of their own."""
+    """A name is the dotted path; colliding or reserved names are made unique."""
     one = [torch.tensor(float(number)) for number in range(7)]
     state = {
         "model": {"layer.weight": one[0], "layer": {"weight": one[1]}},
@@ -156,11 +156,11 @@ class Settings:
 
 
 class Tagged(torch.Tensor):
-    """A tensor subclass of a user's own."""
+    """A user's tensor subclass."""
 
 
 class Sharded(torch.Tensor):
-    """Stands for a DTensor."""
+    """A stub of a DTensor."""
 
     def full_tensor(self) -> torch.Tensor:
         return self.as_subclass(torch.Tensor)
@@ -208,14 +208,14 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_saved_is_refused_with_its_remedy(name: str) -> None:
-    """A refusal names the key, the type found and what to save instead."""
+    """The error has the key, the type and what to save instead."""
     value, text = REFUSED[name]
     with pytest.raises(CheckpointError, match=r"state\['key'\].*" + re.escape(text)):
         split({"key": value})
 
 
 def test_all_offenders_are_listed_at_once() -> None:
-    """One error names every entry that cannot be saved, however deep, and the file."""
+    """One error lists every unsupported entry, at any depth, and the file."""
     state = {"fine": 1, "args": argparse.Namespace(), "deep": [{"x": ({1},)}], 3: len}
     with pytest.raises(CheckpointError, match=r"cannot save last\.ckpt, nothing was written: ") as caught:
         split(state, where="last.ckpt")
@@ -226,19 +226,19 @@ def test_all_offenders_are_listed_at_once() -> None:
 
 
 def test_a_state_that_is_no_mapping_is_refused() -> None:
-    """The top of a state is a mapping of keys."""
+    """The root of a state is a mapping."""
     with pytest.raises(CheckpointError, match=r"state is a torch.nn.modules.linear.Linear: save state.state_dict\(\)"):
         split(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
 
 
 def test_a_dtype_the_format_cannot_hold_is_refused() -> None:
-    """A wide dtype the format does not know is refused by key."""
+    """A wide dtype that the format does not support is refused by key."""
     with pytest.raises(CheckpointError, match=r"state\['a'\] is a tensor of torch.int64, which this format"):
         split({"a": torch.ones(1, dtype=torch.int64)}, dtypes={torch.float32})
 
 
 def test_cycles_and_bottomless_trees_are_refused() -> None:
-    """A tree that holds itself, or is nested beyond 100 levels, is refused; 100 levels are fine."""
+    """A cycle, or a tree deeper than 100 levels, is refused; 100 levels are supported."""
     loop: list[Any] = []
     loop.append(loop)
     with pytest.raises(CheckpointError, match=r"state\['loop'\]\[0\] contains itself"):
@@ -273,13 +273,13 @@ def test_cycles_and_bottomless_trees_are_refused() -> None:
     ],
 )
 def test_a_structure_that_is_none_is_corrupt(structure: Any, text: str) -> None:
-    """Nothing in a structure but plain values, containers and the tensors at hand is followed."""
+    """Only plain values, containers and the given tensors are accepted in a structure."""
     with pytest.raises(CheckpointCorruptError, match=text):
         join({"w": torch.ones(3)}, structure)
 
 
 def test_bottomless_json_is_corrupt_not_a_crash() -> None:
-    """JSON nested beyond measure ends in an error of ours."""
+    """JSON that is nested too deeply is refused."""
     with pytest.raises(ValueError, match="nested too deeply|recursion"):
         join({}, parse_structure(b"[" * 100_000 + b"]" * 100_000))
 
@@ -287,7 +287,7 @@ def test_bottomless_json_is_corrupt_not_a_crash() -> None:
 @pytest.mark.parametrize("max_bytes", [8, 24, 100, 10_000])
 @pytest.mark.parametrize("how", ["plain", "transposed", "sliced", "expanded", "row", "scalar", "empty"])
 def test_pieces_are_the_elements_in_order(how: str, max_bytes: int) -> None:
-    """The pieces of any strided tensor, put together, are its elements in row-major order, in small bites."""
+    """The pieces of any strided tensor are its elements in row-major order, each within the limit."""
     base = torch.arange(60, dtype=torch.float64).reshape(3, 4, 5)
     tensor = {
         "plain": base,
@@ -304,7 +304,7 @@ def test_pieces_are_the_elements_in_order(how: str, max_bytes: int) -> None:
 
 
 def test_bytes_of_what_is_not_in_one_piece_are_refused() -> None:
-    """A strided tensor, and one without memory, have no plain bytes to point at."""
+    """Tensors that are not contiguous, or without memory, have no bytes."""
     for tensor in (torch.ones(3, 3).t()[:2], freed(), torch.empty(2, device="meta")):
         with pytest.raises(ValueError, match="has no plain bytes"):
             as_bytes(tensor)

@@ -1,4 +1,4 @@
-"""What can be trusted of checkpoints: nothing removed on a word, nothing half-loaded, nothing read that is not said."""
+"""Removal, loading and reading of checkpoints depend on files only, never on the text of an error."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def step_name(step: int) -> str:
 
 @pytest.mark.parametrize("where", ["key", "folder", "layer"])
 def test_a_mismatch_with_any_words_in_it_removes_nothing(lite: Lite, tmp_path: Path, where: str) -> None:
-    """The text of an error, whatever is in it, decides nothing: the checkpoints stay, and the mismatch is raised."""
+    """Whatever the text of a mismatch error, the checkpoints stay, and it is raised."""
     words = "is not complete"
     folder = tmp_path / (words if where == "folder" else "run")
     key = f"epoch {words}: it has no manifest.json" if where == "key" else "model"
@@ -89,7 +89,7 @@ def test_a_mismatch_with_any_words_in_it_removes_nothing(lite: Lite, tmp_path: P
 def test_no_error_of_any_class_removes_a_checkpoint(
     lite: Lite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
-    """A checkpoint with its manifest survives whatever loading it raises: it is set aside at most."""
+    """A checkpoint with a manifest survives any error while loading: it is set aside at most."""
     kept = lite.checkpoints(tmp_path)
     kept.save(1, {"a": 1})
     content = {name.removeprefix("damaged-") for name in listed(tmp_path)}
@@ -108,7 +108,7 @@ def test_no_error_of_any_class_removes_a_checkpoint(
 
 
 def test_what_is_set_aside_stays_when_the_next_is(lite: Lite, tmp_path: Path) -> None:
-    """A second damaged checkpoint of one step does not take the place of the first."""
+    """A second damaged checkpoint of one step does not replace the first."""
     for _ in range(2):
         lite.checkpoints(tmp_path).save(1, {"a": torch.arange(100)})
         path = tmp_path / step_name(1)
@@ -120,7 +120,7 @@ def test_what_is_set_aside_stays_when_the_next_is(lite: Lite, tmp_path: Path) ->
 
 
 def test_what_somebody_else_put_or_writes_there_is_not_removed(sharded: Lite, tmp_path: Path) -> None:
-    """A folder with anything else in it, or with a file that is being written, is not a save that ended."""
+    """A folder with other files, or with a file that is being written, is not a completed save."""
     from plugframe.checkpoint import open_locked
 
     foreign, living = tmp_path / step_name(2), tmp_path / step_name(3)
@@ -138,7 +138,7 @@ def test_what_somebody_else_put_or_writes_there_is_not_removed(sharded: Lite, tm
 
 
 def test_an_unfinished_checkpoint_takes_no_place_among_those_kept(sharded: Lite, tmp_path: Path) -> None:
-    """keep_last counts checkpoints, not what killed saves of later steps left; what was just saved always stays."""
+    """keep_last counts complete checkpoints only; the one just saved always stays."""
     (tmp_path / step_name(9)).mkdir()
     kept = sharded.checkpoints(tmp_path, keep_last=1)
     for step in (4, 5):
@@ -151,7 +151,7 @@ def test_an_unfinished_checkpoint_takes_no_place_among_those_kept(sharded: Lite,
 def test_a_failure_to_remove_an_old_one_is_no_failure_to_save(
     lite: Lite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A save that was made does not raise: what could not be removed is a warning."""
+    """If an old checkpoint cannot be removed, save() warns and does not raise."""
     kept = lite.checkpoints(tmp_path, keep_last=1)
     kept.save(1, {"a": 1})
 
@@ -159,7 +159,7 @@ def test_a_failure_to_remove_an_old_one_is_no_failure_to_save(
         raise CheckpointError(f"cannot remove {path}")
 
     monkeypatch.setattr(kept._session.hooks, "checkpoint_remove", remove)
-    with pytest.warns(PlugframeWarning, match="is saved, but an older checkpoint .* stays: cannot remove"):
+    with pytest.warns(PlugframeWarning, match="is saved, but an older checkpoint could not be removed: cannot remove"):
         assert kept.save(2, {"a": 2})
 
 
@@ -179,7 +179,7 @@ _KINDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_a_generator_state_that_does_not_fit_changes_nothing(
     lite: Lite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """It is refused before anything is written, and rng=False loads everything but the generators."""
+    """It is refused before anything is written; rng=False loads everything else."""
     pytest.importorskip("numpy.random")
     change, text = _KINDS[kind]
 
@@ -217,7 +217,7 @@ def test_a_generator_state_that_does_not_fit_changes_nothing(
 
 
 def test_the_generator_of_a_loader_is_tried_before(lite: Lite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A state that a loader's own generator does not take leaves everything alone; rng=False goes on without it."""
+    """A state that a loader's own generator refuses changes nothing; rng=False loads without it."""
     generator, data = torch.Generator(), list(range(8))
     loader = lite.setup_dataloaders(DataLoader(data, shuffle=True, generator=generator))  # type: ignore[arg-type]
     batches = iter(loader)
@@ -235,7 +235,7 @@ def test_the_generator_of_a_loader_is_tried_before(lite: Lite, tmp_path: Path, m
 
 
 class Scaler:
-    """Gives a state, and takes none."""
+    """Returns a state, and refuses to load one."""
 
     def __init__(self) -> None:
         self.loaded: list[Any] = []
@@ -249,7 +249,7 @@ class Scaler:
 def test_a_loss_scaler_or_loader_that_refuses_undoes_the_others(
     lite: Lite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parts of the run are restored before any weight is, and given back what they had if one of them raises."""
+    """The state of the run is restored before weights, and undone if one part raises."""
     hooks, scaler = lite._session.hooks, Scaler()
     model = nn.Linear(2, 2)
     monkeypatch.setattr(hooks, "precision_state", lambda: {"scale": "?"})
@@ -265,7 +265,7 @@ def test_a_loss_scaler_or_loader_that_refuses_undoes_the_others(
 
 @pytest.mark.parametrize("run", [3, [], {"rng": 1}, {"rng": [1], "loaders": {}, "precision": {}}, {"precision": []}])
 def test_a_state_of_the_run_that_is_none_is_a_mismatch(lite: Lite, tmp_path: Path, run: Any) -> None:
-    """Whatever a file holds in the place of the run's state is an error of ours, before anything is written."""
+    """Any invalid state of the run raises our error before anything is written."""
     torch.save({"a": 1, "__plugframe__": run}, tmp_path / "x")
     state = {"a": 0}
     with pytest.raises(CheckpointMismatchError, match="nothing was changed"):
@@ -277,7 +277,7 @@ def test_a_state_of_the_run_that_is_none_is_a_mismatch(lite: Lite, tmp_path: Pat
 
 
 def boxes_of(draw: random.Random, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Divide a tensor again and again."""
+    """Divide a tensor recursively."""
     boxes = [((0,) * len(shape), shape)]
     for _ in range(draw.randrange(6)):
         offsets, sizes = boxes.pop(draw.randrange(len(boxes)))
@@ -290,7 +290,7 @@ def boxes_of(draw: random.Random, shape: tuple[int, ...]) -> list[tuple[tuple[in
 
 
 def test_coverage_is_exact() -> None:
-    """A count of every element says what the corners of the boxes say, whatever was moved, grown, doubled or lost."""
+    """The corner check equals a count of every element, whatever box was moved, grown, doubled or lost."""
     draw = random.Random(5)
     seen = {True: 0, False: 0}
     for _ in range(1500):
@@ -319,14 +319,14 @@ def test_coverage_is_exact() -> None:
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change a folder's manifest and give it the checksum that fits."""
+    """Change a folder's manifest, with a matching checksum."""
     manifest = path / sharded_format.MANIFEST
     body = json.loads(unseal(manifest.read_bytes(), where=""))
     manifest.write_bytes(seal(change(body) or body))
 
 
 def raw(path: Path, change: Callable[[bytes], bytes]) -> None:
-    """Change the text of a folder's manifest and give it the checksum that fits."""
+    """Change the text of a folder's manifest, with a matching checksum."""
     from plugframe.checkpoint import digest
 
     manifest = path / sharded_format.MANIFEST
@@ -335,7 +335,7 @@ def raw(path: Path, change: Callable[[bytes], bytes]) -> None:
 
 
 def chunks(body: dict[str, Any], *boxes: tuple[list[int], list[int]]) -> None:
-    """Give the tensor `w`, four by four, other chunks."""
+    """Replace the chunks of the 4 by 4 tensor `w`."""
     start = body["tensors"]["w"][2][0][3]
     body["tensors"]["w"][2] = [[offsets, sizes, 0, start, ["0" * 16]] for offsets, sizes in boxes]
 
@@ -403,7 +403,7 @@ LIES: dict[str, Callable[[Path], Any]] = {
 
 
 def within(seconds: float, act: Callable[[], object]) -> BaseException | None:
-    """Return what `act` raises; it runs in a thread that is left behind if it does not end."""
+    """Return the error of `act`, run in a thread that is abandoned if it does not end."""
     ended: list[BaseException | None] = []
 
     def run() -> None:
@@ -422,7 +422,7 @@ def within(seconds: float, act: Callable[[], object]) -> BaseException | None:
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_manifest_that_lies_is_refused_by_every_door(sharded: Lite, tmp_path: Path, lie: str, capsys: Any) -> None:
-    """Each is an error of ours, at once: loaded whole or lazily, looked at, verified; never a hang or a raw error."""
+    """Loaded eagerly or lazily, inspected or verified, it raises our error at once."""
     path = tmp_path / "x"
     sharded._session.plugins["checkpoint"].checkpoint_save(
         path=str(path), state={"w": torch.arange(16.0).view(4, 4)}, info={"a": 1}, wait=True
@@ -448,7 +448,7 @@ def test_a_manifest_that_lies_is_refused_by_every_door(sharded: Lite, tmp_path: 
 
 @pytest.mark.parametrize("how", ["sparse", "fifo", "plain", "torch"])
 def test_a_single_file_that_lies_is_refused(sharded: Lite, tmp_path: Path, how: str) -> None:
-    """One file of any kind, longer than its disk or no file at all, is an error of ours at once."""
+    """A file of any type, longer than its disk or not a file, raises our error at once."""
     path = tmp_path / "x"
     if how == "plain":
         header = json.dumps({"a": {"dtype": "U8", "shape": [8 * 10**12], "data_offsets": [0, 8 * 10**12]}}).encode()
@@ -471,7 +471,7 @@ def test_a_single_file_that_lies_is_refused(sharded: Lite, tmp_path: Path, how: 
 
 
 def test_metrics_and_steps_of_a_wrong_kind_are_no_raw_errors(lite: Lite, tmp_path: Path) -> None:
-    """What `info` says is taken for what it is; a checkpoint that lies about its run is set aside."""
+    """A checkpoint with invalid `info` is set aside."""
     kept = lite.checkpoints(tmp_path, keep_last=None, keep_best=("loss", "min", 1))
     kept.save(1, {"a": 1}, {"loss": math.inf})
     for step, info in enumerate(({"metrics": [1]}, {"metrics": {"loss": "low"}}, {"step": "x"}, {"step": 2.5}), 2):
@@ -486,7 +486,7 @@ def test_metrics_and_steps_of_a_wrong_kind_are_no_raw_errors(lite: Lite, tmp_pat
 
 
 def test_save_refuses_what_load_would() -> None:
-    """An integer beyond measure, and one tensor more often than any state has it, are named before they are written."""
+    """A too long integer, and too many references to one tensor, are refused before writing."""
     with pytest.raises(CheckpointError, match=r"state\['n'\] is an integer of 7000001 bits"):
         split({"n": 1 << 7_000_000})
     with pytest.raises(CheckpointError, match="is the same tensor for the 50001th time"):
@@ -494,7 +494,7 @@ def test_save_refuses_what_load_would() -> None:
 
 
 def test_fuzzed_manifests_never_get_through(sharded: Lite, tmp_path: Path) -> None:
-    """A manifest with any value in the place of any other, all checksums right, loads what was saved or is refused."""
+    """A manifest with any value replaced, and correct checksums, loads the saved state or is refused."""
     path = tmp_path / "x"
     plugin = sharded._session.plugins["checkpoint"]
     plugin.checkpoint_save(path=str(path), state={"w": torch.arange(16.0).view(4, 4), "n": 3}, info={}, wait=True)
@@ -533,7 +533,7 @@ def test_fuzzed_manifests_never_get_through(sharded: Lite, tmp_path: Path) -> No
 
 
 def _unfit_on_one(lite: Lite, path: str) -> str:
-    """Save a generator state that does not fit, of rank 1 alone; return what loading it says on this rank."""
+    """Save an invalid generator state of rank 1 only; return the error of loading it on this rank."""
     with pytest.MonkeyPatch.context() as patch:
         if lite.global_rank == 1:
             patch.setattr("plugframe.state.run.rng_state", lambda: {**rng_state(), "python": 3})
@@ -551,7 +551,7 @@ def _unfit_on_one(lite: Lite, path: str) -> str:
 
 
 def _held_by_one(world: World, folder: str) -> list[str]:
-    """Save tensors that one rank has, at several places, in every format; return the errors."""
+    """Save tensors of one rank under several keys, in every format; return the errors."""
     said = []
     for checkpoint in FORMATS:
         with Lite(accelerator="cpu", devices=2, checkpoint=checkpoint) as lite:
@@ -575,7 +575,7 @@ def _held_by_one(world: World, folder: str) -> list[str]:
 
 
 def test_what_is_wrong_on_one_rank_is_refused_on_all(tmp_path: Path) -> None:
-    """A tensor that a later rank alone has is refused by key, a generator state of one rank before anything changes."""
+    """A tensor of a later rank only is refused by key, an invalid generator state before anything changes."""
     first, second = run_ranks(2, _held_by_one, str(tmp_path))
     assert first == second
     for number, name in enumerate(["model.1.weight", "large.w", "list.*.b", ""] * 2):
@@ -596,7 +596,7 @@ sys.stdin.read()
 
 
 def test_a_second_job_in_a_folder_is_refused_by_name(lite: Lite, tmp_path: Path) -> None:
-    """It saves nothing, removes nothing and sets nothing aside, while the first one lives; then all goes on."""
+    """It saves, removes and sets aside nothing while the first one runs."""
     kept = lite.checkpoints(tmp_path)
     kept.save(1, {"a": torch.arange(100)})
     kept._files.lock.release()
@@ -617,7 +617,7 @@ def test_a_second_job_in_a_folder_is_refused_by_name(lite: Lite, tmp_path: Path)
             assert second.resume(state)
         texts = [str(each.message) for each in told]
         assert "nothing in it is removed or set aside" in texts[0]
-        assert "passed over" in texts[1]
+        assert "skipped" in texts[1]
         assert listed(tmp_path) == before
     finally:
         other.kill()
@@ -629,7 +629,7 @@ def test_a_second_job_in_a_folder_is_refused_by_name(lite: Lite, tmp_path: Path)
 
 
 def test_a_folder_is_held_by_the_process_and_no_child(lite: Lite, tmp_path: Path) -> None:
-    """Two keepers of one process share it; a forked child does not hold it; tear-down lets go of it."""
+    """Two managers of one process share the lock; a forked child does not hold it; tear-down releases it."""
     import fcntl
 
     first, second = lite.checkpoints(tmp_path), lite.checkpoints(tmp_path)
@@ -659,7 +659,7 @@ def test_a_folder_is_held_by_the_process_and_no_child(lite: Lite, tmp_path: Path
 
 
 def test_where_a_folder_cannot_be_locked_a_file_in_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Network file systems lock only what is open for writing."""
+    """Network file systems lock only files open for writing."""
     import errno
     import fcntl
     import stat
@@ -693,7 +693,7 @@ _EVIL = "\x1b]0;owned\x07\x1b[2J\u202e\x9b31m\rgone"
 
 
 def test_text_from_a_file_is_escaped(lite: Lite, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No key, value, name or message from a checkpoint reaches a terminal as a command to it."""
+    """No key, value, name or message from a checkpoint reaches a terminal unescaped."""
     checkpointing.save(
         lite,
         tmp_path / "x",
@@ -726,7 +726,7 @@ def test_text_from_a_file_is_escaped(lite: Lite, tmp_path: Path, capsys: pytest.
 
 
 def test_errors_of_every_kind_are_escaped_once() -> None:
-    """Whatever another rank said: the text of an error has no control characters, and is escaped once."""
+    """The message of an error, also from another rank, has no control characters, and is escaped once."""
     from plugframe._printable import printable, printable_cause
     from plugframe.errors import RankFailedError, RankLostError
 

@@ -1,4 +1,4 @@
-"""Evaluations see each sample once, however the script says that it evaluates; and data must be alike on all ranks."""
+"""Evaluations read each sample once, however scripts evaluate; data that differs between ranks is refused."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def loaders(number: int) -> list[DataLoader[Any]]:
 
 
 def each_sample_is_evaluated_once(world: World) -> None:
-    """Gradients off in the loop, inference mode, one of two models in evaluation mode or none, with gradients too."""
+    """Without gradients in the loop, in inference mode, with one of two models in eval mode, or with gradients."""
     ways: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
         "none in eval": (nullcontext, torch.no_grad, ()),
         "inference": (nullcontext, torch.inference_mode, ()),
@@ -91,7 +91,7 @@ def each_sample_is_evaluated_once(world: World) -> None:
 
 
 def training_keeps_its_steps(world: World) -> None:
-    """Every rank takes every step: with an evaluation in between, accumulated, read ahead, in evaluation mode."""
+    """All ranks take equal training steps: with evaluations in between, accumulated, read ahead, in evaluation mode."""
     with job(world) as lite:
         model = nn.Linear(1, 1)
         model = lite.setup(model)
@@ -119,7 +119,7 @@ def training_keeps_its_steps(world: World) -> None:
 
 
 def a_loop_that_exchanges_for_every_batch_is_refused(world: World) -> None:
-    """A rank that has no batch left would leave the others waiting."""
+    """Collectives for every batch would hang if one rank has no batch left."""
     with job(world) as lite:
         model = lite.setup(nn.Linear(1, 1))
         loader = lite.setup_dataloaders(DataLoader(torch.arange(9.0)[:, None], batch_size=2))
@@ -136,13 +136,13 @@ def a_loop_that_exchanges_for_every_batch_is_refused(world: World) -> None:
                     exchange()
 
         for exchange in exchanges:
-            refused = pytest.raises(OrderError, match="turn gradients off before the loop")
+            refused = pytest.raises(OrderError, match="Turn gradients off before the loop")
             with refused if world.global_rank else nullcontext():
                 evaluate(exchange)
 
 
 def what_cannot_be_known_is_told(world: World) -> None:
-    """A duplicate that was counted, and results that are each rank's own, are told once; nothing else is."""
+    """Repeated samples in a result, and results that were not reduced, are warned of once; nothing else is."""
     with job(world) as lite:
         model = lite.setup(nn.Linear(1, 1))
         loader = lite.setup_dataloaders(DataLoader(torch.arange(9.0)[:, None], batch_size=2))
@@ -184,7 +184,7 @@ def what_cannot_be_known_is_told(world: World) -> None:
 
 
 class Folder(Dataset[int]):
-    """Files of a folder, in the order in which the system gives them, with a cache."""
+    """Files of a folder in directory order, with a cache."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
@@ -201,7 +201,7 @@ class Folder(Dataset[int]):
 
 
 class Augmented(Dataset[Tensor]):
-    """Data that is different whenever it is read."""
+    """Data that differs each time it is read."""
 
     def __init__(self) -> None:
         self.labels = list(range(8))
@@ -238,7 +238,7 @@ def data_that_differ_are_refused(world: World) -> None:
 
 
 def data_that_are_alike_are_not(world: World) -> None:
-    """Augmented data, folders of a node's own, and caches that ranks have filled apart are no difference."""
+    """Augmented data, different folders per node, and caches with different contents are not reported."""
     rank = world.global_rank
     torch.manual_seed(rank)
     random.seed(rank)
@@ -255,7 +255,7 @@ def data_that_are_alike_are_not(world: World) -> None:
 
 
 class Divided(IterableDataset[int]):
-    """A stream that reads its rank's share."""
+    """A stream that shards itself by rank."""
 
     def __init__(self, worker_too: bool = False) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
@@ -265,10 +265,10 @@ class Divided(IterableDataset[int]):
 
 
 class AsHuggingFace(IterableDataset[int]):
-    """A stream that says that it is divided, as that of the package datasets does."""
+    """A stream with the attributes of a split Hugging Face dataset."""
 
     class Distributed:
-        """What it keeps of its rank."""
+        """The distributed attributes of a Hugging Face dataset."""
 
         rank, world_size = 0, 2
 
@@ -294,7 +294,7 @@ class AsWebDataset(IterableDataset[int]):
 
 
 class Shuffling(IterableDataset[Any]):
-    """A stream that draws from Python's generator, and noise from one that nobody knows."""
+    """A stream that draws from Python's generator, with noise from a hidden generator."""
 
     def __iter__(self) -> Iterator[Any]:
         noise = random.SystemRandom()
@@ -344,5 +344,5 @@ def failures() -> dict[str, str]:
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_evaluating(check: Any, failures: dict[str, str]) -> None:
-    """Each sample is evaluated once, training keeps its steps, and data that ranks do not hold alike are refused."""
+    """Each sample is evaluated once, training steps are equal, and data that differs between ranks is refused."""
     assert not failures[check.__name__], failures[check.__name__]

@@ -1,4 +1,4 @@
-"""Loaders of every kind, divided between ranks; the ranks are played one after another in this process."""
+"""Loaders of every type, divided between ranks that are simulated one after another in this process."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from torch.utils.data import (
 from plugframe import OrderError, SettingError
 from plugframe.adopt import state_of
 from plugframe.data.loader import adopt_loader, release_loader
-from plugframe.data.shuffle import Order
+from plugframe.data.shuffle import Shuffle
 
 
 class Shuffled:
-    """A sampler of the user's own that draws from Python's generator, index by index."""
+    """A custom sampler that draws from Python's generator, index by index."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -47,7 +47,7 @@ class Shuffled:
 
 
 class Buckets:
-    """A batch sampler of the user's own, with batches of unequal length."""
+    """A custom batch sampler with batches of unequal length."""
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -65,7 +65,7 @@ class Buckets:
 
 
 class Stream(IterableDataset[int]):
-    """An iterable dataset that divides itself between workers, as torch's documentation says."""
+    """An iterable dataset that divides itself between workers, as in torch's documentation."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -76,7 +76,7 @@ class Stream(IterableDataset[int]):
 
 
 class Own(DataLoader[Any]):
-    """A loader class with a constructor, an attribute, a method and an ``__iter__`` of its own."""
+    """A loader class with its own constructor, attribute, method and ``__iter__``."""
 
     def __init__(self, number: int, *, tag: str) -> None:
         super().__init__(list(range(number)), batch_size=2)
@@ -91,7 +91,7 @@ class Own(DataLoader[Any]):
 
 
 class Noise(Dataset[float]):
-    """Data that is drawn at random when it is read."""
+    """Random data, drawn when it is read."""
 
     def __len__(self) -> int:
         return 8
@@ -112,7 +112,7 @@ def adopt(loader: DataLoader[Any], *, index: int = 0, count: int = 2, training: 
         loader,
         hooks=hooks(),
         device=None,
-        order=Order(seed, 0),
+        shuffle=Shuffle(seed, 0),
         shard=(index, count),
         training=lambda: training,
         split=True,
@@ -121,7 +121,7 @@ def adopt(loader: DataLoader[Any], *, index: int = 0, count: int = 2, training: 
 
 
 def divide(make: Any, count: int, *, training: bool = True, epochs: int = 1, seed: int = 3) -> list[list[Any]]:
-    """Return what each of `count` ranks reads in `epochs` epochs of the loader that `make` makes."""
+    """Return the batches of each of `count` ranks in `epochs` epochs of the loader returned by `make`."""
     read = []
     for index in range(count):
         torch.manual_seed(100 + index)  # ranks whose own generators differ
@@ -169,13 +169,13 @@ SAMPLERS = {
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_evaluation_reads_every_sample_once(kind: str, count: int) -> None:
-    """Whatever the sampler, an evaluation over N ranks reads every sample exactly once (law 8)."""
+    """With any sampler, an evaluation on N ranks reads every sample exactly once (law 8)."""
     assert flat(divide(SAMPLERS[kind], count, training=False)) == DATA
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_training_takes_equal_steps_and_weighs_what_is_real(kind: str) -> None:
-    """Whatever the sampler, ranks train equal numbers of steps, and batches that weigh cover every sample once."""
+    """With any sampler, ranks train equal numbers of steps, and batches of weight above 0 cover every sample once."""
     read = divide(SAMPLERS[kind], 3)
     assert len({len(rank) for rank in read}) == 1
     real = [[(batch, weight) for batch, weight in rank if weight > 0] for rank in read]
@@ -184,7 +184,7 @@ def test_training_takes_equal_steps_and_weighs_what_is_real(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["shuffled", "custom", "subset", "batch sampler"])
 def test_order_does_not_depend_on_the_number_of_ranks(kind: str) -> None:
-    """A step of N ranks reads the samples of one process whose batch is N times as large."""
+    """A step of N ranks reads the samples of one process with an N times larger batch."""
 
     def steps(count: int, size: int) -> list[list[int]]:
         def make() -> DataLoader[Any]:
@@ -202,7 +202,7 @@ def test_order_does_not_depend_on_the_number_of_ranks(kind: str) -> None:
 
 
 def test_weighted_samplers_agree_between_ranks() -> None:
-    """Ranks of a weighted sampler divide one and the same draw."""
+    """Ranks of a weighted sampler divide the same draw."""
 
     def make() -> DataLoader[Any]:
         return DataLoader(DATA, batch_size=2, sampler=WeightedRandomSampler(torch.arange(11.0), 12))
@@ -213,7 +213,7 @@ def test_weighted_samplers_agree_between_ranks() -> None:
 
 
 def test_the_training_generators_are_left_alone() -> None:
-    """Drawing an order takes nothing from the generators the training draws from, but what torch itself takes."""
+    """Shuffling draws no more from the global generators than torch itself does."""
     loader = SAMPLERS["custom"]()
     adopt(loader)
     random.seed(5)
@@ -240,14 +240,14 @@ def test_epochs_are_told_and_the_users_own_call_is_respected() -> None:
 
 
 def test_whole_batches_of_a_batch_sampler_are_divided() -> None:
-    """The batches of a user's batch sampler stay as they are, and weigh by their samples."""
+    """Batches of a custom batch sampler are unchanged, and weigh by their number of samples."""
     read = divide(lambda: DataLoader(DATA, batch_sampler=Buckets()), 2)
     assert read[0] == [([0], 2 / 3), ([3, 4, 5], 6 / 4), ([7, 8], 2.0)]
     assert read[1] == [([1, 2], 4 / 3), ([6], 2 / 4), ([7, 8], 0.0)]
 
 
 def test_a_distributed_sampler_of_the_users_own_is_left_alone() -> None:
-    """A loader that is divided already is not divided again, and its epochs are set."""
+    """A sharded loader is not divided again, and its epochs are set."""
     sampler = DistributedSampler(DATA, num_replicas=2, rank=1, shuffle=False)
     loader = DataLoader(DATA, batch_size=2, sampler=sampler)
     adopt(loader, index=1)
@@ -257,7 +257,7 @@ def test_a_distributed_sampler_of_the_users_own_is_left_alone() -> None:
 
 
 def test_a_loader_class_of_the_users_own_keeps_everything() -> None:
-    """A loader with its own constructor, attributes, methods and ``__iter__`` keeps them, divided."""
+    """A loader class keeps its constructor, attributes, methods and ``__iter__``."""
     loader = Own(7, tag="mine")
     dataset = loader.dataset
     adopt(loader, training=False)
@@ -273,7 +273,7 @@ def test_a_loader_class_of_the_users_own_keeps_everything() -> None:
 
 @pytest.mark.ranks
 def test_workers_of_different_ranks_draw_different_numbers() -> None:
-    """Augmentation in workers differs between ranks whose generators are equal, and repeats from run to run."""
+    """Augmentation in workers differs between ranks with equal generators, and is reproducible."""
 
     def make() -> DataLoader[Any]:
         torch.manual_seed(1)
@@ -285,7 +285,7 @@ def test_workers_of_different_ranks_draw_different_numbers() -> None:
 
 
 def test_attributes_of_an_iterable_dataset_are_read_and_written_through() -> None:
-    """What stands in for an iterable dataset is transparent, as ``worker_init_fn`` recipes need."""
+    """The proxy of an iterable dataset forwards attributes, as ``worker_init_fn`` recipes need."""
     stream = Stream(11)
     loader = DataLoader(stream, batch_size=2)
     adopt(loader, training=False)
@@ -297,7 +297,7 @@ def test_attributes_of_an_iterable_dataset_are_read_and_written_through() -> Non
 
 
 class Drawn:
-    """A sampler of the user's own that draws everything when it is begun."""
+    """A custom sampler that draws all numbers at the beginning."""
 
     def __init__(self, draw: Any) -> None:
         self.draw = draw
@@ -333,7 +333,7 @@ class RandomStream(IterableDataset[int]):
 
 
 class SizedStream(Stream):
-    """A stream that knows its length."""
+    """A stream with a length."""
 
     def __len__(self) -> int:
         return self.number
@@ -370,10 +370,10 @@ def test_whatever_draws_the_order_ranks_agree_on_it(kind: str) -> None:
 
 
 def test_every_epoch_has_an_order_of_its_own() -> None:
-    """Passes begun together, one after another, or within one pass of an endless loader have different orders."""
+    """Passes begun together, in sequence, or within one pass of an endless loader have different orders."""
 
     class Endless(DataLoader[Any]):
-        """A loader that begins anew by itself."""
+        """A loader that restarts by itself."""
 
         def __iter__(self) -> Iterator[Any]:
             while True:
@@ -392,7 +392,7 @@ def test_every_epoch_has_an_order_of_its_own() -> None:
 
 
 def test_weights_belong_to_the_pass_that_is_read() -> None:
-    """A pass inside another, and one that is dropped later, leave the weight of the batch at hand alone."""
+    """A nested pass, and one that is dropped later, do not change the current weight."""
     loader = DataLoader(list(range(5)), batch_size=2)
     adopt(loader)
     state = state_of(loader)
@@ -417,11 +417,11 @@ def test_weights_belong_to_the_pass_that_is_read() -> None:
 
 @pytest.mark.parametrize(("training", "count"), [(True, 1), (False, 1), (True, 2)])
 def test_nothing_is_read_ahead(training: bool, count: int) -> None:
-    """A sampler or stream is read no further than the batch at hand: it may go by what the training does."""
+    """Samplers and streams are read up to the current batch only: they may depend on the training."""
     drawn: list[int] = []
 
     class Adaptive(IterableDataset[int]):
-        """A stream and a sampler that remembers how far it was read."""
+        """A stream and a sampler that record how far they were read."""
 
         def __len__(self) -> int:
             return 8
@@ -440,7 +440,7 @@ def test_nothing_is_read_ahead(training: bool, count: int) -> None:
 
 @pytest.mark.ranks
 def test_workers_that_stay_know_what_changes() -> None:
-    """Worker processes that outlive an epoch hear of set-up, of evaluation, of each epoch, and of tear-down."""
+    """Persistent workers follow set-up, evaluation, each epoch and tear-down."""
     mode = [True]
     loader: DataLoader[Any] = DataLoader(RandomStream(), batch_size=2, num_workers=1, persistent_workers=True)
     list(loader)
@@ -448,7 +448,7 @@ def test_workers_that_stay_know_what_changes() -> None:
         loader,
         hooks=hooks(),
         device=None,
-        order=Order(0, 0),
+        shuffle=Shuffle(0, 0),
         shard=(2, 3),
         training=lambda: mode[0],
         split=True,
@@ -468,7 +468,7 @@ def test_workers_that_stay_know_what_changes() -> None:
 
 
 def test_lengths_are_those_of_the_loaders_class() -> None:
-    """``len`` of a loader is what its class says of the divided data; ``len`` of the data stays that of all data."""
+    """``len`` of a loader counts divided batches by its class; ``len`` of the data is unchanged."""
 
     class Short(DataLoader[Any]):
         """A loader of at most two batches."""
@@ -495,7 +495,7 @@ def test_lengths_are_those_of_the_loaders_class() -> None:
 
 
 def test_stand_ins_pass_for_the_users_objects() -> None:
-    """The batch sampler and the stream of a loader are instances of their classes, and take what is set on them."""
+    """Proxies are instances of the user's classes, and accept attributes."""
     loader, stream = DataLoader(DATA, batch_size=2), DataLoader(SizedStream(11), batch_size=2)
     adopt(loader, count=1)
     adopt(stream)
@@ -508,10 +508,10 @@ def test_stand_ins_pass_for_the_users_objects() -> None:
 
 
 def test_weights_count_samples_of_any_kind_of_batch() -> None:
-    """Batches of indices may be tensors, and an index may be a text."""
+    """Batches of indices may be tensors, and an index may be a string."""
 
     class Tensors:
-        """A batch sampler that gives tensors."""
+        """A batch sampler that yields tensors."""
 
         def __iter__(self) -> Iterator[torch.Tensor]:
             yield from (torch.tensor([0, 1, 2]), torch.tensor([3]))
@@ -536,7 +536,7 @@ def test_weights_count_samples_of_any_kind_of_batch() -> None:
 
 
 class Told(Dataset[int]):
-    """Data, and a sampler, that are told the epoch and show no sign of it."""
+    """A dataset and sampler with ``set_epoch`` and without ``epoch``."""
 
     def __init__(self) -> None:
         self.told: list[int] = []
@@ -556,7 +556,7 @@ class Told(Dataset[int]):
 
 @pytest.mark.parametrize("make", [lambda told: DataLoader(told), lambda told: DataLoader(DATA, sampler=told)])
 def test_what_is_told_the_epoch_stays_the_users(make: Any) -> None:
-    """A dataset or sampler without an ``epoch`` hears the user too; it copies and pickles, also between loaders."""
+    """Without an ``epoch`` attribute, the user's calls are detected; copies and pickles are plain."""
     told = Told()
     loader, other = make(told), make(told)
     adopt(loader, count=1)
@@ -580,7 +580,7 @@ def test_what_is_told_the_epoch_stays_the_users(make: Any) -> None:
 
 
 def test_an_epoch_that_does_not_begin_at_zero_is_told() -> None:
-    """A sampler whose ``epoch`` begins elsewhere is told every epoch all the same."""
+    """A sampler with another initial ``epoch`` is set to every epoch too."""
     sampler = Buckets()
     sampler.epoch = -1
     loader = DataLoader(DATA, batch_sampler=sampler)
@@ -591,7 +591,7 @@ def test_an_epoch_that_does_not_begin_at_zero_is_told() -> None:
 
 
 def test_a_sampler_that_divides_by_itself_is_known_by_its_attributes() -> None:
-    """Any sampler with ``num_replicas`` and ``rank`` divides by itself, and must do so between these ranks."""
+    """A sampler with ``num_replicas`` and ``rank`` is taken as sharded, and must match these ranks."""
 
     class Foreign:
         """A distributed sampler of another package."""
@@ -615,14 +615,14 @@ def test_a_sampler_that_divides_by_itself_is_known_by_its_attributes() -> None:
 
 
 def test_a_pass_begun_before_set_up_is_refused() -> None:
-    """A loader class that keeps a pass over the whole data would give every rank all of it."""
+    """A loader that holds an iterator over undivided data would give every rank all of it."""
 
     class Endless(DataLoader[Any]):
-        """A loader that begins its one pass when it is made."""
+        """A loader that makes its only iterator in the constructor."""
 
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.current = super().__iter__()
 
-    with pytest.raises(OrderError, match=r"This Endless holds in .current a pass over its data that began before"):
+    with pytest.raises(OrderError, match=r"This Endless holds in .current an iterator over its data that was"):
         adopt(Endless(DATA))

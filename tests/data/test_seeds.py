@@ -1,4 +1,4 @@
-"""Who draws which random numbers: ranks, worker processes, data sets with a generator of their own."""
+"""Seeds of ranks, worker processes and datasets with their own generators."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info, random_split
 
 from plugframe import Lite, OutOfSyncError, SettingError, seed_everything
-from plugframe.data.generators import held_sources
-from plugframe.data.random_check import DrawCheck
+from plugframe.data.generators import find_generators
+from plugframe.data.random_check import RandomStreamCheck
 from plugframe.data.seed import GLOBAL_SEED, JOB_SEED, PROCESS, seed_process
 from plugframe.data.shared_seed import SharedSeed
 from plugframe.hooks.world import World
@@ -41,7 +41,7 @@ def _same_generators() -> Iterator[None]:
 
 @pytest.mark.parametrize("seed", [42, "42", numpy.int64(42), numpy.uint8(42)])
 def test_any_integer_and_its_digits_are_a_seed(seed: Any) -> None:
-    """Integers of NumPy and digits from a command line are the seed that they say, as an int."""
+    """NumPy integers and digits from a command line are converted to an int."""
     assert type(seed_everything(seed)) is int
     first = torch.rand(()).item()
     assert seed_everything(42) == 42
@@ -52,15 +52,15 @@ def test_any_integer_and_its_digits_are_a_seed(seed: Any) -> None:
     "seed", [-1, 2**32, True, numpy.bool_(True), 1.0, "", "-1", "1.5", "one", "٣", "9" * 5000, torch.tensor(1), [1]]
 )
 def test_what_is_no_integer_is_no_seed(seed: Any) -> None:
-    """Booleans, floats, negative numbers and other texts are refused, with what a seed is."""
-    with pytest.raises(SettingError, match="is not a seed: it is a whole number from 0 to 4294967295"):
+    """Booleans, floats, negative numbers and other strings are refused."""
+    with pytest.raises(SettingError, match="is not a seed: pass an integer from 0 to 4294967295"):
         seed_everything(seed)
     with pytest.raises(SettingError, match="per_rank=1 of seed_everything"):
         seed_everything(1, per_rank=1)  # type: ignore[arg-type]
 
 
 def test_without_a_seed_the_environment_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All processes that share a variable of the job, or where the ranks meet, draw one seed; others their own."""
+    """Processes with the same job variables draw one seed; others draw different ones."""
     for name in (GLOBAL_SEED, JOB_SEED, "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert seed_everything() != seed_everything()
@@ -81,7 +81,7 @@ def test_without_a_seed_the_environment_says_which(monkeypatch: pytest.MonkeyPat
 
 
 class Slotted:
-    """A transform that keeps its generator in a slot."""
+    """A transform with its generator in a slot."""
 
     __slots__ = ("rng",)
 
@@ -90,7 +90,7 @@ class Slotted:
 
 
 def test_generators_are_found_wherever_a_data_set_keeps_them() -> None:
-    """In attributes, transforms, partials, closures, slots and globals; those of the process are not the user's."""
+    """In attributes, transforms, partials, closures, slots and globals; not those of the process."""
     kept = {
         "in a list": [numpy.random.default_rng(1), numpy.random.RandomState(1)],
         "in a slot": Slotted(),
@@ -98,7 +98,7 @@ def test_generators_are_found_wherever_a_data_set_keeps_them() -> None:
         "samples": [random.Random(index) for index in range(1000)],
     }
     generator = torch.Generator()
-    found = held_sources(dataset=kept, collate_fn=lambda batch: (batch, generator, MODULE_LEVEL))
+    found = find_generators(dataset=kept, collate_fn=lambda batch: (batch, generator, MODULE_LEVEL))
     assert sorted(found) == [
         "collate_fn.MODULE_LEVEL",
         "collate_fn.generator",
@@ -106,11 +106,11 @@ def test_generators_are_found_wherever_a_data_set_keeps_them() -> None:
         "dataset.in a list.1",
         "dataset.in a slot.rng",
     ]
-    assert "collate_fn.MODULE_LEVEL" not in held_sources(module_level=False, collate_fn=lambda: MODULE_LEVEL)
+    assert "collate_fn.MODULE_LEVEL" not in find_generators(module_level=False, collate_fn=lambda: MODULE_LEVEL)
 
 
 class Augmented(Dataset[Tensor]):
-    """Samples that are a random number, drawn in one of the ways that scripts do."""
+    """Samples that are random numbers, drawn in one of the common ways."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -147,7 +147,7 @@ IN_WORKERS = (*OWN, "global", "info", "initial", "init")
 
 
 def drawn_by(lite: Lite, kind: str, *, path: str = "", stop: int | None = None, **settings: Any) -> list[float]:
-    """Return the numbers of two epochs on this rank; save after `stop` batches, or go on from `path`."""
+    """Return the numbers of two epochs on this rank; save after `stop` batches, or resume from `path`."""
     lite._loaders.clear()
     init = give_generator if kind == "init" else None
     loader = lite.setup_dataloaders(DataLoader(Augmented(kind), batch_size=2, worker_init_fn=init, **settings))
@@ -177,7 +177,7 @@ def everyones(lite: Lite, mine: Any) -> list[Any]:
 
 
 def no_two_of_rank_worker_and_epoch_draw_alike(lite: Lite) -> None:
-    """Whatever makes the generator, every number of every rank, worker and epoch is another one."""
+    """With any generator, numbers differ between ranks, workers and epochs."""
     for kind in IN_WORKERS:
         everyone = everyones(lite, drawn_by(lite, kind, num_workers=2))
         flat = [value for each in everyone for value in each]
@@ -189,7 +189,7 @@ def no_two_of_rank_worker_and_epoch_draw_alike(lite: Lite) -> None:
 
 
 def without_workers_ranks_draw_apart_too(lite: Lite) -> None:
-    """A generator of the data set's own goes on in this process, by rank, and rank 0 draws what one process does."""
+    """Without workers, a dataset's generator differs by rank, and rank 0 draws the numbers of one process."""
     for kind in OWN:
         everyone = everyones(lite, drawn_by(lite, kind))
         flat = [value for each in everyone for value in each]
@@ -199,13 +199,13 @@ def without_workers_ranks_draw_apart_too(lite: Lite) -> None:
 
 
 def workers_do_not_count(lite: Lite) -> None:
-    """What a data set draws from its own generator does not depend on how many workers read it."""
+    """Draws from a dataset's generator do not depend on the number of workers."""
     for kind in ("torch", "global", "init"):
         assert drawn_by(lite, kind, num_workers=1) == drawn_by(lite, kind, num_workers=2), kind
 
 
 def own_generators_go_on_inside_an_epoch(lite: Lite) -> None:
-    """A resume in the middle of an epoch draws what the other run drew from the data set's own generator (law 4)."""
+    """A resume in the middle of an epoch draws the same numbers from a dataset's generator (law 4)."""
     path = os.path.join(os.environ["SEEDS_FOLDER"], "x")
     for kind, settings in (("numpy", {}), ("torch", {}), ("python", {"num_workers": 2}), ("init", {"num_workers": 2})):
         whole = drawn_by(lite, kind, path=path, stop=1, **settings)
@@ -213,7 +213,7 @@ def own_generators_go_on_inside_an_epoch(lite: Lite) -> None:
 
 
 class Shuffled(IterableDataset[int]):
-    """A stream that shuffles by what a worker is told of its seed."""
+    """A stream that shuffles by the worker's seed."""
 
     def __iter__(self) -> Iterator[int]:
         info: Any = get_worker_info()
@@ -223,7 +223,7 @@ class Shuffled(IterableDataset[int]):
 
 
 def streams_may_shuffle_by_the_seed_of_a_worker(lite: Lite) -> None:
-    """What a stream that is divided here is told of its seed is equal on all ranks: each sample is read once."""
+    """The worker seed of a divided stream is equal on all ranks: each sample is read once."""
     torch.rand(lite.global_rank)  # so that the ranks' own generators differ
     loader = lite.setup_dataloaders(DataLoader(Shuffled(), batch_size=2, num_workers=2))
     everyone = everyones(lite, [sample for batch in loader for sample in batch.tolist()])
@@ -232,7 +232,7 @@ def streams_may_shuffle_by_the_seed_of_a_worker(lite: Lite) -> None:
 
 
 def a_drawn_seed_is_rank_0s(lite: Lite) -> None:
-    """``seed_everything()`` gives all ranks one seed, whether the job runs already or begins later."""
+    """``seed_everything()`` gives all ranks one seed, before and after the job starts."""
     assert len(set(everyones(lite, lite.seed_everything()))) == 1
     assert len(set(everyones(lite, torch.rand(()).item()))) == 1
     # As two processes with nothing in common would.
@@ -276,7 +276,7 @@ def train(lite: Lite, *, dropout: bool = False, noise: str = "", per_rank: bool 
     model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
     fixed = torch.randn(4)  # drawn once, equal on purpose
     makers = {"torch": lambda: torch.rand(()).item(), "numpy": numpy.random.rand, "random": random.random}
-    lite._streams = lite._phase.draws = None  # as a job that begins
+    lite._streams = lite._phase.random_check = None  # as a job that begins
     draw_apart(lite)
     loader = lite.setup_dataloaders(DataLoader(torch.ones(24, 4), batch_size=2, shuffle=True))
     for batch in loader:
@@ -284,11 +284,11 @@ def train(lite: Lite, *, dropout: bool = False, noise: str = "", per_rank: bool 
         lite.backward(model(batch + z * fixed).square().mean())
         optimizer.step()
         optimizer.zero_grad()
-    assert lite._phase.draws is None
+    assert lite._phase.random_check is None
 
 
 def equal_draws_are_told_once(lite: Lite) -> None:
-    """Dropout, or noise of the loop, that is equal on all ranks is told in one line; nothing else is."""
+    """Dropout or noise that is equal on all ranks is logged once; nothing else is."""
     from plugframe.data import random_check as module
 
     told: list[str] = []
@@ -313,15 +313,15 @@ def equal_draws_are_told_once(lite: Lite) -> None:
 
 
 def ranks_of_one_group_must_draw_alike(lite: Lite) -> None:
-    """Ranks that read the same batches and draw different numbers on them are refused, on all ranks."""
+    """Ranks that read the same batches and draw different numbers are refused, on all ranks."""
     torch.manual_seed(lite.global_rank)
-    check = DrawCheck(index=0, hooks=lite._hooks, context=lite._session.started(), loaders=lite._loaders)
-    before = check.enter()
+    check = RandomStreamCheck(index=0, hooks=lite._hooks, context=lite._session.started(), loaders=lite._loaders)
+    before = check.before_forward()
     assert before is not None
     torch.rand(1)
-    check.leave(before)
+    check.after_forward(before)
     with pytest.raises(OutOfSyncError, match="Ranks 0 and 1 read the same batches, and the model drew different"):
-        check.at_step()
+        check.after_step()
 
 
 CHECKS = (

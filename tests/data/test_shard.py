@@ -1,4 +1,4 @@
-"""Which samples a rank reads: every sample once, the same global batches for any number of ranks."""
+"""Sharding of samples: every sample once, and the same global batches for any number of ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from plugframe.data.sharding import ShardedIndices, Start, share_batches, share_indices
+from plugframe.data.sharding import PassStart, ShardedIndices, share_batches, share_indices
 
 numbers = st.integers(0, 60)
 sizes = st.integers(1, 5)
@@ -31,15 +31,15 @@ def shares(number: int, size: int, count: int, *, drop_last: bool, even: bool) -
 
 
 def stand_in(sampler: Any, *, index: int, count: int, even: bool) -> ShardedIndices:
-    def start() -> Start:
-        return Start(draws=None, even=even, weigh=lambda weight: None, skip=0)
+    def start() -> PassStart:
+        return PassStart(random_stream=None, even=even, add_weight=lambda weight: None, skip=0)
 
     return ShardedIndices(sampler, index=index, count=count, begin=lambda: start, even=lambda: even)
 
 
 @given(numbers, sizes, ranks)
 def test_training_steps_are_even_and_weighted_by_samples(number: int, size: int, count: int) -> None:
-    """While training all ranks take equal steps, and the weighted samples of a step are one process's batch."""
+    """In training all ranks take equal steps, and the weighted samples of a step are one process's batch."""
     split = shares(number, size, count, drop_last=False, even=True)
     whole = [list(range(start, min(start + size * count, number))) for start in range(0, number, size * count)]
     assert {len(share) for share in split} == {len(whole)}
@@ -54,7 +54,7 @@ def test_training_steps_are_even_and_weighted_by_samples(number: int, size: int,
 
 @given(numbers, sizes, ranks)
 def test_evaluation_reads_every_sample_exactly_once(number: int, size: int, count: int) -> None:
-    """While evaluating every sample is read once, and steps are even unless samples are fewer than possible."""
+    """In evaluation every sample is read once, with equal steps unless there are too few samples."""
     split = shares(number, size, count, drop_last=False, even=False)
     read = [index for share in split for indices, _ in share for index in indices]
     assert sorted(read) == list(range(number))
@@ -66,7 +66,7 @@ def test_evaluation_reads_every_sample_exactly_once(number: int, size: int, coun
 
 @given(numbers, sizes, ranks)
 def test_drop_last_leaves_only_full_batches(number: int, size: int, count: int) -> None:
-    """With drop_last every batch is full, on every rank alike."""
+    """With drop_last every batch is full, on every rank."""
     for even in (True, False):
         split = shares(number, size, count, drop_last=True, even=even)
         assert {len(share) for share in split} == {number // (size * count)}
@@ -75,7 +75,7 @@ def test_drop_last_leaves_only_full_batches(number: int, size: int, count: int) 
 
 @given(numbers, sizes, ranks, st.booleans(), st.booleans())
 def test_length_is_the_number_of_batches(number: int, size: int, count: int, drop_last: bool, even: bool) -> None:
-    """``len`` of a divided loader is what iterating it yields."""
+    """``len`` of a divided loader is the number of batches it yields."""
     for index in range(count):
         sampler = BatchSampler(range(number), size, drop_last)
         sharded = stand_in(sampler, index=index, count=count, even=even)
@@ -84,7 +84,7 @@ def test_length_is_the_number_of_batches(number: int, size: int, count: int, dro
 
 @given(st.lists(st.lists(st.integers(), min_size=1, max_size=4), max_size=20), ranks)
 def test_batches_of_a_sampler_of_the_users_own_stay_whole(batches: list[list[int]], count: int) -> None:
-    """A batch sampler of the user's own is divided by whole batches; weights are by samples."""
+    """A custom batch sampler is divided by complete batches; weights are by samples."""
     split = [list(share_batches(taker(batches), index=i, count=count, even=True)) for i in range(count)]
     assert {len(share) for share in split} == {-(-len(batches) // count)}
     for step, start in enumerate(range(0, len(batches), count)):
@@ -95,7 +95,7 @@ def test_batches_of_a_sampler_of_the_users_own_stay_whole(batches: list[list[int
 
 
 def test_other_attributes_are_the_users_sampler() -> None:
-    """What stands in for a batch sampler answers as the user's own does."""
+    """The proxy of a batch sampler forwards its attributes."""
     sampler = BatchSampler(range(10), 2, False)
     sharded = stand_in(sampler, index=0, count=2, even=True)
     assert isinstance(sharded, BatchSampler)

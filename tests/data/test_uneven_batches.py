@@ -1,4 +1,4 @@
-"""A loss weighs what its batch does, in whatever order batches are read and used; and data that ranks hold alike."""
+"""Losses are weighed by their batches, in whatever order batches are read and used."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def ranks(world: World) -> Iterator[World]:
 
 @dataclass
 class Pair:
-    """A batch of a class of the user's own."""
+    """A batch of a user's class."""
 
     x: Tensor
     y: Tensor
 
 
 class Takes(nn.Module):
-    """A model that takes tensors, mappings or dataclasses."""
+    """A model that accepts tensors, mappings or dataclasses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,14 +71,14 @@ def trained(body: Body, data: Tensor, *, lite: Any, strategy: str, size: int, **
 
 
 class Alone:
-    """What one process does in place of `Lite`."""
+    """The plain counterpart of `Lite` in one process."""
 
     def backward(self, loss: Tensor, *, batch: Any = None, reduction: str = "mean") -> None:
         loss.backward()
 
 
 def same_as_one(body: Body, world: World, numbers: tuple[int, ...] = NUMBERS, **options: Any) -> None:
-    """Compare with one process whose batch is as large as that of all ranks."""
+    """Compare with one process whose batch is the global batch."""
     for strategy, number in itertools.product(STRATEGIES, numbers):
         with Lite(accelerator="cpu", strategy=strategy, devices=world.world_size) as lite:
             lite.launch()
@@ -176,7 +176,7 @@ def collected(lite: Any, model: Any, optimizer: Any, loader: Any) -> None:
 
 
 def evaluated(lite: Any, model: Any, optimizer: Any, loader: Any) -> None:
-    """An evaluation of the same loader within the pass that trains."""
+    """An evaluation of the same loader within a training pass."""
     for (x,) in ahead(loader):
         optimizer.zero_grad()
         loss = model(x).pow(2).mean()
@@ -188,7 +188,7 @@ def evaluated(lite: Any, model: Any, optimizer: Any, loader: Any) -> None:
 
 
 def twice(lite: Any, model: Any, optimizer: Any, loader: Any) -> None:
-    """Two backwards of one batch, and a batch that is kept from the beginning."""
+    """Two backwards of one batch, and a batch kept from the beginning."""
     kept = None
     for (x,) in loader:
         kept = x if kept is None else kept
@@ -213,7 +213,7 @@ def summed_sums(lite: Any, model: Any, optimizer: Any, loader: Any) -> None:
 
 
 def chained(lite: Any, model: Any, optimizer: Any, loader: Any) -> None:
-    """A model that is called with what it has made of the batch."""
+    """A model that is called with its own output."""
     for (x,) in ahead(loader):
         optimizer.zero_grad()
         made = model(x) * torch.ones(1, 4)
@@ -330,5 +330,5 @@ def failures() -> dict[str, str]:
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_uneven_batches(check: Any, failures: dict[str, str]) -> None:
-    """Gradients are those of one process, in whatever order batches are read; else the backward is refused."""
+    """Gradients equal those of one process, in whatever order batches are read; else backward raises."""
     assert not failures[check.__name__], failures[check.__name__]

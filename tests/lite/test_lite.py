@@ -412,7 +412,7 @@ def test_seeds_repeat_and_are_checked() -> None:
         drawn.append((random.random(), numpy.random.rand(), torch.rand(1).item()))
     assert drawn[0] == drawn[1]
     for wrong in (-1, 2**32, True, "one", 1.5):
-        with pytest.raises(SettingError, match="is not a seed: it is a whole number from 0"):
+        with pytest.raises(SettingError, match="is not a seed: pass an integer from 0"):
             Lite.seed_everything(wrong)  # type: ignore[arg-type]
 
 

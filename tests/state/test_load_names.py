@@ -1,4 +1,4 @@
-"""Which names of a saved state mean the same, what tied weights need, and what is left of the file in the objects."""
+"""Matching of names in a saved state, tied weights, and objects free of references to the file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ranks import run_checks
 
 
 class On:
-    """A job, and a folder that all its ranks see."""
+    """A job, and a folder that all its ranks can read."""
 
     def __init__(self, lite: Lite, folder: str) -> None:
         self.lite = lite
@@ -32,7 +32,7 @@ class On:
         return os.path.join(self.folder, name)
 
     def put(self, name: str, state: Any) -> str:
-        """Have rank 0 write a file as torch does."""
+        """Write a file with torch on rank 0."""
         self.lite.barrier()
         if self.lite.is_global_zero:
             torch.save(state, self.path(name))
@@ -42,7 +42,7 @@ class On:
 
 @contextmanager
 def sharded(world: World, *, folder: str) -> Iterator[On]:
-    """Two ranks of a model in parts, of which tensors are read when they are needed."""
+    """Two ranks with a sharded model, and tensors read on demand."""
     with Lite(accelerator="cpu", devices=world.world_size, strategy="fsdp") as lite:
         lite.launch()
         yield On(lite, folder)
@@ -66,7 +66,7 @@ def same_values(module: nn.Module, other: nn.Module) -> bool:
 
 
 def everywhere(tree: Any) -> Iterator[Any]:
-    """Yield everything in containers."""
+    """Yield all values in containers."""
     yield tree
     for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ():
         yield from everywhere(item)
@@ -84,7 +84,7 @@ PREFIXES: dict[str, Callable[[str], str]] = {
 
 
 def names_that_differ_by_wrappers_load(on: On) -> None:
-    """Wherever in the path the wrapper's name stands; a state with another name in it is still refused."""
+    """Wrapper components are ignored anywhere in a name; other names are refused."""
     source, model = net(1), net(2)
     model, _ = on.lite.setup(model, torch.optim.Adam(model.parameters()))
     for rename in PREFIXES.values():
@@ -100,7 +100,7 @@ def names_that_differ_by_wrappers_load(on: On) -> None:
 
 
 def test_a_name_that_could_mean_two_is_not_guessed() -> None:
-    """A module's own part called "module" is one of its own; what is left over is unexpected."""
+    """A submodule called "module" counts as its own; unmatched names are unexpected."""
     assert match(["w", "module.w"], ["w", "_orig_mod.w"]) == {"w": "w"}
     assert match(["a.w"], ["module.a.w", "_orig_mod.a.w"]) == {}
     assert match(["module.w", "n"], ["w", "n"]) == {"module.w": "w", "n": "n"}
@@ -108,7 +108,7 @@ def test_a_name_that_could_mean_two_is_not_guessed() -> None:
 
 
 def compiled_parts_or_not_a_checkpoint_is_one(on: On) -> None:
-    """Model and optimizer go from a model with compiled parts to one without, and back."""
+    """Model and optimizer load from a model with compiled submodules into one without, and back."""
 
     def compiled(model: nn.Sequential) -> nn.Sequential:
         model[1] = torch.compile(model[1], backend="eager")  # type: ignore[assignment]
@@ -138,7 +138,7 @@ def compiled_parts_or_not_a_checkpoint_is_one(on: On) -> None:
 
 
 class Wrapper(nn.Module):
-    """Holds a model under the name that data parallel wrappers have for theirs."""
+    """Holds a model under the name that data parallel wrappers use."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Wrapper(nn.Module):
 
 
 def a_wrapper_of_the_users_own_makes_no_difference(on: On) -> None:
-    """Model and optimizer go from a model that is wrapped to one that is not, and back, by name."""
+    """Model and optimizer load from a wrapped model into an unwrapped one, and back, by name."""
     pairs = []
     for model in (Wrapper(net(1)), net(2)):
         own, optimizer = on.lite.setup(model, torch.optim.Adam(list(model.parameters())[:: 1 if pairs else -1], lr=0.1))
@@ -174,7 +174,7 @@ def a_wrapper_of_the_users_own_makes_no_difference(on: On) -> None:
 
 
 class Tied(nn.Module):
-    """An embedding whose weight is the head's."""
+    """An embedding that shares its weight with the head."""
 
     def __init__(self, seed: int, *, tied: bool = True) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class Tied(nn.Module):
 
 
 def one_of_two_tied_names_is_enough(on: On) -> None:
-    """A file that names tied weights once, under either name, loads; one that names them never does not."""
+    """A file with tied weights under one of the names loads; a file with neither does not."""
     source, model = Tied(1), Tied(2)
     own, _ = on.lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
     for kept in ("table.weight", "head.weight"):
@@ -203,7 +203,7 @@ def one_of_two_tied_names_is_enough(on: On) -> None:
 
 
 def two_values_for_tied_weights_are_refused(on: On) -> None:
-    """A state of a model whose weights are not tied does not load into one whose are: one of the two would be lost."""
+    """Different values for tied weights are refused: one of them would be lost."""
     own = on.lite.setup_module(Tied(2))
     source = Tied(1, tied=False)
     on.put("x.pt", source.state_dict())
@@ -215,7 +215,7 @@ def two_values_for_tied_weights_are_refused(on: On) -> None:
 
 
 class Extra(nn.Linear):
-    """A module with a state of its own."""
+    """A module with an extra state."""
 
     kept: Any = None
 
@@ -231,7 +231,7 @@ def rate(value: float, *, tensor: bool) -> Any:
 
 
 def nothing_of_the_file_is_left_in_the_objects(on: On) -> None:
-    """Settings of an optimizer, extra states and lists are values; a learning rate stays of the kind it is here."""
+    """Optimizer settings, extra states and lists hold values; a learning rate keeps its current type."""
     for number in range(4):
         saved, now = rate(0.5, tensor=number < 2), rate(0.25, tensor=number % 2 == 0)
         model = Extra(3, 2)
@@ -253,7 +253,7 @@ def nothing_of_the_file_is_left_in_the_objects(on: On) -> None:
 
 
 def a_state_of_an_optimizer_that_cannot_be_is_refused(on: On) -> None:
-    """Entries of another shape than the parameter's, and what is no state, are named before anything is written."""
+    """Entries of other shapes, and invalid states, are refused before anything is written."""
     model = nn.Linear(3, 2)
     model, optimizer = on.lite.setup(model, torch.optim.Adam(model.parameters()))
     on.lite.backward(model(torch.ones(2, 3)).mean())
@@ -286,7 +286,7 @@ class Global(torch.optim.SGD):
 
 
 def the_state_of_no_parameter_comes_back(on: On) -> None:
-    """What an optimizer keeps for all its parameters together is saved and loaded with the rest."""
+    """State that belongs to all parameters together is saved and loaded."""
     model = nn.Linear(3, 2)
     model, optimizer = on.lite.setup(model, Global(model.parameters(), lr=0.1))
     on.lite.backward(model(torch.ones(2, 3)).mean())
@@ -311,7 +311,7 @@ CHECKS = (
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_one_rank(check: Callable[[On], None], tmp_path: Path) -> None:
-    """The rule in the check's docstring holds for a model that is whole."""
+    """The rule in the check's docstring holds for an unsharded model."""
     with Lite(accelerator="cpu", devices=1) as lite:
         lite.launch()
         check(On(lite, str(tmp_path)))
@@ -325,5 +325,5 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_two_ranks(check: Callable[[On], None], on_two_ranks: dict[str, str]) -> None:
-    """The rule in the check's docstring holds for a model in parts."""
+    """The rule in the check's docstring holds for a sharded model."""
     assert not on_two_ranks[check.__name__], on_two_ranks[check.__name__]

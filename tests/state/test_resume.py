@@ -1,4 +1,4 @@
-"""A run that is saved, killed and loaded goes on as if nothing had happened, wherever in an epoch it was."""
+"""A run that is saved, killed and resumed continues exactly, wherever in an epoch it was."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from torch.utils.data import (
 )
 
 from plugframe import Lite, PlugframeWarning
-from plugframe.data.random_sources import get_state, pack, random_sources, set_state, unpack
+from plugframe.data.generators import generator_attributes
+from plugframe.utils.rng import get_state, pack, set_state, unpack
 
 NUMBER = 23
 
@@ -34,7 +35,7 @@ def noise() -> list[float]:
 
 
 class Noisy(Dataset[torch.Tensor]):
-    """Data that is changed at random when it is read."""
+    """Data that is randomly augmented when it is read."""
 
     def __len__(self) -> int:
         return NUMBER
@@ -44,7 +45,7 @@ class Noisy(Dataset[torch.Tensor]):
 
 
 class Stream(IterableDataset[torch.Tensor]):
-    """A stream, divided between workers, that shuffles in a buffer and changes its data at random."""
+    """A stream, divided between workers, with a shuffle buffer and random augmentation."""
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         info = get_worker_info()
@@ -58,7 +59,7 @@ class Stream(IterableDataset[torch.Tensor]):
 
 
 class Sampler:
-    """A sampler of the user's own, with generators of its own or the process's."""
+    """A custom sampler with its own generators or those of the process."""
 
     def __init__(self, draw: Callable[[int], int], **generators: Any) -> None:
         self.draw = draw
@@ -74,7 +75,7 @@ class Sampler:
 
 
 class Endless(DataLoader[Any]):
-    """A loader that begins anew by itself."""
+    """A loader that restarts by itself."""
 
     def __iter__(self) -> Iterator[Any]:
         while True:
@@ -126,7 +127,7 @@ KINDS = (
 
 
 def steps(path: Path, kind: str, *, save_after: int | None) -> tuple[list[Any], int]:
-    """Train some steps; return what each did, and how many were done before the checkpoint was saved or loaded."""
+    """Train some steps; return a record of each, and the number of steps before the checkpoint was saved or loaded."""
     random.seed(0)
     numpy.random.seed(0)
     done: list[Any] = []
@@ -151,7 +152,7 @@ def steps(path: Path, kind: str, *, save_after: int | None) -> tuple[list[Any], 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_loader_goes_on_inside_an_epoch(kind: str, tmp_path: Path) -> None:
-    """Batches, weights and random numbers after a resume are those of the run that was not stopped (law 4)."""
+    """Batches, weights and random numbers after a resume equal those of an uninterrupted run (law 4)."""
     path = tmp_path / "x"
     for stop in (2, 8, 11):
         whole, before = steps(path, kind, save_after=stop)
@@ -164,7 +165,7 @@ def test_every_loader_goes_on_inside_an_epoch(kind: str, tmp_path: Path) -> None
 
 
 class Noted(Noisy):
-    """The same data, which notes in a file what is read of it."""
+    """The same data, recording each read in a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -177,7 +178,7 @@ class Noted(Noisy):
 
 @pytest.mark.parametrize(("workers", "later"), [(0, 0), (2, 2), (2, 1)])
 def test_what_was_read_is_not_read_again(workers: int, later: int, tmp_path: Path) -> None:
-    """A resumed epoch begins with its next batch, also in worker processes, of which there may be others now."""
+    """A resumed epoch begins with its next batch, also with another number of worker processes."""
     path = tmp_path / "x"
 
     def run(workers: int, *, save_after: int | None) -> tuple[list[Any], list[int]]:
@@ -204,7 +205,7 @@ def test_what_was_read_is_not_read_again(workers: int, later: int, tmp_path: Pat
 
 
 class Counter(IterableDataset[torch.Tensor]):
-    """A stream that knows where it is, and is changed at random."""
+    """A stream with ``state_dict`` and random augmentation."""
 
     def __init__(self) -> None:
         self.position = 0
@@ -225,7 +226,7 @@ class Counter(IterableDataset[torch.Tensor]):
 
 
 def test_a_stream_that_knows_where_it_is_goes_on_from_there(tmp_path: Path) -> None:
-    """An iterable dataset with ``state_dict`` is not read again from its beginning."""
+    """An iterable dataset with ``state_dict`` is not read from its beginning."""
 
     def run(*, resume: bool) -> tuple[list[Any], list[int]]:
         batches: list[Any] = []
@@ -251,7 +252,7 @@ def test_a_stream_that_knows_where_it_is_goes_on_from_there(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("prepared", ["before", "after", "one of each"])
 def test_loaders_made_before_after_and_later_are_told_apart(prepared: str, tmp_path: Path) -> None:
-    """Whether loaders are set up before a load or after it, and made anew for every epoch, their orders go on."""
+    """Loaders set up before or after a load, or for every epoch, resume their own orders."""
 
     def run(*, resume: bool) -> list[list[int]]:
         def loader() -> DataLoader[Any]:
@@ -279,10 +280,10 @@ def test_loaders_made_before_after_and_later_are_told_apart(prepared: str, tmp_p
 
 
 def test_a_loader_that_keeps_its_own_position_is_not_moved_twice(tmp_path: Path) -> None:
-    """A loader class with ``load_state_dict`` is left to it: only the epoch, and so the order, is kept for it."""
+    """A loader class with ``load_state_dict`` resumes itself; only its epoch is restored."""
 
     class Stateful(DataLoader[Any]):
-        """A loader that knows where it is."""
+        """A loader with ``state_dict``."""
 
         position = skipped = 0
 
@@ -318,7 +319,7 @@ def test_a_loader_that_keeps_its_own_position_is_not_moved_twice(tmp_path: Path)
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stateful_loader_goes_on_by_itself(workers: int, told: bool, tmp_path: Path) -> None:
-    """torchdata's loader goes on exactly, whether or not the script passes it to ``save`` and ``load``."""
+    """torchdata's loader resumes exactly, whether or not the script passes it to ``save`` and ``load``."""
     loaders = pytest.importorskip("torchdata.stateful_dataloader")
 
     def run(*, resume: bool) -> list[Any]:
@@ -347,7 +348,7 @@ def after(batches: Iterator[Any], start: int) -> Iterator[Any]:
 
 
 def test_an_older_checkpoint_of_other_ranks_begins_the_epoch_anew(tmp_path: Path) -> None:
-    """A place that holds for another number of ranks alone keeps the epoch, and says what it does not keep."""
+    """A position for another number of ranks restores the epoch only, with a warning."""
     with Lite(accelerator="cpu", devices=1) as lite:
         lite.seed_everything(1)
         loader = lite.setup_dataloaders(DataLoader(range(9), shuffle=True))
@@ -372,19 +373,19 @@ def test_an_older_checkpoint_of_other_ranks_begins_the_epoch_anew(tmp_path: Path
             return dict(content)
 
         session.hooks.checkpoint_load = of_two_ranks
-        with pytest.warns(PlugframeWarning, match=r"2 ranks saved, 1 load: .* An epoch that had begun begins anew"):
+        with pytest.warns(PlugframeWarning, match="2 ranks saved, 1 load: .* that had begun starts from its beginning"):
             lite.load(tmp_path / "y", {})
         assert int(next(iter(loader))) == third
     assert order != sorted(order)
 
 
 def test_generators_of_every_kind_come_back() -> None:
-    """The states of the user's own generators, 128 bits and all, survive a checkpoint."""
+    """The states of the user's generators, including 128-bit ones, survive a checkpoint."""
     sources = [torch.Generator().manual_seed(1), random.Random(1), numpy.random.RandomState(1)]
     bits = (numpy.random.PCG64, numpy.random.Philox, numpy.random.SFC64, numpy.random.MT19937)
     sources += [numpy.random.Generator(kind(1)) for kind in bits]
     owner = Sampler(random.randrange, **{f"of_{index}": source for index, source in enumerate(sources)})
-    assert random_sources(owner, owner) == sources
+    assert generator_attributes(owner, owner) == sources
     for source in sources:
 
         def draw(source: Any = source) -> float:

@@ -1,4 +1,4 @@
-"""A run that goes on with another number of ranks, or another batch size, reads each sample of the epoch once."""
+"""A run resumed with another number of ranks or another batch size reads each sample of the epoch once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 import resume_ranks_cases as cases
 from plugframe import CheckpointMismatchError
-from plugframe.data.position import Layout, Place, converted
+from plugframe.data.position import Layout, ResumePoint, resume_point
 from ranks import run_ranks
 
 SIZE, STOP = 2, 4
@@ -20,14 +20,14 @@ KINDS = (
 )
 REFUSED = {
     "own loader": "its __iter__ decides what it reads",
-    "stream, workers": "each worker process reads its own part of a stream",
+    "stream, workers": "each worker process reads its own shard of a stream",
 }
 #: Saved by, then loaded (and saved once more) by, then loaded by so many ranks.
 ROUTES = {"1 to 2": (1, 2, 2), "2 to 3 to 1": (2, 3, 1)}
 
 
 def plan_of(ranks: int, stage: int) -> cases.Plan:
-    """Return what so many ranks do at a stage of every route: read and save, go on and save, go on to the end."""
+    """Return the steps of `ranks` at a stage of every route: read and save, resume and save, resume to the end."""
     plan: cases.Plan = []
     for route, numbers in ROUTES.items():
         kinds = KINDS if stage == 2 else (*KINDS, *REFUSED)
@@ -42,7 +42,7 @@ def plan_of(ranks: int, stage: int) -> cases.Plan:
 
 
 def go(folder: Path, stage: int) -> dict[str, list[Any]]:
-    """Return what every rank read at a stage, by route and kind."""
+    """Return the samples of every rank at a stage, by route and loader."""
     found: dict[str, list[Any]] = {}
     for ranks in sorted({numbers[stage] for numbers in ROUTES.values()}):
         results = run_ranks(ranks, cases.go_through, str(folder), plan_of(ranks, stage))
@@ -65,7 +65,7 @@ def samples(of_ranks: list[Any], epoch: int) -> list[int]:
 def test_another_number_of_ranks_reads_each_sample_once(
     stages: list[dict[str, list[Any]]], kind: str, route: str
 ) -> None:
-    """What was read before, in between and after is the epoch: nothing twice, nothing left out."""
+    """The samples of all stages are the epoch: none twice, none missing."""
     first, second, last = (stage[f"{route}, {kind}"] for stage in stages)
     once = Counter(samples(first, 0)) + Counter(samples(second, 0)) + Counter(samples(last, 0))
     if "drop" in kind:
@@ -81,7 +81,7 @@ def test_another_number_of_ranks_reads_each_sample_once(
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_place_that_cannot_be_converted_is_refused(stages: list[dict[str, list[Any]]], kind: str) -> None:
-    """A loader that decides itself what it reads is refused on all ranks, with what to do."""
+    """A position in a custom loader is refused on all ranks, with a remedy."""
     for error in stages[1][f"1 to 2, {kind}"]:
         assert REFUSED[kind] in error
         assert "saved in the middle of an epoch with 1 rank" in error
@@ -89,18 +89,18 @@ def test_a_place_that_cannot_be_converted_is_refused(stages: list[dict[str, list
 
 
 def test_places_are_counted_in_what_all_layouts_share() -> None:
-    """A position is in batches of a rank; what lies before it, in samples of all ranks."""
+    """Positions count batches of a rank from an origin in samples of all ranks."""
     saved = {"position": 3, "origin": 10, "first": 2, "layout": ["samples", 4, 2, 0]}
-    assert converted(saved, Layout("samples", 4, 2)) == Place(3, 10, 2)
-    assert converted(saved, Layout("samples", 3, 5)) == Place(0, 34, 5, elsewhere=True)
+    assert resume_point(saved, Layout("samples", 4, 2)) == ResumePoint(3, 10, 2)
+    assert resume_point(saved, Layout("samples", 3, 5)) == ResumePoint(0, 34, 5, other_layout=True)
     ended = {"position": 0, "epoch": 4}
-    assert converted(ended, Layout("its sampler divides the data itself", 4, 2)) == Place(0, 0, 0)
-    with pytest.raises(CheckpointMismatchError, match="counted in different ways"):
-        converted(saved, Layout("batches", 1, 2))
+    assert resume_point(ended, Layout("its sampler divides the data itself", 4, 2)) == ResumePoint(0, 0, 0)
+    with pytest.raises(CheckpointMismatchError, match="one counts samples, the other batches"):
+        resume_point(saved, Layout("batches", 1, 2))
 
 
 def test_numbers_of_each_rank_go_on_exactly(tmp_path: Path) -> None:
-    """With per_rank=True a run that is resumed draws what the other one drew, on every rank (law 4)."""
+    """With per_rank=True a resumed run draws the same numbers on every rank (law 4)."""
     whole = run_ranks(2, cases.numbers_drawn, str(tmp_path), "x", False)
     rest = run_ranks(2, cases.numbers_drawn, str(tmp_path), "x", True)
     assert [each[3:] for each in whole] == rest

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: what is saved when, what is kept, where it goes on."""
+"""The checkpoint manager: when it saves, which checkpoints remain, and where it resumes."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def steps(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("wait", [True, False])
 def test_the_newest_and_the_best_are_kept(lite: Lite, tmp_path: Path, wait: bool) -> None:
-    """keep_last and keep_best each keep theirs; everything else goes; nothing half-removed stays."""
+    """keep_last and keep_best each keep theirs; all others are removed completely."""
     if not wait and lite.plan.choices["checkpoint"].name != "dcp":
-        pytest.skip("this format saves at once")
+        pytest.skip("this format does not save in the background")
     kept = lite.checkpoints(tmp_path / "a", keep_last=2, keep_best=("loss", "min", 1))
     assert kept.latest() is None
     assert kept.best() is None
@@ -60,7 +60,7 @@ def test_the_newest_and_the_best_are_kept(lite: Lite, tmp_path: Path, wait: bool
 
 
 def test_a_run_goes_on_from_the_newest_whole_one(lite: Lite, tmp_path: Path) -> None:
-    """Without a checkpoint it begins; a damaged one is set aside and told of; one that does not fit is an error."""
+    """A damaged checkpoint is set aside with a warning; one that does not match raises."""
     kept = lite.checkpoints(tmp_path / "run", keep_last=None)
     assert not kept.resume(state())
     assert kept.step == 0
@@ -72,7 +72,9 @@ def test_a_run_goes_on_from_the_newest_whole_one(lite: Lite, tmp_path: Path) -> 
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     again, found = lite.checkpoints(tmp_path / "run"), state()
-    with pytest.warns(PlugframeWarning, match=r"step-000000000003.ckpt.* It is set aside, and the one before it taken"):
+    with pytest.warns(
+        PlugframeWarning, match=r"step-000000000003.ckpt.* It is set aside, and the checkpoint before it"
+    ):
         assert again.resume(found)
     assert again.step == 2
     assert found["model"].weight.tolist() == [[2.0, 2.0]]
@@ -84,7 +86,7 @@ def test_a_run_goes_on_from_the_newest_whole_one(lite: Lite, tmp_path: Path) -> 
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(lite: Lite, tmp_path: Path) -> None:
-    """Starting over would be taken for going on: it is an error."""
+    """Starting over could be mistaken for resuming: it raises."""
     kept = lite.checkpoints(tmp_path / "run")
     kept.save(1, state())
     path = tmp_path / "run" / "step-000000000001.ckpt"
@@ -98,7 +100,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(lite: Lite,
 
 
 def interrupted(path: Path) -> None:
-    """Leave of a new checkpoint what a save leaves that is killed at its end."""
+    """Leave the files of a save that is killed at its end."""
     if path.is_file():
         path.rename(path.with_name(f".{path.name}.tmp-{'0' * 16}"))
     else:
@@ -107,7 +109,7 @@ def interrupted(path: Path) -> None:
 
 @pytest.mark.parametrize("steps_before", [[], [1, 2]])
 def test_what_a_killed_save_left_is_no_checkpoint(lite: Lite, tmp_path: Path, steps_before: list[int]) -> None:
-    """A run goes on from the one before, or begins anew if there is none; of what was left the next save keeps none."""
+    """A run resumes from the checkpoint before, or starts over; the next save removes leftovers."""
     kept = lite.checkpoints(tmp_path / "run")
     for step in (*steps_before, 7):
         kept.save(step, state(float(step)))
@@ -116,7 +118,7 @@ def test_what_a_killed_save_left_is_no_checkpoint(lite: Lite, tmp_path: Path, st
     interrupted(newest)
     again, found = lite.checkpoints(tmp_path / "run"), state()
     removed = pytest.warns(
-        PlugframeWarning, match="7.ckpt is not complete.* It is removed, and the one before it taken"
+        PlugframeWarning, match="7.ckpt is not complete.* It is removed, and the checkpoint before it is loaded"
     )
     with removed if folder else nullcontext():
         assert again.resume(found) is bool(steps_before)
@@ -126,7 +128,7 @@ def test_what_a_killed_save_left_is_no_checkpoint(lite: Lite, tmp_path: Path, st
 
 
 def test_a_save_that_only_made_a_folder_left_nothing(lite: Lite, tmp_path: Path) -> None:
-    """An empty folder is no checkpoint, nor a damaged one."""
+    """An empty folder is neither a checkpoint nor a damaged one."""
     (tmp_path / "run" / f"step-{1:012d}.ckpt").mkdir(parents=True)
     with pytest.warns(PlugframeWarning, match="is not complete: it is an empty folder.* It is removed"):
         assert not lite.checkpoints(tmp_path / "run").resume(state())
@@ -134,7 +136,7 @@ def test_a_save_that_only_made_a_folder_left_nothing(lite: Lite, tmp_path: Path)
 
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(lite: Lite, tmp_path: Path) -> None:
-    """Whatever step they are of; files of other names are none of ours."""
+    """Temporary files of dead writers of any step are removed; other files are not."""
     dead = [tmp_path / f".step-{step:012d}.ckpt.tmp-{step:016x}" for step in (1, 2)]
     dead[0].write_bytes(b"half")
     dead[1].mkdir()
@@ -150,7 +152,7 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(lite: Lite, tmp_p
 
 
 def test_time_decides(lite: Lite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """every_s lets saves through only so often; force does always."""
+    """every_s limits the rate of saves; force ignores it."""
     now = [100.0]
     monkeypatch.setattr("plugframe.state.manager.time.monotonic", lambda: now[0])
     kept = lite.checkpoints(tmp_path / "run", keep_last=None, every_s=60)
@@ -177,7 +179,7 @@ def _ranks_agree(world: World, folder: str) -> list[Any]:
 
 
 def test_ranks_agree(tmp_path: Path) -> None:
-    """All ranks save at the same calls and see the same checkpoints."""
+    """All ranks save in the same calls and see the same checkpoints."""
     first, second = run_ranks(2, _ranks_agree, str(tmp_path))
     assert first == second
     assert first[:3] == [True, False, True]
@@ -188,28 +190,28 @@ def test_ranks_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"keep_last": 0}, "keep_last=0 must be a whole number from 1 on"),
+        ({"keep_last": 0}, "keep_last=0 must be an integer of at least 1"),
         ({"every_s": -1}, "every_s=-1 must be a number of seconds above 0"),
-        ({"keep_best": ("loss", "least", 1)}, "keep_best=.* must name a metric, 'min' or 'max', and how many"),
-        ({"keep_best": "loss"}, "must name a metric"),
+        ({"keep_best": ("loss", "least", 1)}, "keep_best=.* must be .metric, 'min' or 'max', number to keep"),
+        ({"keep_best": "loss"}, "must be .metric"),
     ],
 )
 def test_wrong_settings_are_refused(lite: Lite, settings: dict[str, Any], message: str) -> None:
-    """Each error says what is allowed."""
+    """Each error has the allowed values."""
     with pytest.raises(SettingError, match=message):
         lite.checkpoints("x", **settings)
 
 
 def test_wrong_calls_are_refused(lite: Lite, tmp_path: Path) -> None:
-    """Steps are whole numbers; metrics hold what is compared; best() needs to know what by."""
+    """Steps are integers; metrics contain the compared one; best() needs keep_best."""
     with pytest.raises(
         CheckpointError, match="s3://a/b is a URL: this checkpoint format keeps to paths of the file sys"
     ):
         lite.checkpoints("s3://a/b").resume(state())
     kept = lite.checkpoints(tmp_path / "run", keep_best=("loss", "min", 1))
-    with pytest.raises(SettingError, match="step=1.5 of a checkpoint must be a whole number"):
+    with pytest.raises(SettingError, match="step=1.5 of a checkpoint must be an integer"):
         kept.save(1.5, state())  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="keep_best compares 'loss', and metrics= has 'acc'"):
         kept.save(1, state(), {"acc": 1.0})
-    with pytest.raises(SettingError, match=r"best\(\) compares by keep_best="):
+    with pytest.raises(SettingError, match=r"best\(\) needs keep_best="):
         lite.checkpoints(tmp_path / "run").best()

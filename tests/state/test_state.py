@@ -1,4 +1,4 @@
-"""What a load puts where, and what it refuses before anything is written."""
+"""Loading of states, and refusals before anything is written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Pair = namedtuple("Pair", ["model", "step"])
 
 
 class Refusing:
-    """An object that gives its state and takes none."""
+    """An object that returns its state and refuses to load one."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"a": 1}
@@ -33,7 +33,7 @@ def lite() -> Iterator[Lite]:
 
 
 def zeroed(model: nn.Linear) -> torch.Tensor:
-    """Return the weights, which are zero afterwards."""
+    """Return the weights, and set them to zero."""
     before = model.weight.detach().clone()
     nn.init.zeros_(model.weight)
     return before
@@ -54,7 +54,7 @@ def zeroed(model: nn.Linear) -> torch.Tensor:
     ],
 )
 def test_what_does_not_fit_inside_is_named(lite: Lite, tmp_path: Path, saved: Any, asked: Any, problem: str) -> None:
-    """Keys, types and dtypes are checked at every depth, and nothing is written where one does not fit."""
+    """Keys, types and dtypes are validated at every depth before anything is written."""
     model = nn.Linear(2, 2)
     lite.save(tmp_path / "x", {"nest": {"model": model, **saved}, "model": model})
     zeroed(model)
@@ -64,7 +64,7 @@ def test_what_does_not_fit_inside_is_named(lite: Lite, tmp_path: Path, saved: An
 
 
 def test_tuples_come_back_whole(lite: Lite, tmp_path: Path) -> None:
-    """Objects in a tuple are restored in place; its plain values come back in a new tuple of its type."""
+    """Objects in a tuple are restored in place; its plain values in a new tuple of its type."""
     model = nn.Linear(2, 2)
     lite.save(tmp_path / "x", {"pair": Pair(model, 3), "plain": (model, [4, {"deep": (model, 5)}])})
     kept = zeroed(model)
@@ -76,7 +76,7 @@ def test_tuples_come_back_whole(lite: Lite, tmp_path: Path) -> None:
 
 
 def test_an_object_that_refuses_its_state_leaves_the_others_alone(lite: Lite, tmp_path: Path) -> None:
-    """What only the object itself can judge is loaded first: when it raises, no model has changed."""
+    """Objects that validate themselves are loaded first: if one raises, no model has changed."""
     model = nn.Linear(2, 2)
     lite.save(tmp_path / "x", {"model": model, "refusing": Refusing()})
     zeroed(model)
@@ -86,7 +86,7 @@ def test_an_object_that_refuses_its_state_leaves_the_others_alone(lite: Lite, tm
 
 
 def test_compiled_or_not_a_checkpoint_is_one(lite: Lite, tmp_path: Path) -> None:
-    """The state of a compiled module has the plain module's keys, in files of torch's own as well."""
+    """The state of a compiled module has the plain module's keys, also in torch's own files."""
     plain = nn.Linear(2, 2)
     compiled: Any = torch.compile(plain, backend="eager")
     lite.setup(compiled)

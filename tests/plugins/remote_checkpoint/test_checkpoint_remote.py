@@ -143,7 +143,7 @@ def test_a_runs_checkpoints_are_kept_at_a_url(store: Any, tmp_path: Path, place:
         data[-1] ^= 1
         fs.pipe_file(name, bytes(data))
         found = {"weights": torch.zeros(3)}
-        with pytest.warns(PlugframeWarning, match="It is set aside, and the one before it taken"):
+        with pytest.warns(PlugframeWarning, match="It is set aside, and the checkpoint before it is loaded"):
             assert kept.resume(found)
         assert kept.step == 2
         assert found["weights"].tolist() == [4.0] * 3

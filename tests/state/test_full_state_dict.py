@@ -1,4 +1,4 @@
-"""``lite.state_dict`` on one rank: what a plain process reads; sharded ones are tested on ranks."""
+"""``lite.state_dict`` on one rank; sharded states are tested on ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plugframe import Lite
 
 @pytest.mark.parametrize("strategy", ["single", "ddp"])
 def test_state_is_plain(strategy: str) -> None:
-    """Modules and optimizers give complete copies, which plain ones load, and which do not change in training."""
+    """Modules and optimizers return full copies that plain ones load, and that training does not change."""
     model, plain = nn.Linear(3, 2), nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters())
     with Lite(accelerator="cpu", devices=1, strategy=strategy) as lite:
