@@ -159,7 +159,7 @@ class Keeping(Core):
         first question on these signals no longer end the process; SIGINT and SIGKILL do.
         """
         self._started("should_stop")
-        return self._stopping.agreed(self._hooks)
+        return self._preemption.should_stop(self._hooks)
 
     def requeue(self) -> bool:
         """Have the scheduler start this job again once it ends; say whether there is one that can.

@@ -24,7 +24,7 @@ from plugframe.diagnostics.call_log import END, SIZE, Call, CallLog
 from plugframe.diagnostics.instrument import call_log_of
 from plugframe.diagnostics.rank_status import Account, find
 from plugframe.hooks.world import World
-from plugframe.launch.report import Ending, report
+from plugframe.launch.report import RankExit, report
 from ranks import rank_store, run_ranks
 
 # ---------------------------------------------------------------------- the ring
@@ -151,7 +151,7 @@ def test_the_launcher_blames_the_rank_that_did_not_come() -> None:
     }
     message = {"message": "CollectiveTimeoutError: Rank 1 did not come", "extraInfo": {"py_callstack": "…"}}
     words = {"types": ["CollectiveTimeoutError", "RankLostError"], "exit_code": 1, "message": message, "blamed": blamed}
-    told = report([Ending(rank=0, exit_code=1, time=1.0, words=words), Ending(rank=1, exit_code=-15)], host="here")
+    told = report([RankExit(rank=0, exit_code=1, time=1.0, error=words), RankExit(rank=1, exit_code=-15)], host="here")
     first, *rest = told.text.splitlines()
     assert first == "rank 1 on there did not come: rank 1 is in forward (model.py:31)."
     assert rest == ["It is at:", "  File", "rank 0: CollectiveTimeoutError: Rank 1 did not come (a consequence)"]

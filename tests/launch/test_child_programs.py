@@ -15,7 +15,7 @@ import pytest
 
 from plugframe import Lite
 from plugframe.hooks.variables import RANK
-from plugframe.launch.inheritance import Place
+from plugframe.launch.inheritance import RankEnvironment
 
 #: What a rank starts. It leaves what its Lite has to say in a file: world size and rank.
 CHILD = """
@@ -121,7 +121,7 @@ def parent_rank(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
     }
     for name, value in {**place, **step, **settings}.items():
         monkeypatch.setenv(name, value)
-    Place().claim([tuple(place), [name for name in step if name.startswith("SLURM_")]])
+    RankEnvironment().claim([tuple(place), [name for name in step if name.startswith("SLURM_")]])
     mark = json.loads(os.environ.pop(RANK))
     os.unsetenv(RANK)
     monkeypatch.setenv(RANK, json.dumps({**mark, "pid": mark["pid"] + 1}))

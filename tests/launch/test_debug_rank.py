@@ -21,7 +21,7 @@ from plugframe.core.config.request import gather
 from plugframe.errors import UsageError
 from plugframe.hooks.launcher import Job
 from plugframe.launch import supervise
-from plugframe.launch.debug import PATIENCE_S
+from plugframe.launch.debug import DEBUG_TIMEOUT_S
 from plugframe_builtins.elastic.launcher import Elastic
 
 PROMPT = "(Pdb) "
@@ -112,15 +112,13 @@ def test_one_rank_is_debugged_while_the_others_wait(debug: Callable[..., Termina
     )
     start = terminal.expect(PROMPT)
     said, place, line = start.splitlines()
-    assert said.startswith(
-        "plugframe: rank 1 runs under pdb: the terminal and Ctrl-C are its own, Ctrl-\\ ends the job"
-    )
+    assert said.startswith("plugframe: rank 1 runs under pdb and receives Ctrl-C; Ctrl-\\ ends the job")
     assert place == f"> {tmp_path / 'train.py'}(1)<module>()"
     assert line == "-> import torch"
     # What the others say comes in between at any time.
     stopped = terminal.type("c").splitlines()
     assert any(line.startswith(("-> print(", "-> breakpoint(")) for line in stopped), stopped  # by Python's version
-    assert f"({PATIENCE_S:.1f}, 1)" in terminal.type("p lite.plan.timeout_s, lite.global_rank").splitlines()
+    assert f"({DEBUG_TIMEOUT_S:.1f}, 1)" in terminal.type("p lite.plan.timeout_s, lite.global_rank").splitlines()
     terminal.type("c", expect="sum 2.0 on 1")
     assert terminal.end() == 0
     # The others' output is kept and shown as ever; that of the one with the terminal is there alone.
@@ -147,7 +145,7 @@ def test_an_exception_can_be_looked_at_where_it_came_from(debug: Callable[..., T
     terminal.expect(PROMPT)
     assert "Post mortem: quit, or Ctrl-D, to end the job." in terminal.type("c")
     assert "'green'" in terminal.type("p colour")
-    terminal.type("q", expect="rank 0: ended by the launcher")
+    terminal.type("q", expect="rank 0: stopped by the launcher")
     assert terminal.end() == 1
     report = terminal.seen[terminal.seen.index("rank 1 on ") :].splitlines()
     assert report[0] == f"rank 1 on {os.uname().nodename} failed: ValueError: no such colour: green"
@@ -171,7 +169,7 @@ def test_ctrl_c_stops_the_debugged_rank_and_quitting_ends_the_job(debug: Callabl
     terminal.type("c", expect="turning")
     terminal.type("\x03")
     terminal.type("p turns > 0", expect="True")
-    terminal.type("q", expect="rank 1 has left the debugger: every rank has been ended.")
+    terminal.type("q", expect="rank 1 quit the debugger: all ranks were stopped.")
     assert terminal.end() == 130
     assert terminal.settings() == terminal.before
 
@@ -180,7 +178,7 @@ def test_ctrl_backslash_ends_a_job_under_the_debugger(debug: Callable[..., Termi
     """Also while the debugger reads a line."""
     terminal = debug("import signal; signal.pause()")
     terminal.expect(PROMPT)
-    terminal.type("\x1c", expect="SIGQUIT: every rank has been ended.")
+    terminal.type("\x1c", expect="SIGQUIT: all ranks were stopped.")
     assert terminal.end() == 131
     assert terminal.settings() == terminal.before
 
@@ -191,13 +189,13 @@ def test_ctrl_backslash_ends_a_job_under_the_debugger(debug: Callable[..., Termi
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--debug-rank=2"], "--debug-rank=2: there is no such rank, ranks go from 0 to 1 here."),
+        (["--debug-rank=2"], "--debug-rank=2: no such rank, this job has ranks 0 to 1."),
         (["--debug-rank=-1"], "Invalid value for '--debug-rank': -1 is not in the range"),
         (["--debug-rank=one"], "Invalid value for '--debug-rank': 'one' is not a valid integer"),
         (["--debug-rank=1"], "--debug-rank=1 needs a terminal on standard input, and there is none"),
         (
             ["--debug-rank=1", "--num-nodes=1:2", "--rdzv-endpoint=localhost:4000"],
-            "--debug-rank=1: nodes that come and go number the ranks anew: take a fixed --num-nodes.",
+            "--debug-rank=1 requires a fixed --num-nodes: elastic jobs renumber their ranks.",
         ),
     ],
 )
@@ -211,7 +209,7 @@ def test_a_rank_that_cannot_be_debugged_is_one_line(
     assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
     assert said in result.stderr
     assert os.listdir() == ["train.py"]
-    with pytest.raises(UsageError, match="--debug-rank=0 is for a script, and this job is a function"):
+    with pytest.raises(UsageError, match="--debug-rank=0 requires a script, and this job runs a function"):
         supervise(Job(num_processes=1, function=print, debug_rank=0), start_method="fork")
 
 
@@ -233,5 +231,5 @@ def test_every_timeout_gives_way_to_the_debugger(tmp_path: Path, monkeypatch: py
     (job,) = jobs
     assert (job.debug_rank, job.max_restarts) == (0, 0)
     request = gather({"timeout_s": 1.0}, environ=job.environ, folder=tmp_path)
-    assert request.value("timeout_s") == PATIENCE_S
-    assert [(each.key, each.value) for each in request.options] == [("collective.timeout_s", str(PATIENCE_S))]
+    assert request.value("timeout_s") == DEBUG_TIMEOUT_S
+    assert [(each.key, each.value) for each in request.options] == [("collective.timeout_s", str(DEBUG_TIMEOUT_S))]

@@ -95,7 +95,7 @@ def test_the_same_failure_at_the_same_step_is_final(script: Write, capfd: pytest
     lines = [line for line in capfd.readouterr().err.splitlines() if "restart" in line]
     assert lines == [f"rank 0 failed (ValueError: no such word); restart {n} of 9" for n in (1, 2)]
     assert error.report.splitlines()[-1] == (
-        "not started again: rank 0 failed in the same way, after step 3, as in the attempt before"
+        "not restarted: rank 0 failed with the same error after step 3 as in the previous attempt"
     )
     assert error.exit_code == 1
 
@@ -211,7 +211,7 @@ def test_a_failed_rank_is_told_once_and_nobody_is_left(script: Write, capfd: pyt
         '    raise ValueError("no such colour")',
         "ValueError: no such colour",
     ]
-    assert error.report.splitlines()[7:] == ["rank 0: ended by the launcher"]
+    assert error.report.splitlines()[7:] == ["rank 0: stopped by the launcher"]
     assert capfd.readouterr() == ("", "")
     for rank in range(2):
         for pid in json.loads(Path(f"pids{rank}").read_text()):
@@ -222,9 +222,9 @@ def test_a_failed_rank_is_told_once_and_nobody_is_left(script: Write, capfd: pyt
     ("body", "exit_code", "said"),
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "was killed by SIGKILL"),
-        ("os._exit(3)", 3, "left with exit code 3"),
-        ("sys.exit(4)", 4, "left with exit code 4"),
-        ("sys.exit('no data')", 1, "left with exit code 1: no data"),
+        ("os._exit(3)", 3, "exited with code 3"),
+        ("sys.exit(4)", 4, "exited with code 4"),
+        ("sys.exit('no data')", 1, "exited with code 1: no data"),
         ("def broken(:", 1, "failed: SyntaxError: invalid syntax (train.py, line 3)"),
     ],
 )
@@ -277,7 +277,7 @@ def test_a_rank_that_ignores_the_end_is_ended(script: Write, monkeypatch: pytest
     error = failure(path)
     assert "rank 1 on" in error.report
     assert "ValueError: hangs at exit" in error.report
-    assert error.report.endswith("rank 0: ended by the launcher")
+    assert error.report.endswith("rank 0: stopped by the launcher")
     assert error.exit_code == 1
 
 
@@ -328,7 +328,7 @@ def test_a_signal_to_the_launcher_ends_every_rank(script: Write, name: str, exit
         """
     )
     error = failure(path)
-    assert (error.report, error.exit_code) == (f"{name}: every rank has been ended.", exit_code)
+    assert (error.report, error.exit_code) == (f"{name}: all ranks were stopped.", exit_code)
     assert [Path(f"got{rank}").read_text() for rank in (0, 1)] == [name, name]
 
 
@@ -440,11 +440,14 @@ def test_nothing_listens_outside_loopback(script: Write) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"command": ("gone.py",)}, "There is no script 'gone.py' in "),
+        ({"command": ("gone.py",)}, "No script 'gone.py' in "),
         ({"command": ()}, "A job is either a script .command=. or a function"),
-        ({"command": ("x.py",), "num_processes": 0}, "num_processes=0: a job has at least one process"),
-        ({"command": ("x.py",), "num_nodes": 2}, "2 nodes meet at node 0: say where .--main-address and --main-port"),
-        ({"command": ("x.py",), "node_rank": 1}, "node_rank=1: node ranks go from 0 to 0"),
+        ({"command": ("x.py",), "num_processes": 0}, "num_processes=0: must be at least 1"),
+        (
+            {"command": ("x.py",), "num_nodes": 2},
+            "num_nodes=2 needs node 0's address: pass --main-address",
+        ),
+        ({"command": ("x.py",), "node_rank": 1}, "node_rank=1: must be 0 to 0"),
     ],
 )
 def test_a_job_that_cannot_be_is_refused(script: Write, settings: dict[str, Any], message: str) -> None:

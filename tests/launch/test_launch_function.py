@@ -76,7 +76,7 @@ def test_a_failing_function_is_told_once(capfd: pytest.CaptureFixture[str]) -> N
     assert lines[0] == f"rank 1 on {os.uname().nodename} failed: KeyError: 'green'"
     assert lines[1] == "Traceback (most recent call last):"
     assert lines[2].endswith("in colour")
-    assert lines[-1] == "rank 0: ended by the launcher"
+    assert lines[-1] == "rank 0: stopped by the launcher"
     assert capfd.readouterr() == ("", "")
 
 
@@ -84,10 +84,10 @@ def test_a_failing_function_is_told_once(capfd: pytest.CaptureFixture[str]) -> N
     ("function", "exit_code", "said"),
     [
         (lambda: os.kill(os.getpid(), signal.SIGKILL), 137, "was killed by SIGKILL"),
-        (lambda: sys.exit(3), 3, "left with exit code 3"),
-        (lambda: sys.exit("no data"), 1, "left with exit code 1: no data"),
-        (lambda: lambda: 0, 1, "failed: TypeError: what the function returned cannot be sent to the launcher: "),
-        (lambda: os._exit(0), 1, "left before the function returned"),
+        (lambda: sys.exit(3), 3, "exited with code 3"),
+        (lambda: sys.exit("no data"), 1, "exited with code 1: no data"),
+        (lambda: lambda: 0, 1, "failed: TypeError: The function's return value cannot be sent to the launcher: "),
+        (lambda: os._exit(0), 1, "exited before the function returned"),
     ],
 )
 def test_every_way_for_a_function_to_fail_has_its_words(function: Callable[[], Any], exit_code: int, said: str) -> None:
@@ -157,7 +157,7 @@ def test_a_script_without_a_guard_gets_one_line(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=True)
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
-        "The script starts ranks while a rank imports it: put what starts them under `if __name__ == '__main__':`."
+        "The script launches ranks while a rank imports it: move the launch under `if __name__ == '__main__':`."
     ]
 
 
@@ -172,7 +172,7 @@ def test_forking_is_refused_once_a_device_is_in_use(monkeypatch: pytest.MonkeyPa
 
 def test_a_function_needs_a_start_method() -> None:
     """The core does not choose how a plugin starts processes."""
-    with pytest.raises(UsageError, match="say how .start_method=."):
+    with pytest.raises(UsageError, match="pass start_method="):
         supervise(Job(num_processes=1, function=place))
     with pytest.raises(UsageError, match="start_method='thread': 'spawn' and 'fork' are possible"):
         Elastic(start_method="thread")  # type: ignore[arg-type]

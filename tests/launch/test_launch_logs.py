@@ -89,9 +89,9 @@ def test_nothing_is_written_over_and_a_failure_names_the_folder(
     assert failure.splitlines()[0] == "Traceback (most recent call last):"
     assert failure.splitlines()[-1] == "ValueError: no such colour"
     assert {name: text for name, text in kept().items() if text != failure} == said_by((0,), 0) | said_by((0,), 1)
-    assert caught.value.report.splitlines()[-1] == f"what the ranks said: {Path('logs').absolute() / 'attempt-1'}"
+    assert caught.value.report.splitlines()[-1] == f"output of the ranks: {Path('logs').absolute() / 'attempt-1'}"
     # Of another node's ranks, which share the folder, a number is not taken.
-    assert Output.of(Job(num_processes=1, log_dir="logs")).begin(1, [2, 3]) == 1
+    assert Output.from_job(Job(num_processes=1, log_dir="logs")).create_attempt_folder(1, [2, 3]) == 1
 
 
 def test_tracebacks_of_other_ranks_are_in_files(script: Write) -> None:
@@ -115,7 +115,7 @@ def test_tracebacks_of_other_ranks_are_in_files(script: Write) -> None:
             Path(name).unlink(missing_ok=True)
         with pytest.raises(RankFailedError) as caught:
             supervise(Job(num_processes=2, command=(path,), log_dir=folder, tee=()))
-        hint = "the tracebacks of the others: plugframe run --log-dir=DIR keeps them"
+        hint = "tracebacks of the other ranks: run again with --log-dir=DIR"
         assert (hint in caught.value.report.splitlines()) == (folder is None)
     last = sorted(kept()[f"attempt-0/rank-{rank}.failure.txt"].splitlines()[-1] for rank in (0, 1))
     assert last == ["IndexError: list index out of range", "ValueError: no such colour"]
@@ -178,13 +178,13 @@ def test_streams_are_numbers_or_words(text: str, means: Mapping[int, Sequence[st
 
 def test_what_goes_where() -> None:
     """All to files and to the terminal by default; a rank under a debugger keeps the terminal to itself."""
-    plain = Output.of(Job(num_processes=2))
-    assert plain.file(0, "stdout", attempt=0, otherwise=Path("tmp")) == ""
+    plain = Output.from_job(Job(num_processes=2))
+    assert plain.file(0, "stdout", attempt=0, default_folder=Path("tmp")) == ""
     assert not plain.shows(0, "stdout")
-    keeping = Output.of(Job(num_processes=2, log_dir="/logs", debug_rank=1))
-    assert keeping.file(0, "stderr", attempt=4, otherwise=Path("tmp")) == "/logs/attempt-4/rank-0.stderr.log"
+    keeping = Output.from_job(Job(num_processes=2, log_dir="/logs", debug_rank=1))
+    assert keeping.file(0, "stderr", attempt=4, default_folder=Path("tmp")) == "/logs/attempt-4/rank-0.stderr.log"
     assert keeping.shows(0, "stderr")
-    assert keeping.file(1, "stderr", attempt=4, otherwise=Path("tmp")) == ""
+    assert keeping.file(1, "stderr", attempt=4, default_folder=Path("tmp")) == ""
     assert not keeping.shows(1, "stderr")
 
 
@@ -192,12 +192,12 @@ def test_what_goes_where() -> None:
     ("words", "said"),
     [
         (["--log-dir=train.py"], "train.py is a file: name a folder"),
-        (["--log-dir=train.py/a/b"], r"a/b cannot be made: .*train.py is a file: name a folder"),
-        (["--log-dir=/proc/nothing"], "/proc/nothing cannot be written to .*: name another folder"),
+        (["--log-dir=train.py/a/b"], r"a/b cannot be created: .*train.py is a file: use a folder"),
+        (["--log-dir=/proc/nothing"], "/proc/nothing is not writable .*: use another folder"),
         (["--log-dir", ""], "--log-dir needs a value"),
-        (["--tee=4"], "--tee=4: type 1 or out, 2 or err, 3 or all, 0 for neither"),
-        (["--tee=0:3,0:1"], "--tee=0:3,0:1: type 1 or out, .* each of them once"),
-        (["--tee=0:3,2:1"], "--tee=0:3,2:1: there is no rank 2, ranks go from 0 to 1 here"),
+        (["--tee=4"], "--tee=4: use 1 or out, 2 or err, 3 or all, 0 for none"),
+        (["--tee=0:3,0:1"], "--tee=0:3,0:1: use 1 or out, .* with each rank once"),
+        (["--tee=0:3,2:1"], "--tee=0:3,2:1: no rank 2, this job has ranks 0 to 1"),
         (["--numa-binding=near"], "'near' is not one of 'node', 'socket', 'exclusive', 'core-complex'"),
     ],
 )
@@ -239,18 +239,18 @@ def test_a_binding_that_cannot_be_is_one_line(script: Write, monkeypatch: pytest
     script("open('ran', 'w')")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
-    with pytest.raises(UnsupportedError, match="each of the 2 ranks near the GPU .* and this machine has 1: leave"):
+    with pytest.raises(UnsupportedError, match="each of the 2 ranks near the GPU .* and this machine has 1: omit"):
         bind()
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UnsupportedError, match="--numa-binding=node needs the program numactl: install it"):
+    with pytest.raises(UnsupportedError, match="--numa-binding=node requires numactl: install it"):
         bind()
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     with monkeypatch.context() as patch:
         patch.setattr("plugframe.launch.numa._NODES", "/nowhere")
-        with pytest.raises(UnsupportedError, match="this machine tells nothing of its NUMA nodes .no /nowhere."):
+        with pytest.raises(UnsupportedError, match="/nowhere does not exist, so there are no NUMA nodes"):
             bind()
-    with pytest.raises(UsageError, match="--numa-binding=near: type one of node, socket, exclusive, core-complex"):
+    with pytest.raises(UsageError, match="--numa-binding=near: use one of node, socket, exclusive, core-complex"):
         supervise(Job(num_processes=2, command=("train.py",), numa_binding="near"))
 
     def unknown(index: int) -> Any:

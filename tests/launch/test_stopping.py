@@ -14,7 +14,7 @@ import pytest
 
 from plugframe import Lite, PlugframeWarning
 from plugframe.hooks.world import World
-from plugframe.launch.preemption import SIGNALS, Stopping
+from plugframe.launch.preemption import SIGNALS, PreemptionHandler
 from plugframe_builtins._shared.requeue import requeue
 from ranks import run_ranks
 
@@ -86,7 +86,7 @@ def test_a_stopped_job_saves_and_goes_on(name: str, code: int, tmp_path: Path) -
     first = run()
     assert first.returncode == code, first.stderr
     assert first.stdout.count("began and left") == 2
-    assert f"{name}: every rank has" in first.stderr
+    assert f"{name}: all ranks" in first.stderr
     steps = [(tmp_path / f"left-{rank}").read_text() for rank in range(2)]
     assert steps[0] == steps[1]
     second = run()
@@ -96,10 +96,10 @@ def test_a_stopped_job_saves_and_goes_on(name: str, code: int, tmp_path: Path) -
 
 def test_a_childs_signal_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process forked from a rank, a loader's worker, is ended by a signal and tells nobody."""
-    stopping = Stopping()
+    stopping = PreemptionHandler()
     hooks = SimpleNamespace(collective_all_reduce=lambda tensor, op, group: tensor)
     try:
-        assert not stopping.agreed(hooks)
+        assert not stopping.should_stop(hooks)
         ended: list[int] = []
         monkeypatch.setattr(os, "kill", lambda pid, number: ended.append(number))
         monkeypatch.setattr(os, "getpid", lambda: -1)
