@@ -202,8 +202,8 @@ class _Supervision:
         if job.function is None:
             entrypoint = sys.executable
             script = os.path.abspath(rank_script.__file__)
-            error = (*job.interpreter_options, script, str(os.getpid()), *job.command)
-            args = tuple(word.replace("$", "$$") for word in error)  # torch fills in ${local_rank}
+            arguments = (*job.interpreter_options, script, str(os.getpid()), *job.command)
+            args = tuple(word.replace("$", "$$") for word in arguments)  # torch fills in ${local_rank}
         spec = WorkerSpec(
             role="default",
             local_world_size=job.num_processes,

@@ -22,7 +22,7 @@ from plugframe import CollectiveTimeoutError, Lite, PlugframeError, RankLostErro
 from plugframe.diagnostics import likely_causes
 from plugframe.diagnostics.call_log import END, SIZE, Call, CallLog
 from plugframe.diagnostics.instrument import call_log_of
-from plugframe.diagnostics.rank_status import Account, find
+from plugframe.diagnostics.rank_status import RankStatus, diagnose
 from plugframe.hooks.world import World
 from plugframe.launch.report import RankExit, report
 from ranks import rank_store, run_ranks
@@ -112,30 +112,30 @@ def test_code_that_cannot_be_read_gives_no_hint() -> None:
     assert likely_causes.source(call) == likely_causes.under_rank_condition(call) == likely_causes.in_loop(call) == ""
 
 
-def account(rank: int, number: int | None, **more: Any) -> Account:
+def status(rank: int, number: int | None, **more: Any) -> RankStatus:
     call = None if number is None else Call(number, "collective_barrier", "barrier", "", "train.py", 57, False)
-    return Account(rank=rank, host="here", running=call, **more)
+    return RankStatus(rank=rank, host="here", running=call, **more)
 
 
 @pytest.mark.parametrize(
     ("others", "culprit", "says"),
     [
-        ([account(1, None, doing="in forward (model.py:31)")], 1, "rank 1 is in forward (model.py:31)"),
+        ([status(1, None, activity="in forward (model.py:31)")], 1, "rank 1 is in forward (model.py:31)"),
         (
-            [account(1, 8), account(2, None, doing="at train.py:3")],
+            [status(1, 8), status(2, None, activity="at train.py:3")],
             2,
             "ranks 0 and 1 wait in barrier (train.py:57, call 8)",
         ),
-        ([account(1, 7), account(2, 8)], 1, "rank 1 waits in barrier (train.py:57, call 7)"),
-        ([None, account(2, 8)], 1, "rank 1 did not answer within 5 s (it has died, was stopped, or something in it"),
-        ([account(1, None, left=True, error="ValueError: no")], 1, "rank 1 has left with ValueError: no"),
-        ([account(1, 8), account(2, 8)], None, "All ranks are in the same call: does the network or the device hang?"),
+        ([status(1, 7), status(2, 8)], 1, "rank 1 waits in barrier (train.py:57, call 7)"),
+        ([None, status(2, 8)], 1, "rank 1 did not respond within 5 s (it died, is stopped, or a thread holds the GIL)"),
+        ([status(1, None, shut_down=True, error="ValueError: no")], 1, "rank 1 has shut down with ValueError: no"),
+        ([status(1, 8), status(2, 8)], None, "All ranks are in the same call: check the network and the devices."),
     ],
 )
-def test_the_rank_that_did_not_come_is_found(others: list[Account | None], culprit: int | None, says: str) -> None:
+def test_the_rank_that_did_not_come_is_found(others: list[RankStatus | None], culprit: int | None, says: str) -> None:
     """Who left or does not answer, else who is in no call, else who is in another one than most."""
-    accounts = dict(enumerate([account(0, 8), *others]))
-    found = find(accounts, 0, seconds=5.0)
+    statuses = dict(enumerate([status(0, 8), *others]))
+    found = diagnose(statuses, 0, seconds=5.0)
     assert found.culprit == culprit
     assert says in found.text
 
@@ -149,12 +149,16 @@ def test_the_launcher_blames_the_rank_that_did_not_come() -> None:
         "stack": "  File",
         "alive": True,
     }
-    message = {"message": "CollectiveTimeoutError: Rank 1 did not come", "extraInfo": {"py_callstack": "…"}}
+    message = {"message": "CollectiveTimeoutError: Rank 1 did not reach barrier", "extraInfo": {"py_callstack": "…"}}
     words = {"types": ["CollectiveTimeoutError", "RankLostError"], "exit_code": 1, "message": message, "blamed": blamed}
     told = report([RankExit(rank=0, exit_code=1, time=1.0, error=words), RankExit(rank=1, exit_code=-15)], host="here")
     first, *rest = told.text.splitlines()
-    assert first == "rank 1 on there did not come: rank 1 is in forward (model.py:31)."
-    assert rest == ["It is at:", "  File", "rank 0: CollectiveTimeoutError: Rank 1 did not come (a consequence)"]
+    assert first == "rank 1 on there did not reach a collective: rank 1 is in forward (model.py:31)."
+    assert rest == [
+        "Stack of rank 1:",
+        "  File",
+        "rank 0: CollectiveTimeoutError: Rank 1 did not reach barrier (a consequence)",
+    ]
     assert told.certain
 
 
@@ -252,10 +256,10 @@ def test_a_rank_that_does_not_come_is_named_with_its_line_and_stack() -> None:
     """On a timeout the error says for each rank where it is and what it did last, and shows the missing one's stack."""
     kind, text = told()[0]["late"]
     assert kind == "CollectiveTimeoutError"
-    assert "Rank 1 did not come to barrier (test_divergence.py:" in text
+    assert "Rank 1 did not reach barrier (test_divergence.py:" in text
     assert "rank 1 is in forward (test_divergence.py:" in text
     assert "its last collective was barrier (test_divergence.py:" in text
-    assert "Rank 1 is at:" in text
+    assert "Stack of rank 1:" in text
     assert "self.store.wait([name])" in text
 
 
@@ -284,7 +288,7 @@ def test_a_rank_that_cannot_answer_is_said_to_be_so() -> None:
     """A stopped process, or one whose interpreter is held, is named as the one that does not answer."""
     kind, text = told()[0]["stopped"]
     assert kind == "CollectiveTimeoutError"
-    assert "rank 1 did not answer within 5 s" in text
+    assert "rank 1 did not respond within 5 s" in text
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda function: function.__name__)
@@ -358,10 +362,10 @@ def test_plugframe_run_blames_the_rank_that_hangs(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if not line.startswith("plugframe: 2 ranks")]
-    assert "did not come: rank 0 waits in all_reduce of (2,) float32 mean (train.py:18, call" in lines[0]
+    assert "did not reach a collective: rank 0 waits in all_reduce of (2,) float32 mean (train.py:18, call" in lines[0]
     assert lines[0].startswith("rank 1 on ")
     assert "rank 1 is in forward (train.py:12), its last collective was setup (train.py:15, call" in lines[0]
-    assert lines[1] == "It is at:"
+    assert lines[1] == "Stack of rank 1:"
     assert 'train.py", line 17, in <module>' in lines[2]
     assert "line 12, in forward" in done.stderr
     assert "Traceback" not in done.stderr

@@ -14,7 +14,7 @@ import torch
 
 from plugframe import Lite
 from plugframe.diagnostics.call_log import Call, CallLog
-from plugframe.diagnostics.rank_status import Account
+from plugframe.diagnostics.rank_status import RankStatus
 from plugframe.diagnostics.stall_report import report, start_stall_reporter
 from plugframe.hooks.world import World
 from ranks import rank_store, run_ranks
@@ -22,39 +22,39 @@ from ranks import rank_store, run_ranks
 AFTER_S = 0.2
 
 
-def account(rank: int, number: int | None, *, line: int = 57, name: str = "barrier", **more: Any) -> Account:
+def status(rank: int, number: int | None, *, line: int = 57, name: str = "barrier", **more: Any) -> RankStatus:
     call = None if number is None else Call(number, f"collective_{name}", name, "", "train.py", line, False)
-    return Account(rank=rank, host="here", running=call, **more)
+    return RankStatus(rank=rank, host="here", running=call, **more)
 
 
 def test_ranks_that_are_slow_together_are_not_told_of() -> None:
     """In one call all ranks are simply slow: nothing is said."""
-    assert report({0: account(0, 8), 1: account(1, 8)}, 0, 30.0) == ""
+    assert report({0: status(0, 8), 1: status(1, 8)}, 0, 30.0) == ""
 
 
 @pytest.mark.parametrize(
     ("other", "says"),
     [
         (
-            account(1, None, doing="in validate (train.py:31)"),
+            status(1, None, activity="in validate (train.py:31)"),
             "plugframe: still waiting for rank 1 after 30 s: rank 0 waits in barrier (train.py:57, call 8); "
             "rank 1 is in validate (train.py:31).",
         ),
-        (account(1, 7, line=40), "rank 1 waits in barrier (train.py:40, call 7). Every rank must make the same calls"),
-        (account(1, None, left=True), "rank 1 has left."),
-        (None, "rank 1 did not answer within 5 s"),
+        (status(1, 7, line=40), "rank 1 waits in barrier (train.py:40, call 7). Every rank must make the same calls"),
+        (status(1, None, shut_down=True), "rank 1 has shut down."),
+        (None, "rank 1 did not respond within 5 s"),
     ],
 )
-def test_one_line_says_who_waits_and_who_is_elsewhere(other: Account | None, says: str) -> None:
+def test_one_line_says_who_waits_and_who_is_elsewhere(other: RankStatus | None, says: str) -> None:
     """The line names the rank that is waited for, where it is, and what the mistake may be."""
-    text = report({0: account(0, 8), 1: other}, 0, 30.0)
+    text = report({0: status(0, 8), 1: other}, 0, 30.0)
     assert says in text
     assert "\n" not in text
 
 
 def test_work_within_one_call_is_no_mistake() -> None:
     """A rank that writes a checkpoint while the others wait in the same line for it is told of without a hint."""
-    text = report({0: account(0, 8), 1: account(1, 7, name="save")}, 0, 30.0)
+    text = report({0: status(0, 8), 1: status(1, 7, name="save")}, 0, 30.0)
     assert text.endswith("rank 1 waits in save (train.py:57, call 7).")
 
 

@@ -175,7 +175,7 @@ def test_a_module_runs_with_dash_m(script: Write, tmp_path: Path) -> None:
     main = str(tmp_path / "pkg" / "__main__.py")
     assert Path("said").read_text() == repr([[main, "-x"], str(tmp_path), "__main__", "pkg.__main__", True])
     report = failure("-m", "pkg.nothing", num_processes=1).report
-    assert "failed: ModuleNotFoundError: no module 'pkg.nothing' that can be run" in report
+    assert "failed: ModuleNotFoundError: No module named 'pkg.nothing' that can be executed" in report
 
 
 @pytest.mark.usefixtures("handlers")
@@ -259,7 +259,7 @@ def test_a_crash_shows_where_it_happened(script: Write) -> None:
 
 def test_a_rank_that_ignores_the_end_is_ended(script: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that would not leave after another one failed, and one that fails but hangs while leaving."""
-    monkeypatch.setattr(monitor, "LEAVE_S", 0.3)
+    monkeypatch.setattr(monitor, "EXIT_TIMEOUT_S", 0.3)
     monkeypatch.setattr(monitor, "LAST_WORDS_S", 0.3)
     path = script(
         """

@@ -111,7 +111,7 @@ def test_a_notebook_launches_twice_and_shows_what_failed(tmp_path: Path, monkeyp
     assert report[0] == f"rank 1 on {os.uname().nodename} failed: ValueError: no such colour"
     assert report[-2] == "ValueError: no such colour"
     assert report[-1].startswith("rank 0: ")
-    assert "An interactive session has no file that more ranks could run" in error(scriptless).evalue
+    assert "An interactive session has no file that ranks could run" in error(scriptless).evalue
     assert said(left).splitlines() == ["[] False", "[]", "[]"]
     assert re.search(
         r"has used a xpu device, by the look of the code in In \[10\], line 3 \(weights = weights\.xpu\(\)\): restart",
