@@ -1,4 +1,4 @@
-"""Buffers that forwards change (running statistics), kept equal on all ranks."""
+"""Synchronise buffers that change in forward (running statistics) across ranks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from plugframe.utils.shards import is_shard
 
 @torch.no_grad()
 def sync_buffers(module: nn.Module, hooks: Any) -> None:
-    """Give every rank rank 0's buffers, in one broadcast for each dtype. Every rank must call it.
+    """Broadcast rank 0's persistent buffers, with one broadcast per dtype. Every rank must call it.
 
-    Of all buffers those that a checkpoint holds: what is not persistent is computed (masks, tables of positions).
+    Non-persistent buffers are skipped, because they are computed (masks, position tables).
     """
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for buffer in persistent_buffers(module):
@@ -27,14 +27,14 @@ def sync_buffers(module: nn.Module, hooks: Any) -> None:
 
 
 def persistent_buffers(module: nn.Module) -> list[Tensor]:
-    """Return the buffers that are in the module's state, each once; those that are split over ranks left out."""
+    """Return the buffers in the module's state dict, each once, without sharded and empty ones."""
     names = set(module.state_dict(keep_vars=True))
     named = module.named_buffers()
     return [buffer for name, buffer in named if name in names and not is_shard(buffer) and buffer.numel()]
 
 
 def stored(tensor: Tensor) -> Tensor:
-    """Return a view that has each stored element once: an expanded tensor cannot be written as it is."""
+    """Return a view with each stored element once: an expanded tensor cannot be written directly."""
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if size > 1 and stride == 0:
             tensor = tensor.narrow(dim, 0, 1)
@@ -43,11 +43,11 @@ def stored(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def overwrite(tensor: Tensor, value: Tensor) -> None:
-    """Copy `value`, of the same shape, into `tensor`, which may be expanded, or made under ``inference_mode``."""
+    """Copy `value` into `tensor`, of the same shape, which may be expanded or created under ``inference_mode``."""
     target = stored(tensor)
     for dim, size in enumerate(target.shape):
         value = value.narrow(dim, 0, size)
-    if target.is_inference():  # writable only there
+    if target.is_inference():  # writable only in inference mode
         with torch.inference_mode():
             target.copy_(value)
     else:
@@ -55,7 +55,7 @@ def overwrite(tensor: Tensor, value: Tensor) -> None:
 
 
 def load_expanded(module: torch.nn.Module, state: dict[str, Any]) -> list[str]:
-    """Load those buffers that are expanded, which ``load_state_dict`` cannot write; return their names."""
+    """Load expanded buffers, which ``load_state_dict`` cannot write; return their names."""
     found = []
     for name, buffer in module.named_buffers():
         value = state.get(name)

@@ -1,4 +1,4 @@
-"""Walking through batches: any nesting of mappings, sequences, named tuples and dataclasses."""
+"""Traverse batches: nested mappings, sequences, named tuples and dataclasses."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn import Module
 
 
 def map_tensors(fn: Callable[[Tensor], Any], data: Any) -> Any:
-    """Return `data` with ``fn(tensor)`` in place of every tensor; `data` itself where nothing changed.
+    """Return `data` with every tensor replaced by ``fn(tensor)``; `data` itself if nothing changed.
 
-    Containers keep their types; objects with a ``to`` method of their own are left alone.
+    Container types are preserved. Other objects are left unchanged.
     """
     if isinstance(data, Tensor):
         return fn(data)
@@ -41,7 +41,7 @@ def _map_mapping(fn: Callable[[Tensor], Any], data: Mapping[Any, Any]) -> Any:
         return data
     if type(data) is dict:
         return values
-    # A mapping class of the user's own (a defaultdict, a BatchEncoding): a shallow copy keeps what else it holds.
+    # A custom mapping class (defaultdict, BatchEncoding): a shallow copy preserves its other attributes.
     result: Any = copy.copy(data)
     for key, value in values.items():
         result[key] = value
@@ -61,12 +61,12 @@ def _map_dataclass(fn: Callable[[Tensor], Any], data: Any) -> Any:
 
 
 def leaves(data: Any, *, depth: int = 8) -> Iterator[Any]:
-    """Yield everything in `data` that is no container: tensors, numbers, objects.
+    """Yield all leaves of `data`: tensors, numbers, objects.
 
-    A dataclass, and an object of the user's own with tensors in its attributes, are yielded before what is in them.
+    A dataclass, or an object with tensors in its attributes, is yielded before its contents.
 
     Args:
-        depth: levels to descend at most: objects may refer to each other.
+        depth: maximum number of levels: objects may refer to each other.
     """
     inside: Any = ()
     if isinstance(data, Mapping):
