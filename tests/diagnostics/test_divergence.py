@@ -1,4 +1,4 @@
-"""Ranks that do not do the same: every rank is told where all are, never a wrong value, never an abort."""
+"""Diverging ranks: every rank gets an error with the status of all, never a wrong value or an abort."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def wrapped(ring: CallLog, hook: str, tensor: Any = None, detail: Any = None, ev
 
 
 def test_a_ring_knows_the_line_a_call_comes_from() -> None:
-    """Kept are number, operation, tensor and the user's line; words are made of them when asked."""
+    """An entry has number, operation, tensor and the user's line; text is formatted on request."""
     ring = CallLog()
     entry = wrapped(ring, "collective_all_reduce", torch.ones(2, 3), "sum")
     running = ring.running()
@@ -50,7 +50,7 @@ def test_a_ring_knows_the_line_a_call_comes_from() -> None:
 
 
 def test_a_ring_keeps_the_last_calls_and_counts_those_of_all_ranks() -> None:
-    """What does not fit any more is forgotten; a call of a group does not count."""
+    """The oldest entries are dropped; calls of a group are not counted."""
     ring = CallLog()
     for _ in range(SIZE + 5):
         wrapped(ring, "collective_barrier")[END] = True
@@ -65,7 +65,7 @@ def test_a_ring_keeps_the_last_calls_and_counts_those_of_all_ranks() -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Callable[[str], Callable[[int], Call]]:
-    """Write a script, and return what makes a call at one of its lines."""
+    """Write a script; return a function that makes a call at one of its lines."""
 
     def write(body: str) -> Callable[[int], Call]:
         path = tmp_path / "train.py"
@@ -77,7 +77,7 @@ def source(tmp_path: Path) -> Callable[[str], Callable[[int], Call]]:
 
 
 def test_conditions_loops_and_handlers_are_found_in_the_source(source: Any) -> None:
-    """A condition on the rank, a handler that passes over errors, and the loop that one of two calls has left."""
+    """Rank conditions, handlers that swallow errors, and loops that one of two calls has left are found."""
     at = source(
         """
         for batch in loader:
@@ -107,7 +107,7 @@ def test_conditions_loops_and_handlers_are_found_in_the_source(source: Any) -> N
 
 
 def test_code_that_cannot_be_read_gives_no_hint() -> None:
-    """A line of a prompt or a broken file is named without a word on the mistake."""
+    """Calls in unreadable source (a prompt, a broken file) have no hint."""
     call = Call(1, "collective_barrier", "barrier", "", "<stdin>", 3, False)
     assert likely_causes.source(call) == likely_causes.under_rank_condition(call) == likely_causes.in_loop(call) == ""
 
@@ -133,7 +133,7 @@ def status(rank: int, number: int | None, **more: Any) -> RankStatus:
     ],
 )
 def test_the_rank_that_did_not_come_is_found(others: list[RankStatus | None], culprit: int | None, says: str) -> None:
-    """Who left or does not answer, else who is in no call, else who is in another one than most."""
+    """The culprit has shut down or does not respond, else is in no call, else is in another call than most."""
     statuses = dict(enumerate([status(0, 8), *others]))
     found = diagnose(statuses, 0, seconds=5.0)
     assert found.culprit == culprit
@@ -141,7 +141,7 @@ def test_the_rank_that_did_not_come_is_found(others: list[RankStatus | None], cu
 
 
 def test_the_launcher_blames_the_rank_that_did_not_come() -> None:
-    """A rank that has waited in vain tells of whom; that one is the culprit, with its stack."""
+    """The report names the rank that a timed-out rank blames, with its stack."""
     blamed = {
         "rank": 1,
         "host": "there",
@@ -177,7 +177,7 @@ def failure(call: Callable[[], Any]) -> tuple[str, str]:
 
 
 class Waiting:
-    """A rank that is elsewhere until rank 0 has what it waits for."""
+    """Keeps a rank elsewhere until rank 0 has its result."""
 
     def __init__(self, store: Any) -> None:
         self.store = store
@@ -187,7 +187,7 @@ class Waiting:
 
 
 def checks_of_a_rank(world: World) -> dict[str, Any]:
-    """Go through what can be checked in one start; return what this rank was told."""
+    """Run all checks that fit in one start; return the errors of this rank."""
     store, found = rank_store(60.0), {}
     threads = set(threading.enumerate())
     with Lite(accelerator="cpu", devices=2, strategy="ddp", diagnostics=False) as lite:
@@ -234,7 +234,7 @@ def checks_of_a_rank(world: World) -> dict[str, Any]:
 
 
 def stopped(lite: Any, store: Any, found: dict[str, Any]) -> None:
-    """Stop rank 1 altogether while rank 0 waits for it."""
+    """Stop the process of rank 1 while rank 0 waits for it."""
     if lite.global_rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
         return
@@ -253,7 +253,7 @@ def told_of_mistakes() -> list[dict[str, tuple[str, str, float]]]:
 
 
 def test_a_rank_that_does_not_come_is_named_with_its_line_and_stack() -> None:
-    """On a timeout the error says for each rank where it is and what it did last, and shows the missing one's stack."""
+    """A timeout error has each rank's position and last call, and the stack of the missing rank."""
     kind, text = told()[0]["late"]
     assert kind == "CollectiveTimeoutError"
     assert "Rank 1 did not reach barrier (test_divergence.py:" in text
@@ -264,7 +264,7 @@ def test_a_rank_that_does_not_come_is_named_with_its_line_and_stack() -> None:
 
 
 def test_unequal_shapes_are_listed_or_padded() -> None:
-    """all_gather of unequal shapes is an error on all ranks that lists them, or fills up with what is asked for."""
+    """all_gather of unequal shapes raises on all ranks with a list of shapes, or pads if asked to."""
     for found in told():
         assert found["gathered"] == [[0.0, 1.0, -1.0], [0.0, 1.0, 2.0]]
         kind, text = found["unequal"]
@@ -275,7 +275,7 @@ def test_unequal_shapes_are_listed_or_padded() -> None:
 
 
 def test_a_call_can_have_a_timeout_of_its_own() -> None:
-    """The others are waited for so long and no longer; the connections stay whole."""
+    """A timeout per call applies to that call only; connections stay usable."""
     kind, text = told()[0]["per call"]
     assert kind == "CollectiveTimeoutError"
     assert "rank 1 is in forward" in text
@@ -285,7 +285,7 @@ def test_a_call_can_have_a_timeout_of_its_own() -> None:
 
 
 def test_a_rank_that_cannot_answer_is_said_to_be_so() -> None:
-    """A stopped process, or one whose interpreter is held, is named as the one that does not answer."""
+    """A stopped process, or one that holds the GIL, is reported as not responding."""
     kind, text = told()[0]["stopped"]
     assert kind == "CollectiveTimeoutError"
     assert "rank 1 did not respond within 5 s" in text
@@ -293,7 +293,7 @@ def test_a_rank_that_cannot_answer_is_said_to_be_so() -> None:
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda function: function.__name__)
 def test_without_lockstep_nothing_aborts_and_what_can_corrupt_is_named(mistake: Any) -> None:
-    """Calls that differ are an error on a rank at least; only two equal calls in another order are not seen."""
+    """Different calls raise on at least one rank; only two equal calls in another order are not detected."""
     found = [report_of[mistake.__name__] for report_of in told_of_mistakes()]
     texts = [text for kind, text, _ in found if kind]
     if mistake.__name__ == "the_order_differs":
@@ -310,7 +310,7 @@ def test_without_lockstep_nothing_aborts_and_what_can_corrupt_is_named(mistake: 
 
 
 def test_one_rank_has_no_ring() -> None:
-    """With one rank nothing is kept, and hooks are the plugins' own methods."""
+    """With one rank nothing is recorded, and hooks are the plugins' own methods."""
     with Lite(accelerator="cpu", devices=1) as lite:
         lite.launch()
         assert call_log_of(lite._hooks) is None
@@ -318,7 +318,7 @@ def test_one_rank_has_no_ring() -> None:
 
 
 def test_errors_travel_between_processes() -> None:
-    """What a rank is told can be sent to its launcher, with whom it blames."""
+    """Timeout errors can be pickled, with the rank they blame."""
     import pickle
 
     error = pickle.loads(pickle.dumps(CollectiveTimeoutError("late", blamed={"rank": 1})))
@@ -349,7 +349,7 @@ lite.all_reduce(torch.ones(2))
 
 
 def test_plugframe_run_blames_the_rank_that_hangs(tmp_path: Path) -> None:
-    """The launcher's report begins with the rank that did not come, its line and its stack; it is told once."""
+    """The launcher's report starts with the missing rank, its line and its stack, once."""
     (tmp_path / "train.py").write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, "-m", "plugframe", "run", "train.py"],

@@ -1,4 +1,4 @@
-"""One rank under a debugger: the terminal is its own, and the others wait for it."""
+"""Debug one rank: it has the terminal to itself, and the others wait for it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LIMIT_S = 100
 
 
 class Terminal:
-    """A command at a terminal, and who types."""
+    """Runs a command at a pseudo-terminal and types into it."""
 
     def __init__(self, folder: Path, *words: str) -> None:
         self._master, slave = pty.openpty()
@@ -46,7 +46,7 @@ class Terminal:
         self._read = 0
 
     def expect(self, text: str) -> str:
-        """Read until `text`, and return what came before it."""
+        """Read until `text`, and return the output before it."""
         while text not in self.seen[self._read :]:
             ready, _, _ = select.select([self._master], [], [], _LIMIT_S)
             assert ready, f"no {text!r} in {self.seen[self._read :]!r}"
@@ -57,23 +57,23 @@ class Terminal:
         return before
 
     def type(self, line: str, *, expect: str = PROMPT) -> str:
-        """Type a line or a key, and return what is said to it."""
+        """Type a line or a key, and return the response."""
         os.write(self._master, (line if line < " " else f"{line}\n").encode())
         return self.expect(expect)
 
     def end(self) -> int:
-        """Wait for the end, and return the exit code."""
+        """Wait for the process to end, and return its exit code."""
         code = self._process.wait(_LIMIT_S)
         while select.select([self._master], [], [], 0)[0]:
             self.seen += os.read(self._master, 4096).decode().replace("\r\n", "\n")
         return code
 
     def settings(self) -> list[Any]:
-        """Return what the terminal is set to."""
+        """Return the terminal's attributes."""
         return termios.tcgetattr(self._slave)
 
     def close(self) -> None:
-        """End what still runs."""
+        """Kill the command if it still runs."""
         if self._process.poll() is None:
             self._process.terminate()
             self._process.wait(_LIMIT_S)
@@ -83,7 +83,7 @@ class Terminal:
 
 @pytest.fixture
 def debug(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
-    """Start a script of this body on two CPU ranks, of which rank 1 is debugged."""
+    """Start a script with this body on two CPU ranks, with rank 1 under the debugger."""
     terminals = []
 
     def start(body: str, *words: str) -> Terminal:
@@ -98,7 +98,7 @@ def debug(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
 
 
 def test_one_rank_is_debugged_while_the_others_wait(debug: Callable[..., Terminal], tmp_path: Path) -> None:
-    """It stops at the first line and at breakpoint(), which others pass; no timeout ends their waiting."""
+    """The rank stops at the first line and at breakpoint(), which other ranks skip; they do not time out."""
     terminal = debug(
         """\
         import torch
@@ -130,7 +130,7 @@ def test_one_rank_is_debugged_while_the_others_wait(debug: Callable[..., Termina
 
 
 def test_an_exception_can_be_looked_at_where_it_came_from(debug: Callable[..., Terminal]) -> None:
-    """The debugger waits there; once it is quit the job ends with the report of any other failure."""
+    """The debugger opens at the exception; after it quits, the job ends with the usual report."""
     terminal = debug(
         """\
         import os, signal
@@ -153,7 +153,7 @@ def test_an_exception_can_be_looked_at_where_it_came_from(debug: Callable[..., T
 
 
 def test_ctrl_c_stops_the_debugged_rank_and_quitting_ends_the_job(debug: Callable[..., Terminal]) -> None:
-    """Nobody else gets the key; the terminal is set as it was at the end."""
+    """Only the debugged rank receives the key; the terminal's settings are restored at the end."""
     terminal = debug(
         """\
         import os, signal
@@ -175,7 +175,7 @@ def test_ctrl_c_stops_the_debugged_rank_and_quitting_ends_the_job(debug: Callabl
 
 
 def test_ctrl_backslash_ends_a_job_under_the_debugger(debug: Callable[..., Terminal]) -> None:
-    """Also while the debugger reads a line."""
+    """The terminal's settings are also restored if the debugger is reading a line."""
     terminal = debug("import signal; signal.pause()")
     terminal.expect(PROMPT)
     terminal.type("\x1c", expect="SIGQUIT: all ranks were stopped.")
@@ -202,7 +202,7 @@ def test_ctrl_backslash_ends_a_job_under_the_debugger(debug: Callable[..., Termi
 def test_a_rank_that_cannot_be_debugged_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
-    """What was asked, what was found, what to type; nothing has run."""
+    """The error has the option, the reason and the alternative; no rank runs."""
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text("open('ran', 'w')")
     result = CliRunner().invoke(cli, ["run", "--devices=2", "--accelerator=cpu", *words, "train.py"])
@@ -214,7 +214,7 @@ def test_a_rank_that_cannot_be_debugged_is_one_line(
 
 
 def test_every_timeout_gives_way_to_the_debugger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the command line and of the code; one that was typed, and restarts, are told to have no effect."""
+    """Timeouts from the command line and the code are replaced; a typed timeout and restarts get a warning."""
     monkeypatch.chdir(tmp_path)
     Path("train.py").touch()
 

@@ -1,4 +1,4 @@
-"""Two nodes, both of them this host: the second launcher runs in a process of its own."""
+"""Launch on two nodes, both on this host: the second launcher runs in its own process."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def free_port() -> int:
 
 
 def test_two_nodes_run_restart_and_fail_as_one_job(two_nodes: TwoNodes, capfd: pytest.CaptureFixture[str]) -> None:
-    """Ranks count through all nodes; a failure on one node starts all again, or is told on all."""
+    """Ranks are numbered across nodes; a failure of one node restarts all nodes, or is reported on all."""
     place = """
     import json
     names = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -154,7 +154,7 @@ def test_two_nodes_run_restart_and_fail_as_one_job(two_nodes: TwoNodes, capfd: p
 def test_a_node_that_falls_silent_is_told_on_all_others(
     two_nodes: TwoNodes, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A launcher whose machine has stopped is named by node 0, and gives up when it goes on alone."""
+    """Node 0 reports a launcher whose machine has stopped; that launcher gives up when it resumes."""
     monkeypatch.setattr(nodes, "LOST_NODE_TIMEOUT_S", 1.0)
     stop = """
     if os.environ["RANK"] == "1":
@@ -186,7 +186,7 @@ def refused(**settings: Any) -> str:
 def test_nodes_that_do_not_find_each_other_say_where_they_looked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error has address, port, how long it was tried, and who is missing."""
+    """The error has address, port, timeout and the missing nodes."""
     monkeypatch.chdir(tmp_path)
     Path("train.py").touch()
     port = free_port()
@@ -209,7 +209,7 @@ def test_nodes_that_do_not_find_each_other_say_where_they_looked(
 
 
 def test_a_launcher_without_the_token_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever serves at the main address without the job's token cannot send this node's ranks anywhere."""
+    """A store served without the job's token is rejected before ranks connect to addresses in it."""
     monkeypatch.chdir(tmp_path)
     Path("train.py").touch()
     store = serve(listening("127.0.0.1", 0), "127.0.0.1")
@@ -230,7 +230,7 @@ def test_a_launcher_without_the_token_is_not_believed(tmp_path: Path, monkeypatc
 
 
 def test_words_are_signed_with_their_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A value counts only under the key that it was written to, with the token; without a token any does."""
+    """A value is only valid under its key and with the token; without a token every value is."""
     store = HashStore()
     monkeypatch.setenv(TOKEN, "token")
     words = SignedStore(store)
@@ -249,7 +249,7 @@ def test_words_are_signed_with_their_key(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_torchs_rendezvous_opens_no_state_of_a_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch's elastic rendezvous would unpickle is verified before torch sees it."""
+    """Values that torch's elastic rendezvous would unpickle are verified first."""
     monkeypatch.setenv(TOKEN, "token")
     store = HashStore()
     backend = C10dRendezvousBackend(SignedStore(store), "job")  # type: ignore[arg-type]

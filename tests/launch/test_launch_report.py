@@ -1,4 +1,4 @@
-"""Which of several failed ranks is named, and in which words."""
+"""Failure reports: the rank that is named as the cause, and the text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def first_line(*exits: RankExit, **settings: Any) -> str:
 
 
 def test_the_first_exception_is_the_cause() -> None:
-    """Among ranks that raised, the one that did so first, whatever torch noticed first."""
+    """Among ranks that raised, the earliest is the cause, regardless of the order in which torch noticed them."""
     exits = (raised(0, "ValueError: late", 10.5), raised(1, "KeyError: 'early'", 10.25))
     assert first_line(*exits) == "rank 1 on h failed: KeyError: 'early'"
 
@@ -57,7 +57,7 @@ def test_the_first_exception_is_the_cause() -> None:
     ],
 )
 def test_a_lost_connection_is_a_consequence(lost: RankExit, other: RankExit, said: str) -> None:
-    """A rank that only noticed the end of another one is not the cause, though it spoke first."""
+    """A rank that only detected the loss of another is not the cause, even if it failed first."""
     found = report((lost, other), host="h")
     assert found.text.splitlines()[0] == f"rank 1 on h {said}"
     assert found.text.splitlines()[-1].startswith("rank 0: ")
@@ -75,12 +75,12 @@ def test_a_lost_connection_is_a_consequence(lost: RankExit, other: RankExit, sai
     ],
 )
 def test_other_ranks_may_have_failed_by_themselves(other: RankExit, by_itself: bool) -> None:
-    """Then their tracebacks tell something that the culprit's does not."""
+    """Independent failures of other ranks are detected, because their tracebacks differ from the culprit's."""
     assert report((raised(1, "ValueError: cause", 10.0), other), host="h").others_failed == by_itself
 
 
 def test_a_lost_connection_alone_is_told_as_it_is() -> None:
-    """With nobody else to name, the network is the cause; nor is what comes much later taken for it."""
+    """Without another candidate the lost connection is the cause; much later errors are not."""
     lost = raised(0, LOST, 10.0)
     victim = RankExit(rank=1, exit_code=-15, time=11.0)
     assert first_line(lost, victim) == f"rank 0 on h failed: {LOST}"
@@ -89,7 +89,7 @@ def test_a_lost_connection_alone_is_told_as_it_is() -> None:
 
 
 def test_only_the_last_frame_of_a_traceback_is_marked() -> None:
-    """Python 3.13 marks every call, which doubles the lines of a traceback."""
+    """Position markers are shown for the last frame only: Python 3.13 marks every call."""
 
     def fails(number: int) -> float:
         return (1 + 2) / number
@@ -105,7 +105,7 @@ def test_only_the_last_frame_of_a_traceback_is_marked() -> None:
 
 
 def test_of_what_a_plugin_refuses_the_users_frames_are_shown() -> None:
-    """The way from a call to the plugin that answers it, pluggy's included, says nothing to who made the call."""
+    """Frames between the user's call and the plugin, pluggy's included, are hidden."""
 
     class Refuses:
         @hookimpl
@@ -122,7 +122,7 @@ def test_of_what_a_plugin_refuses_the_users_frames_are_shown() -> None:
 
 
 def test_ranks_ended_by_the_launcher_are_victims() -> None:
-    """Not the rank that SIGTERM or the launcher's own SIGKILL ended, unless nobody else failed."""
+    """Ranks ended by SIGTERM or by the launcher's SIGKILL are not the cause, unless no other rank failed."""
     stubborn = RankExit(rank=0, exit_code=-9, killed_by_launcher=True)
     assert first_line(stubborn, RankExit(rank=1, exit_code=3)) == "rank 1 on h exited with code 3"
     first, second = RankExit(rank=2, exit_code=-15, time=1.0), RankExit(rank=0, exit_code=-15, time=2.0)
@@ -130,7 +130,7 @@ def test_ranks_ended_by_the_launcher_are_victims() -> None:
 
 
 def test_other_ranks_are_folded() -> None:
-    """One line for each fate, ranks in runs."""
+    """Each outcome is one line, with ranges of ranks."""
     exits = [RankExit(rank=rank, exit_code=-15) for rank in (0, 2, 3, 4, 7)]
     exits += [RankExit(rank=5, exit_code=0), raised(6, "OSError: also", 12.0), raised(1, "ValueError: x", 11.0)]
     assert report(exits, host="h").text.splitlines()[-3:] == [
@@ -141,7 +141,7 @@ def test_other_ranks_are_folded() -> None:
 
 
 def test_out_of_memory_is_said_only_where_it_is_known() -> None:
-    """A SIGKILL alone does not prove it; the kernel's count does."""
+    """A SIGKILL is reported as out of memory only if the kernel's counter increased."""
     killed = RankExit(rank=0, exit_code=-9)
     assert first_line(killed) == "rank 0 on h was killed by SIGKILL"
     assert first_line(killed, out_of_memory=True).endswith("SIGKILL, out of memory (kernel OOM killer)")
@@ -163,12 +163,12 @@ def test_out_of_memory_is_said_only_where_it_is_known() -> None:
     ],
 )
 def test_the_exit_code_is_the_culprits(rank_exit: RankExit, code: int) -> None:
-    """What a rank said of itself counts more than how it was ended afterwards."""
+    """The exit code in the error file takes precedence over the code of the killed process."""
     assert report([rank_exit], host="h").exit_code == code
 
 
 def test_nobody_is_blamed_without_evidence() -> None:
-    """Between two attempts it may not be known yet how a rank ended."""
+    """Between two attempts, exit codes may still be unknown."""
     assert find_culprit([]) is None
     assert find_culprit([RankExit(rank=0), RankExit(rank=1)]) is None
     assert find_culprit([RankExit(rank=0, exit_code=-15), RankExit(rank=1)]) is None

@@ -1,4 +1,4 @@
-"""What comes of a signal to the launcher: every rank is gone, one line says so, and the exit code is the signal's."""
+"""Signals to the launcher end every rank, print one line, and set the exit code."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ SIGNALS = [
     ids=[f"{how}-{name}{'-group' if group else ''}-{doing}" for how, name, group, _, doing in SIGNALS],
 )
 def test_a_signal_ends_all(how: str, name: str, group: bool, code: int, doing: str, tmp_path: Path) -> None:
-    """Ranks in a collective or in a loop of their own, and what they have started; of SIGKILL nobody can say a word."""
+    """Ranks in a collective or busy, and their child processes, end; after SIGKILL nothing is printed."""
     (tmp_path / "train.py").write_text(TRAIN)
     (tmp_path / "temporary").mkdir()
     words = ["-m", "plugframe", "run", "--devices=2"] if how == RUN else []
