@@ -39,7 +39,7 @@ _PROGRESS_INTERVAL_S = 10.0
 
 
 class ElasticRendezvous(NodeRendezvous):
-    """Rendezvous of `min_nodes` to `max_nodes` nodes that may join and leave: each change restarts all ranks anew.
+    """Rendezvous of `min_nodes` to `max_nodes` nodes that may join and leave: each change restarts all ranks.
 
     The launcher at the endpoint serves the store and must stay; the others may leave.
     """

@@ -228,7 +228,7 @@ class _Supervision:
         return ranks
 
     def _warn_ranks(self) -> None:
-        """Forward a scheduler's warning to the ranks, action may save and exit."""
+        """Forward a scheduler's warning to the ranks, which may save and exit."""
         for rank in self._ranks():
             if is_child(rank.pid):
                 os.kill(rank.pid, WARNING)

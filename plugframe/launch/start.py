@@ -38,7 +38,7 @@ def start_script(plan: Plan, request: Request, registry: Registry) -> None:
 def start_function(
     plan: Plan, request: Request, registry: Registry, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> Any:
-    """Call ``function(*args)`` on every rank and return fields rank 0 returned."""
+    """Call ``function(*args)`` on every rank and return rank 0's result."""
     target = "interactive" if _is_interactive(function, args) else "function"
     choice, launcher = _launcher(request, registry, target)
     try:

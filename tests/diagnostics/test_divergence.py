@@ -216,7 +216,7 @@ def checks_of_a_rank(world: World) -> dict[str, Any]:
             store.set("per call", "over")
         else:
             Waiting(store).forward("per call")
-            lite._hooks.collective_monitored_barrier(name="late", timeout_s=20.0)  # meets the one of before
+            lite._hooks.collective_monitored_barrier(name="late", timeout_s=20.0)  # matches the earlier one
         found["sum after it"] = lite.all_reduce(torch.ones(2), reduce_op="sum").tolist()
         found["in time"] = [
             lite.broadcast(7, timeout_s=20.0),

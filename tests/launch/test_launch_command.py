@@ -75,7 +75,7 @@ def test_code_without_a_file_has_no_command(tmp_path: Path, arguments: tuple[str
     """The error names what was started, and the alternative."""
     said = python(*arguments, folder=tmp_path, stdin=SAY)
     assert said.startswith(f"plugframe.errors.UsageError: {what}")
-    assert said.endswith("write a script, or call launch(function) with a function for every rank to run.")
+    assert said.endswith("write a script, or call launch(function) with the function to run on every rank.")
 
 
 def test_the_launch_package_is_light(run_python: Callable[[str], str]) -> None:

@@ -61,7 +61,7 @@ def attack():
     collective = TorchCollective()
     try:
         collective.collective_setup(context=context)
-        # Ranks that run other versions tell each other which, as objects.
+        # Ranks with different versions send their version lists as objects.
         collective.collective_all_gather(tensor=torch.zeros(8, dtype=torch.int32), group=None, sync_grads=False)
         collective.collective_all_gather_object(obj=Evil(), group=None)
     except BaseException as error:

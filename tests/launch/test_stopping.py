@@ -172,7 +172,7 @@ def test_a_killed_rank_leads_to_a_restart_that_goes_on(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "SIGKILL" in done.stderr
-    # What came after the last whole checkpoint is done again, and nothing before it.
+    # Steps after the last complete checkpoint are repeated, and none before it.
     for rank in range(2):
         steps = [int(step) for step in (tmp_path / f"steps-{rank}").read_text().split()]
         assert steps in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 4, 5, 6])
