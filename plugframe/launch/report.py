@@ -63,7 +63,7 @@ class Report:
 
 
 def report(exits: Sequence[RankExit], *, host: str, out_of_memory: bool = False) -> Report:
-    """Return the report for the `exits` of all ranks of this node, with failures first in the order torch noticed them."""
+    """Return the report for the `exits` of all ranks of this node; failures come first, in torch's order."""
     culprit = min(exits, key=_order(exits))
     blamed = _blamed(culprit)
     if blamed is None:
