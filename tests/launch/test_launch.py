@@ -260,7 +260,7 @@ def test_a_crash_shows_where_it_happened(script: Write) -> None:
 def test_a_rank_that_ignores_the_end_is_ended(script: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that do not exit after another rank's failure, or hang while exiting, are killed."""
     monkeypatch.setattr(monitor, "EXIT_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(monitor, "LAST_WORDS_S", 0.3)
+    monkeypatch.setattr(monitor, "ERROR_EXIT_TIMEOUT_S", 0.3)
     path = script(
         """
         import threading
