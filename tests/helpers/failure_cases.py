@@ -110,7 +110,7 @@ class Fault:
 FAULTS = {
     "exception": Fault(1, r"rank {rank} on \S+ failed: ValueError: out of paper"),
     "exit 3": Fault(3, r"rank {rank} on \S+ exited with code 3"),
-    "exit 0": Fault(1, r"rank {rank}\b.* exited"),
+    "exit 0": Fault(1, r"rank {rank}\b.* (exited|shut down)"),
     "SIGKILL": Fault(137, r"rank {rank} on \S+ was killed by SIGKILL"),
     "SIGSEGV": Fault(139, r"rank {rank} on \S+ was killed by SIGSEGV"),
     "out of memory": Fault(137, r"rank {rank} on \S+ was killed by SIGKILL, out of memory"),
