@@ -16,17 +16,17 @@ import torch
 from torch import nn
 
 from plugframe import Lite
-from plugframe.diagnostics.call_log import Ring
-from plugframe.diagnostics.instrument import MEETINGS, record
+from plugframe.diagnostics.call_log import CallLog
+from plugframe.diagnostics.instrument import RECORDED_HOOKS, record
 from plugframe.diagnostics.replicas import check_in_sync, named_tensors
 from rounds import machine
 
 
 def ring_us(calls: int, *, kept: bool) -> Callable[[], float]:
     """Measure a hook that does nothing, called as `Lite` calls it; in time of the processor, which nobody shares."""
-    hooks = SimpleNamespace(**{name: lambda **arguments: None for name in MEETINGS})
+    hooks = SimpleNamespace(**{name: lambda **arguments: None for name in RECORDED_HOOKS})
     if kept:
-        record(hooks, Ring(), lambda error, late: None)
+        record(hooks, CallLog(), lambda error, late: None)
     hook, tensor = hooks.collective_all_reduce, torch.ones(8, 8)
 
     def measure() -> float:

@@ -175,9 +175,9 @@ def command(
       plugframe run -m package.train --dry-run
       plugframe run train.py --devices=2 -- --devices is for the script
     """
-    from plugframe.launch.inheritance import start_afresh
+    from plugframe.launch.inheritance import discard_parent_rank
 
-    start_afresh()
+    discard_parent_rank()
     _check(words)
     for callback in filter(None, ",".join(settings["callbacks"]).split(",")):
         check_callback(callback, words.command)

@@ -67,7 +67,7 @@ def check(job: Job) -> None:
 
 def patient(variables: Mapping[str, str], request: Request) -> dict[str, str]:
     """Return the ranks' variables with a timeout that outlasts a debugger, in the place of every other."""
-    from plugframe.launch.debug import PATIENCE_S
+    from plugframe.launch.debug import DEBUG_TIMEOUT_S
 
     given = [each for each in request.options if each.name == _TIMEOUT and each.kind not in _STARTERS]
     typed = [each.spelled(each.name) for each in given if each.by == "command"]
@@ -79,7 +79,7 @@ def patient(variables: Mapping[str, str], request: Request) -> dict[str, str]:
     names = [variable(_TIMEOUT), *(variable_of_option(each.kind, each.plugin, each.name) for each in given)]
     commanded = [*filter(None, commanded), *({_TIMEOUT, _REPORT} - set(commanded))]
     # That the ranks wait for the one under the debugger is known.
-    outlasting = {**dict.fromkeys(names, str(PATIENCE_S)), variable(_REPORT): "0"}
+    outlasting = {**dict.fromkeys(names, str(DEBUG_TIMEOUT_S)), variable(_REPORT): "0"}
     return {**variables, **outlasting, PATIENT: "1", FROM_COMMAND_LINE: ",".join(commanded)}
 
 

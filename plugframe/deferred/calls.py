@@ -1,4 +1,4 @@
-"""One operation on tensors, and what its name, its signature and its arguments say about it."""
+"""A dispatched tensor operation, and properties derived from its name, schema and arguments."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from plugframe.deferred.history import Generator, flatten, record_of
 
-#: Random fills: they draw the same numbers whatever the tensor held, and leave nothing of it.
-_DRAWS = frozenset(
+#: Random fills: they draw the same numbers whatever the tensor holds, and overwrite all of it.
+_RANDOM_FILLS = frozenset(
     f"aten::{name}_" for name in ("normal", "uniform", "exponential", "geometric", "cauchy", "log_normal", "random")
 )
-#: What leaves nothing of what a tensor held.
-_FILLS = _DRAWS | {"aten::zero_", "aten::fill_", "aten::copy_"}
+#: Operations that overwrite all values of their first argument.
+_FILLS = _RANDOM_FILLS | {"aten::zero_", "aten::fill_", "aten::copy_"}
 _NEEDS_VALUES = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 
 
 class Call:
-    """An operation as it arrives, and what can be said about it before it runs."""
+    """A dispatched operation, before it runs."""
 
     def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
@@ -28,7 +28,7 @@ class Call:
         self.seeded = torch.Tag.nondeterministic_seeded in func.tags
         self.tensors: list[Tensor] = [leaf for leaf in flatten((args, kwargs)) if isinstance(leaf, Tensor)]
         self.records = [record for record in map(record_of, self.tensors) if record is not None]
-        #: Whether nothing but the shape of a tensor argument counts.
+        #: Whether only the shape of its tensor argument matters.
         self.shape_only = bool(args) and (self.name.startswith("aten::new_") or self.name.endswith("_like"))
         self.shape_only = self.shape_only and len(self.tensors) == 1
         takes_device = any(argument.name == "device" for argument in func._schema.arguments)
@@ -36,7 +36,7 @@ class Call:
 
     @cached_property
     def written(self) -> list[Tensor]:
-        """The tensors it writes into."""
+        """The tensors it writes to."""
         values: list[Any] = []
         for position, argument in enumerate(self.func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -46,7 +46,7 @@ class Call:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where its results would be in an eager build."""
+        """The device of its results in an eager build."""
         asked = self.kwargs.get("device")
         if asked is not None and not (self.records and torch.device(asked).type == "meta"):
             return exact(asked)
@@ -60,13 +60,13 @@ class Call:
 
     @property
     def needs_values(self) -> bool:
-        """Whether it cannot run on the meta device."""
+        """Whether it requires values, and cannot run on the meta device."""
         if not _NEEDS_VALUES.isdisjoint(self.func.tags) or any(record_of(t) is None for t in self.written):
             return True
-        return self.seeded and not (self.name in _DRAWS and len(self.tensors) == 1)
+        return self.seeded and not (self.name in _RANDOM_FILLS and len(self.tensors) == 1)
 
     def states(self) -> list[tuple[Generator, Tensor]]:
-        """Return the generator it is about to draw from, with its state."""
+        """Return the generator it draws from, with its current state; empty if it draws nothing."""
         if not self.seeded:
             return []
         own = next((leaf for leaf in flatten((self.args, self.kwargs)) if isinstance(leaf, torch.Generator)), None)
@@ -74,7 +74,7 @@ class Call:
         return [(generator, generator.state())]
 
     def covers(self) -> int | None:
-        """Return the bytes of the one storage it fills from end to end, whatever was in it."""
+        """Return the size in bytes of the one storage that it overwrites completely; None if there is none."""
         if self.name not in _FILLS or (self.written[0] is not self.args[0]):
             return None
         target: Tensor = self.args[0]
@@ -92,6 +92,6 @@ class Call:
 
 
 def exact(device: torch.device | str | int) -> torch.device:
-    """Return the device with its index, as tensors there say it."""
+    """Return the device with its index, as ``tensor.device`` gives it."""
     device = torch.device(device)
     return device if device.type in ("cpu", "meta") else torch.empty(0, device=device).device

@@ -1,6 +1,6 @@
-"""What was done to tensors that have no values yet: the ground `plugframe.deferred.module` stands on.
+"""Histories of tensors without values: the data structures of `plugframe.deferred.module`.
 
-Every deferred storage has a `Record`; every operation that made or changed one is an `Op` in the records it wrote.
+Every deferred storage has a `Record`; every operation that creates or changes one is an `Op` in the records it writes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from plugframe.errors import UnsupportedError
 
-#: The attribute of an untyped storage that holds its record: the record lives exactly as long as the storage.
+#: Attribute of an untyped storage that holds its record, so that both have the same lifetime.
 _ATTRIBUTE = "_plugframe_record"
 
 
@@ -26,41 +26,43 @@ class Record:
     """The history of one deferred storage.
 
     Attributes:
-        device: where an eager build would have put it.
-        writes: operations that made or changed it, in order.
-        clock: number of the last operation that touched it.
-        witnesses: the registered tensors on it: a reference to the module, the name, the tensor's version.
+        device: the device of the storage in an eager build.
+        writes: operations that created or changed it, in order.
+        clock: number of the last operation that read or wrote it.
+        registrations: the parameters and buffers on it: weak reference to the module, name, tensor version.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.writes: list[Op] = []
         self.clock = 0
-        self.witnesses: list[tuple[weakref.ref[nn.Module], str, int]] = []
+        self.registrations: list[tuple[weakref.ref[nn.Module], str, int]] = []
 
-    def witness(self, module: nn.Module, name: str, tensor: Tensor) -> None:
-        self.witnesses = [w for w in self.witnesses if w[0]() is not None and (w[0]() is not module or w[1] != name)]
-        self.witnesses.append((weakref.ref(module), name, tensor._version))
+    def register(self, module: nn.Module, name: str, tensor: Tensor) -> None:
+        self.registrations = [
+            w for w in self.registrations if w[0]() is not None and (w[0]() is not module or w[1] != name)
+        ]
+        self.registrations.append((weakref.ref(module), name, tensor._version))
 
     def check(self) -> None:
-        """Refuse a history that is not the whole one.
+        """Raise if the history is incomplete.
 
         Raises:
-            UnsupportedError: naming a parameter that was changed in place while nothing was recorded.
+            UnsupportedError: if a parameter was changed in place while nothing was recorded; names it.
         """
-        for _, name, tensor, version in self._witnessed():
+        for _, name, tensor, version in self._registered():
             if tensor._version != version:
                 raise UnsupportedError(
-                    f"{name!r} was changed in place after it was built without values, and the change would be lost: "
-                    "do it inside `with lite.init_module(empty_init=True):`, or after lite.setup()."
+                    f"{name!r} was changed in place outside of lite.init_module(empty_init=True), and the change would "
+                    "be lost: make it inside `with lite.init_module(empty_init=True):`, or after lite.setup()."
                 )
 
     def refresh(self) -> None:
-        for module, name, tensor, _ in list(self._witnessed()):
-            self.witness(module, name, tensor)
+        for module, name, tensor, _ in list(self._registered()):
+            self.register(module, name, tensor)
 
-    def _witnessed(self) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
-        for reference, name, version in self.witnesses:
+    def _registered(self) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
+        for reference, name, version in self.registrations:
             module = reference()
             tensor = None if module is None else own_tensors(module).get(name)
             if module is not None and tensor is not None and record_of(tensor) is self:
@@ -68,15 +70,15 @@ class Record:
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's own parameters and buffers, those that are None or another's left out."""
+    """Return the parameters and buffers of a module by name, without those of submodules and without None."""
     parameters = module.named_parameters(recurse=False, remove_duplicate=False)
     buffers = module.named_buffers(recurse=False, remove_duplicate=False)
     return {**dict(parameters), **dict(buffers)}
 
 
 def record_of(tensor: Tensor) -> Record | None:
-    """Return the record of the storage of `tensor`, if it is deferred."""
-    # Not by `tensor.is_meta`: while a module is built, that says what an eager build would say.
+    """Return the record of the storage of `tensor`; None if it is not deferred."""
+    # Not by `tensor.is_meta`, which reports an eager device while a module is built.
     if is_lazy(tensor) or tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
         return None
     record: Record | None = getattr(tensor.untyped_storage(), _ATTRIBUTE, None)
@@ -84,7 +86,7 @@ def record_of(tensor: Tensor) -> Record | None:
 
 
 def attach(tensor: Tensor, device: torch.device) -> Record:
-    """Give the storage of a meta tensor a record: it becomes deferred."""
+    """Attach a new record to the storage of a meta tensor, which makes it deferred."""
     record = Record(device)
     setattr(tensor.untyped_storage(), _ATTRIBUTE, record)
     return record
@@ -92,7 +94,7 @@ def attach(tensor: Tensor, device: torch.device) -> Record:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a tensor lies in its storage."""
+    """Layout of a tensor in its storage."""
 
     dtype: torch.dtype
     size: tuple[int, ...]
@@ -104,8 +106,8 @@ class Geometry:
     def of(cls, tensor: Tensor) -> Geometry:
         if tensor.is_neg():
             raise UnsupportedError(
-                "The imaginary part of a conjugate cannot be noted inside lite.init_module(empty_init=True): take "
-                "-tensor.imag instead of tensor.conj().imag."
+                "lite.init_module(empty_init=True) cannot record the imaginary part of a conjugate: use -tensor.imag "
+                "instead of tensor.conj().imag."
             )
         size, stride = tuple(tensor.size()), tuple(tensor.stride())
         return cls(tensor.dtype, size, stride, int(tensor.storage_offset()), tensor.is_conj())
@@ -126,7 +128,7 @@ class Ref:
 
     geometry: Geometry
     record: Record | None
-    #: Instead of `record` where the operation lies in that record itself: a cycle would outlive the tensor.
+    #: Replaces `record` in an operation of that record itself: a reference cycle would outlive the tensor.
     own: weakref.ref[Record] | None = None
 
     def found(self) -> Record:
@@ -137,29 +139,29 @@ class Ref:
 
 @dataclass(frozen=True)
 class Real:
-    """A real argument of an operation: a copy, or the tensor itself and its version where it is big."""
+    """A real argument of an operation: a copy, or for a big tensor the tensor itself and its version."""
 
     tensor: Tensor
     version: int | None
 
-    def checked(self) -> Tensor:
+    def verified(self) -> Tensor:
         if self.version is not None and self.tensor._version != self.version:
             raise UnsupportedError(
-                f"A tensor of shape {tuple(self.tensor.shape)} that a parameter was initialised from inside "
-                "lite.init_module(empty_init=True) was changed before lite.setup(): leave it, or pass a clone of it."
+                f"A tensor of shape {tuple(self.tensor.shape)} that initialises a parameter inside "
+                "lite.init_module(empty_init=True) was changed before lite.setup(): do not change it, or pass a clone."
             )
         return self.tensor
 
 
 @dataclass(eq=False)
 class Op:
-    """One operation, as it was called.
+    """A recorded operation with its arguments.
 
     Attributes:
         number: greater than those of all earlier operations on the same storages.
-        generators: of every generator it draws from: what to set it with, and its state before.
-        outputs: new storages among its results: position, record, layout.
-        covers: size in bytes of the one storage it writes, where it leaves nothing of what was in it.
+        generators: the generators it draws from, each with its state before the operation.
+        outputs: new storages among its results: position, record, layout, size in bytes.
+        covers: size in bytes of the one storage that it overwrites completely, or None.
     """
 
     func: Callable[..., Any]
@@ -179,7 +181,7 @@ class Generator:
     def __init__(self, device: torch.device, own: torch.Generator | None = None) -> None:
         self._own = own
         module: Any = torch if device.type == "cpu" else torch.get_device_module(device)
-        # Where a kind of device has a single generator, its functions take no device.
+        # RNG functions of device types with a single generator take no device argument.
         self._get = _bound(module.get_rng_state, device)
         self._set = _bound(module.set_rng_state, device)
 
@@ -199,7 +201,7 @@ def _bound(function: Callable[..., Any], device: torch.device) -> Callable[..., 
 
 
 def map_nested(fn: Callable[[Any], Any], value: Any) -> Any:
-    """Return the arguments of an operation with `fn` called on whatever is no list, tuple or dict."""
+    """Return nested arguments with `fn` applied to everything that is not a list, tuple or dict."""
     if isinstance(value, (list, tuple)):
         items = [map_nested(fn, item) for item in value]
         return items if isinstance(value, list) else tuple(items)
@@ -209,7 +211,7 @@ def map_nested(fn: Callable[[Any], Any], value: Any) -> Any:
 
 
 def flatten(value: Any) -> list[Any]:
-    """Return the leaves `map_nested` would call its function on."""
+    """Return the leaves of nested arguments, in the order of `map_nested`."""
     leaves: list[Any] = []
     map_nested(leaves.append, value)
     return leaves

@@ -1,22 +1,22 @@
-"""Giving freed memory back to the system, where large temporaries come and go among small parts that stay."""
+"""Return freed host memory to the operating system (``malloc_trim``)."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-#: Less is not worth the walk through the heap, which takes about a millisecond.
-_LEAST_BYTES = 1024 * 1024
+#: Minimum size of freed temporaries: a trim takes about a millisecond.
+_MIN_BYTES = 1024 * 1024
 
 
 def release_freed(size_bytes: int) -> None:
-    """Have the C library return free memory after temporaries of `size_bytes` on the host were freed.
+    """Return free heap memory to the system after temporaries of `size_bytes` on the host were freed.
 
-    glibc keeps blocks of up to 32 MiB for itself and finds no room for the next large one among the small ones that
-    were kept meanwhile: measured, a rank that initialised a part of 96 MiB through temporaries of 16 MiB came to
-    hold 230 MiB, and 112 MiB with this. Other C libraries have no such call and need none.
+    glibc caches blocks of up to 32 MiB and cannot reuse them for the next large one between small live blocks.
+    Measured: a rank that initialised 96 MiB through temporaries of 16 MiB grew to 230 MiB, and to 112 MiB with this.
+    Other C libraries have no such function and do not need it.
     """
-    if size_bytes < _LEAST_BYTES or not sys.platform.startswith("linux"):
+    if size_bytes < _MIN_BYTES or not sys.platform.startswith("linux"):
         return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

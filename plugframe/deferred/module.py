@@ -1,14 +1,14 @@
-"""Building a module of any size without its values, which each tensor gets on its own, later.
+"""Build a module of any size without values, and materialize its tensors one by one later.
 
 ::
 
     with deferring(device):
-        model = Model()                       # ordinary code; big parameters come out on the meta device
-    materialize_module(model, device)         # bit for bit what an eager build with the same seed gives
+        model = Model()                       # ordinary code; big parameters are created on the meta device
+    materialize_module(model, device)         # bitwise equal to an eager build with the same seed
 
-Inside, an operation on a big tensor is noted instead of done, with the state of the generator it would draw from;
-the generator moves on as in an eager build. Afterwards the values of one tensor can be had without those of others.
-A value that the code looks at (``.item()``, ``if (w > 0).any():``) is computed there and then.
+Inside the context, operations on big tensors are recorded instead of executed, with the state of the generator they
+would draw from; the generator advances as in an eager build. Each tensor can be materialized independently later.
+Values that the code reads (``.item()``, ``if (w > 0).any():``) are computed immediately.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ __all__ = [
 
 @contextmanager
 def deferring(device: torch.device, *, min_numel: int = 4096) -> Iterator[None]:
-    """Build on `device`, as ``with device:`` does, and defer the values of tensors of `min_numel` elements or more.
+    """Build on `device`, like ``with device:``, and defer the values of tensors of `min_numel` or more elements.
 
-    A context inside another joins it: only the device is its own. Tensors that are asked for on the meta device
-    stay what they are, without values.
+    A nested context shares the outer one's recorder and only sets its own device. Tensors explicitly created on the
+    meta device stay without values.
     """
     if _active() is not None:
         with device:
@@ -58,73 +58,73 @@ def deferring(device: torch.device, *, min_numel: int = 4096) -> Iterator[None]:
     recorder = Recorder(min_numel)
     registrations = _Registrations()
     try:
-        # The device comes last: what it adds to a call must pass the others.
-        with recorder, _Pretence(recorder), device, registrations.watching():
+        # The device is entered last, so that the device argument it adds passes through the other modes.
+        with recorder, _EagerAttributesMode(recorder), device, registrations.tracking():
             yield
     finally:
-        registrations.witness()
+        registrations.register()
         for record in recorder.touched:
             record.refresh()
 
 
 def resuming(module: nn.Module, device: torch.device) -> AbstractContextManager[None]:
-    """Return a context in which `module` can be converted and moved: with its deferred tensors, if it has any."""
-    tensors = [tensor for part in module.modules() for tensor in own_tensors(part).values()]
+    """Return a context for converting and moving `module`: `deferring` if it has deferred tensors, else a null one."""
+    tensors = [tensor for submodule in module.modules() for tensor in own_tensors(submodule).values()]
     return deferring(device) if any(map(is_deferred, tensors)) else nullcontext()
 
 
 def check_values(module: nn.Module) -> None:
-    """Refuse tensors on the meta device that nothing says the values of.
+    """Raise if a tensor on the meta device has no recorded values.
 
     Raises:
-        UnsupportedError: naming the first.
+        UnsupportedError: with the name of the first such tensor.
     """
-    for path, part in module.named_modules():
-        for name, tensor in own_tensors(part).items():
+    for path, submodule in module.named_modules():
+        for name, tensor in own_tensors(submodule).items():
             if tensor.is_meta and not is_deferred(tensor):
                 raise UnsupportedError(
-                    f"{'.'.join(filter(None, (path, name)))!r} is on the meta device and nothing says what its values "
-                    "are: build, copy and convert the module under lite.init_module(empty_init=True), or call "
+                    f"{'.'.join(filter(None, (path, name)))!r} is on the meta device and has no recorded values: "
+                    "build, copy and convert the module under lite.init_module(empty_init=True), or call "
                     "module.to_empty(device=lite.device) and load it."
                 )
 
 
 def is_deferred(tensor: Tensor) -> bool:
-    """Say whether `tensor` was built under `deferring` and has no values yet."""
+    """Return whether `tensor` was built under `deferring` and has no values yet."""
     return record_of(tensor) is not None
 
 
 def materialize(tensor: Tensor) -> Tensor:
-    """Return the whole real tensor, on the device it was built for; `tensor` itself stays deferred.
+    """Return the full real tensor on the device it was built for; `tensor` itself stays deferred.
 
-    The generators are left as they are. A tensor with values is returned as it is.
+    Generators are not advanced. A tensor with values is returned unchanged.
 
     Raises:
-        UnsupportedError: if it is on the meta device for another reason, or was changed where nothing was noted.
+        UnsupportedError: if it is on the meta device but not deferred, or was changed while nothing was recorded.
     """
     record = record_of(tensor)
     if record is not None:
         return _value(record, Geometry.of(tensor))
     if tensor.is_meta:
         raise UnsupportedError(
-            f"A tensor of shape {tuple(tensor.shape)} is on the meta device and nothing says what its values are: "
-            "build (and copy) the module under lite.init_module(empty_init=True)."
+            f"A tensor of shape {tuple(tensor.shape)} is on the meta device and has no recorded values: "
+            "build and copy the module under lite.init_module(empty_init=True)."
         )
     return tensor
 
 
 def records(module: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    """Return, by name, what gives the whole tensor for every deferred parameter and buffer of `module`.
+    """Return, by name, a function for each deferred parameter and buffer of `module` that returns the full tensor.
 
-    They go on working when the tensors in the module are replaced, as sharding does. Shared tensors come under
-    each of their names.
+    The functions keep working when the tensors in the module are replaced, as sharding does. Shared tensors appear
+    under each of their names.
 
     Raises:
-        UnsupportedError: if a tensor was changed where nothing was noted.
+        UnsupportedError: if a tensor was changed while nothing was recorded.
     """
     found: dict[str, Callable[[], Tensor]] = {}
-    for path, part in module.named_modules(remove_duplicate=False):
-        for name, tensor in own_tensors(part).items():
+    for path, submodule in module.named_modules(remove_duplicate=False):
+        for name, tensor in own_tensors(submodule).items():
             record = record_of(tensor)
             if record is not None:
                 record.check()
@@ -133,42 +133,42 @@ def records(module: nn.Module) -> dict[str, Callable[[], Tensor]]:
 
 
 def materialize_module(module: nn.Module, device: torch.device) -> None:
-    """Give every deferred parameter, buffer and tensor attribute of `module` its value, in place, on `device`.
+    """Materialize every deferred parameter, buffer and tensor attribute of `module` in place, on `device`.
 
-    They stay the same objects: an optimizer that holds them goes on holding them, and what was shared is shared.
+    The tensor objects stay the same, so optimizers keep their references, and shared tensors stay shared.
 
     Raises:
-        UnsupportedError: if a tensor was changed where nothing was noted, or cannot be changed in place.
+        UnsupportedError: if a tensor was changed while nothing was recorded, or cannot be changed in place.
     """
-    filling = _Filling(module, exact(device))
-    for part in module.modules():
-        for tensor in own_tensors(part).values():
+    materializing = _MaterializeMode(module, exact(device))
+    for submodule in module.modules():
+        for tensor in own_tensors(submodule).values():
             record = record_of(tensor)
             if record is not None:
-                # All of them first: a half filled module is of no use.
+                # Check all tensors first, so that a failure leaves none materialized.
                 record.check()
-    registered = {id(tensor) for part in module.modules() for tensor in own_tensors(part).values()}
-    # Attributes first: one that was computed from a parameter holds a graph over it, and so a reference.
-    for part in module.modules():
-        for leaf in flatten(vars(part)):
+    registered = {id(tensor) for submodule in module.modules() for tensor in own_tensors(submodule).values()}
+    # Attributes first: one computed from a parameter holds a graph, and so a reference to the parameter.
+    for submodule in module.modules():
+        for leaf in flatten(vars(submodule)):
             if isinstance(leaf, Tensor) and id(leaf) not in registered:
-                filling.fill(leaf)
-    for part in module.modules():
-        if any(is_deferred(tensor) for tensor in own_tensors(part).values()):
-            with filling:
-                # It is public, goes through the module's own handling of its tensors (recurrent layers keep weak
-                # references, which would stand in the way), and `filling` decides what comes of each tensor.
-                part.to_empty(device=device, recurse=False)
+                materializing.materialize_in_place(leaf)
+    for submodule in module.modules():
+        if any(is_deferred(tensor) for tensor in own_tensors(submodule).values()):
+            with materializing:
+                # A public method that uses the module's own handling of its tensors (recurrent layers keep weak
+                # references, which would block a swap); `materializing` replaces the empty tensors it creates.
+                submodule.to_empty(device=device, recurse=False)
 
 
 class _Registrations:
-    """The modules that were given a parameter or a buffer, by weak reference."""
+    """Weak references to the modules that have registered a parameter or a buffer."""
 
     def __init__(self) -> None:
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def tracking(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.callback(register_module_parameter_registration_hook(self._add).remove)
             stack.callback(register_module_buffer_registration_hook(self._add).remove)
@@ -177,18 +177,18 @@ class _Registrations:
     def _add(self, module: nn.Module, name: str, tensor: Tensor | None) -> None:
         self._modules[id(module)] = weakref.ref(module)
 
-    def witness(self) -> None:
-        """Note the version of every tensor that is still registered: a later change in place would be lost."""
+    def register(self) -> None:
+        """Record the version of every tensor that is still registered, to detect later in-place changes."""
         for module in filter(None, (reference() for reference in self._modules.values())):
             for name, tensor in own_tensors(module).items():
                 record = record_of(tensor)
                 if record is not None:
-                    record.witness(module, name, tensor)
+                    record.register(module, name, tensor)
 
 
 def _active() -> Recorder | None:
-    """Return the recorder of this thread. It is asked for as a function that modes may answer, from inside out."""
-    # An argument of any kind: without one, modes are not looked at.
+    """Return the recorder of this thread, through the stack of torch function modes."""
+    # Any argument will do: without one, modes are not consulted.
     if has_torch_function((None,)):
         answer: Recorder | None = handle_torch_function(_active, ())
         return answer
@@ -205,8 +205,8 @@ def _later(record: Record, geometry: Geometry) -> Callable[[], Tensor]:
     return lambda: _value(record, geometry)
 
 
-class _Pretence(TorchFunctionMode):
-    """Lets code that asks a deferred tensor about itself hear what a real one would say."""
+class _EagerAttributesMode(TorchFunctionMode):
+    """Function mode that gives deferred tensors the attributes of real ones."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class _Pretence(TorchFunctionMode):
             return self._recorder
         if isinstance(kwargs.get("out"), Tensor) and is_deferred(kwargs["out"]) and "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("meta")}
-        record = record_of(args[0]) if args and isinstance(args[0], Tensor) and func in _ASKED else None
+        record = record_of(args[0]) if args and isinstance(args[0], Tensor) and func in _INTERCEPTED else None
         if record is None:
             return func(*args, **kwargs)
         if func == _DEVICE:
@@ -228,20 +228,20 @@ class _Pretence(TorchFunctionMode):
         if func == _IS_META:
             return False
         if func == Tensor.to:
-            # On the device it says it is on, it would stay there.
-            there = {"device": _stays(record, kwargs["device"])} if "device" in kwargs else {}
-            return func(args[0], *(_stays(record, arg) for arg in args[1:]), **{**kwargs, **there})
+            # A deferred tensor reports its eager device, so `to` that device keeps it on the meta device.
+            device = {"device": _stays(record, kwargs["device"])} if "device" in kwargs else {}
+            return func(args[0], *(_stays(record, arg) for arg in args[1:]), **{**kwargs, **device})
         with self._recorder.pause():
             result = func(_value(record, Geometry.of(args[0])), *args[1:], **kwargs)
         if func == Tensor.numpy:
-            # Writing into it would write into the tensor, if that had values.
+            # With values, writing to the array would write to the tensor.
             result.flags.writeable = False
         return result
 
 
 _DEVICE: Any = Tensor.device.__get__
 _IS_META: Any = Tensor.is_meta.__get__  # type: ignore[attr-defined]
-_ASKED = frozenset({_DEVICE, _IS_META, Tensor.to, Tensor.tolist, Tensor.numpy, Tensor.__array__})
+_INTERCEPTED = frozenset({_DEVICE, _IS_META, Tensor.to, Tensor.tolist, Tensor.numpy, Tensor.__array__})
 
 
 def _stays(record: Record, value: Any) -> Any:
@@ -250,21 +250,21 @@ def _stays(record: Record, value: Any) -> Any:
     return value
 
 
-class _Filling(TorchFunctionMode):
-    """Answers ``torch.empty_like`` with the tensor itself, which it gives its values if it is deferred."""
+class _MaterializeMode(TorchFunctionMode):
+    """Function mode in which ``torch.empty_like`` materializes a deferred tensor in place and returns it."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         super().__init__()
         self._device = device
         seen: set[int] = set()
         on: dict[Record, int] = {}
-        for part in module.modules():
-            for tensor in flatten(vars(part)):
+        for submodule in module.modules():
+            for tensor in flatten(vars(submodule)):
                 record = record_of(tensor) if isinstance(tensor, Tensor) and id(tensor) not in seen else None
                 if record is not None:
                     seen.add(id(tensor))
                     on[record] = on.get(record, 0) + 1
-        #: The real storages of those that several tensors lie in.
+        #: Real storage by record, for storages shared by several tensors.
         self._shared: dict[Record, torch.UntypedStorage | None] = {r: None for r, count in on.items() if count > 1}
 
     def __torch_function__(
@@ -272,10 +272,10 @@ class _Filling(TorchFunctionMode):
     ) -> Any:
         if func is not torch.empty_like:
             return func(*args, **(kwargs or {}))
-        self.fill(args[0])
+        self.materialize_in_place(args[0])
         return args[0]
 
-    def fill(self, tensor: Tensor) -> None:
+    def materialize_in_place(self, tensor: Tensor) -> None:
         record = record_of(tensor)
         if record is None:
             return
@@ -293,6 +293,6 @@ class _Filling(TorchFunctionMode):
             torch.utils.swap_tensors(tensor, value)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise UnsupportedError(
-                f"A tensor of shape {tuple(tensor.shape)} cannot get its values in place, something else refers to "
-                f"it ({error}): keep no weak references to it, and no graph over it, before lite.setup()."
+                f"A tensor of shape {tuple(tensor.shape)} cannot be materialized in place because it is referenced "
+                f"elsewhere ({error}): hold no weak references to it and no graph over it before lite.setup()."
             ) from error

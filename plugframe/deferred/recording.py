@@ -1,4 +1,4 @@
-"""Noting what builds a module instead of doing it: the middle of `plugframe.deferred.module`."""
+"""Dispatch mode that records the operations that build a module instead of executing them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from plugframe.errors import UnsupportedError
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs what touches deferred tensors on the meta device and notes it; makes big new tensors deferred."""
+    """Runs operations on deferred tensors on the meta device and records them; defers big new tensors."""
 
     def __init__(self, min_numel: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.min_numel = min_numel
         self._paused = False
-        #: What was changed under this recorder: its versions are read anew in the end.
+        #: Records changed under this recorder, whose versions are updated at the end.
         self.touched: weakref.WeakSet[Record] = weakref.WeakSet()
 
     @contextmanager
@@ -55,7 +55,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         call = Call(func, args, _from_meta(func, args, kwargs))
         if any(map(is_traceable_wrapper_subclass, call.tensors)):
-            # It has a dispatch of its own, and what that does to plain tensors comes here again.
+            # The subclass has its own dispatch, whose operations on plain tensors are dispatched here again.
             return NotImplemented
         if call.records:
             self._check(call)
@@ -72,53 +72,53 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.touched.add(record)
 
     def _make(self, call: Call) -> Any:
-        """Make a tensor out of nothing but a shape: on the meta device, if it is big."""
+        """Create a tensor from a shape, on the meta device if it is big."""
         kwargs = {**call.kwargs, "device": call.device}
         layout = kwargs.get("layout")
         if call.device.type == "meta" or layout not in (None, torch.strided):
             return call.func(*call.args, **kwargs)
         try:
-            # Pinning is for real memory.
+            # Meta tensors cannot be pinned.
             on_meta = {key: value for key, value in kwargs.items() if key != "pin_memory"}
             result = call.func(*call.args, **{**on_meta, "device": torch.device("meta")})
         except (NotImplementedError, RuntimeError):
             return self._run(call)
         if result.numel() < self.min_numel:
             return call.func(*call.args, **kwargs)
-        self._note(self._op(call, []), call, [result])
+        self._record(self._op(call, []), call, [result])
         return result
 
     def _touch(self, call: Call) -> Any:
-        """Run an operation on deferred tensors on the meta device, and note it if it makes or changes values."""
+        """Run an operation on deferred tensors on the meta device; record it if it creates or changes values."""
         if torch.Tag.inplace_view in call.func.tags and call.name != "aten::resize_":
             return call.func(*call.args, **call.kwargs)
         op = self._op(call, call.states()) if call.written else None
         if call.seeded:
-            # The generator goes on as in an eager build; the numbers are drawn again when they are wanted.
+            # Advance the generator as an eager build does; the numbers are drawn again on replay.
             scratch = Geometry.of(call.args[0]).bare(call.device)
             call.func(scratch, *call.args[1:], **call.kwargs)
             size_bytes = scratch.nbytes
             del scratch
             release_freed(size_bytes)
-            result, made = call.args[0], []
+            result, created = call.args[0], []
         else:
             kwargs = {**call.kwargs, "device": torch.device("meta")} if "device" in call.kwargs else call.kwargs
             try:
                 result = call.func(*map_nested(_on_meta, call.args), **map_nested(_on_meta, kwargs))
             except (NotImplementedError, RuntimeError):
-                # No meta kernel, or one that wants values; or a mistake, which the real run says better.
+                # No meta kernel, or it needs values; for invalid arguments, the real run has the better error.
                 return self._run(call)
-            made = flatten(result)
-        if op is not None or any(isinstance(leaf, Tensor) and record_of(leaf) is None for leaf in made):
-            self._note(op or self._op(call, []), call, made)
+            created = flatten(result)
+        if op is not None or any(isinstance(leaf, Tensor) and record_of(leaf) is None for leaf in created):
+            self._record(op or self._op(call, []), call, created)
         return result
 
     def _run(self, call: Call) -> Any:
-        """Run an operation for real, on the values of what is deferred; a big new result becomes deferred."""
+        """Run an operation on real values of its deferred arguments; big new results become deferred."""
         changes = [record_of(t) is not None for t in call.written]
         if any(changes) and not all(changes):
             raise UnsupportedError(
-                f"{call.name} writes into a big and a small tensor at once, and cannot be noted: build this part "
+                f"{call.name} writes to a big and a small tensor at once, which cannot be recorded: build this part "
                 "outside of lite.init_module(empty_init=True)."
             )
         states = call.states()
@@ -135,17 +135,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         deferred = {id(real): tensor for tensor in call.tensors if (real := reals.get(id(tensor))) is not None}
         result = _replaced(result, deferred)
         if op is not None:
-            self._note(op, call, [])
+            self._record(op, call, [])
         elif not call.written and all(t.numel() < self.min_numel or record_of(t) is not None for t in call.tensors):
-            # What is made from big real tensors stays real: they would have to be kept for it.
-            twins = self._twins(call, flatten(result))
-            if twins:
-                result = _replaced(result, twins)
-                self._note(self._op(call, states), call, flatten(result))
+            # Results of big real tensors stay real: recording them would keep the arguments alive.
+            meta_copies = self._meta_copies(call, flatten(result))
+            if meta_copies:
+                result = _replaced(result, meta_copies)
+                self._record(self._op(call, states), call, flatten(result))
         return result
 
-    def _twins(self, call: Call, leaves: list[Any]) -> dict[int, Tensor]:
-        """Return a meta tensor for each big result that is no view."""
+    def _meta_copies(self, call: Call, leaves: list[Any]) -> dict[int, Tensor]:
+        """Return a meta tensor for each big result that is not a view."""
         known = {id(t.untyped_storage()) for t in call.tensors if t.layout is torch.strided}
         return {
             id(leaf): Geometry.of(leaf).bare("meta")
@@ -158,12 +158,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         }
 
     def _op(self, call: Call, states: list[tuple[Generator, Tensor]]) -> Op:
-        """Return the operation as it must be run again; before it runs, if it changes its arguments."""
+        """Return the record of an operation for replay; must be called before it changes its arguments."""
         written = {id(record_of(t)) for t in call.written}
         number = 1 + max((record.clock for record in call.records), default=0)
         op = Op(call.func, (), {}, number, states, torch.get_default_dtype())
 
-        def kept(leaf: Any) -> Any:
+        def to_recorded(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
             if call.shape_only:
@@ -176,7 +176,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             op.refs.append(ref)
             return ref
 
-        op.args, op.kwargs = map_nested(kept, call.args), map_nested(kept, call.kwargs)
+        op.args, op.kwargs = map_nested(to_recorded, call.args), map_nested(to_recorded, call.kwargs)
         if call.makes_only or "device" in op.kwargs:
             op.kwargs["device"] = call.device
         op.covers = call.covers() if call.written else None
@@ -192,8 +192,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return Real(tensor.detach().clone(), None)
         return Real(tensor, tensor._version)
 
-    def _note(self, op: Op, call: Call, made: list[Any]) -> None:
-        for position, leaf in enumerate(made):
+    def _record(self, op: Op, call: Call, created: list[Any]) -> None:
+        for position, leaf in enumerate(created):
             if isinstance(leaf, Tensor) and leaf.is_meta and record_of(leaf) is None:
                 record = attach(leaf, call.device)
                 size_bytes = leaf.untyped_storage().nbytes()
@@ -208,7 +208,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _from_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Leave single values where they are: assigning one to an element takes it to the tensor's device first."""
+    """Keep single values on their device: assigning one to an element moves it to the tensor's device first."""
     device = kwargs.get("device")
     if device is None or torch.device(device).type != "meta":
         return kwargs

@@ -1,4 +1,4 @@
-"""Doing what was noted: for one tensor, what it depends on, in order, freeing what nothing later needs."""
+"""Replay recorded operations to materialize tensors, freeing intermediate storages early."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from plugframe.deferred.history import Geometry, Op, Real, Record, Ref, flatten,
 
 
 def replay(wanted: Sequence[Record]) -> dict[Record, torch.UntypedStorage]:
-    """Return the real storages of deferred ones; generators are left as they are."""
+    """Return the real storages of deferred ones, on the devices of an eager build. Generators are not advanced."""
     for record in wanted:
         record.check()
     ops = _slice(wanted)
@@ -37,12 +37,12 @@ def _touched(op: Op) -> list[Record]:
 
 
 def _slice(wanted: Sequence[Record]) -> list[Op]:
-    """Return the operations that the values now in the wanted storages depend on, in order."""
+    """Return the operations that the current values of `wanted` depend on, in order."""
     ops: dict[int, Op] = {}
-    open_ends = [(record, record.clock) for record in wanted]
-    seen = set(open_ends)
-    while open_ends:
-        record, until = open_ends.pop()
+    pending = [(record, record.clock) for record in wanted]
+    seen = set(pending)
+    while pending:
+        record, until = pending.pop()
         op = next((write for write in reversed(record.writes) if write.number <= until), None)
         if op is None or id(op) in ops:
             continue
@@ -54,39 +54,39 @@ def _slice(wanted: Sequence[Record]) -> list[Op]:
             end = (other, op.number - 1)
             if end not in seen:
                 seen.add(end)
-                open_ends.append(end)
+                pending.append(end)
     return sorted(ops.values(), key=lambda op: op.number)
 
 
 def _run(op: Op, storages: dict[Record, torch.UntypedStorage], used: set[Record]) -> None:
     def real(value: Any) -> Any:
         if isinstance(value, Real):
-            return value.checked()
+            return value.verified()
         if isinstance(value, Geometry):
             return value.bare("meta")
         if not isinstance(value, Ref):
             return value
         record = value.found()
         if record not in storages:
-            # What it held is overwritten now, and was not computed.
+            # The operation overwrites all of it, so its values were not computed.
             assert op.covers is not None
             storages[record] = _storage(op.covers, record.device)
         return value.geometry.on(storages[record])
 
     args, kwargs = map_nested(real, op.args), map_nested(real, op.kwargs)
-    with _as_then(op):
+    with _recorded_state(op):
         results = flatten(op.func(*args, **kwargs))
     for position, reference, geometry, size_bytes in op.outputs:
         record = reference()
         if record is not None and record in used:
-            storages[record] = _laid_out(results[position], geometry, size_bytes)
+            storages[record] = _with_layout(results[position], geometry, size_bytes)
 
 
-def _laid_out(result: Tensor, geometry: Geometry, size_bytes: int) -> torch.UntypedStorage:
+def _with_layout(result: Tensor, geometry: Geometry, size_bytes: int) -> torch.UntypedStorage:
     storage = result.untyped_storage()
     if Geometry.of(result) == geometry and storage.nbytes() == size_bytes:
         return storage
-    # A kernel may lay its result out in another way than the meta device said; views were taken of that one.
+    # A kernel may use another layout than the meta device, which recorded views depend on.
     storage = _storage(size_bytes, result.device)
     geometry.on(storage).copy_(result)
     return storage
@@ -97,8 +97,8 @@ def _storage(size_bytes: int, device: torch.device) -> torch.UntypedStorage:
 
 
 @contextmanager
-def _as_then(op: Op) -> Iterator[None]:
-    """Set the default dtype and the generators to what they were, and put back what they are."""
+def _recorded_state(op: Op) -> Iterator[None]:
+    """Set the default dtype and generators to their recorded states, and restore them afterwards."""
     now = [(generator, generator.state()) for generator, _ in op.generators]
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(op.dtype)

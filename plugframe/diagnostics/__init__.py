@@ -1,1 +1,1 @@
-"""Hang reports, the log of collective calls, and consistency checks over ranks."""
+"""Hang reports, the log of collective calls, and consistency checks across ranks."""

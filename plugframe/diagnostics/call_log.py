@@ -1,4 +1,4 @@
-"""The last calls of this rank at which ranks meet, and the line of the user's code that each came from."""
+"""Log of this rank's last collective calls and the user's source line of each."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from types import CodeType, FrameType
 from typing import Any
 
-#: How many calls are kept.
+#: Number of calls that the log holds.
 SIZE = 64
-#: Where in an entry it stands whether the call has ended.
+#: Index of the field of an entry that is True once the call has ended.
 END = 9
-#: And when it began.
+#: Index of the field with the start time.
 BEGAN = 8
 
 _getframe, _now = sys._getframe, time.monotonic
@@ -31,16 +31,16 @@ Entry = list[Any]
 
 @dataclass(frozen=True)
 class Call:
-    """A call at which ranks meet.
+    """A call that all ranks, or all ranks of a group, must make.
 
     Attributes:
-        number: how many such calls of all ranks this rank had made with it.
-        hook: which it is.
-        name: what the user called: ``"all_reduce"``, ``"save"``, ``"step"``.
-        what: of which tensor, or how: ``"(3, 4) float32"``; empty for none.
-        file: of the user's code.
-        line: in that file.
-        done: whether it has ended.
+        number: number of calls of all ranks that this rank has made, this one included.
+        hook: name of the hook.
+        name: name of the user's call: ``"all_reduce"``, ``"save"``, ``"step"``.
+        what: shape, dtype and operation: ``"(3, 4) float32 sum"``; empty without a tensor.
+        file: path of the user's source file.
+        line: line in that file.
+        done: whether the call has ended.
     """
 
     number: int
@@ -53,29 +53,29 @@ class Call:
 
     @property
     def site(self) -> str:
-        """``train.py:57``."""
+        """Source location: ``train.py:57``."""
         return site(self.file, self.line)
 
     @property
     def text(self) -> str:
-        """``all_reduce of (3, 4) float32 (train.py:57, call 812)``."""
+        """Description: ``all_reduce of (3, 4) float32 (train.py:57, call 812)``."""
         of = f" of {self.what}" if self.what else ""
         return f"{self.name}{of} ({self.site}, call {self.number})"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as what JSON can hold."""
+        """Return a dict of JSON values."""
         return asdict(self)
 
 
 class CallLog:
-    """Keeps the last calls of a rank. Keeping one costs about a microsecond; words are made of it when asked.
+    """Ring buffer of a rank's last calls. Recording one takes about a microsecond; text is only formatted on request.
 
     Args:
-        packages: top-level packages whose frames are passed over when the user's line is looked for, besides
-            plugframe, torch and the standard library.
+        packages: top-level packages whose frames are skipped when looking for the user's line, besides plugframe,
+            torch and the standard library.
 
     Attributes:
-        count: how many calls of all ranks were made; calls of a group of ranks are not counted.
+        count: number of calls of all ranks; calls of a group of ranks are not counted.
     """
 
     def __init__(self, packages: Iterable[str] = ()) -> None:
@@ -83,10 +83,10 @@ class CallLog:
         self._packages = {"torch", *packages} - {"__main__", "__mp_main__"}
         self._entries: deque[Entry] = deque(maxlen=SIZE)
         self._files: dict[str, int] = {}
-        self._kind_of, self._keep = self._files.get, self._entries.append
+        self._kind_of, self._append = self._files.get, self._entries.append
 
     def begin(self, hook: str, tensor: Any, detail: Any, everyone: bool) -> Entry:
-        """Note that a call begins; its caller is the function that wraps it. Set ``entry[END]`` once it has ended."""
+        """Record the start of a call, from the hook's wrapper only. Set ``entry[END]`` once the call has ended."""
         if everyone:
             self.count += 1
         frame: FrameType | None = _getframe(2)
@@ -103,34 +103,34 @@ class CallLog:
             frame = frame.f_back
         frame = frame or fallback or _getframe(2)
         of, dtype = (None, None) if tensor is None else (tensor.shape, tensor.dtype)
-        # The instruction: finding its line takes the longer the longer the user's function is.
+        # Store the instruction: finding its line takes longer the longer the user's function is.
         entry = [self.count, hook, called, of, dtype, detail, frame.f_code, frame.f_lasti, _now(), False]
-        self._keep(entry)
+        self._append(entry)
         return entry
 
     def calls(self, number: int = SIZE) -> list[Call]:
-        """Return the last calls, the newest last."""
+        """Return the last `number` calls, oldest first."""
         return [_call(entry) for entry in list(self._entries)[-number:]]
 
     def running(self) -> Call | None:
-        """Return the innermost call that has not ended, None if there is none."""
+        """Return the innermost running call, None if there is none."""
         return next((_call(entry) for entry in reversed(list(self._entries)) if not entry[END]), None)
 
     def waited_s(self) -> float:
-        """Return for how many seconds the innermost call that has not ended is running."""
+        """Return the time in seconds that the innermost running call has taken so far; 0 without one."""
         return next((time.monotonic() - e[BEGAN] for e in reversed(list(self._entries)) if not e[END]), 0.0)
 
     def waiting(self) -> tuple[Call, float] | None:
-        """Return the innermost call that has not ended and when it began, as `time.monotonic` counts."""
+        """Return the innermost running call and its start time on the clock of `time.monotonic`; None without one."""
         entry = next((entry for entry in reversed(list(self._entries)) if not entry[END]), None)
         return None if entry is None else (_call(entry), entry[BEGAN])
 
     def last(self) -> Call | None:
-        """Return the newest call that has ended, None if there is none."""
+        """Return the latest call that has ended, None if there is none."""
         return next((_call(entry) for entry in reversed(list(self._entries)) if entry[END]), None)
 
     def is_users(self, frame: FrameType) -> bool:
-        """Say whether a frame is of the user's code."""
+        """Return whether a frame belongs to the user's code."""
         return (self._files.get(frame.f_code.co_filename) or self._kind(frame)) == _USERS
 
     def _kind(self, frame: FrameType) -> int:
@@ -147,7 +147,7 @@ class CallLog:
 
 
 def site(file: str, line: int) -> str:
-    """Return a place in the code for a message: ``train.py:57``, ``package/__init__.py:3``."""
+    """Return a source location for messages: ``train.py:57``, ``package/__init__.py:3``."""
     folder, name = os.path.split(file)
     if name in ("__init__.py", "__main__.py"):
         name = f"{os.path.basename(folder)}/{name}"
@@ -171,7 +171,7 @@ def _name(hook: str, called: CodeType | None) -> str:
 
 
 def _what(shape: Any, dtype: Any, detail: Any) -> str:
-    parts = [] if shape is None else [str(tuple(shape)), str(dtype).removeprefix("torch.")]
+    words = [] if shape is None else [str(tuple(shape)), str(dtype).removeprefix("torch.")]
     if detail is not None:
-        parts.append(f"src={detail}" if isinstance(detail, int) else str(detail))
-    return " ".join(parts)
+        words.append(f"src={detail}" if isinstance(detail, int) else str(detail))
+    return " ".join(words)

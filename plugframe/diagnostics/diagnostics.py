@@ -15,9 +15,9 @@ from plugframe.hooks.context import Context
 
 
 class Diagnostics:
-    """Record collective calls, report and explain those that a rank does not reach, and compare plugins over ranks.
+    """Record collective calls, explain those that a rank does not reach, and compare plugins across ranks.
 
-    The core knows nothing of it: a job whose plan has ``diagnostics=False`` runs without, at no cost.
+    The core does not import this class: a job whose plan has ``diagnostics=False`` runs without it, at no cost.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -26,7 +26,7 @@ class Diagnostics:
         self._undo = ExitStack()
 
     def explain(self, error: BaseException) -> Exception | None:
-        """Return the error that says where every rank is; None if `error` is not about ranks that did not come."""
+        """Return an error with the status of every rank; None if `error` is not about missing ranks."""
         return None if self._reporter is None else self._reporter.explain(error)
 
     @hookimpl
@@ -45,7 +45,7 @@ class Diagnostics:
     @hookimpl
     def on_teardown(self) -> None:
         if self._reporter is not None:
-            self._reporter.close()  # before any connection is closed: then the others know why
+            self._reporter.close()  # before any connection is closed, so that the other ranks receive the reason
 
     @hookimpl
     def on_disconnect(self) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from plugframe.diagnostics.call_log import END, CallLog
 
-#: Hooks at which ranks meet, and the argument that says how.
-MEETINGS: dict[str, str | None] = {
+#: Hooks that are recorded, and the argument that describes the operation.
+RECORDED_HOOKS: dict[str, str | None] = {
     "collective_all_gather": None,
     "collective_all_reduce": "op",
     "collective_reduce_scatter": "op",
@@ -31,10 +31,10 @@ Explain = Callable[..., Exception | None]
 
 
 def record(hooks: Any, log: CallLog, explain: Explain) -> Callable[[], None]:
-    """Put the log between the callers of `hooks` and what is bound there; return what takes it out again."""
+    """Wrap the `RECORDED_HOOKS` of `hooks` to record calls in `log`; return a function that undoes it."""
     hooks.call_log = log
-    before = {name: getattr(hooks, name) for name in MEETINGS}
-    for name, argument in MEETINGS.items():
+    before = {name: getattr(hooks, name) for name in RECORDED_HOOKS}
+    for name, argument in RECORDED_HOOKS.items():
         setattr(hooks, name, _recorded(name, argument, before[name], log, explain))
 
     def undo() -> None:
@@ -46,7 +46,7 @@ def record(hooks: Any, log: CallLog, explain: Explain) -> Callable[[], None]:
 
 
 def call_log_of(hooks: Any) -> CallLog | None:
-    """Return the log to which calls of `hooks` are recorded; None if they are not."""
+    """Return the log that records calls of `hooks`; None if they are not recorded."""
     found: CallLog | None = getattr(hooks, "call_log", None)
     return found
 

@@ -1,4 +1,4 @@
-"""Which mistake it looks like when ranks do not do the same, read from the user's own source."""
+"""Find likely causes of diverging ranks in the user's source code."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import re
 
 from plugframe.diagnostics.call_log import Call, site
 
-#: What a condition says that holds on some ranks only.
-_RANKED = re.compile(r"is_global_zero|\brank\b|_rank\b|\brank_zero")
+#: Matches conditions that depend on the rank.
+_RANK_CONDITION = re.compile(r"is_global_zero|\brank\b|_rank\b|\brank_zero")
 
 
 def source(call: Call) -> str:
-    """Return the line of the user's code without a comment after it, empty where it cannot be read."""
+    """Return the source line of a call without trailing comment, empty if it cannot be read."""
     return linecache.getline(call.file, call.line).partition("  # ")[0].strip()
 
 
 def under_rank_condition(call: Call) -> str:
-    """Return the condition on the rank under which a call stands: ``'if lite.is_global_zero:' (train.py:56)``."""
+    """Return the rank condition around a call: ``'if lite.is_global_zero:' (train.py:56)``; empty for none."""
     for node, branch in reversed(_around(call)):
-        if isinstance(node, ast.If) and branch != "test" and _RANKED.search(ast.unparse(node.test)):
+        if isinstance(node, ast.If) and branch != "test" and _RANK_CONDITION.search(ast.unparse(node.test)):
             word = "else of " if branch == "orelse" else ""
             return f"{word}'if {ast.unparse(node.test)}:' ({site(call.file, node.lineno)})"
     return ""
 
 
 def under_swallowing(call: Call) -> str:
-    """Return the handler that passes over an exception in what a call stands in: ``'except ValueError:' (a.py:9)``."""
+    """Return the handler around a call that does not re-raise: ``'except ValueError:' (a.py:9)``; empty for none."""
     for node, branch in reversed(_around(call)):
         if not isinstance(node, ast.Try) or branch != "body":
             continue
@@ -39,12 +39,12 @@ def under_swallowing(call: Call) -> str:
 
 
 def in_loop(call: Call) -> str:
-    """Return the innermost loop a call stands in: ``'for batch in loader:' (train.py:4)``, empty for none."""
+    """Return the innermost loop around a call: ``'for batch in loader:' (train.py:4)``, empty for none."""
     return next((_loop_text(call, loop) for loop in _loops(call)), "")
 
 
 def loop_left(inside: Call, other: Call) -> str:
-    """Return the loop in which the first call stands, and after which the other one does; empty if there is none."""
+    """Return the loop around the first call that ends before the other one; empty if there is none."""
     if inside.file != other.file:
         return ""
     loops = [loop for loop in _loops(inside) if other.line > (loop.end_lineno or loop.lineno)]
@@ -52,7 +52,7 @@ def loop_left(inside: Call, other: Call) -> str:
 
 
 def _loops(call: Call) -> list[ast.For | ast.While]:
-    """Return the loops a call stands in, the innermost first."""
+    """Return the loops around a call, the innermost first."""
     return [n for n, branch in reversed(_around(call)) if branch == "body" and isinstance(n, ast.For | ast.While)]
 
 
@@ -65,7 +65,7 @@ def _loop_text(call: Call, loop: ast.For | ast.While) -> str:
 
 
 def _around(call: Call) -> list[tuple[ast.AST, str]]:
-    """Return the statements a line stands in, the outermost first, each with the name of its part."""
+    """Return the statements around a line, the outermost first, each with the name of the AST field."""
     try:
         tree: ast.AST = ast.parse("".join(linecache.getlines(call.file)))
     except (SyntaxError, ValueError):

@@ -1,4 +1,4 @@
-"""Where each rank is, in its own words, and what follows from all of them."""
+"""Status of each rank, and the diagnosis from the status of all ranks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from plugframe.utils.rank_text import ranks_text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Account:
-    """What one rank says of itself.
+class RankStatus:
+    """Status of one rank.
 
     Attributes:
         rank: its global rank.
-        host: where it runs.
-        running: the call it is in, None if it is in none.
-        waited_s: for how long it is in it.
-        last: the newest call that has ended, None if there is none.
-        doing: what it does outside of calls: ``"in forward (model.py:31)"``; empty where it is not known.
-        stack: where it is, for people.
-        left: whether it has torn its job down.
-        error: the exception it left with, in a line.
+        host: its host name.
+        running: the innermost running call, None if there is none.
+        waited_s: time in seconds that this call has taken so far.
+        last: the latest call that has ended, None if there is none.
+        activity: activity outside of calls: ``"in forward (model.py:31)"``; empty if unknown.
+        stack: formatted stack.
+        shut_down: whether it has torn down its job.
+        error: the exception it shut down with, in one line.
     """
 
     rank: int
@@ -32,30 +32,30 @@ class Account:
     running: Call | None = None
     waited_s: float = 0.0
     last: Call | None = None
-    doing: str = ""
+    activity: str = ""
     stack: str = ""
-    left: bool = False
+    shut_down: bool = False
     error: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as what JSON can hold."""
+        """Return a dict of JSON values."""
         return asdict(self)
 
     @staticmethod
-    def of(data: Mapping[str, Any]) -> Account:
-        """Make it of what `as_dict` gave."""
+    def from_dict(data: Mapping[str, Any]) -> RankStatus:
+        """Return the status that `as_dict` was called on."""
         calls = {name: None if data[name] is None else Call(**data[name]) for name in ("running", "last")}
-        return Account(**{**data, **calls})
+        return RankStatus(**{**data, **calls})
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What follows from the accounts of all ranks.
+class Diagnosis:
+    """Diagnosis from the status of all ranks.
 
     Attributes:
-        text: one line: who is where, and what the mistake may be.
-        places: of it, who is where.
-        culprit: the rank that did not come, None if there is no telling.
+        text: one line: the status of every rank, and a likely cause.
+        places: `text` without the likely cause.
+        culprit: the rank that did not reach the call, None if unknown.
     """
 
     text: str
@@ -63,62 +63,59 @@ class Finding:
     places: str = ""
 
 
-def find(accounts: Mapping[int, Account | None], rank: int, *, seconds: float) -> Finding:
-    """Say which rank did not come to the call that `rank` is in.
+def diagnose(statuses: Mapping[int, RankStatus | None], rank: int, *, seconds: float) -> Diagnosis:
+    """Diagnose which rank did not reach the call that `rank` is in.
 
     Args:
-        accounts: of every rank; None for one that did not answer.
-        rank: the one that asks.
-        seconds: how long the answers were waited for.
+        statuses: by rank; None for a rank that did not respond.
+        rank: the rank that runs the diagnosis.
+        seconds: how long it has waited for responses.
     """
-    mine = accounts[rank]
-    running = [account.running for account in (mine, *accounts.values()) if account is not None and account.running]
+    mine = statuses[rank]
+    running = [status.running for status in (mine, *statuses.values()) if status is not None and status.running]
     here = running[0] if running else None
-    culprit = _culprit(accounts, rank)
+    culprit = _culprit(statuses, rank)
     clauses: dict[str, list[int]] = {}
-    for number, account in sorted(accounts.items()):
-        clauses.setdefault(_clause(account, seconds), []).append(number)
-    told = "; ".join(_sentence(numbers, clause) for clause, numbers in clauses.items())
-    hint = _hint(accounts, culprit, here)
-    return Finding(f"{told}.{f' {hint}' if hint else ''}", culprit, f"{told}.")
+    for number, status in sorted(statuses.items()):
+        clauses.setdefault(_clause(status, seconds), []).append(number)
+    text = "; ".join(_sentence(numbers, clause) for clause, numbers in clauses.items())
+    hint = _hint(statuses, culprit, here)
+    return Diagnosis(f"{text}.{f' {hint}' if hint else ''}", culprit, f"{text}.")
 
 
-def _culprit(accounts: Mapping[int, Account | None], rank: int) -> int | None:
-    others = {number: account for number, account in accounts.items() if number != rank}
+def _culprit(statuses: Mapping[int, RankStatus | None], rank: int) -> int | None:
+    others = {number: status for number, status in statuses.items() if number != rank}
     for suspicious in (
-        lambda account: account is not None and account.left,
-        lambda account: account is None,
-        lambda account: account is not None and account.running is None,
+        lambda status: status is not None and status.shut_down,
+        lambda status: status is None,
+        lambda status: status is not None and status.running is None,
     ):
-        found = [number for number, account in others.items() if suspicious(account)]
+        found = [number for number, status in others.items() if suspicious(status)]
         if found:
             return min(found)
     places: dict[tuple[Any, ...], list[int]] = {}
-    for number, account in accounts.items():
-        call = account.running if account is not None else None
-        if account is not None:
-            place = (-1, account.doing) if call is None else (call.number, call.hook, call.name, call.what)
+    for number, status in statuses.items():
+        call = status.running if status is not None else None
+        if status is not None:
+            place = (-1, status.activity) if call is None else (call.number, call.hook, call.name, call.what)
             places.setdefault(place, []).append(number)
     if len(places) < 2:
         return None
-    # Those who are few have gone astray; of two, the one that is behind.
+    # A minority has diverged; of two groups of one size, the one that is behind.
     return min(places.items(), key=lambda place: (len(place[1]), place[0][0], -place[1][0]))[1][0]
 
 
-def _clause(account: Account | None, seconds: float) -> str:
-    if account is None:
-        return (
-            f"did not answer within {seconds:g} s (it has died, was stopped, or something in it holds the "
-            "interpreter's lock)"
-        )
-    last = f", {{its}} last collective was {account.last.text}" if account.last is not None else ""
-    if account.left:
-        failed = f" with {account.error.rstrip('.')}" if account.error else ""
-        where = f" {account.doing}" if account.doing else ""
-        return f"{{has}} left{where}{failed}{last}"
-    if account.running is not None:
-        return f"{{waits}} in {account.running.text}"
-    return f"{{is}} {account.doing or 'elsewhere'}{last}"
+def _clause(status: RankStatus | None, seconds: float) -> str:
+    if status is None:
+        return f"did not respond within {seconds:g} s (it died, is stopped, or a thread holds the GIL)"
+    last = f", {{its}} last collective was {status.last.text}" if status.last is not None else ""
+    if status.shut_down:
+        failed = f" with {status.error.rstrip('.')}" if status.error else ""
+        where = f" {status.activity}" if status.activity else ""
+        return f"{{has}} shut down{where}{failed}{last}"
+    if status.running is not None:
+        return f"{{waits}} in {status.running.text}"
+    return f"{{is}} {status.activity or 'elsewhere'}{last}"
 
 
 def _sentence(ranks: Sequence[int], clause: str) -> str:
@@ -128,29 +125,29 @@ def _sentence(ranks: Sequence[int], clause: str) -> str:
     return f"{ranks_text(ranks)} {clause.replace('{its}', words[3])}"
 
 
-def _hint(accounts: Mapping[int, Account | None], culprit: int | None, here: Call | None) -> str:
+def _hint(statuses: Mapping[int, RankStatus | None], culprit: int | None, here: Call | None) -> str:
     if culprit is None:
-        return "All ranks are in the same call: does the network or the device hang?"
-    account = accounts[culprit]
-    if here is None or account is None or account.error:
+        return "All ranks are in the same call: check the network and the devices."
+    status = statuses[culprit]
+    if here is None or status is None or status.error:
         return ""
     where = likely_causes.under_rank_condition(here)
     if where:
-        return f"{here.name} stands under {where}, so that not every rank calls it: move it out."
+        return f"{here.name} is under {where}, so that not every rank calls it: move it out."
     loop = likely_causes.in_loop(here)
-    if account.left and loop:
-        return f"Has rank {culprit} left {loop} earlier: different numbers of batches or steps?"
-    theirs = account.running or account.last
-    swallowed = likely_causes.under_swallowing(theirs) if theirs is not None else ""
+    if status.shut_down and loop:
+        return f"Rank {culprit} may have left {loop} early: check that all ranks have the same number of batches."
+    call = status.running or status.last
+    swallowed = likely_causes.under_swallowing(call) if call is not None else ""
     if swallowed:
-        return f"Has {swallowed} passed over an exception on rank {culprit}?"
-    if account.running is not None:
-        for inside, after in ((here, account.running), (account.running, here)):
+        return f"Check whether {swallowed} caught an exception on rank {culprit}."
+    if status.running is not None:
+        for inside, after in ((here, status.running), (status.running, here)):
             loop = likely_causes.loop_left(inside, after)
             if loop:
-                return f"One of them has left {loop}: different numbers of batches or steps?"
-        where = likely_causes.under_rank_condition(account.running)
+                return f"One of them has left {loop}: check that all ranks have the same number of batches."
+        where = likely_causes.under_rank_condition(status.running)
         if where:
-            return f"{account.running.name} stands under {where}, so that not every rank calls it: move it out."
+            return f"{status.running.name} is under {where}, so that not every rank calls it: move it out."
         return "Every rank must make the same calls in the same order."
     return ""

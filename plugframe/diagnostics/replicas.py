@@ -1,4 +1,4 @@
-"""Whether parameters and the state of optimizers are the same on all ranks, by a hash of each."""
+"""Check that parameters and optimizer state are equal on all ranks, by a hash per tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from plugframe.errors import OutOfSyncError, UnsupportedError
 from plugframe.utils.rank_text import ranks_text
 from plugframe.utils.tensor_bytes import as_bytes
 
-#: Elements hashed at a time on a device.
+#: Number of elements hashed at a time on a device.
 _CHUNK = 1 << 20
 _MASK = (1 << 63) - 1
 
@@ -29,8 +29,8 @@ def named_tensors(modules: Iterable[nn.Module], optimizers: Iterable[Optimizer])
             names[id(parameter)] = name
             yield f"parameter {name!r}", parameter
     for optimizer in optimizers:
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for number, parameter in enumerate(held):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, parameter in enumerate(parameters):
             name = names.get(id(parameter), str(number))
             for key, value in sorted(optimizer.state.get(parameter, {}).items()):
                 if isinstance(value, Tensor):
@@ -38,41 +38,41 @@ def named_tensors(modules: Iterable[nn.Module], optimizers: Iterable[Optimizer])
 
 
 def check_in_sync(named: Iterable[Named], hooks: Any, when: str = "") -> None:
-    """Compare tensors bit by bit over the ranks, by a hash of each. Every rank must call it.
+    """Compare tensors bitwise across ranks, by a hash of each. Every rank must call it.
 
     Args:
-        when: for the message: ``" after step 100"``.
+        when: suffix for the message: ``" after step 100"``.
 
     Raises:
-        OutOfSyncError: on all ranks, naming the first that differs.
+        OutOfSyncError: on all ranks, with the first tensor that differs.
     """
     named = list(named)
     hashes = tensor_hashes([tensor for _, tensor in named])
     pairs = [(name, each) for (name, _), each in zip(named, hashes, strict=True)]
     mine = xxhash.xxh3_64_intdigest(repr(pairs).encode()) & _MASK
-    # A few bytes from each; the lists travel only if they differ.
-    everyone = hooks.collective_all_gather(tensor=torch.tensor([mine]), group=None, sync_grads=False)
-    if bool((everyone == everyone[0]).all()):
+    # Compare one hash of everything first; the lists are gathered only if it differs.
+    all_hashes = hooks.collective_all_gather(tensor=torch.tensor([mine]), group=None, sync_grads=False)
+    if bool((all_hashes == all_hashes[0]).all()):
         return
     lists = hooks.collective_all_gather_object(obj=pairs, group=None)
-    raise OutOfSyncError(f"The ranks have drifted apart{when}: {_difference(lists)}")
+    raise OutOfSyncError(f"The ranks are out of sync{when}: {_difference(lists)}")
 
 
 def check_replicated(provides: Iterable[str], call: str) -> None:
-    """Refuse a strategy, by what it provides, that keeps a part of the model on each rank.
+    """Raise for a strategy that shards the model.
 
     Raises:
-        UnsupportedError: saying so.
+        UnsupportedError: if `provides` contains ``"sharded"``.
     """
     if "sharded" in provides:
         raise UnsupportedError(
-            f"{call} compares what every rank has, and this strategy keeps a part of the model on each: there is "
-            "nothing to compare. Leave it out."
+            f"{call} compares replicated parameters, and this strategy shards the model: there is nothing to compare. "
+            "Remove it."
         )
 
 
 def tensor_hashes(tensors: Sequence[Tensor]) -> list[int]:
-    """Return a number for each tensor that tells its bits, shape and dtype from others; a device is waited for once."""
+    """Return a hash of bits, shape and dtype for each tensor, with one synchronisation per device."""
     on_device: dict[int, Tensor] = {}
     found: dict[int, int] = {}
     for number, tensor in enumerate(tensors):
@@ -93,13 +93,13 @@ def tensor_hashes(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _sum_of_bits(data: Tensor) -> Tensor:
-    """Return a 0-d tensor: the bytes as whole numbers, each times a number of its place, summed with wrap-around."""
+    """Return a 0-d int64 tensor: the bits as integers, each times a factor of its position, summed with wrap-around."""
     width = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(data.element_size(), torch.int64)
     flat = (torch.view_as_real(data.resolve_conj()) if data.is_complex() else data).contiguous().view(width).view(-1)
     total = torch.zeros((), dtype=torch.int64, device=data.device)
-    places = torch.arange(1, min(_CHUNK, flat.numel()) + 1, device=data.device) * 0x9E3779B97F4A7C1 + 1
+    factors = torch.arange(1, min(_CHUNK, flat.numel()) + 1, device=data.device) * 0x9E3779B97F4A7C1 + 1
     for number, chunk in enumerate(torch.split(flat, _CHUNK)):
-        total += (chunk.to(torch.int64) * places[: chunk.numel()]).sum() * (2 * number + 1)
+        total += (chunk.to(torch.int64) * factors[: chunk.numel()]).sum() * (2 * number + 1)
     return total
 
 
@@ -107,14 +107,14 @@ def _difference(lists: Sequence[Sequence[tuple[str, int]]]) -> str:
     names = [[name for name, _ in each] for each in lists]
     if any(each != names[0] for each in names):
         counts = ", ".join(f"{len(each)} tensors on rank {rank}" for rank, each in enumerate(names))
-        return f"they do not hold the same parameters and state ({counts})."
+        return f"they have different parameters or state ({counts})."
     different = [place for place, rows in enumerate(zip(*lists, strict=True)) if len({value for _, value in rows}) > 1]
     first = different[0]
-    holders: dict[int, list[int]] = {}
+    ranks_by_hash: dict[int, list[int]] = {}
     for rank, each in enumerate(lists):
-        holders.setdefault(each[first][1], []).append(rank)
-    most = max(holders.values(), key=len)
-    others = sorted(rank for ranks in holders.values() if ranks is not most for rank in ranks)
+        ranks_by_hash.setdefault(each[first][1], []).append(rank)
+    most = max(ranks_by_hash.values(), key=len)
+    others = sorted(rank for ranks in ranks_by_hash.values() if ranks is not most for rank in ranks)
     more = f"; {len(different) - 1} of the other {len(names[0]) - 1} tensors differ too" if len(different) > 1 else ""
-    where = f"on {ranks_text(others)} another than on {ranks_text(most)}"
-    return f"the first that differs is {names[0][first]}, {where}{more}."
+    where = f"between {ranks_text(others)} and {ranks_text(most)}"
+    return f"the first difference is in {names[0][first]}, {where}{more}."

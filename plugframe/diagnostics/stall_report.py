@@ -1,4 +1,4 @@
-"""Report on stderr, while a job goes on, that ranks wait in a collective for one that is elsewhere."""
+"""Report on stderr when ranks wait in a collective for a rank that is elsewhere, while the job continues."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import time
 from collections.abc import Mapping
 
 from plugframe.diagnostics.call_log import Call, CallLog
-from plugframe.diagnostics.hang_report import LATE_S, HangReporter
-from plugframe.diagnostics.rank_status import Account, find
+from plugframe.diagnostics.hang_report import TIMEOUT_RESPONSE_S, HangReporter
+from plugframe.diagnostics.rank_status import RankStatus, diagnose
 from plugframe.hooks.context import Context
 from plugframe.utils.rank_text import ranks_text
 
-#: A report that changed nothing is repeated after so many times as long: 30 s, 2 min, 8 min.
+#: Factor between the times of repeated reports of one call: 30 s, 2 min, 8 min.
 GROWTH = 4
-#: In these a rank works for itself, and waits in calls of their own.
-_WORK = ("checkpoint_save", "checkpoint_load")
+#: Hooks in which a rank works on its own, and whose own collectives are recorded separately.
+_LOCAL_WORK = ("checkpoint_save", "checkpoint_load")
 
 
 def start_stall_reporter(context: Context, log: CallLog, reporter: HangReporter) -> StallReporter | None:
-    """Start watching this rank's calls; return None if nothing is to be reported."""
+    """Start the stall reporter of this rank; return None if it is disabled or has no effect."""
     after_s = context.report_after_s
     late = context.timeout_s is not None and context.timeout_s <= after_s
     if not after_s or late or "simulated" in context.provides.get("collective", ()):
@@ -29,13 +29,13 @@ def start_stall_reporter(context: Context, log: CallLog, reporter: HangReporter)
 
 
 class StallReporter:
-    """A thread that sleeps, and looks a few times per `after_s` whether this rank is in one call all the while.
+    """Thread that checks several times per `after_s` whether this rank has been in one call for that long.
 
     Args:
-        log: this rank's calls.
-        reporter: what asks the other ranks.
-        rank: this one.
-        after_s: how long a call may take before the others are asked.
+        log: call log of this rank.
+        reporter: collects the status of other ranks.
+        rank: global rank of this process.
+        after_s: time in seconds after which a running call is reported.
     """
 
     def __init__(self, log: CallLog, reporter: HangReporter, *, rank: int, after_s: float) -> None:
@@ -47,19 +47,19 @@ class StallReporter:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._closed.set()
         self._thread.join(1.0)
 
     def _run(self) -> None:
         pause_s = self._after_s / 4
         while not self._closed.wait(pause_s):
-            pause_s = min(self._look(), self._after_s / 4)
+            pause_s = min(self._check(), self._after_s / 4)
 
-    def _look(self) -> float:
-        """Report if it is time to; return in how many seconds it may be."""
+    def _check(self) -> float:
+        """Report if the call has run long enough; return the seconds until the next check."""
         waiting = self._log.waiting()
-        if waiting is None or waiting[0].hook in _WORK:
+        if waiting is None or waiting[0].hook in _LOCAL_WORK:
             return self._after_s
         call, began = waiting
         if began != self._began:
@@ -75,41 +75,41 @@ class StallReporter:
         return max(self._due_s - waited_s, 0.0)
 
     def _report(self, call: Call, waited_s: float) -> str:
-        """Return what is to be said, ``""`` if all ranks are in this call, or another rank says it."""
-        accounts = self._reporter.look(f"{call.number}/{call.hook}/{self._due_s:g}")
+        """Return the report; empty if all ranks are in this call, or another rank reports it."""
+        statuses = self._reporter.collect(f"{call.number}/{call.hook}/{self._due_s:g}")
         now = self._log.waiting()
-        if not accounts or now is None or now[1] != self._began or self._closed.is_set():
+        if not statuses or now is None or now[1] != self._began or self._closed.is_set():
             return ""
-        if any(_waits_longer(account, call, waited_s) for account in accounts.values()):
+        if any(_waits_longer(status, call, waited_s) for status in statuses.values()):
             return ""
-        return report(accounts, self._rank, waited_s)
+        return report(statuses, self._rank, waited_s)
 
 
-def report(accounts: Mapping[int, Account | None], rank: int, waited_s: float) -> str:
-    """Return one line on who waits for whom, ``""`` if all ranks are in the same call.
+def report(statuses: Mapping[int, RankStatus | None], rank: int, waited_s: float) -> str:
+    """Return one line with the rank that is waited for and the status of all; empty if all are in the same call.
 
     Args:
-        accounts: of every rank; None for one that did not answer.
-        rank: the one that waits.
-        waited_s: for how long.
+        statuses: by rank; None for a rank that did not respond.
+        rank: the waiting rank.
+        waited_s: how long it has waited, in seconds.
     """
-    found = find(accounts, rank, seconds=LATE_S)
+    found = diagnose(statuses, rank, seconds=TIMEOUT_RESPONSE_S)
     if found.culprit is None:
         return ""
     waited_for = "" if found.culprit == rank else f" for {ranks_text([found.culprit])}"
-    sites = {(call.file, call.line) for call in map(_running, accounts.values()) if call is not None}
-    # Ranks that came to one call by one line make no mistake: one of them has more to do there, such as writing.
-    mistaken = len(sites) > 1 or _running(accounts[found.culprit]) is None
-    return f"plugframe: still waiting{waited_for} after {waited_s:.3g} s: {found.text if mistaken else found.places}"
+    sites = {(call.file, call.line) for call in map(_running, statuses.values()) if call is not None}
+    # Ranks that make one call at one line are correct: one of them has more to do there, such as writing.
+    diverged = len(sites) > 1 or _running(statuses[found.culprit]) is None
+    return f"plugframe: still waiting{waited_for} after {waited_s:.3g} s: {found.text if diverged else found.places}"
 
 
-def _running(account: Account | None) -> Call | None:
-    return None if account is None else account.running
+def _running(status: RankStatus | None) -> Call | None:
+    return None if status is None else status.running
 
 
-def _waits_longer(account: Account | None, call: Call, waited_s: float) -> bool:
-    """Say whether a rank waits in another call for longer, and reports it."""
-    other = _running(account)
-    if account is None or other is None or other.number == call.number or other.hook in _WORK:
+def _waits_longer(status: RankStatus | None, call: Call, waited_s: float) -> bool:
+    """Return whether a rank has waited longer in another call, and therefore reports it."""
+    other = _running(status)
+    if status is None or other is None or other.number == call.number or other.hook in _LOCAL_WORK:
         return False
-    return account.waited_s > waited_s
+    return status.waited_s > waited_s

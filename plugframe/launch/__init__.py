@@ -1,6 +1,6 @@
-"""Start ranks, watch over them, and say once what went wrong.
+"""Start, supervise and stop the ranks of a job, and report failures.
 
-Light to import: torch comes with the first call of `supervise`.
+Importing this package does not import torch; the first call of `supervise` does.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ __all__ = ["Job", "script_command", "supervise"]
 
 
 def supervise(job: Job, *, start_method: str | None = None) -> Any:
-    """Start the ranks of `job` on this node, wait until all have ended, return what its function returned on rank 0.
+    """Start the ranks of `job` on this node, wait for them, and return what its function returned on rank 0.
 
     Args:
         job: a script (`Job.command`) or a function (`Job.function`).
-        start_method: how multiprocessing starts a process, for a function.
+        start_method: multiprocessing start method, for a function.
 
     Raises:
-        RankFailedError: if a rank failed, or a signal ended the job (exit code 128 + its number).
-        UsageError: if the job cannot be started like this.
+        RankFailedError: if a rank failed, or a signal stopped the job (exit code 128 + signal number).
+        UsageError: if the job cannot be started with these settings.
     """
     refuse_while_importing()
     from plugframe.launch.engine import supervise as run

@@ -1,4 +1,4 @@
-"""How the current script was started, so that its ranks can be started alike."""
+"""Reconstruct the command line of the current script."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 from plugframe.errors import UsageError
 
-#: Flags without a value, then perhaps one option that takes a value: all that a short option can be.
+#: Short options: flags without a value, optionally followed by one option with a value.
 _SHORT = re.compile(r"-([^cmWX]*)(?:([cmWX])(.*))?", re.DOTALL)
 
 
 def script_command() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the interpreter's options and the command (`Job.command`) that start this script again.
+    """Return the interpreter options and the command (`Job.command`) that run this script again.
 
-    The script is what ``__main__`` says it is, so that one run by a debugger or a coverage tool is found too.
+    The script is taken from ``__main__``, which is also correct under a debugger or a coverage tool.
 
     Raises:
         UsageError: for code without a file (``python -c``, standard input, a prompt, a notebook).
@@ -32,17 +32,17 @@ def script_command() -> tuple[tuple[str, ...], tuple[str, ...]]:
         file = os.path.dirname(file)  # a folder or an archive that holds a __main__.py
     if file is None or not os.path.exists(file):
         raise UsageError(
-            f"{_what_runs(typed)} has no file that more ranks could run: write a script, "
-            "or call launch(function) with a function for every rank to run."
+            f"{_source_name(typed)} has no file that ranks could run: write a script, "
+            "or call launch(function) with the function to run on every rank."
         )
     file = os.path.abspath(file)
     return options, (file, *_arguments(typed, (file,)))
 
 
 def split_interpreter_options(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Split what follows the executable into the interpreter's own options and the rest.
+    """Split the arguments after the executable into interpreter options and the rest.
 
-    ``("-Bm", "train", "-v")`` gives ``("-B",)`` and ``("-m", "train", "-v")``. ``-i`` is left out: a rank must
+    ``("-Bm", "train", "-v")`` gives ``("-B",)`` and ``("-m", "train", "-v")``. ``-i`` is dropped: a rank must
     not end at a prompt.
     """
     options: list[str] = []
@@ -69,15 +69,15 @@ def split_interpreter_options(arguments: Sequence[str]) -> tuple[tuple[str, ...]
 
 
 def _arguments(typed: Sequence[str], command: Sequence[str]) -> Sequence[str]:
-    """Return the script's arguments: those that were typed, even if it has changed ``sys.argv`` since."""
+    """Return the script's arguments as typed, even if the script has changed ``sys.argv`` since."""
     head, tail = tuple(typed[: len(command)]), typed[len(command) :]
-    # By name only: a relative path leads nowhere once the script has gone to another folder.
+    # Compare base names: a relative path is invalid once the script has changed its working directory.
     if len(head) == len(command) and os.path.basename(head[-1]) == os.path.basename(command[-1]):
         return tail
     return sys.argv[1:]  # another program runs the script
 
 
-def _what_runs(typed: Sequence[str]) -> str:
+def _source_name(typed: Sequence[str]) -> str:
     if typed[:1] == ("-c",):
         return "Code given with `python -c`"
     if typed[:1] == ("-",) or not (typed or sys.stdin.isatty()):

@@ -1,4 +1,4 @@
-"""One rank of a script under a debugger, with the terminal to itself."""
+"""Run one rank of a script under pdb, with exclusive use of the terminal."""
 
 from __future__ import annotations
 
@@ -15,69 +15,69 @@ from types import CodeType, ModuleType, TracebackType
 from plugframe.errors import SettingError, UnsupportedError, UsageError
 from plugframe.hooks.launcher import Job
 
-#: How long the other ranks wait for the one under the debugger: a week, which every clock involved can count.
-PATIENCE_S = 7 * 24 * 3600
+#: Timeout of the other ranks while one is debugged: a week, which every timer involved can represent.
+DEBUG_TIMEOUT_S = 7 * 24 * 3600
 
 
 def check_rank(job: Job) -> None:
-    """Check that the rank to be debugged is one of the job's.
+    """Validate ``job.debug_rank``.
 
     Raises:
-        UsageError: if it is not, or cannot be known.
+        UsageError: if the job has no such rank, or its ranks have no fixed numbers.
     """
     if job.debug_rank is None:
         return
     asked = f"--debug-rank={job.debug_rank}"
     if job.function is not None:
         raise UnsupportedError(
-            f"{asked} is for a script, and this job is a function: call pdb inside it on one device."
+            f"{asked} requires a script, and this job runs a function: call pdb in it with devices=1."
         )
     if job.min_nodes is not None:
-        raise UnsupportedError(f"{asked}: nodes that come and go number the ranks anew: take a fixed --num-nodes.")
+        raise UnsupportedError(f"{asked} requires a fixed --num-nodes: elastic jobs renumber their ranks.")
     num_ranks = job.num_nodes * job.num_processes
     if not 0 <= job.debug_rank < num_ranks:
-        raise SettingError(f"{asked}: there is no such rank, ranks go from 0 to {num_ranks - 1} here.")
+        raise SettingError(f"{asked}: no such rank, this job has ranks 0 to {num_ranks - 1}.")
 
 
-def is_here(job: Job) -> bool:
-    """Say whether this node has the rank to be debugged."""
+def has_debug_rank(job: Job) -> bool:
+    """Return whether the rank to debug runs on this node."""
     return job.debug_rank is not None and job.debug_rank // job.num_processes == job.node_rank
 
 
 @contextlib.contextmanager
 def terminal(job: Job) -> Iterator[None]:
-    """Hand the terminal to the rank to be debugged, if it is on this node; put the terminal's settings back at the end.
+    """Give the terminal to the rank under the debugger if it runs on this node, and restore its settings at the end.
 
     Raises:
-        UsageError: if standard input is no terminal.
+        UsageError: if standard input is not a terminal.
     """
-    if not is_here(job):
+    if not has_debug_rank(job):
         if job.debug_rank is not None:
-            _say(f"rank {job.debug_rank} runs under a debugger on another node; here nothing times out.")
+            _log(f"rank {job.debug_rank} runs under a debugger on another node; timeouts are disabled here")
         yield
         return
     if sys.stdin is None or sys.stdin.closed or not sys.stdin.isatty():
         raise UsageError(
-            f"--debug-rank={job.debug_rank} needs a terminal on standard input, and there is none: type the command in "
-            "a terminal, with nothing piped into it."
+            f"--debug-rank={job.debug_rank} needs a terminal on standard input, and there is none: run the command in "
+            "a terminal, without a pipe."
         )
     import termios
 
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
-    _say(
-        f"rank {job.debug_rank} runs under pdb: the terminal and Ctrl-C are its own, Ctrl-\\ ends the job. The other "
-        "ranks wait for it: timeouts are a week, and a failure starts nothing again."
+    _log(
+        f"rank {job.debug_rank} runs under pdb and receives Ctrl-C; Ctrl-\\ ends the job. Timeouts of other ranks "
+        "are a week, and failures are not retried."
     )
-    # Stopped by Ctrl-Z, this process would leave the terminal to the shell and to the debugger at once.
+    # If Ctrl-Z stopped this process, the shell and the debugger would both read from the terminal.
     stop = signal.signal(signal.SIGTSTP, lambda *_: None) if _in_main_thread() else None
     try:
         yield
     finally:
         if stop is not None:
             signal.signal(signal.SIGTSTP, stop)
-        # A rank that is ended while it reads a line leaves the terminal as it was for that.
-        with contextlib.suppress(termios.error):  # the terminal has gone
+        # A rank killed while reading a line leaves the terminal in the debugger's mode.
+        with contextlib.suppress(termios.error):  # the terminal is closed
             termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
@@ -85,15 +85,15 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"plugframe: {text}", file=sys.stderr, flush=True)
 
 
 def run(code: CodeType, module: ModuleType) -> None:
-    """Run a script under the debugger: it stops at the first line, and where an exception that nobody caught came from.
+    """Run a script under pdb: stop at the first line, and at the origin of an uncaught exception.
 
     Raises:
-        KeyboardInterrupt: if the debugger was quit, or asked to start again, which one rank cannot.
+        KeyboardInterrupt: if the debugger quits, or is asked to restart, which a single rank cannot do.
     """
     debugger = pdb.Pdb()
     debugger.reset()

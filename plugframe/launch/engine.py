@@ -1,4 +1,4 @@
-"""Start the ranks with torch's elastic agent, wait, and make one report of what went wrong."""
+"""Run ranks under torch's elastic agent, and report a failure once."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from plugframe.errors import OrderError, PlugframeError, RankFailedError, UnsupportedError, UsageError
 from plugframe.hooks.launcher import Job
 from plugframe.launch import rank as rank_script
-from plugframe.launch.elastic import Elastic
-from plugframe.launch.files import RankFiles, read_words
+from plugframe.launch.elastic import ElasticRendezvous
+from plugframe.launch.files import RankFiles, read_error_file
 from plugframe.launch.folder import temporary_folder
 from plugframe.launch.function import UNGUARDED, run_function
 from plugframe.launch.memory import out_of_memory_kills
-from plugframe.launch.monitor import Rank, Watch, is_child
-from plugframe.launch.nodes import ElsewhereError, Nodes
-from plugframe.launch.orphan_reaper import Guardian
+from plugframe.launch.monitor import Rank, RankMonitor, is_child
+from plugframe.launch.nodes import ElsewhereError, NodeRendezvous
+from plugframe.launch.orphan_reaper import OrphanReaper
 from plugframe.launch.output import PREFIX, Output
-from plugframe.launch.rendezvous import Loopback
-from plugframe.launch.report import Ending, Report, culprit_of, mark, report, summary
+from plugframe.launch.rendezvous import LoopbackRendezvous
+from plugframe.launch.report import RankExit, Report, failure_key, find_culprit, report, summary
 from plugframe.launch.signals import WARNING, Signals
 from plugframe.launch.survivors import Survivors
 from plugframe.launch.variables import variables_of_ranks
 
 _MONITOR_S = 0.05
-#: Beats between two looks for ranks that have vanished, and how many such looks are proof.
-_VANISHED_BEATS, _VANISHED_LOOKS = 10, 3
+#: Beats between two checks for vanished ranks, and the number of checks that must agree.
+_VANISHED_BEATS, _VANISHED_CHECKS = 10, 3
 
 
 def supervise(job: Job, *, start_method: str | None = None) -> Any:
     """See `plugframe.launch.supervise`."""
     _check(job, start_method)
-    output, numa = _asked(job)
+    output, numa = _output_and_numa(job)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_for_debugging(job))
-        stack.enter_context(output.flowing())
+        stack.enter_context(_debug_terminal(job))
+        stack.enter_context(output.line_buffered())
         root = stack.enter_context(temporary_folder())
         stack.enter_context(variables_of_ranks(job, {rank_script.ERROR_FILE: os.path.join(root, "start.json")}))
-        stack.enter_context(_silence())
+        stack.enter_context(_silence_torch())
         result, error = _Supervision(job, start_method, root, output, numa).run()
     if error is not None:
-        raise error  # here, where no frame keeps the store, and its port, alive
+        raise error  # raised here, because the frames above keep the store and its port alive
     return result
 
 
@@ -64,24 +64,24 @@ def _check(job: Job, start_method: str | None) -> None:
     if bool(job.command) == (job.function is not None):
         raise UsageError("A job is either a script (command=) or a function (function=).")
     if job.function is not None and start_method is None:
-        raise UsageError("supervise() starts a function by multiprocessing: say how (start_method=).")
+        raise UsageError("supervise() starts a function with multiprocessing: pass start_method=.")
     if job.command and job.command[0] != "-m" and not os.path.exists(job.command[0]):
-        raise UsageError(f"There is no script {job.command[0]!r} in {os.getcwd()}.")
+        raise UsageError(f"No script {job.command[0]!r} in {os.getcwd()}.")
     if job.num_processes < 1:
-        raise UsageError(f"num_processes={job.num_processes}: a job has at least one process on each node.")
+        raise UsageError(f"num_processes={job.num_processes}: must be at least 1.")
     if (job.num_nodes > 1 or job.min_nodes) and (job.main_address is None or job.main_port is None):
-        raise UsageError(f"{job.num_nodes} nodes meet at node 0: say where (--main-address and --main-port).")
+        raise UsageError(f"num_nodes={job.num_nodes} needs node 0's address: pass --main-address and --main-port.")
     if job.min_nodes is not None and not 1 <= job.min_nodes <= job.num_nodes:
-        raise UsageError(f"min_nodes={job.min_nodes}: it is 1 to {job.num_nodes}, the most nodes of this job.")
+        raise UsageError(f"min_nodes={job.min_nodes}: must be 1 to num_nodes={job.num_nodes}.")
     if not 0 <= job.node_rank < job.num_nodes:
-        raise UsageError(f"node_rank={job.node_rank}: node ranks go from 0 to {job.num_nodes - 1} here.")
+        raise UsageError(f"node_rank={job.node_rank}: must be 0 to {job.num_nodes - 1}.")
 
 
-def _asked(job: Job) -> tuple[Output, Any]:
-    """Return what becomes of the ranks' output and torch's options for NUMA; refuse what cannot be had."""
-    output, numa = Output.of(job), None
+def _output_and_numa(job: Job) -> tuple[Output, Any]:
+    """Return the routing of the ranks' output and torch's NUMA options; raise if one is not supported."""
+    output, numa = Output.from_job(job), None
     if job.function is not None and sys.platform != "linux" and (job.log_dir is not None or job.tee):
-        raise UnsupportedError("--log-dir and --tee are for scripts here: torch redirects functions on Linux alone.")
+        raise UnsupportedError("--log-dir and --tee require a script here: torch redirects functions on Linux only.")
     if job.numa_binding is not None:
         from plugframe.launch.numa import numa_options
 
@@ -90,8 +90,8 @@ def _asked(job: Job) -> tuple[Output, Any]:
     return output, numa
 
 
-def _for_debugging(job: Job) -> contextlib.AbstractContextManager[None]:
-    """Return what the terminal needs while a rank is debugged."""
+def _debug_terminal(job: Job) -> contextlib.AbstractContextManager[None]:
+    """Return a context manager for the terminal while a rank is debugged."""
     if job.debug_rank is None:
         return contextlib.nullcontext()
     from plugframe.launch import debug
@@ -101,81 +101,84 @@ def _for_debugging(job: Job) -> contextlib.AbstractContextManager[None]:
 
 
 class _Supervision:
-    """One run of a job's ranks on this node, restarts included."""
+    """Supervise a job's ranks on this node, restarts included."""
 
     def __init__(self, job: Job, start_method: str | None, root: str, output: Output, numa: Any) -> None:
         self.job = job
         one_node = job.num_nodes == 1 and job.min_nodes is None
         self.files = RankFiles(root, self._on_attempt, output, one_node=one_node)
-        self.guardian = Guardian(root)
+        self.orphan_reaper = OrphanReaper(root)
         self.signals = Signals(
-            on_second=lambda: self.watch.kill_all(), on_warning=self._warn_ranks, on_interrupt=self._interrupt_debugger
+            on_second=lambda: self.monitor.kill_all(),
+            on_warning=self._warn_ranks,
+            on_interrupt=self._interrupt_debugger,
         )
         self._numa = numa
         self.handler = self._rendezvous()
         self.agent = self._agent(start_method)
         self.survivors = Survivors()
-        self.watch = Watch(
+        self.monitor = RankMonitor(
             ranks=self._ranks,
             received=lambda: self.signals.received,
-            insist=self.signals.insist,
+            resend_signal=self.signals.resend,
             done=self.files.done,
             error_file=self.files.error_file,
-            recalled=lambda: self.handler.recalled,
-            ended_well=self.survivors.end_copies if job.function is not None else lambda rank: None,
+            stop_requested=lambda: self.handler.stop_requested,
+            on_success=self.survivors.kill_copies if job.function is not None else lambda rank: None,
             grace_s=job.grace_s,
         )
         self._last_ranks: list[Rank] = []
-        self._beats = self._looks = self._restarts = 0
-        self._mark: tuple[Any, ...] | None = None
+        self._beats = self._vanished_checks = self._restarts = 0
+        self._failure_key: tuple[Any, ...] | None = None
         self._oom_kills = out_of_memory_kills()
 
     def run(self) -> tuple[Any, Exception | None]:
-        """Return what the function returned on rank 0, and the error to raise."""
+        """Return the function's result on rank 0, and the error to raise."""
         try:
-            with self.guardian, self.signals:
+            with self.orphan_reaper, self.signals:
                 return self._run()
         finally:
-            del self.agent  # and with it the store and its port: the rest of this object is a cycle, and stays a while
+            # The agent holds the store and its port, and this object is in a reference cycle.
+            del self.agent
 
     def _run(self) -> tuple[Any, Exception | None]:
         try:
             if self.job.function is None:
-                self.watch.start()
+                self.monitor.start()
             result: Any = self.agent.run()
             self.signals.check()
             return self._outcome(result)
         except SignalException as error:
-            self.watch.kill_all()
+            self.monitor.kill_all()
             signum = error.sigval
-            return None, RankFailedError(f"{signum.name}: every rank has been ended.", exit_code=128 + signum)
+            return None, RankFailedError(f"{signum.name}: all ranks were stopped.", exit_code=128 + signum)
         except ElsewhereError as error:
-            self.watch.kill_all()
-            return None, self._elsewhere(str(error))
+            self.monitor.kill_all()
+            return None, self._remote_failure(str(error))
         except _HopelessError as error:
-            self.watch.kill_all()
-            return None, self._told(error.found)
+            self.monitor.kill_all()
+            return None, self._failure(error.found)
         except _VanishedError as error:
-            self.watch.kill_all()
+            self.monitor.kill_all()
             return None, RankFailedError(str(error), exit_code=1)
         except (AssertionError, OSError, RuntimeError, ValueError) as error:
             if self._numa is None or self._last_ranks or isinstance(error, PlugframeError):
                 raise
-            from plugframe.launch.numa import refused
+            from plugframe.launch.numa import binding_error
 
-            return None, refused(str(self.job.numa_binding), error)
+            return None, binding_error(str(self.job.numa_binding), error)
         finally:
-            self.watch.end()
+            self.monitor.end()
             self.handler.shutdown()
 
-    def _rendezvous(self) -> Loopback:
+    def _rendezvous(self) -> LoopbackRendezvous:
         job = self.job
         if job.num_nodes == 1 and job.min_nodes is None:
-            return Loopback(self._on_beat)
+            return LoopbackRendezvous(self._on_beat)
         assert job.main_address is not None
         assert job.main_port is not None
         if job.min_nodes is not None:
-            return Elastic(
+            return ElasticRendezvous(
                 self._on_beat,
                 address=job.main_address,
                 port=job.main_port,
@@ -183,7 +186,7 @@ class _Supervision:
                 max_nodes=job.num_nodes,
                 timeout_s=job.timeout_s,
             )
-        return Nodes(
+        return NodeRendezvous(
             self._on_beat,
             address=job.main_address,
             port=job.main_port,
@@ -199,8 +202,8 @@ class _Supervision:
         if job.function is None:
             entrypoint = sys.executable
             script = os.path.abspath(rank_script.__file__)
-            words = (*job.interpreter_options, script, str(os.getpid()), *job.command)
-            args = tuple(word.replace("$", "$$") for word in words)  # torch fills in ${local_rank}
+            arguments = (*job.interpreter_options, script, str(os.getpid()), *job.command)
+            args = tuple(word.replace("$", "$$") for word in arguments)  # torch fills in ${local_rank}
         spec = WorkerSpec(
             role="default",
             local_world_size=job.num_processes,
@@ -217,7 +220,7 @@ class _Supervision:
         return LocalElasticAgent(spec, self.files, start_method=start_method or "", **options)
 
     def _ranks(self) -> list[Rank]:
-        """Return the processes of the current attempt, none while they are being started."""
+        """Return the processes of the current attempt; empty while they are being started."""
         workers = self.agent.get_worker_group().workers
         ranks = [Rank(worker.id, worker.global_rank, worker.local_rank) for worker in workers if worker.id]
         if ranks:
@@ -225,13 +228,13 @@ class _Supervision:
         return ranks
 
     def _warn_ranks(self) -> None:
-        """Pass a scheduler's warning on to the ranks, which may save and leave."""
+        """Forward a scheduler's warning to the ranks, which may save and exit."""
         for rank in self._ranks():
             if is_child(rank.pid):
                 os.kill(rank.pid, WARNING)
 
     def _interrupt_debugger(self) -> bool:
-        """Pass Ctrl-C on to the rank under the debugger, which it stops; say whether there is one here."""
+        """Forward Ctrl-C to the rank under the debugger; return whether that rank is on this node."""
         for rank in self._ranks():
             if rank.global_rank == self.job.debug_rank and is_child(rank.pid):
                 os.kill(rank.pid, signal.SIGINT)
@@ -239,115 +242,117 @@ class _Supervision:
         return False
 
     def _on_beat(self) -> None:
-        self.watch.beat()
-        self.guardian.guard([rank.pid for rank in self._ranks()])
+        self.monitor.beat()
+        self.orphan_reaper.set_groups([rank.pid for rank in self._ranks()])
         self._beats += 1
         if self.job.function is not None and self._beats % _VANISHED_BEATS == 0:
-            self._look_for_vanished()
+            self._check_vanished()
 
-    def _look_for_vanished(self) -> None:
-        """Raise if ranks have left in the middle of the function with exit code 0: torch would wait for ever."""
+    def _check_vanished(self) -> None:
+        """Raise if ranks exited with code 0 before the function returned: torch would wait forever."""
         waiting = [rank for rank in self._ranks() if not self.files.done(rank.local_rank)]
         gone = [rank for rank in waiting if not is_child(rank.pid)]
-        self._looks = self._looks + 1 if gone and len(gone) == len(waiting) else 0
-        if self._looks == _VANISHED_LOOKS:
+        self._vanished_checks = self._vanished_checks + 1 if gone and len(gone) == len(waiting) else 0
+        if self._vanished_checks == _VANISHED_CHECKS:
             raise _VanishedError(
-                f"rank {gone[0].global_rank} on {socket.gethostname()} left before the function returned"
+                f"rank {gone[0].global_rank} on {socket.gethostname()} exited before the function returned"
             )
 
     def _on_attempt(self, attempt: int) -> None:
-        """Say why the ranks start again."""
-        endings = self._endings(None)
-        culprit = culprit_of(endings)
+        """Print why the ranks are restarted."""
+        exits = self._rank_exits(None)
+        culprit = find_culprit(exits)
         if culprit is not None:
-            self._give_up_if_the_same(culprit, endings)
+            self._stop_if_repeated(culprit, exits)
         self._last_ranks = []
-        what = f"rank {culprit.rank} failed ({summary(culprit)})" if culprit else "a rank failed"
-        which = f"restart {self._restarts + 1} of {self.job.max_restarts}"
-        if self.handler.recalled and self.job.min_nodes is not None:
-            what, which = "a node comes, goes or starts again", "all ranks start again"  # not one of `max_restarts`
+        cause = f"rank {culprit.rank} failed ({summary(culprit)})" if culprit else "a rank failed"
+        action = f"restart {self._restarts + 1} of {self.job.max_restarts}"
+        if self.handler.stop_requested and self.job.min_nodes is not None:
+            cause, action = "the set of nodes changed", "restarting all ranks"  # not one of `max_restarts`
         else:
             self._restarts += 1
-            what = "another node starts again" if self.handler.recalled else what
-        self.handler.recalled = False
-        print(f"{what}; {which}", file=sys.stderr, flush=True)
+            cause = "another node restarted" if self.handler.stop_requested else cause
+        self.handler.stop_requested = False
+        print(f"{cause}; {action}", file=sys.stderr, flush=True)
 
-    def _give_up_if_the_same(self, culprit: Ending, endings: list[Ending]) -> None:
-        before, self._mark = self._mark, mark(culprit)
-        if self._mark is not None and self._mark == before:
-            found = report(endings, host=socket.gethostname())
-            step = f"after step {self._mark[-1]}" if self._mark[-1] else "before the first step"
-            again = f"not started again: rank {culprit.rank} failed in the same way, {step}, as in the attempt before"
-            raise _HopelessError(replace(found, text=f"{found.text}\n{again}"))
+    def _stop_if_repeated(self, culprit: RankExit, exits: list[RankExit]) -> None:
+        before, self._failure_key = self._failure_key, failure_key(culprit)
+        if self._failure_key is not None and self._failure_key == before:
+            found = report(exits, host=socket.gethostname())
+            step = f"after step {self._failure_key[-1]}" if self._failure_key[-1] else "before the first step"
+            reason = f"not restarted: rank {culprit.rank} failed with the same error {step} as in the previous attempt"
+            raise _HopelessError(replace(found, text=f"{found.text}\n{reason}"))
 
-    def _endings(self, result: RunResult | None) -> list[Ending]:
+    def _rank_exits(self, result: RunResult | None) -> list[RankExit]:
         failures = result.failures if result is not None else {}
-        endings = {}
-        for rank in self._last_ranks or self._speakers():
-            death = self.watch.deaths.get(rank.pid)
+        exits = {}
+        for rank in self._last_ranks or self._ranks_from_error_files():
+            exited = self.monitor.exits.get(rank.pid)
             failure = failures.get(rank.global_rank)
-            words = self.files.words(rank.local_rank)
-            if words is not None:
-                self.files.keep_words(rank.global_rank, words)
-            endings[rank.global_rank] = Ending(
+            error = self.files.read_error(rank.local_rank)
+            if error is not None:
+                self.files.save_traceback(rank.global_rank, error)
+            exits[rank.global_rank] = RankExit(
                 rank=rank.global_rank,
-                exit_code=failure.exitcode if failure is not None else death.exit_code if death is not None else None,
-                time=words["time"] if words is not None else death.time if death is not None else None,
-                words=words,
-                crash=self.files.crash(rank.local_rank),
-                by_launcher=rank.pid in self.watch.killed,
+                exit_code=failure.exitcode if failure is not None else exited.exit_code if exited is not None else None,
+                time=error["time"] if error is not None else exited.time if exited is not None else None,
+                error=error,
+                crash_stack=self.files.crash_stack(rank.local_rank),
+                killed_by_launcher=rank.pid in self.monitor.killed,
             )
-        noticed = [number for number in failures if number in endings]
-        return [endings.pop(number) for number in noticed] + list(endings.values())
+        noticed = [number for number in failures if number in exits]
+        return [exits.pop(number) for number in noticed] + list(exits.values())
 
-    def _speakers(self) -> list[Rank]:
-        """Return the ranks that failed so early that nobody had seen them, from their last words."""
-        words = {number: self.files.words(number) for number in range(self.job.num_processes)}
-        return [Rank(said["pid"], said["rank"], number) for number, said in words.items() if said is not None]
+    def _ranks_from_error_files(self) -> list[Rank]:
+        """Return ranks that failed before torch reported their process ids, from their error files."""
+        errors = {number: self.files.read_error(number) for number in range(self.job.num_processes)}
+        return [Rank(data["pid"], data["rank"], number) for number, data in errors.items() if data is not None]
 
     def _outcome(self, result: RunResult) -> tuple[Any, Exception | None]:
         if not result.is_failed():
-            if self.handler.recalled:  # while this node waited for the others to end
-                return None, self._elsewhere("")
-            self.handler.part()
+            if self.handler.stop_requested:  # while this node waited for the others to finish
+                return None, self._remote_failure("")
+            self.handler.leave()
             self._ranks()
-            self.survivors.tell(self._last_ranks)
+            self.survivors.report(self._last_ranks)
             if self.signals.warned:
-                text = f"{WARNING.name}: every rank has left."
+                text = f"{WARNING.name}: all ranks exited."
                 return None, RankFailedError(text, exit_code=128 + WARNING)
             payload = result.return_values.get(0)
             return pickle.loads(payload) if payload is not None else None, None
         self._ranks()
-        self.watch.kill_all()
-        if read_words(self.files.start_file) is not None:
+        self.monitor.kill_all()
+        if read_error_file(self.files.start_file) is not None:
             return None, OrderError(UNGUARDED)
         debugged = result.failures.get(-1 if self.job.debug_rank is None else self.job.debug_rank)
         if debugged is not None and debugged.exitcode == rank_script.INTERRUPTED:
-            text = f"rank {self.job.debug_rank} has left the debugger: every rank has been ended."
+            text = f"rank {self.job.debug_rank} quit the debugger: all ranks were stopped."
             found = Report(text=text, exit_code=rank_script.INTERRUPTED, certain=True, time=time.time())
-            return None, self._told(found)
+            return None, self._failure(found)
         oom = out_of_memory_kills() > self._oom_kills
-        return None, self._told(report(self._endings(result), host=socket.gethostname(), out_of_memory=oom))
+        return None, self._failure(report(self._rank_exits(result), host=socket.gethostname(), out_of_memory=oom))
 
-    def _told(self, here: Report) -> RankFailedError:
-        """Return the error for a failure here, or on another node if that one was the cause."""
-        kept = "" if self.files.kept is None else f"\nwhat the ranks said: {self.files.kept}"
-        if here.others_failed and self.files.kept is None and self.job.command:
-            kept = "\nthe tracebacks of the others: plugframe run --log-dir=DIR keeps them"
-        mine = {"text": here.text + kept, "exit_code": here.exit_code, "certain": here.certain, "time": here.time}
-        told = self.handler.tell_failure(mine)
-        cause = min(told, key=lambda other: (not other["certain"], other["time"]))
-        text = cause["text"] if cause == mine else f"{cause['text']}\nnode {self.job.node_rank}: ended by the launcher"
+    def _failure(self, here: Report) -> RankFailedError:
+        """Return the error for a failure of this node, or of another node if that one is the cause."""
+        hint = "" if self.files.log_folder is None else f"\noutput of the ranks: {self.files.log_folder}"
+        if here.others_failed and self.files.log_folder is None and self.job.command:
+            hint = "\ntracebacks of the other ranks: run again with --log-dir=DIR"
+        mine = {"text": here.text + hint, "exit_code": here.exit_code, "certain": here.certain, "time": here.time}
+        failures = self.handler.share_failure(mine)
+        cause = min(failures, key=lambda other: (not other["certain"], other["time"]))
+        text = cause["text"]
+        if cause != mine:
+            text += f"\nnode {self.job.node_rank}: stopped by the launcher"
         return RankFailedError(text, exit_code=cause["exit_code"])
 
-    def _elsewhere(self, text: str) -> RankFailedError:
-        """Return the error for a failure of another node: `text`, or what that one tells."""
+    def _remote_failure(self, text: str) -> RankFailedError:
+        """Return the error for a failure of another node: `text`, or the one that node has published."""
         found = Report(text=text or "A rank of another node failed.", exit_code=1, certain=bool(text), time=time.time())
-        return self._told(found)
+        return self._failure(found)
 
 
 class _HopelessError(Exception):
-    """The ranks failed as they did in the attempt before."""
+    """Raised if the ranks failed with the same error as in the previous attempt."""
 
     def __init__(self, found: Report) -> None:
         super().__init__(found.text)
@@ -355,12 +360,12 @@ class _HopelessError(Exception):
 
 
 class _VanishedError(Exception):
-    """A rank left with exit code 0 before its function returned."""
+    """Raised if a rank exited with code 0 before its function returned."""
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep torch's own account of a failure from the terminal: ours says it once."""
+def _silence_torch() -> Iterator[None]:
+    """Silence torch's failure messages and warnings: `report` covers them."""
     names = ("torch.distributed.elastic", "torch.multiprocessing", "torch.numa")
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.propagate for logger in loggers]
@@ -370,9 +375,9 @@ def _silence() -> Iterator[None]:
         logger.propagate = False
     try:
         with warnings.catch_warnings():
-            # Python's, when it forks beside the store's thread, which the ranks have no use for.
+            # Python warns when it forks beside the store's thread, which ranks do not use.
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-            # Torch leaves it to the collector to close the files of a rank that has ended.
+            # Torch leaves closing the log files of ended ranks to the garbage collector.
             warnings.filterwarnings("ignore", message=r"unclosed file .*\.log'", category=ResourceWarning)
             yield
     finally:

@@ -1,4 +1,4 @@
-"""What becomes of a job's failure that nobody catches: its report, and its exit code, in place of a traceback."""
+"""Print the report of an uncaught job failure and exit with its code, instead of a traceback."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from plugframe.errors import RankFailedError
 
 
 class JobInterrupt(KeyboardInterrupt):
-    """Ctrl-C has ended the ranks of a function.
+    """Raised in the launcher after Ctrl-C has stopped the ranks of a function.
 
     Attributes:
-        report: one line that says so.
+        report: one line for the terminal.
         exit_code: 130.
     """
 
@@ -22,8 +22,8 @@ class JobInterrupt(KeyboardInterrupt):
         self.report, self.exit_code = error.report, error.exit_code
 
 
-def tell_if_uncaught() -> None:
-    """Have the interpreter leave with the report and exit code of such an error, should one come to the very top."""
+def install_excepthook() -> None:
+    """Install an excepthook that prints the report of an uncaught job failure and exits with its code."""
     if not isinstance(sys.excepthook, _Hook):
         sys.excepthook = _Hook(sys.excepthook)
 
@@ -37,4 +37,4 @@ class _Hook:
             self._before(kind, error, stack)
             return
         print(error.report, file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code)  # which the interpreter takes from its hook
+        raise SystemExit(error.exit_code)  # the interpreter exits with this code

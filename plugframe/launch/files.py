@@ -1,4 +1,4 @@
-"""The files of a rank: those through which it tells its launcher how it fared, and those that keep its output."""
+"""Files of the ranks: error files for the launcher, and log files of their output."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from plugframe.launch.signals import TORCH_SIGNALS
 
 
 class RankFiles(LogsSpecs):
-    """One folder for each attempt and local rank, below a folder that the launcher removes at the end.
+    """Torch's ``LogsSpecs`` with a folder per attempt and local rank, below the launcher's folder.
 
-    Torch asks it for files whenever it starts the ranks: output goes to the terminal, as it is, unless asked otherwise.
+    Torch calls `reify` whenever it starts the ranks. Output goes to the terminal unmodified unless `output` redirects
+    it.
     """
 
     def __init__(self, root: str, on_attempt: Callable[[int], None], output: Output, *, one_node: bool) -> None:
@@ -31,12 +32,16 @@ class RankFiles(LogsSpecs):
         self.attempt = -1
         self._on_attempt = on_attempt
         self._output = output
-        self._kept = -1
+        self._log_attempt = -1
 
     @property
-    def kept(self) -> Path | None:
-        """The folder with the output of the current attempt; None if it is not kept."""
-        return self._output.attempt_folder(self._kept) if self._output.folder is not None and self._kept >= 0 else None
+    def log_folder(self) -> Path | None:
+        """The folder with the saved output of the current attempt; None if output is not saved."""
+        return (
+            self._output.attempt_folder(self._log_attempt)
+            if self._output.folder is not None and self._log_attempt >= 0
+            else None
+        )
 
     @property
     def root_log_dir(self) -> str:
@@ -44,16 +49,16 @@ class RankFiles(LogsSpecs):
 
     @property
     def start_file(self) -> Path:
-        """The error file of a rank that has not begun its work yet."""
+        """The error file of a rank that fails before its own error file is set."""
         return self.root / "start.json"
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Make the files of a new attempt, and name them in the ranks' environment."""
+        """Create the files of a new attempt, and set their paths in the ranks' environment."""
         if self.attempt >= 0:
             self._on_attempt(self.attempt + 1)
         self.attempt += 1
         ranks = {local_rank: int(environ["RANK"]) for local_rank, environ in envs.items()}
-        self._kept = self._output.begin(self._kept + 1, list(ranks.values()))
+        self._log_attempt = self._output.create_attempt_folder(self._log_attempt + 1, list(ranks.values()))
         error_files = {}
         for local_rank, environ in envs.items():
             folder = self._folder(local_rank)
@@ -62,72 +67,72 @@ class RankFiles(LogsSpecs):
             environ[ERROR_FILE] = error_files[local_rank]
             environ["TORCHELASTIC_RESTART_COUNT"] = str(self.attempt)
             if self._one_node:
-                # Not the store on loopback, which every user of the machine can reach: it serves scripts that call
-                # init_process_group themselves.
+                # A file store, because the TCP store on loopback is open to every user of the machine; that one serves
+                # scripts that call init_process_group themselves.
                 environ[MEETING] = str(self.root / f"attempt-{self.attempt}" / "store")
             environ[TORCH_SIGNALS] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"  # torch's default, for a launcher inside a rank
-            if self._output.at_terminal is not None:
-                environ[DEBUG] = str(int(ranks[local_rank] == self._output.at_terminal))
-        (stdouts, shown_stdouts), (stderrs, shown_stderrs) = (self._streams(ranks, stream) for stream in STREAMS)
-        return LogsDest(stdouts, stderrs, shown_stdouts, shown_stderrs, error_files)
+            if self._output.terminal_rank is not None:
+                environ[DEBUG] = str(int(ranks[local_rank] == self._output.terminal_rank))
+        (stdouts, teed_stdouts), (stderrs, teed_stderrs) = (self._streams(ranks, stream) for stream in STREAMS)
+        return LogsDest(stdouts, stderrs, teed_stdouts, teed_stderrs, error_files)
 
     def _streams(self, ranks: Mapping[int, int], stream: str) -> tuple[dict[int, str], dict[int, str]]:
-        """Return where a stream of each local rank goes, and of those files the ones that the terminal shows."""
-        files, shown = {}, {}
+        """Return the file of a stream by local rank, and those of the files that the terminal shows."""
+        files, teed = {}, {}
         for local_rank, rank in ranks.items():
             folder = self._folder(local_rank)
-            files[local_rank] = self._output.file(rank, stream, attempt=self._kept, otherwise=folder)
+            files[local_rank] = self._output.file(rank, stream, attempt=self._log_attempt, default_folder=folder)
             if self._output.shows(rank, stream):
-                shown[local_rank] = files[local_rank]
-        return files, shown
+                teed[local_rank] = files[local_rank]
+        return files, teed
 
     def error_file(self, local_rank: int) -> Path:
-        """Return where a rank of the current attempt leaves its last words."""
+        """Return the path of the error file of a rank of the current attempt."""
         return self._folder(local_rank) / "error.json"
 
-    def words(self, local_rank: int) -> dict[str, Any] | None:
-        """Return what a rank of the current attempt said of its failure, None if nothing."""
-        return read_words(self.error_file(local_rank))
+    def read_error(self, local_rank: int) -> dict[str, Any] | None:
+        """Return the content of a rank's error file, None if it has not written one."""
+        return read_error_file(self.error_file(local_rank))
 
-    def keep_words(self, rank: int, words: Mapping[str, Any]) -> None:
-        """Write what a rank said of its failure, its traceback, beside its output; nothing if that is not kept."""
-        if self.kept is None:
+    def save_traceback(self, rank: int, error: Mapping[str, Any]) -> None:
+        """Write the traceback of a rank next to its saved output; does nothing if output is not saved."""
+        if self.log_folder is None:
             return
-        message = words["message"]
+        message = error["message"]
         text = message["extraInfo"]["py_callstack"] or f"{message['message']}\n"
-        with contextlib.suppress(OSError):  # a full disk is no reason to hide the failure
-            (self.kept / f"rank-{rank}.failure.txt").write_text(text, encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk must not hide the failure
+            (self.log_folder / f"rank-{rank}.failure.txt").write_text(text, encoding="utf-8")
 
-    def crash(self, local_rank: int) -> str:
-        """Return the stack a rank left when it crashed, without what surrounds the user's code."""
+    def crash_stack(self, local_rank: int) -> str:
+        """Return the stack of a rank that crashed, without the launcher's frames; empty if it did not crash_stack."""
         path = self._folder(local_rank) / CRASH_FILE
         if not path.exists():
             return ""
         text = path.read_text(encoding="utf-8", errors="replace")
         head, separator, own = text.partition("Current thread ")
-        if separator:  # the others only wait
+        if separator:  # drop the other threads, which only wait
             text = f"{head.splitlines()[0]}\n{separator}{own}"
         lines = text.splitlines()
         launch = os.path.dirname(os.path.abspath(__file__))
         return "\n".join(line for line in lines if launch not in line and not line.startswith("Extension modules:"))
 
     def done(self, local_rank: int) -> bool:
-        """Say whether the function has returned on a rank of the current attempt."""
+        """Return whether the function has returned on a rank of the current attempt."""
         return (self._folder(local_rank) / DONE_FILE).exists()
 
     def _folder(self, local_rank: int) -> Path:
         return self.root / f"attempt-{self.attempt}" / str(local_rank)
 
 
-def read_words(path: Path) -> dict[str, Any] | None:
+def read_error_file(path: Path) -> dict[str, Any] | None:
     """Return the content of an error file, None if there is none.
 
-    A script may have written its own with torch's ``@record`` and left without another word.
+    The script may have written it with torch's ``@record``, which has fewer fields.
     """
     if not path.exists():
         return None
-    words: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(words["message"], dict):
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data["message"], dict):
         return None
-    stamp = float(words["message"]["extraInfo"]["timestamp"])
-    return {"types": [], "exit_code": 1, "said": "", "time": stamp, "step": 0, "blamed": None, **words}
+    timestamp = float(data["message"]["extraInfo"]["timestamp"])
+    return {"types": [], "exit_code": 1, "said": "", "time": timestamp, "step": 0, "blamed": None, **data}

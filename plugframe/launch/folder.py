@@ -1,4 +1,4 @@
-"""The launcher's temporary folder, which it removes at the end; one that was killed leaves it to the next."""
+"""The launcher's temporary folder, removed at exit; folders of killed launchers are removed by the next one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 _PREFIX = "plugframe-launch-"
 _LOCK = "lock"
-#: How old a folder without a lock must be: its launcher may be about to take it.
-_YOUNG_S = 60.0
+#: Minimum age of a folder without a lock before it is removed: its launcher may be about to take the lock.
+_MIN_AGE_S = 60.0
 
 
 @contextmanager
 def temporary_folder() -> Iterator[str]:
-    """Give a new folder, and remove it at the end, together with those of launchers that were killed."""
+    """Yield a new folder; remove it at the end, and those of killed launchers."""
     folder = tempfile.mkdtemp(prefix=_PREFIX)
     lock = _lock(Path(folder, _LOCK), create=True)
     try:
@@ -31,22 +31,22 @@ def temporary_folder() -> Iterator[str]:
 
 
 def sweep() -> None:
-    """Remove the folders of launchers of this user that have died without cleaning up."""
+    """Remove the folders of this user's launchers that ended without cleaning up."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with suppress(OSError):  # of another user, or removed by another launcher at this moment
+        with suppress(OSError):  # another user's, or just removed by another launcher
             if folder.stat().st_uid != os.getuid():
                 continue
-            # A lock ends with its process, on whatever terms, and holds across containers, where ids do not.
+            # A lock always ends with its process and works across containers, where process ids do not.
             lock = _lock(folder / _LOCK, create=False)
             if lock is not None:
                 os.close(lock)
-            elif (folder / _LOCK).exists() or time.time() - folder.stat().st_mtime < _YOUNG_S:
+            elif (folder / _LOCK).exists() or time.time() - folder.stat().st_mtime < _MIN_AGE_S:
                 continue
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lock(path: Path, *, create: bool) -> int | None:
-    """Return a descriptor that holds the file's lock, None if another process holds it or there is no such file."""
+    """Return a descriptor that holds the file's lock; None if another process holds it or the file does not exist."""
     import fcntl
 
     try:

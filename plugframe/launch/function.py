@@ -1,4 +1,4 @@
-"""What surrounds a function in a rank that multiprocessing started."""
+"""Entry point of a rank that multiprocessing starts to run a function."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 from plugframe.errors import OrderError
 from plugframe.launch import orphan_reaper, rank
 
-UNGUARDED = "The script starts ranks while a rank imports it: put what starts them under `if __name__ == '__main__':`."
-#: Name of a file beside the error file, there once the function has returned.
+UNGUARDED = "The script launches ranks while a rank imports it: move the launch under `if __name__ == '__main__':`."
+#: Name of the file next to the error file that marks that the function has returned.
 DONE_FILE = "done"
 
 
 def run_function(parent: int, function: Callable[..., Any], args: tuple[Any, ...]) -> bytes | None:
     """Call ``function(*args)``; return the pickled result on rank 0, None on the others.
 
-    Pickled here and by value: an error is then told like any other of the function, and tensors need no
-    process to live on until somebody has received them.
+    The result is pickled here by value: a pickling error is then reported like one of the function, and tensors need no
+    living process until they are received.
     """
-    orphan_reaper.let_go()
-    os.setpgid(0, 0)  # as a script's rank has it: what it starts can be ended with it
+    orphan_reaper.close_inherited_pipes()
+    os.setpgid(0, 0)  # its own group, like a script's rank, to kill its child processes with it
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(signum, signal.SIG_DFL)  # a forked rank has the launcher's handlers
+        signal.signal(signum, signal.SIG_DFL)  # a forked rank inherits the launcher's handlers
     signal.signal(signal.SIGINT, signal.default_int_handler)
     rank.prepare(parent)
     _limit_threads()
@@ -38,7 +38,7 @@ def run_function(parent: int, function: Callable[..., Any], args: tuple[Any, ...
         raise
     except KeyboardInterrupt:
         rank.leave_interrupted()
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the launcher tells it
+    except BaseException as error:  # noqa: BLE001 - the launcher reports any error
         rank.record(error)
         sys.exit(1)
     with open(os.path.join(os.path.dirname(os.environ[rank.ERROR_FILE]), DONE_FILE), "w", encoding="utf-8"):
@@ -51,18 +51,18 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     except SystemExit as leave:
         if rank.exit_code(leave) != 0:
             raise
-        return None  # torch's supervisor would wait for ever for the result of a function that exits
+        return None  # torch's agent would wait forever for the result of a function that exits
 
 
 def _pickled(result: Any) -> bytes:
     try:
         return pickle.dumps(result)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise TypeError(f"what the function returned cannot be sent to the launcher: {error}") from None
+        raise TypeError(f"The function's return value cannot be sent to the launcher: {error}") from None
 
 
 def _limit_threads() -> None:
-    """Honour OMP_NUM_THREADS in a forked rank too, where torch has read its own environment long ago."""
+    """Apply OMP_NUM_THREADS in a forked rank, where torch has already read its environment."""
     import torch
 
     threads = os.environ.get("OMP_NUM_THREADS", "")
@@ -71,9 +71,9 @@ def _limit_threads() -> None:
 
 
 def refuse_while_importing() -> None:
-    """End this process if it is a rank about to be started that still imports its script.
+    """Exit if this process is a rank that is still importing its script.
 
-    multiprocessing imports the script as ``__mp_main__``, and makes that ``__main__`` only afterwards.
+    multiprocessing imports the script as ``__mp_main__``, and makes it ``__main__`` only afterwards.
     """
     spawned = sys.modules.get("__mp_main__")
     if spawned is not None and spawned is not sys.modules["__main__"]:

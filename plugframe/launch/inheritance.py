@@ -1,8 +1,8 @@
-"""Keep what belongs to a rank from the programs that the rank starts.
+"""Hide the environment of a rank from programs that the rank starts.
 
-A rank's place in its job and the settings of its command line stand in environment variables, which every program that
-it starts inherits. So a process that acts as a rank says so in a variable of its own, with its process id; a `Lite` in
-another process that finds it takes the rank's variables out of its environment and starts afresh.
+Environment variables hold a rank's position in its job and the settings of its command line, and every program that
+it starts inherits them. A process that acts as a rank therefore marks itself in a variable with its process id. A
+`Lite` in another process that finds the mark removes the rank's variables from its environment.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from plugframe.errors import OrderError, PluginError
 from plugframe.hooks.variables import FROM_COMMAND_LINE, JOB_SEED, LAUNCHED, MEETING, PATIENT, RANK, TOKEN
 
 
-class Place:
-    """The variables of one `Lite`: those of a parent rank are taken out, those of this rank are marked as its own.
+class RankEnvironment:
+    """The rank variables of one `Lite`: removes those of a parent rank, and marks this process as their owner.
 
     Args:
-        travelled: the `Lite` was pickled by a rank into another process, a loader's worker say: there it keeps the
-            rank's place, to say which rank that process works for.
+        unpickled: the `Lite` was pickled by a rank into another process, such as a DataLoader worker: there it keeps
+            the rank's variables, to report which rank that process works for.
 
     Attributes:
-        parent: process id of the rank that this program, or a program before it, was started by; None without one.
-        helper: whether this process works for the rank `parent`, and is none itself.
+        parent: process id of the rank that started this program, directly or indirectly; None without one.
+        helper: whether this process works for the rank `parent` and is not a rank itself.
     """
 
-    def __init__(self, *, travelled: bool = False) -> None:
+    def __init__(self, *, unpickled: bool = False) -> None:
         self._process = os.getpid()
-        self._taken: dict[str, str] = {}
+        self._removed: dict[str, str] = {}
         self._claimed = False
         mark = _mark(os.environ)
         self.parent: int | None = None if mark is None or _is_me(mark) else mark["pid"]
-        self.helper = travelled and self.parent is not None
+        self.helper = unpickled and self.parent is not None
         if mark is not None and self.parent is not None and not self.helper:
-            self._taken = take_out(mark, os.environ)
+            self._removed = remove_inherited(mark, os.environ)
 
     def claim(self, patterns: Iterable[Iterable[str]]) -> None:
         """Mark this process as a rank.
 
         Args:
-            patterns: for each environment the names of the variables that tell a rank its place.
+            patterns: for each environment, the names of the variables that hold a rank's position.
         """
         if self.helper or self._claimed:
             return
@@ -66,26 +66,26 @@ class Place:
         os.environ[RANK] = json.dumps({**mark, "holders": mark["holders"] + 1})
 
     def check(self, call: str, *, launched: bool) -> None:
-        """Say that this program does not belong to the job of the rank that started it, before it sets anything up.
+        """Check that this process may join a job, before it sets anything up.
 
         Raises:
-            OrderError: if this process works for a rank: it would come to the collectives in that one's place.
+            OrderError: if this process is a helper of a rank: it would take the rank's place in collectives.
         """
         if self.helper:
             raise OrderError(
-                f"{call}() in a helper of a rank (process {self.parent}): a Lite that was sent to another process "
-                "tells the rank's place, and joins nothing. Call it in the rank, or make a Lite in this process."
+                f"{call}() in a helper process of a rank (process {self.parent}): a Lite sent to another process "
+                "reports the rank's position, but cannot join its job. Call it in the rank, or create a Lite here."
             )
         if self.parent is not None and not launched:
-            from plugframe.utils.logging import tell  # with torch, for which a command line does not wait
+            from plugframe.utils.logging import tell  # imports torch, which the command line avoids
 
             tell(
-                f"this program was started by a rank of another job (process {self.parent}) and runs by itself: that "
-                "job's variables and command line do not count here"
+                f"this program was started by a rank of another job (process {self.parent}) and runs independently: "
+                "it ignores that job's variables and command line"
             )
 
     def close(self) -> None:
-        """Put the variables back as they were."""
+        """Restore the variables."""
         if os.getpid() != self._process:
             return  # a forked copy
         mark = _mark(os.environ)
@@ -94,39 +94,39 @@ class Place:
                 os.environ[RANK] = json.dumps({**mark, "holders": mark["holders"] - 1})
             else:
                 text = os.environ.pop(RANK)
-                # A hack: it is still true for programs that are started from here on, and they find it in what the C
-                # library keeps, while `os.environ` is as it was.
+                # A hack: the mark stays in the C library's environment, which children inherit, while `os.environ`
+                # is restored.
                 os.putenv(RANK, text)
-        for name, value in self._taken.items():
+        for name, value in self._removed.items():
             os.environ.setdefault(name, value)
-        self._claimed, self._taken = False, {}
+        self._claimed, self._removed = False, {}
 
 
-def take_out(mark: Mapping[str, Any], environ: Any) -> dict[str, str]:
-    """Remove from `environ` what a rank has handed down without wanting to; return it.
+def remove_inherited(mark: Mapping[str, Any], environ: Any) -> dict[str, str]:
+    """Remove the variables that a rank has passed down from `environ`, and return them.
 
-    Variables of a launcher stay if one of them has another value than the rank had: then that launcher has run again.
+    Variables of a launcher stay if one of them has changed since: then that launcher has run again.
     """
     names = [name for name, value in mark["settings"].items() if environ.get(name) == value]
     for place in mark["places"]:
         if all(environ.get(name, value) == value for name, value in place.items()):
             names += place
-    taken = {name: environ.pop(name) for name in dict.fromkeys([*names, RANK]) if name in environ}
-    return taken
+    removed = {name: environ.pop(name) for name in dict.fromkeys([*names, RANK]) if name in environ}
+    return removed
 
 
-def start_afresh() -> None:
-    """Remove from this process's environment what a rank that started it has handed down."""
+def discard_parent_rank() -> None:
+    """Remove the variables of a parent rank from this process's environment."""
     mark = _mark(os.environ)
     if mark is not None and not _is_me(mark):
-        take_out(mark, os.environ)
+        remove_inherited(mark, os.environ)
 
 
 @contextmanager
 def unmarked() -> Iterator[None]:
-    """Start processes that are ranks themselves, although this one may be a rank of another job."""
+    """Hide the mark of this process from processes that are ranks themselves."""
     before = os.environ.pop(RANK, None)
-    os.unsetenv(RANK)  # also what `Place.close` has left
+    os.unsetenv(RANK)  # also the one that `RankEnvironment.close` leaves
     try:
         yield
     finally:
@@ -147,7 +147,7 @@ def _is_me(mark: Mapping[str, Any]) -> bool:
 
 
 def _started() -> str:
-    """Return when this process was started, so that it is not mistaken for another that had its number."""
+    """Return the start time of this process, to detect reused process ids; empty if unknown."""
     if sys.platform != "linux":
         return ""
     with suppress(OSError):
@@ -156,7 +156,7 @@ def _started() -> str:
 
 
 def _settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that carry what was typed for the job; what the user has set by hand is left out."""
+    """Return the variables set by the job's command line, without those the user has set."""
     typed = environ.get(FROM_COMMAND_LINE, "").split(",")
     names = [FROM_COMMAND_LINE, LAUNCHED, PATIENT, MEETING, TOKEN, JOB_SEED]
     names += [variable(word) for word in typed if word in FIELDS]
@@ -170,8 +170,8 @@ def _matching(environ: Mapping[str, str], patterns: Iterable[str]) -> dict[str, 
 
 
 def own_variables(registry: Registry) -> Iterator[tuple[str, ...]]:
-    """Yield, for each environment that is installed, the names of the variables that tell a rank its place."""
+    """Yield, for each installed environment, the names of the variables that hold a rank's position."""
     for entry in registry.entries("environment"):
-        with suppress(PluginError):  # a broken package is reported where it is asked for
+        with suppress(PluginError):  # a broken package is reported when it is selected
             descriptor = registry.describe(entry)
             yield tuple(descriptor.own_variables or descriptor.variables)

@@ -1,4 +1,4 @@
-"""Whether the kernel has killed a process because memory ran out."""
+"""Detect processes killed by the kernel's out-of-memory killer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def out_of_memory_kills() -> int:
-    """Return how many processes of this control group the kernel has killed so; 0 where it does not tell."""
+    """Return how many processes of this control group the OOM killer has killed; 0 if the kernel does not report it."""
     for counters in _counters():
         try:
             words = counters.read_text(encoding="utf-8").split()
@@ -18,9 +18,9 @@ def out_of_memory_kills() -> int:
 
 
 def _counters() -> Iterator[Path]:
-    """Yield where the kernel may count: for control groups of version 2, then of version 1.
+    """Yield the files that may hold the counter: of control groups version 2, then version 1.
 
-    In a container the group's own path may be that of the host, and the group be mounted at the top.
+    In a container the group's path may be the host's while the group is mounted at the top.
     """
     try:
         groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()]

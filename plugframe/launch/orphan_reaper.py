@@ -1,6 +1,6 @@
-"""What outlives a launcher that is killed: it ends what is left of the job.
+"""Kill the remaining processes of a job when its launcher is killed.
 
-The system ends the ranks themselves then, but not the processes that they have started.
+The kernel kills the ranks themselves (see `rank.die_with_parent`), but not the processes they have started.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import subprocess
 from collections.abc import Collection
 from typing import IO
 
-# The pipe ends with the launcher, however that one ends; the last line names the ranks' process groups.
+# The pipe is closed when the launcher ends, for any reason; the last line lists the ranks' process groups.
 _SCRIPT = """
 trap '' HUP INT QUIT TERM
 while read -r line; do groups=$line; done
 for group in $groups; do kill -9 "-$group"; done
 rm -rf -- "$1"
 """
-_held: set[IO[bytes]] = set()
+_open_pipes: set[IO[bytes]] = set()
 
 
-class Guardian:
-    """A shell that waits for the end of this process, for as long as it is entered.
+class OrphanReaper:
+    """Context manager that runs a shell which waits for this process to end and then kills its process groups.
 
-    Where there is no shell nobody waits: the job runs all the same.
+    Without a shell there is no reaper, and the job runs all the same.
 
     Args:
-        folder: the launcher's temporary folder, which goes with the job.
+        folder: the launcher's temporary folder, removed with the job.
     """
 
     def __init__(self, folder: str) -> None:
@@ -34,7 +34,7 @@ class Guardian:
         self._groups: tuple[int, ...] = ()
         self._shell: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Guardian:
+    def __enter__(self) -> OrphanReaper:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -42,23 +42,23 @@ class Guardian:
             return
         self._shell.kill()
         self._shell.wait()
-        _held.discard(self._shell.stdin)
+        _open_pipes.discard(self._shell.stdin)
         with contextlib.suppress(BrokenPipeError):
             self._shell.stdin.close()
 
-    def guard(self, groups: Collection[int]) -> None:
-        """Note the process groups that are to end with this process, in place of those noted before."""
+    def set_groups(self, groups: Collection[int]) -> None:
+        """Set the process groups to kill when this process ends."""
         if tuple(groups) == self._groups:
             return
         self._groups = tuple(groups)
-        with contextlib.suppress(OSError):  # no shell, or somebody has ended it
+        with contextlib.suppress(OSError):  # no shell, or it was killed
             pipe = self._pipe()
             pipe.write(" ".join(map(str, self._groups)).encode() + b"\n")
             pipe.flush()
 
     def _pipe(self) -> IO[bytes]:
         if self._shell is None:
-            # In a session of its own: what ends the launcher's whole group, a terminal say, is not for it.
+            # In its own session, so that a signal to the launcher's process group (from a terminal) does not reach it.
             self._shell = subprocess.Popen(
                 ["/bin/sh", "-c", _SCRIPT, "plugframe-guardian", self._folder],
                 cwd="/",
@@ -68,12 +68,12 @@ class Guardian:
                 start_new_session=True,
             )
         assert self._shell.stdin is not None
-        _held.add(self._shell.stdin)
+        _open_pipes.add(self._shell.stdin)
         return self._shell.stdin
 
 
-def let_go() -> None:
-    """Close the pipes of guardians that this process has from its parent: they are to end with that one."""
-    while _held:
+def close_inherited_pipes() -> None:
+    """Close reaper pipes inherited from the parent process: they must close when the parent ends."""
+    while _open_pipes:
         with contextlib.suppress(OSError):
-            _held.pop().close()
+            _open_pipes.pop().close()

@@ -1,4 +1,4 @@
-"""Where the output of each rank goes: to the terminal as it is, there with the rank before each line, or to a file."""
+"""Routing of the ranks' output: to the terminal unmodified, to it with a rank prefix, or to log files."""
 
 from __future__ import annotations
 
@@ -16,95 +16,97 @@ from plugframe.errors import SettingError, UsageError
 from plugframe.hooks.launcher import Job
 
 STREAMS = ("stdout", "stderr")
-#: What stands before a line that the terminal shows of a rank's file; torch fills in the rank.
+#: Prefix of a line from a rank's file on the terminal; torch fills in the rank.
 PREFIX = "[rank ${rank}] "
-_WORDS: Mapping[str, tuple[str, ...]] = {
+_STREAMS_BY_NAME: Mapping[str, tuple[str, ...]] = {
     **{"0": (), "1": STREAMS[:1], "2": STREAMS[1:], "3": STREAMS},
     **{"out": STREAMS[:1], "err": STREAMS[1:], "all": STREAMS},
 }
 
 
 def parse_tee(text: str, num_ranks: int | None = None) -> Mapping[int, Sequence[str]] | Sequence[str]:
-    """Return what ``--tee`` means: the streams of every rank, or by rank (``0:all,3:err``).
+    """Parse ``--tee``: return the streams of every rank, or streams by rank (``0:all,3:err``).
 
     Args:
-        text: what was typed.
-        num_ranks: of the job, where that is known.
+        text: the value of the option.
+        num_ranks: number of ranks of the job, if known.
 
     Raises:
-        SettingError: if it means nothing, or names a rank that is not there.
+        SettingError: if the value is invalid, or names a rank that does not exist.
     """
-    if text in _WORDS:
-        return _WORDS[text]
+    if text in _STREAMS_BY_NAME:
+        return _STREAMS_BY_NAME[text]
     parts = [re.fullmatch(r"(\d+):(\w+)", part) for part in text.split(",")]
-    found = {int(part[1]): _WORDS[part[2]] for part in parts if part is not None and part[2] in _WORDS}
+    found = {
+        int(part[1]): _STREAMS_BY_NAME[part[2]] for part in parts if part is not None and part[2] in _STREAMS_BY_NAME
+    }
     if len(found) < len(parts):
         raise SettingError(
-            f"--tee={text}: type 1 or out, 2 or err, 3 or all, 0 for neither; of some ranks alone, each of them once, "
-            "--tee=0:all,1:err."
+            f"--tee={text}: use 1 or out, 2 or err, 3 or all, 0 for none; or a list by rank, with each rank once, "
+            "such as --tee=0:all,1:err."
         )
     if num_ranks is not None and max(found) >= num_ranks:
-        raise SettingError(f"--tee={text}: there is no rank {max(found)}, ranks go from 0 to {num_ranks - 1} here.")
+        raise SettingError(f"--tee={text}: no rank {max(found)}, this job has ranks 0 to {num_ranks - 1}.")
     return found
 
 
 @dataclass(frozen=True)
 class Output:
-    """What becomes of the output of a job's ranks.
+    """Where the output of a job's ranks goes.
 
     Attributes:
-        folder: where the files are that are kept; None if none are.
-        tee: the streams that the terminal shows line by line, of all ranks or by rank.
-        at_terminal: the rank that has the terminal to itself, and no files.
+        folder: the folder for log files; None without them.
+        tee: the streams that the terminal shows with a rank prefix, for all ranks or by rank.
+        terminal_rank: the rank that uses the terminal exclusively, and has no log files.
     """
 
     folder: Path | None
     tee: Mapping[int, Sequence[str]] | Sequence[str]
-    at_terminal: int | None = None
+    terminal_rank: int | None = None
 
     @classmethod
-    def of(cls, job: Job) -> Output:
-        """Return what `job` asks for."""
+    def from_job(cls, job: Job) -> Output:
+        """Return the output settings of `job`."""
         by_default = STREAMS if job.log_dir is not None else ()
         return cls(
             folder=Path(os.path.abspath(job.log_dir)) if job.log_dir is not None else None,
             tee=by_default if job.tee is None else job.tee,
-            at_terminal=job.debug_rank,
+            terminal_rank=job.debug_rank,
         )
 
     def shows(self, rank: int, stream: str) -> bool:
-        """Say whether the terminal shows a stream line by line, with the rank."""
+        """Return whether the terminal shows a stream with a rank prefix."""
         streams = self.tee.get(rank, ()) if isinstance(self.tee, Mapping) else self.tee
-        return rank != self.at_terminal and stream in streams
+        return rank != self.terminal_rank and stream in streams
 
-    def file(self, rank: int, stream: str, *, attempt: int, otherwise: Path) -> str:
-        """Return the file that a stream goes to, empty if it goes to the terminal.
+    def file(self, rank: int, stream: str, *, attempt: int, default_folder: Path) -> str:
+        """Return the file for a stream; empty if it goes to the terminal.
 
         Args:
-            rank: global.
+            rank: the global rank.
             stream: one of `STREAMS`.
-            attempt: whose folder it is in.
-            otherwise: the folder for a file that is not kept.
+            attempt: number of the attempt, which selects the folder.
+            default_folder: the folder for a file that is not saved.
         """
-        if rank == self.at_terminal:
+        if rank == self.terminal_rank:
             return ""
         if self.folder is not None:
             return str(self.attempt_folder(attempt) / file_name(rank, stream))
-        return str(otherwise / f"{stream}.log") if self.shows(rank, stream) else ""
+        return str(default_folder / f"{stream}.log") if self.shows(rank, stream) else ""
 
     def attempt_folder(self, attempt: int) -> Path:
-        """Return where the files of an attempt are."""
+        """Return the folder for the log files of an attempt."""
         assert self.folder is not None
         return self.folder / f"attempt-{attempt}"
 
-    def begin(self, attempt: int, ranks: Sequence[int]) -> int:
-        """Make the folder of an attempt, and return its number: from `attempt` on the first that is free.
+    def create_attempt_folder(self, attempt: int, ranks: Sequence[int]) -> int:
+        """Create the folder of an attempt and return its number: the first unused one from `attempt` on.
 
-        Nothing is written over: a job that is started again over the same folder goes on counting. Other nodes may
-        share it, so that a number is taken once there is a file of one of this node's ranks.
+        Existing files are never overwritten: a restarted job continues the numbering. Other nodes may share the folder,
+        so a number is used if it has a file of one of this node's ranks.
 
         Raises:
-            UsageError: if the folder cannot be made.
+            UsageError: if the folder cannot be created.
         """
         if self.folder is None:
             return attempt
@@ -118,8 +120,8 @@ class Output:
         return attempt
 
     @contextmanager
-    def flowing(self) -> Iterator[None]:
-        """Have this process print whole lines at once, also into a pipe, while it prints those of ranks."""
+    def line_buffered(self) -> Iterator[None]:
+        """Make this process line-buffered, also into a pipe, while it prints lines of ranks."""
         changed = [
             stream
             for stream in (sys.stdout, sys.stderr)
@@ -134,10 +136,10 @@ class Output:
                 stream.reconfigure(line_buffering=False)
 
     def check(self) -> None:
-        """Make the folder, and see whether files can be made in it.
+        """Create the folder and check that it is writable.
 
         Raises:
-            UsageError: if that is not so.
+            UsageError: if it is not.
         """
         if self.folder is None:
             return
@@ -149,13 +151,13 @@ class Output:
 
 
 def file_name(rank: int, stream: str) -> str:
-    """Return the name of a rank's file: ``rank-3.stderr.log``."""
+    """Return the name of a rank's log file: ``rank-3.stderr.log``."""
     return f"rank-{rank}.{stream}.log"
 
 
 def _unusable(folder: Path, error: OSError) -> UsageError:
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
-            what = "is" if place == folder else f"cannot be made: {place} is"
-            return UsageError(f"--log-dir={folder} {what} a file: name a folder.")
-    return UsageError(f"--log-dir={folder} cannot be written to ({error.strerror or error}): name another folder.")
+            problem = "is" if place == folder else f"cannot be created: {place} is"
+            return UsageError(f"--log-dir={folder} {problem} a file: use a folder.")
+    return UsageError(f"--log-dir={folder} is not writable ({error.strerror or error}): use another folder.")

@@ -1,4 +1,4 @@
-"""Which process listens at a port of this machine."""
+"""Find the process that listens at a port of this machine."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-_LISTENS = "0A"
+_LISTEN_STATE = "0A"
 
 
-def holder_of(port: int) -> str:
-    """Return ``process 4711 (python train.py)``; an empty string where the system does not tell, as for others' own."""
+def find_port_owner(port: int) -> str:
+    """Return ``process 4711 (python train.py)``; an empty string if unknown, as for other users' processes."""
     inodes = {f"socket:[{inode}]" for inode in _listening(port)}
     if not inodes:
         return ""
@@ -28,5 +28,5 @@ def _listening(port: int) -> Iterator[str]:
         with suppress(OSError):
             for line in Path(table).read_text(encoding="ascii").splitlines()[1:]:
                 fields = line.split()
-                if fields[3] == _LISTENS and int(fields[1].rpartition(":")[2], 16) == port:
+                if fields[3] == _LISTEN_STATE and int(fields[1].rpartition(":")[2], 16) == port:
                     yield fields[9]

@@ -1,4 +1,4 @@
-"""Being asked to stop: a signal to one rank that all of them heed at the same step."""
+"""Preemption: agree across ranks on whether any of them has received a stop signal."""
 
 from __future__ import annotations
 
@@ -10,49 +10,49 @@ from typing import Any
 
 import torch
 
-#: What schedulers send before they end a job: SLURM either, with ``--signal``; Kubernetes and most others SIGTERM.
+#: Signals that schedulers send before they end a job: SIGTERM in general, either with SLURM's ``--signal``.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Stopping:
-    """Listens to signals from the first question on; until then they end the process, as ever.
+class PreemptionHandler:
+    """Handle stop signals from the first call of `should_stop` on; before, they end the process as usual.
 
     Attributes:
-        received: the signal this rank was sent, None before.
+        received: the first signal this rank received, None before.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._agreed = False
+        self._should_stop = False
         self._before: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
 
-    def agreed(self, hooks: Any) -> bool:
-        """Say whether any rank has been sent a signal. Every rank must ask, and all get the same answer."""
-        self._listen()
-        if not self._agreed:
+    def should_stop(self, hooks: Any) -> bool:
+        """Return whether any rank has received a signal. Every rank must call it; the result is the same on all."""
+        self._install_handlers()
+        if not self._should_stop:
             mine = torch.tensor(int(self.received is not None))
-            self._agreed = bool(hooks.collective_all_reduce(tensor=mine, op="max", group=None))
-        return self._agreed
+            self._should_stop = bool(hooks.collective_all_reduce(tensor=mine, op="max", group=None))
+        return self._should_stop
 
     def close(self) -> None:
-        """Put back the handlers that were there, and forget."""
+        """Restore the previous signal handlers and reset the state."""
         for number, before in self._before.items():
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, before)
         self._before.clear()
-        self.received, self._agreed = None, False
+        self.received, self._should_stop = None, False
 
-    def _listen(self) -> None:
+    def _install_handlers(self) -> None:
         if self._before or threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a loader's worker, which has inherited this handler
+        if os.getpid() != self._process:  # a DataLoader worker that inherited this handler
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        # Whoever signals a whole job reaches a rank twice: by itself, and through its launcher.
+        # A signal to the complete job reaches a rank twice: directly, and through its launcher.
         self.received = self.received or signal.Signals(number)

@@ -1,9 +1,9 @@
-"""What surrounds the user's code in a rank.
+"""Entry point of a rank that runs a script.
 
 The launcher runs this file by its path, so that a rank imports neither the project nor anything heavy before
-the script does, and the working directory cannot shadow what is imported here. The script is run by hand, not
-by ``runpy``: that puts the old ``__main__`` back when the script ends, and threads, exit handlers and
-multiprocessing would then not find the script's objects.
+the script does, and the working directory cannot shadow the imports below. The script is executed directly, not
+by ``runpy``, which restores the old ``__main__`` when the script ends: threads, exit handlers and multiprocessing
+would then not find the script's objects.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from importlib.util import find_spec
 from types import CodeType, ModuleType, TracebackType
 from typing import NoReturn
 
-#: Where torch's supervisor looks for a failed rank's last words.
+#: Variable with the path of the error file that torch's agent reads after a failure.
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-#: Name of a file beside the error file: the stack of a rank that crashed.
+#: Name of the file next to the error file that holds the stack of a rank that crashed.
 CRASH_FILE = "crash.txt"
-#: Set where one rank is debugged: 1 for that one, 0 for the others.
+#: Set while one rank is debugged: 1 for that rank, 0 for the others.
 DEBUG = "PLUGFRAME_LAUNCH_DEBUG"
-#: Exit code of a rank that ended on Ctrl-C (128 + SIGINT).
+#: Exit code of a rank stopped by Ctrl-C (128 + SIGINT).
 INTERRUPTED = 130
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -38,7 +38,7 @@ _PACKAGE = os.path.dirname(_HERE) + os.sep
 def main() -> None:
     """Run ``rank.py PARENT [-m] SCRIPT ARGUMENT…``."""
     if sys.path and os.path.abspath(sys.path[0]) == _HERE:
-        del sys.path[0]  # only now: what is imported above is the standard library's, whatever lies elsewhere
+        del sys.path[0]  # after the imports above, which must resolve to the standard library
     parent, *command = sys.argv[1:]
     prepare(int(parent))
     debugged = _debugged()
@@ -57,7 +57,7 @@ def main() -> None:
         raise
     except KeyboardInterrupt:
         leave_interrupted()
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the launcher tells it
+    except BaseException as error:  # noqa: BLE001 - the launcher reports any error
         _call_excepthook(error)
         if not record(error):
             sys.__excepthook__(type(error), error, strip(error.__traceback__))
@@ -65,24 +65,24 @@ def main() -> None:
 
 
 def _debugged() -> bool:
-    """Say whether this rank runs under a debugger; take what belongs to the one that does from the others."""
-    word = os.environ.pop(DEBUG, "")
-    if word == "0":
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(nothing, 0)
-        os.close(nothing)
+    """Return whether this rank runs under the debugger; detach stdin and breakpoints of the others."""
+    flag = os.environ.pop(DEBUG, "")
+    if flag == "0":
+        devnull = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(devnull, 0)
+        os.close(devnull)
         sys.breakpointhook = lambda *args, **kwargs: None
-    return word == "1"
+    return flag == "1"
 
 
 def leave_interrupted() -> NoReturn:
-    """End silently: the launcher has one for all ranks. Ctrl-C may come twice, from it and the terminal."""
+    """Exit without output: the launcher prints one line for all ranks. Ctrl-C may arrive twice."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(INTERRUPTED)
 
 
 def prepare(parent: int) -> None:
-    """Tie this process to its launcher, and let it leave a stack if it crashes."""
+    """Tie the lifetime of this process to its launcher, and write a stack to a file if it crashes."""
     die_with_parent(parent)
     if os.environ.get(ERROR_FILE):
         crash = os.path.join(os.path.dirname(os.environ[ERROR_FILE]), CRASH_FILE)
@@ -96,9 +96,9 @@ def prepare(parent: int) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """See to it that this process ends when the launcher does, however that one ends.
+    """Kill this process when the launcher ends, for any reason.
 
-    With SIGKILL: a rank that waits inside a collective would never come to handle anything milder.
+    Uses SIGKILL, because a rank blocked in a collective never runs a Python signal handler.
     """
     if sys.platform == "linux":
         import ctypes
@@ -106,7 +106,7 @@ def die_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
     else:
         threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:  # it ended before the line above
+    if os.getppid() != parent:  # the launcher ended before the line above
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -117,10 +117,10 @@ def _watch_parent(parent: int) -> None:
 
 
 def record(error: BaseException) -> bool:
-    """Write `error` to the rank's error file, in torch's form with fields of our own beside it.
+    """Write `error` to the rank's error file, in torch's format with additional fields.
 
     Returns:
-        False if there is no such file to write to: the rank was started by hand.
+        False if the rank has no error file, because it was started manually.
     """
     path = os.environ.get(ERROR_FILE)
     if not path:
@@ -144,7 +144,7 @@ def record(error: BaseException) -> bool:
         "step": _step(),
         "blamed": getattr(error, "blamed", None),
     }
-    # At one stroke: the launcher may look at any time, and a rank may be killed at any time.
+    # Replace atomically: the launcher may read at any time, and a rank may be killed at any time.
     draft = f"{path}.{os.getpid()}"
     with open(draft, "w", encoding="utf-8") as file:
         json.dump(data, file)
@@ -153,28 +153,28 @@ def record(error: BaseException) -> bool:
 
 
 def _step() -> int:
-    """Return how many steps the optimizers have made; 0 before the first, or without any."""
+    """Return the number of optimizer steps made; 0 before the first, or without optimizers."""
     optimizers = sys.modules.get("plugframe.adopt.optimizer")
     return optimizers.steps_made() if optimizers is not None else 0
 
 
 def one_line(error: BaseException) -> str:
-    """Return ``ValueError: message``, the first line of it."""
+    """Return the type and the first line of the message: ``ValueError: message``."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return traceback.format_exception_only(type(error), error)[0].splitlines()[0]
 
 
 def formatted(error: BaseException) -> list[str]:
-    """Return the traceback, from the user's frames on; of an error that says what the user did, with those alone.
+    """Return the traceback from the user's frames on; for a `PlugframeError`, with the user's frames only.
 
-    What Python marks below a line of code is left out but in the last frame: it takes as many lines as the code.
+    Python's position markers are dropped except in the last frame: they take as many lines as the code.
     """
-    told = traceback.TracebackException(type(error), error, strip(error.__traceback__))
+    summary = traceback.TracebackException(type(error), error, strip(error.__traceback__))
     if any(kind.__name__ == "PlugframeError" for kind in type(error).__mro__):
-        users = [frame for frame in told.stack if not _is_internal(frame.filename)]
-        told.stack = traceback.StackSummary.from_list(users or told.stack)
-    pieces = list(told.format())
+        users = [frame for frame in summary.stack if not _is_internal(frame.filename)]
+        summary.stack = traceback.StackSummary.from_list(users or summary.stack)
+    pieces = list(summary.format())
     frames = [index for index, piece in enumerate(pieces) if piece.startswith("  File ")]
     for index in frames[:-1]:
         pieces[index] = "".join(line for line in pieces[index].splitlines(keepends=True) if line.strip(" ~^\n"))
@@ -182,7 +182,7 @@ def formatted(error: BaseException) -> list[str]:
 
 
 def _is_internal(file: str) -> bool:
-    """Say whether a file lies in this package, or in one between a user's call and what answers it."""
+    """Return whether a file belongs to plugframe, a package of built-ins, or pluggy."""
     module = sys.modules.get("plugframe.utils.own_packages")
     names = ("pluggy", *(module.own_packages() if module is not None else ()))
     packages = [sys.modules[name] for name in names if name in sys.modules]
@@ -191,7 +191,7 @@ def _is_internal(file: str) -> bool:
 
 
 def strip(stack: TracebackType | None) -> TracebackType | None:
-    """Return `stack` without the frames of this package that come before the user's."""
+    """Return `stack` without the leading frames of this package."""
     shorter = _after(stack, _HERE + os.sep)
     return _after(shorter, _PACKAGE) or shorter
 
@@ -203,7 +203,7 @@ def _after(stack: TracebackType | None, folder: str) -> TracebackType | None:
 
 
 def exit_code(error: BaseException) -> int:
-    """Return the code Python leaves with when it meets `error`."""
+    """Return Python's exit code for an uncaught `error`."""
     if not isinstance(error, SystemExit):
         return 1
     if error.code is None:
@@ -212,21 +212,21 @@ def exit_code(error: BaseException) -> int:
 
 
 def _call_excepthook(error: BaseException) -> None:
-    """Call a hook that the script has set, for what it reports elsewhere; the launcher prints the traceback."""
+    """Call an excepthook the script has set, without its output: the launcher prints the traceback."""
     hook = sys.excepthook
     if hook is sys.__excepthook__:
         return
     stderr, sys.stderr = sys.stderr, io.StringIO()
     try:
         hook(type(error), error, strip(error.__traceback__))
-    except Exception as failure:  # noqa: BLE001 - as Python does, which says so and goes on
+    except Exception as failure:  # noqa: BLE001 - as Python does, which prints it and continues
         print(f"sys.excepthook failed: {one_line(failure)}", file=stderr)
     finally:
         sys.stderr = stderr
 
 
 def _load(command: list[str]) -> tuple[CodeType, ModuleType]:
-    """Return the code to run and the ``__main__`` to run it in, with the arguments and path that Python gives."""
+    """Return the code to run and its ``__main__`` module; set the arguments and path as Python does."""
     safe_path = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
     if command[0] == "-m":
         sys.argv = command[1:]
@@ -253,7 +253,7 @@ def _load_spec(spec: ModuleSpec | None, name: str) -> tuple[CodeType, ModuleType
     get_code = getattr(spec.loader, "get_code", None) if spec is not None else None
     code = get_code(spec.name) if spec is not None and get_code is not None else None
     if spec is None or code is None:
-        raise ModuleNotFoundError(f"no module {name!r} that can be run")
+        raise ModuleNotFoundError(f"No module named {name!r} that can be executed")
     module = ModuleType("__main__")
     module.__dict__.update(
         __file__=spec.origin,

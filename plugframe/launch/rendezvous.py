@@ -1,4 +1,4 @@
-"""Where the ranks of one node meet: on loopback."""
+"""Rendezvous of the ranks of one node, on the loopback interface."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 LOOPBACK = "127.0.0.1"
-#: How long a store may take to answer once its port does.
+#: How long a store may take to respond once its port accepts connections.
 STORE_TIMEOUT_S = 60.0
 
 
-class Loopback(RendezvousHandler):
-    """One node: a store on loopback, a fresh one for each attempt.
+class LoopbackRendezvous(RendezvousHandler):
+    """Rendezvous of one node: a store on loopback, a new one for each attempt.
 
-    The socket is bound before the store is made and handed to it, so no other process can take the port
-    between; and ranks of a new attempt never read the addresses of those that have gone.
+    The socket is bound first and handed to the store, so no other process can take the port in between. Ranks of a
+    new attempt never read addresses of the previous one.
 
     Attributes:
-        recalled: the ranks here are to leave because of what happened on another node.
+        stop_requested: another node failed or restarted, and the ranks on this node must stop.
     """
 
     def __init__(self, on_beat: Callable[[], None]) -> None:
-        self.recalled = False
+        self.stop_requested = False
         self._on_beat = on_beat
         self._store: TCPStore | None = None
 
@@ -40,16 +40,16 @@ class Loopback(RendezvousHandler):
         return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(LOOPBACK, store.port))
 
     def num_nodes_waiting(self) -> int:
-        """Say how many nodes wait to join. Torch asks whenever it has found every rank alive."""
+        """Return how many nodes wait to join. Torch calls it whenever all ranks are alive."""
         self._on_beat()
         return 0
 
-    def tell_failure(self, told: dict[str, Any]) -> list[dict[str, Any]]:
-        """Tell the other nodes of a failure here, and return what all have told."""
-        return [told]
+    def share_failure(self, failure: dict[str, Any]) -> list[dict[str, Any]]:
+        """Publish a failure of this node, and return the failures of all nodes."""
+        return [failure]
 
-    def part(self) -> None:
-        """Take leave of the other nodes, all of whose ranks have ended well."""
+    def leave(self) -> None:
+        """Notify the other nodes that all ranks of this node have finished."""
 
     def get_backend(self) -> str:
         return "plugframe"
@@ -69,7 +69,7 @@ class Loopback(RendezvousHandler):
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """Return a socket that listens at `host` alone, at a free port if `port` is 0."""
+    """Return a socket that listens at `host` only, at a free port if `port` is 0."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     server = socket.socket(family, kind, protocol)
     try:
@@ -83,7 +83,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def serve(server: socket.socket, host: str) -> TCPStore:
-    """Return a store that serves on `server`, which it takes over, and is its own client through `host`."""
+    """Return a store that takes over the socket `server`, and connects to itself through `host`."""
     port = server.getsockname()[1]
     timeout = timedelta(seconds=STORE_TIMEOUT_S)
     return TCPStore(host, port, None, True, timeout, False, master_listen_fd=server.detach())

@@ -1,4 +1,4 @@
-"""Signals to the launcher: the first is passed on to the ranks, a second one ends them."""
+"""Signal handling of the launcher: forward the first signal to the ranks, kill them on the second."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from plugframe.utils.environment import environment
 
-#: torch's wrapper that times the agent's calls. An exception that rises in its first line becomes an UnboundLocalError.
+#: torch's timing wrapper around agent calls. An exception in its first line becomes an UnboundLocalError.
 _FRAGILE = "torch.distributed.elastic.metrics.api"
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-#: What schedulers send as a warning: it goes to the ranks, and ends nothing by itself.
+#: Sent by schedulers as an advance warning: forwarded to the ranks, and does not stop the job by itself.
 WARNING = signal.SIGUSR1
-#: The signals that torch handles itself. It takes a name it does not know for one less.
+#: Lists the signals torch handles itself; torch ignores unknown names.
 TORCH_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 
 class Signals:
-    """Handles signals for as long as it is entered, and puts back what was there.
+    """Context manager that handles signals and restores the previous handlers.
 
-    Signals that are ignored stay so (``nohup``). Outside the main thread it does nothing.
+    Ignored signals stay ignored (``nohup``). Has no effect outside the main thread.
 
     Args:
         on_second: called for every signal after the first.
         on_warning: called for `WARNING`.
-        on_interrupt: called for Ctrl-C, and says whether somebody else has taken it.
+        on_interrupt: called for Ctrl-C; returns True if it has handled it.
 
     Attributes:
-        received: the first signal that came, None before.
-        warned: whether a warning came and was passed on.
+        received: the first signal received, None before.
+        warned: whether `WARNING` was received and forwarded.
     """
 
     def __init__(
@@ -69,20 +69,20 @@ class Signals:
         self._undo.close()
 
     def check(self) -> None:
-        """Raise for a signal that came where raising would have been lost."""
+        """Raise for a signal received where raising was impossible."""
         if self.received is not None and not self._raised:
             self._raised = True
             raise SignalException(f"received {self.received.name}", self.received)
 
-    def insist(self) -> None:
-        """Send the main thread a signal again that it could not raise for. Any thread may call it."""
+    def resend(self) -> None:
+        """Resend to the main thread a signal that it could not raise for. Thread-safe."""
         if self.received is not None and not self._raised:
             ident = threading.main_thread().ident
             assert ident is not None
             signal.pthread_kill(ident, self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a forked rank that has not begun its work
+        if os.getpid() != self._process:  # a forked rank before it starts its function
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif number == WARNING:

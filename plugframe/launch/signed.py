@@ -1,4 +1,4 @@
-"""What launchers of several nodes write into the store where they meet, under the job's token."""
+"""Authenticate values in the store that launchers of several nodes share."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from plugframe.hooks.variables import TOKEN
 _DIGITS = 64
 
 
-class Signed:
-    """A store whose values carry an authentication code (HMAC-SHA256 of key and value), if the job has a token.
+class SignedStore:
+    """Store wrapper that signs values with HMAC-SHA256 of key and value, if the job has a token.
 
-    Everybody who reaches the store's port can write into it. Torch's elastic rendezvous unpickles what it reads
-    there, and launchers send their ranks to addresses from it: with a token, only values of other launchers count.
+    Any process that reaches the store's port can write into it. Torch's elastic rendezvous unpickles values from the
+    store, and ranks connect to addresses in it: with a token, only values of launchers of this job are accepted.
 
     Args:
-        store: of ``torch.distributed``.
+        store: a ``torch.distributed`` store.
     """
 
     def __init__(self, store: Any) -> None:
@@ -28,34 +28,34 @@ class Signed:
 
     def set(self, key: str, value: str) -> None:
         """Write a value."""
-        self._store.set(key, self._sealed(key, value))
+        self._store.set(key, self._sign(key, value))
 
     def get(self, key: str) -> bytes:
-        """Return a value, waiting until it is there.
+        """Return a value; blocks until it exists.
 
         Raises:
-            EnvironmentMismatchError: if it was written without the token, or with another.
+            EnvironmentMismatchError: if it was written without the token, or with another one.
         """
-        return self.opened(key, self._store.get(key))
+        return self.verify(key, self._store.get(key))
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        """Write `desired` if the value is `expected` (empty: if there is none), and return what is there now."""
-        expected = self._sealed(key, expected) if expected else ""
-        return self.opened(key, self._store.compare_set(key, expected, self._sealed(key, desired)))
+        """Write `desired` if the value is `expected` (empty: if there is none); return the current value."""
+        expected = self._sign(key, expected) if expected else ""
+        return self.verify(key, self._store.compare_set(key, expected, self._sign(key, desired)))
 
-    def opened(self, key: str, data: bytes) -> bytes:
-        """Return the value of what lies in the store under `key`; see `get`."""
+    def verify(self, key: str, data: bytes) -> bytes:
+        """Return the value of the signed `data` under `key`; raises as `get` does."""
         if not self._token:
             return data
         value, code = data[:-_DIGITS], data[-_DIGITS:]
         if not hmac.compare_digest(code, self._code(key, value)):
             raise EnvironmentMismatchError(
-                f"The store of this job holds words of a launcher that was started without this {TOKEN}, or with "
-                "another one: start all launchers of the job with the same."
+                f"A launcher wrote to the store of this job without this {TOKEN}, or with another one: start all "
+                "launchers of the job with the same token."
             )
         return value
 
-    def _sealed(self, key: str, value: str) -> str:
+    def _sign(self, key: str, value: str) -> str:
         return value + self._code(key, value.encode()).decode() if self._token else value
 
     def _code(self, key: str, value: bytes) -> bytes:

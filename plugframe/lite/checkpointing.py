@@ -93,7 +93,7 @@ def checkpoints(
 def should_stop(lite: Lite) -> bool:
     """Return whether any rank was sent a signal that asks it to stop, the same on all ranks."""
     lite._started("should_stop")
-    return lite._stopping.agreed(lite._hooks)
+    return lite._preemption.should_stop(lite._hooks)
 
 
 def requeue(lite: Lite) -> bool:

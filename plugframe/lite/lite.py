@@ -25,8 +25,8 @@ from plugframe.data.shared_seed import SharedSeed
 from plugframe.diagnostics.diagnostics import Diagnostics
 from plugframe.hooks.variables import FROM_COMMAND_LINE
 from plugframe.launch import start
-from plugframe.launch.inheritance import Place, own_variables
-from plugframe.launch.preemption import Stopping
+from plugframe.launch.inheritance import RankEnvironment, own_variables
+from plugframe.launch.preemption import PreemptionHandler
 from plugframe.lite import checkpointing, launch, logging, loop, plugins, ranks, seeding, setup
 from plugframe.lite.plugins import as_tuple, callback_object
 from plugframe.utils.logging import tell, warn_caller
@@ -127,14 +127,14 @@ class Lite:
         self._resolve()
 
     def _resolve(self, *, travelled: bool = False) -> None:
-        self._place = Place(travelled=travelled)
-        weakref.finalize(self, self._place.close).atexit = False
+        self._rank_environment = RankEnvironment(unpickled=travelled)
+        weakref.finalize(self, self._rank_environment.close).atexit = False
         self._request = gather(self._settings)
         self._registry = Registry.discover()
         self._request = replace(self._request, notes=(*self._request.notes, *self._registry.notes()))
         self.plan = resolve(self._request, self._registry, os.environ)
         if self.plan.launched or (self.plan.world_size == 1 and FROM_COMMAND_LINE in os.environ):
-            self._place.claim(own_variables(self._registry))
+            self._rank_environment.claim(own_variables(self._registry))
         self._callbacks = [callback_object(c) for c in self._request.value("callbacks", ())]
         self._diagnostics = Diagnostics(self.plan) if self.plan.diagnostics else None
         observers = [SharedSeed(), *([self._diagnostics] if self._diagnostics is not None else [])]
@@ -145,7 +145,7 @@ class Lite:
         self._modules: list[weakref.ref[nn.Module]] = []
         self._phase = JobState()
         self._loaders = Loaders(self._phase.weights)
-        self._stopping = Stopping()
+        self._preemption = PreemptionHandler()
         self._streams: RankStreams | None = None
         self._replaced_parameters = ReplacedParameters()
 
@@ -169,8 +169,8 @@ class Lite:
             "_modules",
             "_loaders",
             "_phase",
-            "_stopping",
-            "_place",
+            "_preemption",
+            "_rank_environment",
             "_streams",
             "_replaced_parameters",
         )
@@ -217,8 +217,8 @@ class Lite:
         self._streams = self._phase.random_check = None
         self._modules.clear()
         self._loaders.clear()
-        self._stopping.close()
-        self._place.close()
+        self._preemption.close()
+        self._rank_environment.close()
         atexit.unregister(self._session.close)
 
     def _alone(self) -> bool:
@@ -234,7 +234,7 @@ class Lite:
         if session.context is None:
             if not self._alone():
                 raise start.not_launched(self.plan, call)
-            self._place.check(call, launched=self.plan.launched)
+            self._rank_environment.check(call, launched=self.plan.launched)
             context = session.start()
             if context.world.global_rank == 0:
                 tell(self.plan.line())

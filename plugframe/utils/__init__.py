@@ -1,1 +1,1 @@
-"""Helpers that plugins and the framework share."""
+"""Helpers shared by plugins and the framework."""

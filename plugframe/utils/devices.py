@@ -1,4 +1,4 @@
-"""Reading what people write for ``devices``."""
+"""Parse the ``devices`` setting."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from plugframe.errors import SettingError
 def parse_devices(
     devices: int | str | Sequence[int], *, count: int, name: str, indexed: bool = True
 ) -> tuple[int, ...]:
-    """Turn a value of ``devices`` into device indices.
+    """Return the device indices for a value of ``devices``.
 
     Args:
         devices: ``2``, ``"2"``; ``-1``, ``"auto"``; ``[0, 2]``, ``"0,2"``.
-        count: how many devices there are: what ``-1`` and ``"auto"`` stand for.
-        name: of the accelerator, for messages.
-        indexed: False where devices have no indices and any number of ranks can share one (a CPU).
+        count: number of devices, which ``-1`` and ``"auto"`` select.
+        name: name of the accelerator, for messages.
+        indexed: False if devices have no indices and any number of ranks can share one (a CPU).
 
     Raises:
-        SettingError: for anything else.
+        SettingError: for any other value.
     """
-    value = _read(devices)
+    value = _parse(devices)
     if isinstance(value, bool) or value is None:
-        raise _refuse(devices, count=count, name=name, indexed=indexed)
+        raise _error(devices, count=count, name=name, indexed=indexed)
     if isinstance(value, int):
         if value == -1:
             return tuple(range(count))
         if value < 1 or (indexed and value > count):
-            raise _refuse(devices, count=count, name=name, indexed=indexed)
+            raise _error(devices, count=count, name=name, indexed=indexed)
         return tuple(range(value))
     if not indexed or not value or len(set(value)) != len(value) or not all(0 <= i < count for i in value):
-        raise _refuse(devices, count=count, name=name, indexed=indexed)
+        raise _error(devices, count=count, name=name, indexed=indexed)
     return tuple(value)
 
 
-def _read(devices: object) -> int | list[int] | bool | None:
-    """Return a count, a list of indices, or None (or a bool) for what is neither."""
+def _parse(devices: object) -> int | list[int] | bool | None:
+    """Return a count or a list of indices; None (or a bool) for an invalid value."""
     if isinstance(devices, (bool, int)):
         return devices
     if isinstance(devices, str):
@@ -55,7 +55,7 @@ def _read(devices: object) -> int | list[int] | bool | None:
     return None
 
 
-def _refuse(devices: object, *, count: int, name: str, indexed: bool) -> SettingError:
+def _error(devices: object, *, count: int, name: str, indexed: bool) -> SettingError:
     if not indexed:
         allowed = f"a number of processes from 1, or 'auto' (here {count})"
     else:

@@ -1,21 +1,21 @@
-"""Tensors that stand for a sharded parameter while it is gathered.
+"""Mark tensors that replace a sharded parameter while it is gathered.
 
-Autograd comes to them in place of the parameter, whose gradient is made of theirs. What looks for the leaves of a graph
-must not take them for weights of the script's own.
+Autograd reaches them instead of the parameter, and the parameter's gradient is computed from theirs. Code that walks a
+graph's leaves must not mistake them for weights of the script.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-_MARK = "_plugframe_gathered"
+_ATTRIBUTE = "_plugframe_gathered"
 
 
 def mark_gathered(tensor: Tensor) -> None:
-    """Note that `tensor` stands for a sharded parameter. Called by a strategy that gathers."""
-    setattr(tensor, _MARK, True)
+    """Mark `tensor` as a gathered parameter. Called by strategies that gather."""
+    setattr(tensor, _ATTRIBUTE, True)
 
 
 def is_gathered(tensor: Tensor) -> bool:
-    """Say whether a tensor stands for a sharded parameter."""
-    return _MARK in getattr(tensor, "__dict__", ())
+    """Return whether a tensor is a gathered parameter."""
+    return _ATTRIBUTE in getattr(tensor, "__dict__", ())

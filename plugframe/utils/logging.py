@@ -1,4 +1,4 @@
-"""What is told on the terminal: one line, from one rank; and sizes for people."""
+"""Log messages and warnings of the framework, and formatted sizes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from plugframe._printable import printable
 from plugframe.errors import PlugframeWarning
 from plugframe.utils.own_packages import own_packages
 
-#: Packages of others whose frames lie between a line of the user's and the warning about it.
-_BETWEEN = ("pluggy", "torch", "contextlib", "functools")
+#: Third-party packages whose frames are skipped to find the user's line for a warning.
+_SKIPPED_PACKAGES = ("pluggy", "torch", "contextlib", "functools")
 
 
 def tell(message: str, *, warn: bool = False) -> None:
@@ -25,21 +25,21 @@ def tell(message: str, *, warn: bool = False) -> None:
 
 
 def warn_caller(message: str) -> None:
-    """Warn at the line of the user's that led here, whatever lies between: hooks, and a scheduler's wrapper."""
+    """Warn at the line of the user's code that led here, skipping frames of hooks and wrappers."""
     level, frame = 2, sys._getframe(1)
-    between = own_packages().union(_BETWEEN)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in between:
+    skipped = own_packages().union(_SKIPPED_PACKAGES)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in skipped:
         level, frame = level + 1, frame.f_back
     warnings.warn(printable(message), PlugframeWarning, stacklevel=level)
 
 
 def failing() -> bool:
-    """Say whether this process ends by an error, which should be the last thing that is read."""
+    """Return whether this process is ending with an error, which should stay the last output."""
     return sys.exc_info()[0] is not None or getattr(sys, "last_value", None) is not None
 
 
 def size_text(num_bytes: float) -> str:
-    """Return a number of bytes for people: ``"512 B"``, ``"1.5 MB"``."""
+    """Format a number of bytes: ``"512 B"``, ``"1.5 MB"``."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000 or unit == "GB":
             return f"{num_bytes:.4g} {unit}" if unit != "B" else f"{num_bytes:.0f} B"

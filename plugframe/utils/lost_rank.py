@@ -1,12 +1,12 @@
-"""How torch and its backends say that another rank is gone, or late."""
+"""Error types and texts with which torch and its backends report lost or late ranks."""
 
 from __future__ import annotations
 
-#: Exceptions with which a rank notices that another one has gone.
+#: Exception types that report a lost rank.
 NETWORK_TYPES = frozenset(
     {"DistNetworkError", "DistBackendError", "DistStoreError", "ConnectionError", "BrokenPipeError", "RankLostError"}
 )
-#: The same, where the type is a plain RuntimeError: its connection is lost,
+#: Messages of a plain RuntimeError that report a lost connection.
 LOST_TEXTS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -17,5 +17,5 @@ LOST_TEXTS = (
     "Read error",
     "caused pair closure",
 )
-#: or it has not come in time.
+#: Messages of a plain RuntimeError that report a timeout.
 LATE_TEXTS = ("Timed out waiting",)

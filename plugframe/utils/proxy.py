@@ -1,4 +1,4 @@
-"""Objects that stand in for one of the user's own, and pass for it."""
+"""Transparent proxies for user objects."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from typing import Any
 
 
 class StandIn:
-    """Stands in for an object of the user's own: whatever it does not do itself, that object does."""
+    """Base class of proxies: attributes it does not define are those of the wrapped object.
+
+    Subclasses set ``_own``, the names of their own attributes.
+    """
 
     _inner: Any
 
-    # What isinstance() goes by: a stand-in passes for the user's own.
+    # isinstance() uses this property: a proxy passes for an instance of the user's class.
     __class__ = property(lambda self: type(self._inner))  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __getattr__(self, name: str) -> Any:
         inner = self.__dict__.get("_inner")
-        if inner is None:  # while it is being unpickled
+        if inner is None:  # during unpickling
             raise AttributeError(name)
         return getattr(inner, name)
 
@@ -26,16 +29,16 @@ class StandIn:
             setattr(self._inner, name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle as the user's own."""
+        """Copy and pickle as the wrapped object."""
         return self._inner.__reduce_ex__(protocol)
 
 
-def rebuilt(stand_in: StandIn) -> Any:
-    """Return what ``__reduce_ex__`` of a stand-in gives that is pickled as itself: Python goes by its class."""
-    return _rebuild, (type(stand_in), vars(stand_in))
+def rebuilt(proxy: StandIn) -> Any:
+    """Return a ``__reduce_ex__`` value that pickles a proxy as itself: Python's default would use ``__class__``."""
+    return _rebuild, (type(proxy), vars(proxy))
 
 
 def _rebuild(cls: type, values: dict[str, Any]) -> Any:
-    made: Any = object.__new__(cls)
-    vars(made).update(values)
-    return made
+    proxy: Any = object.__new__(cls)
+    vars(proxy).update(values)
+    return proxy

@@ -1,4 +1,4 @@
-"""References to parameters that an optimizer holds, pointed at the parameters that took their place."""
+"""Replace an optimizer's references to parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from plugframe.errors import UnsupportedError
 from plugframe.utils.own_packages import own_packages
 
-#: Returns an entry of an optimizer's state for the parameter that took the place of another: ``(entry, old, new)``.
+#: Converts an entry of an optimizer's state for the replacement of its parameter: ``(entry, old, new)``.
 Convert = Callable[[Any, Tensor, Tensor], Any]
 
 _PLAIN = (str, bytes, bytearray, int, float, complex, bool, type(None), type, types.ModuleType, torch.dtype)
@@ -30,11 +30,11 @@ def repoint(optimizer: Optimizer, successors: Mapping[Any, Any], *, convert: Con
     and inner optimizers (Lookahead, SAM).
 
     Args:
-        successors: the new parameter by the old one.
-        convert: makes an entry of the state of the old parameter fit the new one; entries stay without.
+        successors: new parameters by old ones.
+        convert: converts state entries of an old parameter for the new one; without it, entries are kept.
 
     Raises:
-        UnsupportedError: if the optimizer holds a view of an old parameter's values, which no new one can stand for.
+        UnsupportedError: if the optimizer holds a view of an old parameter, which cannot be replaced.
     """
     pairs = {id(old): (old, new) for old, new in successors.items() if new is not old}
     if pairs:
@@ -46,31 +46,31 @@ class _Walk:
         self._pairs = pairs
         self._convert = convert
         self._storages = {_storage(old) for old, _ in pairs.values()} - {None}
-        # Holds what was visited, so that no id is used again meanwhile.
+        # Keeps visited objects alive, so that their ids are not reused.
         self._seen: dict[int, Any] = {}
-        self._made: dict[int, Any] = {}
+        self._replaced: dict[int, Any] = {}
 
     def walk(self, value: Any, path: str) -> Any:
-        """Return what stands in the place of `value`: itself, unless it is or immutably holds an old parameter."""
+        """Return `value`, or its replacement if it is an old parameter or an immutable container of one."""
         if isinstance(value, _PLAIN):
             return value
         if isinstance(value, Tensor):
             return self._tensor(value, path)
         if id(value) in self._seen:
-            return self._made.get(id(value), value)
+            return self._replaced.get(id(value), value)
         self._seen[id(value)] = value
-        made = self._container(value, path)
-        if made is not value:
-            self._made[id(value)] = made
-        return made
+        replaced = self._container(value, path)
+        if replaced is not value:
+            self._replaced[id(value)] = replaced
+        return replaced
 
     def _tensor(self, value: Tensor, path: str) -> Tensor:
         if id(value) in self._pairs:
             return self._pairs[id(value)][1]
         if self._storages and _storage(value) in self._storages:
             raise UnsupportedError(
-                f"{path} is a view of a parameter that set-up replaces: its values would no longer be the "
-                "parameter's. Make the optimizer after lite.setup_module(model), and set it up with "
+                f"{path} is a view of a parameter that setup replaces, so it would no longer share the parameter's "
+                "values: create the optimizer after lite.setup_module(model), and set it up with "
                 "lite.setup_optimizers()."
             )
         return value
@@ -99,7 +99,7 @@ class _Walk:
         elif isinstance(value, functools.partial):
             return self._partial(value, path)
         elif not isinstance(value, nn.Module) and not _is_own(value):
-            # A module's parameters are replaced by whoever replaces them; an optimizer's attributes are here.
+            # Parameters of modules are replaced elsewhere.
             self._object(value, path)
         return value
 
@@ -111,8 +111,8 @@ class _Walk:
 
     def _mapping(self, value: MutableMapping[Any, Any], path: str) -> None:
         items = [(key, entry, self._key(key)) for key, entry in value.items()]
-        renamed = any(new is not key for key, _, new in items)
-        if renamed:  # in the order it had, and in place
+        keys_changed = any(new is not key for key, _, new in items)
+        if keys_changed:  # keep the order, in place
             for key, _, _ in items:
                 del value[key]
         for key, entry, new_key in items:
@@ -120,7 +120,7 @@ class _Walk:
             new = self.walk(entry, f"{path}[{label!r}]")
             if isinstance(key, Tensor) and new_key is not key and self._convert is not None:
                 new = self._converted(new, key, new_key)
-            if renamed or new is not entry:
+            if keys_changed or new is not entry:
                 value[new_key] = new
 
     def _key(self, key: Any) -> Any:
@@ -155,7 +155,7 @@ class _Walk:
     def _cell(self, cell: types.CellType, path: str) -> None:
         try:
             content = cell.cell_contents
-        except ValueError:  # nothing was assigned to the variable yet
+        except ValueError:  # the variable is unassigned
             return
         new = self.walk(content, path)
         if new is not content:
@@ -183,7 +183,7 @@ def _slots(cls: type) -> Iterable[str]:
 
 
 def _is_own(value: Any) -> bool:
-    """Say whether an object is plugframe's, or torch's and no optimizer: it leads to what is not the optimizer's."""
+    """Return whether an object belongs to plugframe or Python itself, and cannot hold the optimizer's references."""
     if isinstance(value, Optimizer) or dataclasses.is_dataclass(value):
         return False
     package = type(value).__module__.partition(".")[0]
@@ -191,7 +191,7 @@ def _is_own(value: Any) -> bool:
 
 
 def _storage(tensor: Tensor) -> int | None:
-    """Return the address of a tensor's values, None where it has none of its own (meta, sparse, subclasses, empty)."""
+    """Return the data pointer of a tensor's storage, None without one (meta, sparse, subclasses, empty)."""
     try:
         return tensor.untyped_storage().data_ptr() or None
     except (NotImplementedError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Noticing that parameters or modules were put into a module."""
+"""Detect parameters and modules registered in modules."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.nn.modules.module import (
 
 
 class Registrations:
-    """Counts parameters and modules that were put into any module: a model may have got other parameters since."""
+    """Counts registrations of parameters and modules in any module, to detect changed parameters."""
 
     def __init__(self) -> None:
         self.count = 0
 
     def watch(self) -> Callable[[], None]:
-        """Begin to count; return what ends it."""
+        """Start counting; return a function that stops it."""
         handles = (
-            register_module_parameter_registration_hook(self._note),
-            register_module_module_registration_hook(self._note),
+            register_module_parameter_registration_hook(self._increment),
+            register_module_module_registration_hook(self._increment),
         )
 
         def end() -> None:
@@ -31,5 +31,5 @@ class Registrations:
 
         return end
 
-    def _note(self, module: nn.Module, name: str, value: Any) -> None:
+    def _increment(self, module: nn.Module, name: str, value: Any) -> None:
         self.count += 1

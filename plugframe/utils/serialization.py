@@ -1,7 +1,7 @@
-"""Objects as bytes between ranks: plain values as JSON, anything else as a pickle under the job's token.
+"""Serialize objects sent between ranks: plain values as JSON, others as a pickle signed with the job's token.
 
-Unpickling runs code that the bytes name. A connection between ranks may be anybody's who reaches its port, so a pickle
-carries a message authentication code under the job's token (HMAC-SHA256, RFC 2104) and is not opened without it.
+Unpickling executes code that the bytes name, and any process that reaches the port of a rank can connect. Pickles
+therefore carry an HMAC-SHA256 code (RFC 2104) under the job's token, and are not loaded without it.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from plugframe.utils.stores import fresh_prefix
 from plugframe.utils.tensor_bytes import as_bytes
 
 _PLAIN, _PICKLE = b"J", b"P"
-#: Bytes of the length of the JSON part, and of the authentication code.
+#: Size in bytes of the length of the JSON part, and of the authentication code.
 _LENGTH, _CODE = 8, 32
 
 
 class _NotPlainError(Exception):
-    """The object needs a pickle."""
+    """Raised for an object that requires a pickle."""
 
 
 def pack(obj: Any, token: bytes) -> bytes:
-    """Return `obj` as bytes for `unpack`.
+    """Serialize `obj` for `unpack`.
 
-    Plain values travel as JSON and raw bytes: None, bool, int, float, str, bytes, tensors on the CPU, dtypes, and
-    lists, tuples, sets and dicts of them. They come back equal and of the same types. Anything else, or an object
-    that refers to one list or dict twice, is pickled.
+    Plain values are sent as JSON and raw bytes: None, bool, int, float, str, bytes, CPU tensors, dtypes, and lists,
+    tuples, sets and dicts of them, with their types preserved. Other objects, and objects that refer to one list or
+    dict twice, are pickled.
 
     Raises:
-        Exception: whatever pickling the object raises.
+        Exception: any error of pickling the object.
     """
     try:
         return _Encoder().encode(obj)
@@ -50,18 +50,18 @@ def pack(obj: Any, token: bytes) -> bytes:
 
 
 def unpack(data: bytes, token: bytes) -> Any:
-    """Return the object that `pack` was given.
+    """Deserialize the output of `pack`.
 
     Raises:
-        CollectiveMismatchError: if a pickle was made without the token, or the bytes are not `pack`'s.
+        CollectiveMismatchError: if a pickle is not signed with the token, or the bytes are not from `pack`.
     """
     kind, rest = data[:1], memoryview(data)[1:]
     if kind == _PICKLE:
         code, body = rest[:_CODE], rest[_CODE:]
         if not hmac.compare_digest(bytes(code), hmac.digest(token, body, "sha256")):
             raise CollectiveMismatchError(
-                "An object arrived that no rank of this job has sent: its authentication code is wrong. Another "
-                "process has connected to the ranks, or the ranks were started with different values of " + TOKEN + "."
+                "Received an object with a wrong authentication code, which no rank of this job has sent: another "
+                "process has connected to the ranks, or they were started with different values of " + TOKEN + "."
             )
         return pickle.loads(body)
     try:
@@ -71,11 +71,11 @@ def unpack(data: bytes, token: bytes) -> Any:
         header, buffers = bytes(rest[_LENGTH : _LENGTH + length]), rest[_LENGTH + length :]
         return _decoded(json.loads(header), buffers)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, RecursionError) as error:
-        raise CollectiveMismatchError(f"Bytes arrived that are no object of a rank of this job ({error}).") from error
+        raise CollectiveMismatchError(f"Received bytes that are no object of a rank of this job ({error}).") from error
 
 
 class _Encoder:
-    """Writes one object."""
+    """Encodes one object as JSON with raw buffers."""
 
     def __init__(self) -> None:
         self._buffers: list[Any] = []
@@ -95,7 +95,7 @@ class _Encoder:
         if kind is torch.dtype:
             return {"dtype": str(obj).removeprefix("torch.")}
         if kind in (list, dict, set, Tensor):
-            self._note(obj)
+            self._check_unique(obj)
         if kind is list:
             return [self._encoded(item) for item in obj]
         if kind in _TAGS:
@@ -106,8 +106,8 @@ class _Encoder:
             return self._tensor(obj)
         raise _NotPlainError
 
-    def _note(self, obj: Any) -> None:
-        # Of an object that is referred to twice, two copies would arrive; a cycle would never end.
+    def _check_unique(self, obj: Any) -> None:
+        # JSON would duplicate an object that is referenced twice, and never end for a cycle.
         if id(obj) in self._seen:
             raise _NotPlainError
         self._seen.add(id(obj))
@@ -117,9 +117,9 @@ class _Encoder:
         if not plain or tensor.requires_grad or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
             raise _NotPlainError
         data = as_bytes(tensor)
-        place, self._offset = self._offset, self._offset + len(data)
+        offset, self._offset = self._offset, self._offset + len(data)
         self._buffers.append(data)
-        return {"tensor": [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), place, len(data)]}
+        return {"tensor": [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset, len(data)]}
 
 
 _TAGS: Mapping[type, str] = {tuple: "tuple", set: "set", frozenset: "frozenset", torch.Size: "size"}
@@ -141,8 +141,8 @@ def _decoded(value: Any, buffers: memoryview) -> Any:
     if tag == "dtype":
         return _dtype(content)
     if tag == "tensor":
-        name, shape, place, size = content
-        return _tensor_of(bytes(buffers[place : place + size]), _dtype(name), shape)
+        name, shape, offset, size = content
+        return _tensor_of(bytes(buffers[offset : offset + size]), _dtype(name), shape)
     raise ValueError(f"tag {tag!r}")
 
 
@@ -160,21 +160,21 @@ def _tensor_of(data: bytes, dtype: torch.dtype, shape: list[int]) -> Tensor:
 
 
 def job_token(store: Any, rank: int) -> bytes:
-    """Return the token that all ranks of a job share.
+    """Return the token shared by all ranks of a job.
 
-    A launcher puts one into the environment of the ranks it starts, and of several nodes whoever starts the launchers
-    can (``PLUGFRAME_JOB_TOKEN``). Without, rank 0 makes one and gives it away through `store`: it then keeps out
-    nobody who can read that store. A process group without a store, such as one made by hand, has no token at all.
+    The launcher sets it in the environment of its ranks; for several nodes, the user can set it for all launchers
+    (``PLUGFRAME_JOB_TOKEN``). Otherwise rank 0 creates one and shares it through `store`, which does not protect
+    against processes that can read the store. Without a store (a manually created group) the token is empty.
 
     Args:
-        store: of the process group, or None.
+        store: store of the process group, or None.
     """
     given = os.environ.get(TOKEN)
     if given:
         return given.encode()
     if store is None:
         return b""
-    # Several jobs may meet at one store, in turn.
+    # Several jobs may use one store in turn.
     key = fresh_prefix(store, "token", rank)
     if rank == 0:
         store.set(key, secrets.token_hex(32))

@@ -1,4 +1,4 @@
-"""Tensors of which this rank has a part: telling them from others, and looking at the part another way."""
+"""Helpers for ``DTensor`` shards."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 def is_shard(value: Any) -> TypeGuard[DTensor]:
-    """Say whether `value` is a ``DTensor``."""
-    # It takes long to import: who has one has imported it.
+    """Return whether `value` is a ``DTensor``."""
+    # The import is slow, and unnecessary: a DTensor can only exist if its module is loaded.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def local_of(value: Tensor) -> Tensor:
-    """Return this rank's part of a ``DTensor``, any other tensor as it is."""
+    """Return the local shard of a ``DTensor``, any other tensor unchanged."""
     return value.to_local() if is_shard(value) else value
 
 
 def view_locally(value: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return ``view(value)``, of a ``DTensor`` with its part so viewed; the view may only append dimensions."""
+    """Return ``view(value)``, applied to the local shard of a ``DTensor``; `view` may only append dimensions."""
     if not is_shard(value):
         return view(value)
     from torch.distributed.tensor import DTensor
@@ -38,6 +38,6 @@ def view_locally(value: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor:
     if local is before:
         return value
     shape = torch.Size((*value.shape, *local.shape[before.dim() :]))
-    # Not of torch.empty(shape): not even for a moment is there memory for the whole.
+    # On the meta device: the full tensor may not fit in memory.
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, value.device_mesh, value.placements, run_check=False, shape=shape, stride=stride)

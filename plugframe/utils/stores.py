@@ -1,4 +1,4 @@
-"""Keys of a ``torch.distributed`` store that no earlier use of the same store has written."""
+"""Unused key prefixes in a ``torch.distributed`` store."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import Any
 
 
 def fresh_prefix(store: Any, purpose: str, rank: int) -> str:
-    """Return a prefix for keys that differs from that of every earlier call with this purpose.
+    """Return a key prefix that no earlier call with this `purpose` has returned.
 
-    One store can serve several connections and set-ups, of one process after another. The count of calls is kept in
-    the store itself, for each rank, so that no process keeps state. Every rank must call it, equally often.
+    One store can serve several connections and setups of successive processes, so the number of calls is counted in
+    the store, per rank. Every rank must call it equally often.
     """
-    turn = store.add(f"plugframe/turns/{purpose}/{rank}", 1)
-    return f"plugframe/{purpose}/{turn}"
+    count = store.add(f"plugframe/turns/{purpose}/{rank}", 1)
+    return f"plugframe/{purpose}/{count}"
 
 
 def fresh_store(store: Any, purpose: str, rank: int) -> Any:
-    """Return `store` behind a `fresh_prefix`."""
+    """Return `store` with a `fresh_prefix`."""
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     return PrefixStore(fresh_prefix(store, purpose, rank), store)

@@ -1,7 +1,7 @@
-"""Turning an object into itself plus hooks, and back, by swapping the class of that one instance.
+"""Add hooks to one object by swapping its class, and remove them again.
 
-PyTorch's own ``fully_shard`` does the same: `isinstance` holds, attributes, properties and methods are the
-user's, and nothing wraps anything.
+PyTorch's ``fully_shard`` does the same: `isinstance` holds, attributes, properties and methods are the
+user's, and there is no wrapper.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import copyreg
 from collections.abc import Iterator
 from typing import Any
 
-#: Where an adopted object keeps its state, in its own ``__dict__``.
+#: Key of an adopted object's state in its ``__dict__``.
 KEY = "_plugframe"
-#: Where an adopted class keeps the user's class.
+#: Attribute of an adopted class that holds the user's class.
 _PLAIN = "_plugframe_plain"
 
 
 class State:
-    """What an adopted object knows. It belongs to that one object: in a copy there is None in its place."""
+    """State of one adopted object; copies of the object hold None instead."""
 
     def plain_dict(self, obj: Any) -> dict[str, Any]:
         """Return the attributes of the plain object."""
@@ -33,49 +33,49 @@ class State:
 
 
 def adopt(obj: Any, state: Any, namespace: dict[str, Any]) -> None:
-    """Give `obj` a subclass of its own class with `namespace` in it.
+    """Change the class of `obj` to a new subclass of it, with `namespace` as attributes.
 
-    A subclass of that one class has its layout, which is what lets Python swap the two. What is in `namespace`
-    must work without a state too, as the plain class does: another class may have been put on top of ours, by
-    a parametrization for instance, and stays when the object is given back.
+    A direct subclass has the same layout, which Python requires for swapping. Functions in `namespace` must also work
+    without a state, like those of the plain class: another class may have been derived from the adopted one, such as
+    by a parametrization, and remains after `release`.
     """
     original = type(obj)
-    about = {
+    metadata = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         _PLAIN: original,
     }
     copying: dict[str, Any] = {"__reduce_ex__": _reduce_ex}
-    # Only where the class copies in its own way: Python's own copying goes through __reduce_ex__.
+    # Only if the class defines its own copying: Python's default uses __reduce_ex__.
     copying.update({n: f for n, f in (("__deepcopy__", _deepcopy), ("__copy__", _copy)) if hasattr(original, n)})
-    object.__setattr__(obj, "__class__", _subclass(original, {**about, **copying, **namespace}))
+    object.__setattr__(obj, "__class__", _subclass(original, {**metadata, **copying, **namespace}))
     obj.__dict__[KEY] = state
 
 
 def _subclass(original: Any, namespace: dict[str, Any]) -> type:
-    """Return a subclass, unseen by what the user's classes do when they are subclassed (fill a registry)."""
+    """Return a subclass without calling ``__init_subclass__`` of the user's classes (which may fill a registry)."""
     metaclass: Any = type(original)
     maker: Any = abc.ABCMeta if issubclass(metaclass, abc.ABCMeta) else type
-    # Only creating a class calls __init_subclass__ of its base, giving it another base does not.
+    # Creating a class calls __init_subclass__ of its base; changing its bases does not.
     base = next(klass for klass in original.__mro__ if _is_quiet(klass))
     if base is original:
         return maker.__new__(metaclass, original.__name__, (original,), namespace)  # type: ignore[no-any-return]
     try:
         adopted = maker.__new__(metaclass, original.__name__, (base,), dict(namespace))
         adopted.__bases__ = (original,)
-    except TypeError:  # their layouts differ
+    except TypeError:  # incompatible layouts
         return metaclass(original.__name__, (original,), namespace)  # type: ignore[no-any-return]
     return adopted  # type: ignore[no-any-return]
 
 
 def _is_quiet(klass: type) -> bool:
-    function = getattr(klass.__init_subclass__, "__func__", None)  # none: it is object's
+    function = getattr(klass.__init_subclass__, "__func__", None)  # None for object's
     return function is None or function.__module__ == "typing"
 
 
 def release(obj: Any) -> Any:
-    """Give `obj` its own class back and return its state."""
+    """Restore the class of `obj` and return its state."""
     state = obj.__dict__.pop(KEY)
     if _PLAIN in vars(type(obj)):
         object.__setattr__(obj, "__class__", plain_class(obj))
@@ -93,16 +93,16 @@ def plain_class(obj: Any) -> Any:
 
 
 def plain(obj: Any) -> Any:
-    """Return an object of the original class that shares all attributes with `obj` but the state."""
+    """Return an object of the original class that shares all attributes with `obj` except the state."""
     cls = plain_class(obj) if _PLAIN in vars(type(obj)) else type(obj)
-    twin = object.__new__(cls)
-    twin.__dict__.update(obj.__dict__[KEY].plain_dict(obj))
+    plain_obj = object.__new__(cls)
+    plain_obj.__dict__.update(obj.__dict__[KEY].plain_dict(obj))
     for slot in _slots(cls):
         try:
-            slot.__set__(twin, slot.__get__(obj))
-        except AttributeError:  # it was never set
+            slot.__set__(plain_obj, slot.__get__(obj))
+        except AttributeError:  # unset
             continue
-    return twin
+    return plain_obj
 
 
 def _slots(cls: type) -> Iterator[Any]:
@@ -125,8 +125,8 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
         return plain_class(self).__reduce_ex__(self, protocol)
     reduced = plain(self).__reduce_ex__(protocol)
     if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-        # The pickler insists that this function makes an object of this very class. The one of older pickles makes
-        # a plain one, also where plugframe is not installed.
+        # The pickler requires that __newobj__ creates an object of this class. The older _reconstructor creates a plain
+        # object, also where plugframe is not installed.
         cls, *arguments = reduced[1]
         if not arguments and cls.__new__ is object.__new__:
             return (copyreg._reconstructor, (cls, object, None), *reduced[2:])  # type: ignore[attr-defined]
@@ -137,9 +137,9 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
 def _deepcopy(self: Any, memo: dict[Any, Any]) -> Any:
     if state_of(self) is None:
         return plain_class(self).__deepcopy__(self, memo)
-    # One twin for each copying: an object that refers to itself finds the copy that is being made.
-    twin = memo.setdefault((KEY, id(self)), plain(self))
-    return copy.deepcopy(twin, memo)
+    # Memoize the plain object, so that an object that refers to itself finds its copy.
+    plain_obj = memo.setdefault((KEY, id(self)), plain(self))
+    return copy.deepcopy(plain_obj, memo)
 
 
 def _copy(self: Any) -> Any:

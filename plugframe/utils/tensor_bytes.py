@@ -1,4 +1,4 @@
-"""The bytes of a tensor."""
+"""Access the raw bytes of a tensor."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ def as_bytes(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor as writable bytes; valid while the tensor lives.
 
     Raises:
-        ValueError: if it is elsewhere, or not in one piece.
+        ValueError: if it is not on the CPU, or not contiguous.
     """
     if tensor.numel() == 0:
         return memoryview(bytearray())
     if not tensor.is_cpu or not tensor.is_contiguous() or tensor.data_ptr() == 0:
         raise ValueError(f"a tensor on {tensor.device} with strides {tensor.stride()} has no plain bytes")
-    # Not through numpy: it is optional and does not know bfloat16 and the 8-bit floats.
+    # Not through numpy, which is optional and does not support bfloat16 and 8-bit floats.
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")

@@ -59,7 +59,7 @@ def test_ranks_with_different_plugins_all_say_so(tmp_path: Path) -> None:
     first, second = run_ranks(2, _on_a_rank, str(tmp_path))
     assert first == second
     assert first["versions"].startswith(
-        "The ranks do not run the same: extension acme-ext (acme-extension 1.2) on rank 0, "
+        "Plugins or versions differ between ranks: extension acme-ext (acme-extension 1.2) on rank 0, "
         "acme-ext (acme-extension 1.3) on rank 1. Install the same packages on every node"
     )
     assert "logger none on rank 0, csv (plugframe " in first["selection"]

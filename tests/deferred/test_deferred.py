@@ -1,4 +1,4 @@
-"""Deferred initialisation: built without values, and then exactly what an eager build gives."""
+"""Deferred initialisation: modules built without values materialize exactly as in an eager build."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def eager(build: Build) -> tuple[nn.Module, Tensor]:
 
 
 def deferred(build: Build) -> tuple[nn.Module, Tensor]:
-    """Build the same without values."""
+    """Build the same module without values."""
     torch.manual_seed(3)
     with deferring(CPU, min_numel=64):
         module = build()
@@ -41,13 +41,13 @@ def deferred(build: Build) -> tuple[nn.Module, Tensor]:
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, under all of their names."""
+    """Return all parameters and buffers under all of their names."""
     parameters = module.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
 
 
 def same(left: nn.Module, right: nn.Module) -> bool:
-    """Whether two modules agree bit for bit, in layout and in what is trained."""
+    """Return whether two modules are bitwise equal, in layout and requires_grad too."""
     ours, theirs = tensors(left), tensors(right)
     return ours.keys() == theirs.keys() and all(
         torch.equal(ours[name], theirs[name])
@@ -58,7 +58,7 @@ def same(left: nn.Module, right: nn.Module) -> bool:
 
 
 class Weight(nn.Module):
-    """One parameter, initialised by what it is given."""
+    """Module with one parameter, initialised by the given function."""
 
     def __init__(self, start: Callable[[nn.Parameter], Any], *shape: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ INITS: dict[str, Callable[[nn.Parameter], Any]] = {
 
 @pytest.mark.parametrize("name", INITS)
 def test_initialisers_give_what_they_give_eagerly(name: str) -> None:
-    """Every initialiser gives its values later, bit for bit, and moves the generator on at once."""
+    """Every initialiser gives bitwise equal values later, and advances the generator immediately."""
 
     def build() -> nn.Module:
         return Weight(INITS[name])
@@ -106,7 +106,7 @@ def test_initialisers_give_what_they_give_eagerly(name: str) -> None:
 
 
 class Tied(nn.Module):
-    """An embedding whose weight is the output's, initialised anew when all is built."""
+    """Model with tied embedding and output, re-initialised after construction."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Tied(nn.Module):
 
 
 class Computed(nn.Module):
-    """Parameters and buffers that are computed, from each other too, and values that the constructor reads."""
+    """Parameters and buffers computed from each other, and values that the constructor reads, are exact."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ MODULES: dict[str, Build] = {
 
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_give_what_they_give_eagerly(name: str) -> None:
-    """Whole modules get their values in place: the objects stay, and so does what an optimizer holds."""
+    """Modules are materialized in place: tensor objects and optimizer references stay."""
     reference, state = eager(MODULES[name])
     module, after = deferred(MODULES[name])
     assert torch.equal(after, state)
@@ -196,7 +196,7 @@ def test_modules_give_what_they_give_eagerly(name: str) -> None:
 
 
 def test_what_is_shared_stays_shared() -> None:
-    """Tied parameters, aliases and views lie in one storage afterwards; attributes get their values too."""
+    """Tied parameters, aliases and views share one storage afterwards; attributes are materialized too."""
     module, _ = deferred(Tied)
     assert isinstance(module, Tied)
     materialize_module(module, CPU)
@@ -215,7 +215,7 @@ def test_what_is_shared_stays_shared() -> None:
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the real storages that live, at the most."""
+    """Measures the peak size in bytes of live real storages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class Live(TorchDispatchMode):
 
 
 def test_memory_is_that_of_one_parameter() -> None:
-    """Neither building nor materialising one tensor after the other needs more than one parameter's storage."""
+    """Building, and materializing one tensor after another, needs at most one parameter's storage."""
 
     def build() -> nn.Module:
         return nn.Sequential(*(nn.Linear(200, 200) for _ in range(10)))
@@ -256,7 +256,7 @@ def test_memory_is_that_of_one_parameter() -> None:
 
 
 def test_history_dies_with_its_tensor() -> None:
-    """What was noted, with the tensors it was made from, is freed at once when the tensor is gone."""
+    """Records and their input tensors are freed as soon as the tensor is deleted."""
     source = torch.ones(100)
     gone = weakref.ref(source)
     with deferring(CPU, min_numel=64):
@@ -275,7 +275,7 @@ def test_history_dies_with_its_tensor() -> None:
 
 
 def test_contexts_inside_each_other_join() -> None:
-    """An inner context joins the outer; reading values inside is exact; the meta device asked for stays meta."""
+    """A nested context shares the outer recorder; values read inside are exact; explicit meta tensors stay meta."""
     torch.manual_seed(0)
     expected = torch.randn(100)
     torch.manual_seed(0)
@@ -307,26 +307,26 @@ def test_default_dtype_is_that_of_the_build() -> None:
 
 
 def test_what_cannot_be_exact_is_refused() -> None:
-    """Tensors without a history, or with one that lacks a change, are refused and the mending is named."""
-    with pytest.raises(UnsupportedError, match=r"nothing says what its values are.*init_module\(empty_init=True\)"):
+    """Tensors with a missing or incomplete history raise an error with the fix."""
+    with pytest.raises(UnsupportedError, match=r"has no recorded values.*init_module\(empty_init=True\)"):
         materialize(torch.empty(100, device="meta"))
     assert materialize(torch.ones(2)).tolist() == [1, 1]
     module, _ = deferred(lambda: nn.Linear(20, 20))
-    with pytest.raises(UnsupportedError, match="nothing says what its values are"):
+    with pytest.raises(UnsupportedError, match="has no recorded values"):
         materialize(copy.deepcopy(module).weight)
     with deferring(CPU, min_numel=64):
         init.zeros_(module.weight)
     assert not materialize(module.weight).any()
     init.ones_(module.weight)
     for call in (lambda: materialize_module(module, CPU), lambda: records(module), lambda: materialize(module.weight)):
-        with pytest.raises(UnsupportedError, match="'weight' was changed in place after it was built without values"):
+        with pytest.raises(UnsupportedError, match="'weight' was changed in place outside of"):
             call()
     source = torch.ones(100)
     with deferring(CPU, min_numel=64):
         copied = torch.empty(100).copy_(source)
         with pytest.raises(UnsupportedError, match="has no values to initialise a parameter from"):
             torch.empty(100).copy_(torch.empty(100, device="meta"))
-        with pytest.raises(UnsupportedError, match=r"take -tensor.imag instead of tensor.conj\(\).imag"):
+        with pytest.raises(UnsupportedError, match=r"use -tensor.imag instead of tensor.conj\(\).imag"):
             torch.ones(100, dtype=torch.complex64).conj().imag * 2
         with pytest.raises(RuntimeError, match="must match the size"):
             copied + torch.ones(99)
@@ -335,14 +335,14 @@ def test_what_cannot_be_exact_is_refused() -> None:
         materialize(copied)
     module, _ = deferred(lambda: nn.Linear(20, 20))
     reference = weakref.ref(module.weight)
-    with pytest.raises(UnsupportedError, match="cannot get its values in place"):
+    with pytest.raises(UnsupportedError, match="cannot be materialized in place"):
         materialize_module(module, CPU)
     assert reference() is module.weight
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
 def test_setup_gives_values_in_every_precision(precision: str) -> None:
-    """``init_module(empty_init=True)`` and ``setup`` give an eager build; the optimizer made before trains it."""
+    """``init_module(empty_init=True)`` and ``setup`` equal an eager build; an earlier optimizer trains it."""
     with Lite(accelerator="cpu", strategy="single", devices=1, precision=precision) as lite:
         torch.manual_seed(0)
         with lite.init_module():
@@ -362,7 +362,9 @@ def test_setup_gives_values_in_every_precision(precision: str) -> None:
         optimizer.step()
         assert not torch.equal(module.weight, reference.weight)
         late = lite_built(lite).half()
-        with pytest.raises(UnsupportedError, match=r"'weight' is on the meta device and nothing says.*to_empty"):
+        with pytest.raises(
+            UnsupportedError, match=r"'weight' is on the meta device and has no recorded values.*to_empty"
+        ):
             lite.setup(late)
 
 

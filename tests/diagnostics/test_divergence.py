@@ -1,4 +1,4 @@
-"""Ranks that do not do the same: every rank is told where all are, never a wrong value, never an abort."""
+"""Diverging ranks: every rank gets an error with the status of all, never a wrong value or an abort."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from plugframe import CollectiveTimeoutError, Lite, PlugframeError, RankLostErro
 from plugframe.diagnostics import likely_causes
 from plugframe.diagnostics.call_log import END, SIZE, Call, CallLog
 from plugframe.diagnostics.instrument import call_log_of
-from plugframe.diagnostics.rank_status import Account, find
+from plugframe.diagnostics.rank_status import RankStatus, diagnose
 from plugframe.hooks.world import World
-from plugframe.launch.report import Ending, report
+from plugframe.launch.report import RankExit, report
 from ranks import rank_store, run_ranks
 
 # ---------------------------------------------------------------------- the ring
@@ -35,7 +35,7 @@ def wrapped(ring: CallLog, hook: str, tensor: Any = None, detail: Any = None, ev
 
 
 def test_a_ring_knows_the_line_a_call_comes_from() -> None:
-    """Kept are number, operation, tensor and the user's line; words are made of them when asked."""
+    """An entry has number, operation, tensor and the user's line; text is formatted on request."""
     ring = CallLog()
     entry = wrapped(ring, "collective_all_reduce", torch.ones(2, 3), "sum")
     running = ring.running()
@@ -50,7 +50,7 @@ def test_a_ring_knows_the_line_a_call_comes_from() -> None:
 
 
 def test_a_ring_keeps_the_last_calls_and_counts_those_of_all_ranks() -> None:
-    """What does not fit any more is forgotten; a call of a group does not count."""
+    """The oldest entries are dropped; calls of a group are not counted."""
     ring = CallLog()
     for _ in range(SIZE + 5):
         wrapped(ring, "collective_barrier")[END] = True
@@ -65,7 +65,7 @@ def test_a_ring_keeps_the_last_calls_and_counts_those_of_all_ranks() -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Callable[[str], Callable[[int], Call]]:
-    """Write a script, and return what makes a call at one of its lines."""
+    """Write a script; return a function that makes a call at one of its lines."""
 
     def write(body: str) -> Callable[[int], Call]:
         path = tmp_path / "train.py"
@@ -77,7 +77,7 @@ def source(tmp_path: Path) -> Callable[[str], Callable[[int], Call]]:
 
 
 def test_conditions_loops_and_handlers_are_found_in_the_source(source: Any) -> None:
-    """A condition on the rank, a handler that passes over errors, and the loop that one of two calls has left."""
+    """Rank conditions, handlers that swallow errors, and loops that one of two calls has left are found."""
     at = source(
         """
         for batch in loader:
@@ -107,41 +107,41 @@ def test_conditions_loops_and_handlers_are_found_in_the_source(source: Any) -> N
 
 
 def test_code_that_cannot_be_read_gives_no_hint() -> None:
-    """A line of a prompt or a broken file is named without a word on the mistake."""
+    """Calls in unreadable source (a prompt, a broken file) have no hint."""
     call = Call(1, "collective_barrier", "barrier", "", "<stdin>", 3, False)
     assert likely_causes.source(call) == likely_causes.under_rank_condition(call) == likely_causes.in_loop(call) == ""
 
 
-def account(rank: int, number: int | None, **more: Any) -> Account:
+def status(rank: int, number: int | None, **more: Any) -> RankStatus:
     call = None if number is None else Call(number, "collective_barrier", "barrier", "", "train.py", 57, False)
-    return Account(rank=rank, host="here", running=call, **more)
+    return RankStatus(rank=rank, host="here", running=call, **more)
 
 
 @pytest.mark.parametrize(
     ("others", "culprit", "says"),
     [
-        ([account(1, None, doing="in forward (model.py:31)")], 1, "rank 1 is in forward (model.py:31)"),
+        ([status(1, None, activity="in forward (model.py:31)")], 1, "rank 1 is in forward (model.py:31)"),
         (
-            [account(1, 8), account(2, None, doing="at train.py:3")],
+            [status(1, 8), status(2, None, activity="at train.py:3")],
             2,
             "ranks 0 and 1 wait in barrier (train.py:57, call 8)",
         ),
-        ([account(1, 7), account(2, 8)], 1, "rank 1 waits in barrier (train.py:57, call 7)"),
-        ([None, account(2, 8)], 1, "rank 1 did not answer within 5 s (it has died, was stopped, or something in it"),
-        ([account(1, None, left=True, error="ValueError: no")], 1, "rank 1 has left with ValueError: no"),
-        ([account(1, 8), account(2, 8)], None, "All ranks are in the same call: does the network or the device hang?"),
+        ([status(1, 7), status(2, 8)], 1, "rank 1 waits in barrier (train.py:57, call 7)"),
+        ([None, status(2, 8)], 1, "rank 1 did not respond within 5 s (it died, is stopped, or a thread holds the GIL)"),
+        ([status(1, None, shut_down=True, error="ValueError: no")], 1, "rank 1 has shut down with ValueError: no"),
+        ([status(1, 8), status(2, 8)], None, "All ranks are in the same call: check the network and the devices."),
     ],
 )
-def test_the_rank_that_did_not_come_is_found(others: list[Account | None], culprit: int | None, says: str) -> None:
-    """Who left or does not answer, else who is in no call, else who is in another one than most."""
-    accounts = dict(enumerate([account(0, 8), *others]))
-    found = find(accounts, 0, seconds=5.0)
+def test_the_rank_that_did_not_come_is_found(others: list[RankStatus | None], culprit: int | None, says: str) -> None:
+    """The culprit has shut down or does not respond, else is in no call, else is in another call than most."""
+    statuses = dict(enumerate([status(0, 8), *others]))
+    found = diagnose(statuses, 0, seconds=5.0)
     assert found.culprit == culprit
     assert says in found.text
 
 
 def test_the_launcher_blames_the_rank_that_did_not_come() -> None:
-    """A rank that has waited in vain tells of whom; that one is the culprit, with its stack."""
+    """The report names the rank that a timed-out rank blames, with its stack."""
     blamed = {
         "rank": 1,
         "host": "there",
@@ -149,12 +149,16 @@ def test_the_launcher_blames_the_rank_that_did_not_come() -> None:
         "stack": "  File",
         "alive": True,
     }
-    message = {"message": "CollectiveTimeoutError: Rank 1 did not come", "extraInfo": {"py_callstack": "…"}}
+    message = {"message": "CollectiveTimeoutError: Rank 1 did not reach barrier", "extraInfo": {"py_callstack": "…"}}
     words = {"types": ["CollectiveTimeoutError", "RankLostError"], "exit_code": 1, "message": message, "blamed": blamed}
-    told = report([Ending(rank=0, exit_code=1, time=1.0, words=words), Ending(rank=1, exit_code=-15)], host="here")
+    told = report([RankExit(rank=0, exit_code=1, time=1.0, error=words), RankExit(rank=1, exit_code=-15)], host="here")
     first, *rest = told.text.splitlines()
-    assert first == "rank 1 on there did not come: rank 1 is in forward (model.py:31)."
-    assert rest == ["It is at:", "  File", "rank 0: CollectiveTimeoutError: Rank 1 did not come (a consequence)"]
+    assert first == "rank 1 on there did not reach a collective: rank 1 is in forward (model.py:31)."
+    assert rest == [
+        "Stack of rank 1:",
+        "  File",
+        "rank 0: CollectiveTimeoutError: Rank 1 did not reach barrier (a consequence)",
+    ]
     assert told.certain
 
 
@@ -173,7 +177,7 @@ def failure(call: Callable[[], Any]) -> tuple[str, str]:
 
 
 class Waiting:
-    """A rank that is elsewhere until rank 0 has what it waits for."""
+    """Keeps a rank elsewhere until rank 0 has its result."""
 
     def __init__(self, store: Any) -> None:
         self.store = store
@@ -183,7 +187,7 @@ class Waiting:
 
 
 def checks_of_a_rank(world: World) -> dict[str, Any]:
-    """Go through what can be checked in one start; return what this rank was told."""
+    """Run all checks that fit in one start; return the errors of this rank."""
     store, found = rank_store(60.0), {}
     threads = set(threading.enumerate())
     with Lite(accelerator="cpu", devices=2, strategy="ddp", diagnostics=False) as lite:
@@ -212,7 +216,7 @@ def checks_of_a_rank(world: World) -> dict[str, Any]:
             store.set("per call", "over")
         else:
             Waiting(store).forward("per call")
-            lite._hooks.collective_monitored_barrier(name="late", timeout_s=20.0)  # meets the one of before
+            lite._hooks.collective_monitored_barrier(name="late", timeout_s=20.0)  # matches the earlier one
         found["sum after it"] = lite.all_reduce(torch.ones(2), reduce_op="sum").tolist()
         found["in time"] = [
             lite.broadcast(7, timeout_s=20.0),
@@ -230,7 +234,7 @@ def checks_of_a_rank(world: World) -> dict[str, Any]:
 
 
 def stopped(lite: Any, store: Any, found: dict[str, Any]) -> None:
-    """Stop rank 1 altogether while rank 0 waits for it."""
+    """Stop the process of rank 1 while rank 0 waits for it."""
     if lite.global_rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
         return
@@ -249,18 +253,18 @@ def told_of_mistakes() -> list[dict[str, tuple[str, str, float]]]:
 
 
 def test_a_rank_that_does_not_come_is_named_with_its_line_and_stack() -> None:
-    """On a timeout the error says for each rank where it is and what it did last, and shows the missing one's stack."""
+    """A timeout error has each rank's position and last call, and the stack of the missing rank."""
     kind, text = told()[0]["late"]
     assert kind == "CollectiveTimeoutError"
-    assert "Rank 1 did not come to barrier (test_divergence.py:" in text
+    assert "Rank 1 did not reach barrier (test_divergence.py:" in text
     assert "rank 1 is in forward (test_divergence.py:" in text
     assert "its last collective was barrier (test_divergence.py:" in text
-    assert "Rank 1 is at:" in text
+    assert "Stack of rank 1:" in text
     assert "self.store.wait([name])" in text
 
 
 def test_unequal_shapes_are_listed_or_padded() -> None:
-    """all_gather of unequal shapes is an error on all ranks that lists them, or fills up with what is asked for."""
+    """all_gather of unequal shapes raises on all ranks with a list of shapes, or pads if asked to."""
     for found in told():
         assert found["gathered"] == [[0.0, 1.0, -1.0], [0.0, 1.0, 2.0]]
         kind, text = found["unequal"]
@@ -271,7 +275,7 @@ def test_unequal_shapes_are_listed_or_padded() -> None:
 
 
 def test_a_call_can_have_a_timeout_of_its_own() -> None:
-    """The others are waited for so long and no longer; the connections stay whole."""
+    """A timeout per call applies to that call only; connections stay usable."""
     kind, text = told()[0]["per call"]
     assert kind == "CollectiveTimeoutError"
     assert "rank 1 is in forward" in text
@@ -281,15 +285,15 @@ def test_a_call_can_have_a_timeout_of_its_own() -> None:
 
 
 def test_a_rank_that_cannot_answer_is_said_to_be_so() -> None:
-    """A stopped process, or one whose interpreter is held, is named as the one that does not answer."""
+    """A stopped process, or one that holds the GIL, is reported as not responding."""
     kind, text = told()[0]["stopped"]
     assert kind == "CollectiveTimeoutError"
-    assert "rank 1 did not answer within 5 s" in text
+    assert "rank 1 did not respond within 5 s" in text
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda function: function.__name__)
 def test_without_lockstep_nothing_aborts_and_what_can_corrupt_is_named(mistake: Any) -> None:
-    """Calls that differ are an error on a rank at least; only two equal calls in another order are not seen."""
+    """Different calls raise on at least one rank; only two equal calls in another order are not detected."""
     found = [report_of[mistake.__name__] for report_of in told_of_mistakes()]
     texts = [text for kind, text, _ in found if kind]
     if mistake.__name__ == "the_order_differs":
@@ -306,7 +310,7 @@ def test_without_lockstep_nothing_aborts_and_what_can_corrupt_is_named(mistake: 
 
 
 def test_one_rank_has_no_ring() -> None:
-    """With one rank nothing is kept, and hooks are the plugins' own methods."""
+    """With one rank nothing is recorded, and hooks are the plugins' own methods."""
     with Lite(accelerator="cpu", devices=1) as lite:
         lite.launch()
         assert call_log_of(lite._hooks) is None
@@ -314,7 +318,7 @@ def test_one_rank_has_no_ring() -> None:
 
 
 def test_errors_travel_between_processes() -> None:
-    """What a rank is told can be sent to its launcher, with whom it blames."""
+    """Timeout errors can be pickled, with the rank they blame."""
     import pickle
 
     error = pickle.loads(pickle.dumps(CollectiveTimeoutError("late", blamed={"rank": 1})))
@@ -345,7 +349,7 @@ lite.all_reduce(torch.ones(2))
 
 
 def test_plugframe_run_blames_the_rank_that_hangs(tmp_path: Path) -> None:
-    """The launcher's report begins with the rank that did not come, its line and its stack; it is told once."""
+    """The launcher's report starts with the missing rank, its line and its stack, once."""
     (tmp_path / "train.py").write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, "-m", "plugframe", "run", "train.py"],
@@ -358,10 +362,10 @@ def test_plugframe_run_blames_the_rank_that_hangs(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if not line.startswith("plugframe: 2 ranks")]
-    assert "did not come: rank 0 waits in all_reduce of (2,) float32 mean (train.py:18, call" in lines[0]
+    assert "did not reach a collective: rank 0 waits in all_reduce of (2,) float32 mean (train.py:18, call" in lines[0]
     assert lines[0].startswith("rank 1 on ")
     assert "rank 1 is in forward (train.py:12), its last collective was setup (train.py:15, call" in lines[0]
-    assert lines[1] == "It is at:"
+    assert lines[1] == "Stack of rank 1:"
     assert 'train.py", line 17, in <module>' in lines[2]
     assert "line 12, in forward" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Ranks that wait for one that is elsewhere are told of on stderr, while the job goes on waiting."""
+"""Stall reports: ranks that wait for a rank that is elsewhere report it on stderr and keep waiting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from plugframe import Lite
 from plugframe.diagnostics.call_log import Call, CallLog
-from plugframe.diagnostics.rank_status import Account
+from plugframe.diagnostics.rank_status import RankStatus
 from plugframe.diagnostics.stall_report import report, start_stall_reporter
 from plugframe.hooks.world import World
 from ranks import rank_store, run_ranks
@@ -22,45 +22,45 @@ from ranks import rank_store, run_ranks
 AFTER_S = 0.2
 
 
-def account(rank: int, number: int | None, *, line: int = 57, name: str = "barrier", **more: Any) -> Account:
+def status(rank: int, number: int | None, *, line: int = 57, name: str = "barrier", **more: Any) -> RankStatus:
     call = None if number is None else Call(number, f"collective_{name}", name, "", "train.py", line, False)
-    return Account(rank=rank, host="here", running=call, **more)
+    return RankStatus(rank=rank, host="here", running=call, **more)
 
 
 def test_ranks_that_are_slow_together_are_not_told_of() -> None:
-    """In one call all ranks are simply slow: nothing is said."""
-    assert report({0: account(0, 8), 1: account(1, 8)}, 0, 30.0) == ""
+    """Ranks in the same call are merely slow: nothing is reported."""
+    assert report({0: status(0, 8), 1: status(1, 8)}, 0, 30.0) == ""
 
 
 @pytest.mark.parametrize(
     ("other", "says"),
     [
         (
-            account(1, None, doing="in validate (train.py:31)"),
+            status(1, None, activity="in validate (train.py:31)"),
             "plugframe: still waiting for rank 1 after 30 s: rank 0 waits in barrier (train.py:57, call 8); "
             "rank 1 is in validate (train.py:31).",
         ),
-        (account(1, 7, line=40), "rank 1 waits in barrier (train.py:40, call 7). Every rank must make the same calls"),
-        (account(1, None, left=True), "rank 1 has left."),
-        (None, "rank 1 did not answer within 5 s"),
+        (status(1, 7, line=40), "rank 1 waits in barrier (train.py:40, call 7). Every rank must make the same calls"),
+        (status(1, None, shut_down=True), "rank 1 has shut down."),
+        (None, "rank 1 did not respond within 5 s"),
     ],
 )
-def test_one_line_says_who_waits_and_who_is_elsewhere(other: Account | None, says: str) -> None:
-    """The line names the rank that is waited for, where it is, and what the mistake may be."""
-    text = report({0: account(0, 8), 1: other}, 0, 30.0)
+def test_one_line_says_who_waits_and_who_is_elsewhere(other: RankStatus | None, says: str) -> None:
+    """The line has the awaited rank, its position, and a likely cause."""
+    text = report({0: status(0, 8), 1: other}, 0, 30.0)
     assert says in text
     assert "\n" not in text
 
 
 def test_work_within_one_call_is_no_mistake() -> None:
-    """A rank that writes a checkpoint while the others wait in the same line for it is told of without a hint."""
-    text = report({0: account(0, 8), 1: account(1, 7, name="save")}, 0, 30.0)
+    """A rank that writes a checkpoint while others wait at the same line is reported without a hint."""
+    text = report({0: status(0, 8), 1: status(1, 7, name="save")}, 0, 30.0)
     assert text.endswith("rank 1 waits in save (train.py:57, call 7).")
 
 
 @pytest.mark.parametrize("settings", [{"report_after_s": 0.0}, {"timeout_s": 30.0}, {"provides": ("simulated",)}])
 def test_nothing_watches_where_there_is_nothing_to_tell(settings: dict[str, Any]) -> None:
-    """No thread is started with 0, with a timeout that comes first, and with simulated ones."""
+    """No thread is started with report_after_s=0, an earlier timeout, or simulated ranks."""
     given = {
         "report_after_s": 30.0,
         "timeout_s": None,
@@ -77,7 +77,7 @@ def test_nothing_watches_where_there_is_nothing_to_tell(settings: dict[str, Any]
 
 
 class Lines:
-    """Stands in for stderr: what is written can be waited for by the other rank."""
+    """Fake stderr whose output the other rank can wait for."""
 
     def __init__(self, store: Any, name: str) -> None:
         self.store, self.name, self.text = store, name, ""
@@ -93,7 +93,7 @@ class Lines:
 
 
 class Slow(torch.nn.Module):
-    """Its forward does something else first."""
+    """Module whose forward does something else first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ def lite_of(**settings: Any) -> Lite:
 
 
 def on_a_rank(world: World) -> dict[str, str]:
-    """Be late to calls of several kinds, each until the other rank has told of it; return what this one wrote."""
+    """Reach several calls late, each after the other rank has reported it; return this rank's reports."""
     store, found, waits = rank_store(60.0), {}, world.global_rank == 0
     threads = set(threading.enumerate())
 
@@ -161,7 +161,7 @@ def written() -> list[dict[str, str]]:
 
 
 def test_a_job_goes_on_after_it_was_told_who_is_waited_for(written: list[dict[str, str]]) -> None:
-    """From report_after_s on the rank that waits writes a line on where both are; then all goes well."""
+    """The waiting rank prints a line with the position of both ranks after report_after_s; the job then continues."""
     line = written[0]["barrier"]
     assert "plugframe: still waiting for rank 1 after 0." in line
     assert "rank 0 waits in barrier (test_slow_collective.py:" in line
@@ -170,7 +170,7 @@ def test_a_job_goes_on_after_it_was_told_who_is_waited_for(written: list[dict[st
 
 
 def test_gradients_that_are_waited_for_are_told_of(written: list[dict[str, str]]) -> None:
-    """A rank that averages gradients in backward tells of one that is in its forward still."""
+    """A rank that averages gradients in backward reports a rank that is still in forward."""
     line = written[0]["backward"]
     assert "rank 0 waits in backward (test_slow_collective.py:" in line
     assert "rank 1 is in validate (test_slow_collective.py:" in line
@@ -178,7 +178,7 @@ def test_gradients_that_are_waited_for_are_told_of(written: list[dict[str, str]]
 
 
 def test_what_rank_0_does_first_is_told_of_by_the_others(written: list[dict[str, str]]) -> None:
-    """Ranks that wait in rank_zero_first say where rank 0 is, which is no error."""
+    """Ranks that wait in rank_zero_first report rank 0's position, without an error."""
     assert "rank 1 waits in rank_zero_first (test_slow_collective.py:" in written[1]["first"]
     assert "rank 0 is in validate (test_slow_collective.py:" in written[1]["first"]
     assert [each["together"] for each in written] == ["", ""]

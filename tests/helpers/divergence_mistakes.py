@@ -122,7 +122,7 @@ def the_order_differs(lite: Any) -> None:
             lite.all_reduce(two)  # rank 1
 
 
-@mistake("rank 1 has left", "different numbers of batches")
+@mistake("rank 1 has shut down", "the same number of batches")
 def a_rank_stops_early(lite: Any) -> None:
     for number in range(3):
         if number == 2 and lite.global_rank == 1:

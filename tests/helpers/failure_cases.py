@@ -109,13 +109,13 @@ class Fault:
 
 FAULTS = {
     "exception": Fault(1, r"rank {rank} on \S+ failed: ValueError: out of paper"),
-    "exit 3": Fault(3, r"rank {rank} on \S+ left with exit code 3"),
-    "exit 0": Fault(1, r"rank {rank}\b.* left"),
+    "exit 3": Fault(3, r"rank {rank} on \S+ exited with code 3"),
+    "exit 0": Fault(1, r"rank {rank}\b.* (exited|shut down)"),
     "SIGKILL": Fault(137, r"rank {rank} on \S+ was killed by SIGKILL"),
     "SIGSEGV": Fault(139, r"rank {rank} on \S+ was killed by SIGSEGV"),
     "out of memory": Fault(137, r"rank {rank} on \S+ was killed by SIGKILL, out of memory"),
-    "hang": Fault(1, r"rank {rank} on \S+ did not come", waits=True),
-    "alone in a collective": Fault(1, r"rank {other} on \S+ did not come", waits=True),
+    "hang": Fault(1, r"rank {rank} on \S+ did not reach a collective", waits=True),
+    "alone in a collective": Fault(1, r"rank {other} on \S+ did not reach a collective", waits=True),
     "unequal collectives": Fault(
         1, r"CollectiveMismatchError.*rank {rank}: all_\w+.*rank {other}|rank {other}.*rank {rank}"
     ),

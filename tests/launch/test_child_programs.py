@@ -1,4 +1,4 @@
-"""A program that a rank starts runs by itself, however it is started; what starts ranks anew still makes ranks."""
+"""Programs that a rank starts are not ranks, however they are started; launchers inside a rank still start ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from plugframe import Lite
 from plugframe.hooks.variables import RANK
-from plugframe.launch.inheritance import Place
+from plugframe.launch.inheritance import RankEnvironment
 
 #: What a rank starts. It leaves what its Lite has to say in a file: world size and rank.
 CHILD = """
@@ -89,7 +89,7 @@ HOWS = {
 
 @pytest.mark.parametrize("how", HOWS)
 def test_a_program_of_a_rank_runs_by_itself(how: str, tmp_path: Path) -> None:
-    """By subprocess and spawn, in set-up and after tear-down: alone. A launcher that runs inside a rank makes ranks."""
+    """Programs started by subprocess and spawn, in setup and after teardown, are alone; a launcher makes ranks."""
     (tmp_path / "child.py").write_text(CHILD)
     (tmp_path / "train.py").write_text(TRAIN)
     (tmp_path / "temporary").mkdir()  # torchrun leaves a folder there
@@ -105,11 +105,11 @@ def test_a_program_of_a_rank_runs_by_itself(how: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     said = {path.name.removeprefix("said-"): sorted(path.read_text().split()) for path in tmp_path.glob("said-*")}
     assert said == SAID[how]
-    assert done.stderr.count("runs by itself") == list(said.values()).count(ALONE)
+    assert done.stderr.count("runs independently") == list(said.values()).count(ALONE)
 
 
 def parent_rank(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
-    """Have this process be a program that rank 1 of a job of two has started, by another process id."""
+    """Make this process look like a program that rank 1 of a job of two has started, by another process id."""
     place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
     step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "ENVIRONMENT": "BATCH"}
     settings = {
@@ -121,7 +121,7 @@ def parent_rank(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
     }
     for name, value in {**place, **step, **settings}.items():
         monkeypatch.setenv(name, value)
-    Place().claim([tuple(place), [name for name in step if name.startswith("SLURM_")]])
+    RankEnvironment().claim([tuple(place), [name for name in step if name.startswith("SLURM_")]])
     mark = json.loads(os.environ.pop(RANK))
     os.unsetenv(RANK)
     monkeypatch.setenv(RANK, json.dumps({**mark, "pid": mark["pid"] + 1}))
@@ -130,7 +130,7 @@ def parent_rank(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
 
 
 def test_only_what_belongs_to_the_rank_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the user has exported counts in the program too; all variables are back after tear-down."""
+    """Variables the user has exported are kept in the program; all variables are restored after teardown."""
     parent_rank(monkeypatch)
     before = dict(os.environ)
     with Lite(accelerator="cpu") as lite:
@@ -168,7 +168,7 @@ def test_only_what_belongs_to_the_rank_is_left_out(monkeypatch: pytest.MonkeyPat
 def test_a_launcher_that_runs_again_makes_ranks(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], found: str
 ) -> None:
-    """One that has set its variables anew counts, although the rank above had the same launcher or another."""
+    """A launcher that has set its variables again counts, even if the rank above had the same launcher or another."""
     parent_rank(monkeypatch, **variables)
     lite = Lite(accelerator="cpu")
     assert (lite.world_size, lite.global_rank, lite.plan.choices["environment"].name) == (2, 1, found)
@@ -178,7 +178,7 @@ def test_a_launcher_that_runs_again_makes_ranks(
 
 
 def test_each_of_two_lites_leaves_the_mark_to_the_other(fake_cluster: Callable[..., Any]) -> None:
-    """A rank is one as long as one of its Lites is there: also if one was never torn down and has gone."""
+    """A process is a rank while one of its Lites exists, also if one was garbage-collected without teardown."""
     fake_cluster(num_nodes=1, ranks_per_node=2, rank=1)
     first, second = Lite(accelerator="cpu"), Lite(accelerator="cpu")
     first.teardown()

@@ -1,4 +1,4 @@
-"""One rank under a debugger: the terminal is its own, and the others wait for it."""
+"""Debug one rank: it has the terminal to itself, and the others wait for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from plugframe.core.config.request import gather
 from plugframe.errors import UsageError
 from plugframe.hooks.launcher import Job
 from plugframe.launch import supervise
-from plugframe.launch.debug import PATIENCE_S
+from plugframe.launch.debug import DEBUG_TIMEOUT_S
 from plugframe_builtins.elastic.launcher import Elastic
 
 PROMPT = "(Pdb) "
@@ -31,7 +31,7 @@ _LIMIT_S = 100
 
 
 class Terminal:
-    """A command at a terminal, and who types."""
+    """Runs a command at a pseudo-terminal and types into it."""
 
     def __init__(self, folder: Path, *words: str) -> None:
         self._master, slave = pty.openpty()
@@ -46,7 +46,7 @@ class Terminal:
         self._read = 0
 
     def expect(self, text: str) -> str:
-        """Read until `text`, and return what came before it."""
+        """Read until `text`, and return the output before it."""
         while text not in self.seen[self._read :]:
             ready, _, _ = select.select([self._master], [], [], _LIMIT_S)
             assert ready, f"no {text!r} in {self.seen[self._read :]!r}"
@@ -57,23 +57,23 @@ class Terminal:
         return before
 
     def type(self, line: str, *, expect: str = PROMPT) -> str:
-        """Type a line or a key, and return what is said to it."""
+        """Type a line or a key, and return the response."""
         os.write(self._master, (line if line < " " else f"{line}\n").encode())
         return self.expect(expect)
 
     def end(self) -> int:
-        """Wait for the end, and return the exit code."""
+        """Wait for the process to end, and return its exit code."""
         code = self._process.wait(_LIMIT_S)
         while select.select([self._master], [], [], 0)[0]:
             self.seen += os.read(self._master, 4096).decode().replace("\r\n", "\n")
         return code
 
     def settings(self) -> list[Any]:
-        """Return what the terminal is set to."""
+        """Return the terminal's attributes."""
         return termios.tcgetattr(self._slave)
 
     def close(self) -> None:
-        """End what still runs."""
+        """Kill the command if it still runs."""
         if self._process.poll() is None:
             self._process.terminate()
             self._process.wait(_LIMIT_S)
@@ -83,7 +83,7 @@ class Terminal:
 
 @pytest.fixture
 def debug(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
-    """Start a script of this body on two CPU ranks, of which rank 1 is debugged."""
+    """Start a script with this body on two CPU ranks, with rank 1 under the debugger."""
     terminals = []
 
     def start(body: str, *words: str) -> Terminal:
@@ -98,7 +98,7 @@ def debug(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
 
 
 def test_one_rank_is_debugged_while_the_others_wait(debug: Callable[..., Terminal], tmp_path: Path) -> None:
-    """It stops at the first line and at breakpoint(), which others pass; no timeout ends their waiting."""
+    """The rank stops at the first line and at breakpoint(), which other ranks skip; they do not time out."""
     terminal = debug(
         """\
         import torch
@@ -112,15 +112,13 @@ def test_one_rank_is_debugged_while_the_others_wait(debug: Callable[..., Termina
     )
     start = terminal.expect(PROMPT)
     said, place, line = start.splitlines()
-    assert said.startswith(
-        "plugframe: rank 1 runs under pdb: the terminal and Ctrl-C are its own, Ctrl-\\ ends the job"
-    )
+    assert said.startswith("plugframe: rank 1 runs under pdb and receives Ctrl-C; Ctrl-\\ ends the job")
     assert place == f"> {tmp_path / 'train.py'}(1)<module>()"
     assert line == "-> import torch"
     # What the others say comes in between at any time.
     stopped = terminal.type("c").splitlines()
     assert any(line.startswith(("-> print(", "-> breakpoint(")) for line in stopped), stopped  # by Python's version
-    assert f"({PATIENCE_S:.1f}, 1)" in terminal.type("p lite.plan.timeout_s, lite.global_rank").splitlines()
+    assert f"({DEBUG_TIMEOUT_S:.1f}, 1)" in terminal.type("p lite.plan.timeout_s, lite.global_rank").splitlines()
     terminal.type("c", expect="sum 2.0 on 1")
     assert terminal.end() == 0
     # The others' output is kept and shown as ever; that of the one with the terminal is there alone.
@@ -132,7 +130,7 @@ def test_one_rank_is_debugged_while_the_others_wait(debug: Callable[..., Termina
 
 
 def test_an_exception_can_be_looked_at_where_it_came_from(debug: Callable[..., Terminal]) -> None:
-    """The debugger waits there; once it is quit the job ends with the report of any other failure."""
+    """The debugger opens at the exception; after it quits, the job ends with the usual report."""
     terminal = debug(
         """\
         import os, signal
@@ -147,7 +145,7 @@ def test_an_exception_can_be_looked_at_where_it_came_from(debug: Callable[..., T
     terminal.expect(PROMPT)
     assert "Post mortem: quit, or Ctrl-D, to end the job." in terminal.type("c")
     assert "'green'" in terminal.type("p colour")
-    terminal.type("q", expect="rank 0: ended by the launcher")
+    terminal.type("q", expect="rank 0: stopped by the launcher")
     assert terminal.end() == 1
     report = terminal.seen[terminal.seen.index("rank 1 on ") :].splitlines()
     assert report[0] == f"rank 1 on {os.uname().nodename} failed: ValueError: no such colour: green"
@@ -155,7 +153,7 @@ def test_an_exception_can_be_looked_at_where_it_came_from(debug: Callable[..., T
 
 
 def test_ctrl_c_stops_the_debugged_rank_and_quitting_ends_the_job(debug: Callable[..., Terminal]) -> None:
-    """Nobody else gets the key; the terminal is set as it was at the end."""
+    """Only the debugged rank receives the key; the terminal's settings are restored at the end."""
     terminal = debug(
         """\
         import os, signal
@@ -171,16 +169,16 @@ def test_ctrl_c_stops_the_debugged_rank_and_quitting_ends_the_job(debug: Callabl
     terminal.type("c", expect="turning")
     terminal.type("\x03")
     terminal.type("p turns > 0", expect="True")
-    terminal.type("q", expect="rank 1 has left the debugger: every rank has been ended.")
+    terminal.type("q", expect="rank 1 quit the debugger: all ranks were stopped.")
     assert terminal.end() == 130
     assert terminal.settings() == terminal.before
 
 
 def test_ctrl_backslash_ends_a_job_under_the_debugger(debug: Callable[..., Terminal]) -> None:
-    """Also while the debugger reads a line."""
+    """The terminal's settings are also restored if the debugger is reading a line."""
     terminal = debug("import signal; signal.pause()")
     terminal.expect(PROMPT)
-    terminal.type("\x1c", expect="SIGQUIT: every rank has been ended.")
+    terminal.type("\x1c", expect="SIGQUIT: all ranks were stopped.")
     assert terminal.end() == 131
     assert terminal.settings() == terminal.before
 
@@ -191,32 +189,32 @@ def test_ctrl_backslash_ends_a_job_under_the_debugger(debug: Callable[..., Termi
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--debug-rank=2"], "--debug-rank=2: there is no such rank, ranks go from 0 to 1 here."),
+        (["--debug-rank=2"], "--debug-rank=2: no such rank, this job has ranks 0 to 1."),
         (["--debug-rank=-1"], "Invalid value for '--debug-rank': -1 is not in the range"),
         (["--debug-rank=one"], "Invalid value for '--debug-rank': 'one' is not a valid integer"),
         (["--debug-rank=1"], "--debug-rank=1 needs a terminal on standard input, and there is none"),
         (
             ["--debug-rank=1", "--num-nodes=1:2", "--rdzv-endpoint=localhost:4000"],
-            "--debug-rank=1: nodes that come and go number the ranks anew: take a fixed --num-nodes.",
+            "--debug-rank=1 requires a fixed --num-nodes: elastic jobs renumber their ranks.",
         ),
     ],
 )
 def test_a_rank_that_cannot_be_debugged_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
-    """What was asked, what was found, what to type; nothing has run."""
+    """The error has the option, the reason and the alternative; no rank runs."""
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text("open('ran', 'w')")
     result = CliRunner().invoke(cli, ["run", "--devices=2", "--accelerator=cpu", *words, "train.py"])
     assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
     assert said in result.stderr
     assert os.listdir() == ["train.py"]
-    with pytest.raises(UsageError, match="--debug-rank=0 is for a script, and this job is a function"):
+    with pytest.raises(UsageError, match="--debug-rank=0 requires a script, and this job runs a function"):
         supervise(Job(num_processes=1, function=print, debug_rank=0), start_method="fork")
 
 
 def test_every_timeout_gives_way_to_the_debugger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the command line and of the code; one that was typed, and restarts, are told to have no effect."""
+    """Timeouts from the command line and the code are replaced; a typed timeout and restarts get a warning."""
     monkeypatch.chdir(tmp_path)
     Path("train.py").touch()
 
@@ -233,5 +231,5 @@ def test_every_timeout_gives_way_to_the_debugger(tmp_path: Path, monkeypatch: py
     (job,) = jobs
     assert (job.debug_rank, job.max_restarts) == (0, 0)
     request = gather({"timeout_s": 1.0}, environ=job.environ, folder=tmp_path)
-    assert request.value("timeout_s") == PATIENCE_S
-    assert [(each.key, each.value) for each in request.options] == [("collective.timeout_s", str(PATIENCE_S))]
+    assert request.value("timeout_s") == DEBUG_TIMEOUT_S
+    assert [(each.key, each.value) for each in request.options] == [("collective.timeout_s", str(DEBUG_TIMEOUT_S))]

@@ -1,4 +1,4 @@
-"""Whatever ends a rank is told once, with the right rank, and takes the others with it."""
+"""Every failure of a rank is reported once, with the right rank, and ends the other ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CELLS = [
 
 @pytest.mark.parametrize("failure", CELLS, ids=["-".join(map(str, cell)).replace(" ", "_") for cell in CELLS])
 def test_a_failure_is_told(failure: tuple[str, int, str, str], tmp_path: Path) -> None:
-    """Cause, rank and exit code; at most one traceback; nobody and nothing is left behind."""
+    """The report has cause, rank and exit code, and at most one traceback; no processes or files remain."""
     if failure[0] == "out of memory" and (why_not := failure_cases.why_no_little_memory()):
         pytest.skip(why_not)
     problems, _ = failure_cases.check(failure, tmp_path)

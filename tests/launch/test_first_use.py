@@ -1,4 +1,4 @@
-"""Which lines of the user's code may have used a device first: told when forking is refused."""
+"""Find the lines of user code that may have used a device first, for the error when forking is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def launch():
 
 
 class Weights:
-    """Has the methods of a tensor."""
+    """Fake with the methods of a tensor."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.made = torch.zeros(1, device="meta" if device else None)
@@ -45,7 +45,7 @@ class Weights:
 
 
 def place(weights: Weights, where: object) -> Weights:
-    """Runs in the code of the user, called from elsewhere."""
+    """Runs in user code that is called from elsewhere."""
     return weights.to(where)
 
 
@@ -91,7 +91,7 @@ def only_asked() -> list[str]:
     ],
 )
 def test_a_use_is_found_where_it_ran(case: object, lines: list[str]) -> None:
-    """By its method, by the value of a name, in a function that is called with the device; not what only asks."""
+    """Device use is found by method, by value of a name, and in functions called with the device; not queries."""
     assert callable(case)
     found = case()
     assert [line.partition(" (")[2].removesuffix(")") for line in found] == lines
@@ -99,7 +99,7 @@ def test_a_use_is_found_where_it_ran(case: object, lines: list[str]) -> None:
 
 
 def launch_in(folder: Path, body: str, **modules: str) -> str:
-    """Return what a script is told when it launches."""
+    """Return the message a script gets when it launches."""
     for name, text in modules.items():
         (folder / f"{name}.py").write_text(textwrap.dedent(text))
     (folder / "train.py").write_text(FAKE + textwrap.dedent(body))
@@ -111,7 +111,7 @@ def launch_in(folder: Path, body: str, **modules: str) -> str:
 
 
 def test_a_script_is_told_the_lines(tmp_path: Path) -> None:
-    """In its own file and in a module of its own, in the order in which they run; nothing is found, nothing is said."""
+    """Lines in the script and its modules are listed in execution order; without any, nothing is printed."""
     body = """
     import parts
     launch()

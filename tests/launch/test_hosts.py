@@ -1,4 +1,4 @@
-"""Jobs of several hosts: network namespaces here, each of which runs `plugframe run`, as a cluster's nodes do."""
+"""Jobs on several hosts: network namespaces, each running `plugframe run` like a cluster's node."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def wait_for(condition: Callable[[], bool], folder: Path, *, timeout_s: float = 
 
 
 def test_three_hosts_train_as_one(three: Hosts, tmp_path: Path) -> None:
-    """The losses are those of three ranks on one node, over a slow link too; nothing listens on other interfaces."""
+    """Losses equal those of three ranks on one node, also over a slow link; only the given interface is used."""
     (tmp_path / "train.py").write_text(TRAIN)
 
     def losses() -> list[float]:
@@ -135,7 +135,7 @@ def test_three_hosts_train_as_one(three: Hosts, tmp_path: Path) -> None:
 
 
 def test_a_wrong_address_is_told_in_time(three: Hosts, tmp_path: Path) -> None:
-    """It names the address that was tried, after the time that was given; until then a line says who is missing."""
+    """The error names the address after the timeout; until then, progress lines name the missing nodes."""
     (tmp_path / "train.py").write_text(TRAIN)
     nodes = ("--num-nodes=2", "--devices=1", "--rdzv-timeout=11", "--main-port=29612")
     processes = []
@@ -147,13 +147,13 @@ def test_a_wrong_address_is_told_in_time(three: Hosts, tmp_path: Path) -> None:
     assert "node 0: waiting for node rank 1 of 2 at 10.77.0.1:29612" in said[0]
     assert "node rank 1): start them with this --main-address" in said[0]
     assert "node 1: waiting for node 0 at 10.77.0.99:29612" in said[1]
-    assert "Node 0 did not answer at 10.77.0.99:29612 within 11 s" in said[1]
+    assert "Node 0 did not respond at 10.77.0.99:29612 within 11 s" in said[1]
     assert all("Traceback" not in text for text in said)
 
 
 @pytest.mark.slow
 def test_nodes_come_and_go(three: Hosts, tmp_path: Path) -> None:
-    """One is killed and comes back, one is cut off, killed, and comes back: each time the others go on."""
+    """Nodes are killed, cut off and restarted: the remaining nodes continue each time."""
     (tmp_path / "train.py").write_text(ELASTIC)
     processes: dict[int, subprocess.Popen[str]] = {}
 
@@ -192,5 +192,5 @@ def test_nodes_come_and_go(three: Hosts, tmp_path: Path) -> None:
     assert steps[-1] > steps[0]
     told = (tmp_path / "0.log").read_text()
     assert "the job has 3 nodes now" in told
-    assert "has not been heard of" in told
+    assert "sent no heartbeat" in told
     assert "Traceback" not in told, told

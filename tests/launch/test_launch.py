@@ -1,4 +1,4 @@
-"""Ranks of a script on one node: real processes, mostly without torch in them, so that they start at once."""
+"""Launch ranks of a script on one node: real processes, mostly without torch, so that they start quickly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Write = Callable[[str], str]
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Write a script to a folder of its own, which becomes the working directory, and return its name."""
+    """Write a script to a new folder, which becomes the working directory, and return its name."""
     monkeypatch.chdir(tmp_path)
 
     def write(body: str, name: str = "train.py") -> str:
@@ -38,7 +38,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """The launcher puts back signal handlers and loggers, whatever becomes of the ranks."""
+    """The launcher restores signal handlers and loggers in every case."""
     names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     before = [signal.getsignal(name) for name in names]
     yield
@@ -77,7 +77,7 @@ def alive(pid: int) -> bool:
 
 
 def test_the_same_failure_at_the_same_step_is_final(script: Write, capfd: pytest.CaptureFixture[str]) -> None:
-    """Restarts that would end in the same way are left out, and that is said; one at another step is not the same."""
+    """Restarts stop after two identical failures, with a message; a failure at another step is not identical."""
     path = script(
         """
         from plugframe import Lite
@@ -95,14 +95,14 @@ def test_the_same_failure_at_the_same_step_is_final(script: Write, capfd: pytest
     lines = [line for line in capfd.readouterr().err.splitlines() if "restart" in line]
     assert lines == [f"rank 0 failed (ValueError: no such word); restart {n} of 9" for n in (1, 2)]
     assert error.report.splitlines()[-1] == (
-        "not started again: rank 0 failed in the same way, after step 3, as in the attempt before"
+        "not restarted: rank 0 failed with the same error after step 3 as in the previous attempt"
     )
     assert error.exit_code == 1
 
 
 @pytest.mark.usefixtures("handlers")
 def test_a_rank_sees_its_place_and_a_script_started_as_python_starts_it(script: Write, tmp_path: Path) -> None:
-    """Variables as torchrun's, arguments untouched, and a ``__main__`` that is the script's until the very end."""
+    """Ranks have torchrun's variables, unchanged arguments, and the script as ``__main__`` until interpreter exit."""
     path = script(
         """
         import atexit, json, multiprocessing, pickle
@@ -149,7 +149,7 @@ def test_a_rank_sees_its_place_and_a_script_started_as_python_starts_it(script: 
 
 
 def test_cores_are_shared_among_the_ranks(script: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OMP_NUM_THREADS is a rank's share of the cores, at least 1, unless somebody has set it."""
+    """OMP_NUM_THREADS is the rank's share of the cores, at least 1, unless it is set."""
     path = script("open(os.environ['RANK'], 'w').write(os.environ['OMP_NUM_THREADS'])")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
@@ -175,12 +175,12 @@ def test_a_module_runs_with_dash_m(script: Write, tmp_path: Path) -> None:
     main = str(tmp_path / "pkg" / "__main__.py")
     assert Path("said").read_text() == repr([[main, "-x"], str(tmp_path), "__main__", "pkg.__main__", True])
     report = failure("-m", "pkg.nothing", num_processes=1).report
-    assert "failed: ModuleNotFoundError: no module 'pkg.nothing' that can be run" in report
+    assert "failed: ModuleNotFoundError: No module named 'pkg.nothing' that can be executed" in report
 
 
 @pytest.mark.usefixtures("handlers")
 def test_a_failed_rank_is_told_once_and_nobody_is_left(script: Write, capfd: pytest.CaptureFixture[str]) -> None:
-    """The report has rank, host, cause, the script's own frames, and what became of the others; no more is printed."""
+    """The report has rank, host, cause, the script's own frames and the outcome of other ranks, and nothing else."""
     path = script(
         """
         import json, subprocess
@@ -211,7 +211,7 @@ def test_a_failed_rank_is_told_once_and_nobody_is_left(script: Write, capfd: pyt
         '    raise ValueError("no such colour")',
         "ValueError: no such colour",
     ]
-    assert error.report.splitlines()[7:] == ["rank 0: ended by the launcher"]
+    assert error.report.splitlines()[7:] == ["rank 0: stopped by the launcher"]
     assert capfd.readouterr() == ("", "")
     for rank in range(2):
         for pid in json.loads(Path(f"pids{rank}").read_text()):
@@ -222,21 +222,21 @@ def test_a_failed_rank_is_told_once_and_nobody_is_left(script: Write, capfd: pyt
     ("body", "exit_code", "said"),
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "was killed by SIGKILL"),
-        ("os._exit(3)", 3, "left with exit code 3"),
-        ("sys.exit(4)", 4, "left with exit code 4"),
-        ("sys.exit('no data')", 1, "left with exit code 1: no data"),
+        ("os._exit(3)", 3, "exited with code 3"),
+        ("sys.exit(4)", 4, "exited with code 4"),
+        ("sys.exit('no data')", 1, "exited with code 1: no data"),
         ("def broken(:", 1, "failed: SyntaxError: invalid syntax (train.py, line 3)"),
     ],
 )
 def test_every_way_to_fail_has_its_words(script: Write, body: str, exit_code: int, said: str) -> None:
-    """The exit code is the rank's own, 128 + n for signal n, and the first line says how it ended."""
+    """The exit code is the rank's own, 128 + n for signal n, and the first line has the cause."""
     error = failure(script(f"\n{body}"), num_processes=1)
     assert error.report.splitlines()[0] == f"rank 0 on {os.uname().nodename} {said}"
     assert error.exit_code == exit_code
 
 
 def test_a_crash_shows_where_it_happened(script: Write) -> None:
-    """A rank that dies in native code leaves the Python stack it died under."""
+    """The report of a crash in native code has the Python stack."""
     error = failure(
         script(
             """
@@ -258,9 +258,9 @@ def test_a_crash_shows_where_it_happened(script: Write) -> None:
 
 
 def test_a_rank_that_ignores_the_end_is_ended(script: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that would not leave after another one failed, and one that fails but hangs while leaving."""
-    monkeypatch.setattr(monitor, "LEAVE_S", 0.3)
-    monkeypatch.setattr(monitor, "LAST_WORDS_S", 0.3)
+    """Ranks that do not exit after another rank's failure, or hang while exiting, are killed."""
+    monkeypatch.setattr(monitor, "EXIT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(monitor, "ERROR_EXIT_TIMEOUT_S", 0.3)
     path = script(
         """
         import threading
@@ -277,12 +277,12 @@ def test_a_rank_that_ignores_the_end_is_ended(script: Write, monkeypatch: pytest
     error = failure(path)
     assert "rank 1 on" in error.report
     assert "ValueError: hangs at exit" in error.report
-    assert error.report.endswith("rank 0: ended by the launcher")
+    assert error.report.endswith("rank 0: stopped by the launcher")
     assert error.exit_code == 1
 
 
 def test_a_failed_group_starts_again_with_a_store_of_its_own(script: Write, capfd: pytest.CaptureFixture[str]) -> None:
-    """A restart is one line; its ranks meet at another port, where no address of the first attempt is found."""
+    """A restart prints one line, and uses another port, where no address of the first attempt remains."""
     path = script(
         """
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
@@ -300,7 +300,7 @@ def test_a_failed_group_starts_again_with_a_store_of_its_own(script: Write, capf
     launch(path, max_restarts=3)
     first, second = capfd.readouterr().err.splitlines()
     assert first == "rank 1 failed (ValueError: the first time); restart 1 of 3"
-    # How a rank without a word ended, torch does not tell between attempts: now and then nobody else saw it.
+    # Torch does not report exit codes between attempts: without an error file the code may be unknown.
     assert second in ("rank 0 failed (was killed by SIGKILL); restart 2 of 3", "a rank failed; restart 2 of 3")
     ports = [[Path(f"port-{attempt}-{rank}").read_text() for rank in (0, 1)] for attempt in range(3)]
     assert all(a == b for a, b in ports)
@@ -310,7 +310,7 @@ def test_a_failed_group_starts_again_with_a_store_of_its_own(script: Write, capf
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_to_the_launcher_ends_every_rank(script: Write, name: str, exit_code: int) -> None:
-    """The ranks get it too, and may act on it; the report is one line, the exit code 128 + its number."""
+    """Ranks receive the signal too; the report is one line, the exit code 128 + its number."""
     path = script(
         f"""
         def leave(signum, frame):
@@ -328,12 +328,12 @@ def test_a_signal_to_the_launcher_ends_every_rank(script: Write, name: str, exit
         """
     )
     error = failure(path)
-    assert (error.report, error.exit_code) == (f"{name}: every rank has been ended.", exit_code)
+    assert (error.report, error.exit_code) == (f"{name}: all ranks were stopped.", exit_code)
     assert [Path(f"got{rank}").read_text() for rank in (0, 1)] == [name, name]
 
 
 def test_a_second_signal_ends_the_ranks_at_once(script: Write) -> None:
-    """Whoever presses Ctrl-C twice does not wait for ranks that ignore it."""
+    """A second Ctrl-C kills ranks that ignore the first."""
     path = script(
         """
         count = 0
@@ -351,7 +351,7 @@ def test_a_second_signal_ends_the_ranks_at_once(script: Write) -> None:
 
 
 def test_a_killed_launcher_leaves_no_rank(script: Write) -> None:
-    """The ranks of a launcher that is killed, and could tell nobody, end with it."""
+    """Ranks end when their launcher is killed with SIGKILL."""
     path = script("print(os.getpid(), flush=True); signal.pause()")
     code = f"""
 from plugframe.hooks.launcher import Job
@@ -372,7 +372,7 @@ supervise(Job(num_processes=2, command=({path!r},)))
 
 
 def test_the_folder_of_a_killed_launcher_goes_with_the_next() -> None:
-    """Where nobody outlives a launcher its folder stays, and the next launcher knows it by its lock."""
+    """Without a reaper the folder of a killed launcher stays, and the next launcher removes it by its lock."""
     code = """
 import signal
 from plugframe.launch.folder import temporary_folder
@@ -395,7 +395,7 @@ with temporary_folder() as folder:
 
 @pytest.mark.ranks
 def test_nothing_listens_outside_loopback(script: Write) -> None:
-    """Neither the launcher nor a rank that has set up a process group can be reached from another host."""
+    """Neither the launcher nor a rank with a process group listens on external interfaces."""
     from plugframe_builtins.elastic.launcher import Elastic
 
     path = script(
@@ -441,15 +441,18 @@ def test_nothing_listens_outside_loopback(script: Write) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"command": ("gone.py",)}, "There is no script 'gone.py' in "),
+        ({"command": ("gone.py",)}, "No script 'gone.py' in "),
         ({"command": ()}, "A job is either a script .command=. or a function"),
-        ({"command": ("x.py",), "num_processes": 0}, "num_processes=0: a job has at least one process"),
-        ({"command": ("x.py",), "num_nodes": 2}, "2 nodes meet at node 0: say where .--main-address and --main-port"),
-        ({"command": ("x.py",), "node_rank": 1}, "node_rank=1: node ranks go from 0 to 0"),
+        ({"command": ("x.py",), "num_processes": 0}, "num_processes=0: must be at least 1"),
+        (
+            {"command": ("x.py",), "num_nodes": 2},
+            "num_nodes=2 needs node 0's address: pass --main-address",
+        ),
+        ({"command": ("x.py",), "node_rank": 1}, "node_rank=1: must be 0 to 0"),
     ],
 )
 def test_a_job_that_cannot_be_is_refused(script: Write, settings: dict[str, Any], message: str) -> None:
-    """The message says what was asked and what to type."""
+    """The error has the setting and the correction."""
     script("", "x.py")
     with pytest.raises(UsageError, match=message):
         supervise(Job(**{"num_processes": 1, **settings}))

@@ -1,4 +1,4 @@
-"""How a script finds out what it was started with."""
+"""Reconstruct the command that started a script."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAY = "from plugframe.launch import script_command; print(script_command())"
     ],
 )
 def test_interpreter_options_are_told_from_the_scripts(typed: str, options: str, rest: str) -> None:
-    """As Python reads them: flags in a bunch, values attached or apart; ``-i`` is not for ranks."""
+    """Options are parsed as Python does, with combined flags and attached values; ``-i`` is dropped."""
     assert split_interpreter_options(typed.split()) == (tuple(options.split()), tuple(rest.split()))
 
 
@@ -43,14 +43,14 @@ def python(*arguments: str, folder: Path, stdin: str = "") -> str:
 
 
 def test_a_script_is_found_wherever_it_went(tmp_path: Path) -> None:
-    """By its absolute path, with the arguments that were typed, though it has changed folder and arguments."""
+    """The command has the absolute path and the typed arguments, even if the script has changed them."""
     (tmp_path / "train.py").write_text("import os, sys; sys.argv = ['changed']; os.chdir('/')\n" + SAY)
     found = python("-B", "train.py", "-m", "x y", folder=tmp_path)
     assert found == repr((("-B",), (str(tmp_path / "train.py"), "-m", "x y")))
 
 
 def test_a_module_is_found_by_its_name(tmp_path: Path) -> None:
-    """Also a package, and a folder that holds a ``__main__.py``."""
+    """Modules, packages, and folders with a ``__main__.py`` are found."""
     package = tmp_path / "pkg"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -72,12 +72,12 @@ def test_a_script_run_by_another_program_is_found(tmp_path: Path) -> None:
     [(("-c", SAY), "Code given with `python -c`"), (("-",), "Code read from standard input"), ((), "Code read")],
 )
 def test_code_without_a_file_has_no_command(tmp_path: Path, arguments: tuple[str, ...], what: str) -> None:
-    """The error says what was started, and what to write instead."""
+    """The error names what was started, and the alternative."""
     said = python(*arguments, folder=tmp_path, stdin=SAY)
     assert said.startswith(f"plugframe.errors.UsageError: {what}")
-    assert said.endswith("write a script, or call launch(function) with a function for every rank to run.")
+    assert said.endswith("write a script, or call launch(function) with the function to run on every rank.")
 
 
 def test_the_launch_package_is_light(run_python: Callable[[str], str]) -> None:
-    """Asking for the command, or importing the package, does not import torch."""
+    """Neither computing the command nor importing the package imports torch."""
     assert run_python("import sys, plugframe.launch; print('torch' in sys.modules)") == "False\n"

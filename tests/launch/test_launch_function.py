@@ -1,4 +1,4 @@
-"""Functions on ranks that multiprocessing starts."""
+"""Run functions on ranks started by multiprocessing."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def failure(start_method: str, function: Callable[..., Any], *args: Any) -> Rank
 
 
 def place(queue: Any, scale: int) -> tuple[torch.Tensor, str]:
-    """Runs on a rank: what it was given, and where it stands."""
+    """Return the arguments and the rank's variables."""
     queue.put(os.getpid())
     return torch.full((2,), scale * int(os.environ["WORLD_SIZE"])), os.environ["RANK"]
 
 
 def test_spawned_ranks_return_the_result_of_rank_0() -> None:
-    """Arguments reach fresh interpreters, queues among them, and rank 0's result comes back by value."""
+    """Arguments, queues included, reach spawned interpreters, and rank 0's result is returned by value."""
     queue = multiprocessing.get_context("spawn").SimpleQueue()
     tensor, rank = launch("spawn", place, queue, 3)
     assert tensor.tolist() == [6, 6]
@@ -52,7 +52,7 @@ def test_spawned_ranks_return_the_result_of_rank_0() -> None:
 
 @pytest.mark.ranks
 def test_forked_ranks_run_any_function_and_return_the_result_of_rank_0() -> None:
-    """Neither the function nor what it holds has to be picklable; sys.exit() is a return without a result."""
+    """Forked functions and closures need not be picklable; sys.exit() returns without a result."""
     here = open(os.devnull)  # noqa: SIM115 - something no other process could be sent
     assert launch("fork", lambda extra: (here.name, extra, os.environ["RANK"]), 5) == (os.devnull, 5, "0")
     here.close()
@@ -65,7 +65,7 @@ def test_forked_ranks_run_any_function_and_return_the_result_of_rank_0() -> None
 
 @pytest.mark.ranks
 def test_a_failing_function_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
-    """The report starts at the user's own frames, and the rank that was stopped is named as such."""
+    """The report starts at the user's frames, and names ranks stopped by the launcher."""
 
     def colour() -> None:
         if os.environ["RANK"] == "1":
@@ -78,7 +78,7 @@ def test_a_failing_function_is_told_once(capfd: pytest.CaptureFixture[str]) -> N
     assert lines[0] == f"rank 1 on {os.uname().nodename} failed: KeyError: 'green'"
     assert lines[1] == "Traceback (most recent call last):"
     assert lines[2].endswith("in colour")
-    assert lines[-1] == "rank 0: ended by the launcher"
+    assert lines[-1] == "rank 0: stopped by the launcher"
     assert capfd.readouterr() == ("", "")
 
 
@@ -87,21 +87,21 @@ def test_a_failing_function_is_told_once(capfd: pytest.CaptureFixture[str]) -> N
     ("function", "exit_code", "said"),
     [
         (lambda: os.kill(os.getpid(), signal.SIGKILL), 137, "was killed by SIGKILL"),
-        (lambda: sys.exit(3), 3, "left with exit code 3"),
-        (lambda: sys.exit("no data"), 1, "left with exit code 1: no data"),
-        (lambda: lambda: 0, 1, "failed: TypeError: what the function returned cannot be sent to the launcher: "),
-        (lambda: os._exit(0), 1, "left before the function returned"),
+        (lambda: sys.exit(3), 3, "exited with code 3"),
+        (lambda: sys.exit("no data"), 1, "exited with code 1: no data"),
+        (lambda: lambda: 0, 1, "failed: TypeError: The function's return value cannot be sent to the launcher: "),
+        (lambda: os._exit(0), 1, "exited before the function returned"),
     ],
 )
 def test_every_way_for_a_function_to_fail_has_its_words(function: Callable[[], Any], exit_code: int, said: str) -> None:
-    """Also those after which torch would wait for a result for ever."""
+    """Every way to exit is reported, also those for which torch would wait forever for a result."""
     error = failure("fork", function)
     assert said in error.report.splitlines()[0]
     assert error.exit_code == exit_code
 
 
 def test_a_failure_is_not_held_up_by_what_the_rank_has_forked(tmp_path: Path) -> None:
-    """A forked process holds the pipe on which torch waits for its rank: it goes with the rank."""
+    """A child forked by a rank holds the pipe that torch waits for, and is killed with the rank."""
     child = tmp_path / "child"
 
     def fork_and_fail() -> None:
@@ -119,7 +119,7 @@ def test_a_failure_is_not_held_up_by_what_the_rank_has_forked(tmp_path: Path) ->
 
 
 def test_what_cannot_be_spawned_is_refused_before_anything_starts() -> None:
-    """One line names what cannot be sent, why, and the two ways out."""
+    """One line has the object that cannot be sent, the reason, and two alternatives."""
     ways_out = "define it at the top level of a module, or use launcher='fork'"
     with pytest.raises(UsageError, match=f"launcher='spawn' cannot send the function .*<lambda> .*: {ways_out}"):
         launch("spawn", lambda: 0)
@@ -128,7 +128,7 @@ def test_what_cannot_be_spawned_is_refused_before_anything_starts() -> None:
 
 
 def test_a_function_typed_at_a_prompt_is_not_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ``__main__`` without a file cannot be imported by a fresh interpreter; a function of a module can."""
+    """A ``__main__`` without a file cannot be imported by a spawned interpreter; a function of a module can."""
     from plugframe_builtins.elastic.launcher import check_sendable
 
     def typed() -> None: ...
@@ -145,7 +145,7 @@ def test_a_function_typed_at_a_prompt_is_not_spawned(monkeypatch: pytest.MonkeyP
 
 
 def test_a_script_without_a_guard_gets_one_line(tmp_path: Path) -> None:
-    """The ranks import the script, which would start ranks again: the launcher says what to write instead."""
+    """Ranks that would launch again while importing the script fail with the correction."""
     script = tmp_path / "train.py"
     script.write_text(
         "from plugframe_builtins.elastic.launcher import Elastic\n"
@@ -160,12 +160,12 @@ def test_a_script_without_a_guard_gets_one_line(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=True)
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
-        "The script starts ranks while a rank imports it: put what starts them under `if __name__ == '__main__':`."
+        "The script launches ranks while a rank imports it: move the launch under `if __name__ == '__main__':`."
     ]
 
 
 def test_forking_is_refused_once_a_device_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The copies of a process that has used its device could not use it."""
+    """Forking is refused after the process has used a device: the children could not use it."""
     device = types.SimpleNamespace(is_initialized=lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
     monkeypatch.setattr(torch, "get_device_module", lambda _: device)
@@ -174,15 +174,15 @@ def test_forking_is_refused_once_a_device_is_in_use(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_function_needs_a_start_method() -> None:
-    """The core does not choose how a plugin starts processes."""
-    with pytest.raises(UsageError, match="say how .start_method=."):
+    """A plugin must pass the start method explicitly."""
+    with pytest.raises(UsageError, match="pass start_method="):
         supervise(Job(num_processes=1, function=place))
     with pytest.raises(UsageError, match="start_method='thread': 'spawn' and 'fork' are possible"):
         Elastic(start_method="thread")  # type: ignore[arg-type]
 
 
 def test_the_descriptors_say_what_they_can_start() -> None:
-    """A script by the elastic one alone, a function typed in a notebook by forking alone."""
+    """Scripts use the elastic launcher only, and functions typed in a notebook use fork only."""
     assert plugin.provides == ("script", "function")
     assert spawn.provides == ("function",)
     assert fork.provides == ("function", "interactive")

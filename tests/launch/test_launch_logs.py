@@ -1,4 +1,4 @@
-"""What ranks say: kept in files, shown line by line, or left alone; and ranks bound to CPUs."""
+"""Output of ranks: saved to files, shown with a prefix, or unmodified; and ranks bound to CPUs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Write = Callable[[str], str]
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Write a script to a folder of its own, which becomes the working directory, and return its name."""
+    """Write a script to a new folder, which becomes the working directory, and return its name."""
     monkeypatch.chdir(tmp_path)
 
     def write(body: str) -> str:
@@ -45,12 +45,12 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 
 def kept(folder: str = "logs") -> dict[str, str]:
-    """Return the content of every file below a folder, by its path there."""
+    """Return the content of every file below a folder, by relative path."""
     return {str(path.relative_to(folder)): path.read_text() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def said_by(ranks: Sequence[int], attempt: int) -> dict[str, str]:
-    """Return the files of ranks that ran `SPEAKING`."""
+    """Return the expected files of ranks that ran `SPEAKING`."""
     return {
         f"attempt-{attempt}/rank-{rank}.std{stream}.log": f"{stream} of {rank}\n"
         for rank in ranks
@@ -63,7 +63,7 @@ def said_by(ranks: Sequence[int], attempt: int) -> dict[str, str]:
 
 @pytest.mark.ranks
 def test_output_is_kept_by_attempt_and_rank(script: Write, capfd: pytest.CaptureFixture[str]) -> None:
-    """Each attempt has a folder, each rank two files; the terminal shows the same with the rank before each line."""
+    """Each attempt has a folder and each rank two files; the terminal shows the same lines with a rank prefix."""
     path = script(f"{SPEAKING}\nif os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and rank == '1': os._exit(3)")
     supervise(Job(num_processes=2, command=(path,), max_restarts=1, log_dir="new/logs"))
     # A rank that leaves at once says only what was not kept back; the other one may have been ended before its first.
@@ -80,7 +80,7 @@ def test_output_is_kept_by_attempt_and_rank(script: Write, capfd: pytest.Capture
 def test_nothing_is_written_over_and_a_failure_names_the_folder(
     script: Write, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A job over the folder of another one goes on counting; its report says where the output is."""
+    """A job that reuses a log folder continues the numbering; its report has the folder."""
     path = script(SPEAKING)
     supervise(Job(num_processes=1, command=(path,), log_dir="logs", tee=()))
     assert capfd.readouterr() == ("", "")
@@ -91,14 +91,14 @@ def test_nothing_is_written_over_and_a_failure_names_the_folder(
     assert failure.splitlines()[0] == "Traceback (most recent call last):"
     assert failure.splitlines()[-1] == "ValueError: no such colour"
     assert {name: text for name, text in kept().items() if text != failure} == said_by((0,), 0) | said_by((0,), 1)
-    assert caught.value.report.splitlines()[-1] == f"what the ranks said: {Path('logs').absolute() / 'attempt-1'}"
+    assert caught.value.report.splitlines()[-1] == f"output of the ranks: {Path('logs').absolute() / 'attempt-1'}"
     # Of another node's ranks, which share the folder, a number is not taken.
-    assert Output.of(Job(num_processes=1, log_dir="logs")).begin(1, [2, 3]) == 1
+    assert Output.from_job(Job(num_processes=1, log_dir="logs")).create_attempt_folder(1, [2, 3]) == 1
 
 
 @pytest.mark.ranks
 def test_tracebacks_of_other_ranks_are_in_files(script: Write) -> None:
-    """The terminal has that of the culprit; the others are kept, or a line says how to have them."""
+    """The terminal shows the culprit's traceback; the others are saved, or a hint shows how to save them."""
     path = script("""
         import os, signal, time
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or it may be ended before it has failed
@@ -118,7 +118,7 @@ def test_tracebacks_of_other_ranks_are_in_files(script: Write) -> None:
             Path(name).unlink(missing_ok=True)
         with pytest.raises(RankFailedError) as caught:
             supervise(Job(num_processes=2, command=(path,), log_dir=folder, tee=()))
-        hint = "the tracebacks of the others: plugframe run --log-dir=DIR keeps them"
+        hint = "tracebacks of the other ranks: run again with --log-dir=DIR"
         assert (hint in caught.value.report.splitlines()) == (folder is None)
     last = sorted(kept()[f"attempt-0/rank-{rank}.failure.txt"].splitlines()[-1] for rank in (0, 1))
     assert last == ["IndexError: list index out of range", "ValueError: no such colour"]
@@ -142,7 +142,7 @@ def test_a_function_is_heard_too(script: Write, capfd: pytest.CaptureFixture[str
 
 @pytest.mark.ranks
 def test_without_a_folder_nothing_is_left(script: Write, capfd: pytest.CaptureFixture[str]) -> None:
-    """What is shown line by line goes by way of temporary files; the rest is the terminal's as it is."""
+    """Teed streams use temporary files; the others go to the terminal unmodified."""
     path = script(SPEAKING)
     supervise(Job(num_processes=2, command=(path,), tee={1: ("stdout",)}))
     out, err = capfd.readouterr()
@@ -155,7 +155,7 @@ def test_without_a_folder_nothing_is_left(script: Write, capfd: pytest.CaptureFi
 def test_lines_of_ranks_are_written_in_one_piece(
     script: Write, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under PYTHONUNBUFFERED, too, both streams write whole lines: pieces of those of two ranks would be mixed."""
+    """Both streams write complete lines, also under PYTHONUNBUFFERED: pieces of two ranks would be mixed."""
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     modes = "[(stream.line_buffering, stream.write_through) for stream in (sys.stdout, sys.stderr)]"
     supervise(Job(num_processes=1, command=(script(f"import sys\nprint({modes})"),)))
@@ -178,19 +178,19 @@ def test_lines_of_ranks_are_written_in_one_piece(
     ],
 )
 def test_streams_are_numbers_or_words(text: str, means: Mapping[int, Sequence[str]] | Sequence[str]) -> None:
-    """torchrun's numbers, words for them, and either of some ranks."""
+    """``--tee`` takes torchrun's numbers, names for them, and a list by rank."""
     assert parse_tee(text, 13) == means
 
 
 def test_what_goes_where() -> None:
-    """All to files and to the terminal by default; a rank under a debugger keeps the terminal to itself."""
-    plain = Output.of(Job(num_processes=2))
-    assert plain.file(0, "stdout", attempt=0, otherwise=Path("tmp")) == ""
+    """With --log-dir, output goes to files and the terminal; a rank under a debugger uses the terminal only."""
+    plain = Output.from_job(Job(num_processes=2))
+    assert plain.file(0, "stdout", attempt=0, default_folder=Path("tmp")) == ""
     assert not plain.shows(0, "stdout")
-    keeping = Output.of(Job(num_processes=2, log_dir="/logs", debug_rank=1))
-    assert keeping.file(0, "stderr", attempt=4, otherwise=Path("tmp")) == "/logs/attempt-4/rank-0.stderr.log"
+    keeping = Output.from_job(Job(num_processes=2, log_dir="/logs", debug_rank=1))
+    assert keeping.file(0, "stderr", attempt=4, default_folder=Path("tmp")) == "/logs/attempt-4/rank-0.stderr.log"
     assert keeping.shows(0, "stderr")
-    assert keeping.file(1, "stderr", attempt=4, otherwise=Path("tmp")) == ""
+    assert keeping.file(1, "stderr", attempt=4, default_folder=Path("tmp")) == ""
     assert not keeping.shows(1, "stderr")
 
 
@@ -198,17 +198,17 @@ def test_what_goes_where() -> None:
     ("words", "said"),
     [
         (["--log-dir=train.py"], "train.py is a file: name a folder"),
-        (["--log-dir=train.py/a/b"], r"a/b cannot be made: .*train.py is a file: name a folder"),
-        (["--log-dir=/proc/nothing"], "/proc/nothing cannot be written to .*: name another folder"),
+        (["--log-dir=train.py/a/b"], r"a/b cannot be created: .*train.py is a file: use a folder"),
+        (["--log-dir=/proc/nothing"], "/proc/nothing is not writable .*: use another folder"),
         (["--log-dir", ""], "--log-dir needs a value"),
-        (["--tee=4"], "--tee=4: type 1 or out, 2 or err, 3 or all, 0 for neither"),
-        (["--tee=0:3,0:1"], "--tee=0:3,0:1: type 1 or out, .* each of them once"),
-        (["--tee=0:3,2:1"], "--tee=0:3,2:1: there is no rank 2, ranks go from 0 to 1 here"),
+        (["--tee=4"], "--tee=4: use 1 or out, 2 or err, 3 or all, 0 for none"),
+        (["--tee=0:3,0:1"], "--tee=0:3,0:1: use 1 or out, .* with each rank once"),
+        (["--tee=0:3,2:1"], "--tee=0:3,2:1: no rank 2, this job has ranks 0 to 1"),
         (["--numa-binding=near"], "'near' is not one of 'node', 'socket', 'exclusive', 'core-complex'"),
     ],
 )
 def test_a_wrong_word_is_one_line_and_starts_nothing(script: Write, words: list[str], said: str) -> None:
-    """What was asked, what was found, what to type; no rank has run."""
+    """The error has the option, the reason and the alternative; no rank runs."""
     path = script("open('ran', 'w')")
     result = CliRunner().invoke(cli, ["run", "--devices=2", "--accelerator=cpu", *words, path])
     assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
@@ -218,7 +218,7 @@ def test_a_wrong_word_is_one_line_and_starts_nothing(script: Write, words: list[
 
 
 def test_what_was_typed_reaches_the_launcher(script: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for one rank, which then needs a launcher; a dry run tells it and makes no folder."""
+    """Log options also apply to one rank, which then needs a launcher; a dry run creates no folder."""
     path, jobs = script(""), list[Job]()
     monkeypatch.setattr(Elastic, "launcher_launch", lambda self, job: jobs.append(job))
     words = ["run", "--devices=1", "--accelerator=cpu", path, "--log-dir=logs", "--tee=0:out", "--numa-binding=node"]
@@ -241,22 +241,22 @@ def bind(**settings: Any) -> None:
 
 
 def test_a_binding_that_cannot_be_is_one_line(script: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU, no numactl, no NUMA information, an unknown word, and what torch itself cannot do."""
+    """NUMA binding is refused without GPU, numactl or NUMA nodes, for unknown values, and on errors of torch."""
     script("open('ran', 'w')")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
-    with pytest.raises(UnsupportedError, match="each of the 2 ranks near the GPU .* and this machine has 1: leave"):
+    with pytest.raises(UnsupportedError, match="each of the 2 ranks near the GPU .* and this machine has 1: omit"):
         bind()
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UnsupportedError, match="--numa-binding=node needs the program numactl: install it"):
+    with pytest.raises(UnsupportedError, match="--numa-binding=node requires numactl: install it"):
         bind()
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     with monkeypatch.context() as patch:
         patch.setattr("plugframe.launch.numa._NODES", "/nowhere")
-        with pytest.raises(UnsupportedError, match="this machine tells nothing of its NUMA nodes .no /nowhere."):
+        with pytest.raises(UnsupportedError, match="/nowhere does not exist, so there are no NUMA nodes"):
             bind()
-    with pytest.raises(UsageError, match="--numa-binding=near: type one of node, socket, exclusive, core-complex"):
+    with pytest.raises(UsageError, match="--numa-binding=near: use one of node, socket, exclusive, core-complex"):
         supervise(Job(num_processes=2, command=("train.py",), numa_binding="near"))
 
     def unknown(index: int) -> Any:
@@ -270,7 +270,7 @@ def test_a_binding_that_cannot_be_is_one_line(script: Write, monkeypatch: pytest
 
 @pytest.mark.ranks
 def test_ranks_are_bound_by_numactl(script: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each rank of a script runs under numactl, with the CPUs that torch names for it."""
+    """Each rank of a script runs under numactl with the CPUs that torch selects."""
     path = script("import os; open(os.environ['RANK'], 'w').write(os.environ['BOUND'])")
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -288,7 +288,7 @@ def test_ranks_are_bound_by_numactl(script: Write, monkeypatch: pytest.MonkeyPat
 
 
 def test_ranks_are_bound_near_their_own_devices(script: Write) -> None:
-    """torch goes by local rank: other devices than the first ones are refused, in one line."""
+    """torch binds by local rank, so devices other than the first ones are refused."""
     from plugframe.cli.start import Nodes
     from plugframe.cli.supervision_options import fields
     from plugframe.core.planning.plan import Plan

@@ -1,4 +1,4 @@
-"""Two nodes, both of them this host: the second launcher runs in a process of its own."""
+"""Launch on two nodes, both on this host: the second launcher runs in its own process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from plugframe.hooks.launcher import Job
 from plugframe.hooks.variables import TOKEN
 from plugframe.launch import nodes, supervise
 from plugframe.launch.rendezvous import listening, serve
-from plugframe.launch.signed import Signed
+from plugframe.launch.signed import SignedStore
 
 #: Runs jobs, one for each line it reads, and prints how each one went.
 OTHER_NODE = """
@@ -102,7 +102,7 @@ def free_port() -> int:
 
 
 def test_two_nodes_run_restart_and_fail_as_one_job(two_nodes: TwoNodes, capfd: pytest.CaptureFixture[str]) -> None:
-    """Ranks count through all nodes; a failure on one node starts all again, or is told on all."""
+    """Ranks are numbered across nodes; a failure of one node restarts all nodes, or is reported on all."""
     place = """
     import json
     names = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -126,8 +126,8 @@ def test_two_nodes_run_restart_and_fail_as_one_job(two_nodes: TwoNodes, capfd: p
     assert two_nodes.run(again, max_restarts=1) == [("", 0), ("", 0)]
     assert Path("port00").read_text() == Path("port01").read_text() == str(two_nodes.port)
     assert Path("port10").read_text() == Path("port11").read_text() != str(two_nodes.port)
-    assert capfd.readouterr().err == "another node starts again; restart 1 of 1\n"
-    assert Path("stderr").read_text() == "rank 1 failed (left with exit code 5); restart 1 of 1\n"
+    assert capfd.readouterr().err == "another node restarted; restart 1 of 1\n"
+    assert Path("stderr").read_text() == "rank 1 failed (exited with code 5); restart 1 of 1\n"
 
     fail = """
     if os.environ["RANK"] == "1":
@@ -136,7 +136,7 @@ def test_two_nodes_run_restart_and_fail_as_one_job(two_nodes: TwoNodes, capfd: p
     """
     (here, here_code), (there, there_code) = two_nodes.run(fail)
     assert there.startswith(f"rank 1 on {socket.gethostname()} failed: ValueError: on node 1\nTraceback")
-    assert here == f"{there}\nnode 0: ended by the launcher"
+    assert here == f"{there}\nnode 0: stopped by the launcher"
     assert (here_code, there_code) == (1, 1)
 
     lost = """
@@ -154,16 +154,16 @@ def test_two_nodes_run_restart_and_fail_as_one_job(two_nodes: TwoNodes, capfd: p
 def test_a_node_that_falls_silent_is_told_on_all_others(
     two_nodes: TwoNodes, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A launcher whose machine has stopped is named by node 0, and gives up when it goes on alone."""
-    monkeypatch.setattr(nodes, "LOST_S", 1.0)
+    """Node 0 reports a launcher whose machine has stopped; that launcher gives up when it resumes."""
+    monkeypatch.setattr(nodes, "LOST_NODE_TIMEOUT_S", 1.0)
     stop = """
     if os.environ["RANK"] == "1":
         os.kill(os.getppid(), signal.SIGSTOP)
     signal.pause()
     """
     here, there = two_nodes.run(stop, on_failure=two_nodes.resume)
-    assert here == ("Node 1 has not been heard of for 1 s.", 1)
-    assert there[0].startswith(("Node 0 at 127.0.0.1", "Node 1 has not been heard of"))
+    assert here == ("Node 1 sent no heartbeat for 1 s.", 1)
+    assert there[0].startswith(("Node 0 at 127.0.0.1", "Node 1 sent no heartbeat"))
     assert there[1] == 1
     assert capfd.readouterr() == ("", "")
     assert Path("stderr").read_text() == ""
@@ -186,35 +186,35 @@ def refused(**settings: Any) -> str:
 def test_nodes_that_do_not_find_each_other_say_where_they_looked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error has address, port, how long it was tried, and who is missing."""
+    """The error has address, port, timeout and the missing nodes."""
     monkeypatch.chdir(tmp_path)
     Path("train.py").touch()
     port = free_port()
     assert refused(node_rank=1, main_port=port) == (
-        f"Node 0 did not answer at 127.0.0.1:{port} within 0.2 s (Connection refused): start it, "
+        f"Node 0 did not respond at 127.0.0.1:{port} within 0.2 s (Connection refused): start it, "
         "or correct --main-address and --main-port."
     )
     assert refused(main_port=port, num_nodes=3) == (
-        f"2 of 3 nodes did not come to 127.0.0.1:{port} within 0.2 s (node rank 1, 2): start them with this "
+        f"2 of 3 nodes did not join at 127.0.0.1:{port} within 0.2 s (node rank 1, 2): start them with this "
         "--main-address and --main-port."
     )
     assert refused(main_address="nowhere.invalid").startswith("Node 0 cannot listen at nowhere.invalid:")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         text = refused(main_port=port)
-        assert text.startswith(f"Node 0 cannot listen at 127.0.0.1:{port} (Address already in use: by process ")
+        assert text.startswith(f"Node 0 cannot listen at 127.0.0.1:{port} (Address already in use by process ")
         assert f"process {os.getpid()} (" in text
         assert text.endswith("): choose another --main-port.")
     assert os.listdir() == ["train.py"]
 
 
 def test_a_launcher_without_the_token_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever serves at the main address without the job's token cannot send this node's ranks anywhere."""
+    """A store served without the job's token is rejected before ranks connect to addresses in it."""
     monkeypatch.chdir(tmp_path)
     Path("train.py").touch()
     store = serve(listening("127.0.0.1", 0), "127.0.0.1")
     monkeypatch.setenv(TOKEN, "another")
-    Signed(store).set("plugframe/nodes", "2")
+    SignedStore(store).set("plugframe/nodes", "2")
     monkeypatch.setenv(TOKEN, "the job's")
     job = Job(
         num_processes=1,
@@ -230,10 +230,10 @@ def test_a_launcher_without_the_token_is_not_believed(tmp_path: Path, monkeypatc
 
 
 def test_words_are_signed_with_their_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A value counts only under the key that it was written to, with the token; without a token any does."""
+    """A value is only valid under its key and with the token; without a token every value is."""
     store = HashStore()
     monkeypatch.setenv(TOKEN, "token")
-    words = Signed(store)
+    words = SignedStore(store)
     words.set("port", "1")
     assert words.get("port") == b"1"
     assert words.compare_set("port", "1", "2") == b"2"
@@ -245,14 +245,14 @@ def test_words_are_signed_with_their_key(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(EnvironmentMismatchError, match="start all launchers of the job with the same"):
             words.get(forged)
     monkeypatch.delenv(TOKEN)
-    assert Signed(store).get("plain") == b"1"
+    assert SignedStore(store).get("plain") == b"1"
 
 
 def test_torchs_rendezvous_opens_no_state_of_a_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch's elastic rendezvous would unpickle is verified before torch sees it."""
+    """Values that torch's elastic rendezvous would unpickle are verified first."""
     monkeypatch.setenv(TOKEN, "token")
     store = HashStore()
-    backend = C10dRendezvousBackend(Signed(store), "job")  # type: ignore[arg-type]
+    backend = C10dRendezvousBackend(SignedStore(store), "job")  # type: ignore[arg-type]
     state, token, _ = backend.set_state(b"first") or (b"", None, False)
     assert backend.set_state(b"second", token) is not None
     found = backend.get_state()

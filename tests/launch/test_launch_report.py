@@ -1,4 +1,4 @@
-"""Which of several failed ranks is named, and in which words."""
+"""Failure reports: the rank that is named as the cause, and the text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from plugframe import UnsupportedError, hookimpl
 from plugframe.hooks import KINDS
 from plugframe.launch.rank import formatted
-from plugframe.launch.report import Ending, culprit_of, report
+from plugframe.launch.report import RankExit, find_culprit, report
 
 LOST = "RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:40125"
 
 
-def words(message: str, *types: str, code: int = 1, said: str = "") -> dict[str, Any]:
+def error_file(message: str, *types: str, code: int = 1, said: str = "") -> dict[str, Any]:
     stack = f"Traceback (most recent call last):\n  ...\n{message}\n"
     return {
         "message": {"message": message, "extraInfo": {"py_callstack": stack, "timestamp": "0"}},
@@ -25,18 +25,18 @@ def words(message: str, *types: str, code: int = 1, said: str = "") -> dict[str,
     }
 
 
-def raised(rank: int, message: str, time: float, *types: str, exit_code: int | None = 1) -> Ending:
-    return Ending(rank=rank, exit_code=exit_code, time=time, words=words(message, *types))
+def raised(rank: int, message: str, time: float, *types: str, exit_code: int | None = 1) -> RankExit:
+    return RankExit(rank=rank, exit_code=exit_code, time=time, error=error_file(message, *types))
 
 
-def first_line(*endings: Ending, **settings: Any) -> str:
-    return report(endings, host="h", **settings).text.splitlines()[0]
+def first_line(*exits: RankExit, **settings: Any) -> str:
+    return report(exits, host="h", **settings).text.splitlines()[0]
 
 
 def test_the_first_exception_is_the_cause() -> None:
-    """Among ranks that raised, the one that did so first, whatever torch noticed first."""
-    endings = (raised(0, "ValueError: late", 10.5), raised(1, "KeyError: 'early'", 10.25))
-    assert first_line(*endings) == "rank 1 on h failed: KeyError: 'early'"
+    """Among ranks that raised, the earliest is the cause, regardless of the order in which torch noticed them."""
+    exits = (raised(0, "ValueError: late", 10.5), raised(1, "KeyError: 'early'", 10.25))
+    assert first_line(*exits) == "rank 1 on h failed: KeyError: 'early'"
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,13 @@ def test_the_first_exception_is_the_cause() -> None:
     ("other", "said"),
     [
         (raised(1, "ValueError: cause", 12.0), "failed: ValueError: cause"),
-        (Ending(rank=1, exit_code=-9), "was killed by SIGKILL"),
-        (Ending(rank=1, exit_code=-6), "was killed by SIGABRT"),
-        (Ending(rank=1, exit_code=3), "left with exit code 3"),
+        (RankExit(rank=1, exit_code=-9), "was killed by SIGKILL"),
+        (RankExit(rank=1, exit_code=-6), "was killed by SIGABRT"),
+        (RankExit(rank=1, exit_code=3), "exited with code 3"),
     ],
 )
-def test_a_lost_connection_is_a_consequence(lost: Ending, other: Ending, said: str) -> None:
-    """A rank that only noticed the end of another one is not the cause, though it spoke first."""
+def test_a_lost_connection_is_a_consequence(lost: RankExit, other: RankExit, said: str) -> None:
+    """A rank that only detected the loss of another is not the cause, even if it failed first."""
     found = report((lost, other), host="h")
     assert found.text.splitlines()[0] == f"rank 1 on h {said}"
     assert found.text.splitlines()[-1].startswith("rank 0: ")
@@ -71,25 +71,25 @@ def test_a_lost_connection_is_a_consequence(lost: Ending, other: Ending, said: s
         (raised(0, "KeyError: 'own'", 12.0), True),
         (raised(0, "ValueError: cause", 12.0), False),
         (raised(0, LOST, 12.0, "RuntimeError"), False),
-        (Ending(rank=0, exit_code=-15), False),
+        (RankExit(rank=0, exit_code=-15), False),
     ],
 )
-def test_other_ranks_may_have_failed_by_themselves(other: Ending, by_itself: bool) -> None:
-    """Then their tracebacks tell something that the culprit's does not."""
+def test_other_ranks_may_have_failed_by_themselves(other: RankExit, by_itself: bool) -> None:
+    """Independent failures of other ranks are detected, because their tracebacks differ from the culprit's."""
     assert report((raised(1, "ValueError: cause", 10.0), other), host="h").others_failed == by_itself
 
 
 def test_a_lost_connection_alone_is_told_as_it_is() -> None:
-    """With nobody else to name, the network is the cause; nor is what comes much later taken for it."""
+    """Without another candidate the lost connection is the cause; much later errors are not."""
     lost = raised(0, LOST, 10.0)
-    victim = Ending(rank=1, exit_code=-15, time=11.0)
+    victim = RankExit(rank=1, exit_code=-15, time=11.0)
     assert first_line(lost, victim) == f"rank 0 on h failed: {LOST}"
     assert first_line(lost, raised(1, "ValueError: in a teardown", 70.0)) == f"rank 0 on h failed: {LOST}"
     assert not report((lost, victim), host="h").certain
 
 
 def test_only_the_last_frame_of_a_traceback_is_marked() -> None:
-    """Python 3.13 marks every call, which doubles the lines of a traceback."""
+    """Position markers are shown for the last frame only: Python 3.13 marks every call."""
 
     def fails(number: int) -> float:
         return (1 + 2) / number
@@ -105,7 +105,7 @@ def test_only_the_last_frame_of_a_traceback_is_marked() -> None:
 
 
 def test_of_what_a_plugin_refuses_the_users_frames_are_shown() -> None:
-    """The way from a call to the plugin that answers it, pluggy's included, says nothing to who made the call."""
+    """Frames between the user's call and the plugin, pluggy's included, are hidden."""
 
     class Refuses:
         @hookimpl
@@ -122,49 +122,56 @@ def test_of_what_a_plugin_refuses_the_users_frames_are_shown() -> None:
 
 
 def test_ranks_ended_by_the_launcher_are_victims() -> None:
-    """Not the rank that SIGTERM or the launcher's own SIGKILL ended, unless nobody else failed."""
-    stubborn = Ending(rank=0, exit_code=-9, by_launcher=True)
-    assert first_line(stubborn, Ending(rank=1, exit_code=3)) == "rank 1 on h left with exit code 3"
-    first, second = Ending(rank=2, exit_code=-15, time=1.0), Ending(rank=0, exit_code=-15, time=2.0)
+    """Ranks ended by SIGTERM or by the launcher's SIGKILL are not the cause, unless no other rank failed."""
+    stubborn = RankExit(rank=0, exit_code=-9, killed_by_launcher=True)
+    assert first_line(stubborn, RankExit(rank=1, exit_code=3)) == "rank 1 on h exited with code 3"
+    first, second = RankExit(rank=2, exit_code=-15, time=1.0), RankExit(rank=0, exit_code=-15, time=2.0)
     assert first_line(second, first) == "rank 2 on h was killed by SIGTERM"
 
 
 def test_other_ranks_are_folded() -> None:
-    """One line for each fate, ranks in runs."""
-    endings = [Ending(rank=rank, exit_code=-15) for rank in (0, 2, 3, 4, 7)]
-    endings += [Ending(rank=5, exit_code=0), raised(6, "OSError: also", 12.0), raised(1, "ValueError: x", 11.0)]
-    assert report(endings, host="h").text.splitlines()[-3:] == [
-        "ranks 0, 2-4 and 7: ended by the launcher",
-        "rank 5: had ended well",
+    """Each outcome is one line, with ranges of ranks."""
+    exits = [RankExit(rank=rank, exit_code=-15) for rank in (0, 2, 3, 4, 7)]
+    exits += [RankExit(rank=5, exit_code=0), raised(6, "OSError: also", 12.0), raised(1, "ValueError: x", 11.0)]
+    assert report(exits, host="h").text.splitlines()[-3:] == [
+        "ranks 0, 2-4 and 7: stopped by the launcher",
+        "rank 5: had finished",
         "rank 6: failed: OSError: also",
     ]
 
 
 def test_out_of_memory_is_said_only_where_it_is_known() -> None:
-    """A SIGKILL alone does not prove it; the kernel's count does."""
-    killed = Ending(rank=0, exit_code=-9)
+    """A SIGKILL is reported as out of memory only if the kernel's counter increased."""
+    killed = RankExit(rank=0, exit_code=-9)
     assert first_line(killed) == "rank 0 on h was killed by SIGKILL"
-    assert first_line(killed, out_of_memory=True).endswith("SIGKILL, out of memory: the kernel chose it")
-    assert "memory" not in first_line(Ending(rank=0, exit_code=-11), out_of_memory=True)
+    assert first_line(killed, out_of_memory=True).endswith("SIGKILL, out of memory (kernel OOM killer)")
+    assert "memory" not in first_line(RankExit(rank=0, exit_code=-11), out_of_memory=True)
 
 
 @pytest.mark.parametrize(
-    ("ending", "code"),
+    ("rank_exit", "code"),
     [
-        (Ending(rank=0, exit_code=-11), 139),
-        (Ending(rank=0, exit_code=5), 5),
-        (Ending(rank=0), 1),
-        (Ending(rank=0, exit_code=-9, by_launcher=True, words=words("SystemExit: 7", "SystemExit", code=7)), 7),
+        (RankExit(rank=0, exit_code=-11), 139),
+        (RankExit(rank=0, exit_code=5), 5),
+        (RankExit(rank=0), 1),
+        (
+            RankExit(
+                rank=0, exit_code=-9, killed_by_launcher=True, error=error_file("SystemExit: 7", "SystemExit", code=7)
+            ),
+            7,
+        ),
     ],
 )
-def test_the_exit_code_is_the_culprits(ending: Ending, code: int) -> None:
-    """What a rank said of itself counts more than how it was ended afterwards."""
-    assert report([ending], host="h").exit_code == code
+def test_the_exit_code_is_the_culprits(rank_exit: RankExit, code: int) -> None:
+    """The exit code in the error file takes precedence over the code of the killed process."""
+    assert report([rank_exit], host="h").exit_code == code
 
 
 def test_nobody_is_blamed_without_evidence() -> None:
-    """Between two attempts it may not be known yet how a rank ended."""
-    assert culprit_of([]) is None
-    assert culprit_of([Ending(rank=0), Ending(rank=1)]) is None
-    assert culprit_of([Ending(rank=0, exit_code=-15), Ending(rank=1)]) is None
-    assert culprit_of([Ending(rank=0, exit_code=-15), Ending(rank=1, exit_code=-9)]) == Ending(rank=1, exit_code=-9)
+    """Between two attempts, exit codes may still be unknown."""
+    assert find_culprit([]) is None
+    assert find_culprit([RankExit(rank=0), RankExit(rank=1)]) is None
+    assert find_culprit([RankExit(rank=0, exit_code=-15), RankExit(rank=1)]) is None
+    assert find_culprit([RankExit(rank=0, exit_code=-15), RankExit(rank=1, exit_code=-9)]) == RankExit(
+        rank=1, exit_code=-9
+    )

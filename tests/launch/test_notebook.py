@@ -1,4 +1,4 @@
-"""A notebook, run by a real kernel."""
+"""Launch from a notebook, in a real kernel."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ CELLS = [
 
 
 def run(folder: Path) -> list[Any]:
-    """Run the notebook in a kernel of its own, and return its cells."""
+    """Run the notebook in a new kernel, and return its cells."""
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(textwrap.dedent(source).strip()) for source in CELLS]
     )
@@ -82,25 +82,25 @@ def run(folder: Path) -> list[Any]:
 
 
 def said(cell: Any) -> str:
-    """Return what a cell printed."""
+    """Return the output a cell printed."""
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
 def result(cell: Any) -> str:
-    """Return what a cell's last line came to."""
+    """Return the value of a cell's last line."""
     (found,) = [output.data["text/plain"] for output in cell.outputs if output.output_type == "execute_result"]
     return str(found)
 
 
 def error(cell: Any) -> Any:
-    """Return the error a cell ended with."""
+    """Return the error that a cell raised."""
     (found,) = [output for output in cell.outputs if output.output_type == "error"]
     return found
 
 
 @pytest.mark.ranks
 def test_a_notebook_launches_twice_and_shows_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results come back, ranks print into the cell, a report is the error, and nothing is left in the kernel."""
+    """Results are returned, output appears in the cell, failures are the error, and the kernel stays clean."""
     for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
@@ -112,7 +112,7 @@ def test_a_notebook_launches_twice_and_shows_what_failed(tmp_path: Path, monkeyp
     assert report[0] == f"rank 1 on {os.uname().nodename} failed: ValueError: no such colour"
     assert report[-2] == "ValueError: no such colour"
     assert report[-1].startswith("rank 0: ")
-    assert "An interactive session has no file that more ranks could run" in error(scriptless).evalue
+    assert "An interactive session has no file that ranks could run" in error(scriptless).evalue
     assert said(left).splitlines() == ["[] False", "[]", "[]"]
     assert re.search(
         r"has used a xpu device, by the look of the code in In \[10\], line 3 \(weights = weights\.xpu\(\)\): restart",

@@ -1,4 +1,4 @@
-"""With ``--max-restarts`` a job whose rank fails goes on, whatever the rank died of."""
+"""With ``--max-restarts`` a job continues after any failure of a rank."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import restart_cases
 
 @pytest.mark.parametrize("cause", restart_cases.CAUSES)
 def test_a_job_goes_on(cause: str, tmp_path: Path) -> None:
-    """It is started again once, says so in one line, and goes on from its last checkpoint."""
+    """The job restarts once, prints one line, and resumes from its last checkpoint."""
     problems, _ = restart_cases.check(cause, 1, tmp_path)
     assert not problems, problems
 
 
 @pytest.mark.slow
 def test_many_jobs_begin_at_once(tmp_path: Path) -> None:
-    """They share a machine and no port."""
+    """Jobs on one machine share no port."""
     script = tmp_path / "train.py"
     script.write_text("from torch.distributed import TCPStore\nimport os\nprint(os.environ['MASTER_PORT'])\n")
     command = [sys.executable, "-m", "plugframe", "run", "--devices=2", str(script)]

@@ -1,4 +1,4 @@
-"""What another user of the machine can do to the ranks of a job."""
+"""Attacks of another user of the machine on the ranks of a job."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def attack():
     collective = TorchCollective()
     try:
         collective.collective_setup(context=context)
-        # Ranks that run other versions tell each other which, as objects.
+        # Ranks with different versions send their version lists as objects.
         collective.collective_all_gather(tensor=torch.zeros(8, dtype=torch.int32), group=None, sync_grads=False)
         collective.collective_all_gather_object(obj=Evil(), group=None)
     except BaseException as error:
@@ -82,7 +82,7 @@ lite.teardown()
 
 
 class _Code(enum.IntEnum):
-    """Not plain: it is pickled."""
+    """An object that must be pickled."""
 
     RUN = 1
 
@@ -100,7 +100,7 @@ class _Evil:
 def test_another_user_cannot_take_the_place_of_a_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The ranks of one node meet where only the job's owner can come: an attacker's pickle is never opened."""
+    """The ranks of one node use a store only the job's owner can reach: an attacker's pickle is never loaded."""
     monkeypatch.chdir(tmp_path)
     marker = tmp_path / "code-ran"
     Path("train.py").write_text(ATTACKED % {"nobody": NOBODY}, encoding="utf-8")
@@ -113,7 +113,7 @@ def test_another_user_cannot_take_the_place_of_a_rank(
 
 @pytest.mark.ranks
 def test_the_ranks_of_a_node_meet_in_a_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store is a file below a folder of mode 0700; the token is new for each job, and both are gone afterwards."""
+    """The store is a file in a folder of mode 0700, the token is new for each job, and both are removed at the end."""
     monkeypatch.chdir(tmp_path)
     script = """
 import json, os, sys
@@ -149,14 +149,14 @@ PLAIN: list[Any] = [
 
 @pytest.mark.parametrize("obj", PLAIN, ids=repr)
 def test_plain_objects_travel_without_a_pickle(obj: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values of Python's own kinds come back equal and of the same type, as JSON."""
+    """Built-in Python values are sent as JSON and come back equal, with the same type."""
     monkeypatch.setattr(pickle, "dumps", None)
     found = unpack(pack(obj, b"token"), b"other")
     assert (found, type(found)) == (obj, type(obj))
 
 
 def test_tensors_travel_without_a_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of any dtype, 0-d and empty ones included, bit for bit."""
+    """Tensors of any dtype, also 0-d and empty ones, come back bitwise equal."""
     monkeypatch.setattr(pickle, "dumps", None)
     tensors = [torch.arange(6.0).view(2, 3), torch.tensor(7), torch.empty(0, 3), torch.ones(3, dtype=torch.bfloat16)]
     found = unpack(pack({"tensors": tensors}, b""), b"")["tensors"]
@@ -166,7 +166,7 @@ def test_tensors_travel_without_a_pickle(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_other_objects_need_the_token_of_the_job(tmp_path: Path) -> None:
-    """A pickle is opened only if it was made with the token; one that was not runs nothing."""
+    """A pickle is loaded only if it is signed with the token."""
     assert unpack(pack(_Code.RUN, b"token"), b"token") is _Code.RUN
     shared = [1]
     twice = unpack(pack([shared, shared], b"token"), b"token")
@@ -183,13 +183,13 @@ def test_other_objects_need_the_token_of_the_job(tmp_path: Path) -> None:
     [b"", b"X", b"J", b"J" + bytes(8) + b"{}", b"J\x02" + bytes(7) + b"{}", b"J\x0b" + bytes(7) + b'{"what":[]}'],
 )
 def test_bytes_of_nobody_are_refused(data: bytes) -> None:
-    """What no rank has packed is an error of plugframe's, whatever it is."""
+    """Any other bytes raise a plugframe error."""
     with pytest.raises(CollectiveMismatchError, match="no object of a rank"):
         unpack(data, b"token")
 
 
 def test_a_tensor_cannot_read_past_its_bytes() -> None:
-    """A place or a size that lies outside of what arrived is refused."""
+    """An offset or a size outside of the received bytes is refused."""
     data = pack(torch.ones(4), b"")
     for old, new in ((b",0,16]", b",8,16]"), (b"[4]", b"[9]"), (b"float32", b"float99"), (b"float32", b"os     ")):
         assert old in data

@@ -1,4 +1,4 @@
-"""What comes of a signal to the launcher: every rank is gone, one line says so, and the exit code is the signal's."""
+"""Signals to the launcher end every rank, print one line, and set the exit code."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ SIGNALS = [
     ids=[f"{how}-{name}{'-group' if group else ''}-{doing}" for how, name, group, _, doing in SIGNALS],
 )
 def test_a_signal_ends_all(how: str, name: str, group: bool, code: int, doing: str, tmp_path: Path) -> None:
-    """Ranks in a collective or in a loop of their own, and what they have started; of SIGKILL nobody can say a word."""
+    """Ranks in a collective or busy, and their child processes, end; after SIGKILL nothing is printed."""
     (tmp_path / "train.py").write_text(TRAIN)
     (tmp_path / "temporary").mkdir()
     words = ["-m", "plugframe", "run", "--devices=2"] if how == RUN else []
@@ -85,4 +85,4 @@ def test_a_signal_ends_all(how: str, name: str, group: bool, code: int, doing: s
     lines = [line for line in (tmp_path / "said").read_text().splitlines() if not line.startswith("plugframe: 2 ranks")]
     if (how, name) == ("launch(fn)", "SIGKILL"):  # multiprocessing has a word of its own, of semaphores it took back
         lines = [line for line in lines if "resource_tracker" not in line and "warnings.warn" not in line]
-    assert lines == ([] if name == "SIGKILL" else [f"{name}: every rank has been ended."])
+    assert lines == ([] if name == "SIGKILL" else [f"{name}: all ranks were stopped."])

@@ -1,4 +1,4 @@
-"""The main example, started in every way there is, has the losses of one process (law 6)."""
+"""The main example has the losses of one process for every way to start it (law 6)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if __name__ == "__main__":
 
 
 def start(folder: Path, *command: str, **variables: str) -> tuple[list[float], str]:
-    """Run a command in `folder` and return the losses the example wrote, and what was printed."""
+    """Run a command in `folder`; return the losses the example wrote, and the output."""
     folder.mkdir()
     (folder / "by_function.py").write_text(BY_FUNCTION)
     done = subprocess.run(
@@ -82,7 +82,7 @@ def test_launch_in_a_script_has_the_losses_of_one_process(tmp_path: Path, one_pr
 
 
 def test_torchrun_has_the_losses_of_one_process(tmp_path: Path, one_process: list[float]) -> None:
-    """``torchrun`` with two processes; nothing is launched again."""
+    """``torchrun`` with two processes; plugframe launches nothing."""
     command = (str(TORCHRUN), "--standalone", "--nproc-per-node=2", str(SCRIPT))
     # torchrun leaves a folder in the temporary one for ever.
     losses, _ = start(tmp_path / "run", *command, *OPTIONS, TMPDIR=str(tmp_path))
@@ -90,7 +90,7 @@ def test_torchrun_has_the_losses_of_one_process(tmp_path: Path, one_process: lis
 
 
 def test_launch_of_a_function_has_the_losses_of_one_process(tmp_path: Path, one_process: list[float]) -> None:
-    """``launch(fn)`` with two spawned processes; rank 0's result comes back."""
+    """``launch(fn)`` with two spawned processes; rank 0's result is returned."""
     losses, printed = start(tmp_path / "run", sys.executable, "by_function.py")
     assert losses == pytest.approx(one_process, abs=1e-5)
     assert "rank 0 returned (0, 2)" in printed

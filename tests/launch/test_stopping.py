@@ -1,4 +1,4 @@
-"""Being asked to stop: agreed by all ranks, passed on by the launcher, put back at tear-down."""
+"""Preemption: agreed by all ranks, forwarded by the launcher, restored at teardown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from plugframe import Lite, PlugframeWarning
 from plugframe.hooks.world import World
-from plugframe.launch.preemption import SIGNALS, Stopping
+from plugframe.launch.preemption import SIGNALS, PreemptionHandler
 from plugframe_builtins._shared.requeue import requeue
 from ranks import run_ranks
 
@@ -50,7 +50,7 @@ assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def answers(world: World) -> list[bool]:
-    """Ask five times; the last rank is sent a signal before the third time."""
+    """Call `should_stop` five times; the last rank receives a signal before the third call."""
     with Lite(accelerator="cpu", devices=world.world_size) as lite:
         found = []
         for number in range(5):
@@ -64,7 +64,7 @@ def answers(world: World) -> list[bool]:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_all_ranks_stop_at_the_same_question(num_ranks: int) -> None:
-    """A signal to one rank is the answer of all ranks from the same question on; handlers are put back."""
+    """A signal to one rank stops all ranks at the same call; handlers are restored."""
     results = run_ranks(num_ranks, answers)
     assert all(result == results[0] for result in results)
     assert results[0][:2] == [False] * 2
@@ -73,7 +73,7 @@ def test_all_ranks_stop_at_the_same_question(num_ranks: int) -> None:
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 138)])
 def test_a_stopped_job_saves_and_goes_on(name: str, code: int, tmp_path: Path) -> None:
-    """A signal to the launcher has every rank save and leave; the same command goes on from there."""
+    """After a signal to the launcher every rank saves and exits; the same command resumes."""
     (tmp_path / "train.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "plugframe", "run", "--accelerator=cpu", "--devices=2", "train.py", name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -86,7 +86,7 @@ def test_a_stopped_job_saves_and_goes_on(name: str, code: int, tmp_path: Path) -
     first = run()
     assert first.returncode == code, first.stderr
     assert first.stdout.count("began and left") == 2
-    assert f"{name}: every rank has" in first.stderr
+    assert f"{name}: all ranks" in first.stderr
     steps = [(tmp_path / f"left-{rank}").read_text() for rank in range(2)]
     assert steps[0] == steps[1]
     second = run()
@@ -95,11 +95,11 @@ def test_a_stopped_job_saves_and_goes_on(name: str, code: int, tmp_path: Path) -
 
 
 def test_a_childs_signal_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process forked from a rank, a loader's worker, is ended by a signal and tells nobody."""
-    stopping = Stopping()
+    """A DataLoader worker forked from a rank ends on a signal, without effect on the rank."""
+    stopping = PreemptionHandler()
     hooks = SimpleNamespace(collective_all_reduce=lambda tensor, op, group: tensor)
     try:
-        assert not stopping.agreed(hooks)
+        assert not stopping.should_stop(hooks)
         ended: list[int] = []
         monkeypatch.setattr(os, "kill", lambda pid, number: ended.append(number))
         monkeypatch.setattr(os, "getpid", lambda: -1)
@@ -113,7 +113,7 @@ def test_a_childs_signal_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.ranks
 def test_slurm_requeues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """scontrol is asked for the job, or the array's task; without a job nothing is; a refusal is told."""
+    """scontrol requeues the job or array task; without a job it is not called; a failure is a warning."""
     tool = tmp_path / "scontrol"
     tool.write_text(
         f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\ntest "$2" != 13 || {{ echo no such job >&2; exit 1; }}\n'
@@ -164,7 +164,7 @@ with Lite() as lite:
 
 
 def test_a_killed_rank_leads_to_a_restart_that_goes_on(tmp_path: Path) -> None:
-    """With ``--max-restarts`` all ranks start again and go on from the last checkpoint, by the script as it is."""
+    """With ``--max-restarts`` all ranks restart and resume from the last checkpoint, with an unmodified script."""
     (tmp_path / "train.py").write_text(RESTARTED)
     command = [sys.executable, "-m", "plugframe", "run", "--accelerator=cpu", "--devices=2", "--max-restarts=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -173,7 +173,7 @@ def test_a_killed_rank_leads_to_a_restart_that_goes_on(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "SIGKILL" in done.stderr
-    # What came after the last whole checkpoint is done again, and nothing before it.
+    # Steps after the last complete checkpoint are repeated, and none before it.
     for rank in range(2):
         steps = [int(step) for step in (tmp_path / f"steps-{rank}").read_text().split()]
         assert steps in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 4, 5, 6])

@@ -1,4 +1,4 @@
-"""What ranks leave running when they end well, ranks that are stopped, and how long they have on Ctrl-C."""
+"""Processes left by finished ranks, stopped ranks, and the time to exit after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from plugframe.launch.monitor import Rank, Watch
+from plugframe.launch.monitor import Rank, RankMonitor
 from processes import is_alive, wait_for
 
 TRAIN = """
@@ -42,9 +42,9 @@ elif __name__ == "__main__":
 
 @pytest.mark.parametrize("how", ["stops", "launch"])
 def test_what_ranks_leave_running_is_told(how: str, tmp_path: Path) -> None:
-    """A copy of the rank is ended, a program goes on, one line names both; one in a session of its own is no matter.
+    """Copies of a rank are killed, programs continue, and one line names both; those in a new session are ignored.
 
-    A rank that is stopped is named while the others wait for it.
+    A stopped rank is reported while the others wait for it.
     """
     (tmp_path / "train.py").write_text(TRAIN)
     words = [] if how == "launch" else ["-m", "plugframe", "run", "--devices=2"]
@@ -64,8 +64,8 @@ def test_what_ranks_leave_running_is_told(how: str, tmp_path: Path) -> None:
             copy, program, apart = map(int, started.read_text().split())
             text = said.read_text()
             assert code == 0, text
-            assert re.search(rf"left running .*process {copy} of rank 1 \(.*; ended now\)", text)
-            assert re.search(rf"process {program} of rank 1 \(sleep 100; it goes on\)", text)
+            assert re.search(rf"left running .*process {copy} of rank 1 \(.*; killed\)", text)
+            assert re.search(rf"process {program} of rank 1 \(sleep 100; still running\)", text)
             assert f"process {apart} " not in text
             assert text.count("left running") == 1
             wait_for(lambda: not is_alive(copy))
@@ -78,21 +78,21 @@ def test_what_ranks_leave_running_is_told(how: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("signum", "gone"), [(signal.SIGINT, True), (signal.SIGTERM, False), (None, False)])
 def test_on_ctrl_c_ranks_have_less_than_a_second(signum: signal.Signals | None, gone: bool) -> None:
-    """Somebody waits at the terminal; on the signals of schedulers they have the time that was asked for."""
+    """After Ctrl-C ranks have less than a second; after a scheduler's signal they have the grace period."""
     child = subprocess.Popen(["sleep", "100"])
     rank = Rank(child.pid, 0, 0)
     settings: dict[str, Any] = {"done": lambda rank: False, "error_file": lambda rank: Path("none"), "grace_s": 30.0}
-    watch = Watch(
+    monitor = RankMonitor(
         ranks=lambda: [rank],
         received=lambda: signum,
-        insist=lambda: None,
-        recalled=lambda: False,
-        ended_well=lambda rank: None,
+        resend_signal=lambda: None,
+        stop_requested=lambda: False,
+        on_success=lambda rank: None,
         **settings,
     )
     try:
-        assert watch._overstaying(0.5) == []
-        assert (watch._overstaying(1.0) == [rank]) is gone
+        assert monitor._overdue(0.5) == []
+        assert (monitor._overdue(1.0) == [rank]) is gone
     finally:
         child.kill()
         child.wait()

@@ -77,14 +77,14 @@ def test_ranks_in_step_are_left_alone() -> None:
 def test_the_first_parameter_that_differs_is_named_on_all_ranks() -> None:
     """One bit of one parameter on one rank is enough, and the error says whose it is."""
     for each in found():
-        assert "the first that differs is parameter '2.weight', on rank 1 another than on rank 0." in each["asserted"]
+        assert "the first difference is in parameter '2.weight', between rank 1 and rank 0." in each["asserted"]
 
 
 def test_the_guard_looks_every_few_steps() -> None:
     """The extension compares by itself, at the step it was told to, optimizer state included."""
     for each in found():
         assert each["guarded"][0] == ""
-        assert "drifted apart at optimizer step 6: the first that differs is parameter '2.weight'" in each["guarded"][1]
+        assert "out of sync at optimizer step 6: the first difference is in parameter '2.weight'" in each["guarded"][1]
 
 
 def test_the_state_of_an_optimizer_is_compared_too() -> None:
@@ -121,7 +121,7 @@ def test_names_are_the_models_own() -> None:
 
 def test_parts_cannot_be_compared() -> None:
     """Where every rank keeps a part there is nothing to compare, and that is said."""
-    with pytest.raises(UnsupportedError, match=r"assert_in_sync\(\) compares what every rank has"):
+    with pytest.raises(UnsupportedError, match=r"assert_in_sync\(\) compares replicated parameters"):
         check_replicated(("sharded",), "assert_in_sync()")
 
 
@@ -134,7 +134,7 @@ def guarded_parts(world: World) -> str:
 
 def test_the_guard_is_refused_where_parts_are_kept() -> None:
     """On all ranks, before anything is set up: it would compare nothing and say nothing."""
-    told = "Extension 'drift-guard' compares what every rank has, and this strategy keeps a part of the model on each"
+    told = "Extension 'drift-guard' compares replicated parameters, and this strategy shards the model"
     assert [each.startswith(told) for each in run_ranks(2, guarded_parts)] == [True, True]
 
 
