@@ -64,7 +64,7 @@ class RemoteFiles(Files):
             try:
                 data = self._read(file, start, len(buffer))
             except FileNotFoundError:
-                raise CheckpointCorruptError(f"{self.path} is not whole: the file {file} is missing.") from None
+                raise CheckpointCorruptError(f"{self.path} is incomplete: the file {file} is missing.") from None
         if len(data) != len(buffer):
             raise CheckpointCorruptError(
                 f"{self.name(file)} is truncated: {what} has {len(buffer)} bytes, found {len(data)}."

@@ -161,7 +161,9 @@ def test_a_new_save_takes_the_place_of_the_old_one(remote: RemoteCheckpoint) -> 
     save(remote, some_state(2))
     assert same(materialize(load(remote)), some_state(2))
     assert len(names()) == 2
-    with pytest.raises(CheckpointCorruptError, match=rf"{URL} is not whole: the file \w+-00000.safetensors is missing"):
+    with pytest.raises(
+        CheckpointCorruptError, match=rf"{URL} is incomplete: the file \w+-00000.safetensors is missing"
+    ):
         before["model"]["large"].read()
 
 
@@ -202,7 +204,7 @@ def test_damage_is_told(remote: RemoteCheckpoint, lazy: bool) -> None:
         assert "/tmp" not in str(caught.value)
         MemoryFileSystem().pipe_file(f"{URL}/{name}", whole[name])
     MemoryFileSystem().rm_file(f"{URL}/{data_name}")
-    with pytest.raises(CheckpointCorruptError, match=f"{URL} is not whole: the file {data_name} is missing"):
+    with pytest.raises(CheckpointCorruptError, match=f"{URL} is incomplete: the file {data_name} is missing"):
         load(remote, lazy=lazy)
 
 

@@ -44,11 +44,11 @@ from plugframe_builtins._shared.sharding.uneven_evaluation import UnevenEvaluati
 
 
 class FullyShardedStrategy(Strategy):
-    """Shard parameters, gradients and optimizer state with ``fully_shard``; a subclass names itself and its axes.
+    """Shard parameters, gradients and optimizer state with ``fully_shard``; subclasses set the name and mesh axes.
 
     Attributes:
-        name: of the strategy, for messages.
-        axes: of the mesh, in order.
+        name: the strategy's name, for messages.
+        axes: the mesh axes, in order.
     """
 
     name: str
@@ -176,17 +176,17 @@ class FullyShardedStrategy(Strategy):
                 )
 
     def _parallelize(self, module: nn.Module) -> None:
-        """Spread the module over further axes of the mesh before it is sharded over the data axis."""
+        """Apply parallelism over further mesh axes before the module is sharded over the data axis."""
 
     def _find_units(self, module: nn.Module) -> list[nn.Module]:
         units = find_units(module, self.units, min_numel=self.unit_min_numel)
         more = split_dtypes(module, units)
         order = {id(part): number for number, part in enumerate(module.modules())}
-        # Inner ones first, as fully_shard wants them.
+        # Inner ones first, as fully_shard requires.
         return sorted([*units, *more], key=lambda part: -order[id(part)])
 
     def _with_statistics(self, module: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
-        """Return the units with, first, norms whose parameters must keep the dtype of their running statistics."""
+        """Return the units, preceded by norms whose parameters must keep the dtype of their running statistics."""
         if self._policy().param_dtype is None:
             return units
         known = set(map(id, units))
@@ -243,7 +243,7 @@ class FullyShardedStrategy(Strategy):
 
     @torch.no_grad()
     def _broadcast(self, tensor: Tensor) -> None:
-        """Give every rank rank 0's values."""
+        """Broadcast rank 0's values."""
         if self.context.world.world_size > 1:
             own = stored(tensor.detach())
             overwrite(own, self.context.hooks.collective_broadcast(tensor=own, src=0, group=None))
@@ -288,7 +288,7 @@ class FullyShardedStrategy(Strategy):
 
     @hookimpl
     def strategy_no_sync(self, module: nn.Module, engine: AnyEngine, enabled: bool) -> AbstractContextManager[Any]:
-        if engine is None or self.context.world.world_size == 1:  # there is nothing to leave out
+        if engine is None or self.context.world.world_size == 1:  # there is no communication to skip
             return nullcontext()
         return engine.synchronizing(not enabled)  # type: ignore[no-any-return]
 
