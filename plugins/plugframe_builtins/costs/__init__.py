@@ -1,4 +1,4 @@
-"""What a run costs: time and memory, in a few lines at its end."""
+"""Report the time and memory of a run at its end."""
 
 from plugframe import Plugin
 

@@ -1,4 +1,4 @@
-"""The processor: always there, and shared by any number of ranks."""
+"""The CPU: always available, and shared by any number of ranks."""
 
 from plugframe import Plugin
 

@@ -1,4 +1,4 @@
-"""One folder per checkpoint, every rank writing its part, on torch.distributed.checkpoint."""
+"""Sharded checkpoints on torch.distributed.checkpoint: a folder with a file per rank."""
 
 from plugframe import Plugin
 

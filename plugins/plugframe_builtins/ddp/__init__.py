@@ -1,4 +1,4 @@
-"""Data parallelism: every rank holds the whole model, gradients are averaged."""
+"""Data parallelism: replicated models, averaged gradients."""
 
 from plugframe import Plugin
 from plugframe_builtins.ddp.options import OPTIONS

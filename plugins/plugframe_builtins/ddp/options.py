@@ -1,4 +1,4 @@
-"""What a user of strategy ``ddp`` can set by name."""
+"""Options of strategy ``ddp``."""
 
 from __future__ import annotations
 

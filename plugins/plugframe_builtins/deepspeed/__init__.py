@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: optimizer state, gradients and parameters in parts over the ranks."""
+"""DeepSpeed's ZeRO: sharded optimizer state, gradients and parameters."""
 
 from plugframe import Plugin
 from plugframe_builtins.deepspeed.options import OPTIONS

@@ -1,4 +1,4 @@
-"""What a user of strategy ``deepspeed`` can set by name."""
+"""Options of strategy ``deepspeed``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism: every rank keeps its part of parameters, gradients and optimizer state."""
+"""Fully sharded data parallelism: sharded parameters, gradients and optimizer state."""
 
 from plugframe import Option, Plugin
 from plugframe_builtins._shared.sharding.options import OPTIONS

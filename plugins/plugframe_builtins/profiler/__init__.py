@@ -1,4 +1,4 @@
-"""A timeline of what a run spends its time on."""
+"""Record a timeline of a run."""
 
 from plugframe import Option, Plugin
 

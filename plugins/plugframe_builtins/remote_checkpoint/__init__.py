@@ -1,4 +1,4 @@
-"""One folder per checkpoint at a URL: on an object store, or whatever else fsspec reaches."""
+"""Sharded checkpoints at a URL: on an object store, or any other fsspec file system."""
 
 from plugframe import Plugin
 

@@ -1,4 +1,4 @@
-"""The plugin: every rank writes its part to a folder at a URL, and reads what it needs."""
+"""The checkpoint plugin ``remote``: every rank writes its shards to a folder at a URL, and reads those it needs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _UNTOUCHED = "; what was there before is untouched"
 
 @dataclass
 class _Offer:
-    """What a rank brings to a save."""
+    """A rank's contribution to a save."""
 
     folder: RemoteFolder
     tensors: dict[str, Tensor | StoredTensor]
@@ -37,11 +37,11 @@ class _Offer:
 
 
 class RemoteCheckpoint(Checkpoint):
-    """A folder per checkpoint at any URL fsspec knows, of the same form as one of the file system.
+    """Write a folder per checkpoint to any fsspec URL, in the format of sharded checkpoints on disk.
 
-    It can be copied from one to the other and loaded there. A path of the file system, also as ``file:///…``, is left
-    to the sharded checkpoint, which forces what it writes to disk. Only one job at a time may save at a URL: storage
-    has no locks that tell the files of a job that died from those of one that lives. The later of two fails.
+    Folders can be copied between both and loaded there. Paths of the file system, also as ``file:///…``, are
+    delegated to the sharded checkpoint, which syncs to disk. Only one job at a time may save to a URL: object stores
+    have no locks to distinguish files of a dead job from those of a running one. The later of two saves fails.
     """
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ class RemoteCheckpoint(Checkpoint):
             return formats.unfinished(local)
         with told(f"cannot look into {path}"):
             names = list(RemoteFolder(path).sizes())
-        # There are no empty folders in a store: nothing is there.
+        # Object stores have no empty folders: nothing is there.
         return bool(names) and sharded_format.is_unfinished(names)
 
     def _save(self, path: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
@@ -139,7 +139,7 @@ class RemoteCheckpoint(Checkpoint):
         save_id = told_by_ranks[0][1]
         shared = set(table(offer.tensors))
         if len({each for each, _ in told_by_ranks}) > 1:
-            # A rank with an empty part of a shared tensor cannot tell that it is shared: then none looks.
+            # A rank with an empty shard cannot detect a shared tensor: then no rank checks.
             offer.tensors, offer.structure = split_stored(
                 state, dtypes=CODES.keys(), where=path, sharded=True, aliases=False
             )
@@ -159,13 +159,13 @@ class RemoteCheckpoint(Checkpoint):
             _, written = self._together(write, tell=lambda it: it)
             self._together(commit, tell=lambda _: None)
         except BaseException as error:
-            # Of a CheckpointError all ranks know, so nobody is writing any more.
+            # A CheckpointError is raised on all ranks, so nobody is writing any more.
             if rank == 0 and (isinstance(error, CheckpointError) or num_ranks == 1):
                 writing.abandon(offer.folder, save_id, made=offer.made)
             raise
 
     def _prepare(self, path: str, state: Mapping[str, Any]) -> _Offer:
-        """Do what can go wrong on one rank alone, before anything is written."""
+        """Run everything that can fail on one rank alone, before anything is written."""
         folder = RemoteFolder(path)
         tensors, structure = split_stored(state, dtypes=CODES.keys(), where=path, sharded=True)
         offer = _Offer(folder, tensors, structure)
@@ -175,10 +175,10 @@ class RemoteCheckpoint(Checkpoint):
         return offer
 
     def _together(self, act: Callable[[], _T], *, tell: Callable[[_T], Any]) -> tuple[_T, list[Any]]:
-        """Do something on all ranks; return what came of it here, and what each tells of it.
+        """Run `act` on all ranks; return its result here, and a summary from each rank.
 
         Raises:
-            CheckpointError: on all ranks, worded alike, if `act` did on any.
+            CheckpointError: on all ranks, with the same message, if `act` failed on any.
         """
         results: list[_T] = []
         failure: CheckpointError | None = None

@@ -1,4 +1,4 @@
-"""Reading a checkpoint at a URL: its manifest, then its files, in stretches, against their checksums."""
+"""Read a checkpoint at a URL: its manifest, then its files in chunks, verified by checksum."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from plugframe_builtins._shared.checkpoint_files.source import FileSource
 from plugframe_builtins._shared.checkpoint_files.verification import Part, check_sizes, headers_of, parts_of, read_parts
 from plugframe_builtins.remote_checkpoint.storage import RemoteFolder, told
 
-#: Who reads on where the last read ended is given this much at once: requests cost more than bytes.
+#: Read-ahead for sequential reads: requests cost more than bytes.
 _AHEAD_BYTES = 4 * 1024 * 1024
 
 
@@ -35,8 +35,8 @@ class _Stretch(NamedTuple):
 class RemoteFiles(Files):
     """The files of a checkpoint at a URL.
 
-    Unlike a file that is open, one here is gone once another save has taken the checkpoint's place: a tensor that is
-    read after that is an error, never another value.
+    Unlike an open local file, a remote one is gone once another save replaces the checkpoint: a tensor
+    read after that raises, and never has another value.
     """
 
     def __init__(self, folder: RemoteFolder, names: Iterable[str]) -> None:
@@ -51,7 +51,7 @@ class RemoteFiles(Files):
     def size(self, file: str) -> int | None:
         with told(f"cannot read {self.name(file)}"):
             if self._sizes is None:
-                # One question for all files; where it has no answer each is asked for.
+                # One listing for all files; sizes missing there are requested one by one.
                 self._sizes = {}
                 with suppress(Exception):
                     self._sizes.update(self._folder.sizes())
@@ -87,11 +87,11 @@ class RemoteFiles(Files):
 
 
 def find(folder: RemoteFolder) -> Index:
-    """Return what the manifest in a folder says.
+    """Return the index in a folder's manifest.
 
     Raises:
-        CheckpointError: if nothing, or something else, is there.
-        CheckpointCorruptError: if the manifest is not what was written.
+        CheckpointError: if the folder is missing, or not a checkpoint.
+        CheckpointCorruptError: if the manifest is damaged.
     """
     with told(f"cannot read {folder.url}"):
         manifest = read_manifest(folder)
@@ -103,7 +103,7 @@ def find(folder: RemoteFolder) -> Index:
 
 
 def read_manifest(folder: RemoteFolder) -> bytes | None:
-    """Return the manifest in a folder, None if there is none."""
+    """Return the manifest's bytes, None if there is none."""
     try:
         return folder.read(sharded_format.MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
@@ -111,13 +111,13 @@ def read_manifest(folder: RemoteFolder) -> bytes | None:
 
 
 def read(folder: RemoteFolder, *, lazy: bool, rank: int, num_ranks: int) -> tuple[dict[str, Any], str]:
-    """Return the state in a folder, verified, and what tells this checkpoint from any other.
+    """Return the verified state in a folder, and the checkpoint's unique identity.
 
     Args:
-        folder: where it lies.
-        lazy: leave tensors there; then each rank verifies its share of them.
-        rank: this one.
-        num_ranks: of the job.
+        folder: the checkpoint's folder.
+        lazy: return lazy tensors; each rank then verifies its share of the data.
+        rank: this rank.
+        num_ranks: number of ranks.
     """
     found = find(folder)
     files = RemoteFiles(folder, found.files)
@@ -135,7 +135,7 @@ def read(folder: RemoteFolder, *, lazy: bool, rank: int, num_ranks: int) -> tupl
 
 
 def inspect(folder: RemoteFolder) -> Contents:
-    """Return what lies in a folder, without reading its tensors."""
+    """Return the contents of a checkpoint, without reading tensors."""
     found = find(folder)
     tensors = FileSource(found, RemoteFiles(folder, found.files)).tensors()
     return Contents(
@@ -150,7 +150,7 @@ def inspect(folder: RemoteFolder) -> Contents:
 
 
 def _read_whole(found: Index, files: RemoteFiles) -> dict[str, Tensor]:
-    """Read every tensor, each byte once and verified as read."""
+    """Read every tensor; each byte is read once and verified."""
     whole = {name: torch.empty(laid.shape, dtype=laid.dtype, device="cpu") for name, laid in found.tensors.items()}
     parts = headers_of(found)
     apart: list[tuple[str, TensorLayout, Chunk, Tensor]] = []
@@ -162,7 +162,7 @@ def _read_whole(found: Index, files: RemoteFiles) -> dict[str, Tensor]:
             else:
                 apart.append((name, laid, chunk, box))
     read_parts(files, sorted(parts, key=lambda part: (part.file, part.start)))
-    # One after another: no more memory than for the largest.
+    # One after another, to need memory for only one at a time.
     for name, laid, chunk, box in apart:
         own = torch.empty(box.shape, dtype=box.dtype, device="cpu")
         read_parts(files, [_part(name, laid, chunk, own)])

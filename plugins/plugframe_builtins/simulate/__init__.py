@@ -1,4 +1,4 @@
-"""A big job on one machine: one rank that runs, and others that are taken to be like it."""
+"""Simulate a large job on one machine: one real rank, and others assumed to be like it."""
 
 from plugframe import Option, Plugin
 

@@ -1,4 +1,4 @@
-"""One rank: nothing is spread, nothing is exchanged."""
+"""One rank: no parallelism and no communication."""
 
 from plugframe import Plugin
 

@@ -860,7 +860,7 @@ def test_strategy(check: Any, number: int, reports: dict[int, dict[str, str]]) -
         ({"build_timeout_s": 0}, r"build_timeout_s=0\): it is a number above 0"),
         ({"config": {"optimizer": {}}}, r"config\['optimizer'\] .* is not used: make a torch optimizer in the script"),
         ({"config": {"scheduler": {}}}, r"config\['scheduler'\] .* is not used: make a torch scheduler"),
-        ({"config": {"train_batch_size": 8}}, r"config\['train_batch_size'\] .* the DataLoader decides"),
+        ({"config": {"train_batch_size": 8}}, r"config\['train_batch_size'\] .* set it in the DataLoader"),
         ({"config": {"gradient_accumulation_steps": 4}}, r"=4 .* must be 1: accumulate with lite.no_backward_sync"),
         ({"config": {"zero_optimization": {"stage": "auto"}}}, r"config\['zero_optimization.stage'\]='auto'"),
         ({"config": "nowhere.json"}, "config='nowhere.json' .* is no JSON file"),

@@ -22,7 +22,7 @@ from plugframe.errors import CollectiveMismatchError
 from plugframe.hooks.context import Context
 
 _END = -1
-#: After this many forwards in an unexpected order, out of the last few, every unit is compared.
+#: Forwards remembered, deviations among them from which every unit is compared, and most orders stored.
 _WATCHED, _MISSES, _KNOWN = 8, 2, 64
 _BETWEEN = ("plugframe", "plugframe_builtins", "torch", "contextlib", "functools")
 

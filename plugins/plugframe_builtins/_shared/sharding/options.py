@@ -1,4 +1,4 @@
-"""The options that strategies with sharded parameters have in common."""
+"""Options common to strategies with sharded parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``load_state_dict`` of plain tensors into sharded modules: every rank takes its part."""
+"""``load_state_dict`` of plain tensors into sharded modules."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _MASK = (1 << 63) - 1
 
 
 def take_plain_states(module: nn.Module, hooks: Any) -> None:
-    """Have `module` and its parts take the states of plain modules, the same on all ranks."""
+    """Make `module` and its submodules load states of plain tensors, equal on all ranks."""
     for part in module.modules():
         if part._parameters:
             part.register_load_state_dict_pre_hook(_Taking(hooks))  # type: ignore[no-untyped-call]
 
 
 class _Taking:
-    """A hook on ``load_state_dict`` of a module that has parameters. Every rank must load."""
+    """A ``load_state_dict`` hook for modules with parameters. Every rank must load."""
 
     def __init__(self, hooks: Any) -> None:
         self._hooks = hooks
@@ -37,7 +37,7 @@ class _Taking:
             value = state.get(prefix + name)
             if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
                 continue
-            if value.shape == parameter.shape:  # else torch says so
+            if value.shape == parameter.shape:  # else torch raises
                 plain[prefix + name] = (parameter, value)
         if plain:
             self._check_equal({key: value for key, (_, value) in plain.items()})
@@ -45,7 +45,7 @@ class _Taking:
             state[key] = own_part(value, own)
 
     def _check_equal(self, values: dict[str, Tensor]) -> None:
-        """Refuse states that differ between ranks: parts of both would be mixed.
+        """Raise if states differ between ranks: shards of both would be mixed.
 
         Raises:
             OutOfSyncError: on all ranks.

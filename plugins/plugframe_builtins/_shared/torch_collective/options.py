@@ -1,4 +1,4 @@
-"""What a user of a collective over ``torch.distributed`` can set by name."""
+"""Options of collectives over ``torch.distributed``."""
 
 from __future__ import annotations
 
