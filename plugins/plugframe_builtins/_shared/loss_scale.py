@@ -155,8 +155,8 @@ class LossScale:
             return
         if not all(bool(each.isfinite().all()) for each in self._largest):
             raise OrderError(
-                f"Gradients overflowed float16 at loss scale {self._scaler.get_scale():g}, and something that lite "
-                "does not know stepped on them: set the optimizer up with lite.setup(model, optimizer), which leaves "
+                f"Gradients overflowed float16 at loss scale {self._scaler.get_scale():g}, and an optimizer that "
+                "was not set up stepped on them: set the optimizer up with lite.setup(model, optimizer), which leaves "
                 "such a step out; or use precision='bf16-mixed'."
             )
         self._look_at(self._largest)

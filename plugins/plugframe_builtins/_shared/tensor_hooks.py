@@ -13,11 +13,11 @@ class TensorHookCheck:
     """Search for hooks on parameters at the first backward and then ever more rarely; warn once.
 
     Args:
-        speaks: whether this rank warns.
+        warns: whether this rank warns.
     """
 
-    def __init__(self, *, speaks: bool) -> None:
-        self._speaks = speaks
+    def __init__(self, *, warns: bool) -> None:
+        self._speaks = warns
         self._looks = 0
 
     def look(self, named: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:

@@ -17,7 +17,7 @@ from plugframe.hooks.context import Context
 from plugframe_builtins.costs.memory import Memory
 
 _READING, _MOVING, _FORWARD = "reading batches", "moving batches", "forward"
-_BACKWARD, _STEP, _MEETING, _SAVING = "backward", "optimizer steps", "collectives of the script", "checkpoints"
+_BACKWARD, _STEP, _COLLECTIVES, _SAVING = "backward", "optimizer steps", "collectives of the script", "checkpoints"
 
 
 def _timed(phase: str) -> Any:
@@ -51,11 +51,11 @@ class Costs(Extension):
     accelerator_move_batch = _timed(_MOVING)
     strategy_backward = _timed(_BACKWARD)
     strategy_clip_gradients = _timed(_STEP)
-    collective_all_gather = _timed(_MEETING)
-    collective_all_reduce = _timed(_MEETING)
-    collective_reduce_scatter = _timed(_MEETING)
-    collective_broadcast = _timed(_MEETING)
-    collective_barrier = _timed(_MEETING)
+    collective_all_gather = _timed(_COLLECTIVES)
+    collective_all_reduce = _timed(_COLLECTIVES)
+    collective_reduce_scatter = _timed(_COLLECTIVES)
+    collective_broadcast = _timed(_COLLECTIVES)
+    collective_barrier = _timed(_COLLECTIVES)
     checkpoint_save = _timed(_SAVING)
     checkpoint_load = _timed(_SAVING)
 

@@ -4,7 +4,7 @@ from plugframe import Plugin
 
 plugin = Plugin(
     factory="plugframe_builtins.cpu.accelerator:CPU",
-    summary="The processor; any number of processes share it.",
+    summary="The CPU; any number of processes share it.",
     devices=("cpu",),
     priority=0,
 )

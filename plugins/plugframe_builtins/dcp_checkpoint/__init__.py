@@ -4,7 +4,7 @@ from plugframe import Plugin
 
 plugin = Plugin(
     factory="plugframe_builtins.dcp_checkpoint.checkpoint:ShardedCheckpoint",
-    summary="a folder to which every rank writes its part, verified on load; saves in the background on request",
+    summary="a folder to which every rank writes its shards, verified on load; saves in the background on request",
     provides=("sharded", "async"),
     requires=("safetensors",),
     priority=50,

@@ -7,7 +7,7 @@ _SHARDED = "torch has retired it; use strategy='fsdp', or 'ddp' where the model 
 
 plugin = Plugin(
     factory="plugframe_builtins.ddp.strategy:DDP",
-    summary="The whole model on every rank, gradients averaged in backward.",
+    summary="The complete model on every rank, gradients averaged in backward.",
     priority=10,
     provides=("local-backward",),
     needs={"collective": ("process-group",)},

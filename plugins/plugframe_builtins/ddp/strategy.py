@@ -112,7 +112,7 @@ class DDP(Strategy):
             )
         self._undo.callback(self._registrations.watch())
         world = context.world
-        self._hook_check = TensorHookCheck(speaks=world.world_size > 1 and world.global_rank == 0)
+        self._hook_check = TensorHookCheck(warns=world.world_size > 1 and world.global_rank == 0)
         if 1 < context.world.world_size <= MOST_RANKS:
             self._backward.settings_check = SettingsCheck(
                 context.world.world_size, context.hooks.collective_all_gather_object

@@ -58,12 +58,12 @@ class Agreement:
             dist.all_gather(rows, mine, group=self._group)
         except RuntimeError as error:
             raise CollectiveMismatchError(
-                f"This rank came to {place} where the step before came to {before or 'its end'}, and not all other "
+                f"This rank reached {place} where the step before reached {before or 'its end'}, and not all other "
                 f"ranks did within {self._timeout_s:g} s: they run other parts of the model. {remedy}"
             ) from error
         places = [bytes(row.tolist()).decode(errors="replace").rstrip() for row in rows]
         if len(set(places)) > 1:
-            positions = ", ".join(f"rank {rank} came to {each}" for rank, each in enumerate(places))
+            positions = ", ".join(f"rank {rank} reached {each}" for rank, each in enumerate(places))
             raise CollectiveMismatchError(f"Ranks run different parts of the model in one step: {positions}. {remedy}")
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class Trace:
         self._expected: list[str] = []
         self._now: list[str] = []
 
-    def come(self, place: str) -> None:
+    def record(self, place: str) -> None:
         """Record the current position."""
         number = len(self._now)
         expected = self._expected[number] if number < len(self._expected) else None
@@ -99,7 +99,7 @@ class Trace:
         """Start a new step."""
         if not self._now:
             return
-        self.come(_END)
+        self.record(_END)
         if self._now in self._known:
             self._known.remove(self._now)
         self._known.append(self._now)

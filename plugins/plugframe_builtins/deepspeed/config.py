@@ -107,7 +107,9 @@ def read_raw(config: Mapping[str, Any] | str | Path | None) -> Config:
         try:
             raw = json.loads(Path(config).read_text())
         except (OSError, ValueError) as error:
-            raise SettingError(f"config={str(config)!r} of strategy 'deepspeed' is no JSON file: {error}.") from error
+            raise SettingError(
+                f"config={str(config)!r} of strategy 'deepspeed' is not a JSON file: {error}."
+            ) from error
     else:
         raw = copy.deepcopy(dict(config)) if isinstance(config, Mapping) else config
     if not isinstance(raw, dict):

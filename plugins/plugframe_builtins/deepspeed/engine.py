@@ -141,7 +141,8 @@ class Engine(Reader):
 
     def _make_trace(self, agreement: Agreement | None, numel: int) -> Trace | None:
         remedy = (
-            "Gradients of a model that is larger than reduce_bucket_size are averaged in the order in which they come: "
+            "Gradients of a model that is larger than reduce_bucket_size are averaged in the order in which they "
+            "are computed: "
             f"use DeepSpeed(reduce_bucket_size={numel})."
         )
         return None if agreement is None else Trace(lambda place, before: agreement(place, before, remedy))
@@ -149,9 +150,9 @@ class Engine(Reader):
     def _compare(self) -> None:
         """Verify that all ranks have gradients of the same parameters, if some are averaged already."""
         if self._trace is not None:
-            came = {key: place for place, key in enumerate(self._touched)}
-            digest = zlib.crc32(repr([came.get(id(p)) for p in self._parameters]).encode())
-            self._trace.come(f"a backward with gradients of {len(came)} parameters (order {digest:08x})")
+            order = {key: place for place, key in enumerate(self._touched)}
+            digest = zlib.crc32(repr([order.get(id(p)) for p in self._parameters]).encode())
+            self._trace.record(f"a backward with gradients of {len(order)} parameters (order {digest:08x})")
 
     def _check_registered(self) -> None:
         """Raise if parameters were registered after set-up.
@@ -261,7 +262,7 @@ class Engine(Reader):
             return
         if not self._works:
             raise OrderError(
-                f"A backward outside of lite.backward() has come to {self.guard.name(parameter)}, whose gradient "
+                f"A backward outside of lite.backward() has reached {self.guard.name(parameter)}, whose gradient "
                 "strategy 'deepspeed' would lose: call lite.backward(loss)."
             )
         if parameter.grad is not None and parameter.grad.is_sparse:
@@ -337,7 +338,7 @@ class Engine(Reader):
             )
 
     def values(self) -> dict[int, Tensor]:
-        trained = {id(p): self.fragments.whole(p) for p in self.fragments.parameters()}
+        trained = {id(p): self.fragments.full(p) for p in self.fragments.parameters()}
         return {**super().values(), **trained}
 
     def close(self) -> None:
@@ -354,5 +355,5 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def _copied(parameter: nn.Parameter) -> Tensor:
-    with gathered(parameter) as whole:
-        return whole.clone()
+    with gathered(parameter) as full:
+        return full.clone()

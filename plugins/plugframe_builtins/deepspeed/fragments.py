@@ -36,9 +36,9 @@ class Fragment:
         """Return the range of a tensor with the layout of `flat` (itself, its gradient, its state)."""
         return flat.detach().view(-1).narrow(0, self.start, self.numel)
 
-    def piece(self, whole: Tensor) -> Tensor:
+    def piece(self, full: Tensor) -> Tensor:
         """Return the range of a full tensor."""
-        return whole.detach().reshape(-1).narrow(0, self.offset, self.numel)
+        return full.detach().reshape(-1).narrow(0, self.offset, self.numel)
 
 
 def linked(parameter: Any, flat: Tensor) -> Fragment:
@@ -75,7 +75,7 @@ class Fragments:
         return [parameter for parameter, _ in self._by_id.values()]
 
     @torch.no_grad()
-    def whole(self, parameter: Tensor, flat: Tensor | None = None) -> Tensor:
+    def full(self, parameter: Tensor, flat: Tensor | None = None) -> Tensor:
         """Return the full parameter, gathered from all ranks. Every rank must call it.
 
         Args:
@@ -84,15 +84,15 @@ class Fragments:
         fragment = self._by_id[id(parameter)][1]
         source = fragment.flat if flat is None else flat
         numel, shape = extent(parameter)
-        whole = torch.zeros(numel, dtype=source.dtype, device=parameter.device)
-        fragment.piece(whole).copy_(fragment.of(source))
-        return self._add_up(whole).view(shape)
+        full = torch.zeros(numel, dtype=source.dtype, device=parameter.device)
+        fragment.piece(full).copy_(fragment.of(source))
+        return self._add_up(full).view(shape)
 
     @torch.no_grad()
-    def put(self, parameter: Tensor, value: Tensor, flat: Tensor | None = None, *, whole: bool = True) -> None:
+    def put(self, parameter: Tensor, value: Tensor, flat: Tensor | None = None, *, full: bool = True) -> None:
         """Write this rank's elements, from a full tensor or from the range alone."""
         fragment = self._by_id[id(parameter)][1]
-        fragment.of(fragment.flat if flat is None else flat).copy_(fragment.piece(value) if whole else value)
+        fragment.of(fragment.flat if flat is None else flat).copy_(fragment.piece(value) if full else value)
 
 
 def extent(parameter: Any) -> tuple[int, torch.Size]:

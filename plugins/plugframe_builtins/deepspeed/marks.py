@@ -40,11 +40,11 @@ class Marks:
                 new |= set(vars(obj)) - old
 
     @torch.no_grad()
-    def remove(self, whole: Mapping[int, Tensor]) -> None:
+    def remove(self, full_values: Mapping[int, Tensor]) -> None:
         """Remove new attributes, and restore every parameter's storage and dtype.
 
         Args:
-            whole: by the parameter's id, full values of sharded parameters.
+            full_values: by the parameter's id, full values of sharded parameters.
         """
         for obj, new in zip(self._objects, self._new, strict=True):
             for name in list(vars(obj)):
@@ -55,7 +55,7 @@ class Marks:
             if type(parameters) is not dict:
                 vars(part)["_parameters"] = dict(parameters.items())
         for parameter, dtype in zip(self._parameters, self._dtypes, strict=True):
-            parameter.data = whole.get(id(parameter), parameter.data).to(dtype, copy=True)
+            parameter.data = full_values.get(id(parameter), parameter.data).to(dtype, copy=True)
             parameter.grad = None
 
 

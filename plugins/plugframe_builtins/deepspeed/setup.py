@@ -74,7 +74,7 @@ class SetUp(Strategy):
         self._undo = start(context, shared_memory_op=self.shared_memory_op, build_timeout_s=self.build_timeout_s)
         self._undo.callback(self._registrations.watch())
         world = context.world
-        self._hook_check = TensorHookCheck(speaks=world.world_size > 1 and world.global_rank == 0)
+        self._hook_check = TensorHookCheck(warns=world.world_size > 1 and world.global_rank == 0)
         # A simulated group has no peers.
         if self.stage > 1 and context.world.world_size > 1 and "gloo" in dist.get_backend_config(dist.group.WORLD):
             self._agreement = Agreement(context.world.world_size)
@@ -211,7 +211,7 @@ class SetUp(Strategy):
         engine = slot.drive(lambda guard: self._engine(module, optimizer, guard), self.stage)
         for parameter in engine.fragments.parameters():
             if id(parameter) in values:
-                engine.fragments.put(parameter, values[id(parameter)], whole=slot.pieces is None)
+                engine.fragments.put(parameter, values[id(parameter)], full=slot.pieces is None)
         optimizer.state.clear()
         if known is not None:
             load_optimizer_state(engine, known)

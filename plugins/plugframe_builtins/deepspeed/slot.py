@@ -148,9 +148,9 @@ class Slot:
             if self.guard is not None:
                 self.guard.unlock()
             running = self._reader if self.engine is None else self.engine
-            whole = running.values() if alone and running is not None else self._empty()
+            full_values = running.values() if alone and running is not None else self._empty()
             if running is not None or self.pieces is not None:
-                stack.callback(self.marks.remove, whole)
+                stack.callback(self.marks.remove, full_values)
             if running is not None:
                 running.close()
             if self.guard is not None:

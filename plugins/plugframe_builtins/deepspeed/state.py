@@ -19,21 +19,21 @@ Keep = Callable[[Tensor], Any]
 _Value = Tensor | StoredTensor
 
 
-def keeper(mesh: DeviceMesh | None, rank: int) -> Keep:
+def make_keep(mesh: DeviceMesh | None, rank: int) -> Keep:
     """Return a function that keeps this rank's rows of a tensor, or, without a mesh, the full tensor on rank 0."""
 
-    def share(whole: Tensor) -> Any:
-        if whole.dim() == 0:
-            return whole
-        part = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+    def share(full: Tensor) -> Any:
+        if full.dim() == 0:
+            return full
+        part = distribute_tensor(full, mesh, [Shard(0)], src_data_rank=None)
         # A view would keep the full tensor alive.
         own = part.to_local().clone()
         return DTensor.from_local(
-            own, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.contiguous().stride()
+            own, mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.contiguous().stride()
         )
 
-    def on_first(whole: Tensor) -> Any:
-        return whole.cpu() if rank == 0 else None
+    def on_first(full: Tensor) -> Any:
+        return full.cpu() if rank == 0 else None
 
     return on_first if mesh is None else share
 
@@ -59,11 +59,11 @@ def module_state(module: nn.Module, engine: Engine, keep: Keep, *, sharded: bool
 def _saved(parameter: nn.Parameter, engine: Engine, keep: Keep, *, sharded: bool) -> Any:
     fragment = engine.fragments.get(parameter)
     if fragment is not None and fragment.flat.dtype is not parameter.dtype:
-        return keep(engine.fragments.whole(parameter))
+        return keep(engine.fragments.full(parameter))
     if not hasattr(parameter, "ds_id"):  # replicated
         return parameter.detach() if sharded else keep(parameter.detach())
-    with gathered(parameter) as whole:
-        return keep(whole.clone())
+    with gathered(parameter) as full:
+        return keep(full.clone())
 
 
 @torch.no_grad()
@@ -92,8 +92,8 @@ def load_module_state(module: nn.Module, engine: Engine, state: Mapping[str, Any
 
 def _load_parameter(parameter: nn.Parameter, engine: Engine, value: Tensor) -> None:
     value = value.to(parameter.device)
-    with gathered(parameter, write=True) as whole:
-        whole.copy_(value)
+    with gathered(parameter, write=True) as full:
+        full.copy_(value)
     fragment = engine.fragments.get(parameter)
     if fragment is not None and fragment.flat is not parameter:
         engine.fragments.put(parameter, value)
@@ -134,7 +134,7 @@ def _entry(parameter: Tensor, engine: Engine, keep: Keep) -> dict[str, Any]:
     kept = {}
     for name, value in engine.borrowed.state.get(fragment.flat, {}).items():
         if isinstance(value, Tensor) and value.dim() and value.shape == fragment.flat.shape:
-            kept[name] = keep(engine.fragments.whole(parameter, value))
+            kept[name] = keep(engine.fragments.full(parameter, value))
         else:
             kept[name] = value.clone() if isinstance(value, Tensor) else value
     return kept
@@ -184,5 +184,5 @@ class _Loader:
             elif isinstance(kept.get(name), Tensor):
                 kept[name].copy_(_whole(value))
             else:
-                whole = materialize(value)
-                kept[name] = whole.clone() if isinstance(whole, Tensor) else whole
+                full = materialize(value)
+                kept[name] = full.clone() if isinstance(full, Tensor) else full

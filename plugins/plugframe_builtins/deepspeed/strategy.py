@@ -26,9 +26,9 @@ from plugframe_builtins.deepspeed.library import library
 from plugframe_builtins.deepspeed.setup import SetUp
 from plugframe_builtins.deepspeed.slot import Slot
 from plugframe_builtins.deepspeed.state import (
-    keeper,
     load_module_state,
     load_optimizer_state,
+    make_keep,
     module_state,
     optimizer_state,
 )
@@ -314,7 +314,7 @@ class DeepSpeed(SetUp):
         world = self.context.world
         if sharded and self._mesh is None:
             self._mesh = init_device_mesh(self.context.device.type, (world.world_size,), mesh_dim_names=("shard",))
-        return keeper(self._mesh if sharded else None, world.global_rank)
+        return make_keep(self._mesh if sharded else None, world.global_rank)
 
 
 @contextmanager

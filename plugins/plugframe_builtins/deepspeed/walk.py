@@ -105,7 +105,7 @@ class Walk:
         # Evaluation may be uneven, and ranks announce its forwards.
         trains = torch.is_grad_enabled() and self._module.training
         if trains and id(part) in self._parts and self._agreement is not None:
-            self._trace.come(self._parts[id(part)])
+            self._trace.record(self._parts[id(part)])
 
     def _go(self, part: nn.Module, args: Any, result: Any) -> None:
         if self._running:
@@ -117,12 +117,12 @@ class Walk:
         if id(part) in self._parts:
             if not self.works and id(part) in self._sharded:
                 raise UnsupportedError(
-                    "A backward outside of lite.backward(), as of torch.autograd.grad(), came to "
+                    "A backward outside of lite.backward(), as of torch.autograd.grad(), reached "
                     f"{self._parts[id(part)]}, which strategy 'deepspeed' (stage 3) gathers for lite.backward() alone: "
                     "use stage=2, or a param_persistence_threshold of as many elements, which keeps it complete."
                 )
             if self.works and self._agreement is not None:
-                self._trace.come(f"the backward of {self._parts[id(part)]}")
+                self._trace.record(f"the backward of {self._parts[id(part)]}")
         self._pre_backward(part)
 
     def _agree(self, place: str, before: str | None) -> None:
@@ -132,7 +132,7 @@ class Walk:
             before,
             "Strategy 'deepspeed' (stage 3) gathers each part from all ranks: use stage=2, a "
             "param_persistence_threshold of as many elements as the part has, or before lite.setup() "
-            "deepspeed.utils.set_z3_leaf_modules(model, [TheBlock]), which gathers the whole block that chooses.",
+            "deepspeed.utils.set_z3_leaf_modules(model, [TheBlock]), which gathers the complete block.",
         )
 
     def end(self) -> None:

@@ -5,7 +5,7 @@ from plugframe_builtins._shared.sharding.options import OPTIONS
 
 plugin = Plugin(
     factory="plugframe_builtins.fsdp.strategy:FSDP",
-    summary="A part of the model on every rank, for models larger than a device (FSDP2).",
+    summary="The model sharded over ranks, for models larger than a device (FSDP2).",
     provides=("sharded",),
     options=(
         *OPTIONS,

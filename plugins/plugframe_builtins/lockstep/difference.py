@@ -12,7 +12,7 @@ from plugframe.utils.rank_text import ranks_text
 
 
 @dataclass(frozen=True)
-class Word:
+class RankCall:
     """One rank's next call.
 
     Attributes:
@@ -30,10 +30,10 @@ class Word:
         return [*asdict(self.call).values(), self.batches, self.forwards]
 
     @staticmethod
-    def of(data: list[Any]) -> Word:
+    def of(data: list[Any]) -> RankCall:
         """Return the inverse of `as_list`."""
         *call, batches, forwards = data
-        return Word(Call(*call), batches, forwards)
+        return RankCall(Call(*call), batches, forwards)
 
     @property
     def does(self) -> tuple[Any, ...]:
@@ -48,7 +48,7 @@ class Word:
         return f"{self.call.text}{f' {line!r}' if line else ''}"
 
 
-def difference(words: Mapping[int, Word], *, sites: bool) -> str:
+def difference(words: Mapping[int, RankCall], *, sites: bool) -> str:
     """Return a line about the difference between ranks; an empty string if there is none."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for rank, word in words.items():
@@ -68,12 +68,12 @@ def difference(words: Mapping[int, Word], *, sites: bool) -> str:
     return f"The ranks do not make the same call: {'; '.join(clauses)}. {hint}"
 
 
-def _counts(word: Word) -> str:
+def _counts(word: RankCall) -> str:
     batches = f"{word.batches} batch{'es' if word.batches != 1 else ''}"
     return f"{batches} and {word.forwards} forward{'s' if word.forwards != 1 else ''}"
 
 
-def _hint(firsts: Mapping[int, Word]) -> str:
+def _hint(firsts: Mapping[int, RankCall]) -> str:
     (a_rank, a), (b_rank, b) = list(firsts.items())[:2]
     for word in firsts.values():
         where = under_rank_condition(word.call)

@@ -17,7 +17,7 @@ from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe_builtins.lockstep import plugin
 from plugframe_builtins.lockstep.channel import Channel
-from plugframe_builtins.lockstep.difference import Word, difference
+from plugframe_builtins.lockstep.difference import RankCall, difference
 
 
 def _compared() -> Any:
@@ -136,20 +136,20 @@ class Lockstep(Extension):
         call = self._calls.running()
         if call is None:
             return
-        word = Word(call=call, batches=self._batches, forwards=self._forwards)
-        told = json.dumps(word.as_list())
+        word = RankCall(call=call, batches=self._batches, forwards=self._forwards)
+        message = json.dumps(word.as_list())
         self._busy = True
         try:
             if group is None and self._channel is not None:
-                words = self._channel.exchange(told)
+                words = self._channel.exchange(message)
             else:
-                words = self._context.hooks.collective_all_gather_object(obj=told, group=group)
+                words = self._context.hooks.collective_all_gather_object(obj=message, group=group)
         finally:
             self._busy = False
-        if words is None or all(each == told for each in words):
+        if words is None or all(each == message for each in words):
             return
         ranks = range(len(words)) if group is None else self._members(group, len(words))
-        found = difference({r: Word.of(json.loads(w)) for r, w in zip(ranks, words, strict=True)}, sites=self.sites)
+        found = difference({r: RankCall.of(json.loads(w)) for r, w in zip(ranks, words, strict=True)}, sites=self.sites)
         if found:
             raise CollectiveMismatchError(found)
 

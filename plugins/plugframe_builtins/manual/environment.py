@@ -78,7 +78,7 @@ class Manual(Environment):
                 f"RANK={rank} is not the rank of LOCAL_RANK={local} on NODE_RANK={node} with {each} on each node"
             )
         if size > 1:
-            self._check_meeting(size, nodes)
+            self._check_rendezvous(size, nodes)
         return world
 
     def main(self) -> tuple[str, int]:
@@ -105,7 +105,7 @@ class Manual(Environment):
             self._refuse(f"WORLD_SIZE={size}, but {each} devices on each of {self._nodes} nodes were asked for")
         return size, each
 
-    def _check_meeting(self, size: int, nodes: int) -> None:
+    def _check_rendezvous(self, size: int, nodes: int) -> None:
         if not os.environ.get("MASTER_PORT"):
             self._refuse(f"MASTER_PORT is not set, on which {size} ranks are to connect: a free port, the same for all")
         if nodes > 1 and not os.environ.get("MASTER_ADDR"):

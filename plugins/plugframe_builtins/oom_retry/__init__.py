@@ -9,6 +9,6 @@ plugin = Plugin(
     needs={"strategy": ("local-backward",)},
     options=(
         Option("min_micro_batch", int, 1, "Samples at a time that are never divided.", minimum=1),
-        Option("micro_batch", int, None, "Samples at a time to begin with; whole batches without.", minimum=1),
+        Option("micro_batch", int, None, "Initial number of samples at a time; unset: full batches.", minimum=1),
     ),
 )

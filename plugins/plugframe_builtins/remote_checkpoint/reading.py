@@ -19,7 +19,7 @@ from plugframe_builtins._shared.checkpoint_files.files import Files
 from plugframe_builtins._shared.checkpoint_files.index import Chunk, Index, TensorLayout
 from plugframe_builtins._shared.checkpoint_files.source import FileSource
 from plugframe_builtins._shared.checkpoint_files.verification import Part, check_sizes, headers_of, parts_of, read_parts
-from plugframe_builtins.remote_checkpoint.storage import RemoteFolder, told
+from plugframe_builtins.remote_checkpoint.storage import RemoteFolder, checkpoint_errors
 
 #: Read-ahead for sequential reads: requests cost more than bytes.
 _AHEAD_BYTES = 4 * 1024 * 1024
@@ -49,7 +49,7 @@ class RemoteFiles(Files):
         return self._folder.shown(file)
 
     def size(self, file: str) -> int | None:
-        with told(f"cannot read {self.name(file)}"):
+        with checkpoint_errors(f"cannot read {self.name(file)}"):
             if self._sizes is None:
                 # One listing for all files; sizes missing there are requested one by one.
                 self._sizes = {}
@@ -60,7 +60,7 @@ class RemoteFiles(Files):
             return self._sizes[file]
 
     def read_into(self, buffer: memoryview, file: str, start: int, what: str) -> None:
-        with told(f"cannot read {self.name(file)}"):
+        with checkpoint_errors(f"cannot read {self.name(file)}"):
             try:
                 data = self._read(file, start, len(buffer))
             except FileNotFoundError:
@@ -93,7 +93,7 @@ def find(folder: RemoteFolder) -> Index:
         CheckpointError: if the folder is missing, or not a checkpoint.
         CheckpointCorruptError: if the manifest is damaged.
     """
-    with told(f"cannot read {folder.url}"):
+    with checkpoint_errors(f"cannot read {folder.url}"):
         manifest = read_manifest(folder)
         names = folder.sizes() if manifest is None else {}
         if manifest is None and not names:
@@ -127,7 +127,7 @@ def read(folder: RemoteFolder, *, lazy: bool, rank: int, num_ranks: int) -> tupl
         read_parts(files, parts_of(found), share=rank, num_shares=num_ranks)
         tensors.update(FileSource(found, files).tensors())
     else:
-        tensors.update(_read_whole(found, files))
+        tensors.update(_read_all(found, files))
     state = join(tensors, found.structure, where=found.path)
     if not isinstance(state, dict):
         raise CheckpointCorruptError(f"{found.path}: its structure is a {type(state).__name__}, not a dict.")
@@ -149,14 +149,14 @@ def inspect(folder: RemoteFolder) -> Contents:
     )
 
 
-def _read_whole(found: Index, files: RemoteFiles) -> dict[str, Tensor]:
+def _read_all(found: Index, files: RemoteFiles) -> dict[str, Tensor]:
     """Read every tensor; each byte is read once and verified."""
-    whole = {name: torch.empty(laid.shape, dtype=laid.dtype, device="cpu") for name, laid in found.tensors.items()}
+    full = {name: torch.empty(laid.shape, dtype=laid.dtype, device="cpu") for name, laid in found.tensors.items()}
     parts = headers_of(found)
     apart: list[tuple[str, TensorLayout, Chunk, Tensor]] = []
     for name, laid in found.tensors.items():
         for chunk in laid.chunks:
-            box = _box(whole[name], chunk)
+            box = _box(full[name], chunk)
             if box.is_contiguous():
                 parts.append(_part(name, laid, chunk, box))
             else:
@@ -167,7 +167,7 @@ def _read_whole(found: Index, files: RemoteFiles) -> dict[str, Tensor]:
         own = torch.empty(box.shape, dtype=box.dtype, device="cpu")
         read_parts(files, [_part(name, laid, chunk, own)])
         box.copy_(own)
-    return whole
+    return full
 
 
 def _box(tensor: Tensor, chunk: Chunk) -> Tensor:

@@ -28,7 +28,7 @@ def local_path(path: str) -> str | None:
 
 
 @contextmanager
-def told(what: str, *, after: str = "") -> Iterator[None]:
+def checkpoint_errors(what: str, *, after: str = "") -> Iterator[None]:
     """Turn any library's error into a one-line `CheckpointError` that names the failed action."""
     try:
         yield

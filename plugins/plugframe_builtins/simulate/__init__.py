@@ -12,6 +12,6 @@ as_environment = Plugin(
 
 as_collective = Plugin(
     factory="plugframe_builtins.simulate.collective:SimulatedCollective",
-    summary="Sends nothing: every other rank is taken to hold the tensors of this one. For environment simulate.",
+    summary="Sends nothing: every other rank is assumed to hold the tensors of this one. For environment simulate.",
     provides=("process-group", "simulated"),
 )

@@ -28,12 +28,12 @@ def only_this_attempt(store: Any, world: World, *, timeout_s: float) -> Any:
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     lobby = PrefixStore("plugframe/attempt", store)
-    _take_place(lobby, world.global_rank)
+    _claim_rank(lobby, world.global_rank)
     prefix = _answer(lobby, world, timeout_s) if world.global_rank == 0 else _ask(lobby, world, timeout_s)
     return PrefixStore(f"plugframe/{prefix}", store)
 
 
-def _take_place(lobby: Any, rank: int) -> None:
+def _claim_rank(lobby: Any, rank: int) -> None:
     """Raise for a second process with the variables of one rank, such as a program that the rank has started."""
     host, key = socket.gethostname(), f"process/{rank}"
     me = f"{host} {os.getpid()}"

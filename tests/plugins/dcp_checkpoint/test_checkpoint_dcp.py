@@ -345,7 +345,7 @@ def the_next_save_and_the_end_wait(on: Job) -> None:
     for call in (lambda: on.save("second", numbered(on, 2)), lambda: on.checkpoint.checkpoint_teardown()):
         go_on = threading.Event()
         write = tensor_file.write_tensors
-        look = Pending.untold
+        look = Pending.unreported
 
         def held(file: Any, tensors: Any, go_on: Any = go_on, write: Any = write) -> Any:
             assert go_on.wait(60)
@@ -357,7 +357,7 @@ def the_next_save_and_the_end_wait(on: Job) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tensor_file, "write_tensors", held)
-            patch.setattr(Pending, "untold", looked)
+            patch.setattr(Pending, "unreported", looked)
             handle = on.save("first", numbered(on, 1), wait=False)
             assert not handle.done()
             call()
@@ -593,7 +593,7 @@ def test_what_is_in_the_way_is_refused(alone: Job, tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "folder") == ["notes.txt"]
     with pytest.raises(CheckpointError, match=r"other is a folder, but its manifest\.json is not one of a checkpoint"):
         alone.load("other")
-    with pytest.raises(CheckpointError, match=r"'s3://a/b' is no path of the file system"):
+    with pytest.raises(CheckpointError, match=r"'s3://a/b' is not a file system path"):
         alone.checkpoint.checkpoint_save(path="s3://a/b", state={}, info={}, wait=True)
 
 

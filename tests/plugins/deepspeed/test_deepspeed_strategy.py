@@ -863,7 +863,7 @@ def test_strategy(check: Any, number: int, reports: dict[int, dict[str, str]]) -
         ({"config": {"train_batch_size": 8}}, r"config\['train_batch_size'\] .* set it in the DataLoader"),
         ({"config": {"gradient_accumulation_steps": 4}}, r"=4 .* must be 1: accumulate with lite.no_backward_sync"),
         ({"config": {"zero_optimization": {"stage": "auto"}}}, r"config\['zero_optimization.stage'\]='auto'"),
-        ({"config": "nowhere.json"}, "config='nowhere.json' .* is no JSON file"),
+        ({"config": "nowhere.json"}, "config='nowhere.json' .* is not a JSON file"),
         ({"config": [1]}, r"config=\[1\] .* must be a mapping or a path to a JSON file"),
     ],
 )

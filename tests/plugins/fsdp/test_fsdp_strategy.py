@@ -610,7 +610,7 @@ def test_policies_follow_the_precision() -> None:
         ({"mesh": {"shard": 0}}, "'shard' is a number of ranks, or -1"),
         ({"mesh": {"shard": -1, "replicate": -1}}, "only one axis can be -1"),
         ({"mp_policy": {"param_dtyp": "bfloat16"}}, "has no 'param_dtyp'. Did you mean 'param_dtype'"),
-        ({"mp_policy": {"param_dtype": "bf17"}}, "param_dtype='bf17' is no dtype"),
+        ({"mp_policy": {"param_dtype": "bf17"}}, "param_dtype='bf17' is not a dtype"),
         ({"mp_policy": 3}, "must be a MixedPrecisionPolicy or a dict"),
         ({"activation_checkpointing": "blocks"}, "must be 'auto', a set"),
         ({"reshard_after_forward": "yes"}, "reshard_after_forward='yes' .* True, False or a number of ranks"),

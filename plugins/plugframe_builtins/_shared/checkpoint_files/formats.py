@@ -102,21 +102,21 @@ def _take(found: Index, files: Files, lazy: bool, rank: int, num_ranks: int) -> 
         read_parts(files, parts_of(found), share=rank, num_shares=num_ranks)
         tensors.update(FileSource(found, files).tensors())
     else:
-        tensors.update(_read_whole(found, files))
+        tensors.update(_read_all(found, files))
     state = join(tensors, found.structure, where=found.path)
     if not isinstance(state, dict):
         raise CheckpointCorruptError(f"{found.path}: its structure is a {type(state).__name__}, not a dict.")
     return state
 
 
-def _read_whole(found: Index, files: Files) -> dict[str, Tensor]:
+def _read_all(found: Index, files: Files) -> dict[str, Tensor]:
     """Read every tensor; each byte is read once and verified."""
-    whole = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in found.tensors.items()}
+    full = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in found.tensors.items()}
     parts = headers_of(found)
     apart: list[tuple[Part, Tensor, Tensor]] = []
     for name, laid in found.tensors.items():
         for chunk in laid.chunks:
-            box = _box(whole[name], chunk)
+            box = _box(full[name], chunk)
             if box.is_contiguous():
                 parts.append(_part(name, laid, chunk, box))
             else:
@@ -126,7 +126,7 @@ def _read_whole(found: Index, files: Files) -> dict[str, Tensor]:
         own = torch.empty(box.shape, dtype=box.dtype, device="cpu")
         read_parts(files, [Part(part.what, part.file, part.start, part.size_bytes, part.xxh3, own)])
         box.copy_(own)
-    return whole
+    return full
 
 
 def _box(tensor: Tensor, chunk: Chunk) -> Tensor:
@@ -225,7 +225,7 @@ def _is_torchs(path: str) -> bool:
     """Return whether a folder is a torch.distributed.checkpoint; a plugframe manifest takes precedence."""
     from plugframe_builtins._shared.checkpoint_files import torch_format
 
-    return torch_format.is_one(path) and not sharded_format.opens(path)
+    return torch_format.is_torch_checkpoint(path) and not sharded_format.opens(path)
 
 
 def _check_present(path: str) -> None:

@@ -101,9 +101,9 @@ def check_slots(slots: Mapping[str, Slot], *, where: str) -> None:
     """
     end = 0
     for name, slot in slots.items():
-        whole = all(type(size) is int and 0 <= size < 2**63 for size in (slot.start, slot.end, *slot.shape))
-        size_bytes = math.prod(slot.shape) * slot.dtype.itemsize if whole else -1
-        extent = math.prod(max(size, 1) for size in slot.shape) if whole else 0
+        valid = all(type(size) is int and 0 <= size < 2**63 for size in (slot.start, slot.end, *slot.shape))
+        size_bytes = math.prod(slot.shape) * slot.dtype.itemsize if valid else -1
+        extent = math.prod(max(size, 1) for size in slot.shape) if valid else 0
         if extent >= 2**59 or slot.start != end or slot.size_bytes != size_bytes:
             raise CheckpointCorruptError(f"{where}: tensor {name!r} is out of place in its header.")
         end = slot.end

@@ -18,7 +18,7 @@ from plugframe.errors import CheckpointCorruptError, CheckpointError
 METADATA = ".metadata"
 
 
-def is_one(path: str) -> bool:
+def is_torch_checkpoint(path: str) -> bool:
     """Return whether a folder is a ``torch.distributed.checkpoint``."""
     return os.path.isfile(os.path.join(path, METADATA))
 

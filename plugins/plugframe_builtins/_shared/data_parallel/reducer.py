@@ -115,7 +115,7 @@ class Reducer:
         self._cap_bytes = cap_bytes
         self._as_views = as_views
         self._make_send = make_send
-        self._send: Send = self._send_whole
+        self._send: Send = self._send_uncompressed
         self._factor = 1.0 / dist.get_world_size(group)
         self.averages = True
         self.running = False
@@ -217,9 +217,9 @@ class Reducer:
         self._backward.join(self)
 
     def _learn(self) -> None:
-        """Let buckets be sent early from now on in which every gradient came, and once.
+        """Send buckets early from now on if each gradient arrived exactly once.
 
-        When a bucket is sent is a rank's own affair: all that matters is that they are sent in one order.
+        Ranks may send a bucket at different times, as long as the order of buckets is the same.
         """
         for bucket in self._buckets:
             if not bucket.early and not bucket.waiting:
@@ -229,7 +229,7 @@ class Reducer:
                     self._steady |= keys
 
     def send_ready(self) -> bool:
-        """Send buckets in their order, up to the first that waits for a gradient; say whether all were sent."""
+        """Send buckets in order, up to the first that waits for a gradient; return whether all were sent."""
         buckets = self._buckets
         while self._next < len(buckets) and buckets[self._next].early and not buckets[self._next].waiting:
             self._send_one(buckets[self._next])
@@ -237,7 +237,7 @@ class Reducer:
         return self._next == len(buckets)
 
     def send_all(self) -> None:
-        """Send the buckets that were not: what this backward has left out may have come on another rank."""
+        """Send the remaining buckets: parameters without a gradient here may have one on another rank."""
         for bucket in self._buckets[self._next :]:
             self._send_one(bucket)
         self._next = len(self._buckets)
@@ -247,7 +247,7 @@ class Reducer:
         bucket.fill(self._factor)
         bucket.work = self._send(bucket)
 
-    def _send_whole(self, bucket: Bucket) -> Any:
+    def _send_uncompressed(self, bucket: Bucket) -> Any:
         return dist.all_reduce(bucket.flat, group=self._group, async_op=True)
 
     @torch.no_grad()

@@ -311,7 +311,7 @@ class Engine:
             def note(_: Tensor) -> None:
                 engine = reference()
                 if engine is not None:
-                    engine.came_back(number)
+                    engine.backward_reached(number)
 
             def attach(tensor: Tensor) -> Tensor:
                 if tensor.requires_grad:
@@ -323,17 +323,17 @@ class Engine:
     def _visit(self, unit: nn.Module, _: Any) -> None:
         self._check_inside(unit, _)
         if self._training and self._paths is not None:
-            self._paths.come(self._position[id(unit)])
+            self._paths.record(self._position[id(unit)])
         self._visited.append(unit)
 
-    def came_back(self, number: int) -> None:
+    def backward_reached(self, number: int) -> None:
         """Record that a backward reaches a unit.
 
         Raises:
             UnsupportedError: if it builds a graph, which would refer to parameters freed afterwards.
         """
         if self._used is not None:
-            self._used.come(number)
+            self._used.record(number)
         if self._frees and not self._in_backward and torch.is_grad_enabled():
             raise UnsupportedError(
                 f"A gradient of this {type(self.shim.module).__name__} is computed with create_graph=True, and "

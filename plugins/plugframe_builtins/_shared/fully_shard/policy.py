@@ -69,5 +69,7 @@ def make_policy(policy: MixedPrecisionPolicy | Mapping[str, Any] | None, dtypes:
 def _dtype(name: str, value: Any) -> torch.dtype | None:
     dtype = getattr(torch, value, None) if isinstance(value, str) else value
     if (dtype is not None and not isinstance(dtype, torch.dtype)) or (dtype is None and value is not None):
-        raise SettingError(f"mp_policy of strategy 'fsdp': {name}={value!r} is no dtype: write 'bfloat16', say.")
+        raise SettingError(
+            f"mp_policy of strategy 'fsdp': {name}={value!r} is not a dtype: use 'bfloat16', for example."
+        )
     return dtype

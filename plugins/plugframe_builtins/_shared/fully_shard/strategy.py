@@ -38,8 +38,8 @@ from plugframe_builtins._shared.sharding.mesh import check_mesh, make_mesh
 from plugframe_builtins._shared.sharding.optimizer_remapping import OptimizerRemapping
 from plugframe_builtins._shared.sharding.options import OPTIONS
 from plugframe_builtins._shared.sharding.parameter import as_sharded
-from plugframe_builtins._shared.sharding.plain_states import take_plain_states
-from plugframe_builtins._shared.sharding.state import load_module_state, load_optimizer_state, whole
+from plugframe_builtins._shared.sharding.plain_states import accept_plain_states
+from plugframe_builtins._shared.sharding.state import full_state, load_module_state, load_optimizer_state
 from plugframe_builtins._shared.sharding.uneven_evaluation import UnevenEvaluation
 
 
@@ -154,7 +154,7 @@ class FullyShardedStrategy(Strategy):
         self._remapping.note(parameters, after, self._together)
         keep_attributes(module)
         allow_copies(module, units)
-        take_plain_states(module, self.context.hooks)
+        accept_plain_states(module, self.context.hooks)
         assert self._channel is not None
         frees = self.reshard_after_forward is not False
         engine = Engine(shim, units[::-1], self._evaluation, self._channel, self.name, frees)
@@ -171,7 +171,7 @@ class FullyShardedStrategy(Strategy):
                 )
             if parameter.is_meta and not is_deferred(parameter):
                 raise UnsupportedError(
-                    f"Parameter {name!r} is on the meta device, and nothing says what its values are: build the "
+                    f"Parameter {name!r} is on the meta device, and its values are undefined: build the "
                     f"{type(module).__name__} under lite.init_module(empty_init=True)."
                 )
 
@@ -353,7 +353,7 @@ class FullyShardedStrategy(Strategy):
     def strategy_module_state(self, module: nn.Module, sharded: bool) -> dict[str, Any]:
         self._reshard()
         state = module.state_dict()
-        return state if sharded else whole(state, keep=self.context.world.global_rank == 0)
+        return state if sharded else full_state(state, keep=self.context.world.global_rank == 0)
 
     @hookimpl
     def strategy_load_module_state(
@@ -366,7 +366,7 @@ class FullyShardedStrategy(Strategy):
     def strategy_optimizer_state(self, optimizer: Optimizer, sharded: bool) -> dict[str, Any]:
         self._reshard()
         state = optimizer.state_dict()
-        return state if sharded else whole(state, keep=self.context.world.global_rank == 0)
+        return state if sharded else full_state(state, keep=self.context.world.global_rank == 0)
 
     @hookimpl
     def strategy_load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -117,7 +117,7 @@ class UnitOrder:
         trusted = self._foreseen is not None and self._hits.count(False) <= _MISSES
         self._expected = self._foreseen if trusted else None
 
-    def come(self, unit: int) -> None:
+    def record(self, unit: int) -> None:
         """Record a unit of the forward, before it is gathered.
 
         Raises:
@@ -127,7 +127,7 @@ class UnitOrder:
         if self._expected is not None and position < len(self._expected) and self._expected[position] == unit:
             self._way.append(unit)
             return
-        self._meet(position, unit)
+        self._synchronize(position, unit)
         self._way.append(unit)
 
     def end(self) -> None:
@@ -136,7 +136,7 @@ class UnitOrder:
         if self._expected is not None and position == len(self._expected):
             self._send(position, _END)
         else:
-            self._meet(position, _END)
+            self._synchronize(position, _END)
         self._hits.append(self._foreseen == self._way)
         if len(self._next) > _KNOWN:
             self._next.clear()
@@ -161,7 +161,7 @@ class UnitOrder:
         self._sent = [self._number, position, unit, self._evaluated()]
         self._pending = self._channel.send(torch.tensor(self._sent))
 
-    def _meet(self, position: int, unit: int) -> None:
+    def _synchronize(self, position: int, unit: int) -> None:
         if self._expected is not None:
             # Ranks that followed the expected order continue to its end.
             for other in self._expected[position:]:
@@ -183,19 +183,19 @@ class UnitOrder:
         for rank, row in enumerate(rows.tolist()):
             if row != mine:
                 others.setdefault(self._text(row), []).append(rank)
-        told = "; ".join(f"rank {', '.join(map(str, ranks))} {text}" for text, ranks in others.items())
+        elsewhere = "; ".join(f"rank {', '.join(map(str, ranks))} {text}" for text, ranks in others.items())
         raise CollectiveMismatchError(
             f"The ranks run different parts of this {self._model} in one forward: this one "
-            f"{self._text(mine)}{_line()}; {told}. A sharded part needs all ranks: let every rank run the "
-            "same parts (weigh an unused one with 0), or keep the parts that differ whole, with "
-            "units= set to other classes."
+            f"{self._text(mine)}{_line()}; {elsewhere}. A sharded part needs all ranks: let every rank run the "
+            "same parts (weigh an unused one with 0), or set units= to classes that do not contain the parts that "
+            "differ."
         )
 
     def _text(self, row: list[int]) -> str:
         number, _, unit, _ = row
         if number != self._number:
             return "runs another model"
-        return "comes to its end" if unit == _END else f"comes to {self._names[unit]!r}"
+        return "reaches its end" if unit == _END else f"runs {self._names[unit]!r}"
 
 
 def _line() -> str:

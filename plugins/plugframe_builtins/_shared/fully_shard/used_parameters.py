@@ -68,7 +68,7 @@ class UsedParameters:
 
         return note
 
-    def come(self, unit: int) -> None:
+    def record(self, unit: int) -> None:
         """Record that the backward reached a unit."""
         self._order.append(unit)
 
@@ -104,15 +104,15 @@ class UsedParameters:
         rows = exchange.wait()
         if not bool((rows[:, :_SUM] == rows[0, :_SUM]).all()):
             raise CollectiveMismatchError(
-                f"The backwards of the ranks came to the parts of this {self._model} in different orders, so that "
+                f"The backwards of the ranks reached the parts of this {self._model} in different orders, so that "
                 "their gradients are mixed: compute the loss from the same parts on every rank (weigh an unused one "
                 "with 0)."
             )
         used = rows[:, _SUM:].amax(0)
         if bool(used.all()):
             return
-        for parameter, came, empty in zip(self._parameters, used.tolist(), self._empty, strict=True):
-            if not came and empty:
+        for parameter, reached, empty in zip(self._parameters, used.tolist(), self._empty, strict=True):
+            if not reached and empty:
                 parameter.grad = None
 
 

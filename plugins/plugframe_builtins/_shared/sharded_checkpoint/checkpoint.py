@@ -30,7 +30,7 @@ from plugframe_builtins._shared.sharded_checkpoint.writer import FolderWriter, b
 from plugframe_builtins._shared.torch_collective.connection import host_backend
 
 
-class _Offer(NamedTuple):
+class _Contribution(NamedTuple):
     """A rank's contribution to a save."""
 
     error: Packed
@@ -59,7 +59,7 @@ class ShardedCheckpoint(Checkpoint):
     @hookimpl
     def checkpoint_teardown(self) -> None:
         try:
-            error = self._untold()
+            error = self._unreported()
         finally:
             self._staging.clear()
             if self._group is not None and dist.is_initialized():
@@ -78,7 +78,7 @@ class ShardedCheckpoint(Checkpoint):
     ) -> SaveHandle | None:
         world = self.context.world
         offer, tensors, structure = self._prepare(path, state)
-        offers: list[_Offer] = self._exchange(offer)
+        offers: list[_Contribution] = self._exchange(offer)
         failed = next((each.error for each in offers if each.error is not None), None)
         if failed is not None:
             raise unpack_error(failed)
@@ -105,7 +105,7 @@ class ShardedCheckpoint(Checkpoint):
 
     @hookimpl
     def checkpoint_load(self, path: str, trusted: bool, lazy: bool) -> dict[str, Any]:
-        error = self._untold()
+        error = self._unreported()
         failed = first_error(self._exchange(pack_error(error)), error, self.context.world.global_rank)
         if failed is not None:
             raise failed
@@ -117,10 +117,10 @@ class ShardedCheckpoint(Checkpoint):
     def unfinished(self, path: str) -> bool:
         return formats.unfinished(path)
 
-    def _untold(self) -> CheckpointError | None:
+    def _unreported(self) -> CheckpointError | None:
         """Wait for the save in the background; return its error, unless it was raised already."""
         pending, self._pending = self._pending, None
-        return pending.untold() if pending is not None else None
+        return pending.unreported() if pending is not None else None
 
     def _exchange(self, obj: Any) -> list[Any]:
         if self.context.world.world_size == 1:
@@ -128,23 +128,25 @@ class ShardedCheckpoint(Checkpoint):
         everyone: list[Any] = self.context.hooks.collective_all_gather_object(obj=obj, group=None)
         return everyone
 
-    def _prepare(self, path: str, state: Mapping[str, Any]) -> tuple[_Offer, dict[str, Tensor | StoredTensor], Any]:
+    def _prepare(
+        self, path: str, state: Mapping[str, Any]
+    ) -> tuple[_Contribution, dict[str, Tensor | StoredTensor], Any]:
         """Run everything that can fail on one rank alone, before anything is written."""
-        error = self._untold()
+        error = self._unreported()
         if error is not None:
-            return _Offer(pack_error(error), b"", "", ""), {}, None
+            return _Contribution(pack_error(error), b"", "", ""), {}, None
         try:
             if not path or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-                raise CheckpointURLError(f"{path!r} is no path of the file system, which a sharded checkpoint needs.")
+                raise CheckpointURLError(f"{path!r} is not a file system path, which a sharded checkpoint needs.")
             tensors, structure = split_stored(state, dtypes=CODES.keys(), where=path, sharded=True)
             first = self.context.world.global_rank == 0
             save_id, folder = begin(os.path.abspath(path), path) if first else ("", "")
         except CheckpointError as problem:
-            return _Offer(pack_error(problem), b"", "", ""), {}, None
+            return _Contribution(pack_error(problem), b"", "", ""), {}, None
         except Exception as problem:  # noqa: BLE001 the other ranks wait for the outcome
             text = f"cannot write {path}: {type(problem).__name__}: {problem}"
-            return _Offer(pack_error(CheckpointError(text)), b"", "", ""), {}, None
-        return _Offer(None, digest(table(tensors)), save_id, folder), tensors, structure
+            return _Contribution(pack_error(CheckpointError(text)), b"", "", ""), {}, None
+        return _Contribution(None, digest(table(tensors)), save_id, folder), tensors, structure
 
     def _save(self, pieces: Mapping[str, Piece], writer: FolderWriter) -> None:
         values = {name: piece.tensor for name, piece in pieces.items()}

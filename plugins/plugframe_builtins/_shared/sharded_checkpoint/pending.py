@@ -58,25 +58,25 @@ class Pending:
         self._lock = threading.Lock()
         self._settled = False
         self._error: CheckpointError | None = None
-        self._told = False
+        self._reported = False
 
     def wait(self) -> None:
         """Return once the checkpoint is complete on disk; raise if the save failed."""
         error = self._end()
         if error is not None:
-            self._told = True
+            self._reported = True
             raise error
 
     def done(self) -> bool:
         """Return whether the save has ended, successfully or not."""
         return self._future.done()
 
-    def untold(self) -> CheckpointError | None:
+    def unreported(self) -> CheckpointError | None:
         """Wait for the end and return the error, unless it was raised already."""
         error = self._end()
-        if self._told:
+        if self._reported:
             return None
-        self._told = error is not None
+        self._reported = error is not None
         return error
 
     def _end(self) -> CheckpointError | None:

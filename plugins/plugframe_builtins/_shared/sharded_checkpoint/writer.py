@@ -49,7 +49,7 @@ def begin(path: str, shown: str) -> tuple[str, str]:
     Raises:
         CheckpointError: naming the obstacle.
     """
-    with _told(f"cannot write {shown}"):
+    with _checkpoint_errors(f"cannot write {shown}"):
         remove_leftovers(os.path.realpath(path))
         if os.path.lexists(path) and not os.path.isdir(path):
             formats.check_file(path, shown)
@@ -83,7 +83,7 @@ def _sweep(path: str, keep: Mapping[str, Any], known: Mapping[str, Any] | None =
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _checkpoint_errors(what: str) -> Iterator[None]:
     """Turn every error into a picklable `CheckpointError` that names the attempted action."""
     try:
         yield
@@ -134,7 +134,7 @@ class FolderWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Check the free space for all files, and create the folder. Called on rank 0."""
-        with _told(f"cannot write {self.shown}"):
+        with _checkpoint_errors(f"cannot write {self.shown}"):
             size_bytes = sum(_size_bytes(item) + _ENTRY_BYTES for plan in plans for item in plan.items)
             check_space(self.shown, self.path, size_bytes)
             self._made = make_folders(self.path)
@@ -142,7 +142,7 @@ class FolderWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's file and sync it to disk; its lock is held until `settle`."""
-        with _told(f"cannot write {self.shown} (rank {self.rank})"):
+        with _checkpoint_errors(f"cannot write {self.shown} (rank {self.rank})"):
             results = self._write(plan, planner) if plan.items else []
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
@@ -181,7 +181,7 @@ class FolderWriter(StorageWriter):
 
         Called on rank 0.
         """
-        with _told(f"cannot write {self.shown}"):
+        with _checkpoint_errors(f"cannot write {self.shown}"):
             flat = [result for each in results for result in each]
             files = {result.index.fqn: result.storage_data for result in flat if isinstance(result.storage_data, Head)}
             tensors = _tensors(metadata, [result for result in flat if not isinstance(result.storage_data, Head)])

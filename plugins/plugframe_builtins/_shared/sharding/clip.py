@@ -44,10 +44,10 @@ def _total_norm(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
     groups: dict[object, list[Tensor]] = {}
     for gradient in gradients:
         groups.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
-    whole = [_group_norm(group, norm_type) for group in groups.values()]
-    if not whole:
+    norms = [_group_norm(group, norm_type) for group in groups.values()]
+    if not norms:
         return torch.tensor(0.0)
-    return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole), norm_type)
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
 
 
 def _group_norm(gradients: Sequence[Tensor], norm_type: float) -> Tensor:

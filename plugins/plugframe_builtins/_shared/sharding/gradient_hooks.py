@@ -37,7 +37,7 @@ def _added(parameter: Tensor, key: str, hook: Callable[..., Any]) -> RemovableHa
     return handle
 
 
-def take_over(old: Tensor, new: Tensor) -> None:
+def move_hooks(old: Tensor, new: Tensor) -> None:
     """Move the hooks registered on `old` to `new`; the user's handles still remove them."""
     # The dicts themselves are shared with the handles (torch 2.13: private names, as no public one exists).
     for source, key in (("_backward_hooks", _HOOKS), ("_post_accumulate_grad_hooks", _POST)):

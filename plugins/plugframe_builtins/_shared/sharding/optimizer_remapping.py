@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from plugframe.errors import OrderError
-from plugframe_builtins._shared.sharding.gradient_hooks import take_over
+from plugframe_builtins._shared.sharding.gradient_hooks import move_hooks
 from plugframe_builtins._shared.sharding.parameter import as_sharded
 
 #: Attribute with the name of a replaced parameter.
@@ -75,7 +75,7 @@ class OptimizerRemapping:
             self._successor[old] = new
             replaced[id(old)] = (old, new)
             vars(new).update({key: value for key, value in vars(old).items() if key not in vars(new)})
-            take_over(old, new)
+            move_hooks(old, new)
         self.carry_over(optimizers)
         # The heap is searched only for parameters with further references: usually there are none.
         names = Counter(id(parameter) for parameter in before.values())
@@ -189,7 +189,7 @@ class _Repointing:
 def alike(value: Any, parameter: Tensor) -> Any:
     """Return an optimizer's value for a parameter, in any nesting, sharded as the parameter is."""
     if isinstance(value, Tensor):
-        return _spread(value, parameter)
+        return _shard_like_parameter(value, parameter)
     if isinstance(value, dict):
         for key, each in value.items():
             value[key] = alike(each, parameter)
@@ -199,7 +199,7 @@ def alike(value: Any, parameter: Tensor) -> Any:
     return value
 
 
-def _spread(value: Tensor, parameter: Tensor) -> Tensor:
+def _shard_like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor) or isinstance(value, (DTensor, nn.Parameter)) or not value.dim():
         return value
     # Values of another shape (rows and columns of a factorised moment) are replicated.
@@ -223,7 +223,7 @@ def _shard_beside(optimizer: Optimizer) -> None:
             continue
         for row, parameters in zip(rows, beside, strict=True):
             if all(isinstance(t, Tensor) and t.shape == p.shape for t, p in zip(row, parameters, strict=True)):
-                row[:] = [_spread(t, p) for t, p in zip(row, parameters, strict=True)]
+                row[:] = [_shard_like_parameter(t, p) for t, p in zip(row, parameters, strict=True)]
 
 
 def _flat(values: Iterable[Any]) -> Iterable[Any]:

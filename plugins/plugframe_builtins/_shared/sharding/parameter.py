@@ -65,7 +65,7 @@ def gathered(tensor: DTensor) -> Tensor:
     return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
 
 
-def own_part(full: Tensor, like: DTensor) -> DTensor:
+def local_shard(full: Tensor, like: DTensor) -> DTensor:
     """Return this rank's shard of `full`, sharded as `like` is, without communication: every rank has `full`."""
     full = full.detach().to(like.device, like.dtype).contiguous()
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
@@ -136,7 +136,7 @@ def _run(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dic
         and torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in tensors if isinstance(tensor, DTensor))
     )
-    if graph or _needs_whole(name, tensors) or (mixed and not (in_place and _first_is_sharded(args))):
+    if graph or _needs_full(name, tensors) or (mixed and not (in_place and _first_is_sharded(args))):
         return func(*_map(gathered_all, args), **{key: gathered_all(value) for key, value in kwargs.items()})
     with torch._C.DisableTorchFunctionSubclass():
         if mixed:
@@ -157,7 +157,7 @@ def _run(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dic
     return _map(as_sharded, result) if isinstance(result, (list, tuple)) else as_sharded(result)
 
 
-def _needs_whole(name: str, tensors: Sequence[Tensor]) -> bool:
+def _needs_full(name: str, tensors: Sequence[Tensor]) -> bool:
     return name in _PRODUCTS or (name in _SUMS and any(tensor.dtype.itemsize < 4 for tensor in tensors))
 
 
@@ -271,7 +271,7 @@ def _set_items(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     full = held.full_tensor().clone()
     full[gathered_all(args[1])] = gathered_all(args[2])
     with torch._C.DisableTorchFunctionSubclass():
-        held.copy_(own_part(full, held))
+        held.copy_(local_shard(full, held))
 
 
 @torch.no_grad()
@@ -283,7 +283,7 @@ def _draw(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     full = held.full_tensor().clone()  # an initialisation may leave values as they are
     func(full, *args[1:], **kwargs)
     with torch._C.DisableTorchFunctionSubclass():
-        held.copy_(own_part(full, held))
+        held.copy_(local_shard(full, held))
     return held
 
 
@@ -296,13 +296,13 @@ def _set_data(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             f"{tuple(value.shape)}: resize it before lite.setup()."
         )
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        held.copy_(value if isinstance(value, DTensor) else own_part(value, held))
+        held.copy_(value if isinstance(value, DTensor) else local_shard(value, held))
 
 
 def _set_grad(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     held, value = args
     if isinstance(value, Tensor) and not isinstance(value, DTensor) and isinstance(held, DTensor):
-        value = own_part(value, held)
+        value = local_shard(value, held)
     with torch._C.DisableTorchFunctionSubclass():
         func(held, value)
 

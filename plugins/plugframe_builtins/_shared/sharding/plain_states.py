@@ -11,19 +11,19 @@ from torch.distributed.tensor import DTensor
 
 from plugframe.checkpoint import as_bytes
 from plugframe.errors import OutOfSyncError
-from plugframe_builtins._shared.sharding.parameter import own_part
+from plugframe_builtins._shared.sharding.parameter import local_shard
 
 _MASK = (1 << 63) - 1
 
 
-def take_plain_states(module: nn.Module, hooks: Any) -> None:
+def accept_plain_states(module: nn.Module, hooks: Any) -> None:
     """Make `module` and its submodules load states of plain tensors, equal on all ranks."""
     for part in module.modules():
         if part._parameters:
-            part.register_load_state_dict_pre_hook(_Taking(hooks))  # type: ignore[no-untyped-call]
+            part.register_load_state_dict_pre_hook(_PlainStateHook(hooks))  # type: ignore[no-untyped-call]
 
 
-class _Taking:
+class _PlainStateHook:
     """A ``load_state_dict`` hook for modules with parameters. Every rank must load."""
 
     def __init__(self, hooks: Any) -> None:
@@ -42,7 +42,7 @@ class _Taking:
         if plain:
             self._check_equal({key: value for key, (_, value) in plain.items()})
         for key, (own, value) in plain.items():
-            state[key] = own_part(value, own)
+            state[key] = local_shard(value, own)
 
     def _check_equal(self, values: dict[str, Tensor]) -> None:
         """Raise if states differ between ranks: shards of both would be mixed.
@@ -62,5 +62,5 @@ class _Taking:
                 "its part of what it is given, so load the same state on all."
             )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Taking:
-        return _Taking(None)
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PlainStateHook:
+        return _PlainStateHook(None)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from plugframe.checkpoint import StoredTensor, fill, materialize
 
 
-def whole(state: Any, *, keep: bool) -> Any:
+def full_state(state: Any, *, keep: bool) -> Any:
     """Return `state` (any nesting) with every ``DTensor`` gathered on the CPU if `keep`, else left out.
 
     Every rank must call it; a rank without `keep` holds one full tensor at a time.
@@ -22,9 +22,9 @@ def whole(state: Any, *, keep: bool) -> Any:
         full = state.full_tensor()
         return full.cpu() if keep else None
     if isinstance(state, Mapping):
-        return {key: whole(value, keep=keep) for key, value in state.items()}
+        return {key: full_state(value, keep=keep) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(whole(value, keep=keep) for value in state)
+        return type(state)(full_state(value, keep=keep) for value in state)
     return state
 
 

@@ -23,7 +23,7 @@ from plugframe_builtins._shared.torch_collective.call_check import ROOM, agree
 from plugframe_builtins._shared.torch_collective.compat import all_gather_single, reduce_scatter_single
 from plugframe_builtins._shared.torch_collective.connection import backends, check_existing, connected, loopback_only
 from plugframe_builtins._shared.torch_collective.fork import keep_groups_of_the_parent
-from plugframe_builtins._shared.torch_collective.objects import Parcel
+from plugframe_builtins._shared.torch_collective.objects import ObjectMessage
 from plugframe_builtins._shared.torch_collective.options import OPTIONS
 from plugframe_builtins._shared.torch_collective.reduction import Reduction
 
@@ -108,7 +108,7 @@ class ProcessGroupCollective(Collective):
         if sync_grads:
             self._agree("all_gather with gradients", tensor, peers)
             return _gather_with_grads(tensor, self, peers)
-        rows = self._agree("all_gather", tensor, peers, carry=self._light(tensor))
+        rows = self._agree("all_gather", tensor, peers, carry=self._small_payload(tensor))
         if rows is not None:
             everyone: Tensor = rows.view(tensor.dtype).view(peers.size(), *tensor.shape)
             return everyone.to(tensor.device)
@@ -130,7 +130,7 @@ class ProcessGroupCollective(Collective):
         except Exception:
             self._agree(f"all_reduce({op})", tensor, peers)  # otherwise the other ranks would wait
             raise
-        rows = self._agree(f"all_reduce({op})", tensor, peers, carry=self._light(reduction.send))
+        rows = self._agree(f"all_reduce({op})", tensor, peers, carry=self._small_payload(reduction.send))
         if rows is not None:
             result = reduction.combine(rows)
             return reduction.receive(result.to(tensor.device), shape=tensor.shape, size=peers.size())
@@ -156,7 +156,7 @@ class ProcessGroupCollective(Collective):
     @hookimpl
     def collective_broadcast(self, tensor: Tensor, src: int, group: Any) -> Tensor:
         peers = self._peers(group, src)
-        rows = self._agree(f"broadcast(src={src})", tensor, peers, carry=self._light(tensor))
+        rows = self._agree(f"broadcast(src={src})", tensor, peers, carry=self._small_payload(tensor))
         if rows is not None:
             row: Tensor = rows[dist.get_process_group_ranks(peers).index(src)].clone()
             return row.view(tensor.dtype).view(tensor.shape).to(tensor.device)
@@ -168,17 +168,17 @@ class ProcessGroupCollective(Collective):
     @hookimpl
     def collective_all_gather_object(self, obj: Any, group: Any) -> list[Any]:
         peers = self._peers(group)
-        parcel = Parcel(obj, self._token)
+        parcel = ObjectMessage(obj, self._token)
         rows = self._agree("all_gather_object", None, peers, carry=parcel.carry)
-        return parcel.gathered(rows, group=peers, device=self._reached())
+        return parcel.gathered(rows, group=peers, device=self._wire_device())
 
     @hookimpl
     def collective_broadcast_object(self, obj: Any, src: int, group: Any) -> Any:
         peers = self._peers(group, src)
         here = dist.get_rank() == src
-        parcel = Parcel(obj, self._token, sends=here)
+        parcel = ObjectMessage(obj, self._token, sends=here)
         rows = self._agree(f"broadcast_object(src={src})", None, peers, carry=parcel.carry)
-        found = parcel.broadcast(rows, src, group=peers, device=self._reached())
+        found = parcel.broadcast(rows, src, group=peers, device=self._wire_device())
         return obj if here else found
 
     @hookimpl
@@ -209,7 +209,7 @@ class ProcessGroupCollective(Collective):
         peers = self._peers(group)
         try:
             self._agree("barrier", None, peers)
-            if self._reached().type != "cpu":  # on the CPU the check itself is a barrier
+            if self._wire_device().type != "cpu":  # on the CPU the check itself is a barrier
                 dist.barrier(group=peers)
         except CollectiveMismatchError:
             raise
@@ -266,24 +266,24 @@ class ProcessGroupCollective(Collective):
         """Compare the ranks' calls; return every rank's payload, None if this rank sends none."""
         group = self._words if self._words is not None and peers is dist.group.WORLD else peers
         # On the CPU if the group supports it: reading the result does not wait for the accelerator's stream.
-        rows = agree(call, tensor, group, self._reached(), carry=carry)
+        rows = agree(call, tensor, group, self._wire_device(), carry=carry)
         if tensor is not None and tensor.layout is not torch.strided:
             raise SettingError(f"{call} takes dense tensors, got {tensor.layout}: use tensor.to_dense() first.")
         return None if carry is None else rows
 
-    def _light(self, tensor: Tensor) -> Tensor | None:
+    def _small_payload(self, tensor: Tensor) -> Tensor | None:
         """Return the bytes of a small tensor on the device of the call check, None for others."""
         if tensor.layout is not torch.strided or not 0 < tensor.nbytes <= ROOM:
             return None
-        return _flat(tensor).view(torch.uint8) if tensor.device.type == self._reached().type else None
+        return _flat(tensor).view(torch.uint8) if tensor.device.type == self._wire_device().type else None
 
     def _wire(self, tensor: Tensor) -> Tensor:
         """Return `tensor` on a device that this backend supports."""
         if tensor.device.type in self._types:
             return tensor
-        return tensor.to(self._reached())
+        return tensor.to(self._wire_device())
 
-    def _reached(self) -> torch.device:
+    def _wire_device(self) -> torch.device:
         """Return the CPU if this backend supports it, else this rank's device."""
         return torch.device("cpu") if "cpu" in self._types else self.context.device
 

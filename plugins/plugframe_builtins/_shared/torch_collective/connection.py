@@ -122,7 +122,7 @@ def _check_backend(backend: str) -> None:
         if name not in known:
             raise SettingError(
                 f"backend={backend!r} is not known to torch.distributed: "
-                f"it knows {', '.join(map(repr, known))}.{closest(name, known)}"
+                f"use one of {', '.join(map(repr, known))}.{closest(name, known)}"
             )
         if not dist.is_backend_available(name):
             raise UnsupportedError(

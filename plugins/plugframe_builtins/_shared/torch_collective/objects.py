@@ -22,7 +22,7 @@ from plugframe_builtins._shared.torch_collective.compat import all_gather_single
 _HEAD = 8
 
 
-class Parcel:
+class ObjectMessage:
     """A pickled object to send, and the objects received.
 
     Attributes:
