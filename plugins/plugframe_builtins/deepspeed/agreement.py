@@ -59,12 +59,12 @@ class Agreement:
         except RuntimeError as error:
             raise CollectiveMismatchError(
                 f"This rank reached {place} where the step before reached {before or 'its end'}, and not all other "
-                f"ranks did within {self._timeout_s:g} s: they run other parts of the model. {remedy}"
+                f"ranks did within {self._timeout_s:g} s: they run other submodules. {remedy}"
             ) from error
         places = [bytes(row.tolist()).decode(errors="replace").rstrip() for row in rows]
         if len(set(places)) > 1:
             positions = ", ".join(f"rank {rank} reached {each}" for rank, each in enumerate(places))
-            raise CollectiveMismatchError(f"Ranks run different parts of the model in one step: {positions}. {remedy}")
+            raise CollectiveMismatchError(f"Ranks run different submodules in one step: {positions}. {remedy}")
 
     def close(self) -> None:
         """Destroy the process group."""

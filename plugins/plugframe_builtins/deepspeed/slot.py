@@ -77,7 +77,7 @@ class Slot:
     def _evaluate(self, trains: bool, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if trains:
             raise OrderError(
-                f"This {type(self.module).__name__} is in parts and has no optimizer: call lite.setup(model, "
+                f"This {type(self.module).__name__} is sharded and has no optimizer: call lite.setup(model, "
                 "optimizer), or run it under torch.no_grad()."
             )
         return self.reader(call, *args, **kwargs)

@@ -130,8 +130,8 @@ class Walk:
         self._agreement(
             place,
             before,
-            "Strategy 'deepspeed' (stage 3) gathers each part from all ranks: use stage=2, a "
-            "param_persistence_threshold of as many elements as the part has, or before lite.setup() "
+            "Strategy 'deepspeed' (stage 3) gathers each submodule from all ranks: use stage=2, a "
+            "param_persistence_threshold of as many elements as the submodule has, or before lite.setup() "
             "deepspeed.utils.set_z3_leaf_modules(model, [TheBlock]), which gathers the complete block.",
         )
 

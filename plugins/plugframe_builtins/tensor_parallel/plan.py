@@ -62,7 +62,7 @@ def apply_plan(module: nn.Module, plan: Plan, mesh: DeviceMesh, where: str) -> N
         paths = [path for path in parts if path and fnmatchcase(path, pattern)]
         if not paths:
             raise SettingError(
-                f"{where} names {pattern!r}, which fits no part of this {type(module).__name__}."
+                f"{where} names {pattern!r}, which matches no submodule of this {type(module).__name__}."
                 f"{closest(pattern, [path for path in parts if path])}"
             )
         exact.update((path, STYLES[style]() if isinstance(style, str) else style) for path in paths)

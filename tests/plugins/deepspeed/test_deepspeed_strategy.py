@@ -540,7 +540,7 @@ def parts_without_an_optimizer_evaluate(lite: Lite, strategy: DeepSpeed) -> None
     tokens = torch.arange(4)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), plain(tokens))
-    with pytest.raises(OrderError, match="This Careful is in parts and has no optimizer: call lite.setup"):
+    with pytest.raises(OrderError, match="This Careful is sharded and has no optimizer: call lite.setup"):
         model(tokens)
     optimizer = lite.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1))
     lite.backward(model(tokens).square().mean())

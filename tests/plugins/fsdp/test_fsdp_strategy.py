@@ -625,7 +625,7 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 
 def test_names_of_unknown_classes_are_refused() -> None:
     """A class that is no part of the model is an error with the closest one."""
-    with pytest.raises(SettingError, match=r"names 'Blok', and this Model has no such part. Did you mean 'Block'"):
+    with pytest.raises(SettingError, match=r"names 'Blok', and this Model has no such submodule. Did you mean 'Block'"):
         find_units(Model(), {"Blok"}, min_numel=1)
     with pytest.raises(SettingError, match="names 'Conv2d'"):
         find_units(Model(), {nn.Conv2d}, min_numel=1)

@@ -168,7 +168,7 @@ def mistakes_are_told(world: World) -> None:
     with lite_of(world, "tensor_parallel") as lite, pytest.raises(SettingError, match=no_plan):
         lite.setup(build())
     unknown = TensorParallel(plan={"blocks.*.upp": "colwise"})
-    fits_nothing = r"names 'blocks.\*.upp', which fits no part of this Model. Did you"
+    fits_nothing = r"names 'blocks.\*.upp', which matches no submodule of this Model. Did you"
     with lite_of(world, unknown) as lite, pytest.raises(SettingError, match=fits_nothing):
         lite.setup(build())
     tied = build()

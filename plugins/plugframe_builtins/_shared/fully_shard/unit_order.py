@@ -175,8 +175,8 @@ class UnitOrder:
             return
         if bool((rows[:, :3] == rows[0, :3]).all()):
             raise CollectiveMismatchError(
-                f"In the evaluation before, the ranks ran different parts of this {self._model}: what it gave is of "
-                "mixed weights. A sharded part needs all ranks: let every rank run the same parts."
+                f"In the evaluation before, the ranks ran different submodules of this {self._model}, so that the "
+                "result is of mixed weights. A sharded submodule needs all ranks: let every rank run the same submodules."
             )
         mine = self._sent
         others: dict[str, list[int]] = {}
@@ -185,9 +185,9 @@ class UnitOrder:
                 others.setdefault(self._text(row), []).append(rank)
         elsewhere = "; ".join(f"rank {', '.join(map(str, ranks))} {text}" for text, ranks in others.items())
         raise CollectiveMismatchError(
-            f"The ranks run different parts of this {self._model} in one forward: this one "
-            f"{self._text(mine)}{_line()}; {elsewhere}. A sharded part needs all ranks: let every rank run the "
-            "same parts (weigh an unused one with 0), or set units= to classes that do not contain the parts that "
+            f"The ranks run different submodules of this {self._model} in one forward: this one "
+            f"{self._text(mine)}{_line()}; {elsewhere}. A sharded submodule needs all ranks: let every rank run "
+            "the same submodules (weigh an unused one with 0), or set units= to classes without the submodules that "
             "differ."
         )
 

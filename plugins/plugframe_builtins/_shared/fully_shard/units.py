@@ -71,7 +71,7 @@ def split_dtypes(module: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
             if len(dtypes) > 1:
                 raise UnsupportedError(
                     f"Parameters of one {type(part).__name__} are of {' and '.join(sorted(map(str, dtypes)))}: "
-                    "strategy 'fsdp' keeps those of one part in one dtype. Convert them."
+                    "strategy 'fsdp' needs one dtype per module. Convert them."
                 )
             if dtypes and dtypes != {size.most_common(1)[0][0]} and part is not module:
                 more.append(part)
@@ -87,7 +87,7 @@ def _of_classes(module: nn.Module, units: Any) -> set[int]:
             name = unit.__name__ if isinstance(unit, type) else unit
             known = {type(part).__name__ for part in module.modules()}
             raise SettingError(
-                f"units= of strategy 'fsdp' names {name!r}, and this {type(module).__name__} has no such part."
+                f"units= of strategy 'fsdp' names {name!r}, and this {type(module).__name__} has no such submodule."
                 f"{closest(name, known)}"
             )
     return {id(part) for part in parts}

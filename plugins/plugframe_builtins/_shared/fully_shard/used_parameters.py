@@ -104,9 +104,9 @@ class UsedParameters:
         rows = exchange.wait()
         if not bool((rows[:, :_SUM] == rows[0, :_SUM]).all()):
             raise CollectiveMismatchError(
-                f"The backwards of the ranks reached the parts of this {self._model} in different orders, so that "
-                "their gradients are mixed: compute the loss from the same parts on every rank (weigh an unused one "
-                "with 0)."
+                f"The backwards of the ranks reached the submodules of this {self._model} in different orders, so that "
+                "their gradients are mixed: compute the loss from the same submodules on every rank (weigh an "
+                "unused one with 0)."
             )
         used = rows[:, _SUM:].amax(0)
         if bool(used.all()):

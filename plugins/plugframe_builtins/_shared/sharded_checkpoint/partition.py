@@ -68,7 +68,7 @@ def common(tables: Sequence[Mapping[str, Row]], *, where: str) -> set[str]:
             if ours != others and "part" in [row.kind for row in (ours, others) if row is not None]:
                 raise CheckpointError(
                     f"cannot save {where}, nothing was written: {name!r} is {_spell(ours)} on rank 0 and "
-                    f"{_spell(others)} on rank {rank}: let every rank save its part of the same tensors."
+                    f"{_spell(others)} on rank {rank}: let every rank save its shard of the same tensors."
                 )
     return {name for name, row in tables[0].items() if all(rows.get(name) == row for rows in tables)}
 

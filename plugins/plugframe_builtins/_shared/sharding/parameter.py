@@ -78,7 +78,7 @@ class GatheredView(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _in_place(func.__name__) and args and isinstance(args[0], GatheredView):
             raise UsageError(
-                f"{func.__name__}() on a view of a sharded tensor would change a copy: a view across the parts of the "
+                f"{func.__name__}() on a view of a sharded tensor would change a copy: a view across the shards of the "
                 "ranks is gathered. Change the parameter itself under torch.no_grad(), as in weight[0] = 0 or "
                 "weight.mul_(mask)."
             )
@@ -111,7 +111,7 @@ class ShardedTensor(DTensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UsageError(
-            f"This tensor of shape {tuple(self.shape)} is sharded: rank by rank a pickle would hold a part, which "
+            f"This tensor of shape {tuple(self.shape)} is sharded: a pickle on each rank would hold a shard, which "
             "nothing can load. Use lite.save(path, state), or torch.save(lite.state_dict(model), path): every rank "
             "calls lite.state_dict()."
         )

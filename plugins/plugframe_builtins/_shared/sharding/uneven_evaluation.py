@@ -58,7 +58,7 @@ class UnevenEvaluation:
     def announce(self, number: int) -> None:
         """Announce a forward of that model. Every rank must call it, or be in `keep`."""
         if self._num_ranks > 1:
-            self._tell(number)
+            self._exchange(number)
             self._last = self._models[number]
 
     def checksum(self) -> int:
@@ -72,7 +72,7 @@ class UnevenEvaluation:
     def keep(self) -> None:
         """Join other ranks' forwards until all are done. Every rank calls it at the end of its evaluation loader."""
         while self._num_ranks > 1:
-            wanted = max(self._tell(_DONE))
+            wanted = max(self._exchange(_DONE))
             if wanted == _DONE:
                 return
             self._last = self._models.get(wanted)
@@ -83,13 +83,13 @@ class UnevenEvaluation:
                 )
             self._last.help()
 
-    def _tell(self, number: int) -> list[int]:
+    def _exchange(self, number: int) -> list[int]:
         order = zlib.crc32(repr(self._last.order()).encode()) if self._last else 0
         said = self._hooks.collective_all_gather(tensor=torch.tensor([number, order]), group=None, sync_grads=False)
         if len(said[:, 1].unique()) > 1:
             # Units gathered in different orders are mixed up: no result is valid.
             raise CollectiveMismatchError(
-                "The ranks that evaluated gathered the parts of the model in another order than a rank that had no "
+                "The ranks that evaluated gathered the submodules in another order than a rank that had no "
                 "batch assumed: run one forward on every rank before, or evaluate as many batches as there are ranks."
             )
         return said[:, 0].tolist()  # type: ignore[no-any-return]
