@@ -176,7 +176,7 @@ class UnitOrder:
         if bool((rows[:, :3] == rows[0, :3]).all()):
             raise CollectiveMismatchError(
                 f"In the evaluation before, the ranks ran different submodules of this {self._model}, so that the "
-                "result is of mixed weights. A sharded submodule needs all ranks: let every rank run the same submodules."
+                "result is of mixed weights. A sharded submodule needs all ranks: let every rank run the same ones."
             )
         mine = self._sent
         others: dict[str, list[int]] = {}
