@@ -1,4 +1,4 @@
-"""The precisions: all in one dtype, or parameters in float32 and arithmetic in 16 bits."""
+"""The precisions: a single dtype, or float32 parameters with 16-bit arithmetic."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from plugframe_builtins._shared.loss_scale import LossScale
 
 
 class FullPrecision(Precision):
-    """Float32, torch's own default: nothing is converted, so a module the script made otherwise stays so."""
+    """Float32, torch's default: nothing is converted, so modules in other dtypes stay so."""
 
 
 class TruePrecision(Precision):
-    """Module and inputs in one dtype; outputs in torch's default dtype, so that losses are computed in it.
+    """Module and inputs in one dtype; outputs in torch's default dtype, for the loss.
 
     Args:
-        dtype: ``"float16"``, ``"bfloat16"`` or ``"float64"``, or torch's dtype of that name.
+        dtype: ``"float16"``, ``"bfloat16"`` or ``"float64"``, or the ``torch.dtype``.
     """
 
     def __init__(self, dtype: str | torch.dtype) -> None:
@@ -34,7 +34,7 @@ class TruePrecision(Precision):
 
     @hookimpl
     def precision_convert_module(self, module: nn.Module) -> nn.Module:
-        # Not module.to(dtype): that makes complex parameters real.
+        # Not module.to(dtype), which makes complex parameters real.
         if self.parameter is torch.float16:
             return module.half()
         return module.bfloat16() if self.parameter is torch.bfloat16 else module.double()
@@ -49,16 +49,16 @@ class TruePrecision(Precision):
 
     @hookimpl
     def precision_forward_context(self) -> AbstractContextManager[Any]:
-        # A tensor that a forward makes must meet the parameters in their dtype.
+        # Tensors created in a forward must have the parameters' dtype.
         return default_dtype(self.compute)
 
 
 class MixedPrecision(Precision):
-    """Parameters in float32, forwards under autocast; float16 gradients are kept from vanishing by a loss scaler.
+    """Float32 parameters, forwards under autocast; a loss scaler prevents float16 gradients from underflowing.
 
     Args:
-        dtype: of the arithmetic: ``"float16"`` or ``"bfloat16"``, or torch's dtype of that name.
-        scaler: a loss scaler of your own; without, float16 gets one with torch's settings, bfloat16 none.
+        dtype: of the arithmetic: ``"float16"`` or ``"bfloat16"``, or the ``torch.dtype``.
+        scaler: a custom loss scaler; by default float16 has one with torch's settings, and bfloat16 none.
     """
 
     def __init__(self, dtype: str | torch.dtype, *, scaler: GradScaler | None = None) -> None:
@@ -142,7 +142,7 @@ class MixedPrecision(Precision):
 
     @hookimpl
     def precision_load_state(self, state: dict[str, Any]) -> None:
-        # Empty: saved in a precision without a loss scale; this run's own begins where a new one would.
+        # Empty: saved in a precision without loss scaling; the current scale stays as initialised.
         if self._loss_scale is not None and state:
             self._loss_scale.load(state)
 

@@ -66,11 +66,11 @@ def test_what_is_no_state_in_a_torch_save_file_is_refused(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"holds a Tensor, not a dict: read it with torch\.load"):
         load(path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointCorruptError, match=r"last\.pt is no whole torch\.save file: .*zip"):
+    with pytest.raises(CheckpointCorruptError, match=r"last\.pt is not a complete torch\.save file: .*zip"):
         load(path)
     torch.save({"a": torch.ones(1000)}, path, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointCorruptError, match=r"last\.pt is no whole torch\.save file: "):
+    with pytest.raises(CheckpointCorruptError, match=r"last\.pt is not a complete torch\.save file: "):
         load(path)
     buffer = io.BytesIO()
     torch.save({"a": Built()}, buffer)
@@ -188,6 +188,6 @@ def test_a_folder_of_files_with_pickled_metadata_is_refused(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"metadata is a pickle .* none of it was run: pass trusted=True"):
         load(tmp_path / "dcp")
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(CheckpointCorruptError, match=r"dcp is no whole checkpoint of torch\.distributed\.checkpoint"):
+    with pytest.raises(CheckpointCorruptError, match=r"dcp is not a complete torch\.distributed\.checkpoint"):
         load(tmp_path / "dcp", trusted=True)
     assert (tmp_path / "ran").exists()

@@ -137,9 +137,9 @@ def test_a_function_typed_at_a_prompt_is_not_spawned(monkeypatch: pytest.MonkeyP
     prompt.__dict__["typed"] = typed
     typed.__module__, typed.__qualname__ = "__main__", "typed"
     monkeypatch.setitem(sys.modules, "__main__", prompt)
-    with pytest.raises(UsageError, match="cannot send the function typed to the ranks .it was typed at a prompt"):
+    with pytest.raises(UsageError, match="cannot send the function typed to the ranks .it was defined at a prompt"):
         check_sendable(typed, ())
-    with pytest.raises(UsageError, match="cannot send argument 1 .partial. to the ranks .it was typed at a prompt"):
+    with pytest.raises(UsageError, match="cannot send argument 1 .partial. to the ranks .it was defined at a prompt"):
         check_sendable(place, (functools.partial(typed),))
     check_sendable(place, (1, "two"))
 

@@ -1,1 +1,1 @@
-"""What several built-in plugins use; it imports none of them."""
+"""Code shared by several built-in plugins; it imports none of them."""

@@ -1,4 +1,4 @@
-"""Tensors of the first rank of a process group, sent to its other ranks."""
+"""Broadcast tensors from the first rank of a process group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plugframe.utils.broadcast import broadcast_tensors
 
 
 def broadcast_from_first(tensors: Iterable[Tensor], group: Any) -> None:
-    """Overwrite `tensors`, on every rank but the first of `group`, with those of the first. All ranks must call it.
+    """Overwrite `tensors` on all ranks of `group` with the values of its first rank. All ranks must call it.
 
     Args:
         tensors: see `plugframe.utils.broadcast.broadcast_tensors`.

@@ -1,4 +1,4 @@
-"""The loss scale: torch's ``GradScaler``, and gradients that are true to size wherever a script sees them."""
+"""Loss scaling with torch's ``GradScaler``, with gradients unscaled after every backward."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from plugframe.utils.registrations import Registrations
 
 
 class LossScale:
-    """Scales losses, and has every gradient true to size again when the backward is over.
+    """Scale losses, and unscale every gradient at the end of the backward.
 
-    So a script may clip, log, accumulate or apply gradients as it does without a scaler. What an earlier backward has
-    left is scaled while the next one adds to it. Scales are powers of two, unless a scaler with other factors is given,
-    so that this costs no precision. Nothing here waits for a device; reading whether a step overflowed does, as it does
+    A script may clip, log, accumulate or apply gradients as without a scaler. Gradients of earlier
+    backwards are scaled while a new one adds to them. Scales are powers of two, unless a scaler with other factors is
+    given, so this is lossless. Nothing here synchronises with the device, except the check for overflow at a step, as
     in torch.
 
-    The scale changes as late as can be: before the first loss after a step is scaled. ``GradScaler`` wants to be told
-    when all optimizers of an iteration have stepped, and nobody says when that is.
+    The scale is updated as late as possible: before the first loss after a step. ``GradScaler.update`` belongs
+    after the steps of all optimizers of an iteration, and no call marks that point.
     """
 
     def __init__(self, scaler: GradScaler) -> None:
         self._scaler = scaler
         self._leaves = _Leaves()
-        # What scaled the gradients of the backward that is not over, None if there is none.
+        # Scale of the gradients in the running backward, None outside of one.
         self._scale: Tensor | None = None
         self._used = self._stepped = self._known = False
-        # Since the last update: ``GradScaler`` tells optimizers apart by their ids.
+        # Since the last update: ``GradScaler`` tracks optimizers by id.
         self._checked: list[Any] = []
-        # The largest values of the last backward's gradients, where somebody else may step on them.
+        # Largest values of the last backward's gradients, where unknown code may step on them.
         self._largest: list[Tensor] = []
         self._versions: list[int] | None = None
 
     def watch(self, module: nn.Module) -> None:
-        """Keep the gradients of `module` true to size."""
+        """Unscale the gradients of `module`."""
         self._leaves.add_module(module)
 
     def watch_optimizer(self, optimizer: Optimizer) -> None:
-        """Keep the gradients of what `optimizer` updates true to size, also where no module has it."""
+        """Unscale the gradients of parameters in `optimizer`, also those outside of any module."""
         self._leaves.add_optimizer(optimizer)
         self._known = True
 
     def close(self) -> None:
-        """Watch nothing any more."""
+        """Remove all hooks."""
         self._leaves.close()
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Return the loss to compute gradients of."""
+        """Return the scaled loss."""
         self.finish()
         self._settle()
         self._used = True
@@ -68,7 +68,7 @@ class LossScale:
         return scaled
 
     def finish(self) -> None:
-        """Make gradients true to size, after a backward."""
+        """Unscale gradients after a backward."""
         scale, self._scale = self._scale, None
         if scale is None:
             return
@@ -77,10 +77,10 @@ class LossScale:
         self._largest = [] if self._known else _largest(gradients)
 
     def unscale(self, optimizer: Optimizer) -> list[Tensor]:
-        """Return the optimizer's gradients, true to size.
+        """Return the optimizer's unscaled gradients.
 
         Raises:
-            OrderError: if there are some, and no loss was ever scaled.
+            OrderError: if there are gradients, but no loss was scaled.
         """
         self.finish()
         gradients = _gradients(optimizer)
@@ -92,13 +92,13 @@ class LossScale:
         return gradients
 
     def step(self, optimizer: Optimizer, step: Callable[..., Any]) -> Any:
-        """Run the optimizer's step; leave it out, and return None, if a gradient is not finite."""
+        """Run the optimizer's step; skip it and return None if a gradient is not finite."""
         gradients = self.unscale(optimizer)
         if not gradients:
             return step()
         self._stepped = True
-        # A step that unscales by itself, on the device (fused optimizers), and shards, of which torch looks at those of
-        # all ranks, go through all of torch's own way.
+        # Steps that unscale on the device (fused optimizers), and sharded gradients, which torch checks over all
+        # ranks, take torch's own path.
         if getattr(optimizer, "_step_supports_amp_scaling", False) or any(map(_is_shard, gradients)):
             if any(each is optimizer for each in self._checked):
                 self._update()  # a second step between two losses, which torch's scaler refuses
@@ -110,12 +110,12 @@ class LossScale:
         return self._scaler.step(self._look_at(_largest(gradients), step))
 
     def state(self) -> dict[str, Any]:
-        """Return the scale and how it changes, as plain values."""
+        """Return the scaler's state as plain values."""
         self._settle()
         return self._scaler.state_dict()
 
     def load(self, state: dict[str, Any]) -> None:
-        """Put back what `state` gave."""
+        """Restore a state of `state`."""
         self._settle()
         self._scaler.load_state_dict(state)
 
@@ -123,10 +123,10 @@ class LossScale:
         return None if self._scale is None else gradient * self._scale.reciprocal()
 
     def _look_at(self, largest: list[Tensor], step: Callable[..., Any] | None = None) -> Any:
-        """Have the scaler look for values that are not finite; return what it takes for the optimizer."""
+        """Let the scaler check for non-finite values; return the object it records them for."""
         stand_ins = [torch.empty_like(each) for each in largest]
         for stand_in, each in zip(stand_ins, largest, strict=True):
-            stand_in.grad = each  # which the scaler divides: the gradients themselves are not touched
+            stand_in.grad = each  # the scaler divides these, not the gradients
         holder = SimpleNamespace(param_groups=[{"params": stand_ins}], step=step)
         self._scaler.unscale_(holder)  # type: ignore[arg-type]
         self._checked.append(holder)
@@ -134,10 +134,10 @@ class LossScale:
 
     @torch.no_grad()
     def _settle(self) -> None:
-        """Let the scale follow what the steps have found.
+        """Update the scale from the overflows of the last steps.
 
         Raises:
-            OrderError: if gradients overflowed, and what was not set up here has stepped on them.
+            OrderError: if gradients overflowed, and code outside of lite stepped on them.
         """
         if not self._stepped:
             self._settle_strangers()
@@ -147,7 +147,7 @@ class LossScale:
         self._versions = self._leaves.versions()
 
     def _settle_strangers(self) -> None:
-        """Look whether somebody else has changed the weights: a step by hand, an optimizer that was not set up."""
+        """Raise if other code changed the weights: a manual step, or an optimizer that was not set up."""
         if self._versions is None or self._versions == self._leaves.versions():
             return
         self._known = False
@@ -155,8 +155,8 @@ class LossScale:
             return
         if not all(bool(each.isfinite().all()) for each in self._largest):
             raise OrderError(
-                f"Gradients overflowed float16 at loss scale {self._scaler.get_scale():g}, and something that lite "
-                "does not know stepped on them: set the optimizer up with lite.setup(model, optimizer), which leaves "
+                f"Gradients overflowed float16 at loss scale {self._scaler.get_scale():g}, and an optimizer that "
+                "was not set up stepped on them: set the optimizer up with lite.setup(model, optimizer), which leaves "
                 "such a step out; or use precision='bf16-mixed'."
             )
         self._look_at(self._largest)
@@ -168,7 +168,7 @@ class LossScale:
 
 
 def _largest(gradients: list[Tensor]) -> list[Tensor]:
-    """Return the largest value of each gradient, of those of one device in one tensor: finite if all values are."""
+    """Return the largest value of each gradient, one tensor per device: finite if all values are."""
     norms: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
         local = _local(gradient) if _is_shard(gradient) else gradient.detach()
@@ -179,7 +179,7 @@ def _largest(gradients: list[Tensor]) -> list[Tensor]:
 
 
 class _Leaves:
-    """The tensors whose gradients are kept true to size: parameters, and leaves that losses depend on besides."""
+    """The tensors whose gradients are unscaled: parameters, and further leaves of losses."""
 
     def __init__(self) -> None:
         self._modules: list[weakref.ref[nn.Module]] = []
@@ -209,9 +209,9 @@ class _Leaves:
         self._optimizers.clear()
 
     def look(self, loss: Tensor) -> None:
-        """Find leaves that no module and no optimizer has: an input, a weight of the loss.
+        """Find leaves outside of modules and optimizers: an input, or a weight of the loss.
 
-        The graph is walked through at the first few losses and then less and less, and always once some were found.
+        The graph is walked at the first few losses, then ever more rarely, and always once some were found.
         """
         self._others = [each for each in self._others if each() is not None]
         self._looks += 1
@@ -225,9 +225,9 @@ class _Leaves:
                 self._others.append(weakref.ref(leaf))
 
     def put_hooks_behind(self, divide: Callable[[Tensor], Tensor | None]) -> None:
-        """Have hooks of the user's on a tensor see its gradient true to size."""
+        """Run the user's tensor hooks after unscaling."""
         for leaf in self._all():
-            # Private: torch has no way to put a hook before others, nor to ask for them (torch 2.13).
+            # Private: torch cannot insert a hook before others, nor list them (torch 2.13).
             if id(leaf) in self._hooked or _is_shard(leaf) or is_gathered(leaf):
                 continue
             if leaf._backward_hooks or getattr(leaf, "_post_accumulate_grad_hooks", None):
@@ -236,16 +236,16 @@ class _Leaves:
                 hooks: Any = leaf._backward_hooks
                 before = [(key, hook) for key, hook in hooks.items() if key != handle.id]
                 ours = hooks[handle.id]
-                hooks.clear()  # in place: what the script holds to remove its hooks refers to this dictionary
+                hooks.clear()  # in place: the user's handles refer to this dict
                 hooks.update([(handle.id, ours), *before])
                 self._hooked.add(id(leaf))
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients that nobody else makes true to size."""
+        """Return the gradients that no hook unscales."""
         return [leaf.grad for leaf in self._all() if leaf.grad is not None and id(leaf) not in self._hooked]
 
     def versions(self) -> list[int]:
-        """Return a number for each parameter that changes when it is written to."""
+        """Return the version counter of each parameter."""
         self._refresh()
         return [leaf._version for leaf in self._known if not leaf.is_inference()]
 
@@ -258,7 +258,7 @@ class _Leaves:
                 yield leaf
 
     def _refresh(self) -> None:
-        if self._seen == self._registrations.count:  # walking through modules takes long
+        if self._seen == self._registrations.count:  # walking the modules is slow
             return
         self._seen = self._registrations.count
         modules = [module for module in (each() for each in self._modules) if module is not None]
@@ -296,7 +296,7 @@ def _is_shard(tensor: Tensor) -> bool:
 
 
 def _local(shard: Any) -> Tensor:
-    with torch.no_grad():  # otherwise it is a copy to autograd
+    with torch.no_grad():  # autograd would make a copy
         return shard.to_local()  # type: ignore[no-any-return]
 
 
@@ -311,5 +311,5 @@ def _multiply(gradients: Iterable[Tensor], factor: Tensor) -> None:
         elif local.numel():
             by_device.setdefault(local.device, []).append(local)
     for device, each in by_device.items():
-        # Not documented by name, and what torch.nn.utils.clip_grad_norm_ multiplies with (torch 2.13).
+        # Undocumented, but torch.nn.utils.clip_grad_norm_ multiplies with it (torch 2.13).
         torch._foreach_mul_(each, factor.to(device))  # pyright: ignore[reportPrivateImportUsage]

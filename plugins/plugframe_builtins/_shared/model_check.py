@@ -1,4 +1,4 @@
-"""Checking that all ranks set up the same model, before anything of it is sent."""
+"""Check that all ranks set up the same model, before its tensors are sent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plugframe.errors import CollectiveMismatchError
 
 
 def check_same_model(module: nn.Module, hooks: Any) -> None:
-    """Compare names, shapes and dtypes over the ranks: torch hangs or mixes values up where they differ.
+    """Compare names, shapes and dtypes over ranks: torch hangs or mixes up values where they differ.
 
     Raises:
         CollectiveMismatchError: on all ranks, with the first difference.

@@ -1,4 +1,4 @@
-"""Asking SLURM to start a job again."""
+"""Requeue SLURM jobs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from plugframe.errors import PlugframeWarning
 
 
 def requeue() -> bool:
-    """Have SLURM put the job this process belongs to back into its queue; say whether that was done.
+    """Requeue the SLURM job of this process; return whether that succeeded.
 
-    A job array's task is one by its own number. Without a job, or a ``scontrol`` that does it, the answer is no.
+    A task of a job array is requeued alone. Returns False outside of a job, and if ``scontrol`` fails.
     """
     job = os.environ.get("SLURM_JOB_ID", "")
     if "SLURM_ARRAY_JOB_ID" in os.environ and "SLURM_ARRAY_TASK_ID" in os.environ:

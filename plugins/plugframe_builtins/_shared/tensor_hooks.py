@@ -1,4 +1,4 @@
-"""Hooks of the script's own on parameters, which see a gradient before it is averaged."""
+"""Warn about user hooks on parameters that see gradients before they are averaged."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from plugframe.utils.logging import warn_caller
 
 
 class TensorHookCheck:
-    """Looks for hooks on parameters at the first backward and then less and less, and warns once.
+    """Search for hooks on parameters at the first backward and then ever more rarely; warn once.
 
     Args:
-        speaks: whether this rank warns.
+        warns: whether this rank warns.
     """
 
-    def __init__(self, *, speaks: bool) -> None:
-        self._speaks = speaks
+    def __init__(self, *, warns: bool) -> None:
+        self._speaks = warns
         self._looks = 0
 
     def look(self, named: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
-        """Warn if one of the parameters has a hook. Called before every backward."""
+        """Warn if a parameter has a hook. Called before every backward."""
         self._looks += 1
         if not self._speaks or self._looks & (self._looks - 1):
             return

@@ -1,4 +1,4 @@
-"""A folder of its own for every run."""
+"""A new folder for every run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def new_version(folder: Path) -> Path:
-    """Make and return ``version_N`` in `folder`, N one above the highest there is, or 0."""
+    """Create and return ``version_N`` in `folder`, with N one above the highest existing number, or 0."""
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         taken = (re.fullmatch(r"version_(\d+)", path.name) for path in folder.iterdir())

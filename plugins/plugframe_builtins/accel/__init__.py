@@ -1,4 +1,4 @@
-"""Any device that torch itself calls the machine's accelerator."""
+"""Devices of ``torch.accelerator``."""
 
 from plugframe import Plugin
 

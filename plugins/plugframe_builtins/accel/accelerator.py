@@ -1,4 +1,4 @@
-"""Whatever ``torch.accelerator`` finds, as an accelerator: one implementation for every device torch knows."""
+"""An accelerator for any device that ``torch.accelerator`` supports."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from plugframe.hooks.context import Context
 
 
 class TorchAccelerator(Accelerator):
-    """The devices of the one accelerator type torch sees on this machine.
+    """The devices of this machine's accelerator type in torch.
 
     Attributes:
-        device_type: that type; ``"none"`` where there is no accelerator, which makes this one unavailable.
+        device_type: that type; ``"none"`` without an accelerator, which makes this plugin unavailable.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class TorchAccelerator(Accelerator):
 
     @hookimpl
     def accelerator_is_available(self) -> bool:
-        # Not torch.accelerator.is_available(): on some devices that starts the runtime, and a fork cannot follow.
+        # torch.accelerator.is_available() initialises some runtimes, and then ranks cannot be forked.
         return self.accelerator_device_count() > 0
 
     @hookimpl
@@ -49,7 +49,7 @@ class TorchAccelerator(Accelerator):
         backend = None
         if torch.distributed.is_available():
             backend = torch.distributed.Backend.default_device_backend_map.get(self.device_type)
-        # A device without a backend of its own is reached through the CPU's.
+        # A device type without a backend communicates through the CPU's.
         return f"cpu:gloo,{self.device_type}:{backend}" if backend not in (None, "gloo") else "gloo"
 
     @hookimpl
@@ -84,6 +84,6 @@ class TorchAccelerator(Accelerator):
         torch.accelerator.synchronize(device)
 
     def _call(self, name: str, *args: Any) -> Any:
-        """Call a function of the device's own module (``torch.xpu``, …), which a small backend may not have."""
+        """Call a function of the device's module (``torch.xpu``, …), which a small backend may lack."""
         function: Callable[..., Any] | None = getattr(torch.get_device_module(self.device_type), name, None)
         return function(*args) if function else None

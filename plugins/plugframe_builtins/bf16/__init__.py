@@ -1,4 +1,4 @@
-"""Brain floating point (bfloat16): the range of float32 in 16 bits."""
+"""bfloat16: the range of float32 in 16 bits."""
 
 from plugframe import Plugin
 

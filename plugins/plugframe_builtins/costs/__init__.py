@@ -1,8 +1,8 @@
-"""What a run costs: time and memory, in a few lines at its end."""
+"""Report the time and memory of a run at its end."""
 
 from plugframe import Plugin
 
 plugin = Plugin(
     factory="plugframe_builtins.costs.costs:Costs",
-    summary="At the end rank 0 tells where the time of a step went, and the memory of a rank.",
+    summary="Reports the time of each phase of a step, and the memory of a rank, at the end of a run.",
 )

@@ -1,4 +1,4 @@
-"""An extension that adds up what a rank spends."""
+"""An extension that measures time per phase and memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from plugframe.hooks.context import Context
 from plugframe_builtins.costs.memory import Memory
 
 _READING, _MOVING, _FORWARD = "reading batches", "moving batches", "forward"
-_BACKWARD, _STEP, _MEETING, _SAVING = "backward", "optimizer steps", "collectives of the script", "checkpoints"
+_BACKWARD, _STEP, _COLLECTIVES, _SAVING = "backward", "optimizer steps", "collectives of the script", "checkpoints"
 
 
 def _timed(phase: str) -> Any:
-    """Return a wrapper that adds every call of a hook to a phase."""
+    """Return a hook wrapper that adds the duration of each call to a phase."""
 
     @hookimpl(wrapper=True)
     def wrapper(self: Costs) -> Generator[None, Any, Any]:
@@ -32,11 +32,11 @@ def _timed(phase: str) -> Any:
 
 
 class Costs(Extension):
-    """Add up the time of every phase, and look at memory; rank 0 tells both at tear-down.
+    """Measure the time of every phase, and memory; rank 0 prints both at tear-down.
 
-    A phase has what is done in it and in no phase inside it. Clocks are read once the device has caught up, so that
-    a GPU's work counts where it belongs; that makes a run slower. Time counts from the end of the first step, in which
-    much is done that is done once, to the end of the last one.
+    The time of a phase excludes phases nested in it. Clocks are read after synchronising the device, so that
+    GPU work counts in its phase; that makes a run slower. Time is measured from the end of the first step, which
+    includes one-time work, to the end of the last one.
     """
 
     def __init__(self) -> None:
@@ -51,11 +51,11 @@ class Costs(Extension):
     accelerator_move_batch = _timed(_MOVING)
     strategy_backward = _timed(_BACKWARD)
     strategy_clip_gradients = _timed(_STEP)
-    collective_all_gather = _timed(_MEETING)
-    collective_all_reduce = _timed(_MEETING)
-    collective_reduce_scatter = _timed(_MEETING)
-    collective_broadcast = _timed(_MEETING)
-    collective_barrier = _timed(_MEETING)
+    collective_all_gather = _timed(_COLLECTIVES)
+    collective_all_reduce = _timed(_COLLECTIVES)
+    collective_reduce_scatter = _timed(_COLLECTIVES)
+    collective_broadcast = _timed(_COLLECTIVES)
+    collective_barrier = _timed(_COLLECTIVES)
     checkpoint_save = _timed(_SAVING)
     checkpoint_load = _timed(_SAVING)
 
@@ -80,7 +80,7 @@ class Costs(Extension):
 
     @hookimpl(wrapper=True)
     def precision_forward_context(self) -> Generator[None, Any, Any]:
-        # The hook only makes the context; the forward is what runs inside it.
+        # The hook only creates the context; the forward runs inside it.
         context = yield
         return self._forward(context)
 
@@ -91,7 +91,7 @@ class Costs(Extension):
 
     @contextmanager
     def spent(self, phase: str) -> Iterator[None]:
-        """Add what runs inside to a phase, less what it adds to others itself."""
+        """Add the duration of the block to a phase, excluding nested phases."""
         start = self._now()
         self._inner.append(0.0)
         try:

@@ -1,4 +1,4 @@
-"""The memory of one rank: what it is for, and its peak."""
+"""Measure the memory of one rank by kind, and its peak."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ except ImportError:  # not on Windows
 
 
 class Memory:
-    """Bytes of parameters, gradients and optimizer state that this rank holds, and the peak of everything."""
+    """Bytes of this rank's parameters, gradients and optimizer state, and the peak memory."""
 
     def __init__(self) -> None:
         self._device = torch.device("cpu")
@@ -30,19 +30,19 @@ class Memory:
         self._at_start = 0
 
     def begin(self, device: torch.device) -> None:
-        """Measure from here on."""
+        """Start measuring."""
         self._device = device
         if device.type != "cpu":
             torch.accelerator.reset_peak_memory_stats(device)
         self._at_start = self._peak()
 
     def watch(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Count what these hold."""
+        """Count the tensors of a module and its optimizers."""
         self._modules.append(module)
         self._optimizers += optimizers
 
     def look(self) -> None:
-        """Keep the most of each kind; what is looked at is there at the end of a step."""
+        """Update the maximum of each kind, at the end of a step."""
         parameters = [p for module in self._modules for p in module.parameters()]
         state = (value for o in self._optimizers for entry in o.state.values() for value in entry.values())
         held = {
@@ -55,7 +55,7 @@ class Memory:
             self._most[what] = max(self._most.get(what, 0), _bytes(values))
 
     def lines(self) -> list[str]:
-        """Return what there is to tell."""
+        """Return the lines of the report."""
         held = ", ".join(f"{what} {size_text(size)}" for what, size in self._most.items() if size)
         peak = self._peak()
         where = f"of {self._device}" if self._device.type != "cpu" else "of the process"
@@ -72,7 +72,7 @@ class Memory:
 
 
 def _bytes(values: Iterable[Any]) -> int:
-    """Return the bytes of the tensors among these that this rank holds, none of them twice."""
+    """Return the bytes of the local tensors among these, each counted once."""
     sizes = {}
     for value in values:
         if isinstance(value, Tensor):

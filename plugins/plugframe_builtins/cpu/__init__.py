@@ -1,10 +1,10 @@
-"""The processor: always there, and shared by any number of ranks."""
+"""The CPU: always available, and shared by any number of ranks."""
 
 from plugframe import Plugin
 
 plugin = Plugin(
     factory="plugframe_builtins.cpu.accelerator:CPU",
-    summary="The processor; any number of processes share it.",
+    summary="The CPU; any number of processes share it.",
     devices=("cpu",),
     priority=0,
 )

@@ -1,4 +1,4 @@
-"""The processor as an accelerator. Nothing here asks ``torch.accelerator``, which raises where there is none."""
+"""The CPU as an accelerator, without ``torch.accelerator``, which raises on machines without one."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class CPU(Accelerator):
 
     @hookimpl
     def accelerator_memory_stats(self, device: torch.device) -> dict[str, int]:
-        """Return this process's resident memory; where only its peak is known, that stands for both."""
+        """Return this process's resident memory; the peak stands for both where only that is available."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         resident = _resident_bytes()
         if resident is None:
             return {"allocated_bytes": peak, "peak_allocated_bytes": peak}
-        # The kernel brings the peak up to date only now and then.
+        # The kernel updates the peak only now and then.
         return {"allocated_bytes": resident, "peak_allocated_bytes": max(peak, resident)}
 
 

@@ -6,7 +6,7 @@ plugin = Plugin(
     factory="plugframe_builtins.csv_logger.logger:CSVLogger",
     summary="Metrics in a CSV file, a row for each step: runs/version_N/metrics.csv.",
     options=(
-        Option("folder", str, "runs", "Where the folders of the runs are."),
+        Option("folder", str, "runs", "Parent folder of the runs."),
         Option("flush_rows", int, 100, "Rows kept in memory before they are written.", minimum=1),
     ),
 )

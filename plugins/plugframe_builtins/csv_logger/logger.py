@@ -18,14 +18,14 @@ from plugframe_builtins.csv_logger.table import STEP, Table
 class CSVLogger(Logger):
     """Write ``<folder>/version_N/metrics.csv``: a row for each step, a column for each metric, on rank 0.
 
-    What is logged for one step comes together in one row; a value logged twice is the later one.
+    Values logged for one step share a row; of a metric logged twice the later value counts.
 
     Args:
-        folder: where the folders of the runs are; no earlier run's is ever written to.
+        folder: parent folder of the runs; files of earlier runs are never changed.
         flush_rows: rows kept in memory before they are written.
 
     Attributes:
-        path: the file of this run, None until the job runs.
+        path: the CSV file of this run, None before set-up.
     """
 
     def __init__(self, folder: str | os.PathLike[str] = "runs", *, flush_rows: int = 100) -> None:
@@ -51,7 +51,7 @@ class CSVLogger(Logger):
         number = self.next_step(step)
         self._table.add(number, metrics)
         if len(self._table.pending) > self.flush_rows:
-            self._table.flush(but=number)  # which may still grow
+            self._table.flush(but=number)  # more values of this step may follow
 
     @hookimpl
     def logger_teardown(self) -> None:

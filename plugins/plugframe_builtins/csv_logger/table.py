@@ -1,4 +1,4 @@
-"""A CSV file of rows by step, that grows in both directions."""
+"""A CSV file with a row per step, to which rows and columns can be added."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ STEP = "step"
 
 
 class Table:
-    """Rows by step, held back until `flush`.
+    """Rows by step, buffered until `flush`.
 
-    Rows are appended. Only where that does not do, for a new column or more values of a step that is in the file
-    already, is the file written anew, beside the old one and then in its place.
+    Rows are appended. Only for a new column, or for more values of a step that is in the file
+    already, is the file rewritten, atomically.
 
     Attributes:
-        pending: rows that are not in the file yet, or values to be added to rows that are.
+        pending: rows not in the file yet, or values to merge into rows that are.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,7 +57,7 @@ class Table:
             writer.writerows(rows)
 
     def _merged(self, rows: dict[int, dict[str, float]]) -> Iterator[dict[str, Any]]:
-        """Yield the rows of the file, each with what is new of it, then the new rows."""
+        """Yield the file's rows merged with pending values, then the new rows."""
         if self._written:
             with open(self.path, newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs, and AMD's under ROCm, which torch calls cuda as well."""
+"""NVIDIA GPUs, and AMD GPUs under ROCm, which torch also calls cuda."""
 
 from plugframe import Plugin
 

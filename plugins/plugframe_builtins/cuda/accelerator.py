@@ -13,7 +13,7 @@ from plugframe.hooks.context import Context
 
 
 class CUDA(Accelerator):
-    """The GPUs that torch calls ``cuda``, one for each rank."""
+    """The GPUs of torch's ``cuda`` device type, one for each rank."""
 
     device_type = "cuda"
 
@@ -22,7 +22,7 @@ class CUDA(Accelerator):
 
     @hookimpl
     def accelerator_is_available(self) -> bool:
-        # Asked of the driver's management library where there is one. torch.cuda.is_available() would start the
+        # Through NVML where available: torch.cuda.is_available() would initialise the
         # CUDA runtime in this process, and ranks forked from it could not use a GPU.
         return torch.cuda.device_count() > 0
 
@@ -32,7 +32,7 @@ class CUDA(Accelerator):
 
     @hookimpl
     def accelerator_setup(self, context: Context) -> None:
-        # As a context: going back to the device before does not then start CUDA on that one too, which would take
+        # As a context manager: restoring the previous device does not then initialise CUDA on it, which would take
         # hundreds of megabytes of the first GPU for every rank.
         self._undo.enter_context(torch.cuda.device(context.device))
         self._undo.callback(torch.cuda.empty_cache)

@@ -1,10 +1,10 @@
-"""One folder per checkpoint, every rank writing its part, on torch.distributed.checkpoint."""
+"""Sharded checkpoints on torch.distributed.checkpoint: a folder with a file per rank."""
 
 from plugframe import Plugin
 
 plugin = Plugin(
     factory="plugframe_builtins.dcp_checkpoint.checkpoint:ShardedCheckpoint",
-    summary="a folder to which every rank writes its part, verified on load; saves in the background on request",
+    summary="a folder to which every rank writes its shards, verified on load; saves in the background on request",
     provides=("sharded", "async"),
     requires=("safetensors",),
     priority=50,

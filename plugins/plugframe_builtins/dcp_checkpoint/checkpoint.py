@@ -1,4 +1,4 @@
-"""The plugin: every rank writes its part, at once or in the background, and reads what it needs."""
+"""The checkpoint plugin ``dcp``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data parallelism: every rank holds the whole model, gradients are averaged."""
+"""Data parallelism: replicated models, averaged gradients."""
 
 from plugframe import Plugin
 from plugframe_builtins.ddp.options import OPTIONS
@@ -7,7 +7,7 @@ _SHARDED = "torch has retired it; use strategy='fsdp', or 'ddp' where the model 
 
 plugin = Plugin(
     factory="plugframe_builtins.ddp.strategy:DDP",
-    summary="The whole model on every rank, gradients averaged in backward.",
+    summary="The complete model on every rank, gradients averaged in backward.",
     priority=10,
     provides=("local-backward",),
     needs={"collective": ("process-group",)},

@@ -1,4 +1,4 @@
-"""Batch normalisation over the batches of all ranks, in the user's own modules."""
+"""Synchronised batch normalisation in the user's own modules."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from plugframe.utils.logging import warn_caller
 
 
 class _Synced(nn.SyncBatchNorm):
-    """A ``SyncBatchNorm`` that is still an instance of the class it stands in for."""
+    """A ``SyncBatchNorm`` that is still an instance of the class it replaces."""
 
     plain: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A copy or a pickle is the plain module again: it may be used where there are no ranks.
+        # Copies and pickles are plain modules: they may be used without a process group.
         state = {key: value for key, value in self.__dict__.items() if key != "process_group"}
         return object.__new__, (self.plain,), state
 
@@ -37,10 +37,10 @@ _SYNCED: dict[type[nn.Module], type[_Synced]] = {synced.plain: synced for synced
 
 
 def sync_batchnorm(module: nn.Module, *, warn: bool) -> Callable[[], None]:
-    """Make every batch normalisation in `module` use the batches of all ranks; return what undoes it.
+    """Make every batch normalisation in `module` use the batches of all ranks; return a function that undoes it.
 
-    The instances change their class, where ``nn.SyncBatchNorm.convert_sync_batchnorm`` would replace them:
-    references to them, their hooks, and a batch normalisation that is itself the module all stay.
+    Instances change their class, whereas ``nn.SyncBatchNorm.convert_sync_batchnorm`` replaces them:
+    references to them and their hooks stay valid, and the module itself may be a batch normalisation.
     """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     skipped = set()

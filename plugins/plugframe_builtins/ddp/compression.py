@@ -1,4 +1,4 @@
-"""Sending fewer bytes of gradients."""
+"""Gradient compression."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from plugframe_builtins._shared.data_parallel.buckets import Bucket
 
 
 def check_compression(kind: str | None, powersgd: Mapping[str, Any] | None) -> None:
-    """Check the settings by themselves, before there is a process group.
+    """Validate the settings, before there is a process group.
 
     Raises:
-        SettingError: naming what is allowed.
+        SettingError: with the accepted values.
         MissingDependencyError: if torch's implementation needs a package that is not installed.
     """
     if powersgd is not None and kind != "powersgd":
@@ -28,7 +28,7 @@ def check_compression(kind: str | None, powersgd: Mapping[str, Any] | None) -> N
 
 
 def make_sender(kind: str, powersgd: Mapping[str, Any], group: Any) -> Callable[[Bucket], Any]:
-    """Return what sends a bucket in that way, with the state that it carries from step to step.
+    """Return a function that sends a compressed bucket, with the compression's state.
 
     Raises:
         SettingError: for options `PowerSGDState` does not take.
@@ -46,7 +46,7 @@ def make_sender(kind: str, powersgd: Mapping[str, Any], group: Any) -> Callable[
 
 
 class _Rounded:
-    """A bucket that travels in fewer bits."""
+    """A bucket sent in a lower-precision dtype."""
 
     def __init__(self, bucket: Bucket, dtype: torch.dtype, group: Any) -> None:
         self._flat = bucket.buffer
@@ -61,12 +61,12 @@ class _Rounded:
 
 
 class _Approximated:
-    """A bucket that travels as torch's PowerSGD sends it, and beside it which parameters have a gradient."""
+    """A bucket sent by torch's PowerSGD hook, and the flags of its parameters sent beside it."""
 
     def __init__(self, bucket: Bucket, hook: Callable[..., Any], state: Any, group: Any) -> None:
         self._flags: Any = dist.all_reduce(bucket.flags, group=group, async_op=True)
         self._bucket = bucket
-        # torch's hook sums, and divides where it does not; the buffer holds what was divided already.
+        # torch's hook sums and divides by the number of ranks; the buffer is divided already.
         self._future = hook(state, _TorchBucket(bucket, dist.get_world_size(group)))
 
     def wait(self) -> None:
@@ -75,7 +75,7 @@ class _Approximated:
 
 
 class _TorchBucket:
-    """A bucket with the methods of torch's ``GradBucket``, which cannot be made in Python."""
+    """A bucket with the methods of torch's ``GradBucket``, which has no Python constructor."""
 
     def __init__(self, bucket: Bucket, size: int) -> None:
         self._bucket = bucket

@@ -1,4 +1,4 @@
-"""Data parallelism: every rank holds the whole model, gradients are averaged while backwards run."""
+"""Data parallelism: replicated models, gradients averaged during backward."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ from plugframe_builtins.ddp.compression import check_compression, make_sender
 
 
 class DDP(Strategy):
-    """Hold the whole model on every rank and average the gradients of all ranks in backward.
+    """Replicate the model on every rank and average the gradients of all ranks in backward.
 
-    Parameters and buffers are made equal to rank 0's when a module is set up, and new ones at the next forward.
-    Gradients equal those of one process on the whole batch whatever computed them: several backwards, parameters that
-    are frozen in between or left out on some ranks, terms outside of the forward, second derivatives. Options have
+    Parameters and buffers are broadcast from rank 0 when a module is set up, and new ones at the next forward.
+    Gradients equal those of one process on the full batch in all cases: several backwards, parameters
+    frozen in between or unused on some ranks, loss terms outside of the forward, second derivatives. Options have
     the names and defaults of ``torch.nn.parallel.DistributedDataParallel``.
 
     Args:
-        find_unused_parameters: let forwards leave parameters out. They may in any case, at no cost: it is taken so
-            that settings made for torch's DDP hold.
-        static_graph: every step uses the same parameters in the same way. Taken for the same reason.
+        find_unused_parameters: let forwards leave parameters out. This always works, at no cost: accepted
+            for scripts written for torch's DDP.
+        static_graph: every step uses the same parameters in the same way. Accepted for the same reason.
         gradient_as_bucket_view: keep gradients in the communication buffers, saving their size in memory.
         bucket_cap_mb: size in MiB of one communication buffer; by default torch's 25.
-        broadcast_buffers: give every rank rank 0's buffers (running statistics) after each optimizer step,
-            so that all ranks evaluate one model; without, each rank keeps its own.
-        timeout_s: seconds a gradient exchange may take; by default what the collective allows for everything.
-            A value of its own makes a second process group.
+        broadcast_buffers: broadcast rank 0's buffers (running statistics) after each optimizer step,
+            so that all ranks evaluate the same model; otherwise each rank keeps its own.
+        timeout_s: timeout of a gradient all-reduce in seconds; by default the collective's.
+            A value creates a second process group.
         gradient_compression: ``"fp16"``, ``"bf16"`` or ``"powersgd"``; gradients are then approximate.
-        powersgd: arguments of torch's ``PowerSGDState``, such as ``{"matrix_approximation_rank": 4}``. What
-            it carries from step to step is not in a checkpoint.
+        powersgd: arguments of torch's ``PowerSGDState``, such as ``{"matrix_approximation_rank": 4}``. Its
+            state is not checkpointed.
         sync_batchnorm: normalise over the batches of all ranks; on accelerators only.
     """
 
@@ -89,7 +89,7 @@ class DDP(Strategy):
         self.sync_batchnorm = sync_batchnorm
         self.bucket_cap_mb = bucket_cap_mb
         self.gradient_as_bucket_view = gradient_as_bucket_view
-        # In the order of set-up: the ranks must go through them in one order.
+        # In the order of set-up: all ranks must iterate in the same order.
         self._engines: list[weakref.ref[Engine]] = []
         self._registrations = Registrations()
         self._backward = Backward()
@@ -112,7 +112,7 @@ class DDP(Strategy):
             )
         self._undo.callback(self._registrations.watch())
         world = context.world
-        self._hook_check = TensorHookCheck(speaks=world.world_size > 1 and world.global_rank == 0)
+        self._hook_check = TensorHookCheck(warns=world.world_size > 1 and world.global_rank == 0)
         if 1 < context.world.world_size <= MOST_RANKS:
             self._backward.settings_check = SettingsCheck(
                 context.world.world_size, context.hooks.collective_all_gather_object
@@ -166,7 +166,7 @@ class DDP(Strategy):
     ) -> Sequence[Optimizer]:
         for engine in self._alive():
             if any(engine.owns(optimizer) for optimizer in optimizers):
-                # Buffers travel after each step instead of before each forward: once for any number of
+                # Buffers are broadcast after each step instead of before each forward: once for any number of
                 # micro-batches, and every rank evaluates the same model.
                 engine.broadcast_buffers = False
         return optimizers
@@ -189,7 +189,7 @@ class DDP(Strategy):
         if check is None or not any(engine.checks_settings for engine in self._alive()):
             return super().strategy_gather_later(values, look)
         check.note(values, look)
-        return tuple  # nothing to look at: the backward looks
+        return tuple  # nothing to wait for: the backward compares
 
     @hookimpl
     def strategy_no_sync(self, module: nn.Module, engine: AnyEngine, enabled: bool) -> AbstractContextManager[Any]:
@@ -214,7 +214,7 @@ class DDP(Strategy):
         if self.context.world.global_rank == 0 and self.context.world.world_size > 1:
             warn_caller(
                 f"{type(optimizer).__name__}.step() uses gradients that were accumulated under no_backward_sync() and "
-                "never averaged: every rank goes its own way. Run the last backward before a step outside of it."
+                "never averaged: the ranks diverge. Run the last backward before a step outside of it."
             )
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: optimizer state, gradients and parameters in parts over the ranks."""
+"""DeepSpeed's ZeRO: sharded optimizer state, gradients and parameters."""
 
 from plugframe import Plugin
 from plugframe_builtins.deepspeed.options import OPTIONS
@@ -19,10 +19,10 @@ def _named(what: str, **preset: object) -> Plugin:
     )
 
 
-plugin = _named("2: optimizer state and gradients in parts; other stages are an option")
-stage_1 = _named("1: optimizer state in parts", stage=1)
-stage_2 = _named("2: optimizer state and gradients in parts", stage=2)
-stage_3 = _named("3: optimizer state, gradients and parameters in parts", stage=3)
+plugin = _named("2: sharded optimizer state and gradients; other stages are an option")
+stage_1 = _named("1: sharded optimizer state", stage=1)
+stage_2 = _named("2: sharded optimizer state and gradients", stage=2)
+stage_3 = _named("3: sharded optimizer state, gradients and parameters", stage=3)
 stage_1_offload = _named("1, optimizer on the host", stage=1, offload_optimizer="cpu")
 stage_2_offload = _named("2, optimizer on the host", stage=2, offload_optimizer="cpu")
 stage_3_offload = _named("3, all of it on the host", stage=3, offload_optimizer="cpu", offload_params="cpu")

@@ -1,4 +1,4 @@
-"""An optimizer lent to DeepSpeed while it works: the user's groups in between, DeepSpeed's flat tensors meanwhile."""
+"""Lend an optimizer to DeepSpeed: its groups hold flat tensors there, and the user's parameters elsewhere."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Group = dict[str, Any]
 
 
 class Borrowed:
-    """An optimizer whose groups hold the user's parameters, and DeepSpeed's only while DeepSpeed is at work.
+    """An optimizer whose groups hold the user's parameters, and DeepSpeed's only while DeepSpeed runs.
 
-    Hyper-parameters are one: what a scheduler or the script writes into a group holds for DeepSpeed's as well.
+    Hyper-parameters are shared: values that a scheduler or the script writes into a group apply to DeepSpeed's too.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self._number = len(optimizer.param_groups)
-        # DeepSpeed cannot have a group without anything to train.
+        # DeepSpeed does not support groups without trainable parameters.
         self.used = [n for n, g in enumerate(optimizer.param_groups) if any(p.requires_grad for p in g["params"])]
         self._theirs: list[Group] = [
             {**g, "params": list(g["params"])} for n, g in enumerate(optimizer.param_groups) if n in self.used
@@ -34,19 +34,19 @@ class Borrowed:
         self._handles = [optimizer.register_step_pre_hook(self._point)] if self._lists else []
 
     def _point(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Put what DeepSpeed has in the groups now into lists of the optimizer's own."""
+        """Move DeepSpeed's tensors in the groups to lists inside the optimizer."""
         for own, _ in self._lists:
             own[:] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Let DeepSpeed see its own groups and state in the optimizer."""
+        """Put DeepSpeed's own groups and state into the optimizer."""
         optimizer = self.optimizer
         groups, state = optimizer.param_groups, optimizer.state
         all_of_them = list(groups)
         mine = [groups[number] for number in self.used]
         _copy_settings(mine, self._theirs)
-        # In place: an optimizer inside this one may have the same list.
+        # In place: a wrapped optimizer may share the list.
         groups[:] = self._theirs
         optimizer.state = self._state
         self._is_lent = True
@@ -62,7 +62,7 @@ class Borrowed:
                 own[:] = before
 
     def refuse_states(self) -> None:
-        """Have ``state_dict()`` and ``load_state_dict()`` refuse, as the state is in shards, by flat tensor."""
+        """Make ``state_dict()`` and ``load_state_dict()`` raise: the state is sharded, by flat tensor."""
         name = type(self.optimizer).__name__
 
         def refuse_saving(optimizer: Optimizer) -> None:
@@ -84,20 +84,20 @@ class Borrowed:
         for way in ("__reduce_ex__", "__deepcopy__"):
             vars(self.optimizer)[way] = lambda _: refuse_saving(self.optimizer)
         if not hasattr(self.optimizer, "_optimizer_state_dict_pre_hooks"):
-            return  # it has not called torch's __init__, and has a way of its own
+            return  # it did not call torch's __init__, and has no such hooks
         self._handles.append(self.optimizer.register_state_dict_pre_hook(refuse_saving))
         self._handles.append(self.optimizer.register_load_state_dict_pre_hook(refuse_loading))
 
     def close(self) -> None:
-        """Take the hooks off the optimizer."""
+        """Remove the hooks from the optimizer."""
         for handle in self._handles:
             handle.remove()
 
     def check(self) -> None:
-        """Refuse groups that were added later.
+        """Raise if groups were added after set-up.
 
         Raises:
-            UnsupportedError: saying when to add them.
+            UnsupportedError: with when to add them.
         """
         number = len(self.optimizer.param_groups)
         if number != self._number:

@@ -1,4 +1,4 @@
-"""What DeepSpeed compiles when it is first used, checked before it begins and not waited for without end."""
+"""Compile DeepSpeed's extensions: check the toolchain first, and bound the wait for other processes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 
 from plugframe.errors import UnsupportedError
 
-#: How often a lock that somebody else holds is looked at.
+#: Interval at which another process's lock is checked.
 _LOOK_S = 0.2
 
 
 def check_toolchain(op: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse to compile without the tools.
+    """Raise if the tools to compile are missing.
 
     Args:
-        op: what DeepSpeed would compile.
-        environ: where ``PATH`` and ``CXX`` are looked up.
+        op: the extension to compile.
+        environ: environment with ``PATH`` and ``CXX``.
 
     Raises:
-        UnsupportedError: saying what to install.
+        UnsupportedError: with what to install.
     """
-    # A virtual environment that was not activated has ninja beside its Python, and torch looks in PATH alone.
+    # A virtual environment that is not activated has ninja beside its Python, while torch searches PATH only.
     path = environ.get("PATH", "")
     if shutil.which("ninja", path=path) is None:
         beside = shutil.which("ninja", path=str(Path(sys.executable).parent))
@@ -43,7 +43,7 @@ def check_toolchain(op: str, environ: Mapping[str, str] = os.environ) -> None:
 
 
 def lock_of(op: str) -> Path:
-    """Return the file that says that some process compiles `op`; when that process dies, the file stays."""
+    """Return the lock file of compiling `op`; it stays when the compiling process dies."""
     from torch.utils.cpp_extension import get_default_build_root
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
@@ -78,9 +78,9 @@ def build(op: str, load: Callable[[], Any], *, builds: bool, hooks: Any, timeout
     """Compile and load `op` on one rank of each host, then load it on the others. Every rank must call it.
 
     Args:
-        load: compiles what is not compiled, and loads.
-        builds: whether this rank is the one.
-        hooks: the job's hooks; what failed on any rank is an error on all.
+        load: compiles if needed, and loads.
+        builds: whether this rank compiles.
+        hooks: the session's hooks; a failure on any rank raises on all.
 
     Raises:
         UnsupportedError: with the reason, on every rank.
@@ -99,11 +99,11 @@ def _checked(op: str, load: Callable[[], Any], timeout_s: float) -> None:
 
 
 def _together(hooks: Any, work: Callable[[], None]) -> None:
-    """Do `work`, tell the others how it went, and raise on all ranks what any rank raised."""
+    """Run `work`, and raise on all ranks if it failed on any."""
     reason = ""
     try:
         work()
-    except Exception as error:  # noqa: BLE001 - the other ranks wait to be told
+    except Exception as error:  # noqa: BLE001 - the other ranks wait for the outcome
         reason = str(error) if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {error}"
     reasons = [text for text in hooks.collective_all_gather_object(obj=reason, group=None) if text]
     if reasons:

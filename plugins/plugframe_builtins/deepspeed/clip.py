@@ -1,4 +1,4 @@
-"""Clipping gradients of which every rank has a part, before DeepSpeed's step, which alone would do it."""
+"""Clip sharded gradients before DeepSpeed's step, which would otherwise do it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Reduce = Callable[[Tensor, Any], Tensor]
 
 @torch.no_grad()
 def clip_by_value(gradients: Sequence[Tensor], limit: float, scale: float) -> None:
-    """Clamp every element to ``[-limit, limit]``, in place, of gradients that are multiplied with `scale`."""
+    """Clamp every element to ``[-limit, limit]``, in place, of gradients that are scaled by `scale`."""
     for gradient in gradients:
         gradient.clamp_(-limit * scale, limit * scale)
 
@@ -32,17 +32,17 @@ def clip_by_norm(
     reduce: Reduce | None,
     device: torch.device,
 ) -> Tensor:
-    """Scale the gradients so that their total norm is at most `max_norm`; return what it was, a 0-d tensor.
+    """Scale the gradients so that their total norm is at most `max_norm`; return the norm before, a 0-d tensor.
 
     Args:
-        gradients: this rank's part; elements are multiplied with `scale`, and padded with zeros.
-        reduce: over the ranks that hold the other parts; None where every rank has them all.
+        gradients: this rank's shards, scaled by `scale` and padded with zeros.
+        reduce: over the ranks that hold the other shards; None if gradients are replicated.
 
     Raises:
         RuntimeError: if the norm is not finite and `error_if_nonfinite`.
         UnsupportedError: for a norm of order 0 or less.
     """
-    if norm_type <= 0:  # parts are padded with zeros, which such norms would count
+    if norm_type <= 0:  # such norms would count the zeros of the padding
         raise UnsupportedError(f"norm_type={norm_type:g} under strategy 'deepspeed': use a norm above 0, or inf.")
     norms = [torch.linalg.vector_norm(g, norm_type, dtype=_wide(g)).to(device) for g in gradients if g.numel()]
     own = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device)
@@ -52,7 +52,7 @@ def clip_by_norm(
             f"The total norm of order {norm_type:g} of the gradients is {total.item()}, so they cannot be clipped. To "
             "clip them nevertheless, pass error_if_nonfinite=False."
         )
-    # As in torch.nn.utils.clip_grad_norm_, where 1e-6 keeps a norm of 0 from dividing.
+    # As in torch.nn.utils.clip_grad_norm_: 1e-6 avoids a division by zero.
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     for gradient in gradients:
         gradient.mul_(factor.to(gradient.device, gradient.dtype))

@@ -13,12 +13,12 @@ from plugframe.errors import SettingError, UnsupportedError
 
 Config = dict[str, Any]
 
-#: Sections and keys somebody else decides about, each with who.
+#: Sections and keys that plugframe or the script controls, with what to use instead.
 _ELSEWHERE = {
     "optimizer": "make a torch optimizer in the script and pass it to lite.setup()",
     "scheduler": "make a torch scheduler in the script",
-    "train_batch_size": "the DataLoader decides about the batch",
-    "train_micro_batch_size_per_gpu": "the DataLoader decides about the batch",
+    "train_batch_size": "set it in the DataLoader",
+    "train_micro_batch_size_per_gpu": "set it in the DataLoader",
     "managed_gradient_accumulation": "accumulate with lite.no_backward_sync()",
     "torch_autocast": "choose the precision, as with precision='bf16-mixed'",
     "amp": "choose the precision, as with precision='16-mixed'",
@@ -30,17 +30,17 @@ _ELSEWHERE = {
     "autotuning": "it starts processes of its own",
     "hybrid_engine": "there is no hybrid engine under this strategy",
     "compile": "use torch.compile on the module",
-    "data_efficiency": "the DataLoader decides about the data",
-    "curriculum_learning": "the DataLoader decides about the data",
+    "data_efficiency": "set it in the DataLoader",
+    "curriculum_learning": "set it in the DataLoader",
     "dump_state": "use --dry-run",
 }
-#: Of each precision: the section of DeepSpeed that stands for it.
+#: DeepSpeed's section for each precision.
 _SECTION = {"bf16-mixed": "bf16", "bf16-true": "bf16", "16-mixed": "fp16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The named options, as they were given; None where they were not."""
+    """The named options; None if not given."""
 
     stage: int = 2
     offload_optimizer: str | None = None
@@ -55,10 +55,10 @@ class Options:
     zero_hpz_partition_size: int | None = None
 
     def check(self) -> None:
-        """Refuse options that would have no effect.
+        """Raise for options without effect.
 
         Raises:
-            SettingError: naming what to type.
+            SettingError: with the option to change.
         """
         for name, least in _LEAST_STAGE.items():
             value = getattr(self, name)
@@ -86,7 +86,7 @@ _LEAST_STAGE = {
     "sub_group_size": 3,
     "zero_hpz_partition_size": 3,
 }
-#: What DeepSpeed calls the options of stage 3.
+#: DeepSpeed's names of the options of stage 3.
 _STAGE_3 = {
     "param_persistence_threshold": "stage3_param_persistence_threshold",
     "prefetch_bucket_size": "stage3_prefetch_bucket_size",
@@ -99,7 +99,7 @@ def read_raw(config: Mapping[str, Any] | str | Path | None) -> Config:
     """Return a raw configuration from a mapping or a JSON file.
 
     Raises:
-        SettingError: if there is no such file, or it holds no JSON object; or for a key that is decided elsewhere.
+        SettingError: if the file is missing or holds no JSON object, or for a key that is set elsewhere.
     """
     if config is None:
         return {}
@@ -107,7 +107,9 @@ def read_raw(config: Mapping[str, Any] | str | Path | None) -> Config:
         try:
             raw = json.loads(Path(config).read_text())
         except (OSError, ValueError) as error:
-            raise SettingError(f"config={str(config)!r} of strategy 'deepspeed' is no JSON file: {error}.") from error
+            raise SettingError(
+                f"config={str(config)!r} of strategy 'deepspeed' is not a JSON file: {error}."
+            ) from error
     else:
         raw = copy.deepcopy(dict(config)) if isinstance(config, Mapping) else config
     if not isinstance(raw, dict):
@@ -138,14 +140,14 @@ def _walk(raw: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def final_config(options: Options, raw: Config, precision: str | None) -> Config:
-    """Return what DeepSpeed is given: the named options, and `raw` over them.
+    """Return DeepSpeed's configuration: the named options, overridden by `raw`.
 
     Args:
-        precision: its name; None while it is not known yet.
+        precision: its name; None if not resolved yet.
 
     Raises:
-        SettingError: where `raw` contradicts the precision, or lacks what offloading needs.
-        UnsupportedError: for a precision this stage does not honour.
+        SettingError: if `raw` contradicts the precision, or lacks settings for offloading.
+        UnsupportedError: for a precision that this stage does not support.
     """
     config = merged(_from_options(options), _from_precision(precision))
     if precision is not None:
@@ -188,7 +190,7 @@ def _from_options(options: Options) -> Config:
         if getattr(options, name) is not None:
             zero[name] = getattr(options, name)
     if stage == 3:
-        # It puts another function in place of torch's own, for good.
+        # It replaces a torch function permanently.
         zero["memory_efficient_linear"] = False
         values = {key: getattr(options, name) for name, key in _STAGE_3.items()}
         zero.update({key: value for key, value in values.items() if value is not None})
@@ -215,7 +217,7 @@ def _from_precision(precision: str | None) -> Config:
         return {}
     if precision == "bf16-true":
         return {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
-    # Micro-batches add up in full precision.
+    # Micro-batches are accumulated in full precision.
     return {section: {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
 
@@ -237,7 +239,7 @@ def _check_precision(raw: Config, precision: str) -> None:
 
 
 def merged(below: Config, above: Mapping[str, Any]) -> Config:
-    """Return `below` with every value of `above` over it, section by section."""
+    """Return `below` recursively updated with `above`."""
     result = dict(below)
     for key, value in above.items():
         before = result.get(key)
@@ -246,5 +248,5 @@ def merged(below: Config, above: Mapping[str, Any]) -> Config:
 
 
 def lines(config: Config) -> list[str]:
-    """Return the configuration for a listing, one key of the top a line."""
+    """Return the configuration as lines, one per top-level key."""
     return [f"{key}: {json.dumps(value, sort_keys=True, default=str)}" for key, value in config.items()]

@@ -1,4 +1,4 @@
-"""What the strategy keeps beside a module: DeepSpeed's engine over a shim, driven step by step."""
+"""DeepSpeed's engine of a module, over a shim, driven step by step."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _LOOK = attrgetter("requires_grad", "dtype")
 
 
 class Reader:
-    """``reader(call, *args)`` runs ``call(*args)`` on a module in parts, for its result alone.
+    """Run ``call(*args)`` on a sharded module as ``reader(call, *args)``, without training.
 
     Args:
-        module: the user's.
+        module: the user's module.
         initialize: ``initialize(shim)`` returns DeepSpeed's engine.
-        guard: of the module's parameters; open while it runs.
-        agreement: verifies that ranks that train run the same parts; None if there is one rank.
+        guard: of the module's parameters; open during the call.
+        agreement: verifies that training ranks run the same modules; None for a single rank.
 
     Attributes:
         deepspeed: DeepSpeed's engine.
-        walk: of the last forward, None where parameters are whole.
+        walk: the last forward's order of modules, None if parameters are replicated.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Reader:
             self.guard.lock()
 
     def values(self) -> dict[int, Tensor]:
-        """Return the values of all parameters in parts, by id. Every rank must call it."""
+        """Return the full values of all sharded parameters, by id. Every rank must call it."""
         return {id(p): _copied(p) for p in self.module.parameters() if hasattr(p, "ds_id")}
 
     def close(self) -> None:
-        """Take away DeepSpeed's hooks."""
+        """Remove DeepSpeed's hooks."""
         if self.walk is not None:
             self.walk.close()
         self.deepspeed.destroy()
@@ -72,21 +72,21 @@ class Reader:
 
 
 class Engine(Reader):
-    """``engine(call, *args)`` runs ``call(*args)`` so that `before_backward` and `step` find what they need.
+    """Run ``call(*args)`` as ``engine(call, *args)``, recorded for `before_backward` and `step`.
 
     Args:
-        module: the user's.
+        module: the user's module.
         borrowed: its optimizer.
         initialize: ``initialize(shim, optimizer)`` returns DeepSpeed's engine.
-        add_up: adds a tensor up over all ranks.
+        add_up: sums a tensor over all ranks.
         guard: of the module's parameters.
-        agreement: as of `Reader`.
-        registrations: counts what is registered in any module.
+        agreement: as in `Reader`.
+        registrations: counts registrations in any module.
 
     Attributes:
         zero: DeepSpeed's optimizer.
-        pending: whether there are gradients that no step has used.
-        stale_buffers: whether a forward may have changed the buffers since they were equal.
+        pending: whether there are gradients that no step has used yet.
+        stale_buffers: whether a forward may have changed buffers since the last broadcast.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class Engine(Reader):
         self.borrowed = borrowed
         self.pending = self.stale_buffers = False
         self._finished = self._works = self._stepped = self._mixed = False
-        self._touched: dict[int, None] = {}  # in the order in which gradients came
+        self._touched: dict[int, None] = {}  # in the order of accumulation
         before = [{"params": list(borrowed.optimizer.param_groups[number]["params"])} for number in borrowed.used]
-        # Ahead of DeepSpeed's own hooks, which take gradients away.
+        # Before DeepSpeed's own hooks, which take gradients away.
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._touch)
             for group in before
@@ -141,28 +141,29 @@ class Engine(Reader):
 
     def _make_trace(self, agreement: Agreement | None, numel: int) -> Trace | None:
         remedy = (
-            "Gradients of a model that is larger than reduce_bucket_size are averaged in the order in which they come: "
+            "Gradients of a model that is larger than reduce_bucket_size are averaged in the order in which they "
+            "are computed: "
             f"use DeepSpeed(reduce_bucket_size={numel})."
         )
         return None if agreement is None else Trace(lambda place, before: agreement(place, before, remedy))
 
     def _compare(self) -> None:
-        """Verify that all ranks have gradients of the same parameters, where some were averaged already."""
+        """Verify that all ranks have gradients of the same parameters, if some are averaged already."""
         if self._trace is not None:
-            came = {key: place for place, key in enumerate(self._touched)}
-            digest = zlib.crc32(repr([came.get(id(p)) for p in self._parameters]).encode())
-            self._trace.come(f"a backward with gradients of {len(came)} parameters (order {digest:08x})")
+            order = {key: place for place, key in enumerate(self._touched)}
+            digest = zlib.crc32(repr([order.get(id(p)) for p in self._parameters]).encode())
+            self._trace.record(f"a backward with gradients of {len(order)} parameters (order {digest:08x})")
 
     def _check_registered(self) -> None:
-        """Refuse parameters that DeepSpeed has never seen.
+        """Raise if parameters were registered after set-up.
 
         Raises:
-            UnsupportedError: naming one.
+            UnsupportedError: naming a parameter.
         """
         known = set(map(id, self._parameters))
-        # A model that was set up by itself has an engine that has seen them.
+        # A nested model that was set up separately has its own engine.
         new = {n: p for n, p in self.module.named_parameters() if id(p) not in known and not is_guarded(p)}
-        # In stage 3 DeepSpeed walks over frozen ones too.
+        # In stage 3 DeepSpeed iterates over frozen parameters too.
         name = next((name for name, p in new.items() if p.requires_grad or self.walk is not None), None)
         if name is not None:
             raise UnsupportedError(
@@ -173,10 +174,10 @@ class Engine(Reader):
         self._registered = self._registrations.count
 
     def relink(self) -> None:
-        """Put values that the script has assigned as ``parameter.data`` where DeepSpeed looks for them.
+        """Copy values assigned to ``parameter.data`` into DeepSpeed's storage.
 
         Raises:
-            UnsupportedError: if they have another shape or dtype.
+            UnsupportedError: if their shape or dtype differs.
         """
         for parameter, pointer, place in self._places:
             if parameter.data_ptr() != pointer:
@@ -199,13 +200,13 @@ class Engine(Reader):
             )
 
     def owns(self, optimizer: Optimizer) -> bool:
-        """Say whether `optimizer` is the engine's."""
+        """Return whether `optimizer` is the engine's."""
         return self.borrowed.optimizer is optimizer
 
     # ------------------------------------------------------------------ gradients
 
     def before_backward(self) -> None:
-        """Get ready for a backward that may come to the model."""
+        """Prepare for a backward that may reach the model."""
         self.guard.unlock()
         self._settle()
         if not self.pending:
@@ -219,10 +220,10 @@ class Engine(Reader):
         self.zero.prologue()
 
     def after_backward(self, *, averages: bool) -> None:
-        """Take in what the backward has brought.
+        """Record the gradients of the backward.
 
         Args:
-            averages: whether gradients that every rank holds whole are averaged at once.
+            averages: whether replicated gradients are averaged at once.
         """
         self._works = False
         if self.walk is not None:
@@ -235,12 +236,12 @@ class Engine(Reader):
                 self._compare()
                 self.zero.epilogue(self._touched.keys())
                 if not self.zero.partitioned and averages:
-                    # What is equal on all ranks stays what it is when it is averaged again.
+                    # Averaging gradients that are equal on all ranks again does not change them.
                     self.zero.finish()
         self._show()
 
     def _show(self) -> None:
-        """Say whether there are gradients that the parameters do not show."""
+        """Record whether there are gradients that the parameters do not show."""
         if self.zero.partitioned:
             if self.pending and not self.guard.pending:
                 self.guard.seen = False
@@ -248,11 +249,11 @@ class Engine(Reader):
         self.guard.lock()
 
     def _settle(self) -> None:
-        """Forget what the script has set to None by hand."""
+        """Drop gradients that the script has set to None."""
         if self.pending and self.guard.settled(self.fragments.parameters()):
             self.clear()
         elif self._stepped and self.guard.seen:
-            self._stepped = False  # it keeps gradients by itself
+            self._stepped = False  # this stage keeps gradients in the parameters
         self.guard.forgotten.clear()
 
     def _touch(self, parameter: Tensor) -> None:
@@ -261,7 +262,7 @@ class Engine(Reader):
             return
         if not self._works:
             raise OrderError(
-                f"A backward outside of lite.backward() has come to {self.guard.name(parameter)}, whose gradient "
+                f"A backward outside of lite.backward() has reached {self.guard.name(parameter)}, whose gradient "
                 "strategy 'deepspeed' would lose: call lite.backward(loss)."
             )
         if parameter.grad is not None and parameter.grad.is_sparse:
@@ -271,7 +272,7 @@ class Engine(Reader):
             )
 
     def finish(self) -> None:
-        """Average what has come together, if that was not done."""
+        """Average the accumulated gradients, unless that was done."""
         self._settle()
         if self.pending and not self._finished:
             self._finished = True
@@ -281,7 +282,7 @@ class Engine(Reader):
             self.guard.lock()
 
     def clear(self) -> None:
-        """Forget all gradients."""
+        """Drop all gradients."""
         self.guard.forgotten.clear()
         self._stepped = self._mixed = False
         if self.pending:
@@ -292,7 +293,7 @@ class Engine(Reader):
         self._show()
 
     def step(self) -> bool:
-        """Update the parameters, and say whether it was done; it is not with gradients that are not finite."""
+        """Update the parameters unless gradients are not finite; return whether it did."""
         self.borrowed.check()
         self._settle()
         if not self.pending:
@@ -321,7 +322,7 @@ class Engine(Reader):
         return bool(self.deepspeed.was_step_applied())
 
     def _check_unseen(self) -> None:
-        """Refuse a step on gradients that are the script's own.
+        """Raise before a step on gradients that the script assigned.
 
         Raises:
             OrderError: naming a parameter.
@@ -337,7 +338,7 @@ class Engine(Reader):
             )
 
     def values(self) -> dict[int, Tensor]:
-        trained = {id(p): self.fragments.whole(p) for p in self.fragments.parameters()}
+        trained = {id(p): self.fragments.full(p) for p in self.fragments.parameters()}
         return {**super().values(), **trained}
 
     def close(self) -> None:
@@ -354,5 +355,5 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def _copied(parameter: nn.Parameter) -> Tensor:
-    with gathered(parameter) as whole:
-        return whole.clone()
+    with gathered(parameter) as full:
+        return full.clone()

@@ -1,4 +1,4 @@
-"""Flat tensors that hold many parameters, or their gradients: weights that follow, and buckets in one order."""
+"""Flat tensors of many parameters or gradients: weight updates from the script, and bucket order."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Elements of weights that are compared with the parameters' at once.
+#: Number of elements compared at once.
 _AT_ONCE = 1 << 24
 
 
 @torch.no_grad()
 def follow(values: Tensor, weights: Tensor) -> None:
-    """Copy into `weights`, this rank's flat ones in full precision, those of `values` that are no longer theirs.
+    """Copy changed elements of `values` into `weights`, this rank's flat float32 weights.
 
-    A step leaves every value the weight rounded to its dtype. What differs was changed by somebody else, in a way
-    that need not raise a version counter (``parameter.data.clamp_()``).
+    After a step every value equals the weight rounded to its dtype. A difference is a change by the script, which
+    need not increase a version counter (``parameter.data.clamp_()``).
     """
     target = weights.detach()
     if values.dtype is target.dtype:
@@ -28,9 +28,9 @@ def follow(values: Tensor, weights: Tensor) -> None:
 
 
 def sort_bucket(bucket: Any, *, contiguous: bool) -> None:
-    """Order a bucket of gradients by parameter, so that it is the same on all ranks, whatever they ran.
+    """Sort a bucket of gradients by parameter, so that all ranks have the same order.
 
-    The last parameter comes first, as most backwards bring them: then there is nothing to do.
+    The last parameter comes first, as in most backwards: then nothing moves.
     """
     order = sorted(range(len(bucket.params)), key=lambda place: -bucket.params[place][2])
     if order == list(range(len(order))):

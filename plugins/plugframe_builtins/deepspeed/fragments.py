@@ -1,4 +1,4 @@
-"""Where on this rank the parts of a parameter lie that DeepSpeed updates here."""
+"""Map parameters to the elements that DeepSpeed updates on this rank."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from plugframe_builtins.deepspeed.library import library
 
-#: Adds a tensor up over all ranks.
+#: Sums a tensor over all ranks.
 Sum = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Fragment:
-    """A run of elements of one parameter, and where they lie in a flat tensor of this rank.
+    """A contiguous range of one parameter's elements, and its position in a flat tensor of this rank.
 
     Attributes:
-        flat: what the optimizer updates: the parts of many parameters, one after another.
-        start: of the run in `flat`.
-        offset: of the run in the parameter's elements.
-        numel: of the run; 0 where this rank holds nothing of the parameter.
+        flat: the optimizer's tensor: ranges of many parameters, one after another.
+        start: of the range in `flat`.
+        offset: of the range in the flattened parameter.
+        numel: length of the range; 0 if this rank holds nothing of the parameter.
     """
 
     flat: Tensor
@@ -33,16 +33,16 @@ class Fragment:
     numel: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """Return the run in a tensor that lies as `flat` does (itself, its gradient, its state)."""
+        """Return the range of a tensor with the layout of `flat` (itself, its gradient, its state)."""
         return flat.detach().view(-1).narrow(0, self.start, self.numel)
 
-    def piece(self, whole: Tensor) -> Tensor:
-        """Return the run's elements of a whole tensor."""
-        return whole.detach().reshape(-1).narrow(0, self.offset, self.numel)
+    def piece(self, full: Tensor) -> Tensor:
+        """Return the range of a full tensor."""
+        return full.detach().reshape(-1).narrow(0, self.offset, self.numel)
 
 
 def linked(parameter: Any, flat: Tensor) -> Fragment:
-    """Return the fragment of a parameter that DeepSpeed has flattened and linked to its place."""
+    """Return the fragment of a parameter that DeepSpeed has flattened and linked."""
     link = parameter._hp_mapping
     if link is None:
         return Fragment(flat, 0, 0, 0)
@@ -51,10 +51,10 @@ def linked(parameter: Any, flat: Tensor) -> Fragment:
 
 
 class Fragments:
-    """The fragments of the parameters of one engine, by parameter.
+    """The fragments of one engine's parameters.
 
     Args:
-        add_up: over all ranks.
+        add_up: sums over all ranks.
     """
 
     def __init__(self, add_up: Sum) -> None:
@@ -62,41 +62,41 @@ class Fragments:
         self._by_id: dict[int, tuple[Tensor, Fragment]] = {}
 
     def add(self, parameter: Tensor, fragment: Fragment) -> None:
-        """Take in a parameter. Every rank adds the same ones."""
+        """Add a parameter. Every rank must add the same ones."""
         self._by_id[id(parameter)] = parameter, fragment
 
     def get(self, parameter: Tensor) -> Fragment | None:
-        """Return the fragment of a parameter, None of one that is not trained."""
+        """Return the fragment of a parameter, None if it is not trained."""
         found = self._by_id.get(id(parameter))
         return None if found is None else found[1]
 
     def parameters(self) -> list[Tensor]:
-        """Return the parameters that are trained."""
+        """Return the trained parameters."""
         return [parameter for parameter, _ in self._by_id.values()]
 
     @torch.no_grad()
-    def whole(self, parameter: Tensor, flat: Tensor | None = None) -> Tensor:
-        """Return all elements of a parameter, put together from the ranks. Every rank must call it.
+    def full(self, parameter: Tensor, flat: Tensor | None = None) -> Tensor:
+        """Return the full parameter, gathered from all ranks. Every rank must call it.
 
         Args:
-            flat: a tensor that lies as the fragment's `flat`, whose values are wanted; by default the weights.
+            flat: a tensor with the layout of the fragment's `flat` to gather instead of the weights.
         """
         fragment = self._by_id[id(parameter)][1]
         source = fragment.flat if flat is None else flat
         numel, shape = extent(parameter)
-        whole = torch.zeros(numel, dtype=source.dtype, device=parameter.device)
-        fragment.piece(whole).copy_(fragment.of(source))
-        return self._add_up(whole).view(shape)
+        full = torch.zeros(numel, dtype=source.dtype, device=parameter.device)
+        fragment.piece(full).copy_(fragment.of(source))
+        return self._add_up(full).view(shape)
 
     @torch.no_grad()
-    def put(self, parameter: Tensor, value: Tensor, flat: Tensor | None = None, *, whole: bool = True) -> None:
-        """Write this rank's elements, from a whole tensor or from them alone."""
+    def put(self, parameter: Tensor, value: Tensor, flat: Tensor | None = None, *, full: bool = True) -> None:
+        """Write this rank's elements, from a full tensor or from the range alone."""
         fragment = self._by_id[id(parameter)][1]
-        fragment.of(fragment.flat if flat is None else flat).copy_(fragment.piece(value) if whole else value)
+        fragment.of(fragment.flat if flat is None else flat).copy_(fragment.piece(value) if full else value)
 
 
 def extent(parameter: Any) -> tuple[int, torch.Size]:
-    """Return number of elements and shape of a parameter, of which this rank may hold a part alone."""
+    """Return the number of elements and the shape of a parameter, which may be sharded."""
     if hasattr(parameter, "ds_shape"):
         return int(parameter.ds_numel), torch.Size(parameter.ds_shape)
     return parameter.numel(), parameter.shape
@@ -104,10 +104,10 @@ def extent(parameter: Any) -> tuple[int, torch.Size]:
 
 @contextmanager
 def gathered(parameter: Any, *, write: bool = False) -> Iterator[Tensor]:
-    """Give a parameter of which this rank may hold a part its whole value for a while. Every rank must call it."""
+    """Gather a parameter, which may be sharded, for a block. Every rank must call it."""
     if not hasattr(parameter, "ds_id"):
         yield parameter.data
         return
-    parameter.ds_active_sub_modules.clear()  # a forward that was given up leaves it in use
+    parameter.ds_active_sub_modules.clear()  # an aborted forward leaves it in use
     with library("runtime.zero").GatheredParameters([parameter], modifier_rank=0 if write else None):
         yield parameter.data

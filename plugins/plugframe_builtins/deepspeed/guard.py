@@ -1,7 +1,7 @@
-"""Parameters whose gradients or values DeepSpeed keeps elsewhere: what a script does to them acts, or is refused.
+"""Guard parameters whose gradients or values DeepSpeed keeps elsewhere: accesses take effect or raise.
 
-While DeepSpeed works, parameters are plain. In between each has a class of its own, a subclass of the one it had, that
-answers where plain torch would give None, an empty tensor or a stale value.
+While DeepSpeed runs, parameters are plain. Otherwise each has a generated subclass of its class, which
+acts or raises where plain torch would return None, an empty tensor or a stale value.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from plugframe.errors import UnsupportedError
 
-#: Packages whose own code sees parameters as they are.
+#: Packages whose code sees the plain parameters.
 _INSIDE = ("plugframe", "plugframe_builtins", "deepspeed")
-#: What a parameter without its values answers as any other: functions, and attributes with ``.`` before the name.
+#: Functions, and attributes with a ``.`` before the name, that work on a parameter without values.
 _PLAIN_FUNCTIONS = ("requires_grad_", "element_size", "is_floating_point", "is_complex", "register_hook")
 _PLAIN_ATTRIBUTES = ("requires_grad", "device", "dtype", "is_leaf", "_version", "grad_fn", "retains_grad", "layout")
 _KINDS = ("is_sparse", "is_sparse_csr", "is_meta", "is_cuda", "is_xpu", "is_cpu", "is_mps", "is_quantized", "is_nested")
@@ -28,16 +28,16 @@ _PLAIN_ANSWERS = {*_PLAIN_FUNCTIONS, *_OF_PYTHON, *(f".{name}" for name in (*_PL
 
 
 class Guard:
-    """Swaps the classes of a module's parameters.
+    """Swap the classes of a module's parameters.
 
     Args:
-        module: the user's.
-        stage: of ZeRO.
+        module: the user's module.
+        stage: the ZeRO stage.
 
     Attributes:
         holds: whether there are gradients that the parameters do not show.
         forgotten: ids of parameters whose gradient the script has set to None since.
-        seen: whether the script has looked at a gradient, or set it to None, since `holds` was last set.
+        seen: whether the script has read a gradient, or set it to None, since `holds` was last set.
     """
 
     def __init__(self, module: nn.Module, stage: int) -> None:
@@ -62,24 +62,24 @@ class Guard:
             self._classes[plain] = self._subclass(plain)
         self._pairs.append((parameter, plain, self._classes[plain]))
         instance = vars(parameter)
-        # Looked up on the object: pickle and deepcopy ask it, and a class of its own is not always on.
+        # On the instance: pickle and deepcopy look there, and the subclass is not always set.
         instance["__reduce_ex__"] = lambda protocol: self._reduce(parameter)
         if self.stage:
             instance["register_post_accumulate_grad_hook"] = lambda hook: self._hook(parameter, hook, sys._getframe(1))
         if hasattr(parameter, "ds_id"):
             instance["__deepcopy__"] = lambda memo: self._deepcopy(parameter, memo)
 
-    # ------------------------------------------------------------------ on and off
+    # ------------------------------------------------------------------ lock and unlock
 
     def lock(self) -> None:
-        """Put the classes on, if there is anything to hide."""
+        """Set the subclasses, if there is anything to guard."""
         if not self._locked and (self.holds or self.stage == 3):
             self._locked = True
             for parameter, _, guarded in self._pairs:
                 parameter.__class__ = guarded
 
     def unlock(self) -> None:
-        """Take them off: DeepSpeed works now."""
+        """Restore the plain classes, for DeepSpeed."""
         if self._locked:
             self._locked = False
             for parameter, plain, _ in self._pairs:
@@ -87,7 +87,7 @@ class Guard:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Take the classes off for a while."""
+        """Restore the plain classes for a block."""
         was = self._locked
         self.unlock()
         try:
@@ -97,7 +97,7 @@ class Guard:
                 self.lock()
 
     def close(self) -> None:
-        """Give every parameter its own class back, for good."""
+        """Restore every parameter's class permanently."""
         self.unlock()
         for parameter, _, _ in self._pairs:
             for name in ("__reduce_ex__", "__deepcopy__", "register_post_accumulate_grad_hook"):
@@ -119,7 +119,7 @@ class Guard:
         elif self.pending:
             raise UnsupportedError(
                 f"{self.name(parameter)}.grad is read, but {self._words} keeps gradients in shards of its own: clip "
-                "with lite.clip_gradients(model, optimizer, max_norm=...), read whole ones on every rank with "
+                "with lite.clip_gradients(model, optimizer, max_norm=...), read full ones on every rank with "
                 "lite.strategy.gradients(model), or use strategy='ddp'."
             )
         return gradient
@@ -138,7 +138,7 @@ class Guard:
             put(parameter, value)
 
     def settled(self, trained: Iterable[Tensor]) -> bool:
-        """Say whether the script has set every gradient to None by hand.
+        """Return whether the script has set every gradient to None.
 
         Raises:
             UnsupportedError: if it has done so for some only.
@@ -185,7 +185,7 @@ class Guard:
             return func(*args, **kwargs)
 
     def _first(self, arguments: Any) -> Any:
-        """Return the first parameter in the arguments whose values are not there, None if all of them are."""
+        """Return the first parameter in the arguments without values, None if there is none."""
         if isinstance(arguments, Tensor):
             known = id(arguments) in self._names and not _is_running(arguments)
             return arguments if known else None
@@ -198,7 +198,7 @@ class Guard:
     def _refuse(self, parameter: Any, what: str) -> NoReturn:
         raise UnsupportedError(
             f"{self.name(parameter)} is used outside of forward ({what}), where strategy 'deepspeed' (stage 3) holds a "
-            "shard of it: read whole values with lite.state_dict(model), change them within `with "
+            "shard of it: read full values with lite.state_dict(model), change them within `with "
             "lite.strategy.gathered(model, write=True):` on every rank, or use stage=2."
         )
 
@@ -212,7 +212,7 @@ class Guard:
     def _reduce(self, parameter: Any) -> Any:
         if self._locked and hasattr(parameter, "ds_id"):
             self._refuse(parameter, "pickle")
-        # Without what DeepSpeed has put on it: process groups cannot be pickled.
+        # Without DeepSpeed's attributes: process groups cannot be pickled.
         return nn.Parameter(parameter.data.clone(), parameter.requires_grad).__reduce_ex__(2)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ classes
@@ -245,7 +245,7 @@ class Guard:
         return type(parameter).register_post_accumulate_grad_hook(parameter, hook)  # type: ignore[no-untyped-call]
 
     def name(self, parameter: Tensor) -> str:
-        """Return how to call a parameter in a message."""
+        """Return a parameter's name for messages."""
         return f"Parameter {self._names.get(id(parameter), '?')!r}"
 
     @property
@@ -254,7 +254,7 @@ class Guard:
 
 
 def is_guarded(parameter: Tensor) -> bool:
-    """Say whether a parameter belongs to a model that was set up."""
+    """Return whether a parameter belongs to a model that was set up."""
     return "__reduce_ex__" in vars(parameter)
 
 
@@ -280,17 +280,17 @@ def _refusing(part: nn.Module, what: str) -> Callable[..., NoReturn]:
 
 
 def _shown(name: str) -> str:
-    """Return the name of a function or attribute as a script writes it."""
+    """Return a function or attribute as a script writes it."""
     return name.lstrip(".").replace("__set__ ", "")
 
 
 def _is_running(parameter: Any) -> bool:
-    """Say whether DeepSpeed has gathered the parameter for a module that runs, or for a block of the script."""
+    """Return whether DeepSpeed has gathered the parameter for a running module, or for a block of the script."""
     # The second is DeepSpeed's own count of deepspeed.zero.GatheredParameters (0.19); older ones have none.
     depth = getattr(parameter, "_ds_z3_gathered_param_context_depth", 0)
     return bool(getattr(parameter, "ds_active_sub_modules", None)) or depth > 0
 
 
 def _inside(frame: FrameType) -> bool:
-    """Say whether a frame is of code that sees parameters as they are."""
+    """Return whether a frame belongs to code that sees plain parameters."""
     return str(frame.f_globals.get("__name__")).partition(".")[0] in _INSIDE

@@ -1,4 +1,4 @@
-"""DeepSpeed's modules, which have no types and need not be installed to check those of this package."""
+"""Untyped access to DeepSpeed's modules, so that type checks do not need it installed."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from typing import Any
 
 
 def library(name: str = "") -> Any:
-    """Return ``deepspeed``, or the module of that name in it."""
+    """Return ``deepspeed``, or one of its modules."""
     return importlib.import_module(f"deepspeed.{name}" if name else "deepspeed")

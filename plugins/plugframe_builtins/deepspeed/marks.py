@@ -1,4 +1,4 @@
-"""What DeepSpeed leaves on a module and its parameters, taken off again."""
+"""Remove DeepSpeed's attributes from a module and its parameters."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from plugframe_builtins.deepspeed.library import library
 
-#: How the names begin that DeepSpeed puts on only when the module runs.
+#: Prefix of the names DeepSpeed adds only when the module runs.
 _LATER = ("ds_", "_ds_", "_hp_grad", "post_bwd_fn", "applied_pre_backward_ref_cnt")
 
 
 class Marks:
-    """Remembers a module as it is, to give it back so.
+    """Record a module's attributes, to restore them later.
 
     Args:
-        module: before DeepSpeed has seen it.
+        module: before DeepSpeed has changed it.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -31,7 +31,7 @@ class Marks:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Take note of what DeepSpeed puts on."""
+        """Record the attributes that DeepSpeed adds in this block."""
         before = [set(vars(obj)) for obj in self._objects]
         try:
             yield
@@ -40,11 +40,11 @@ class Marks:
                 new |= set(vars(obj)) - old
 
     @torch.no_grad()
-    def remove(self, whole: Mapping[int, Tensor]) -> None:
-        """Take off what is new, and give every parameter storage and a dtype of its own again.
+    def remove(self, full_values: Mapping[int, Tensor]) -> None:
+        """Remove new attributes, and restore every parameter's storage and dtype.
 
         Args:
-            whole: by the parameter's id, the values of those whose parts lie on other ranks.
+            full_values: by the parameter's id, full values of sharded parameters.
         """
         for obj, new in zip(self._objects, self._new, strict=True):
             for name in list(vars(obj)):
@@ -55,11 +55,11 @@ class Marks:
             if type(parameters) is not dict:
                 vars(part)["_parameters"] = dict(parameters.items())
         for parameter, dtype in zip(self._parameters, self._dtypes, strict=True):
-            parameter.data = whole.get(id(parameter), parameter.data).to(dtype, copy=True)
+            parameter.data = full_values.get(id(parameter), parameter.data).to(dtype, copy=True)
             parameter.grad = None
 
 
 def forget_shim(shim: nn.Module) -> None:
-    """Take the module off the list DeepSpeed keeps of those that run."""
+    """Remove the module from DeepSpeed's list of running ones."""
     running: list[Any] = library("runtime.zero.parameter_offload").FWD_MODULE_STACK
     running[:] = [module for module in running if module is not shim]

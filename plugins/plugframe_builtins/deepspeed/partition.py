@@ -1,4 +1,4 @@
-"""Taking a module apart, while it gets its values if it was built without: whole is one part of it at a time."""
+"""Shard a module, and materialise deferred parameters, one submodule at a time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from plugframe.hooks.context import Context
 from plugframe_builtins.deepspeed.library import library
 from plugframe_builtins.deepspeed.runtime import variables_of
 
-#: By a parameter's id, this rank's elements of it, before they were rounded.
+#: By a parameter's id, this rank's elements of it before rounding.
 Pieces = dict[int, Tensor]
 
 
 def has_deferred(module: nn.Module) -> bool:
-    """Say whether a parameter of the module was built without its values."""
+    """Return whether a parameter of the module is deferred."""
     return any(is_deferred(parameter) for parameter in module.parameters())
 
 
@@ -32,15 +32,15 @@ def partition(
     dtype: torch.dtype | None,
     broadcast: Callable[[Tensor], None],
 ) -> Pieces:
-    """Give the module's tensors rank 0's values, each rank its part of parameters. Every rank must call it.
+    """Give the module's tensors rank 0's values, and shard its parameters. Every rank must call it.
 
     Args:
         config: DeepSpeed's, for stage 3.
-        dtype: in which parameters in float32 are kept, None to keep them as they are.
-        broadcast: gives every rank rank 0's values of a tensor.
+        dtype: dtype for float32 parameters, None to keep them.
+        broadcast: broadcasts rank 0's values of a tensor.
 
     Returns:
-        What was in float32 before, if `dtype` is another.
+        The float32 elements, if `dtype` is another.
     """
     pieces: Pieces = {}
     first: Any = None
@@ -68,7 +68,7 @@ def partition(
 
 @contextmanager
 def _with_dimension(parameters: list[Any]) -> Iterator[None]:
-    """Show DeepSpeed scalars as tensors of one element: it cannot send others."""
+    """Show scalars to DeepSpeed as tensors of one element: it does not support 0-d tensors."""
     scalars = [parameter for parameter in parameters if parameter.dim() == 0]
     for parameter in scalars:
         parameter.data = parameter.data.reshape(1)
@@ -79,7 +79,7 @@ def _with_dimension(parameters: list[Any]) -> Iterator[None]:
 
 @contextmanager
 def sent_already(module: nn.Module) -> Iterator[None]:
-    """Have DeepSpeed take scalars for such as it need not send: it cannot, and they are equal on all ranks."""
+    """Exclude scalars from DeepSpeed's broadcasts, which do not support them: they are equal on all ranks."""
     scalars: list[Any] = [parameter for parameter in module.parameters() if parameter.dim() == 0]
     for parameter in scalars:
         parameter.ds_status = None

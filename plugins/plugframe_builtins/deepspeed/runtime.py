@@ -1,4 +1,4 @@
-"""DeepSpeed's own global state: begun for one job, and put back as it was."""
+"""DeepSpeed's global state: set for one session, and restored."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from plugframe.utils.environment import preserved_environment
 from plugframe_builtins.deepspeed.build import build
 from plugframe_builtins.deepspeed.library import library
 
-#: What DeepSpeed compiles when it meets a CPU; it serves inference alone.
+#: DeepSpeed compiles this on a CPU, for inference only.
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
-#: What torch sets by itself once its compiler was imported, which DeepSpeed does.
+#: Set by torch when its compiler is imported, which DeepSpeed does.
 _INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def start(context: Context, *, shared_memory_op: bool, build_timeout_s: float) -> ExitStack:
-    """Import DeepSpeed and connect it to the job's process group; return what undoes that. Every rank must call it.
+    """Import DeepSpeed and connect it to the process group; return a stack that undoes it. Every rank must call it.
 
     Args:
-        shared_memory_op: whether to compile and load DeepSpeed's own communication between processes of one host.
-        build_timeout_s: how long another process may take for that.
+        shared_memory_op: whether to compile and load DeepSpeed's communication between processes of one host.
+        build_timeout_s: timeout of waiting for another process that compiles it.
 
     Raises:
-        UnsupportedError: if DeepSpeed serves another kind of device in this process, or cannot be compiled.
+        UnsupportedError: if DeepSpeed uses another device type in this process, or cannot be compiled.
     """
     undo = ExitStack()
     if _INDUCTOR not in os.environ:
@@ -68,7 +68,7 @@ def start(context: Context, *, shared_memory_op: bool, build_timeout_s: float) -
 
 @contextmanager
 def variables_of(context: Context) -> Iterator[None]:
-    """Set the variables DeepSpeed reads when it begins something; on leaving, undo what anybody has set meanwhile."""
+    """Set DeepSpeed's environment variables; on exit, undo all changes made meanwhile."""
     with preserved_environment():
         os.environ["LOCAL_RANK"] = str(context.world.local_rank)
         os.environ.setdefault("DS_ACCELERATOR", context.device.type)
@@ -76,7 +76,7 @@ def variables_of(context: Context) -> Iterator[None]:
 
 
 def _imported() -> Any:
-    """Import DeepSpeed, and what it imports later, where a warning of torch about itself would be an error."""
+    """Import DeepSpeed and its lazily imported modules, while torch's warnings about itself are no errors."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
         library("runtime.zero.muon.muon_optimizer")
@@ -91,7 +91,7 @@ def initialize(context: Context, module: nn.Module, optimizer: Optimizer | None,
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop what DeepSpeed prints beside its log, unless somebody wants to hear more of it than warnings."""
+    """Drop DeepSpeed's prints, unless its log level is below warning."""
     if logging.getLogger("DeepSpeed").isEnabledFor(logging.INFO):
         yield
     else:
@@ -105,7 +105,7 @@ def _connect(deepspeed: Any) -> None:
 
 
 def _use_new_names(backend: Any) -> None:
-    """Have DeepSpeed call two functions of torch by the names they have now; the old ones warn."""
+    """Map two torch functions DeepSpeed calls to their current names; the old ones warn."""
     backend.all_gather_function = getattr(torch.distributed, "all_gather_single", backend.all_gather_function)
     backend.reduce_scatter_function = getattr(
         torch.distributed, "reduce_scatter_single", backend.reduce_scatter_function
@@ -114,13 +114,13 @@ def _use_new_names(backend: Any) -> None:
 
 def _disconnect(connects: Any) -> None:
     connects.cdb = None
-    # They would keep process groups alive that are gone.
+    # They would keep destroyed process groups alive.
     library("utils.groups")._release_process_group_references()
 
 
 @contextmanager
 def _nothing_to_compile(ops: Any) -> Iterator[None]:
-    """Have DeepSpeed take it that nothing can be compiled here: it would compile what no training uses."""
+    """Report to DeepSpeed that nothing can be compiled: training does not use what it would compile."""
     missing = object()
     before = vars(ops).get("__compatible_ops__", missing)
     ops.__compatible_ops__ = {}

@@ -1,4 +1,4 @@
-"""Setting up under DeepSpeed: the job, modules taken apart, and optimizers that drive them."""
+"""Set-up under DeepSpeed: the session, sharded modules, and their optimizers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from plugframe_builtins.deepspeed.suitable import check_optimizer, check_paramet
 
 
 class SetUp(Strategy):
-    """What the strategy does before a loop begins and after it has ended."""
+    """The set-up and tear-down hooks of the strategy."""
 
     options: configs.Options
     shared_memory_op: bool
@@ -74,8 +74,8 @@ class SetUp(Strategy):
         self._undo = start(context, shared_memory_op=self.shared_memory_op, build_timeout_s=self.build_timeout_s)
         self._undo.callback(self._registrations.watch())
         world = context.world
-        self._hook_check = TensorHookCheck(speaks=world.world_size > 1 and world.global_rank == 0)
-        # A simulated group has nobody on the other side.
+        self._hook_check = TensorHookCheck(warns=world.world_size > 1 and world.global_rank == 0)
+        # A simulated group has no peers.
         if self.stage > 1 and context.world.world_size > 1 and "gloo" in dist.get_backend_config(dist.group.WORLD):
             self._agreement = Agreement(context.world.world_size)
             self._undo.callback(self._agreement.close)
@@ -104,7 +104,7 @@ class SetUp(Strategy):
 
     @property
     def stage(self) -> int:
-        """The stage, from the name, the option or the raw configuration."""
+        """The stage, from the plugin name, the option or the raw configuration."""
         return int((self._config or self._raw).get("zero_optimization", {}).get("stage", self.options.stage))
 
     @hookimpl
@@ -121,7 +121,7 @@ class SetUp(Strategy):
             return None
         check_same_model(module, self.context.hooks)
         refused = next((slot for slot in self._slots if slot.module is module), None)
-        if refused is not None:  # its optimizers were, the last time
+        if refused is not None:  # its optimizers were refused earlier
             return refused
         slot = Slot(module, replicate=self._replicate, read=self._reader, announce=self._announce)
         self._slots.append(slot)
@@ -143,14 +143,14 @@ class SetUp(Strategy):
 
     @torch.no_grad()
     def _broadcast(self, tensor: Tensor) -> None:
-        """Give every rank rank 0's values."""
+        """Broadcast rank 0's values."""
         if self.context.world.world_size > 1:
             own = stored(tensor.detach())
             overwrite(own, self.context.hooks.collective_broadcast(tensor=own, src=0, group=None))
 
     @property
     def _rounds_to(self) -> torch.dtype | None:
-        """The dtype of parameters that DeepSpeed keeps in float32 besides; None where it keeps one copy."""
+        """The dtype of parameters that DeepSpeed also keeps in float32; None if it keeps one copy."""
         dtypes = self.context.hooks.precision_dtypes()
         return None if dtypes.parameter is dtypes.compute else dtypes.compute
 
@@ -177,7 +177,7 @@ class SetUp(Strategy):
         slots = [slot for slot in self._slots if module is None or slot.module is module]
         owners = [self._owner(optimizer, slots) for optimizer in optimizers]
         pairs = [(slot, optimizer) for slot, optimizer in zip(owners, optimizers, strict=True) if slot is not None]
-        # All of them first: what is refused changes nothing.
+        # All are checked first: a refused call changes nothing.
         for slot, optimizer in pairs:
             if slot.engine is not None or owners.count(slot) > 1:
                 raise UnsupportedError(
@@ -211,7 +211,7 @@ class SetUp(Strategy):
         engine = slot.drive(lambda guard: self._engine(module, optimizer, guard), self.stage)
         for parameter in engine.fragments.parameters():
             if id(parameter) in values:
-                engine.fragments.put(parameter, values[id(parameter)], whole=slot.pieces is None)
+                engine.fragments.put(parameter, values[id(parameter)], full=slot.pieces is None)
         optimizer.state.clear()
         if known is not None:
             load_optimizer_state(engine, known)
@@ -239,7 +239,7 @@ class SetUp(Strategy):
             )
 
     def _values_before(self, module: nn.Module) -> dict[int, Tensor]:
-        """Return copies of parameters whose values DeepSpeed would round before it copies them in float32."""
+        """Return copies of parameters that DeepSpeed would round before it copies them in float32."""
         if self._rounds_to is None:
             return {}
         parameters = (p for p in module.parameters() if p.requires_grad and p.dtype is torch.float32)

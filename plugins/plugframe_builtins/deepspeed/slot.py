@@ -1,4 +1,4 @@
-"""The place beside a module: DeepSpeed's engine once there is an optimizer, and until then what does without."""
+"""The engine slot of a module: DeepSpeed's engine once there is an optimizer, and a substitute before."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from plugframe_builtins.deepspeed.partition import Pieces
 
 
 class Slot:
-    """``slot(call, *args)`` runs the module under DeepSpeed, or, without an optimizer, as it is.
+    """Run ``call(*args)`` as ``slot(call, *args)``, under DeepSpeed if there is an optimizer.
 
-    A module without an optimizer has nothing that DeepSpeed could take apart; its gradients, if somebody wants
-    them, are averaged as under ``ddp``. If its parameters are in parts already, it evaluates.
+    A module without an optimizer is not sharded by DeepSpeed; its gradients, if any,
+    are averaged as under ``ddp``. If its parameters are sharded already, it only evaluates.
 
     Args:
-        module: the user's.
-        replicate: makes what averages the gradients of a module without optimizer.
-        read: makes what runs a module in parts without optimizer.
-        announce: called before a forward that only evaluates, if parameters are in parts.
+        module: the user's module.
+        replicate: makes an engine that averages the gradients of a module without optimizer.
+        read: makes a reader of a sharded module without optimizer.
+        announce: called before an evaluation forward if parameters are sharded.
 
     Attributes:
         engine: DeepSpeed's, once the module has an optimizer.
         guard: of the module's parameters, once DeepSpeed keeps them or their gradients.
-        pieces: of parameters, before they were rounded; None if they are not in parts.
-        number: among the models whose forward needs all ranks.
-        averages: whether backwards average gradients that every rank holds whole.
+        pieces: this rank's elements before rounding; None if parameters are not sharded.
+        number: index among the models whose forward needs all ranks.
+        averages: whether backwards average replicated gradients.
     """
 
     def __init__(
@@ -77,16 +77,16 @@ class Slot:
     def _evaluate(self, trains: bool, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if trains:
             raise OrderError(
-                f"This {type(self.module).__name__} is in parts and has no optimizer: call lite.setup(model, "
+                f"This {type(self.module).__name__} is sharded and has no optimizer: call lite.setup(model, "
                 "optimizer), or run it under torch.no_grad()."
             )
         return self.reader(call, *args, **kwargs)
 
     @property
     def reader(self) -> Reader:
-        """What runs the module in parts without an optimizer."""
+        """The reader of a sharded module without an optimizer."""
         if self._reader is None:
-            assert self.guard is not None  # since the module was taken apart
+            assert self.guard is not None  # since the module was sharded
             with self.marks.watching(), self.guard.opened():
                 self._reader = self._read(self.module, self.guard)
         return self._reader
@@ -97,25 +97,25 @@ class Slot:
         return self.pieces is not None or (self.engine is not None and self.engine.walk is not None)
 
     def help(self) -> None:
-        """Gather what another rank's forward gathers."""
+        """Gather the parameters that another rank's forward gathers."""
         walk = (self.reader if self.engine is None else self.engine).walk
         if walk is not None:
             walk.help()
 
     def order(self) -> Sequence[int]:
-        """Return in which order the last forward gathered the module's parts."""
+        """Return the order of modules in the last forward."""
         walk = (self.reader if self.engine is None else self.engine).walk
         return [] if walk is None else walk.order()
 
     def watch(self, stage: int) -> Guard:
-        """Return the guard of the module's parameters, made anew for what they are now."""
+        """Return a new guard of the module's current parameters."""
         if self.guard is not None:
             self.guard.close()
         self.guard = Guard(self.module, stage)
         return self.guard
 
     def drive(self, make: Callable[[Guard], Engine], stage: int) -> Engine:
-        """Run the module under an engine from now on."""
+        """Run the module under a new engine from now on."""
         if self.guard is not None:
             self.guard.close()
         if self._reader is not None:
@@ -126,7 +126,7 @@ class Slot:
         return self.engine
 
     def before_backward(self, loss: Tensor) -> None:
-        """Get ready for a backward that may come to the module."""
+        """Prepare for a backward that may reach the module."""
         if self.engine is not None:
             self.engine.before_backward()
         elif self._replica is not None:
@@ -134,23 +134,23 @@ class Slot:
             self._replica.before_backward(loss)
 
     def after_backward(self) -> None:
-        """Take in what the backward has brought."""
+        """Record the gradients of the backward."""
         if self.engine is not None:
             self.engine.after_backward(averages=self.averages)
 
     def close(self, *, alone: bool) -> None:
-        """Take everything off the module that DeepSpeed has put there.
+        """Remove everything that DeepSpeed added to the module.
 
         Args:
-            alone: whether there is no other rank, so that every value is here.
+            alone: whether this is the only rank, which holds all values.
         """
         with ExitStack() as stack:
             if self.guard is not None:
                 self.guard.unlock()
             running = self._reader if self.engine is None else self.engine
-            whole = running.values() if alone and running is not None else self._empty()
+            full_values = running.values() if alone and running is not None else self._empty()
             if running is not None or self.pieces is not None:
-                stack.callback(self.marks.remove, whole)
+                stack.callback(self.marks.remove, full_values)
             if running is not None:
                 running.close()
             if self.guard is not None:

@@ -1,4 +1,4 @@
-"""The state of modules and optimizers that DeepSpeed has taken apart: whole tensors, or ``DTensor`` on a mesh."""
+"""State of modules and optimizers sharded by DeepSpeed: full tensors, or ``DTensor`` on a mesh."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from plugframe.checkpoint import StoredTensor, fill, materialize
 from plugframe_builtins.deepspeed.engine import Engine
 from plugframe_builtins.deepspeed.fragments import Fragments, extent, gathered
 
-#: Keeps of a whole tensor what this rank saves of it.
+#: Returns what this rank saves of a full tensor.
 Keep = Callable[[Tensor], Any]
 _Value = Tensor | StoredTensor
 
 
-def keeper(mesh: DeviceMesh | None, rank: int) -> Keep:
-    """Return what keeps a tensor's rows of this rank, or, without a mesh, the whole tensor on rank 0."""
+def make_keep(mesh: DeviceMesh | None, rank: int) -> Keep:
+    """Return a function that keeps this rank's rows of a tensor, or, without a mesh, the full tensor on rank 0."""
 
-    def share(whole: Tensor) -> Any:
-        if whole.dim() == 0:
-            return whole
-        part = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
-        # A view would keep the whole tensor alive.
+    def share(full: Tensor) -> Any:
+        if full.dim() == 0:
+            return full
+        part = distribute_tensor(full, mesh, [Shard(0)], src_data_rank=None)
+        # A view would keep the full tensor alive.
         own = part.to_local().clone()
         return DTensor.from_local(
-            own, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.contiguous().stride()
+            own, mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.contiguous().stride()
         )
 
-    def on_first(whole: Tensor) -> Any:
-        return whole.cpu() if rank == 0 else None
+    def on_first(full: Tensor) -> Any:
+        return full.cpu() if rank == 0 else None
 
     return on_first if mesh is None else share
 
 
 @torch.no_grad()
 def module_state(module: nn.Module, engine: Engine, keep: Keep, *, sharded: bool) -> dict[str, Any]:
-    """Return the module's ``state_dict()`` with whole parameters, the float32 ones where there are any.
+    """Return the module's ``state_dict()`` with full parameters, in float32 where available.
 
-    Every rank must call it; one parameter at a time is whole.
+    Every rank must call it; one parameter at a time is gathered.
     """
     state: dict[str, Any] = module.state_dict(keep_vars=True)
     made: dict[int, Any] = {}
@@ -59,16 +59,16 @@ def module_state(module: nn.Module, engine: Engine, keep: Keep, *, sharded: bool
 def _saved(parameter: nn.Parameter, engine: Engine, keep: Keep, *, sharded: bool) -> Any:
     fragment = engine.fragments.get(parameter)
     if fragment is not None and fragment.flat.dtype is not parameter.dtype:
-        return keep(engine.fragments.whole(parameter))
-    if not hasattr(parameter, "ds_id"):  # every rank has it all
+        return keep(engine.fragments.full(parameter))
+    if not hasattr(parameter, "ds_id"):  # replicated
         return parameter.detach() if sharded else keep(parameter.detach())
-    with gathered(parameter) as whole:
-        return keep(whole.clone())
+    with gathered(parameter) as full:
+        return keep(full.clone())
 
 
 @torch.no_grad()
 def load_module_state(module: nn.Module, engine: Engine, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Put `state` into the module and the optimizer's weights; return missing and unexpected keys."""
+    """Load `state` into the module and the optimizer's weights; return missing and unexpected keys."""
     own: dict[str, Any] = module.state_dict(keep_vars=True)
     buffers: list[tuple[Tensor, _Value]] = []
     rest: dict[str, Any] = {}
@@ -92,8 +92,8 @@ def load_module_state(module: nn.Module, engine: Engine, state: Mapping[str, Any
 
 def _load_parameter(parameter: nn.Parameter, engine: Engine, value: Tensor) -> None:
     value = value.to(parameter.device)
-    with gathered(parameter, write=True) as whole:
-        whole.copy_(value)
+    with gathered(parameter, write=True) as full:
+        full.copy_(value)
     fragment = engine.fragments.get(parameter)
     if fragment is not None and fragment.flat is not parameter:
         engine.fragments.put(parameter, value)
@@ -110,7 +110,7 @@ def _whole(value: Any) -> Tensor:
 
 @torch.no_grad()
 def optimizer_state(engine: Engine, keep: Keep) -> dict[str, Any]:
-    """Return the optimizer's state in torch's format, by the user's parameters. Every rank must call it."""
+    """Return the optimizer's state in torch's format, by user parameter. Every rank must call it."""
     entries: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     number = 0
@@ -134,7 +134,7 @@ def _entry(parameter: Tensor, engine: Engine, keep: Keep) -> dict[str, Any]:
     kept = {}
     for name, value in engine.borrowed.state.get(fragment.flat, {}).items():
         if isinstance(value, Tensor) and value.dim() and value.shape == fragment.flat.shape:
-            kept[name] = keep(engine.fragments.whole(parameter, value))
+            kept[name] = keep(engine.fragments.full(parameter, value))
         else:
             kept[name] = value.clone() if isinstance(value, Tensor) else value
     return kept
@@ -142,7 +142,7 @@ def _entry(parameter: Tensor, engine: Engine, keep: Keep) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_optimizer_state(engine: Engine, state: Mapping[str, Any]) -> None:
-    """Load a state in torch's format, of the user's parameters."""
+    """Load a state in torch's format, by user parameter."""
     loader = _Loader(engine.fragments, engine.borrowed.state)
     entries = state["state"]
     engine.zero.load_scale_state(state.get("loss_scale", {}))
@@ -156,21 +156,21 @@ def load_optimizer_state(engine: Engine, state: Mapping[str, Any]) -> None:
 
 
 class _Loader:
-    """Fills the state of flat tensors from that of the parameters that lie in them."""
+    """Fill the state of flat tensors from the state of their parameters."""
 
     def __init__(self, fragments: Fragments, state: Any) -> None:
         self._fragments = fragments
         self._state = state
 
     def clear(self) -> None:
-        """Forget all state."""
+        """Drop all state."""
         for entry in self._state.values():
             for name in list(entry):
                 if isinstance(entry[name], Tensor):
                     entry[name].zero_()  # DeepSpeed may have linked it
 
     def load(self, parameter: Tensor, entry: Mapping[str, Any]) -> None:
-        """Put in one parameter's state."""
+        """Load one parameter's state."""
         fragment = self._fragments.get(parameter)
         if fragment is None:
             return
@@ -184,5 +184,5 @@ class _Loader:
             elif isinstance(kept.get(name), Tensor):
                 kept[name].copy_(_whole(value))
             else:
-                whole = materialize(value)
-                kept[name] = whole.clone() if isinstance(whole, Tensor) else whole
+                full = materialize(value)
+                kept[name] = full.clone() if isinstance(full, Tensor) else full

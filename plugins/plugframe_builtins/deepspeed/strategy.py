@@ -1,4 +1,4 @@
-"""ZeRO over DeepSpeed: optimizer state, gradients and parameters in parts over the ranks."""
+"""ZeRO with DeepSpeed: sharded optimizer state, gradients and parameters."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from plugframe_builtins.deepspeed.library import library
 from plugframe_builtins.deepspeed.setup import SetUp
 from plugframe_builtins.deepspeed.slot import Slot
 from plugframe_builtins.deepspeed.state import (
-    keeper,
     load_module_state,
     load_optimizer_state,
+    make_keep,
     module_state,
     optimizer_state,
 )
 
 
 class DeepSpeed(SetUp):
-    """Keep parts of optimizer state (stage 1), gradients (2) and parameters (3) on the ranks, with DeepSpeed's ZeRO.
+    """Shard optimizer state (stage 1), gradients (2) and parameters (3) over ranks with DeepSpeed's ZeRO.
 
-    The module, the optimizer and its groups stay the user's: what a scheduler writes into a group holds, and
-    gradients are forgotten by ``zero_grad``, used by ``step`` and clipped by ``lite.clip_gradients``. DeepSpeed
-    updates many parameters as one flat tensor, so an optimizer must treat every element by itself, as SGD and Adam
-    do, and a parameter without gradient counts as one with a gradient of zeros. A step with gradients that are not
-    finite is left out. After tear-down the module holds its parameters as before, except in stage 3 on several
-    ranks, where they are empty then, and the optimizer has no state: save both before.
+    The module, the optimizer and its groups stay the user's: values that a scheduler writes into a group apply, and
+    gradients are reset by ``zero_grad``, used by ``step`` and clipped by ``lite.clip_gradients``. DeepSpeed
+    updates many parameters as one flat tensor, so an optimizer must treat every element independently, as SGD and Adam
+    do, and a missing gradient counts as zeros. A step with gradients that are not
+    finite is skipped. After tear-down the module holds its parameters as before, except in stage 3 on several
+    ranks, where they are empty, and the optimizer has no state: save both before.
 
-    What a script does to parameters and gradients beside that acts as in plain torch, or raises and names the
-    parameter: ``docs/large-models.md`` has the table. An optimizer that is not known to treat every element by itself
-    is tried at set-up, and refused if a flat tensor would step otherwise than the parameters in it.
+    Any other access of a script to parameters and gradients works as in plain torch, or raises and names the
+    parameter: ``docs/large-models.md`` has the table. An optimizer of unknown class
+    is tested at set-up, and refused if it updates a flat tensor differently from its parameters.
 
     Args:
         stage: 0, 1, 2 or 3.
@@ -107,7 +107,7 @@ class DeepSpeed(SetUp):
 
     @hookimpl
     def strategy_describe(self) -> Sequence[str]:
-        """Return the configuration DeepSpeed will get, as far as it is known, a line for each key."""
+        """Return DeepSpeed's configuration, as far as it is known, a line per key."""
         return configs.lines(self._config or configs.final_config(self.options, self._raw, None))
 
     # ------------------------------------------------------------------ the loop
@@ -151,7 +151,7 @@ class DeepSpeed(SetUp):
         return None
 
     def _sync_buffers(self, engine: Engine) -> None:
-        """Give every rank rank 0's buffers (running statistics), so that all ranks evaluate one model."""
+        """Broadcast rank 0's buffers (running statistics), so that all ranks evaluate the same model."""
         if engine.stale_buffers and self.context.world.world_size > 1:
             sync_buffers(engine.module, self.context.hooks)
         engine.stale_buffers = False
@@ -244,7 +244,7 @@ class DeepSpeed(SetUp):
     # ------------------------------------------------------------------ DeepSpeed's own
 
     def gradients(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the averaged gradients of the module's trained parameters, whole, by name. Every rank must call it."""
+        """Return the full averaged gradients of the module's trained parameters, by name. Every rank must call it."""
         engine = self._driven(module, "gradients")
         engine.finish()
         found = {}
@@ -257,14 +257,14 @@ class DeepSpeed(SetUp):
 
     @contextmanager
     def gathered(self, module: nn.Module, *, write: bool = False) -> Iterator[None]:
-        """Give a module's parameters their complete values for a ``with`` block (stage 3). Every rank must call it.
+        """Gather a module's parameters for a ``with`` block (stage 3). Every rank must call it.
 
         Args:
-            write: whether the block changes values in place: rank 0's hold afterwards, on all ranks and in the
-                optimizer's weights. Without it a change is lost.
+            write: whether the block changes values in place: rank 0's are then kept, on all ranks and in the
+                optimizer's weights. Otherwise changes are lost.
 
         Raises:
-            UnsupportedError: for `write`, if the optimizer's weights lie on a disk.
+            UnsupportedError: for `write`, if the optimizer's weights are on a disk.
         """
         slot = next((slot for slot in self._slots if slot.module is module), None)
         sharded: list[Any] = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
@@ -276,7 +276,7 @@ class DeepSpeed(SetUp):
                 "lite.strategy.gathered(model, write=True) cannot reach weights on NVMe: use lite.load()."
             )
         for parameter in sharded:
-            parameter.ds_active_sub_modules.clear()  # a forward that was given up leaves it in use
+            parameter.ds_active_sub_modules.clear()  # an aborted forward leaves it in use
         whole = library("runtime.zero").GatheredParameters(sharded, modifier_rank=0 if write else None)
         with slot.guard.opened(), whole:
             yield
@@ -284,16 +284,16 @@ class DeepSpeed(SetUp):
     def save_native(self, path: str | Path, module: nn.Module, *, tag: str | None = None) -> None:
         """Write the module and its optimizer in DeepSpeed's own format into a folder. Every rank must call it.
 
-        Only as many ranks in the same stage read it again; ``lite.save`` has no such limits.
+        It loads only on the same number of ranks in the same stage; ``lite.save`` has no such limits.
         """
         engine = self._driven(module, "save_native")
         with engine.guard.opened(), engine.borrowed.lent():
             engine.deepspeed.save_checkpoint(str(path), tag=tag)
 
     def load_native(self, path: str | Path, module: nn.Module, *, tag: str | None = None) -> None:
-        """Read what `save_native` wrote, by default the last. Every rank must call it.
+        """Read a checkpoint of `save_native`, by default the last. Every rank must call it.
 
-        DeepSpeed unpickles it, which can run any code: read only what you trust.
+        DeepSpeed unpickles it, which can run any code: read only files you trust.
 
         Raises:
             CheckpointError: if there is none.
@@ -314,7 +314,7 @@ class DeepSpeed(SetUp):
         world = self.context.world
         if sharded and self._mesh is None:
             self._mesh = init_device_mesh(self.context.device.type, (world.world_size,), mesh_dim_names=("shard",))
-        return keeper(self._mesh if sharded else None, world.global_rank)
+        return make_keep(self._mesh if sharded else None, world.global_rank)
 
 
 @contextmanager

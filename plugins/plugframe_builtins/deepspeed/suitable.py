@@ -1,4 +1,4 @@
-"""What DeepSpeed cannot train, refused at set-up by name, on all ranks alike."""
+"""Refuse models and optimizers that DeepSpeed cannot train, at set-up on all ranks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from plugframe_builtins.deepspeed.trial import check_elementwise
 
 
 def check_parameters(module: nn.Module, stage: int) -> None:
-    """Refuse parameters whose dtype, size, hooks or gradients DeepSpeed cannot have.
+    """Raise if DeepSpeed does not support a parameter's dtype, size, hooks or gradients.
 
     Raises:
-        UnsupportedError: naming one.
+        UnsupportedError: naming a parameter.
     """
     trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     for name, parameter in trained:
@@ -34,7 +34,7 @@ def check_parameters(module: nn.Module, stage: int) -> None:
                 f"Parameter {name!r} is empty, and strategy 'deepspeed' (stage {stage}) cannot shard it: freeze it "
                 "with requires_grad_(False), make it a buffer, or use strategy='ddp'."
             )
-        if getattr(parameter, "_post_accumulate_grad_hooks", None):  # torch shows them nowhere else (2.13)
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):  # torch has no public way to read them (2.13)
             raise refused_hook(name, stage)
     for name, part in module.named_modules():
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse and part.weight.requires_grad:
@@ -56,7 +56,7 @@ def check_parameters(module: nn.Module, stage: int) -> None:
 
 
 def check_optimizer(optimizer: Optimizer, stage: int, num_ranks: int) -> None:
-    """Refuse an optimizer that DeepSpeed would not step as one process does.
+    """Raise if DeepSpeed would not step the optimizer as one process does.
 
     Raises:
         UnsupportedError: with its class.

@@ -1,9 +1,9 @@
-"""Whether an optimizer makes of a flat tensor what it makes of the parameters in it: tried at set-up, on tiny copies.
+"""Test at set-up, on tiny copies, whether an optimizer updates a flat tensor as it updates the parameters in it.
 
-DeepSpeed has an optimizer update pieces of flat tensors that hold many parameters. That is the result of one process
-only if every element is treated by itself, and only by way of ``param_groups``. Optimizers that scale by a norm of each
-parameter (LARS, LAMB), factor a matrix (Adafactor, Shampoo, Muon), or step through a list of parameters of their own
-are not of that kind; many are written at home, and no list of names would know them.
+Under DeepSpeed an optimizer updates pieces of flat tensors that hold many parameters. This equals one process
+only if every element is updated independently, and only through ``param_groups``. Optimizers that scale by a norm of
+each parameter (LARS, LAMB), factor a matrix (Adafactor, Shampoo, Muon), or step through a parameter list of their own
+do not qualify; since users write their own, a list of names would not be enough.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch.optim import ASGD, LBFGS, SGD, Adadelta, Adam, Adamax, AdamW, NAdam, 
 from plugframe.errors import UnsupportedError
 from plugframe_builtins.deepspeed.library import library
 
-#: torch's own of the kind, which need no trial.
+#: torch's elementwise optimizers, which need no trial.
 _ELEMENTWISE = (SGD, ASGD, Adadelta, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop)
-#: The largest size of a dimension in the trial.
+#: Largest size of a dimension in the trial.
 _SIZE = 3
 _STEPS = 3
-#: Of an optimizer itself: what holds the user's parameters by torch's rules, and hooks, which must not run in a trial.
+#: Attributes of an optimizer that hold parameters by torch's rules, and hooks, which must not run in a trial.
 _OWN = ("param_groups", "state", "defaults")
 _INSTEAD = "use strategy='ddp', or an optimizer that treats every element by itself, such as SGD or AdamW"
 
 
 def check_elementwise(optimizer: Optimizer, *, num_parts: int, apart: bool) -> None:
-    """Refuse an optimizer that would not make of flat tensors what it makes of parameters.
+    """Raise if an optimizer updates flat tensors differently from their parameters.
 
     Args:
-        optimizer: the user's; nothing of it changes.
-        num_parts: in how many parts flat tensors are divided.
+        optimizer: the user's optimizer; it is not changed.
+        num_parts: number of shards of a flat tensor.
         apart: whether groups are stepped one after another (stage 3).
 
     Raises:
@@ -65,14 +65,14 @@ def check_elementwise(optimizer: Optimizer, *, num_parts: int, apart: bool) -> N
 
 
 def _is_deepspeeds(optimizer: Optimizer) -> bool:
-    """Say whether it is one that DeepSpeed has made for this, which a copy of would break."""
+    """Return whether the optimizer is one of DeepSpeed's own, which cannot be copied."""
     if not type(optimizer).__module__.startswith(("deepspeed.", "apex.")):
         return False
     return bool(library("runtime.zero.utils").is_zero_supported_optimizer(optimizer))
 
 
 def references(optimizer: Optimizer) -> Iterator[str]:
-    """Give the paths of attributes that refer to the optimizer's parameters beside ``param_groups`` and ``state``."""
+    """Yield the paths of attributes that refer to the optimizer's parameters, outside of its groups and state."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     seen: set[int] = {id(optimizer.param_groups), id(optimizer.state)}
 
@@ -94,9 +94,9 @@ def references(optimizer: Optimizer) -> Iterator[str]:
 
 
 def own_lists(optimizer: Optimizer) -> list[list[Any]]:
-    """Return the optimizer's lists, beside its groups, that hold all the parameters it trains and nothing else.
+    """Return the optimizer's lists, besides its groups, that hold exactly the parameters it trains.
 
-    Many optimizers step through such a list; DeepSpeed's flat tensors can stand in it while they do.
+    Many optimizers step through such a list; DeepSpeed's flat tensors replace the parameters there during a step.
     """
     trained = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     return [
@@ -113,7 +113,7 @@ def _own_random(optimizer: Optimizer) -> Any:
 
 
 def _difference(optimizer: Optimizer, *, num_parts: int, apart: bool) -> str | None:
-    """Return how steps on flat tensors differ from those on parameters, None if they do not."""
+    """Return how steps on flat tensors differ from those on parameters, None if they are equal."""
     expected = _Copy(optimizer)
     groups = [number for number, pieces in enumerate(expected.trained) if pieces]
     flats = [torch.cat([p.detach().reshape(-1) for p in expected.trained[number]]) for number in groups]
@@ -142,14 +142,14 @@ def _difference(optimizer: Optimizer, *, num_parts: int, apart: bool) -> str | N
 
 
 def _gradients(flat: Tensor, pieces: Sequence[Tensor]) -> Tensor:
-    """Return a gradient whose size differs from one parameter to the next, and from one element to the next."""
+    """Return a gradient with different magnitudes per parameter and per element."""
     generator = torch.Generator().manual_seed(1)
     scales = torch.cat([torch.full((p.numel(),), 3.0 ** (number % 4 - 1)) for number, p in enumerate(pieces)])
     return (torch.randn(flat.numel(), generator=generator) * scales).to(flat)
 
 
 def _share(flat: Tensor, index: int, num_parts: int) -> Tensor:
-    """Return one of equal parts of a flat tensor, padded with zeros."""
+    """Return one of equal shards of a flat tensor, padded with zeros."""
     size = -(-flat.numel() // num_parts)
     return nn.functional.pad(flat, (0, size * num_parts - flat.numel()))[index * size : (index + 1) * size].clone()
 
@@ -159,7 +159,7 @@ class _Copy:
 
     Attributes:
         optimizer: the copy.
-        trained: by group, its parameters that are trained.
+        trained: its trained parameters, by group.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -172,18 +172,18 @@ class _Copy:
         self.optimizer: Optimizer = _copied(optimizer, memo)
         for group in self.optimizer.param_groups:
             if "lr" in group:
-                group["lr"] = 0.01  # a schedule may begin with 0, at which all optimizers agree
+                group["lr"] = 0.01  # schedules may begin with 0, where all optimizers agree
         self._lists = own_lists(self.optimizer)
         self.trained = [[p for p in group["params"] if p.requires_grad] for group in self.optimizer.param_groups]
 
     def fill(self, number: int, gradient: Tensor) -> None:
-        """Give the parameters of a group their gradients."""
+        """Set the gradients of a group's parameters."""
         sizes = [parameter.numel() for parameter in self.trained[number]]
         for parameter, piece in zip(self.trained[number], torch.split(gradient, sizes), strict=True):
             parameter.grad = piece.clone().reshape(parameter.shape)
 
     def flatten(self, groups: Sequence[int], index: int, num_parts: int) -> list[nn.Parameter]:
-        """Put a part of each group's parameters, flat, in their place; return those."""
+        """Replace each group's parameters by a flat shard; return the shards."""
         made = []
         for number in groups:
             flat = torch.cat([p.detach().reshape(-1) for p in self.trained[number]])
@@ -199,7 +199,7 @@ class _Copy:
             own[:] = [tensor for tensor in flat if tensor is not None]
 
     def step(self, groups: Sequence[int], flat: Sequence[nn.Parameter], *, apart: bool) -> None:
-        """Step as DeepSpeed has it."""
+        """Step as DeepSpeed does."""
         if not apart:
             self.optimizer.step()
             return
@@ -215,14 +215,14 @@ def _tiny(parameter: Tensor, generator: torch.Generator) -> nn.Parameter:
 
 
 def _copied(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
-    """Return a copy with all attributes: torch's own way of copying an optimizer leaves out those of its class."""
+    """Return a copy with all attributes: copying a torch optimizer drops those of its subclass."""
     pairs = []
     for each in _nested(optimizer):
         memo[id(each)] = type(each).__new__(type(each))
         pairs.append((each, memo[id(each)]))
         memo.setdefault(id(each.state), defaultdict(dict))
     for each, made in pairs:
-        # A scheduler has put a step on the instance that holds the original.
+        # A scheduler has replaced step on the instance by one that holds the original.
         kept = {key: value for key, value in vars(each).items() if key != "step" and not key.startswith("_plugframe")}
         for key in kept:
             if key.startswith("_optimizer_"):  # hooks
@@ -233,7 +233,7 @@ def _copied(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
 
 
 def _nested(optimizer: Optimizer) -> list[Optimizer]:
-    """Return the optimizer and those it holds."""
+    """Return the optimizer and those nested in it."""
     found: list[Optimizer] = []
 
     def walk(value: Any, depth: int) -> None:

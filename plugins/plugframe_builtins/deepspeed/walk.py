@@ -1,4 +1,4 @@
-"""The walk of a forward through a module in parts, which a rank without a batch can take too."""
+"""The order in which a forward gathers a sharded module's submodules, replayable by a rank without a batch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from plugframe_builtins.deepspeed.library import library
 
 
 class Walk:
-    """Notes in which order a forward gathers and frees the parts of a module, and does the same again.
+    """Record the order in which a forward gathers and frees submodules, and replay it.
 
     Args:
-        shim: over the module, set up by DeepSpeed.
-        offload: DeepSpeed's, which gathers and frees.
-        agreement: verifies that other ranks that train come to the same parts; None if there are no others.
+        shim: wraps the module, set up by DeepSpeed.
+        offload: DeepSpeed's parameter offload, which gathers and frees.
+        agreement: verifies that training ranks run the same submodules; None for a single rank.
 
     Attributes:
-        works: whether ``lite.backward`` runs.
+        works: whether ``lite.backward`` is running.
     """
 
     def __init__(self, shim: nn.Module, offload: Any, agreement: Agreement | None = None) -> None:
@@ -38,7 +38,7 @@ class Walk:
         self._parts = self._compared()
         self._trace = Trace(self._agree)
         for part in shim.modules():
-            # Before DeepSpeed's own, which gathers.
+            # Before DeepSpeed's own hook, which gathers.
             self._handles.append(part.register_forward_pre_hook(self._come, prepend=True))
             self._handles.append(part.register_forward_hook(self._go))
         self._pre_backward = offload.pre_sub_module_backward_function
@@ -48,7 +48,7 @@ class Walk:
             self._forget_order()
 
     def _keep_small_ones(self) -> None:
-        """Have DeepSpeed keep small parameters complete in the first step too, in which it frees all of them."""
+        """Make DeepSpeed keep small parameters gathered in the first step too, in which it would free all."""
         coordinator = self._offload.get_param_coordinator()
         release = coordinator.release_sub_module
         releasing = False
@@ -72,9 +72,9 @@ class Walk:
                 small.partition = kept(small.partition)
 
     def _compared(self) -> dict[int, str]:
-        """Return the parts whose order must be that of all ranks, by id, with what to call them.
+        """Return the submodules whose order must agree over ranks, with their names, by id.
 
-        They are all of them if any has parameters to gather: DeepSpeed, too, gathers ahead in the order of all.
+        All of them if any has parameters to gather: DeepSpeed also prefetches in the order of all.
         """
         found: dict[int, str] = {}
         is_leaf: Callable[[nn.Module], bool] = library("utils").z3_leaf_module
@@ -90,7 +90,7 @@ class Walk:
         return found if self._sharded else {}
 
     def _forget_order(self) -> None:
-        """Have DeepSpeed compare no order of parts with other ranks, as there is nothing to gather."""
+        """Disable DeepSpeed's own comparison of orders, as there is nothing to gather."""
         coordinator = self._offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
@@ -102,10 +102,10 @@ class Walk:
             self._running = True
         if self._running:
             self._steps.append((part, True))
-        # An evaluation may be uneven, and ranks say before what they run.
+        # Evaluation may be uneven, and ranks announce its forwards.
         trains = torch.is_grad_enabled() and self._module.training
         if trains and id(part) in self._parts and self._agreement is not None:
-            self._trace.come(self._parts[id(part)])
+            self._trace.record(self._parts[id(part)])
 
     def _go(self, part: nn.Module, args: Any, result: Any) -> None:
         if self._running:
@@ -117,12 +117,12 @@ class Walk:
         if id(part) in self._parts:
             if not self.works and id(part) in self._sharded:
                 raise UnsupportedError(
-                    "A backward outside of lite.backward(), as of torch.autograd.grad(), came to "
+                    "A backward outside of lite.backward(), as of torch.autograd.grad(), reached "
                     f"{self._parts[id(part)]}, which strategy 'deepspeed' (stage 3) gathers for lite.backward() alone: "
                     "use stage=2, or a param_persistence_threshold of as many elements, which keeps it complete."
                 )
             if self.works and self._agreement is not None:
-                self._trace.come(f"the backward of {self._parts[id(part)]}")
+                self._trace.record(f"the backward of {self._parts[id(part)]}")
         self._pre_backward(part)
 
     def _agree(self, place: str, before: str | None) -> None:
@@ -130,19 +130,19 @@ class Walk:
         self._agreement(
             place,
             before,
-            "Strategy 'deepspeed' (stage 3) gathers each part from all ranks: use stage=2, a "
-            "param_persistence_threshold of as many elements as the part has, or before lite.setup() "
-            "deepspeed.utils.set_z3_leaf_modules(model, [TheBlock]), which gathers the whole block that chooses.",
+            "Strategy 'deepspeed' (stage 3) gathers each submodule from all ranks: use stage=2, a "
+            "param_persistence_threshold of as many elements as the submodule has, or before lite.setup() "
+            "deepspeed.utils.set_z3_leaf_modules(model, [TheBlock]), which gathers the complete block.",
         )
 
     def end(self) -> None:
-        """Called at an optimizer's step."""
+        """End a step."""
         if self._agreement is not None:
             self._trace.end()
 
     @torch.no_grad()
     def help(self) -> None:
-        """Gather what another rank's forward gathers, and free it."""
+        """Gather and free the parameters that another rank's forward gathers."""
         running: list[Any] = library("runtime.zero.parameter_offload").FWD_MODULE_STACK
         self._steps = self._steps or list(_assumed(self._shim))
         self._offload.get_param_coordinator().reset_step()
@@ -156,12 +156,12 @@ class Walk:
                 go(part)
 
     def order(self) -> list[int]:
-        """Return in which order the last forward came to the parts."""
+        """Return the order of submodules in the last forward."""
         number = {id(part): position for position, part in enumerate(self._shim.modules())}
         return [number[id(part)] for part, comes in self._steps if comes]
 
     def close(self) -> None:
-        """Note nothing any more."""
+        """Stop recording."""
         for handle in self._handles:
             handle.remove()
         del self._offload.pre_sub_module_backward_function
@@ -173,7 +173,7 @@ class Walk:
 
 
 def _assumed(part: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """Return the walk of a forward that runs every part in the order in which it was made."""
+    """Return the order of a forward that runs every submodule in order of construction."""
     inner = [step for child in part.children() for step in _assumed(child)]
     if isinstance(part, (nn.ModuleList, nn.ModuleDict)):
         return inner

@@ -1,7 +1,7 @@
-"""DeepSpeed's optimizers, each in its own way, seen as one: when gradients add up, are averaged, and where they lie.
+"""A common interface to DeepSpeed's optimizers: accumulation, averaging and storage of gradients.
 
-DeepSpeed decides by itself when a gradient is complete, from counting backwards; here the step says so. Until then
-every backward counts as one of several (`prologue`, `epilogue`), and `finish` averages what has come together.
+DeepSpeed counts backwards to decide when a gradient is complete; here the step decides. Until then
+every backward counts as one of several (`prologue`, `epilogue`), and `finish` averages the accumulated gradients.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from plugframe_builtins.deepspeed.library import library
 
 
 class Stage0:
-    """Every rank holds everything; gradients are those of the parameters.
+    """Everything is replicated; gradients are those of the parameters.
 
     Attributes:
-        loss_scale: what gradients are multiplied with.
-        offloads: whether the optimizer's state lies on the host or a disk.
+        loss_scale: factor of the gradients.
+        offloads: whether the optimizer's state is on the host or a disk.
     """
 
     loss_scale = 1.0
@@ -34,16 +34,16 @@ class Stage0:
         self.engine = engine
 
     def begin(self) -> None:
-        """Called before the first backward since gradients were empty."""
+        """Run before the first backward since gradients were cleared."""
 
     def prologue(self) -> None:
-        """Called before a backward."""
+        """Run before a backward."""
 
     def epilogue(self, touched: Set[int]) -> None:
-        """Called after a backward that came to the model.
+        """Run after a backward that reached the model.
 
         Args:
-            touched: ids of the parameters it has brought a gradient. Other ranks may have used others.
+            touched: ids of parameters that got a gradient. Those of other ranks may differ.
         """
 
     def finish(self) -> None:
@@ -51,51 +51,51 @@ class Stage0:
         self.engine.buffered_allreduce_fallback()
 
     def resume(self) -> None:
-        """Called before a backward that adds to finished gradients."""
+        """Run before a backward that adds to finished gradients."""
 
     def clear(self) -> None:
-        """Forget all gradients."""
+        """Drop all gradients."""
         self.engine.zero_grad()
 
     def gradients(self) -> list[Tensor]:
-        """Return what this rank holds of the finished gradients; all of them, in this stage."""
+        """Return this rank's finished gradients; all of them, in this stage."""
         found = [parameter.grad for parameter in self.engine.module.parameters()]
         return [gradient for gradient in found if gradient is not None]
 
     def scale_state(self) -> dict[str, Any]:
-        """Return the loss scale and where it is in its growth, as plain values; empty where there is none."""
+        """Return the loss scale and its growth counters, as plain values; empty without a loss scale."""
         return {}
 
     def load_scale_state(self, state: Mapping[str, Any]) -> None:
-        """Put back what `scale_state` gave, in a run that had a loss scale."""
+        """Restore a state of `scale_state`, saved with a loss scale."""
 
-    #: Whether ranks hold different parts of the gradients.
+    #: Whether gradients are sharded.
     partitioned = False
-    #: Whether parameters are views of what DeepSpeed gathers, as long as nobody assigns their ``data``.
+    #: Whether parameters are views of DeepSpeed's gathered storage, until their ``data`` is assigned.
     views = False
 
     @property
     def bucket_size(self) -> float:
-        """Elements of gradients that come together before any are averaged."""
+        """Number of elements of gradients that accumulate before any are averaged."""
         return float("inf")
 
     def follow(self) -> None:
-        """Take over into the weights DeepSpeed updates what the script has changed in the parameters."""
+        """Copy the script's changes of parameters into DeepSpeed's weights."""
 
     def complete_values(self) -> None:
-        """Gather small parameters that DeepSpeed keeps whole, so that no forward needs to."""
+        """Gather small parameters that DeepSpeed keeps gathered, so that no forward needs to."""
 
     def locate(self, groups: Sequence[Mapping[str, Any]], fragments: Fragments) -> None:
-        """Find the fragments of the parameters in `groups`, the optimizer's groups as they were before."""
+        """Find the fragments of the parameters in `groups`, the optimizer's original groups."""
         for parameter in _trained(groups):
             fragments.add(parameter, Fragment(parameter, 0, 0, parameter.numel()))
 
     def publish(self) -> None:
-        """Make the parameters of the module what the fragments say."""
+        """Copy the fragments into the module's parameters."""
 
 
 class _Scaled(Stage0):
-    """Gradients may be multiplied with a loss scale that follows what overflows."""
+    """Gradients may be multiplied by a dynamic loss scale."""
 
     zero: Any
 
@@ -118,12 +118,12 @@ _CLIPPED = (
     "A backward came after lite.clip_gradients() and before the step, which offloading does not allow: clip after the "
     "last backward."
 )
-#: What moves in DeepSpeed's dynamic loss scale.
+#: The state of DeepSpeed's dynamic loss scale.
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Stage1And2(_Scaled):
-    """The optimizer's state in parts, and in stage 2 the gradients."""
+    """Sharded optimizer state, and in stage 2 sharded gradients."""
 
     partitioned = views = True
 
@@ -137,7 +137,7 @@ class Stage1And2(_Scaled):
         self._finished = False
 
     def begin(self) -> None:
-        if self.offloads:  # a parameter that is not used leaves what was there
+        if self.offloads:  # an unused parameter leaves old values
             for flat in self.zero.single_partition_of_fp32_groups:
                 flat.grad.zero_()
 
@@ -156,11 +156,11 @@ class Stage1And2(_Scaled):
 
     @property
     def bucket_size(self) -> float:
-        # Stage 1 averages at the end, in the order of its groups.
+        # Stage 1 averages at the end, in group order.
         return float("inf") if self.reduces_in_step else float(self.zero.reduce_bucket_size)
 
     def _complete(self, touched: Set[int]) -> None:
-        """Have all ranks reduce the same gradients in one order: a rank that did not use a parameter has zeros."""
+        """Make all ranks reduce the same gradients in one order: parameters unused on a rank count as zeros."""
         zero = self.zero
         zero.setup_buckets()
         for number, group in enumerate(zero.bit16_groups):
@@ -272,7 +272,7 @@ class Bf16(Stage1And2):
         self.engine.buffered_allreduce_fallback()
 
     def resume(self) -> None:
-        # Gradients that are equal on all ranks stay what they are when they are averaged again.
+        # Averaging gradients that are equal on all ranks again does not change them.
         pass
 
     def clear(self) -> None:
@@ -287,7 +287,7 @@ class Bf16(Stage1And2):
 
 
 class Stage3(_Scaled):
-    """Parameters in parts too: a block is put together when it runs."""
+    """Sharded parameters too: a submodule is gathered when it runs."""
 
     partitioned = True
 
@@ -299,11 +299,11 @@ class Stage3(_Scaled):
 
     @property
     def swaps(self) -> bool:
-        """Whether the optimizer's state lies on a disk."""
+        """Whether the optimizer's state is on a disk."""
         return bool(self.zero.swap_optimizer)
 
     def begin(self) -> None:
-        # A parameter that is not used leaves what was there.
+        # An unused parameter leaves old values.
         self.zero.grad_partitions_flat_buffer.zero_()
         for flat in self.zero.fp32_partitioned_groups_flat if self.offloads else ():
             if flat.grad is not None:
@@ -311,7 +311,7 @@ class Stage3(_Scaled):
 
     def prologue(self) -> None:
         self.zero.clear_backward_seen_flag()
-        # 0 would overwrite what the buffers hold, which a parameter's first use of several backwards must not.
+        # 0 would overwrite the buffers, which must not happen at a parameter's first use in one of several backwards.
         self.zero.micro_step_id = 1
         self.zero.backward_prologue()
         self.zero.enter_backward()
@@ -328,13 +328,13 @@ class Stage3(_Scaled):
         return float(self.zero.reduce_bucket_size)
 
     def _complete(self, touched: Set[int]) -> None:
-        """Have all ranks reduce the same gradients: a rank that did not use a parameter has zeros."""
+        """Make all ranks reduce the same gradients: parameters unused on a rank count as zeros."""
         zero = self.zero
         brought = {id(parameter) for bucket in zero.ipg_buckets.values() for parameter in bucket.params}
         for parameter in (parameter for group in zero.fp16_groups for parameter in group):
             if parameter.requires_grad and id(parameter) not in touched and id(parameter) not in brought:
                 values = parameter.data
-                # torch wants a gradient of the values' shape; these take no memory.
+                # torch requires a gradient of the values' shape; these take no memory.
                 parameter.data = values.new_zeros(()).expand(parameter.ds_shape)
                 parameter.grad = torch.zeros(parameter.ds_shape, dtype=values.dtype, device=values.device)
                 parameter.data = values
@@ -382,7 +382,7 @@ class Stage3(_Scaled):
 
 
 def zero_of(engine: Any) -> Stage0:
-    """Return the view of an engine's optimizer."""
+    """Return the adapter of an engine's optimizer."""
     if not engine.zero_optimization():
         return Stage0(engine)
     if engine.zero_optimization_partition_weights():

@@ -1,4 +1,4 @@
-"""Are the models of all ranks still one model?"""
+"""Verify that the ranks' models stay equal."""
 
 from plugframe import Option, Plugin
 

@@ -1,4 +1,4 @@
-"""An extension that notices when the models of the ranks have drifted apart."""
+"""An extension that detects when the ranks' models diverge."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from plugframe_builtins.drift_guard import plugin
 
 
 class DriftGuard(Extension):
-    """Compare parameters and the state of optimizers across ranks every few optimizer steps.
+    """Compare parameters and optimizer state across ranks every few optimizer steps.
 
-    They must be the same bit for bit; the error, on all ranks, names the first that is not. For strategies that keep
-    the whole model on every rank.
+    They must be equal bit for bit; the error, on all ranks, names the first difference. For strategies that
+    replicate the model.
 
     Args:
         every: optimizer steps between two comparisons.

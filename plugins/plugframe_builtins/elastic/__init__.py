@@ -1,4 +1,4 @@
-"""Starts and supervises ranks with torch's elastic agent, the engine behind ``torchrun``."""
+"""Launch and supervise ranks with torch's elastic agent, the engine behind ``torchrun``."""
 
 from __future__ import annotations
 

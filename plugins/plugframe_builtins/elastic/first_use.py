@@ -1,11 +1,11 @@
-"""Which lines of the user's code may have been the first to use a device: read, once somebody has to be told.
+"""Find lines of the user's code that may have initialised a device, for the error message of a refused fork.
 
-Torch has no public way to be called when a device is initialised, nor does it keep the place. Its lazy calls would do,
-but are private, would have to be queued when plugframe is imported, whether or not somebody ever forks, and know
-nothing of what ran before that. So nothing is watched. What has run is read when forking is refused: the cells of a
-notebook or the script, in order, up to the line that runs now, and into the functions of the user that they call.
-That finds what is written plainly (``x.cuda()``, ``device="cuda"``, ``model.to(device)``); a library that uses the
-device by itself is not found, and a line in a branch that was not taken is named too, beside the next ones.
+torch has no public callback for the initialisation of a device, nor does it record the line. Its lazy calls would do,
+but are private, would have to be queued when plugframe is imported, whether or not the script ever forks, and miss
+everything before that. So nothing is recorded. Code that has run is parsed when forking is refused: the cells of a
+notebook or the script, in order, up to the current line, and the user's functions that they call.
+That finds explicit uses (``x.cuda()``, ``device="cuda"``, ``model.to(device)``); it misses uses inside
+libraries, and also reports lines in branches that were not taken, beside the next ones.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from typing import Any
 
 import torch
 
-#: What may be asked of a device's module without using it.
+#: Functions of a device's module that do not initialise it.
 _HARMLESS = re.compile(
     r"is_\w*(available|initialized)|device_count|manual_seed\w*|empty_cache|memory_\w+|max_memory_\w+|amp\..*|nvtx\..*"
 )
-#: Calls that take a device and do not use it.
+#: Calls that take a device and do not initialise it.
 _NAMING = re.compile(r"(.*\.)?(device|autocast|GradScaler|get_device_module)")
 _NO_PYTHON = re.compile(r"(?m)^(\s*)[%!?].*$")
 _MAX_DEPTH = 8
-#: How many lines are named.
+#: Most lines reported.
 _MAX_TOLD = 3
 
 
@@ -43,12 +43,12 @@ class _Scope:
     """A piece of code.
 
     Attributes:
-        file: whose it is, for people.
+        file: its name, for display.
         lines: of that file or cell.
-        names: what its names stand for.
+        names: the namespace of its names.
         until: the last line that has run.
-        devices: names that stand for the device, beside those that `names` tells.
-        depth: how many calls led here.
+        devices: names bound to the device, besides those in `names`.
+        depth: call depth.
     """
 
     file: str
@@ -72,7 +72,7 @@ class _Search:
         self._seen: set[tuple[CodeType, frozenset[str]]] = set()
 
     def uses(self) -> Iterator[str]:
-        """Yield every use, in the order in which they ran."""
+        """Yield every use, in execution order."""
         main = sys.modules["__main__"]
         names = vars(main)
         cells = names.get("In")
@@ -113,7 +113,7 @@ class _Search:
             lines, first = inspect.getsourcelines(code)
             tree = ast.parse(textwrap.dedent("".join(lines)))
         except (OSError, SyntaxError):
-            return  # typed at a prompt, or a part of a line
+            return  # entered at a prompt, or a part of a line
         ast.increment_lineno(tree, first - 1)
         until = self._running.get(code, float("inf"))
         padded = [""] * (first - 1) + [line.rstrip("\n") for line in lines]
@@ -134,7 +134,7 @@ class _Search:
                 yield from self._in_call(node, scope)
 
     def _uses(self, call: ast.Call, scope: _Scope) -> bool:
-        """Say whether a call uses the device by itself."""
+        """Return whether a call itself uses the device."""
         name = ast.unparse(call.func)
         if name.startswith(f"torch.{self._type}."):
             return not _HARMLESS.fullmatch(name.removeprefix(f"torch.{self._type}."))
@@ -146,11 +146,11 @@ class _Search:
         given = [word.value for word in call.keywords if word.arg in ("device", "map_location")]
         if last in ("to", "Generator", "set_default_device"):
             given += call.args
-        # A function of the user is looked into instead.
+        # The user's functions are searched instead.
         return any(self._denotes(value, scope) for value in given) and self._callee(call, scope) is None
 
     def _in_call(self, call: ast.Call, scope: _Scope) -> Iterator[str]:
-        """Search the function of the user that is called."""
+        """Search the called function if it is the user's."""
         function = self._callee(call, scope)
         if function is None:
             return
@@ -167,7 +167,7 @@ class _Search:
         return found if isinstance(found, FunctionType) and _is_users(found.__code__.co_filename) else None
 
     def _denotes(self, value: ast.expr, scope: _Scope) -> bool:
-        """Say whether an expression stands for the device."""
+        """Return whether an expression denotes the device."""
         for node in ast.walk(value):
             if isinstance(node, ast.Constant) and self._is_device(node.value):
                 return True
@@ -182,18 +182,18 @@ class _Search:
 
 
 def _in_order(statements: Iterable[ast.AST]) -> Iterator[Any]:
-    """Yield assignments and calls in the order in which they run, without what is only defined."""
+    """Yield assignments and calls in execution order, without definitions."""
     for node in statements:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             continue
-        # What is inside a call runs before it.
+        # Arguments of a call run before it.
         yield from _in_order(ast.iter_child_nodes(node))
         if isinstance(node, (ast.Assign, ast.Call)):
             yield node
 
 
 def _value(name: ast.expr, names: Mapping[str, Any]) -> Any:
-    """Return what ``function``, ``module.function`` or ``Class`` stands for; None for anything else."""
+    """Return the object named by ``function``, ``module.function`` or ``Class``; None for anything else."""
     if isinstance(name, ast.Name):
         return names.get(name.id)
     if isinstance(name, ast.Attribute):
@@ -211,7 +211,7 @@ def _is_top(name: str) -> bool:
 
 
 def _is_users(file: str) -> bool:
-    """Say whether a file is neither Python's, nor an installed package's, nor of this project."""
+    """Return whether a file is outside of Python, installed packages and this project."""
     others = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     others += [
         os.path.dirname(vars(sys.modules[name])["__file__"]) for name in ("plugframe", "plugframe_builtins.elastic")

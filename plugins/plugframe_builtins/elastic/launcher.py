@@ -1,4 +1,4 @@
-"""Start ranks by running the script again, or by multiprocessing."""
+"""Launch ranks by running the script again, or by multiprocessing."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from plugframe.errors import UnsupportedError, UsageError
 from plugframe.hooks import Job, hookimpl
 from plugframe.launch import supervise
 
-#: What keeps each communication library off the network, where all ranks are on one host.
+#: Variables that keep communication libraries on loopback, for ranks on one host.
 _GLOO = "GLOO_SOCKET_IFNAME"
 _INTERFACE_VARIABLES = (_GLOO, "NCCL_SOCKET_IFNAME")
-#: The number of Linux' request for an interface's address.
+#: Linux's ioctl request number for an interface's address (SIOCGIFADDR).
 _SIOCGIFADDR = 0x8915
 _LOOPBACK_NAMES = ("lo", "lo0")
 
 
 class Elastic(Launcher):
-    """Launches with torch's elastic agent.
+    """Launch ranks with torch's elastic agent.
 
     Args:
-        start_method: how multiprocessing starts the processes of a function.
+        start_method: multiprocessing's start method for functions.
     """
 
     def __init__(self, *, start_method: Literal["spawn", "fork"] = "spawn") -> None:
@@ -54,31 +54,31 @@ class Elastic(Launcher):
 
 
 def on_loopback() -> dict[str, str]:
-    """Return the variables that keep the ranks' own sockets on loopback, but for those the user has set."""
+    """Return the variables that keep the ranks' sockets on loopback, except those that are set already."""
     names = [name for _, name in socket.if_nameindex() if name in _LOOPBACK_NAMES]
     return {variable: names[0] for variable in _INTERFACE_VARIABLES if names and variable not in os.environ}
 
 
 def on_interface(address: str, port: int) -> dict[str, str]:
-    """Return the variable that keeps gloo's sockets on the interface that leads to the other nodes.
+    """Return the variable that keeps gloo's sockets on the interface that routes to the other nodes.
 
-    By itself gloo takes the one that the host's name leads to, which may be another, or none.
+    By default gloo takes the interface of the host's name, which may be another, or none.
     """
     if _GLOO in os.environ:
         return {}
     try:
         family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(place)  # nothing is sent: the system only looks up the way
+            probe.connect(place)  # sends nothing: the system only looks up the route
             mine = probe.getsockname()[0]
     except OSError:
-        return {}  # the launcher will say that the address leads nowhere
+        return {}  # the launcher reports unreachable addresses
     name = next((name for _, name in socket.if_nameindex() if mine == _address_of(name)), None)
     return {_GLOO: name} if name is not None else {}
 
 
 def _address_of(interface: str) -> str | None:
-    """Return the IPv4 address of an interface; None if it has none, or the system does not tell."""
+    """Return the IPv4 address of an interface; None if it has none, or the system does not provide it."""
     if sys.platform != "linux":
         return None
     import fcntl
@@ -92,10 +92,10 @@ def _address_of(interface: str) -> str | None:
 
 
 def check_sendable(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Find out now, and not in a traceback of every rank, whether fresh interpreters can be sent a call.
+    """Raise now, rather than on every rank, if a call cannot be pickled for fresh interpreters.
 
     Raises:
-        UsageError: naming what cannot be sent, and why.
+        UsageError: naming the object, and why.
     """
     things = [(f"the function {_name(function)}", function)]
     things += [(f"argument {number} ({type(arg).__name__})", arg) for number, arg in enumerate(args, 1)]
@@ -106,16 +106,16 @@ def check_sendable(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise UsageError(_refusal(what, str(error).splitlines()[0])) from None
         except RuntimeError:
-            continue  # a lock or a queue: it can be sent, but only once the processes are being started
+            continue  # a lock or a queue: picklable, but only while processes start
         if sink.names_main and not _main_is_importable():
-            raise UsageError(_refusal(what, "it was typed at a prompt or in a notebook"))
+            raise UsageError(_refusal(what, "it was defined at a prompt or in a notebook"))
 
 
 def check_forkable() -> None:
-    """Refuse to fork where the copies could not use what this process has: a process group, or a device.
+    """Raise if forked ranks could not use this process's state: a process group, or a device.
 
     Raises:
-        UnsupportedError: naming it, and of a device the lines that may have used it first.
+        UnsupportedError: naming it, and for a device the lines that may have used it first.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise UnsupportedError(
@@ -138,7 +138,7 @@ def check_forkable() -> None:
 
 
 class _Sink:
-    """A file that keeps nothing but whether ``__main__`` was named in it."""
+    """A file that only records whether ``__main__`` was named in it."""
 
     def __init__(self) -> None:
         self.names_main = False

@@ -1,11 +1,11 @@
-"""Fully sharded data parallelism: every rank keeps its part of parameters, gradients and optimizer state."""
+"""Fully sharded data parallelism: sharded parameters, gradients and optimizer state."""
 
 from plugframe import Option, Plugin
 from plugframe_builtins._shared.sharding.options import OPTIONS
 
 plugin = Plugin(
     factory="plugframe_builtins.fsdp.strategy:FSDP",
-    summary="A part of the model on every rank, for models larger than a device (FSDP2).",
+    summary="The model sharded over ranks, for models larger than a device (FSDP2).",
     provides=("sharded",),
     options=(
         *OPTIONS,

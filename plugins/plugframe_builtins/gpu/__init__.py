@@ -1,4 +1,4 @@
-"""A name for the best GPU there is, whoever made it."""
+"""An alias for the best GPU of this machine, of any vendor."""
 
 from plugframe import Plugin
 

@@ -1,4 +1,4 @@
-"""Ranks started by Kubeflow's PyTorchJob, one in each pod."""
+"""Ranks in the pods of Kubeflow's PyTorchJob, one in each pod."""
 
 from plugframe import Plugin
 

@@ -1,4 +1,4 @@
-"""The environment of ranks in the pods of a PyTorchJob."""
+"""The environment of PyTorchJob pods."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plugframe_builtins.kubeflow import plugin
 
 
 class Kubeflow(Environment):
-    """One process in each pod of a PyTorchJob. Several in a pod are torchrun's."""
+    """One process in each pod of a PyTorchJob. For several in a pod use torchrun."""
 
     name = "Kubeflow"
     processes_hint = "torchrun --nproc-per-node={n}"

@@ -1,4 +1,4 @@
-"""A bare shell: this process is the only one so far."""
+"""A process without a launcher: the only one so far."""
 
 from plugframe import Plugin
 

@@ -1,4 +1,4 @@
-"""The environment of a process that nobody but its user started."""
+"""The environment of a process without a launcher."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from plugframe_builtins._shared.requeue import requeue
 
 
 class Local(Environment):
-    """One process: a launcher starts the others, if more are asked for."""
+    """A single process: a launcher starts further ranks if requested."""
 
     name = "this machine"
 
@@ -31,4 +31,4 @@ class Local(Environment):
 
     @hookimpl
     def environment_validate(self, num_processes: int | None, num_nodes: int | None) -> None:
-        """Find nothing wrong: any number of processes can still be started."""
+        """Accept any request: any number of processes can still be started."""

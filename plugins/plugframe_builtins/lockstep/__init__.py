@@ -1,4 +1,4 @@
-"""Every call at which ranks meet is compared across ranks before it runs."""
+"""Compare every collective call across ranks before it runs."""
 
 from plugframe import Option, Plugin
 

@@ -1,4 +1,4 @@
-"""A way between ranks of its own, on which nothing else is ever sent."""
+"""A separate communication channel between ranks."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from plugframe.hooks.context import Context
 from plugframe_builtins._shared.torch_collective.compat import all_gather_single
 from plugframe_builtins._shared.torch_collective.connection import host_backend
 
-#: Bytes of a word on the wire; of a longer one the end follows in another exchange.
+#: Bytes of the first message; longer texts need a second exchange.
 _WIDTH = 512
 _DEFAULT_TIMEOUT_S = 1800.0
 
 
 class Channel:
-    """Exchanges short texts between all ranks of the job, on the host."""
+    """Exchange short texts between all ranks on the host."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
     @classmethod
     def open(cls, context: Context) -> Channel | None:
-        """Open one; None where the collective has no process group to begin with."""
+        """Open a channel; None if the collective has no process group."""
         if context.hooks.collective_process_group() is None:
             return None
         timeout = timedelta(seconds=context.timeout_s or _DEFAULT_TIMEOUT_S)
@@ -33,12 +33,12 @@ class Channel:
         return cls(group)
 
     def close(self) -> None:
-        """Close it: a rank that still waits notices."""
+        """Close the channel: waiting ranks get an error."""
         if dist.is_initialized():
             dist.destroy_process_group(self._group)
 
     def exchange(self, text: str) -> list[str] | None:
-        """Return the texts of all ranks, in their order; None if all are this one."""
+        """Return the texts of all ranks, in rank order; None if all equal this rank's."""
         data = text.encode()
         mine = self._gathered(data[:_WIDTH].ljust(_WIDTH))
         if all(each == mine[self._group.rank()] for each in mine) and len(data) <= _WIDTH:

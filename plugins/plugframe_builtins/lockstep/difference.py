@@ -1,4 +1,4 @@
-"""What differs between the calls of the ranks, and the mistake it looks like."""
+"""Describe the difference between the ranks' calls, and the likely mistake."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from plugframe.utils.rank_text import ranks_text
 
 
 @dataclass(frozen=True)
-class Word:
-    """What one rank is about to do.
+class RankCall:
+    """One rank's next call.
 
     Attributes:
-        call: which call.
-        batches: read so far, gradients being on.
-        forwards: begun so far, gradients being on.
+        call: the call.
+        batches: number read so far with gradients enabled.
+        forwards: number started so far with gradients enabled.
     """
 
     call: Call
@@ -26,30 +26,30 @@ class Word:
     forwards: int
 
     def as_list(self) -> list[Any]:
-        """Return it as what JSON can hold."""
+        """Return a JSON-compatible list."""
         return [*asdict(self.call).values(), self.batches, self.forwards]
 
     @staticmethod
-    def of(data: list[Any]) -> Word:
-        """Make it of what `as_list` gave."""
+    def of(data: list[Any]) -> RankCall:
+        """Return the inverse of `as_list`."""
         *call, batches, forwards = data
-        return Word(Call(*call), batches, forwards)
+        return RankCall(Call(*call), batches, forwards)
 
     @property
     def does(self) -> tuple[Any, ...]:
-        """What must be equal whatever line it comes from."""
+        """The fields that must be equal on all ranks, whatever the source line."""
         call = self.call
         return call.number, call.hook, call.name, call.what, self.batches, self.forwards
 
     @property
     def text(self) -> str:
-        """The call, for people, with the line of the source."""
+        """The call for display, with its source line."""
         line = source(self.call)
         return f"{self.call.text}{f' {line!r}' if line else ''}"
 
 
-def difference(words: Mapping[int, Word], *, sites: bool) -> str:
-    """Say in one line what differs between ranks; an empty string if nothing does."""
+def difference(words: Mapping[int, RankCall], *, sites: bool) -> str:
+    """Return a line about the difference between ranks; an empty string if there is none."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for rank, word in words.items():
         where = (word.call.site,) if sites else ()
@@ -68,12 +68,12 @@ def difference(words: Mapping[int, Word], *, sites: bool) -> str:
     return f"The ranks do not make the same call: {'; '.join(clauses)}. {hint}"
 
 
-def _counts(word: Word) -> str:
+def _counts(word: RankCall) -> str:
     batches = f"{word.batches} batch{'es' if word.batches != 1 else ''}"
     return f"{batches} and {word.forwards} forward{'s' if word.forwards != 1 else ''}"
 
 
-def _hint(firsts: Mapping[int, Word]) -> str:
+def _hint(firsts: Mapping[int, RankCall]) -> str:
     (a_rank, a), (b_rank, b) = list(firsts.items())[:2]
     for word in firsts.values():
         where = under_rank_condition(word.call)

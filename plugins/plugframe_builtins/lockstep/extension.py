@@ -1,4 +1,4 @@
-"""An extension that lets no call run before all ranks have come to the same one."""
+"""An extension that compares calls across ranks before they run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe_builtins.lockstep import plugin
 from plugframe_builtins.lockstep.channel import Channel
-from plugframe_builtins.lockstep.difference import Word, difference
+from plugframe_builtins.lockstep.difference import RankCall, difference
 
 
 def _compared() -> Any:
-    """Return a wrapper of a hook that all ranks call."""
+    """Return a wrapper for a hook that all ranks call."""
 
     @hookimpl(wrapper=True)
     def wrapper(self: Lockstep) -> Generator[None, Any, Any]:
@@ -32,7 +32,7 @@ def _compared() -> Any:
 
 
 def _compared_in_group() -> Any:
-    """Return a wrapper of a hook that the ranks of a group call."""
+    """Return a wrapper for a hook that the ranks of a group call."""
 
     @hookimpl(wrapper=True)
     def wrapper(self: Lockstep, group: Any) -> Generator[None, Any, Any]:
@@ -43,13 +43,13 @@ def _compared_in_group() -> Any:
 
 
 class Lockstep(Extension):
-    """Compare every call at which ranks meet before it runs; the first difference is an error on all ranks.
+    """Compare every collective call before it runs; the first difference is an error on all ranks.
 
-    Compared are the operation, shape, dtype, the line of the code it comes from, how many such calls a rank has made,
-    and how many batches it has read and forwards it has begun with gradients on. See docs/divergence.md.
+    Compared are the operation, shape, dtype, source line, the number of such calls so far,
+    and the numbers of batches read and forwards started with gradients enabled. See docs/divergence.md.
 
     Args:
-        sites: whether two calls that differ in nothing but their line are an error too.
+        sites: whether calls that differ only in their source line are an error too.
     """
 
     def __init__(self, *, sites: bool = True) -> None:
@@ -81,13 +81,13 @@ class Lockstep(Extension):
     @hookimpl(wrapper=True)
     def strategy_next_batch(self, exhausted: Any) -> Generator[None, Any, Any]:
         batch = yield
-        # One rank may evaluate alone.
+        # A single rank may evaluate.
         self._batches += batch is not exhausted and torch.is_grad_enabled()
         return batch
 
     @hookimpl(wrapper=True)
     def precision_forward_context(self) -> Generator[None, Any, Any]:
-        # Strategies may exchange in forward; without gradients those that keep the whole model on every rank do not.
+        # Strategies may communicate in forward; without gradients, replicating ones do not.
         if self._calls is not None and (torch.is_grad_enabled() or self._sharded):
             self._forwards += 1
             entry = self._calls.begin("forward", None, None, True)
@@ -110,7 +110,7 @@ class Lockstep(Extension):
             self._channel = Channel.open(context)
 
     def _own_log(self, context: Context) -> CallLog:
-        """Record calls here: the job runs without diagnostics."""
+        """Record calls here: the session runs without diagnostics."""
         log = CallLog()
         self._undo = record(context.hooks, log, lambda error, late: None)
         return log
@@ -126,30 +126,30 @@ class Lockstep(Extension):
             channel.close()
 
     def compare(self, group: Any) -> None:
-        """Wait until every rank is at its next call, and compare them.
+        """Wait for every rank's next call, and compare.
 
         Raises:
-            CollectiveMismatchError: on all ranks, with the call and line of each.
+            CollectiveMismatchError: on all ranks, with each rank's call and line.
         """
         if self._calls is None or self._context is None or self._busy:
             return
         call = self._calls.running()
         if call is None:
             return
-        word = Word(call=call, batches=self._batches, forwards=self._forwards)
-        told = json.dumps(word.as_list())
+        word = RankCall(call=call, batches=self._batches, forwards=self._forwards)
+        message = json.dumps(word.as_list())
         self._busy = True
         try:
             if group is None and self._channel is not None:
-                words = self._channel.exchange(told)
+                words = self._channel.exchange(message)
             else:
-                words = self._context.hooks.collective_all_gather_object(obj=told, group=group)
+                words = self._context.hooks.collective_all_gather_object(obj=message, group=group)
         finally:
             self._busy = False
-        if words is None or all(each == told for each in words):
+        if words is None or all(each == message for each in words):
             return
         ranks = range(len(words)) if group is None else self._members(group, len(words))
-        found = difference({r: Word.of(json.loads(w)) for r, w in zip(ranks, words, strict=True)}, sites=self.sites)
+        found = difference({r: RankCall.of(json.loads(w)) for r, w in zip(ranks, words, strict=True)}, sites=self.sites)
         if found:
             raise CollectiveMismatchError(found)
 

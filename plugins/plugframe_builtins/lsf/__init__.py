@@ -1,4 +1,4 @@
-"""Ranks started by LSF's jsrun."""
+"""Ranks launched by LSF's jsrun."""
 
 from plugframe import Plugin
 

@@ -1,4 +1,4 @@
-"""The environment of ranks that jsrun started."""
+"""The environment of jsrun."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from plugframe_builtins.lsf import plugin
 class LSF(Environment):
     """The tasks of one jsrun.
 
-    They meet at the first host of the job that jsrun runs on, on a port derived from the job's number;
+    They connect to the first host of the job that jsrun uses, on a port derived from the job id;
     ``MASTER_ADDR`` and ``MASTER_PORT`` override them.
     """
 
@@ -51,7 +51,7 @@ class LSF(Environment):
                 f"jsrun runs on {num_nodes} hosts, LSB_MCPU_HOSTS and LSB_DJOB_RANKFILE name {len(hosts)}: set "
                 "MASTER_ADDR to the host of rank 0."
             )
-        # The first host is the one the job script runs on, if there are more than jsrun runs on.
+        # The first host runs the job script, if there are more hosts than jsrun uses.
         return hosts[1 if len(hosts) > num_nodes else 0], port
 
 
@@ -59,7 +59,7 @@ def _hosts() -> list[str]:
     """Return each host of the job once, in LSF's order."""
     rankfile = os.environ.get("LSB_DJOB_RANKFILE")
     if os.environ.get("LSB_MCPU_HOSTS"):
-        words = os.environ["LSB_MCPU_HOSTS"].split()[::2]  # host and slots in turn
+        words = os.environ["LSB_MCPU_HOSTS"].split()[::2]  # alternating host and slots
     elif rankfile and Path(rankfile).is_file():
         words = Path(rankfile).read_text(encoding="utf-8").split()
     else:

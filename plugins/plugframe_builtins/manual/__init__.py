@@ -1,11 +1,11 @@
-"""Processes that were started by hand, one for each rank."""
+"""Processes started by hand, one for each rank."""
 
 from plugframe import Plugin
 
 plugin = Plugin(
     factory="plugframe_builtins.manual.environment:Manual",
     summary="Processes started by hand with LOCAL_RANK, NODE_RANK, MASTER_ADDR, MASTER_PORT and a number of ranks.",
-    # Whoever starts processes for the user knows more.
+    # Real launchers have more information.
     priority=10,
     provides=("by-hand",),
     own_variables=(

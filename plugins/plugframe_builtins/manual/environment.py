@@ -1,4 +1,4 @@
-"""The environment of ranks that were started by hand."""
+"""The environment of ranks started by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plugframe.hooks import hookimpl
 from plugframe.hooks.world import World
 
 _NODE_RANKS = ("NODE_RANK", "GROUP_RANK")
-#: Beside any of these, LOCAL_RANK=0 is meant for a job; alone, a library may have left it behind.
+#: With any of these, LOCAL_RANK=0 is taken as a rank; alone, a library may have left it behind.
 _OTHERS = (*_NODE_RANKS, "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 _WAY_OUT = "if this is no rank, unset what was set by hand or set environment='local'"
 
@@ -19,8 +19,8 @@ _WAY_OUT = "if this is no rank, unset what was set by hand or set environment='l
 class Manual(Environment):
     """One process for each rank, each started with its ``LOCAL_RANK``, as Lightning Fabric documents it.
 
-    The number of ranks is ``WORLD_SIZE``, or follows from the devices and nodes that were asked for; ``NODE_RANK`` is 0
-    unless set; ``RANK`` stands in for both where the ranks of each node are known. ``MASTER_PORT`` must be set for more
+    The number of ranks is ``WORLD_SIZE``, or follows from the requested devices and nodes; ``NODE_RANK`` is 0
+    unless set; ``RANK`` replaces both where the ranks of each node are known. ``MASTER_PORT`` must be set for more
     than one rank, ``MASTER_ADDR`` for more than one node.
     """
 
@@ -34,13 +34,13 @@ class Manual(Environment):
     def environment_detect(self) -> bool:
         local = os.environ.get("LOCAL_RANK")
         if local is None:
-            # A platform may number nodes so, for a torchrun on each: one is enough to be alone.
+            # Platforms may number nodes this way, for a torchrun on each: one node means a single process.
             return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
         return local not in ("0", "-1") or any(variable in os.environ for variable in _OTHERS)
 
     @hookimpl
     def environment_validate(self, num_processes: int | None, num_nodes: int | None) -> None:
-        """Take what was asked for as a part of what describes the job, where the variables alone do not."""
+        """Use the requested processes and nodes where the variables alone do not describe the job."""
         if "WORLD_SIZE" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
             super().environment_validate(num_processes, num_nodes)
             return
@@ -78,14 +78,14 @@ class Manual(Environment):
                 f"RANK={rank} is not the rank of LOCAL_RANK={local} on NODE_RANK={node} with {each} on each node"
             )
         if size > 1:
-            self._check_meeting(size, nodes)
+            self._check_rendezvous(size, nodes)
         return world
 
     def main(self) -> tuple[str, int]:
         return os.environ.get("MASTER_ADDR", "127.0.0.1"), self.read_int("MASTER_PORT")
 
     def _size(self) -> tuple[int, int]:
-        """Return how many ranks there are, in all and on each node."""
+        """Return the number of ranks, in total and on each node."""
         size, given = self._read("WORLD_SIZE"), self._read("LOCAL_WORLD_SIZE")
         each = given or self._processes
         if size is None:
@@ -105,11 +105,11 @@ class Manual(Environment):
             self._refuse(f"WORLD_SIZE={size}, but {each} devices on each of {self._nodes} nodes were asked for")
         return size, each
 
-    def _check_meeting(self, size: int, nodes: int) -> None:
+    def _check_rendezvous(self, size: int, nodes: int) -> None:
         if not os.environ.get("MASTER_PORT"):
-            self._refuse(f"MASTER_PORT is not set, at which {size} ranks are to meet: a free port, the same for all")
+            self._refuse(f"MASTER_PORT is not set, on which {size} ranks are to connect: a free port, the same for all")
         if nodes > 1 and not os.environ.get("MASTER_ADDR"):
-            self._refuse(f"MASTER_ADDR is not set, at which {nodes} nodes are to meet: the host of node 0")
+            self._refuse(f"MASTER_ADDR is not set, to which {nodes} nodes are to connect: the host of node 0")
 
     def _read(self, variable: str) -> int | None:
         return self.read_int(variable) if variable in os.environ else None

@@ -1,4 +1,4 @@
-"""The environment of ranks that mpirun started."""
+"""The environment of mpirun."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from plugframe.hooks.world import World
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of MPI implementations tells its ranks who they are, and hands them variables."""
+    """The environment variables and options of one family of MPI implementations."""
 
     rank: str
     size: str
@@ -26,7 +26,7 @@ class Family:
 
     @property
     def started(self) -> bool:
-        """Whether one of this family's launchers started this process."""
+        """Whether a launcher of this family started this process."""
         return all(v in os.environ for v in (self.rank, self.size, self.local_rank, self.local_size))
 
 
@@ -39,7 +39,7 @@ OPEN_MPI = Family(
     processes_hint="mpirun --map-by ppr:{n}:node",
     packed_hint="type 'mpirun --rank-by slot'",
 )
-#: MPICH and Intel MPI. The last two are not set by srun, which sets the first two for programs linked to PMI.
+#: MPICH and Intel MPI. srun does not set the last two, but sets the first two for programs linked to PMI.
 HYDRA = Family(
     rank="PMI_RANK",
     size="PMI_SIZE",
@@ -49,16 +49,16 @@ HYDRA = Family(
     processes_hint="mpirun -ppn {n}",
     packed_hint="type 'mpirun -ppn' with the processes of a node",
 )
-#: What differs between two mpiruns and is the same for all ranks of one, in the order of preference.
+#: Variables that differ between two mpiruns and are equal on all ranks of one, by preference.
 IDENTITIES = ("PMIX_NAMESPACE", "OMPI_MCA_orte_hnp_uri", "OMPI_MCA_ess_base_jobid", "I_MPI_HYDRA_UUID")
 
 
 class MPI(Environment):
-    """Ranks of mpirun. MPI itself is not used: torch.distributed connects them.
+    """Ranks of mpirun. MPI itself is not used: ranks connect through torch.distributed.
 
-    On one node they meet on loopback, on a port derived from what identifies the mpirun; ``MASTER_PORT``
-    overrides it. On several nodes nothing names the host of rank 0, so ``MASTER_ADDR`` and ``MASTER_PORT`` must
-    be handed to all ranks.
+    On one node they connect on loopback, on a port derived from the mpirun's id; ``MASTER_PORT``
+    overrides it. On several nodes no variable names the host of rank 0, so ``MASTER_ADDR`` and ``MASTER_PORT`` must
+    be passed to all ranks.
     """
 
     name = "MPI"
@@ -70,7 +70,7 @@ class MPI(Environment):
 
     @hookimpl
     def environment_detect(self) -> bool:
-        # srun can set Open MPI's variables too, with its PMIx plugin, and then SLURM knows more.
+        # srun with its PMIx plugin sets Open MPI's variables too; then SLURM has more information.
         by_srun = os.environ.get("PMIX_NAMESPACE", "").startswith("slurm.pmix.")
         return (OPEN_MPI.started and not by_srun) or HYDRA.started
 
@@ -98,10 +98,10 @@ class MPI(Environment):
         for variable in IDENTITIES:
             if os.environ.get(variable):
                 return zlib.crc32(os.environ[variable].encode())
-        # MPICH names no job, but starts each rank as the leader of a session: their parent is the same.
+        # MPICH sets no job id, but starts each rank as a session leader: their parent is the same.
         if os.getsid(0) == os.getpid():
             return os.getppid()
         raise EnvironmentMismatchError(
-            "Nothing in the variables of this mpirun says which port its ranks may share: type "
+            "Nothing in the variables of this mpirun gives a port for its ranks: type "
             f"'mpirun {self._family.export.format('MASTER_PORT')}29500 …' with a port that is free."
         )

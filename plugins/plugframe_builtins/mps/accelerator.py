@@ -10,7 +10,7 @@ from plugframe.hooks import hookimpl
 
 
 class MPS(Accelerator):
-    """The one GPU of a Mac."""
+    """The only GPU of a Mac."""
 
     device_type = "mps"
 
@@ -20,7 +20,7 @@ class MPS(Accelerator):
 
     @hookimpl
     def accelerator_teardown(self) -> None:
-        if torch.backends.mps.is_available():  # tear-down also follows a set-up that failed
+        if torch.backends.mps.is_available():  # tear-down also runs after a failed set-up
             torch.mps.empty_cache()
 
     @hookimpl
@@ -47,7 +47,7 @@ class MPS(Accelerator):
 
     @hookimpl
     def accelerator_memory_stats(self, device: torch.device) -> dict[str, int]:
-        """Return Metal's figures. It keeps no peak; what the driver holds, which seldom shrinks, stands for it."""
+        """Return Metal's figures. It records no peak; the driver's memory, which seldom shrinks, is used instead."""
         return {
             "allocated_bytes": torch.mps.current_allocated_memory(),
             "peak_allocated_bytes": torch.mps.driver_allocated_memory(),

@@ -1,14 +1,14 @@
-"""Steps that run out of memory are run again in smaller parts."""
+"""Retry steps that run out of memory in smaller micro-batches."""
 
 from plugframe import Option, Plugin
 
 plugin = Plugin(
     factory="plugframe_builtins.oom_retry.extension:OomRetry",
     summary="A step that runs out of memory on any rank is run again by all, in halves of the batch.",
-    # A rank that fails alone must not leave the others inside an exchange.
+    # A rank that fails alone must not leave the others inside a collective.
     needs={"strategy": ("local-backward",)},
     options=(
         Option("min_micro_batch", int, 1, "Samples at a time that are never divided.", minimum=1),
-        Option("micro_batch", int, None, "Samples at a time to begin with; whole batches without.", minimum=1),
+        Option("micro_batch", int, None, "Initial number of samples at a time; unset: full batches.", minimum=1),
     ),
 )

@@ -1,4 +1,4 @@
-"""Averaging over the ranks what they have accumulated apart, in one exchange that needs no memory."""
+"""Average locally accumulated gradients over ranks in one exchange that allocates nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from plugframe.hooks.context import Context
 
 
 class _Zero(torch.autograd.Function):
-    """A loss of 0 that depends on all parameters; its gradients have the shape of the parameters and no storage."""
+    """A loss of 0 that depends on all parameters; its gradients have the parameters' shapes and no storage."""
 
     @staticmethod
     def forward(ctx: Any, *parameters: Tensor) -> Tensor:
@@ -33,12 +33,12 @@ def _weak(engine: Any) -> Any:
 
 
 class Unit:
-    """A module that was set up, and its engine.
+    """A module that was set up, with its engine.
 
     Attributes:
         number: of its set-up, equal on all ranks.
-        module: kept alive until the next set-up: the ranks must go through the same modules, and one that nobody uses
-            any more may otherwise live on for a while on some ranks, in the traceback of an error raised there alone.
+        module: kept alive until the next set-up: all ranks must iterate over the same modules, and an unused one
+            may otherwise survive on some ranks only, in the traceback of an error raised there.
     """
 
     def __init__(self, number: int, module: nn.Module, engine: Any) -> None:
@@ -48,7 +48,7 @@ class Unit:
         self._known: list[tuple[nn.Parameter, torch.dtype]] | None = None
 
     def weakly(self) -> tuple[int, weakref.ref[nn.Module], Any]:
-        """Return number, module and engine, neither of which is kept alive."""
+        """Return number, module and engine, the latter two as weak references."""
         return self.number, weakref.ref(self.module), _weak(self._engine)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -56,14 +56,14 @@ class Unit:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def changed(self) -> bool:
-        """Say whether the trainable parameters are others than when this was asked before."""
+        """Return whether the set of trainable parameters changed since the last call."""
         known, self._known = self._known, [(p, p.dtype) for p in self.parameters()]
         if known is None or len(known) != len(self._known):
             return True
         return any(p is not q or a is not b for (p, a), (q, b) in zip(known, self._known, strict=True))
 
     def zero(self) -> list[Tensor]:
-        """Return a loss of 0, computed under the strategy as a forward is; none where nothing is trained."""
+        """Return a loss of 0, computed under the strategy like a forward; empty without trainable parameters."""
         parameters, engine = self.parameters(), self._engine
         zero: Any = _Zero.apply
         if not parameters:
@@ -71,20 +71,20 @@ class Unit:
         return [zero(*parameters) if engine is None else engine(zero, *parameters)]
 
     def synchronizing(self, context: Context, *, enabled: bool) -> Any:
-        """Return the strategy's context in which gradients are exchanged, or not."""
+        """Return the strategy's context that enables or disables gradient averaging."""
         hook = context.hooks.strategy_no_sync
         return hook(module=self.module, engine=self._engine, enabled=not enabled)
 
 
 class Units:
-    """The modules of a job that still exist."""
+    """The modules of a session that still exist."""
 
     def __init__(self) -> None:
         self._units: list[Unit] = []
         self._count = 0
 
     def add(self, context: Context, module: nn.Module, engine: Any) -> None:
-        """Take a module that was set up, and agree on which of the others are still in use; all ranks must."""
+        """Add a module that was set up, and agree on the others still in use; all ranks must call it."""
         earlier = [unit.weakly() for unit in self._units]
         self._units = []
         gc.collect()
@@ -97,22 +97,22 @@ class Units:
         self._count += 1
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Remove all modules."""
         self._units.clear()
 
     def modules(self) -> list[nn.Module]:
-        """Return the modules, in the order of their set-up."""
+        """Return the modules in order of set-up."""
         return [unit.module for unit in self._units]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return their trainable parameters, each once and in one order on all ranks."""
+        """Return their trainable parameters, each once, in the same order on all ranks."""
         return list({id(p): p for unit in self._units for p in unit.parameters()}.values())
 
     def prepare(self, context: Context) -> None:
-        """Let the strategy exchange now what it would in the next forward of a step, which some ranks may not reach.
+        """Run the strategy's pending communication now, rather than in a forward that some ranks may not reach.
 
-        It may allocate, connect ranks or compare models in its first exchange and after parameters have changed, and
-        use what it has learnt, or make buffers equal, in the forward after an exchange.
+        A strategy may allocate, connect ranks or compare models in its first exchange and after parameters changed, and
+        apply the result, or broadcast buffers, in the forward after an exchange.
         """
         changed = [unit for unit in self._units if unit.changed()]
         for module in [unit.module for unit in changed]:
@@ -122,8 +122,8 @@ class Units:
                     "memory runs out alone would leave the others waiting. Leave sync_batchnorm out, or oom-retry."
                 )
         trained = [unit for unit in self._units if unit.parameters()]
-        # A backward readies all modules for an exchange, and one it did not reach would make up for it in its next,
-        # which must be local: with several, that is done now.
+        # A backward prepares all modules for an exchange, and one that it does not reach would catch up in its next,
+        # which must be local: with several modules, that is done now.
         if changed or len(trained) > 1:
             self._exchange_nothing(context, trained if len(trained) > 1 else changed)
         with self.apart(context):
@@ -143,21 +143,21 @@ class Units:
 
     @contextmanager
     def apart(self, context: Context) -> Iterator[None]:
-        """Have gradients accumulate on each rank by itself."""
+        """Accumulate gradients locally."""
         with ExitStack() as stack:
             for unit in self._units:
                 stack.enter_context(unit.synchronizing(context, enabled=False))
             yield
 
     def average(self, context: Context, used: set[int]) -> None:
-        """Average the accumulated gradients of every module of which some rank has used a parameter.
+        """Average the accumulated gradients of every module with a parameter used on any rank.
 
-        Within `no_backward_sync` of the caller they stay apart, as those of any backward do.
+        Within the caller's `no_backward_sync` they stay local, as in any backward.
         """
         self._exchange(context, [u for u in self._units if any(id(p) in used for p in u.parameters())])
 
     def _exchange(self, context: Context, units: Sequence[Unit]) -> None:
-        # One backward for all, so that each engine takes part in it once.
+        # One backward for all, so that each engine takes part once.
         losses = [loss for unit in units for loss in unit.zero()]
         if losses:
             module = units[0].module if len(units) == 1 else None

@@ -1,4 +1,4 @@
-"""Batches in parts: how many samples there are, and some of them."""
+"""Count and slice the samples of a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plugframe.errors import SettingError
 
 
 def count(batch: Any) -> int:
-    """Return the number of samples: the first dimension of every tensor and array in `batch` that has one.
+    """Return the number of samples: the first dimension of every tensor and array in `batch` with dimensions.
 
     Raises:
         SettingError: if there is none, or if they differ.
@@ -27,9 +27,9 @@ def count(batch: Any) -> int:
 
 
 def take(batch: Any, start: int, stop: int, *, size: int) -> Any:
-    """Return samples `start` to `stop` of `batch`, which has `size`: views, in containers of the same types.
+    """Return samples `start` to `stop` of `batch` with `size` samples: views, in containers of the same types.
 
-    Besides tensors and arrays, lists of `size` plain values (texts, paths) are divided; all else is in every part.
+    Besides tensors and arrays, lists of `size` plain values (strings, paths) are sliced; all else is repeated.
     """
     if _has_rows(batch):
         return batch[start:stop]
@@ -43,7 +43,7 @@ def take(batch: Any, start: int, stop: int, *, size: int) -> Any:
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         part = copy.copy(batch)
         for field in dataclasses.fields(batch):
-            # A frozen one as well: the copy is nobody else's yet.
+            # Frozen dataclasses too: the copy is not shared yet.
             object.__setattr__(part, field.name, take(getattr(batch, field.name), start, stop, size=size))
         return part
     return batch
@@ -52,7 +52,7 @@ def take(batch: Any, start: int, stop: int, *, size: int) -> Any:
 def _mapping(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
     if type(batch) is dict:
         return values
-    part: Any = copy.copy(batch)  # a class of the user's own keeps what else it holds
+    part: Any = copy.copy(batch)  # a user's class keeps its other attributes
     for key, value in values.items():
         part[key] = value
     return part

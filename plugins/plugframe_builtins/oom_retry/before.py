@@ -1,4 +1,4 @@
-"""What was before a step: put back before it is tried again."""
+"""Snapshot the state before a step, to restore it before a retry."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ from torch import Tensor, nn
 
 from plugframe.hooks.context import Context
 
-#: What a step has to do with a parameter: no gradient at all, one from before the step, one of its own.
+#: Use of a parameter by a step: no gradient, one from before the step, one of its own.
 NONE, OLD, NEW = 0, 1, 2
 
 
 class Before:
-    """Gradients, buffers and generators as they were when this was made; the gradients are set aside meanwhile.
+    """A snapshot of gradients, buffers and generators; the gradients are set aside during the step.
 
     Attributes:
-        parameters: whose gradients are set aside.
-        gradients: what each of the parameters had accumulated, None for nothing.
+        parameters: those with gradients set aside.
+        gradients: the accumulated gradient of each parameter, None for none.
     """
 
     def __init__(self, context: Context, modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> None:
         self._context = context
         self.parameters = parameters
-        # Copied: a normalisation's running statistics change in place.
+        # Copied: running statistics change in place.
         self._buffers = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers()]
         self._generators = _generators(context)
         self.gradients = [parameter.grad for parameter in parameters]
         self.forget()
 
     def forget(self, use: Mapping[int, int] | None = None) -> None:
-        """Drop the gradients of all parameters, or of those without any use on any rank."""
+        """Drop the gradients of all parameters, or of those unused on every rank."""
         for parameter in self.parameters:
             if use is None or use.get(id(parameter)) == NONE:
                 parameter.grad = None
 
     def uses(self) -> dict[int, int]:
-        """Return what the step had to do with each parameter, by its id."""
+        """Return the step's use of each parameter, by id."""
         pairs = zip(self.parameters, self.gradients, strict=True)
         return {id(p): NEW if p.grad is not None else NONE if old is None else OLD for p, old in pairs}
 
     @torch.no_grad()
     def again(self) -> None:
-        """Make everything as it was, with the gradients still set aside."""
+        """Restore everything, with the gradients still set aside."""
         self.forget()
         for buffer, value in self._buffers:
             buffer.copy_(value)
         _set_generators(self._context, self._generators)
 
     def restore(self) -> None:
-        """Give the parameters back the gradients they had, and nothing else."""
+        """Restore the gradients only."""
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
 
     @torch.no_grad()
     def accumulate(self) -> None:
-        """Add the gradients that were computed since to those that were there."""
+        """Add the new gradients to the earlier ones."""
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)

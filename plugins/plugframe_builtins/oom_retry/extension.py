@@ -1,4 +1,4 @@
-"""An extension that runs a step again, in smaller parts, when memory runs out."""
+"""An extension that retries steps in smaller micro-batches when memory runs out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from plugframe_builtins.oom_retry.before import NEW, Before
 from plugframe_builtins.oom_retry.mean import Mean
 from plugframe_builtins.oom_retry.memory import free_memory, is_out_of_memory
 
-#: What a rank says that did not run out of memory; all that did say less.
+#: Reported by a rank that did not run out of memory; larger than any micro-batch.
 _FINE = torch.iinfo(torch.int32).max
 _NORMALISING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -27,7 +27,7 @@ Part = Callable[[int, int], Any]
 
 
 def _refused(hook: str) -> Any:
-    """Return a wrapper that refuses an exchange within a step, which a rank without memory would never reach."""
+    """Return a wrapper that refuses collectives within a step, which a rank out of memory would never reach."""
 
     @hookimpl(wrapper=True)
     def wrapper(self: OomRetry) -> Generator[None, Any, Any]:
@@ -42,7 +42,7 @@ def _refused(hook: str) -> Any:
 
 
 class OomRetry(Extension):
-    """Run a step again with half as many samples at a time when memory runs out on any rank.
+    """Run a step again with half as many samples at a time when any rank runs out of memory.
 
     ::
 
@@ -59,14 +59,14 @@ class OomRetry(Extension):
             loss = retry.run(batch, step)
             optimizer.step()
 
-    The gradients are those of the whole batch for losses that are means over samples. See docs/out-of-memory.md.
+    Gradients equal those of the full batch for losses that are means over samples. See docs/out-of-memory.md.
 
     Args:
-        min_micro_batch: samples below which a step is not divided: then running out of memory is an error.
-        micro_batch: samples at a time to begin with; None begins with whole batches.
+        min_micro_batch: smallest number of samples; running out of memory with it is an error.
+        micro_batch: initial number of samples; None for full batches.
 
     Attributes:
-        micro_batch: samples at a time now, equal on all ranks; None while whole batches fit.
+        micro_batch: current number of samples, equal on all ranks; None while full batches fit.
     """
 
     def __init__(self, *, min_micro_batch: int = 1, micro_batch: int | None = None) -> None:
@@ -85,7 +85,7 @@ class OomRetry(Extension):
 
     @property
     def alone(self) -> bool:
-        """Whether this rank is the only one."""
+        """Whether this is the only rank."""
         return self._context is None or self._context.world.world_size == 1
 
     def run(
@@ -96,20 +96,20 @@ class OomRetry(Extension):
         size: int | None = None,
         take: Callable[[Any, int, int], Any] | None = None,
     ) -> Any:
-        """Call ``step(part)`` for all parts of `batch`; they are the whole batch until memory runs out. All ranks must.
+        """Call ``step(part)`` for all parts of `batch`: the full batch until memory runs out. All ranks must call it.
 
-        `step` computes the loss of the samples it is given, a mean over them, and calls ``lite.backward``; that
-        weighs each part by its share of the samples. It must not step an optimizer, nor exchange anything between
-        ranks. On memory running out on any rank all ranks undo the step (gradients, buffers, generators), halve the
-        parts and begin it anew. Gradients are exchanged once, after the last part.
+        `step` computes the mean loss of its samples and calls ``lite.backward``, which
+        weighs each part by its share of the samples. It must not step an optimizer, nor communicate between
+        ranks. If any rank runs out of memory, all ranks undo the step (gradients, buffers, generators), halve the
+        parts and start again. Gradients are averaged once, after the last part.
 
         Args:
-            batch: tensors of one first dimension, in any nesting of containers.
-            size: samples in a batch of another form, with `take`.
-            take: ``take(batch, start, stop)`` returns some samples of a batch of another form.
+            batch: tensors with equal first dimensions, in any nesting of containers.
+            size: number of samples in a batch of another form, with `take`.
+            take: ``take(batch, start, stop)`` returns a slice of a batch of another form.
 
         Returns:
-            The mean over samples of what `step` returned: a tensor or a number, or a dict of those; None for None.
+            The mean over samples of the results of `step`: a tensor or a number, or a dict of those; None for None.
 
         Raises:
             torch.OutOfMemoryError: on all ranks, if `min_micro_batch` samples are too many; gradients are as before.
@@ -143,7 +143,7 @@ class OomRetry(Extension):
         return {"micro_batch": self.micro_batch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Begin with what `state_dict` gave."""
+        """Restore a state of `state_dict`."""
         self.micro_batch = state["micro_batch"]
 
     collective_all_gather = _refused("collective_all_gather")
@@ -186,7 +186,7 @@ class OomRetry(Extension):
         if self._weight == 1.0:
             return (yield)
         weight = self._weight
-        # On its gradient: the loss itself stays what the caller sees, and cannot be exchanged for another here.
+        # Scales the gradient: the loss is the caller's object, and cannot be replaced here.
         register: Any = loss.register_hook
         handle = register(lambda gradient: gradient * weight)
         try:
@@ -211,7 +211,7 @@ class OomRetry(Extension):
         """Run all parts, smaller ones until they fit on every rank.
 
         Returns:
-            The mean result, the use that any rank has made of each parameter, and the sizes that did not fit.
+            The mean result, the use of each parameter on any rank, and the sizes that did not fit.
         """
         limit = self.micro_batch
         tried: list[int] = []
@@ -227,7 +227,7 @@ class OomRetry(Extension):
             limit = max(-(-failed // 2), self.min_micro_batch)
             if limit >= failed:
                 raise self._too_large(context, tried, error) from error
-            # The error holds the frames it was raised in, and with them what has filled the memory.
+            # The error's traceback holds frames, and with them the memory.
             del mean, error
             free_memory(context.device)
 
@@ -253,10 +253,10 @@ class OomRetry(Extension):
         return mean, None
 
     def _agree(self, context: Context, size: int, uses: dict[int, int]) -> tuple[int, dict[int, int]]:
-        """Return the smallest of the ranks' sizes, and the most use that any has made of each parameter."""
+        """Return the smallest of the ranks' sizes, and the largest use of each parameter."""
         if self.alone:
             return size, uses
-        # On the host, where memory that ran out is noticed: the device is not waited for.
+        # On the host, where the error is raised: the device is not waited for.
         mine = torch.tensor([-size, *uses.values()], dtype=torch.int32)
         least, *most = context.hooks.collective_all_reduce(tensor=mine, op="max", group=None).tolist()
         return -least, dict(zip(uses, most, strict=True))

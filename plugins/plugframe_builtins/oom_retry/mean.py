@@ -1,4 +1,4 @@
-"""The mean over the parts of a batch of what their steps returned."""
+"""The mean of the step results over a batch's parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plugframe.errors import SettingError
 
 
 class Mean:
-    """Adds up weighed tensors or numbers, or dicts of them; the weights add up to 1."""
+    """Sum weighted tensors or numbers, or dicts of them; the weights sum to 1."""
 
     def __init__(self) -> None:
         self._total: Any = None
@@ -27,7 +27,7 @@ class Mean:
             self._total = self._total + weighed
 
     def value(self) -> Any:
-        """Return the mean, None if there was nothing."""
+        """Return the mean, None without results."""
         return self._total
 
 

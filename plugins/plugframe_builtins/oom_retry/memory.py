@@ -1,4 +1,4 @@
-"""Memory that ran out: how to tell, and how to get it back."""
+"""Recognise out-of-memory errors, and free memory."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import gc
 
 import torch
 
-#: What torch says, besides raising its own class: its CPU allocator, Metal, cuBLAS and cuDNN have only words.
+#: Messages of errors without a class of their own: torch's CPU allocator, Metal, cuBLAS and cuDNN.
 _PHRASES = ("out of memory", "can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether `error` means that memory ran out, the device's or the host's."""
+    """Return whether `error` means out of memory, on the device or the host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _PHRASES)
 
 
 def free_memory(device: torch.device) -> None:
-    """Free what only reference cycles keep, and give the device what its allocator holds back."""
+    """Collect reference cycles, and release the allocator's cached memory."""
     gc.collect()
     empty = getattr(torch.get_device_module(device), "empty_cache", None)
     if empty is not None:

@@ -1,4 +1,4 @@
-"""A timeline of what a run spends its time on."""
+"""Record a timeline of a run."""
 
 from plugframe import Option, Plugin
 
@@ -6,8 +6,8 @@ plugin = Plugin(
     factory="plugframe_builtins.profiler.profiler:Profiler",
     summary="A timeline of forwards, backwards, steps, batches, collectives and checkpoints, as a Chrome trace.",
     options=(
-        Option("path", str, "plugframe-trace.json", "The file; one that exists is replaced."),
-        Option("max_events", int, 200_000, "How many events are kept, the first ones.", minimum=1),
-        Option("synchronize", bool, False, "Wait for the device before every look at the clock."),
+        Option("path", str, "plugframe-trace.json", "The file; an existing one is replaced."),
+        Option("max_events", int, 200_000, "Number of events to keep, the first ones.", minimum=1),
+        Option("synchronize", bool, False, "Synchronize the device before every clock reading."),
     ),
 )

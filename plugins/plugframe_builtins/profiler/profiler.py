@@ -1,4 +1,4 @@
-"""An extension that times the hooks of the other plugins."""
+"""An extension that times the other plugins' hooks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from plugframe_builtins.profiler.trace import Trace
 
 
 def _timed(hook: str) -> Any:
-    """Return a wrapper that times every call of a hook; calls inside it are events inside its event."""
+    """Return a wrapper that times every call of a hook; nested calls are nested events."""
 
     @hookimpl(wrapper=True)
     def wrapper(self: Profiler) -> Generator[None, Any, Any]:
@@ -32,16 +32,16 @@ def _timed(hook: str) -> Any:
 
 
 class Profiler(Extension):
-    """Time what the plugins do and write it as a Chrome trace at tear-down; open it at https://ui.perfetto.dev.
+    """Time the plugins' hooks and write a Chrome trace at tear-down; open it at https://ui.perfetto.dev.
 
-    With several ranks every rank writes its own file, ``plugframe-trace.rank0.json`` and so on. Between forward,
-    backward and step lies what the script does itself.
+    With several ranks every rank writes its own file, ``plugframe-trace.rank0.json`` and so on. Gaps between
+    forward, backward and step are the script's own code.
 
     Args:
-        path: the file; one that exists is replaced.
-        max_events: how many events are kept, the first ones; the others are counted.
-        synchronize: whether to wait for the device before every look at the clock. Without, the time of work that a
-            GPU does later counts where the script next waits for it; with, the run is slower and the times are true.
+        path: the file; an existing one is replaced.
+        max_events: number of events to keep, the first ones; the others are counted.
+        synchronize: whether to wait for the device before every clock reading. Otherwise asynchronous GPU
+            work counts where the script next waits for it; with it, the run is slower and the times are accurate.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Profiler(Extension):
 
     @hookimpl(wrapper=True)
     def precision_forward_context(self) -> Generator[None, Any, Any]:
-        # The hook only makes the context; the forward is what runs inside it.
+        # The hook only creates the context; the forward runs inside it.
         context = yield
         return self._forward(context)
 
@@ -93,7 +93,7 @@ class Profiler(Extension):
             self.trace.add("forward", start_ns, self.now_ns())
 
     def now_ns(self) -> int:
-        """Return the time, once the device has caught up if that was asked for."""
+        """Return the time, after synchronising the device if requested."""
         if self.synchronize and self._context is not None:
             self._context.hooks.accelerator_synchronize(device=self._context.device)
         return time.perf_counter_ns()

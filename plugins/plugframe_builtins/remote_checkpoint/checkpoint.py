@@ -1,4 +1,4 @@
-"""The plugin: every rank writes its part to a folder at a URL, and reads what it needs."""
+"""The checkpoint plugin ``remote``: every rank writes its shards to a folder at a URL, and reads those it needs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from plugframe_builtins._shared.checkpoint_files.tensor_file import CODES
 from plugframe_builtins._shared.sharded_checkpoint.checkpoint import ShardedCheckpoint
 from plugframe_builtins._shared.sharded_checkpoint.partition import common, digest, portion, table
 from plugframe_builtins.remote_checkpoint import reading, writing
-from plugframe_builtins.remote_checkpoint.storage import RemoteFolder, local_path, told
+from plugframe_builtins.remote_checkpoint.storage import RemoteFolder, checkpoint_errors, local_path
 
 _T = TypeVar("_T")
 _UNTOUCHED = "; what was there before is untouched"
 
 
 @dataclass
-class _Offer:
-    """What a rank brings to a save."""
+class _Contribution:
+    """A rank's contribution to a save."""
 
     folder: RemoteFolder
     tensors: dict[str, Tensor | StoredTensor]
@@ -37,11 +37,11 @@ class _Offer:
 
 
 class RemoteCheckpoint(Checkpoint):
-    """A folder per checkpoint at any URL fsspec knows, of the same form as one of the file system.
+    """Write a folder per checkpoint to any fsspec URL, in the format of sharded checkpoints on disk.
 
-    It can be copied from one to the other and loaded there. A path of the file system, also as ``file:///…``, is left
-    to the sharded checkpoint, which forces what it writes to disk. Only one job at a time may save at a URL: storage
-    has no locks that tell the files of a job that died from those of one that lives. The later of two fails.
+    Folders can be copied between both and loaded there. Paths of the file system, also as ``file:///…``, are
+    delegated to the sharded checkpoint, which syncs to disk. Only one job at a time may save to a URL: object stores
+    have no locks to distinguish files of a dead job from those of a running one. The later of two saves fails.
     """
 
     def __init__(self) -> None:
@@ -75,11 +75,11 @@ class RemoteCheckpoint(Checkpoint):
         world = self.context.world
 
         def read() -> tuple[dict[str, Any], str]:
-            with told(f"cannot read {path}"):
+            with checkpoint_errors(f"cannot read {path}"):
                 folder = RemoteFolder(path)
                 return reading.read(folder, lazy=lazy, rank=world.global_rank, num_ranks=world.world_size)
 
-        (state, _), identities = self._together(read, tell=lambda result: result[1])
+        (state, _), identities = self._together(read, summarize=lambda result: result[1])
         if len(set(identities)) > 1:
             raise CheckpointError(
                 f"the ranks found different checkpoints at {path}: is it being written, or not shared by all nodes?"
@@ -91,7 +91,7 @@ class RemoteCheckpoint(Checkpoint):
         local = local_path(folder)
         if local is not None:
             return super().checkpoint_list(local)
-        with told(f"cannot look into {folder}"):
+        with checkpoint_errors(f"cannot look into {folder}"):
             return list(RemoteFolder(folder).sizes())
 
     @hookimpl
@@ -100,7 +100,7 @@ class RemoteCheckpoint(Checkpoint):
         if local is not None:
             super().checkpoint_remove(local)
             return
-        with told(f"cannot remove {path}"):
+        with checkpoint_errors(f"cannot remove {path}"):
             writing.remove(RemoteFolder(path))
 
     @hookimpl
@@ -109,76 +109,76 @@ class RemoteCheckpoint(Checkpoint):
         if local is not None:
             super().checkpoint_move(local, local_path(target) or target)
             return
-        with told(f"cannot move {path}"):
+        with checkpoint_errors(f"cannot move {path}"):
             RemoteFolder(path).move(RemoteFolder(target))
 
     def inspect(self, path: str) -> Contents:
         local = local_path(path)
         if local is not None:
             return formats.inspect(local)
-        with told(f"cannot read {path}"):
+        with checkpoint_errors(f"cannot read {path}"):
             return reading.inspect(RemoteFolder(path))
 
     def unfinished(self, path: str) -> bool:
         local = local_path(path)
         if local is not None:
             return formats.unfinished(local)
-        with told(f"cannot look into {path}"):
+        with checkpoint_errors(f"cannot look into {path}"):
             names = list(RemoteFolder(path).sizes())
-        # There are no empty folders in a store: nothing is there.
+        # Object stores have no empty folders: nothing is there.
         return bool(names) and sharded_format.is_unfinished(names)
 
     def _save(self, path: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
         rank, num_ranks = self.context.world.global_rank, self.context.world.world_size
 
-        def prepare() -> _Offer:
-            with told(f"cannot write {path}", after=_UNTOUCHED):
+        def prepare() -> _Contribution:
+            with checkpoint_errors(f"cannot write {path}", after=_UNTOUCHED):
                 return self._prepare(path, state)
 
-        offer, told_by_ranks = self._together(prepare, tell=lambda it: (digest(table(it.tensors)), it.save_id))
-        save_id = told_by_ranks[0][1]
+        offer, summaries = self._together(prepare, summarize=lambda it: (digest(table(it.tensors)), it.save_id))
+        save_id = summaries[0][1]
         shared = set(table(offer.tensors))
-        if len({each for each, _ in told_by_ranks}) > 1:
-            # A rank with an empty part of a shared tensor cannot tell that it is shared: then none looks.
+        if len({each for each, _ in summaries}) > 1:
+            # A rank with an empty shard cannot detect a shared tensor: then no rank checks.
             offer.tensors, offer.structure = split_stored(
                 state, dtypes=CODES.keys(), where=path, sharded=True, aliases=False
             )
             shared = common(self._exchange(table(offer.tensors)), where=path)
 
         def write() -> writing.Written:
-            with told(f"cannot write {path} (rank {rank})", after=_UNTOUCHED):
+            with checkpoint_errors(f"cannot write {path} (rank {rank})", after=_UNTOUCHED):
                 pieces = portion(offer.tensors, shared, rank=rank, num_ranks=num_ranks)
                 return writing.write(offer.folder, save_id, rank, pieces)
 
         def commit() -> None:
-            with told(f"cannot write {path}", after=_UNTOUCHED):
+            with checkpoint_errors(f"cannot write {path}", after=_UNTOUCHED):
                 if rank == 0:
                     writing.commit(offer.folder, save_id, written, offer.structure, info)
 
         try:
-            _, written = self._together(write, tell=lambda it: it)
-            self._together(commit, tell=lambda _: None)
+            _, written = self._together(write, summarize=lambda it: it)
+            self._together(commit, summarize=lambda _: None)
         except BaseException as error:
-            # Of a CheckpointError all ranks know, so nobody is writing any more.
+            # A CheckpointError is raised on all ranks, so nobody is writing any more.
             if rank == 0 and (isinstance(error, CheckpointError) or num_ranks == 1):
                 writing.abandon(offer.folder, save_id, made=offer.made)
             raise
 
-    def _prepare(self, path: str, state: Mapping[str, Any]) -> _Offer:
-        """Do what can go wrong on one rank alone, before anything is written."""
+    def _prepare(self, path: str, state: Mapping[str, Any]) -> _Contribution:
+        """Run everything that can fail on one rank alone, before anything is written."""
         folder = RemoteFolder(path)
         tensors, structure = split_stored(state, dtypes=CODES.keys(), where=path, sharded=True)
-        offer = _Offer(folder, tensors, structure)
+        offer = _Contribution(folder, tensors, structure)
         if self.context.world.global_rank == 0:
             offer.made = not writing.check(folder)
             offer.save_id = secrets.token_hex(8)
         return offer
 
-    def _together(self, act: Callable[[], _T], *, tell: Callable[[_T], Any]) -> tuple[_T, list[Any]]:
-        """Do something on all ranks; return what came of it here, and what each tells of it.
+    def _together(self, act: Callable[[], _T], *, summarize: Callable[[_T], Any]) -> tuple[_T, list[Any]]:
+        """Run `act` on all ranks; return its result here, and a summary from each rank.
 
         Raises:
-            CheckpointError: on all ranks, worded alike, if `act` did on any.
+            CheckpointError: on all ranks, with the same message, if `act` failed on any.
         """
         results: list[_T] = []
         failure: CheckpointError | None = None
@@ -186,7 +186,7 @@ class RemoteCheckpoint(Checkpoint):
             results.append(act())
         except CheckpointError as error:
             failure = error
-        everyone = self._exchange((pack_error(failure), [tell(result) for result in results]))
+        everyone = self._exchange((pack_error(failure), [summarize(result) for result in results]))
         failed = first_error([packed for packed, _ in everyone], failure, self.context.world.global_rank)
         if failed is None:
             return results[0], [told_by[0] for _, told_by in everyone]

@@ -1,4 +1,4 @@
-"""Reading a checkpoint at a URL: its manifest, then its files, in stretches, against their checksums."""
+"""Read a checkpoint at a URL: its manifest, then its files in chunks, verified by checksum."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from plugframe_builtins._shared.checkpoint_files.files import Files
 from plugframe_builtins._shared.checkpoint_files.index import Chunk, Index, TensorLayout
 from plugframe_builtins._shared.checkpoint_files.source import FileSource
 from plugframe_builtins._shared.checkpoint_files.verification import Part, check_sizes, headers_of, parts_of, read_parts
-from plugframe_builtins.remote_checkpoint.storage import RemoteFolder, told
+from plugframe_builtins.remote_checkpoint.storage import RemoteFolder, checkpoint_errors
 
-#: Who reads on where the last read ended is given this much at once: requests cost more than bytes.
+#: Read-ahead for sequential reads: requests cost more than bytes.
 _AHEAD_BYTES = 4 * 1024 * 1024
 
 
@@ -35,8 +35,8 @@ class _Stretch(NamedTuple):
 class RemoteFiles(Files):
     """The files of a checkpoint at a URL.
 
-    Unlike a file that is open, one here is gone once another save has taken the checkpoint's place: a tensor that is
-    read after that is an error, never another value.
+    Unlike an open local file, a remote one is gone once another save replaces the checkpoint: a tensor
+    read after that raises, and never has another value.
     """
 
     def __init__(self, folder: RemoteFolder, names: Iterable[str]) -> None:
@@ -49,9 +49,9 @@ class RemoteFiles(Files):
         return self._folder.shown(file)
 
     def size(self, file: str) -> int | None:
-        with told(f"cannot read {self.name(file)}"):
+        with checkpoint_errors(f"cannot read {self.name(file)}"):
             if self._sizes is None:
-                # One question for all files; where it has no answer each is asked for.
+                # One listing for all files; sizes missing there are requested one by one.
                 self._sizes = {}
                 with suppress(Exception):
                     self._sizes.update(self._folder.sizes())
@@ -60,11 +60,11 @@ class RemoteFiles(Files):
             return self._sizes[file]
 
     def read_into(self, buffer: memoryview, file: str, start: int, what: str) -> None:
-        with told(f"cannot read {self.name(file)}"):
+        with checkpoint_errors(f"cannot read {self.name(file)}"):
             try:
                 data = self._read(file, start, len(buffer))
             except FileNotFoundError:
-                raise CheckpointCorruptError(f"{self.path} is not whole: the file {file} is missing.") from None
+                raise CheckpointCorruptError(f"{self.path} is incomplete: the file {file} is missing.") from None
         if len(data) != len(buffer):
             raise CheckpointCorruptError(
                 f"{self.name(file)} is truncated: {what} has {len(buffer)} bytes, found {len(data)}."
@@ -87,13 +87,13 @@ class RemoteFiles(Files):
 
 
 def find(folder: RemoteFolder) -> Index:
-    """Return what the manifest in a folder says.
+    """Return the index in a folder's manifest.
 
     Raises:
-        CheckpointError: if nothing, or something else, is there.
-        CheckpointCorruptError: if the manifest is not what was written.
+        CheckpointError: if the folder is missing, or not a checkpoint.
+        CheckpointCorruptError: if the manifest is damaged.
     """
-    with told(f"cannot read {folder.url}"):
+    with checkpoint_errors(f"cannot read {folder.url}"):
         manifest = read_manifest(folder)
         names = folder.sizes() if manifest is None else {}
         if manifest is None and not names:
@@ -103,7 +103,7 @@ def find(folder: RemoteFolder) -> Index:
 
 
 def read_manifest(folder: RemoteFolder) -> bytes | None:
-    """Return the manifest in a folder, None if there is none."""
+    """Return the manifest's bytes, None if there is none."""
     try:
         return folder.read(sharded_format.MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
@@ -111,13 +111,13 @@ def read_manifest(folder: RemoteFolder) -> bytes | None:
 
 
 def read(folder: RemoteFolder, *, lazy: bool, rank: int, num_ranks: int) -> tuple[dict[str, Any], str]:
-    """Return the state in a folder, verified, and what tells this checkpoint from any other.
+    """Return the verified state in a folder, and the checkpoint's unique identity.
 
     Args:
-        folder: where it lies.
-        lazy: leave tensors there; then each rank verifies its share of them.
-        rank: this one.
-        num_ranks: of the job.
+        folder: the checkpoint's folder.
+        lazy: return lazy tensors; each rank then verifies its share of the data.
+        rank: this rank.
+        num_ranks: number of ranks.
     """
     found = find(folder)
     files = RemoteFiles(folder, found.files)
@@ -127,7 +127,7 @@ def read(folder: RemoteFolder, *, lazy: bool, rank: int, num_ranks: int) -> tupl
         read_parts(files, parts_of(found), share=rank, num_shares=num_ranks)
         tensors.update(FileSource(found, files).tensors())
     else:
-        tensors.update(_read_whole(found, files))
+        tensors.update(_read_all(found, files))
     state = join(tensors, found.structure, where=found.path)
     if not isinstance(state, dict):
         raise CheckpointCorruptError(f"{found.path}: its structure is a {type(state).__name__}, not a dict.")
@@ -135,7 +135,7 @@ def read(folder: RemoteFolder, *, lazy: bool, rank: int, num_ranks: int) -> tupl
 
 
 def inspect(folder: RemoteFolder) -> Contents:
-    """Return what lies in a folder, without reading its tensors."""
+    """Return the contents of a checkpoint, without reading tensors."""
     found = find(folder)
     tensors = FileSource(found, RemoteFiles(folder, found.files)).tensors()
     return Contents(
@@ -149,25 +149,25 @@ def inspect(folder: RemoteFolder) -> Contents:
     )
 
 
-def _read_whole(found: Index, files: RemoteFiles) -> dict[str, Tensor]:
-    """Read every tensor, each byte once and verified as read."""
-    whole = {name: torch.empty(laid.shape, dtype=laid.dtype, device="cpu") for name, laid in found.tensors.items()}
+def _read_all(found: Index, files: RemoteFiles) -> dict[str, Tensor]:
+    """Read every tensor; each byte is read once and verified."""
+    full = {name: torch.empty(laid.shape, dtype=laid.dtype, device="cpu") for name, laid in found.tensors.items()}
     parts = headers_of(found)
     apart: list[tuple[str, TensorLayout, Chunk, Tensor]] = []
     for name, laid in found.tensors.items():
         for chunk in laid.chunks:
-            box = _box(whole[name], chunk)
+            box = _box(full[name], chunk)
             if box.is_contiguous():
                 parts.append(_part(name, laid, chunk, box))
             else:
                 apart.append((name, laid, chunk, box))
     read_parts(files, sorted(parts, key=lambda part: (part.file, part.start)))
-    # One after another: no more memory than for the largest.
+    # One after another, to need memory for only one at a time.
     for name, laid, chunk, box in apart:
         own = torch.empty(box.shape, dtype=box.dtype, device="cpu")
         read_parts(files, [_part(name, laid, chunk, own)])
         box.copy_(own)
-    return whole
+    return full
 
 
 def _box(tensor: Tensor, chunk: Chunk) -> Tensor:

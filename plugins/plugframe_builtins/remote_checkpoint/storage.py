@@ -19,7 +19,7 @@ _URL = re.compile(rf"(?:{_SCHEME}::)*{_SCHEME}://")
 
 
 def local_path(path: str) -> str | None:
-    """Return the path of the file system that `path` is or, as ``file:///…``, stands for; None for another URL."""
+    """Return the file system path of `path`, which may be ``file:///…``; None for another URL."""
     if not _URL.match(path):
         return path
     if path.startswith(("file://", "local://")):
@@ -28,13 +28,13 @@ def local_path(path: str) -> str | None:
 
 
 @contextmanager
-def told(what: str, *, after: str = "") -> Iterator[None]:
-    """Turn every error, whichever library raised it, into one line that says `what` failed."""
+def checkpoint_errors(what: str, *, after: str = "") -> Iterator[None]:
+    """Turn any library's error into a one-line `CheckpointError` that names the failed action."""
     try:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # noqa: BLE001 of whichever library
+    except Exception as error:  # noqa: BLE001 from any library
         text = " ".join((str(error) or "no message").split())
         raise CheckpointError(f"{what}: {type(error).__name__}: {text[:500].rstrip('.')}{after}.") from printable_cause(
             error
@@ -44,10 +44,10 @@ def told(what: str, *, after: str = "") -> Iterator[None]:
 class RemoteFolder:
     """The files at a URL, by name.
 
-    What fsspec needs to get in (keys, endpoints) it takes from its own configuration.
+    fsspec takes credentials and endpoints from its own configuration.
 
     Raises:
-        CheckpointError: if fsspec has no access to such URLs, saying which package it wants.
+        CheckpointError: if fsspec cannot open the URL, with the package to install.
     """
 
     def __init__(self, url: str) -> None:
@@ -61,15 +61,15 @@ class RemoteFolder:
             scheme = url.partition("://")[0]
             known = [str(name) for name in fsspec.available_protocols()]
             if scheme in known:
-                raise CheckpointError(f"{url} is no URL fsspec can open: {error}.") from error
+                raise CheckpointError(f"{url} is not a URL fsspec can open: {error}.") from error
             raise CheckpointError(
-                f"{url}: fsspec knows no protocol {scheme!r}.{closest(scheme, known)} "
+                f"{url}: fsspec has no protocol {scheme!r}.{closest(scheme, known)} "
                 "Install the package that brings it to fsspec, or give another URL."
             ) from error
         except Exception as error:
             text = " ".join((str(error) or "no message").split()).rstrip(".")
             raise CheckpointError(f"{url} cannot be opened: {type(error).__name__}: {text}.") from error
-        # Typed by nobody.
+        # Untyped: fsspec has no annotations.
         self._fs: Any = fs
         self._path = str(path)
 
@@ -78,7 +78,7 @@ class RemoteFolder:
         return f"{self.url.rstrip('/')}/{name}"
 
     def sizes(self) -> dict[str, int | None]:
-        """Return the size of everything in the folder by name, None where nobody tells; empty if there is no folder.
+        """Return the sizes of all files in the folder by name, None if unknown; empty if there is no folder.
 
         Raises:
             CheckpointError: if it is a file.
@@ -98,18 +98,18 @@ class RemoteFolder:
         return sizes
 
     def size(self, name: str) -> int | None:
-        """Return a file's size, None if there is no such file."""
+        """Return a file's size, None if it does not exist."""
         self._fs.invalidate_cache(self._path)
         try:
             found = self._fs.info(self._at(name)).get("size")
         except FileNotFoundError:
             return None
         if found is None:
-            raise CheckpointError(f"cannot read {self.shown(name)}: nobody tells its size.")
+            raise CheckpointError(f"cannot read {self.shown(name)}: its size is unknown.")
         return int(found)
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Return a file, or the bytes of it from `start` to before `end`; threads may do so at the same time.
+        """Return a file's bytes, optionally from `start` to before `end`; thread-safe.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -118,18 +118,18 @@ class RemoteFolder:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
-        """Give a new file to write into; at the end of the block it is there."""
+        """Open a new file for writing; it exists at the end of the block."""
         try:
             file = self._fs.open(self._at(name), "wb")
         except FileNotFoundError:
-            # Object stores have no folders, so none is made before it is missed.
+            # Object stores have no folders, so one is created only when it is missing.
             self._fs.makedirs(self._path, exist_ok=True)
             file = self._fs.open(self._at(name), "wb")
         with file:
             yield cast("BinaryIO", file)
 
     def rename(self, name: str, new: str) -> None:
-        """Put a file in the place of another, at once."""
+        """Replace a file by another, atomically."""
         self._fs.invalidate_cache(self._path)
         self._fs.mv(self._at(name), self._at(new))
 
@@ -138,7 +138,7 @@ class RemoteFolder:
         self._fs.rm_file(self._at(name))
 
     def move(self, target: RemoteFolder) -> None:
-        """Move the whole folder, which object stores do by copying each file."""
+        """Move the folder, which object stores do by copying each file."""
         self._fs.invalidate_cache(self._path)
         self._fs.mv(self._path, target._path, recursive=True)
 

@@ -1,8 +1,8 @@
-"""Writing a checkpoint at a URL: every rank its file, then rank 0 the manifest, which makes them a checkpoint.
+"""Write a checkpoint to a URL: a data file per rank, then rank 0's manifest, which commits them.
 
-Nothing that counts is ever written over: the data files of one save have names no other has, and the manifest is
-written beside the old one and put in its place, which object stores (by a copy of theirs) and file systems (by a
-rename) do at once.
+Committed data is never overwritten: data files have names unique to a save, and the manifest is
+written beside the old one and then replaces it, which object stores (by a server-side copy) and file systems (by a
+rename) do atomically.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from plugframe_builtins.remote_checkpoint.storage import RemoteFolder
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What a rank wrote: its file, None if it has nothing to write, and where in it which chunk of a tensor lies."""
+    """A rank's data file, None if it wrote nothing, and the chunks in it."""
 
     file: str | None = None
     head: Head | None = None
@@ -35,10 +35,10 @@ class Written:
 
 
 def check(folder: RemoteFolder) -> bool:
-    """Check that the folder may become a checkpoint; say whether anything is there.
+    """Raise if the folder may not become a checkpoint; return whether it holds anything.
 
     Raises:
-        CheckpointError: saying what is in the way.
+        CheckpointError: naming the obstacle.
     """
     names = folder.sizes()
     sharded_format.check_names(names, read_manifest(folder) if sharded_format.MANIFEST in names else None, folder.url)
@@ -46,12 +46,12 @@ def check(folder: RemoteFolder) -> bool:
 
 
 def write(folder: RemoteFolder, save_id: str, rank: int, pieces: Mapping[str, Piece]) -> Written:
-    """Write this rank's file."""
+    """Write this rank's data file."""
     if not pieces:
         return Written(chunks={})
     name = sharded_format.data_name(save_id, rank)
     labels: dict[str, str] = {}
-    # Wide elements first: then each tensor lies aligned without gaps, which the format forbids.
+    # Descending item sizes keep every tensor aligned without padding, which the format forbids.
     for of in sorted(pieces, key=lambda of: -pieces[of].tensor.dtype.itemsize):
         labels[_label(of, pieces[of], labels)] = of
     tensors = {label: pieces[of].tensor for label, of in labels.items()}
@@ -77,7 +77,7 @@ def write(folder: RemoteFolder, save_id: str, rank: int, pieces: Mapping[str, Pi
 
 
 def _label(name: str, piece: Piece, taken: Mapping[str, str]) -> str:
-    """Return the name a piece has in its file: that of its tensor, and which part of it if it is one."""
+    """Return a piece's name in its file: the tensor's name, plus its box if it is a shard."""
     sizes = tuple(piece.tensor.shape)
     if sizes != tuple(piece.shape):
         box = zip(piece.offsets, sizes, strict=True)
@@ -90,7 +90,7 @@ def _label(name: str, piece: Piece, taken: Mapping[str, str]) -> str:
 def commit(
     folder: RemoteFolder, save_id: str, written: Sequence[Written], structure: Any, info: Mapping[str, Any]
 ) -> None:
-    """Put the manifest in the place of the old one, once all ranks have written; then remove the old files.
+    """Replace the manifest once all ranks have written, then remove the old files.
 
     Called on rank 0.
     """
@@ -103,10 +103,10 @@ def commit(
     try:
         folder.rename(draft, sharded_format.MANIFEST)
     except Exception:
-        # A store may do what it was asked to and fail to say so.
+        # A store may succeed and still report an error.
         if read_manifest(folder) != data:
             raise
-    # From here on the new checkpoint is there; what cannot be removed now the next save removes.
+    # The checkpoint is committed; files that cannot be removed now are removed by the next save.
     with suppress(Exception):
         for name in folder.sizes():
             if sharded_format.is_ours(name) and name != sharded_format.MANIFEST and name not in files:
@@ -114,14 +114,14 @@ def commit(
 
 
 def abandon(folder: RemoteFolder, save_id: str, *, made: bool) -> None:
-    """Remove what was written by a save that failed on all ranks, as far as that can be. Called on rank 0.
+    """Remove the files of a save that failed on all ranks, as far as possible. Called on rank 0.
 
     Args:
-        folder: where.
+        folder: the checkpoint's folder.
         save_id: of the save.
-        made: whether nothing was there before.
+        made: whether the folder was empty before.
     """
-    # Why the save failed is what to tell; what cannot be removed now the next save removes.
+    # The save's error matters more; files that cannot be removed now are removed by the next save.
     with suppress(Exception):
         manifest = read_manifest(folder)
         if manifest is not None and save_id.encode("ascii") in manifest:
@@ -138,7 +138,7 @@ def _draft(save_id: str) -> str:
 
 
 def _check_there(folder: RemoteFolder, files: Mapping[str, Head]) -> None:
-    """Check that the files arrived, and nobody who saves at the same place at the same time took them away."""
+    """Raise unless the files arrived, and no concurrent save removed them."""
     sizes = folder.sizes()
     for name, head in files.items():
         size = sizes.get(name)
@@ -162,15 +162,15 @@ def _tensors(folder: RemoteFolder, written: Sequence[Written]) -> dict[str, Tens
         filled = sum(math.prod(chunk.sizes) for chunk in chunks)
         if not fills(shape, [(chunk.offsets, chunk.sizes) for chunk in chunks]):
             raise CheckpointError(
-                f"cannot write {folder.url}: the parts of {name!r} on all ranks have {filled} elements, the whole has "
-                f"{math.prod(shape)}; what was there before is untouched."
+                f"cannot write {folder.url}: the parts of {name!r} over all ranks have {filled} elements, the full one "
+                f"has {math.prod(shape)}; what was there before is untouched."
             )
         tensors[name] = TensorLayout(dtype=dtype, shape=shape, chunks=tuple(chunks))
     return tensors
 
 
 def remove(folder: RemoteFolder) -> None:
-    """Remove a checkpoint: its manifest first, without which the rest is none."""
+    """Remove a checkpoint: its manifest first, so that the rest is not a checkpoint."""
     names = folder.sizes()
     for name in sorted(names, key=lambda name: name != sharded_format.MANIFEST):
         folder.remove(name)

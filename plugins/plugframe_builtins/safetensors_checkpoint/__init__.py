@@ -1,4 +1,4 @@
-"""One safetensors file per checkpoint, written by rank 0, with every byte under a checksum."""
+"""One safetensors file per checkpoint, written by rank 0, with checksums for every byte."""
 
 from plugframe import Plugin
 

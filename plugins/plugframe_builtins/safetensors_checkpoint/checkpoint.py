@@ -1,4 +1,4 @@
-"""The plugin: rank 0 writes, every rank reads."""
+"""The checkpoint plugin ``safetensors``: rank 0 writes, every rank reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from plugframe_builtins.safetensors_checkpoint import writer
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """One file per checkpoint, in the safetensors format, which other tools read as well."""
+    """Write one file per checkpoint, in the safetensors format, which other tools read too."""
 
     @hookimpl
     def checkpoint_save(
@@ -27,7 +27,7 @@ class SafetensorsCheckpoint(Checkpoint):
             failure = _try_write(path, state, info)
         text = self.context.hooks.collective_broadcast_object(obj=str(failure) if failure else None, src=0, group=None)
         if text is not None:
-            # On rank 0 with its cause.
+            # Rank 0's has the cause.
             raise failure or CheckpointError(text)
         return None
 
@@ -50,7 +50,7 @@ def _try_write(path: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> 
         writer.write(path, state, info)
     except CheckpointError as error:
         return error
-    except Exception as error:  # noqa: BLE001 the other ranks wait for word, whatever went wrong here
+    except Exception as error:  # noqa: BLE001 the other ranks wait for the outcome
         failure = CheckpointError(f"cannot write {path}: {type(error).__name__}: {error}")
         failure.__cause__ = error
         return failure

@@ -1,4 +1,4 @@
-"""Writing the file: one tensor after another, checksums taken on the way."""
+"""Write the single-file format: one tensor after another, with checksums."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from plugframe_builtins._shared.checkpoint_files.single_file import (
 
 
 def write(path: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Write `state` at `path`, in place of what is there.
+    """Write `state` to `path`, replacing an existing file.
 
     Raises:
-        CheckpointError: with what is there untouched.
+        CheckpointError: an existing file stays untouched.
     """
     tensors, tree = split_stored(state, dtypes=CODES.keys(), where=path)
     structure = dump_structure(tree)
-    # Wide elements first: then each tensor lies aligned without gaps, which the format forbids.
+    # Descending item sizes keep every tensor aligned without padding, which the format forbids.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     slots = place(
         {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}

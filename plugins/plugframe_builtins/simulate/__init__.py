@@ -1,4 +1,4 @@
-"""A big job on one machine: one rank that runs, and others that are taken to be like it."""
+"""Simulate a large job on one machine: one real rank, and others assumed to be like it."""
 
 from plugframe import Option, Plugin
 
@@ -12,6 +12,6 @@ as_environment = Plugin(
 
 as_collective = Plugin(
     factory="plugframe_builtins.simulate.collective:SimulatedCollective",
-    summary="Sends nothing: every other rank is taken to hold the tensors of this one. For environment simulate.",
+    summary="Sends nothing: every other rank is assumed to hold the tensors of this one. For environment simulate.",
     provides=("process-group", "simulated"),
 )

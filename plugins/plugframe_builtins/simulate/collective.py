@@ -1,4 +1,4 @@
-"""The collective of a rank whose others do not exist."""
+"""A collective for a rank without real peers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from plugframe_builtins.simulate.traffic import Traffic
 
 
 class SimulatedCollective(ProcessGroupCollective):
-    """``torch.distributed`` over a process group that sends nothing; at tear-down it tells what would have been sent.
+    """``torch.distributed`` over a process group that sends nothing; at tear-down it logs the traffic.
 
-    Everything else is the torch collective: what ranks agree on beforehand, what is refused, shapes and dtypes.
+    Everything else works as in the torch collective: call checks, errors, shapes and dtypes.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The environment of a rank whose others do not exist."""
+"""The environment of a simulated job."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from plugframe_builtins.simulate import as_environment
 
 
 class Simulated(Environment):
-    """Rank 0 of a job of `ranks`, on as many nodes as follow from the devices on each.
+    """Rank 0 of a job of `ranks` ranks, on as many nodes as follow from the devices on each.
 
-    Rank 0, as what it does is the most: it logs, and what is broadcast in a script mostly comes from it.
+    Rank 0 does most of the work: it logs, and is the source of most broadcasts.
     """
 
     name = "simulate"
@@ -27,7 +27,7 @@ class Simulated(Environment):
 
     @property
     def ranks(self) -> int:
-        """Ranks of the job."""
+        """Number of ranks of the job."""
         if self._ranks is None:
             raise SettingError("environment='simulate' needs the number of ranks: type --simulate=64, say.")
         return self._ranks
@@ -38,7 +38,7 @@ class Simulated(Environment):
 
     @hookimpl
     def environment_validate(self, num_processes: int | None, num_nodes: int | None) -> None:
-        """Take the shape of the job from what was asked: it is there as soon as it fits the number of ranks."""
+        """Use the requested shape of the job, once it is consistent with the number of ranks."""
         nodes = num_nodes or (self.ranks // num_processes if num_processes else self.ranks // self._per_node)
         per_node = num_processes or self.ranks // max(nodes, 1)
         if per_node * nodes != self.ranks:
@@ -61,4 +61,4 @@ class Simulated(Environment):
     def environment_store(self, context: Context, timeout_s: float) -> Any:
         from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-        return HashStore()  # nobody to meet: no socket
+        return HashStore()  # no peers: no socket

@@ -1,6 +1,6 @@
-"""A process group of which this process is the only rank that exists: all others have what it has."""
+"""A process group with one real rank: all others are assumed to hold the same tensors."""
 
-# torch's stubs describe groups in C++; what torch calls on a group in Python has other names.
+# torch's stubs describe C++ groups; torch calls other names on a Python group.
 # pyright: reportIncompatibleMethodOverride=false
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BACKEND = "simulate"
 
 
 class Done(dist.Work):
-    """Work that was done before it was handed out."""
+    """Work that is complete from the start."""
 
     def __init__(self, result: Any) -> None:
         super().__init__()
@@ -39,13 +39,13 @@ class Done(dist.Work):
 
 
 class SimulatedGroup(dist.ProcessGroup):
-    """Collectives that send nothing: every other rank is taken to hold the very tensors of this one.
+    """Collectives that send nothing: every other rank is assumed to hold the tensors of this one.
 
-    So a sum is `size` times the tensor and a mean is the tensor; shapes, dtypes and the order of calls are those of
-    the real thing, and so is the memory. What would have been sent is counted in `traffic`.
+    So a sum is `size` times the tensor and a mean is the tensor; shapes, dtypes, the order of calls and memory
+    are those of real collectives. The bytes that would be sent are counted in `traffic`.
 
-    torch's own fake process group lies in ``torch.testing._internal``; it leaves results of reductions unwritten, at
-    which DistributedDataParallel stops.
+    torch's own fake process group is in ``torch.testing._internal``; it leaves results of reductions unwritten, at
+    which DistributedDataParallel fails.
     """
 
     def __init__(self, name: str, rank: int, size: int, traffic: Traffic) -> None:
@@ -54,7 +54,7 @@ class SimulatedGroup(dist.ProcessGroup):
 
     @property
     def group_name(self) -> Any:
-        """The name torch gave it; torch itself keeps it with groups in C++ only."""
+        """The group's name in torch, which keeps it for C++ groups only."""
         return self._name
 
     def getBackendName(self) -> str:
@@ -67,10 +67,10 @@ class SimulatedGroup(dist.ProcessGroup):
         return self._rank
 
     def shutdown(self) -> None:
-        """Do nothing: there is nobody to tell."""
+        """Do nothing: there are no peers."""
 
     def abort(self) -> None:
-        """Do nothing: nothing is under way."""
+        """Do nothing: there is no pending work."""
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Done:  # type: ignore[override]
         self._count("all_reduce", tensors)
@@ -165,7 +165,7 @@ class SimulatedGroup(dist.ProcessGroup):
         return Done(tensors)
 
     def recv(self, tensors: list[Tensor], src: int, tag: int) -> Done:
-        """Leave the tensor as it is, but with values in it."""
+        """Leave the tensor unchanged, with initialised values."""
         for tensor in tensors:
             tensor.zero_()
         return Done(tensors)
@@ -175,7 +175,7 @@ class SimulatedGroup(dist.ProcessGroup):
 
 
 def _reduce(tensor: Tensor, opts: Any, size: int) -> None:
-    """Reduce `size` tensors that are all like this one, in place."""
+    """Reduce `size` tensors equal to this one, in place."""
     op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
     if op == dist.ReduceOp.SUM:
         tensor.mul_(size)
@@ -186,14 +186,14 @@ def _reduce(tensor: Tensor, opts: Any, size: int) -> None:
 
 
 def _fill(output: Tensor, mine: Tensor) -> None:
-    """Write what there is of `mine`, and zeros into the rest."""
+    """Copy `mine`, and fill the rest with zeros."""
     flat, given = output.view(-1), mine.reshape(-1)[: output.numel()]
     flat[: given.numel()] = given
     flat[given.numel() :] = 0
 
 
 def register(traffic: Traffic) -> None:
-    """Make the backend known to torch for every device; groups made from now on count in `traffic`."""
+    """Register the backend with torch for every device; groups created from now on count in `traffic`."""
 
     def make(options: Any, _: Any) -> SimulatedGroup:
         return SimulatedGroup(options.group_id, options.group_rank, options.group_size, traffic)

@@ -1,4 +1,4 @@
-"""What would have been sent."""
+"""Count simulated traffic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from plugframe.base import size_text
 
 
 class Traffic:
-    """Calls of collectives and the bytes this rank would have handed to each kind."""
+    """Number of calls and bytes of this rank, by collective."""
 
     def __init__(self) -> None:
         self._calls: dict[str, int] = defaultdict(int)
@@ -20,6 +20,6 @@ class Traffic:
         self._bytes[call] += num_bytes
 
     def lines(self) -> list[str]:
-        """Return a line for each kind of call, the one with most bytes first."""
+        """Return a line per collective, by bytes in descending order."""
         kinds = sorted(self._calls, key=lambda kind: -self._bytes[kind])
         return [f"{kind} {size_text(self._bytes[kind])} in {self._calls[kind]} calls" for kind in kinds]

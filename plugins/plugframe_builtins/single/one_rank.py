@@ -1,4 +1,4 @@
-"""The collective of a single rank: what the base does, and nothing else."""
+"""The collective of a single rank: the base class with a check."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from plugframe.hooks.context import Context
 
 
 class OneRank(Collective):
-    """Answer every collective with this rank's own input; refuse more than one rank."""
+    """Return this rank's input from every collective; refuse more than one rank."""
 
     @hookimpl
     def collective_setup(self, context: Context) -> None:

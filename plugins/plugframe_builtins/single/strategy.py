@@ -1,4 +1,4 @@
-"""The strategy of a single rank: what the base does, and nothing else."""
+"""The strategy of a single rank: the base class with a check."""
 
 from __future__ import annotations
 

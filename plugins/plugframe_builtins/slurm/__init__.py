@@ -1,11 +1,11 @@
-"""Ranks started by SLURM's srun."""
+"""Ranks launched by SLURM's srun."""
 
 from plugframe import Plugin
 
 plugin = Plugin(
     factory="plugframe_builtins.slurm.environment:Slurm",
     summary="SLURM: the tasks of srun.",
-    # Below mpi: the variables of the job are also there for an mpirun inside it.
+    # Below mpi: the job's variables are also set for an mpirun inside it.
     priority=30,
     variables=("SLURM_JOB_ID",),
     own_variables=(

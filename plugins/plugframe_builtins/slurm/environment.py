@@ -1,4 +1,4 @@
-"""The environment of ranks that srun started."""
+"""The environment of srun."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from plugframe.hooks.world import World
 from plugframe_builtins._shared.requeue import requeue
 from plugframe_builtins.slurm.lists import expand_hosts, expand_tasks
 
-#: From here on SLURM numbers what is no step of srun's: a batch script, or the shell that salloc opens.
+#: Step ids from here on are no srun steps: a batch script, or the shell of salloc.
 SPECIAL_STEPS = 0xFFFF_FFF0
 
 
 class Slurm(Environment):
     """The tasks of one srun.
 
-    They meet at the first host of the step, on a port derived from the numbers of job and step. ``MASTER_ADDR``
-    and ``MASTER_PORT`` override them. Each node must run as many tasks as the others.
+    They connect to the first host of the step, on a port derived from the job and step ids. ``MASTER_ADDR``
+    and ``MASTER_PORT`` override them. Each node must run the same number of tasks.
     """
 
     name = "SLURM"
@@ -28,9 +28,9 @@ class Slurm(Environment):
 
     @hookimpl
     def environment_detect(self) -> bool:
-        """Say whether srun started this process, or a batch script of several tasks did, which is an error.
+        """Return whether srun started this process, or a batch script of several tasks did, which is an error.
 
-        A shell (salloc, ``srun --pty bash``) is no start: its commands are free to launch what they like.
+        Interactive shells (salloc, ``srun --pty bash``) do not count: their commands may launch ranks freely.
         """
         if _in_step():
             return not ("SLURM_PTY_PORT" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS") == "1")
@@ -49,7 +49,7 @@ class Slurm(Environment):
             "global_rank": "SLURM_PROCID",
             "local_rank": "SLURM_LOCALID",
             "node_rank": "SLURM_NODEID",
-            # Those of the step first: those of the job can be more than this srun was asked for.
+            # The step's variables first: the job's may exceed this srun's.
             "world_size": _first("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
             "num_nodes": _first("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"),
         }

@@ -1,4 +1,4 @@
-"""SLURM's short forms for lists: ``a[1-3,07],b2`` for hosts, ``2(x3),1`` for tasks on each node."""
+"""Expand SLURM's compact lists: ``a[1-3,07],b2`` for hosts, ``2(x3),1`` for tasks on each node."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
 def expand_hosts(variable: str, text: str) -> Iterator[str]:
-    """Yield the hosts of ``rack[1-2]n[01-03]``: numbers keep their zeros, the last bracket counts fastest.
+    """Yield the hosts of ``rack[1-2]n[01-03]``: leading zeros stay, the last bracket varies fastest.
 
     Raises:
-        EnvironmentMismatchError: naming `variable`, the environment variable `text` comes from.
+        EnvironmentMismatchError: naming `variable`, the environment variable of `text`.
     """
     # A comma inside brackets separates ranges, any other separates hosts.
     for host in re.split(r",(?![^[]*\])", text):
@@ -35,17 +35,17 @@ def _numbers(variable: str, text: str) -> Iterator[str]:
         match = RANGE.fullmatch(piece)
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise EnvironmentMismatchError(
-                f"{variable} holds the range {piece!r}, which is none: set MASTER_ADDR to the host of rank 0."
+                f"{variable} holds the range {piece!r}, which is invalid: set MASTER_ADDR to the host of rank 0."
             )
         for number in range(int(match[1]), int(match[2] or match[1]) + 1):
             yield str(number).zfill(len(match[1]))
 
 
 def expand_tasks(variable: str, text: str) -> Iterator[int]:
-    """Yield the tasks of each node.
+    """Yield the number of tasks of each node.
 
     Raises:
-        EnvironmentMismatchError: naming `variable`, the environment variable `text` comes from.
+        EnvironmentMismatchError: naming `variable`, the environment variable of `text`.
     """
     for piece in text.split(","):
         match = TASKS.fullmatch(piece)

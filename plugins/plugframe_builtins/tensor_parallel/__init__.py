@@ -1,4 +1,4 @@
-"""Tensor parallelism: single layers spread over ranks, and the data axis sharded on top."""
+"""Tensor parallelism: layers split over ranks, and sharded over the data axis."""
 
 from plugframe import Option, Plugin
 from plugframe_builtins._shared.sharding.options import OPTIONS

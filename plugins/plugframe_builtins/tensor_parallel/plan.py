@@ -1,4 +1,4 @@
-"""Which layers are split over the ranks of a tensor group, and how."""
+"""Tensor-parallel plans: layers to split, and how."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import (
 
 from plugframe.errors import SettingError, closest
 
-#: The styles by name, for plans in settings files and in models.
+#: The styles by name, for plans in settings files and models.
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "colwise": ColwiseParallel,
     "colwise_gather": lambda: ColwiseParallel(output_layouts=Replicate()),
@@ -27,15 +27,15 @@ STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "sequence": SequenceParallel,
 }
 
-#: Paths of modules, ``*`` for any part of one: ``{"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}``.
+#: Module paths, with ``*`` for one component: ``{"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}``.
 Plan = Mapping[str, str | ParallelStyle]
 
 
 def check_plan(plan: Any, where: str) -> None:
-    """Refuse what is no plan.
+    """Raise if `plan` is not a plan.
 
     Raises:
-        SettingError: saying what to write.
+        SettingError: with the accepted values.
     """
     if not isinstance(plan, Mapping) or not plan:
         raise SettingError(f'{where} must be a dict such as {{"blocks.*.up": "colwise"}}, got {plan!r}.')
@@ -51,10 +51,10 @@ def check_plan(plan: Any, where: str) -> None:
 
 
 def apply_plan(module: nn.Module, plan: Plan, mesh: DeviceMesh, where: str) -> None:
-    """Split the layers of `module` that `plan` names over the ranks of `mesh`, in place. Called on every rank.
+    """Split the layers of `module` named by `plan` over the ranks of `mesh`, in place. Called on every rank.
 
     Raises:
-        SettingError: if a pattern fits no part of the module.
+        SettingError: if a pattern matches no submodule.
     """
     parts = dict(module.named_modules())
     exact: dict[str, ParallelStyle] = {}
@@ -62,7 +62,7 @@ def apply_plan(module: nn.Module, plan: Plan, mesh: DeviceMesh, where: str) -> N
         paths = [path for path in parts if path and fnmatchcase(path, pattern)]
         if not paths:
             raise SettingError(
-                f"{where} names {pattern!r}, which fits no part of this {type(module).__name__}."
+                f"{where} names {pattern!r}, which matches no submodule of this {type(module).__name__}."
                 f"{closest(pattern, [path for path in parts if path])}"
             )
         exact.update((path, STYLES[style]() if isinstance(style, str) else style) for path in paths)
@@ -73,7 +73,7 @@ def apply_plan(module: nn.Module, plan: Plan, mesh: DeviceMesh, where: str) -> N
     now = dict(module.named_parameters(remove_duplicate=False))
     for shared in names.values():
         if len({id(now[name]) for name in shared}) > 1:
-            # An optimizer would go on with one of them, and the others would never change.
+            # An optimizer would update only one of them.
             raise SettingError(
                 f"{where} splits a layer whose parameter is shared: {' and '.join(map(repr, shared))} are one, and "
                 "would be two. Leave the layers that share it out of the plan."

@@ -1,4 +1,4 @@
-"""Tensor parallelism over ``torch.distributed.tensor.parallel``, and FSDP2 over the data axis."""
+"""Tensor parallelism with ``torch.distributed.tensor.parallel``, and FSDP2 over the data axis."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from plugframe_builtins._shared.fully_shard.strategy import FullyShardedStrategy
 from plugframe_builtins._shared.sharding.mesh import make_mesh
 from plugframe_builtins.tensor_parallel.plan import Plan, apply_plan, check_plan
 
-#: Where a model may keep its own plan.
+#: The attribute of a model's own plan.
 ATTRIBUTE = "tensor_parallel_plan"
 
 
 class TensorParallel(FullyShardedStrategy):
-    """Split layers over the ranks of a tensor group, and shard everything over the groups as strategy ``fsdp`` does.
+    """Split layers over a tensor group, and shard everything over the data axis as strategy ``fsdp`` does.
 
-    The ranks of one tensor group read the same batches. They must draw the same random numbers (dropout): seed them
-    alike, as ``lite.seed_everything`` does.
+    The ranks of a tensor group read the same batches. They must draw the same random numbers (dropout): seed them
+    equally, as ``lite.seed_everything`` does.
 
     Args:
-        plan: how each layer is split: paths of modules (``*`` for any part) to ``"colwise"``, ``"rowwise"``,
-            ``"sequence"``, ``"colwise_gather"`` (whole outputs on every rank) or a ``ParallelStyle`` of torch. By
+        plan: how each layer is split: module paths (``*`` for one component) to ``"colwise"``, ``"rowwise"``,
+            ``"sequence"``, ``"colwise_gather"`` (full outputs on every rank) or a ``ParallelStyle`` of torch. By
             default the model's own attribute ``tensor_parallel_plan``.
-        parallelize: a function ``f(module, mesh)`` in place of a plan; `mesh` is that of the tensor group.
-        mesh: ``{"data": 2, "tensor": 4}``; by default all ranks are one tensor group.
+        parallelize: a function ``f(module, mesh)`` instead of a plan; `mesh` is that of the tensor group.
+        mesh: ``{"data": 2, "tensor": 4}``; by default all ranks form one tensor group.
         options: those of strategy ``fsdp``, for the data axis.
     """
 
@@ -72,7 +72,7 @@ class TensorParallel(FullyShardedStrategy):
             plan, where = getattr(module, ATTRIBUTE, None), f"{type(module).__name__}.{ATTRIBUTE}"
             if plan is None:
                 raise SettingError(
-                    f"strategy 'tensor_parallel' does not know how to split this {type(module).__name__}: pass "
+                    f"strategy 'tensor_parallel' has no plan to split this {type(module).__name__}: pass "
                     f'TensorParallel(plan={{"blocks.*.up": "colwise", …}}), or give the model such an attribute '
                     f"{ATTRIBUTE}."
                 )

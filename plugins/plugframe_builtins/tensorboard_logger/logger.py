@@ -1,4 +1,4 @@
-"""A logger that writes event files."""
+"""A logger that writes TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 
 class TensorBoardLogger(Logger):
-    """Write scalars into ``<folder>/version_N``, on rank 0; look at them with ``tensorboard --logdir <folder>``.
+    """Write scalars into ``<folder>/version_N``, on rank 0; view them with ``tensorboard --logdir <folder>``.
 
     Args:
-        folder: where the folders of the runs are; no earlier run's is ever written to.
+        folder: parent folder of the runs; files of earlier runs are never changed.
 
     Attributes:
-        path: the folder of this run, None until the job runs.
+        path: the folder of this run, None before set-up.
 
     Raises:
         MissingDependencyError: if tensorboard is not installed.
     """
 
     def __init__(self, folder: str | os.PathLike[str] = "runs/tensorboard") -> None:
-        # Here, where every rank fails, and not at set-up, where rank 0 alone would.
+        # Checked here on every rank; at set-up only rank 0 would fail.
         if importlib.util.find_spec("tensorboard") is None:
             raise MissingDependencyError(
                 "TensorBoardLogger needs tensorboard: type \"pip install 'plugframe[tensorboard]'\"."

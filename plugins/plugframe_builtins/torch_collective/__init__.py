@@ -1,4 +1,4 @@
-"""Ranks connected by ``torch.distributed``."""
+"""Collectives over ``torch.distributed``."""
 
 from plugframe import Plugin
 from plugframe_builtins._shared.torch_collective.options import OPTIONS

@@ -1,4 +1,4 @@
-"""The plugin: collectives over ``torch.distributed``."""
+"""The collective plugin ``torch``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from plugframe_builtins._shared.torch_collective.collective import ProcessGroupC
 
 
 class TorchCollective(ProcessGroupCollective):
-    """Exchange tensors and objects through a ``torch.distributed`` process group.
+    """Send tensors and objects through a ``torch.distributed`` process group.
 
-    A process group that is initialised already is used as it is, and stays at tear-down. Every exchange of
-    tensors first compares what the ranks are about to send, so that a difference is an error on all of them.
+    An existing process group is used unchanged, and survives tear-down. Every collective on
+    tensors first compares the calls of the ranks, so that a difference raises on all of them.
 
     Args:
         backend: a ``torch.distributed`` backend, ``"gloo"`` or by device ``"cpu:gloo,cuda:nccl"``; by default
-            what the accelerator asks for.
-        timeout_s: seconds an exchange may take before it is an error; by default ``--timeout``, else 1800.
+            the accelerator's.
+        timeout_s: timeout of a collective in seconds; by default ``--timeout``, else 1800.
     """

@@ -1,11 +1,11 @@
-"""Ranks started by torchrun, or by hand with the variables that ``env://`` reads."""
+"""Ranks launched by torchrun, or by hand with the variables of ``env://``."""
 
 from plugframe import Plugin
 
 plugin = Plugin(
     factory="plugframe_builtins.torchelastic.environment:TorchElastic",
     summary="torchrun, or RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set by hand.",
-    # The innermost launcher knows best: torchrun is also started by srun, mpirun and in pods.
+    # Highest priority, as the innermost launcher: torchrun may run under srun, mpirun and in pods.
     priority=60,
     variables=("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
     own_variables=(

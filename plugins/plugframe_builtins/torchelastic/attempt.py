@@ -1,4 +1,4 @@
-"""One prefix for the ranks of one attempt, in a store that outlives attempts."""
+"""A store prefix per attempt, for stores that outlive attempts."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ POLL_S = 0.01
 
 
 def only_this_attempt(store: Any, world: World, *, timeout_s: float) -> Any:
-    """Return `store` behind a prefix that the ranks now alive agree on, new for each call.
+    """Return `store` behind a new prefix on which the ranks alive now agree.
 
-    torchrun's agent keeps its store when it starts the ranks again, so addresses of dead ranks are still in it
-    (https://github.com/pytorch/pytorch/issues/135712). ``TORCHELASTIC_RESTART_COUNT`` cannot tell attempts
-    apart: it differs between nodes. So each rank comes with a word of its own, and follows the rank 0 that
-    answers to it, which a dead one cannot do.
+    torchrun's agent keeps its store when it restarts the ranks, so addresses of dead ranks are still in it
+    (https://github.com/pytorch/pytorch/issues/135712). ``TORCHELASTIC_RESTART_COUNT`` does not identify
+    attempts: it differs between nodes. So each rank writes a random token, and takes the prefix from the rank 0 that
+    answers with it, which a dead one cannot.
     """
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     lobby = PrefixStore("plugframe/attempt", store)
-    _take_place(lobby, world.global_rank)
+    _claim_rank(lobby, world.global_rank)
     prefix = _answer(lobby, world, timeout_s) if world.global_rank == 0 else _ask(lobby, world, timeout_s)
     return PrefixStore(f"plugframe/{prefix}", store)
 
 
-def _take_place(lobby: Any, rank: int) -> None:
-    """Refuse a second process with the variables of one rank: a program that the rank has started, and handed them."""
+def _claim_rank(lobby: Any, rank: int) -> None:
+    """Raise for a second process with the variables of one rank, such as a program that the rank has started."""
     host, key = socket.gethostname(), f"process/{rank}"
     me = f"{host} {os.getpid()}"
     holder: str = lobby.compare_set(key, "", me).decode()
@@ -46,7 +46,7 @@ def _take_place(lobby: Any, rank: int) -> None:
             f"Rank {rank} of this job is process {pid}, and this is another, {os.getpid()}, with its variables: start "
             "it without them ('env -u RANK -u LOCAL_RANK python …'), or while the rank has its Lite: it sees to that."
         )
-    lobby.set(key, me)  # of the attempt before
+    lobby.set(key, me)  # replaces that of an earlier attempt
 
 
 def _lives(pid: int) -> bool:
@@ -75,8 +75,8 @@ def _answer(lobby: Any, world: World, timeout_s: float) -> str:
     deadline = time.monotonic() + timeout_s
     while True:
         for rank in sorted(away):
-            # The word is read before the receipt is looked for: a rank that has heard may come again, for its
-            # next connection, and must not get this answer twice.
+            # The token is read before the acknowledgement is checked: a rank may return for its
+            # next connection, and must not get the same answer twice.
             word = lobby.get(f"come/{rank}").decode() if lobby.check([f"come/{rank}"]) else None
             if lobby.check([f"heard/{prefix}/{rank}"]):
                 away.remove(rank)

@@ -1,4 +1,4 @@
-"""The environment of ranks that torchrun started."""
+"""The environment of torchrun."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from plugframe_builtins.torchelastic.attempt import only_this_attempt
 
 
 class TorchElastic(Environment):
-    """Ranks of torchrun, or of a start by hand with the same variables.
+    """Ranks of torchrun, or started by hand with the same variables.
 
-    Without ``LOCAL_WORLD_SIZE``, which torchrun always sets, all ranks are taken to run on one node if
+    Without ``LOCAL_WORLD_SIZE``, which torchrun always sets, all ranks are assumed to run on one node if
     ``MASTER_ADDR`` is a loopback address or there is one rank; otherwise it must be set.
     """
 
@@ -50,7 +50,7 @@ class TorchElastic(Environment):
         return world
 
     def _local_size(self) -> str:
-        """Return the name of the variable that says how many ranks there are on this node."""
+        """Return the name of the variable with the number of ranks on this node."""
         if "LOCAL_WORLD_SIZE" in os.environ:
             return "LOCAL_WORLD_SIZE"
         address = os.environ.get("MASTER_ADDR", "")

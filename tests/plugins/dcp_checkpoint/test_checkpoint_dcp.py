@@ -345,7 +345,7 @@ def the_next_save_and_the_end_wait(on: Job) -> None:
     for call in (lambda: on.save("second", numbered(on, 2)), lambda: on.checkpoint.checkpoint_teardown()):
         go_on = threading.Event()
         write = tensor_file.write_tensors
-        look = Pending.untold
+        look = Pending.unreported
 
         def held(file: Any, tensors: Any, go_on: Any = go_on, write: Any = write) -> Any:
             assert go_on.wait(60)
@@ -357,7 +357,7 @@ def the_next_save_and_the_end_wait(on: Job) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tensor_file, "write_tensors", held)
-            patch.setattr(Pending, "untold", looked)
+            patch.setattr(Pending, "unreported", looked)
             handle = on.save("first", numbered(on, 1), wait=False)
             assert not handle.done()
             call()
@@ -545,7 +545,7 @@ def test_missing_cut_and_newer_files_are_named(alone: Job) -> None:
     content = Path(path).read_bytes()
     manifest = Path(alone.path("last"), "manifest.json")
     for data, text in (
-        (None, rf"last is not whole: the file {name} is missing"),
+        (None, rf"last is incomplete: the file {name} is missing"),
         (content[:-1], rf"{name} is truncated: expected {len(content)} bytes, found {len(content) - 1}"),
         (content + b"a", rf"{name} is longer than what was written"),
         (bytes(len(content)), rf"{name}: tensor '.*' is not what was written: .* xxh3 expected"),
@@ -568,7 +568,7 @@ def test_missing_cut_and_newer_files_are_named(alone: Job) -> None:
     with pytest.raises(CheckpointError, match=r"last was written by a newer plugframe \(format 2, this one reads 1\)"):
         alone.load("last")
     manifest.write_bytes(seal({**body, "files": {"../a": [1, 1, "0"]}}))
-    with pytest.raises(CheckpointCorruptError, match=r"it is no manifest: .*a name no data file has"):
+    with pytest.raises(CheckpointCorruptError, match=r"it is not a manifest: .*a name no data file has"):
         alone.load("last")
     manifest.unlink()
     with pytest.raises(CheckpointError, match=r"last is not complete: it has no manifest\.json, which is written last"):
@@ -583,7 +583,7 @@ def test_what_is_in_the_way_is_refused(alone: Job, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text("{}")
     for name, text in (
-        ("file", r"file is a file, and no checkpoint, and a sharded checkpoint is a folder: give another name"),
+        ("file", r"file is a file that is not a checkpoint, and a sharded checkpoint is a folder: give another name"),
         ("folder", r"holds something else \(notes\.txt\): give a new folder, such as '.*folder/last'"),
         ("other", r"holds something else \(manifest\.json\)"),
     ):
@@ -593,7 +593,7 @@ def test_what_is_in_the_way_is_refused(alone: Job, tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "folder") == ["notes.txt"]
     with pytest.raises(CheckpointError, match=r"other is a folder, but its manifest\.json is not one of a checkpoint"):
         alone.load("other")
-    with pytest.raises(CheckpointError, match=r"'s3://a/b' is no path of the file system"):
+    with pytest.raises(CheckpointError, match=r"'s3://a/b' is not a file system path"):
         alone.checkpoint.checkpoint_save(path="s3://a/b", state={}, info={}, wait=True)
 
 

@@ -540,7 +540,7 @@ def parts_without_an_optimizer_evaluate(lite: Lite, strategy: DeepSpeed) -> None
     tokens = torch.arange(4)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), plain(tokens))
-    with pytest.raises(OrderError, match="This Careful is in parts and has no optimizer: call lite.setup"):
+    with pytest.raises(OrderError, match="This Careful is sharded and has no optimizer: call lite.setup"):
         model(tokens)
     optimizer = lite.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1))
     lite.backward(model(tokens).square().mean())
@@ -860,10 +860,10 @@ def test_strategy(check: Any, number: int, reports: dict[int, dict[str, str]]) -
         ({"build_timeout_s": 0}, r"build_timeout_s=0\): it is a number above 0"),
         ({"config": {"optimizer": {}}}, r"config\['optimizer'\] .* is not used: make a torch optimizer in the script"),
         ({"config": {"scheduler": {}}}, r"config\['scheduler'\] .* is not used: make a torch scheduler"),
-        ({"config": {"train_batch_size": 8}}, r"config\['train_batch_size'\] .* the DataLoader decides"),
+        ({"config": {"train_batch_size": 8}}, r"config\['train_batch_size'\] .* set it in the DataLoader"),
         ({"config": {"gradient_accumulation_steps": 4}}, r"=4 .* must be 1: accumulate with lite.no_backward_sync"),
         ({"config": {"zero_optimization": {"stage": "auto"}}}, r"config\['zero_optimization.stage'\]='auto'"),
-        ({"config": "nowhere.json"}, "config='nowhere.json' .* is no JSON file"),
+        ({"config": "nowhere.json"}, "config='nowhere.json' .* is not a JSON file"),
         ({"config": [1]}, r"config=\[1\] .* must be a mapping or a path to a JSON file"),
     ],
 )

@@ -241,7 +241,7 @@ def gradients_by_hand_are_refused(lite: Lite, strategy: DeepSpeed) -> None:
     with pytest.raises(OrderError, match=r"SGD.step\(\) without zero_grad\(\) since the step before"):
         pair.optimizer.step()
     pair.optimizer.zero_grad()
-    with pytest.raises(OrderError, match=r"A backward outside of lite.backward\(\) has come to Parameter"):
+    with pytest.raises(OrderError, match=r"A backward outside of lite.backward\(\) has reached Parameter"):
         pair.model(torch.ones(1, 5)).sum().backward()
 
 
@@ -396,7 +396,7 @@ def experts_in_shards(world: World) -> None:
 
     with lite_of(world, DeepSpeed(stage=3, param_persistence_threshold=0)) as lite:
         if world.world_size > 1:
-            with pytest.raises(CollectiveMismatchError, match=r"rank 0 came to 'experts.0' \(Linear, 30 elements\)"):
+            with pytest.raises(CollectiveMismatchError, match=r"rank 0 reached 'experts.0' \(Linear, 30 elements\)"):
                 _choose(lite, Experts)
         else:
             _choose(lite, Experts)
@@ -461,7 +461,7 @@ def second_derivatives_in_shards(world: World) -> None:
     for make, loss in ((Forces, _forces), (net, _penalty)):
         with lite_of(world, DeepSpeed(stage=3, param_persistence_threshold=0)) as lite:
             pair = Pair(lite, make)
-            with pytest.raises(UnsupportedError, match=r"as of torch.autograd.grad\(\), came to '(two|2)' \(Linear"):
+            with pytest.raises(UnsupportedError, match=r"as of torch.autograd.grad\(\), reached '(two|2)' \(Linear"):
                 pair.step(loss)
 
 

@@ -370,7 +370,7 @@ def ranks_apart(world: World) -> None:
         model = lite.setup(build())
         for _ in range(2):
             lite.backward(model(batches(world)[lite.global_rank]).mean())
-        with pytest.raises(CollectiveMismatchError, match=r"different parts of this Net .* comes to 'body.[01]'"):
+        with pytest.raises(CollectiveMismatchError, match=r"different submodules of this Net .* runs 'body.[01]'"):
             lite.backward(model(batches(world)[0], skip=lite.global_rank).mean())
 
 

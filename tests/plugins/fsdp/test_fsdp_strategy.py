@@ -610,7 +610,7 @@ def test_policies_follow_the_precision() -> None:
         ({"mesh": {"shard": 0}}, "'shard' is a number of ranks, or -1"),
         ({"mesh": {"shard": -1, "replicate": -1}}, "only one axis can be -1"),
         ({"mp_policy": {"param_dtyp": "bfloat16"}}, "has no 'param_dtyp'. Did you mean 'param_dtype'"),
-        ({"mp_policy": {"param_dtype": "bf17"}}, "param_dtype='bf17' is no dtype"),
+        ({"mp_policy": {"param_dtype": "bf17"}}, "param_dtype='bf17' is not a dtype"),
         ({"mp_policy": 3}, "must be a MixedPrecisionPolicy or a dict"),
         ({"activation_checkpointing": "blocks"}, "must be 'auto', a set"),
         ({"reshard_after_forward": "yes"}, "reshard_after_forward='yes' .* True, False or a number of ranks"),
@@ -625,7 +625,7 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 
 def test_names_of_unknown_classes_are_refused() -> None:
     """A class that is no part of the model is an error with the closest one."""
-    with pytest.raises(SettingError, match=r"names 'Blok', and this Model has no such part. Did you mean 'Block'"):
+    with pytest.raises(SettingError, match=r"names 'Blok', and this Model has no such submodule. Did you mean 'Block'"):
         find_units(Model(), {"Blok"}, min_numel=1)
     with pytest.raises(SettingError, match="names 'Conv2d'"):
         find_units(Model(), {nn.Conv2d}, min_numel=1)

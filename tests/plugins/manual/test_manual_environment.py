@@ -65,7 +65,7 @@ def test_processes_started_by_hand_are_one_job(
         ({"LOCAL_RANK": "0", **MEET}, {}, "WORLD_SIZE is not set, and no devices="),
         ({"LOCAL_RANK": "1"}, {}, "WORLD_SIZE is not set, and no devices="),
         ({"LOCAL_RANK": "0", "NODE_RANK": "1", **FAR}, {}, "WORLD_SIZE is not set, and no devices="),
-        ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, {}, "MASTER_PORT is not set, at which 2 ranks"),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, {}, "MASTER_PORT is not set, on which 2 ranks"),
         ({"LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}, {"devices": 2}, "MASTER_PORT is not set"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, {}, "MASTER_PORT is not set"),
         ({"LOCAL_RANK": "0", "WORLD_SIZE": "4", **FAR}, {}, "neither devices= nor LOCAL_WORLD_SIZE"),

@@ -377,7 +377,7 @@ def test_a_plain_safetensors_file_loads_as_its_tensors(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     state["a.weight"].add_(1)
     assert same(state, {"a.weight": torch.full((2, 3), 2.0), "b": torch.zeros(0, dtype=torch.bfloat16)})
-    with pytest.raises(CheckpointCorruptError, match="is not a whole safetensors file"):
+    with pytest.raises(CheckpointCorruptError, match="is not a complete safetensors file"):
         load(path)
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(CheckpointCorruptError, match=r"is truncated: its header has \d+ bytes, found 32"):

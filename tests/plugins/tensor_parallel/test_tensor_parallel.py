@@ -164,11 +164,11 @@ def checkpoints_go_everywhere(world: World) -> None:
 
 def mistakes_are_told(world: World) -> None:
     """No plan, a pattern that fits nothing, half of a shared weight, and a mesh of another size, each in one line."""
-    no_plan = r"does not know how to split this Model: pass TensorParallel\(plan="
+    no_plan = r"has no plan to split this Model: pass TensorParallel\(plan="
     with lite_of(world, "tensor_parallel") as lite, pytest.raises(SettingError, match=no_plan):
         lite.setup(build())
     unknown = TensorParallel(plan={"blocks.*.upp": "colwise"})
-    fits_nothing = r"names 'blocks.\*.upp', which fits no part of this Model. Did you"
+    fits_nothing = r"names 'blocks.\*.upp', which matches no submodule of this Model. Did you"
     with lite_of(world, unknown) as lite, pytest.raises(SettingError, match=fits_nothing):
         lite.setup(build())
     tied = build()

@@ -1,1 +1,1 @@
-"""Reading checkpoints of every form: what lies in them, verified, and read whole or in parts."""
+"""Read checkpoints of every format: index, verify, and load completely or by shard."""

@@ -1,4 +1,4 @@
-"""Whether boxes fill a tensor, and stretches a file: every element and every byte exactly once."""
+"""Check that boxes cover a tensor, and byte ranges a file, exactly once."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Iterable, Sequence
 
 Box = tuple[Sequence[int], Sequence[int]]
 
-#: Dimensions along which a tensor is divided; a mesh of more has never been seen.
+#: Most dimensions along which a tensor may be sharded.
 _MAX_DIVIDED = 8
 
 
 def fills(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
-    """Say whether boxes inside of a tensor of this shape cover every element of it exactly once.
+    """Return whether boxes inside a tensor of this shape cover each of its elements exactly once.
 
     Args:
-        shape: of the tensor.
-        boxes: offsets and sizes, as many numbers each as `shape` has.
+        shape: the tensor's shape.
+        boxes: offsets and sizes, with as many entries each as `shape`.
     """
     solid = [(offsets, sizes) for offsets, sizes in boxes if math.prod(sizes)]
     if sum(math.prod(sizes) for _, sizes in solid) != math.prod(shape):
@@ -31,7 +31,7 @@ def fills(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
         return _fills_line(shape[dim], [(offsets[dim], sizes[dim]) for offsets, sizes in solid])
     if len(divided) > _MAX_DIVIDED:
         return False
-    # The signed corners of boxes add up to those of the whole if and only if every element is in one box.
+    # The signed corners of boxes add up to those of the tensor if and only if every element is in one box.
     corners: Counter[tuple[int, ...]] = Counter()
     for offsets, sizes in solid:
         _add_corners(corners, [(offsets[dim], offsets[dim] + sizes[dim]) for dim in divided], 1)
@@ -55,5 +55,5 @@ def _add_corners(corners: Counter[tuple[int, ...]], ends: Sequence[tuple[int, in
 
 
 def fills_file(start: int, end: int, stretches: Iterable[tuple[int, int]]) -> bool:
-    """Say whether stretches, given by start and size, fill a file from `start` to `end` without gap or overlap."""
+    """Return whether byte ranges (start, size) cover a file from `start` to `end` without gap or overlap."""
     return _fills_line(end - start, [(at - start, size) for at, size in stretches if size])

@@ -1,4 +1,4 @@
-"""The files of one checkpoint, open as long as somebody may read them."""
+"""The open files of one checkpoint."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterable
 from plugframe.errors import CheckpointCorruptError
 from plugframe_builtins._shared.checkpoint_files.regular_file import open_regular
 
-#: A process may have about a thousand files open.
+#: Processes are commonly limited to 1024 open files.
 _MAX_OPEN = 200
 
 
 class Files:
-    """Reads files by name; threads may do so at the same time.
+    """Read files by name; thread-safe.
 
-    What was opened stays the same file, whatever takes its place on disk meanwhile.
+    An open file keeps its content even if it is replaced on disk meanwhile.
     """
 
     def __init__(self, path: str, names: Iterable[str]) -> None:
@@ -30,11 +30,11 @@ class Files:
         return os.path.join(self.path, file) if file else self.path
 
     def adopt(self, file: str, descriptor: int) -> None:
-        """Read a file through a copy of a descriptor that is open already."""
+        """Read `file` through a duplicate of an open descriptor."""
         self._open[file] = os.dup(descriptor)
 
     def size(self, file: str) -> int | None:
-        """Return a file's size, None if there is no such file."""
+        """Return a file's size in bytes, or None if it does not exist."""
         if file in self._open:
             return os.fstat(self._open[file]).st_size
         try:
@@ -44,10 +44,10 @@ class Files:
             return None
 
     def read_into(self, buffer: memoryview, file: str, start: int, what: str) -> None:
-        """Fill `buffer` from `start` on.
+        """Fill `buffer` with the bytes of `file` from `start` on.
 
         Raises:
-            CheckpointCorruptError: naming the file, and `what` it lacks.
+            CheckpointCorruptError: if the file is too short; names the file and `what` is missing.
         """
         descriptor = self._descriptor(file)
         done = 0
@@ -70,7 +70,7 @@ class Files:
             with open_regular(self.name(file)) as opened:
                 descriptor = os.dup(opened.fileno())
         except FileNotFoundError:
-            raise CheckpointCorruptError(f"{self.path} is not whole: the file {file} is missing.") from None
+            raise CheckpointCorruptError(f"{self.path} is incomplete: the file {file} is missing.") from None
         if not self._keep:
             return descriptor
         kept = self._open.setdefault(file, descriptor)

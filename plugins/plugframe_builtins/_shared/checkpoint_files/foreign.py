@@ -1,4 +1,4 @@
-"""Files that others wrote: plain safetensors, and torch.save."""
+"""Read files of other tools: plain safetensors and torch.save."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from plugframe_builtins._shared.checkpoint_files import tensor_file
 from plugframe_builtins._shared.checkpoint_files.index import Head, Index, one_chunk
 
 ZIP_MAGIC = b"PK\x03\x04"
-#: How the files of torch.save began before they were zip archives.
+#: First bytes of torch.save files from before the zip format.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def read_safetensors(path: str) -> dict[str, Any]:
-    """Return the tensors of a safetensors file by name; the format has no checksums to verify."""
+    """Return the tensors of a safetensors file by name; the format has no checksums."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            # The library's tensors lie on the file; a clone is independent of what becomes of it.
+            # The library's tensors are backed by the file; clones do not depend on it.
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 not a dict
     except SafetensorError as error:
         raise _no_safetensors(path, error) from printable_cause(error)
 
 
 def _no_safetensors(path: str, error: Exception) -> CheckpointCorruptError:
-    return CheckpointCorruptError(f"{path} is not a whole safetensors file: {str(error)[:300]}.")
+    return CheckpointCorruptError(f"{path} is not a complete safetensors file: {str(error)[:300]}.")
 
 
 def find(file: BinaryIO, path: str) -> Index | None:
-    """Return what a safetensors file holds, to be read later; None if it holds a dtype that has to be read whole.
+    """Return the index of a safetensors file, or None if torch lacks one of its dtypes.
 
     Raises:
-        CheckpointCorruptError: if it is not whole.
+        CheckpointCorruptError: if the file is incomplete.
     """
     try:
         with safe_open(path, framework="pt", device="cpu"):
-            pass  # the library knows what makes a file whole
+            pass  # the library checks the file
     except SafetensorError as error:
         raise _no_safetensors(path, error) from printable_cause(error)
     file.seek(0)
@@ -72,10 +72,10 @@ def find(file: BinaryIO, path: str) -> Index | None:
 
 
 def read_torch(path: str, *, trusted: bool) -> dict[str, Any]:
-    """Return the dict in a file of ``torch.save``; its code runs only if `trusted`.
+    """Return the dict in a ``torch.save`` file; arbitrary code runs only if `trusted`.
 
     Raises:
-        CheckpointError: if it holds code and is not `trusted`, or something else than a dict.
+        CheckpointError: if the file holds code and is not `trusted`, or holds something other than a dict.
     """
     _check_archive(path)
     try:
@@ -90,7 +90,7 @@ def read_torch(path: str, *, trusted: bool) -> dict[str, Any]:
 
 
 def _check_archive(path: str) -> None:
-    """Refuse zip archives that torch.save did not write: torch.load would run those of TorchScript."""
+    """Raise if a zip archive was not written by torch.save: torch.load would run TorchScript archives."""
     with open(path, "rb") as file:
         if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
             return
@@ -98,7 +98,7 @@ def _check_archive(path: str) -> None:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
     except zipfile.BadZipFile as error:
-        raise CheckpointCorruptError(f"{path} is no whole torch.save file: {error}.") from printable_cause(error)
+        raise CheckpointCorruptError(f"{path} is not a complete torch.save file: {error}.") from printable_cause(error)
     if "constants.pkl" in names:
         raise CheckpointError(f"{path} is a TorchScript archive, which is code: read it with torch.jit.load.")
     if "data.pkl" not in names:
@@ -114,16 +114,16 @@ def _explain(path: str, error: Exception) -> CheckpointError:
                 f"{path} is a torch.save file that holds code ({names_text(code[:1])}), and none of it was run: "
                 "pass trusted=True only if you trust whoever wrote it."
             )
-        # For people only: torch wraps what it found in a long advice.
+            # Only for display: torch wraps the cause in long advice.
         detail = re.search(r"WeightsUnpickler error: (.+)", str(error))
         text = detail[1] if detail else text
     if isinstance(error, (MemoryError, OSError)):
         return CheckpointError(f"cannot read {path}: {type(error).__name__}: {text[:300].rstrip('.')}.")
-    return CheckpointCorruptError(f"{path} is no whole torch.save file: {text[:300].rstrip('.')}.")
+    return CheckpointCorruptError(f"{path} is not a complete torch.save file: {text[:300].rstrip('.')}.")
 
 
 def _globals(path: str) -> list[str]:
-    """Return the names that the pickles of a file import, in order; nothing of it is run."""
+    """Return the names that a file's pickles import, in order, without running any of it."""
     found: list[str] = []
     with open(path, "rb") as file, suppress(Exception):  # a pickle may be damaged anywhere
         zipped = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
@@ -131,7 +131,7 @@ def _globals(path: str) -> list[str]:
         if zipped:
             with zipfile.ZipFile(path) as archive:
                 (entry,) = [each for each in archive.infolist() if each.filename.endswith("/data.pkl")]
-            # Past the archive's own checksum, as torch reads it: a local header of 30 bytes, a name and more.
+                # Skip the archive's own checksum, as torch does: a local header of 30 bytes, a name and extra fields.
             file.seek(entry.header_offset + 26)
             name_bytes, more_bytes = struct.unpack("<HH", file.read(4))
             file.seek(name_bytes + more_bytes, os.SEEK_CUR)
@@ -155,7 +155,7 @@ def _globals_of(file: IO[bytes]) -> Iterator[str]:
 
 
 def _is_plain(name: str) -> bool:
-    """Say whether a name is one of those that every file of tensors imports."""
+    """Return whether a name is one that every file of tensors imports."""
     module, _, attribute = name.rpartition(".")
     if module == "torch":
         return attribute.endswith("Storage") or isinstance(vars(torch).get(attribute), (torch.dtype, torch.layout))

@@ -1,6 +1,6 @@
-"""Opening whatever lies at a path: a file or a folder of ours, or what others wrote.
+"""Open a checkpoint of any supported format: plugframe's own, or another tool's.
 
-What stands on torch.distributed.checkpoint takes long to import, and is where it is used.
+Modules built on torch.distributed.checkpoint are slow to import, and are imported where they are used.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from plugframe_builtins._shared.checkpoint_files.verification import Part, check
 
 
 def load(path: str, *, trusted: bool, lazy: bool, context: Context) -> dict[str, Any]:
-    """Read and verify what lies at `path`; see `CheckpointSpec.checkpoint_load`.
+    """Read and verify the checkpoint at `path`; see `CheckpointSpec.checkpoint_load`.
 
-    All ranks call it, and it raises on all of them if it does on one.
+    All ranks must call it. Raises on all ranks if it fails on one.
     """
     world = context.world
     state: dict[str, Any] = {}
@@ -40,7 +40,7 @@ def load(path: str, *, trusted: bool, lazy: bool, context: Context) -> dict[str,
     failure: CheckpointError | None = None
     try:
         state, identity = _load(path, trusted, lazy, world.global_rank, world.world_size)
-    except Exception as error:  # noqa: BLE001 the other ranks wait for word, whatever went wrong here
+    except Exception as error:  # noqa: BLE001 the other ranks wait for the outcome
         failure = _as_ours(error, path)
     if world.world_size > 1:
         everyone = context.hooks.collective_all_gather_object(obj=(pack_error(failure), identity), group=None)
@@ -55,7 +55,7 @@ def load(path: str, *, trusted: bool, lazy: bool, context: Context) -> dict[str,
 
 
 def _as_ours(error: Exception, path: str) -> CheckpointError:
-    """Return an error of reading `path` as one of ours: the file may hold anything, and be larger than any memory."""
+    """Return an error of reading `path` as a `CheckpointError`: a file may hold anything, and exceed memory."""
     if isinstance(error, CheckpointError):
         return error
     if isinstance(error, OSError):
@@ -98,25 +98,25 @@ def _take(found: Index, files: Files, lazy: bool, rank: int, num_ranks: int) -> 
     if lazy:
         from plugframe_builtins._shared.checkpoint_files.source import FileSource
 
-        # Every rank will read other parts: together they verify all, and each a share.
+        # Each rank later reads its shards; here each verifies a share, and together they verify all.
         read_parts(files, parts_of(found), share=rank, num_shares=num_ranks)
         tensors.update(FileSource(found, files).tensors())
     else:
-        tensors.update(_read_whole(found, files))
+        tensors.update(_read_all(found, files))
     state = join(tensors, found.structure, where=found.path)
     if not isinstance(state, dict):
         raise CheckpointCorruptError(f"{found.path}: its structure is a {type(state).__name__}, not a dict.")
     return state
 
 
-def _read_whole(found: Index, files: Files) -> dict[str, Tensor]:
-    """Read every tensor, each byte once and verified as read."""
-    whole = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in found.tensors.items()}
+def _read_all(found: Index, files: Files) -> dict[str, Tensor]:
+    """Read every tensor; each byte is read once and verified."""
+    full = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in found.tensors.items()}
     parts = headers_of(found)
     apart: list[tuple[Part, Tensor, Tensor]] = []
     for name, laid in found.tensors.items():
         for chunk in laid.chunks:
-            box = _box(whole[name], chunk)
+            box = _box(full[name], chunk)
             if box.is_contiguous():
                 parts.append(_part(name, laid, chunk, box))
             else:
@@ -126,7 +126,7 @@ def _read_whole(found: Index, files: Files) -> dict[str, Tensor]:
         own = torch.empty(box.shape, dtype=box.dtype, device="cpu")
         read_parts(files, [Part(part.what, part.file, part.start, part.size_bytes, part.xxh3, own)])
         box.copy_(own)
-    return whole
+    return full
 
 
 def _box(tensor: Tensor, chunk: Chunk) -> Tensor:
@@ -144,25 +144,25 @@ def _part(name: str, laid: TensorLayout, chunk: Chunk, tensor: Tensor | None) ->
 
 
 def check_file(path: str, shown: str) -> None:
-    """Refuse a file that is no checkpoint: it will not be replaced by a sharded_format.
+    """Raise if a file is not a checkpoint: a sharded checkpoint must not replace it.
 
     Raises:
-        CheckpointError: saying what is in the way.
+        CheckpointError: naming the file.
     """
     try:
         with open_regular(path) as file:
             single_file_reader.sniff(file, path)
     except (CheckpointError, OSError) as error:
         raise CheckpointError(
-            f"{shown} is a file, and no checkpoint, and a sharded checkpoint is a folder: give another name."
+            f"{shown} is a file that is not a checkpoint, and a sharded checkpoint is a folder: give another name."
         ) from error
 
 
 def inspect(path: str) -> Contents:
-    """Return what lies at `path`, without reading its tensors, nor running anything that lies there.
+    """Return the contents of the checkpoint at `path`, without reading tensors or running code.
 
     Raises:
-        CheckpointError: if nothing, or something else, is there; or something that is read only if trusted.
+        CheckpointError: if there is no checkpoint, or one that is read only if trusted.
     """
     try:
         return _inspect(path)
@@ -172,7 +172,7 @@ def inspect(path: str) -> Contents:
 
 
 def unfinished(path: str) -> bool:
-    """Say whether `path` is what a save left that never wrote its manifest, and nobody writes there now."""
+    """Return whether `path` is an abandoned save without a manifest, which no process writes any more."""
     try:
         return (
             not os.path.islink(path)
@@ -180,7 +180,7 @@ def unfinished(path: str) -> bool:
             and not any(is_being_written(os.path.join(path, name)) for name in os.listdir(path))
         )
     except OSError:
-        return False  # a file, or what cannot be looked into
+        return False  # a file, or an unreadable folder
 
 
 def _inspect(path: str) -> Contents:
@@ -213,7 +213,7 @@ def _find(path: str) -> Index:
         kind = single_file_reader.sniff(file, path)
         if kind == "torch":
             raise CheckpointError(
-                f"{path} is a file of torch.save, which has to be read whole: load it, and save it again."
+                f"{path} is a file of torch.save, which cannot be read lazily: load it, and save it again."
             )
         lying = single_file_reader.find(file, path) if kind == "own" else foreign.find(file, path)
     if lying is None:
@@ -222,10 +222,10 @@ def _find(path: str) -> Index:
 
 
 def _is_torchs(path: str) -> bool:
-    """Say whether a folder is one of torch's own; what others lay beside a manifest of ours is no part of it."""
+    """Return whether a folder is a torch.distributed.checkpoint; a plugframe manifest takes precedence."""
     from plugframe_builtins._shared.checkpoint_files import torch_format
 
-    return torch_format.is_one(path) and not sharded_format.opens(path)
+    return torch_format.is_torch_checkpoint(path) and not sharded_format.opens(path)
 
 
 def _check_present(path: str) -> None:

@@ -1,4 +1,4 @@
-"""What lies at a path: tensors, of which chunks of files they are made, and a structure that names them."""
+"""The index of a checkpoint: its tensors, their chunks in files, and the state's structure."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from plugframe_builtins._shared.checkpoint_files.tensor_file import Slot
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A box of a tensor, row-major in one piece of a file.
+    """A box of a tensor, stored row-major and contiguously in a file.
 
     Attributes:
-        offsets: where in the tensor it begins.
+        offsets: its origin in the tensor.
         sizes: its extent in each dimension.
         file: the file's name in its folder.
-        start: where in the file it begins.
-        xxh3: of each of its segments; None if nobody knows.
+        start: byte offset in the file.
+        xxh3: checksum of each of its segments; None if the format has none.
     """
 
     offsets: tuple[int, ...]
@@ -33,7 +33,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorLayout:
-    """A tensor and the chunks that fill it."""
+    """A tensor and the chunks that cover it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -41,12 +41,12 @@ class TensorLayout:
 
     @property
     def size_bytes(self) -> int:
-        """Return the size of the whole tensor."""
+        """Return the size of the full tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def one_chunk(slot: Slot, data_at: int, *, xxh3: tuple[str, ...] | None = None) -> TensorLayout:
-    """Return a tensor that lies in one piece in the one file, whose tensors begin at `data_at`."""
+    """Return a tensor stored contiguously in the only file, whose tensor data begins at `data_at`."""
     origin = (0,) * len(slot.shape)
     chunk = Chunk(offsets=origin, sizes=slot.shape, file="", start=data_at + slot.start, xxh3=xxh3)
     return TensorLayout(dtype=slot.dtype, shape=slot.shape, chunks=(chunk,))
@@ -54,12 +54,12 @@ def one_chunk(slot: Slot, data_at: int, *, xxh3: tuple[str, ...] | None = None) 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What a file must be before and besides its chunks.
+    """Size and header checksum of a file.
 
     Attributes:
-        size_bytes: of the whole file.
-        head_bytes: before the first chunk.
-        xxh3: of those; None if they were verified already.
+        size_bytes: of the complete file.
+        head_bytes: bytes before the first chunk.
+        xxh3: checksum of those; None if they are verified already.
     """
 
     size_bytes: int
@@ -69,18 +69,18 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """A checkpoint whose tensors were not read yet.
+    """A checkpoint whose tensors are not read yet.
 
     Attributes:
-        path: where it lies.
+        path: the checkpoint's path.
         format: the name of its format.
         version: of the format; 0 if it has none.
-        size_bytes: of all its files.
-        structure: makes a tree of the tensors; see `plugframe.checkpoint.join`.
+        size_bytes: total size of its files.
+        structure: builds the state tree from the tensors; see `plugframe.checkpoint.join`.
         tensors: by name.
-        files: by name in the folder; of a single file, the one name is empty.
+        files: by name in the folder; a single-file checkpoint has one entry with an empty name.
         info: plain values about the run that saved it.
-        identity: differs from that of any other checkpoint.
+        identity: unique to this checkpoint.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""Opening files that anybody may have put there: never a pipe that waits, a device, or more than a disk holds."""
+"""Open untrusted paths safely: no pipes, no devices, no sparse files larger than the disk."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def open_regular(path: str) -> BinaryIO:
 
     Raises:
         OSError: as `open` does.
-        CheckpointError: if it is anything else than a regular file.
-        CheckpointCorruptError: if it is longer than the file system it lies on.
+        CheckpointError: if it is not a regular file.
+        CheckpointCorruptError: if it is larger than its file system.
     """
-    # Asked before it is opened as well: to open a device can have effects.
+    # Checked before opening too: opening a device can have side effects.
     if stat.S_ISREG(os.stat(path).st_mode):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -36,10 +36,10 @@ def open_regular(path: str) -> BinaryIO:
 
 
 def check_length(descriptor: int, path: str) -> None:
-    """Refuse a file with more bytes than there are on the file system it lies on: nearly all of it are holes.
+    """Raise if a file is larger than its file system: it is mostly holes.
 
     Raises:
-        CheckpointCorruptError: saying both sizes.
+        CheckpointCorruptError: with both sizes.
     """
     size = os.fstat(descriptor).st_size
     room = os.fstatvfs(descriptor)

@@ -1,7 +1,7 @@
-"""The sharded form: a folder of data files, and a manifest that is written last and makes it a checkpoint.
+"""The sharded format: a folder of data files, and a manifest that is written last and commits them.
 
-Each data file is a safetensors file of one rank's chunks. The files of one save have names no other save has, so
-that those of the next can be written beside them; the manifest says which of them count.
+Each data file is a safetensors file with one rank's chunks. File names are unique to a save, so
+that the next save can write beside them; the manifest lists the files that belong to the checkpoint.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FORMAT = "plugframe sharded"
 VERSION = 1
 MANIFEST = "manifest.json"
 
-#: How a manifest of any version begins.
+#: First bytes of a manifest of any version.
 OPENING = b'{"format":"plugframe sharded","version":'
 _VERSION = re.compile(re.escape(OPENING) + rb"(\d{1,9}),")
 _DATA = re.compile(r"[0-9a-f]{16}-\d{5,}\.safetensors")
@@ -45,17 +45,17 @@ _DRAFT = re.compile(r"\.manifest\.json\.tmp-[0-9a-f]{16}")
 
 
 def data_name(save_id: str, rank: int) -> str:
-    """Return the name of a rank's file."""
+    """Return the name of a rank's data file."""
     return f"{save_id}-{rank:05d}.safetensors"
 
 
 def is_data(name: str) -> bool:
-    """Say whether a name is one of a data file."""
+    """Return whether a name is that of a data file."""
     return _DATA.fullmatch(name) is not None
 
 
 def is_ours(name: str) -> bool:
-    """Say whether a save may have made a file of that name."""
+    """Return whether a save may have created a file of that name."""
     return name == MANIFEST or is_data(name) or _DRAFT.fullmatch(name) is not None
 
 
@@ -66,10 +66,10 @@ def pack(
     files: Mapping[str, Head],
     tensors: Mapping[str, TensorLayout],
 ) -> bytes:
-    """Return a manifest."""
-    told, packed_info = split(info, where="the manifest's info")
-    if told:
-        raise CheckpointError(f"the manifest's info holds a tensor: put {next(iter(told))!r} into the state.")
+    """Return the bytes of a manifest."""
+    info_tensors, packed_info = split(info, where="the manifest's info")
+    if info_tensors:
+        raise CheckpointError(f"the manifest's info holds a tensor: put {next(iter(info_tensors))!r} into the state.")
     numbers = {name: number for number, name in enumerate(files)}
     body = {
         "format": FORMAT,
@@ -88,31 +88,31 @@ def _pack(laid: TensorLayout, numbers: Mapping[str, int]) -> list[Any]:
 
 
 def find(path: str) -> Index:
-    """Return what the manifest in a folder says.
+    """Return the index in a folder's manifest.
 
     Raises:
-        CheckpointError: if the folder is no checkpoint, or a newer version of this format.
-        CheckpointCorruptError: if the manifest is not what was written.
+        CheckpointError: if the folder is not a checkpoint, or of a newer version of this format.
+        CheckpointCorruptError: if the manifest is damaged.
     """
     data: bytes | None = None
     where = os.path.join(path, MANIFEST)
     with suppress(FileNotFoundError), open_regular(where) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_MANIFEST_BYTES:
-            raise CheckpointCorruptError(f"{where}: it is no manifest: it has {size} bytes.")
+            raise CheckpointCorruptError(f"{where}: it is not a manifest: it has {size} bytes.")
         data = file.read(len(OPENING))
-        # What does not begin as one is not read to its end: that may be far away.
+        # Bytes that do not begin as a manifest are not read further: the file may be huge.
         data += file.read() if data == OPENING else file.read(64 * 1024)
     return unpack(path, data, lambda: os.listdir(path))
 
 
 def unpack(path: str, data: bytes | None, list_names: Callable[[], Iterable[str]]) -> Index:
-    """Return what a manifest says, wherever it was read.
+    """Return the index in a manifest.
 
     Args:
-        path: of its folder, for messages.
-        data: of the manifest, None if there is none.
-        list_names: gives the names in the folder, which tell what it is if not a checkpoint.
+        path: the folder, for messages.
+        data: the manifest's bytes, None if there is none.
+        list_names: returns the names in the folder, for the error if it is not a checkpoint.
 
     Raises:
         CheckpointError, CheckpointCorruptError: see `find`.
@@ -133,33 +133,33 @@ def unpack(path: str, data: bytes | None, list_names: Callable[[], Iterable[str]
         return _unpack(path, parse_structure(body), data)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
         text = repr(error)[:300]
-        raise CheckpointCorruptError(f"{where}: it is no manifest: {text}.") from printable_cause(error)
+        raise CheckpointCorruptError(f"{where}: it is not a manifest: {text}.") from printable_cause(error)
 
 
 def opens(path: str) -> bool:
-    """Say whether the manifest in a folder, perhaps damaged, begins as those of this form do."""
+    """Return whether a folder's manifest, perhaps damaged, begins as this format does."""
     with suppress(OSError, CheckpointError), open_regular(os.path.join(path, MANIFEST)) as file:
         return file.read(len(OPENING)) == OPENING
     return False
 
 
 def is_unfinished(names: Iterable[str]) -> bool:
-    """Say whether a folder with these names in it is what a save left that never wrote its manifest."""
+    """Return whether a folder with these names is an abandoned save without a manifest."""
     names = set(names)
     return MANIFEST not in names and all(map(is_ours, names))
 
 
 def is_checkpoint(path: str) -> bool:
-    """Say whether the folder at `path` is a checkpoint of this form, and nothing else is in it."""
+    """Return whether the folder at `path` is a sharded checkpoint and holds nothing else."""
     names = os.listdir(path)
     return MANIFEST in names and all(map(is_ours, names))
 
 
 def check_content(path: str, shown: str) -> None:
-    """Refuse a folder with anything in it that a save of this form has not made.
+    """Raise if a folder holds anything that no save of this format created.
 
     Raises:
-        CheckpointError: naming what is there.
+        CheckpointError: naming the foreign files.
     """
     names = os.listdir(path)
     opening: bytes | None = None
@@ -170,7 +170,7 @@ def check_content(path: str, shown: str) -> None:
 
 
 def check_names(names: Iterable[str], opening: bytes | None, shown: str) -> None:
-    """Do what `check_content` does with the names in a folder, and how its manifest begins if there is one."""
+    """Run `check_content` on the names in a folder and the first bytes of its manifest, if there is one."""
     names = sorted(names)
     foreign = [name for name in names if not is_ours(name)]
     if opening is not None:
@@ -187,7 +187,7 @@ def check_names(names: Iterable[str], opening: bytes | None, shown: str) -> None
 def _without_manifest(path: str, names: Iterable[str]) -> CheckpointError:
     names = sorted(names)
     if not names:
-        # A save may have been killed when it had made the folder and nothing else.
+        # A save may be killed right after it creates the folder.
         return CheckpointUnfinishedError(f"{path} is not complete: it is an empty folder. Load another checkpoint.")
     if is_unfinished(names):
         return CheckpointUnfinishedError(
@@ -257,7 +257,7 @@ def _unpack_tensor(name: str, packed: Any, names: Sequence[str], files: Mapping[
 
 
 def _check_files(files: Mapping[str, Head], tensors: Mapping[str, TensorLayout]) -> None:
-    """Check that every byte of every file belongs to its header or to one chunk: none to two, none to nobody."""
+    """Raise unless every byte of every file belongs to exactly one of its header and its chunks."""
     stretches: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
     for laid in tensors.values():
         for chunk in laid.chunks:

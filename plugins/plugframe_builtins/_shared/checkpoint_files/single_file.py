@@ -1,8 +1,8 @@
-"""The layout of the file: an eight-byte length, a JSON header, and the tensors' bytes one after another.
+"""The single-file format: an eight-byte length, a JSON header, and the tensors' bytes.
 
-That is the safetensors format, so every reader of safetensors reads it. Two of its tensors are ours: the
-structure that makes a tree of the others, and the manifest. The header opens with the version of this layout
-and with its own checksum, in a place that no later version may move.
+It is the safetensors format, readable by every safetensors reader. Two of its tensors are plugframe's own: the
+structure of the state tree, and the manifest. The header begins with the format version
+and its own checksum, at a position that is the same in all versions.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ VERSION = 1
 STRUCTURE = "__plugframe__.structure"
 MANIFEST = "__plugframe__.manifest"
 
-#: What the names of our own tensors and metadata begin with.
+#: Prefix of plugframe's own tensors and metadata.
 MARK = b'"__plugframe__.'
 _MARK_AT = 8 + len('{"__metadata__":{')
 _BLANK = "0" * DIGEST_CHARS
@@ -56,21 +56,21 @@ _OPENING_FOUND = re.compile(
 
 
 def opens(head: bytes) -> bool:
-    """Say whether a file that begins with `head`, perhaps cut off or damaged, is one of this layout."""
+    """Return whether a file that begins with `head`, perhaps truncated or damaged, is of this format."""
     opening = b'{"__metadata__":{' + MARK
     return opening.startswith(head[8 : 8 + len(opening)]) or head[_MARK_AT : _MARK_AT + len(MARK)] == MARK
 
 
 def build_header(slots: Mapping[str, Slot], *, where: str) -> bytes:
-    """Return the first bytes of the file, up to the first tensor.
+    """Return the bytes of the file before the first tensor.
 
     Raises:
         CheckpointError: if there are too many tensors for one file.
     """
-    # "format" is what other tools of the format look for.
+    # Other safetensors tools expect "format".
     rest = ',"format":"pt"},' + pack_slots(slots)
     size = len(_OPENING % (VERSION, _BLANK)) + len(rest)
-    # The tensors' bytes begin aligned, for readers that map them.
+    # Aligned tensor data can be mapped to memory.
     rest += " " * (-size % 8)
     size += -size % 8
     check_header_size(size, len(slots), where=where)
@@ -79,11 +79,11 @@ def build_header(slots: Mapping[str, Slot], *, where: str) -> bytes:
 
 
 def parse_header(header: bytes, *, where: str) -> dict[str, Slot]:
-    """Return the slots of a header, without its leading length, once it is known to be what was written.
+    """Return the slots of a verified header, without its leading length.
 
     Raises:
-        CheckpointCorruptError: if a byte of it is not what was written.
-        CheckpointError: if a newer version of this layout wrote it.
+        CheckpointCorruptError: if the header is damaged.
+        CheckpointError: if it is of a newer version of this format.
     """
     opening = _OPENING_FOUND.match(header)
     if opening is None:

@@ -1,4 +1,4 @@
-"""Reading the file: every byte that is returned was read once and verified as read, or is verified and read later."""
+"""Read the single-file format; every byte is verified as it is read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from plugframe_builtins._shared.checkpoint_files.verification import Part, read_
 
 
 def sniff(file: BinaryIO, path: str) -> str:
-    """Say whose file it is: "own", "plain" (someone else's safetensors) or "torch"."""
+    """Return the kind of a file: "own", "plain" (another tool's safetensors) or "torch"."""
     head = file.read(64)
     size = os.fstat(file.fileno()).st_size
     if size < 10:
@@ -36,7 +36,7 @@ def sniff(file: BinaryIO, path: str) -> str:
     if head[8:9] == b"{" and length <= single_file.MAX_HEADER_BYTES:
         if length > size - 8:
             raise CheckpointCorruptError(f"{path} is truncated: its header has {length} bytes, found {size - 8}.")
-        # The mark is there several times, so that damage to one cannot make a plain file of ours.
+            # The marker is repeated: with one damaged, the file must not pass as plain safetensors.
         file.seek(8)
         return "own" if single_file.MARK in file.read(length) else "plain"
     if head.startswith((foreign.ZIP_MAGIC, foreign.LEGACY_MAGIC)):
@@ -47,10 +47,10 @@ def sniff(file: BinaryIO, path: str) -> str:
 
 
 def read(file: BinaryIO, path: str) -> dict[str, Any]:
-    """Return the state in a file of this single_file.
+    """Return the state in a single-file checkpoint.
 
     Raises:
-        CheckpointCorruptError: naming what is not what was written, with what was expected and found.
+        CheckpointCorruptError: naming the damaged part, with the expected and found checksum.
     """
     slots, data_at = _read_header(file, path)
     files = Files(path, [""])
@@ -66,10 +66,10 @@ def read(file: BinaryIO, path: str) -> dict[str, Any]:
 
 
 def find(file: BinaryIO, path: str) -> Index:
-    """Return what a file of this layout holds; its header, manifest and structure are verified, its tensors not.
+    """Return the index of a single-file checkpoint; header, manifest and structure are verified, tensors are not.
 
     Raises:
-        CheckpointCorruptError: naming what is not what was written, with what was expected and found.
+        CheckpointCorruptError: naming the damaged part, with the expected and found checksum.
     """
     slots, data_at = _read_header(file, path)
     files = Files(path, [""])
@@ -134,7 +134,7 @@ def _part(name: str, entry: Entry, slots: Mapping[str, Slot], data_at: int, tens
 def _structure(
     files: Files, path: str, manifest: Manifest, slots: Mapping[str, Slot], data_at: int, others: list[Part]
 ) -> Any:
-    """Read the structure, together with other parts, and return it."""
+    """Read and return the structure, together with other parts."""
     data = torch.empty(slots[STRUCTURE].shape, dtype=torch.uint8, device="cpu")
     read_parts(files, [_part(STRUCTURE, manifest.structure, slots, data_at, data), *others])
     try:

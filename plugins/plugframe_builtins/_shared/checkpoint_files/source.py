@@ -1,4 +1,4 @@
-"""Tensors in files, read into targets: whole ones, or of a ``DTensor`` only this rank's part."""
+"""Read stored tensors into targets: complete tensors, or this rank's shard of a ``DTensor``."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from plugframe.errors import CheckpointError
 from plugframe_builtins._shared.checkpoint_files.files import Files
 from plugframe_builtins._shared.checkpoint_files.index import Chunk, Index
 
-#: Memory a read takes besides its target.
+#: Most memory a read needs besides its target.
 _PIECE_BYTES = 16 * 1024 * 1024
 
-#: Up to this, reading what lies between the parts that are wanted is cheaper than reading them one by one.
+#: Gaps up to this size are read along: cheaper than a read per part.
 _GAP_BYTES = 256 * 1024
 
 
 class FileSource:
-    """Reads tensors of one checkpoint by name; see `plugframe.checkpoint.Source`."""
+    """Read tensors of one checkpoint by name; see `plugframe.checkpoint.Source`."""
 
     def __init__(self, found: Index, files: Files) -> None:
         self.found = found
         self.files = files
 
     def tensors(self) -> dict[str, StoredTensor]:
-        """Return every tensor, to be read later."""
+        """Return a lazy `StoredTensor` per tensor."""
         return {
             name: StoredTensor(name, torch.Size(laid.shape), laid.dtype, self)
             for name, laid in self.found.tensors.items()
@@ -48,7 +48,7 @@ class FileSource:
 
     @torch.no_grad()
     def fill(self, targets: Mapping[str, Tensor]) -> None:
-        """Put the named tensors into `targets`. Which chunks of the files that takes is torch's own planner's work."""
+        """Read the named tensors into `targets`; torch's planner chooses the chunks."""
         state: dict[str, Any] = {name: target.detach() for name, target in targets.items()}
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         reader = ChunkReader(self.found, self.files, targets)
@@ -66,7 +66,7 @@ class FileSource:
 
 
 class ChunkReader(StorageReader):
-    """Gives torch's planners the chunks of a checkpoint."""
+    """Serve the chunks of a checkpoint to torch's planners."""
 
     def __init__(self, found: Index, files: Files, names: Mapping[str, Any]) -> None:
         self._found = found
@@ -76,10 +76,10 @@ class ChunkReader(StorageReader):
         self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing: one reader serves one call."""
+        """Do nothing: a reader serves a single call."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return what the planner must know of the tensors that are asked for."""
+        """Return the planner's metadata of the requested tensors."""
         tensors = {name: self._found.tensors[name] for name in self._names}
         return Metadata(
             {
@@ -93,17 +93,17 @@ class ChunkReader(StorageReader):
         )
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Index the chunks by their place."""
+        """Index the chunks by position."""
         for name in self._names:
             for chunk in self._found.tensors[name].chunks:
                 self._chunks[name, torch.Size(chunk.offsets)] = chunk
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Leave the plan as it is."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Leave the plans as they are."""
+        """Return the plans unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -121,7 +121,7 @@ class ChunkReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Say that no path makes one of these by itself."""
+        """Return False: a reader cannot be made from a path."""
         return False
 
     def _read(self, box: _Box, offsets: tuple[int, ...], lengths: tuple[int, ...], target: Tensor) -> None:
@@ -142,7 +142,7 @@ class ChunkReader(StorageReader):
             self._read_slices(box, offsets, lengths, target)
 
     def _read_slices(self, box: _Box, offsets: tuple[int, ...], lengths: tuple[int, ...], target: Tensor) -> None:
-        """Read a box slice by slice along its first dimension of more than one element."""
+        """Read a box in slices along its first dimension with more than one element."""
         dim = next(number for number, length in enumerate(lengths) if length > 1)
         row_bytes = box.strides[dim] * box.itemsize
         dense = math.prod(lengths[dim + 1 :]) * box.itemsize * 2 >= row_bytes
@@ -159,7 +159,7 @@ class ChunkReader(StorageReader):
 
 
 class _Box:
-    """A chunk of a tensor, as elements."""
+    """A chunk of a tensor, in elements."""
 
     def __init__(self, name: str, dtype: torch.dtype, chunk: Chunk) -> None:
         self.name = name

@@ -1,7 +1,4 @@
-"""The plain layout of a file of tensors: an eight-byte length, a JSON header, the tensors' bytes one after another.
-
-That is the safetensors format, which many tools read.
-"""
+"""The plain safetensors layout: an eight-byte length, a JSON header, the tensors' bytes one after another."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from torch import Tensor
 from plugframe.checkpoint import SEGMENT_BYTES, Checksums, StoredTensor, parse_structure, pieces, replacing
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 
-#: The format itself allows no longer header.
+#: Limit of the format on the header's size.
 MAX_HEADER_BYTES = 100_000_000
 
 CODES: Mapping[torch.dtype, str] = {
@@ -41,12 +38,12 @@ _DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 class UnknownDtype(ValueError):
-    """A header names a dtype of the format that torch lacks."""
+    """A header names a dtype that torch lacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """Where one tensor lies: `start` and `end` count from the end of the header."""
+    """Byte range of one tensor: `start` and `end` count from the end of the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -59,7 +56,7 @@ class Slot:
 
 
 def place(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Slot]:
-    """Return a slot for each dtype and shape, in order, without gaps."""
+    """Return adjacent slots for dtypes and shapes, in order."""
     slots: dict[str, Slot] = {}
     end = 0
     for name, (dtype, shape) in tensors.items():
@@ -69,7 +66,7 @@ def place(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[st
 
 
 def pack_slots(slots: Mapping[str, Slot]) -> str:
-    """Return the JSON of a header without its opening brace."""
+    """Return a header's JSON without its opening brace."""
     entries = {
         name: {"dtype": CODES[slot.dtype], "shape": slot.shape, "data_offsets": (slot.start, slot.end)}
         for name, slot in slots.items()
@@ -78,11 +75,11 @@ def pack_slots(slots: Mapping[str, Slot]) -> str:
 
 
 def unpack_slots(header: bytes) -> dict[str, Slot]:
-    """Return the slots in the JSON of a header.
+    """Return the slots in a header's JSON.
 
     Raises:
         UnknownDtype: if it names a dtype that torch lacks.
-        ValueError, TypeError, KeyError or AttributeError: if it is no such JSON.
+        ValueError, TypeError, KeyError or AttributeError: if it is not such JSON.
     """
     entries = parse_structure(header)
     return {name: _slot(entry) for name, entry in entries.items() if name != "__metadata__"}
@@ -97,37 +94,37 @@ def _slot(entry: Any) -> Slot:
 
 
 def check_slots(slots: Mapping[str, Slot], *, where: str) -> None:
-    """Check that the slots, in their order, lie without gaps, and each has room for its elements.
+    """Raise unless the slots are adjacent, in order, and fit their shapes.
 
     Raises:
-        CheckpointCorruptError: naming the first that does not.
+        CheckpointCorruptError: naming the first invalid slot.
     """
     end = 0
     for name, slot in slots.items():
-        whole = all(type(size) is int and 0 <= size < 2**63 for size in (slot.start, slot.end, *slot.shape))
-        size_bytes = math.prod(slot.shape) * slot.dtype.itemsize if whole else -1
-        extent = math.prod(max(size, 1) for size in slot.shape) if whole else 0
+        valid = all(type(size) is int and 0 <= size < 2**63 for size in (slot.start, slot.end, *slot.shape))
+        size_bytes = math.prod(slot.shape) * slot.dtype.itemsize if valid else -1
+        extent = math.prod(max(size, 1) for size in slot.shape) if valid else 0
         if extent >= 2**59 or slot.start != end or slot.size_bytes != size_bytes:
             raise CheckpointCorruptError(f"{where}: tensor {name!r} is out of place in its header.")
         end = slot.end
 
 
 def build_plain_header(slots: Mapping[str, Slot], *, where: str) -> bytes:
-    """Return the first bytes of a plain file, up to the first tensor.
+    """Return the bytes of a plain file before the first tensor.
 
     Raises:
         CheckpointError: if there are too many tensors for one file.
     """
-    # "format" is what other tools of the format look for.
+    # Other safetensors tools expect "format".
     text = '{"__metadata__":{"format":"pt"}' + (f",{pack_slots(slots)}" if slots else "}")
-    # The tensors' bytes begin aligned, for readers that map them.
+    # Aligned tensor data can be mapped to memory.
     text += " " * (-len(text) % 8)
     check_header_size(len(text), len(slots), where=where)
     return len(text).to_bytes(8, "little") + text.encode("ascii")
 
 
 def check_header_size(size: int, num_tensors: int, *, where: str) -> None:
-    """Refuse a header the format does not allow."""
+    """Raise if a header exceeds the format's limit."""
     if size > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"cannot write {where}: {num_tensors} tensors need a header of {size} bytes, and the format allows "
@@ -136,7 +133,7 @@ def check_header_size(size: int, num_tensors: int, *, where: str) -> None:
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor | StoredTensor]) -> dict[str, tuple[str, ...]]:
-    """Write the bytes of tensors one after another and return the checksums of each."""
+    """Write the tensors' bytes one after another and return the checksums of each."""
     with Checksums() as checksums:
         for name, tensor in tensors.items():
             checksums.begin(name)
@@ -146,12 +143,12 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor | StoredTensor]) 
 
 
 def write_plain(path: str, tensors: Mapping[str, Tensor | StoredTensor]) -> None:
-    """Write tensors at `path`, in place of what is there, for tools that know nothing of this project.
+    """Write tensors to a plain safetensors file at `path`, replacing an existing file.
 
     Raises:
-        CheckpointError: with what is there untouched.
+        CheckpointError: an existing file stays untouched.
     """
-    # Wide elements first: then each tensor lies aligned without gaps, which the format forbids.
+    # Descending item sizes keep every tensor aligned without padding, which the format forbids.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     for name, tensor in ordered.items():
         if tensor.dtype not in CODES:

@@ -1,4 +1,4 @@
-"""Folders that ``torch.distributed.checkpoint`` wrote: read only if trusted, since their metadata is a pickle."""
+"""Read ``torch.distributed.checkpoint`` folders: only if trusted, since their metadata is a pickle."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from plugframe.errors import CheckpointCorruptError, CheckpointError
 METADATA = ".metadata"
 
 
-def is_one(path: str) -> bool:
-    """Say whether a folder is such a checkpoint."""
+def is_torch_checkpoint(path: str) -> bool:
+    """Return whether a folder is a ``torch.distributed.checkpoint``."""
     return os.path.isfile(os.path.join(path, METADATA))
 
 
 def read(path: str, *, trusted: bool) -> dict[str, Any]:
-    """Return the state in such a folder; its code runs only if `trusted`.
+    """Return the state in the folder; arbitrary code runs only if `trusted`.
 
     Raises:
-        CheckpointError: if it is not `trusted`.
+        CheckpointError: if the checkpoint is not `trusted`.
     """
     if not trusted:
         raise CheckpointError(
@@ -39,8 +39,7 @@ def read(path: str, *, trusted: bool) -> dict[str, Any]:
     except (Exception, CheckpointException) as error:  # noqa: BLE001 a file may hold anything
         text = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointCorruptError(
-            f"{path} is no whole checkpoint of torch.distributed.checkpoint: "
-            f"{type(error).__name__}: {text[:300].rstrip('.')}."
+            f"{path} is not a complete torch.distributed.checkpoint: {type(error).__name__}: {text[:300].rstrip('.')}."
         ) from printable_cause(error)
 
 
@@ -72,7 +71,7 @@ def _put(nested: dict[Any, Any], keys: Sequence[str | int], value: Any) -> None:
 
 
 def _with_lists(value: Any) -> Any:
-    """Make lists of what was a list: a dict whose keys are the numbers from 0 on."""
+    """Turn dicts with the keys 0, 1, … back into lists."""
     if type(value) is not dict:
         return value
     items = {key: _with_lists(item) for key, item in value.items()}

@@ -1,4 +1,4 @@
-"""Reading the parts of files against their checksums: into tensors, or only past them."""
+"""Read parts of files and verify their checksums."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from plugframe.errors import CheckpointCorruptError
 from plugframe_builtins._shared.checkpoint_files.files import Files
 from plugframe_builtins._shared.checkpoint_files.index import Index
 
-#: Small parts share a thread's turn.
+#: Small parts are grouped into one task of a thread.
 _TURN_BYTES = 4 * 1024 * 1024
 
-#: Read and verified at a time: still in the processor's cache when its checksum is taken.
+#: Bytes read and verified at a time: they stay in the CPU cache for the checksum.
 _CHUNK_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a file, what its bytes must be, and the tensor to put them into, None for none.
+    """A byte range of a file, its checksums, and the tensor to read it into.
 
     Attributes:
-        what: for messages: ``tensor 'model.weight'``.
-        tensor: None if its bytes are only to be verified.
-        header: whether it is the header of a file, and no tensor.
+        what: name for messages: ``tensor 'model.weight'``.
+        tensor: None to verify only.
+        header: whether it is a file's header.
     """
 
     what: str
@@ -42,7 +42,7 @@ class Part:
 
 
 def headers_of(found: Index) -> list[Part]:
-    """Return the headers of the files that have a checksum."""
+    """Return the file headers that have a checksum."""
     return [
         Part(f"the header of {name}", name, 0, head.head_bytes, (head.xxh3,), header=True)
         for name, head in found.files.items()
@@ -51,7 +51,7 @@ def headers_of(found: Index) -> list[Part]:
 
 
 def parts_of(found: Index) -> list[Part]:
-    """Return everything in the files that has a checksum, in the order in which it lies there."""
+    """Return every part that has a checksum, in file order."""
     parts = headers_of(found)
     for name, laid in found.tensors.items():
         for chunk in laid.chunks:
@@ -62,17 +62,17 @@ def parts_of(found: Index) -> list[Part]:
 
 
 def check_sizes(found: Index, files: Files) -> None:
-    """Check that every file is there and as long as it was.
+    """Raise unless every file exists and has its recorded size.
 
     Raises:
-        CheckpointCorruptError: naming the first that is not.
+        CheckpointCorruptError: naming the first file.
     """
     for name, head in found.files.items():
         size = files.size(name)
         if size is None:
             lost = _spell(_cut_off(found, name, 0), "with ")
             raise CheckpointCorruptError(
-                f"{found.path} is not whole: the file {name} is missing: expected {head.size_bytes} bytes{lost}, "
+                f"{found.path} is incomplete: the file {name} is missing: expected {head.size_bytes} bytes{lost}, "
                 "found no file."
             )
         if size != head.size_bytes:
@@ -81,13 +81,13 @@ def check_sizes(found: Index, files: Files) -> None:
 
 
 def wrong_size(expected: int, found: int, lost: Sequence[str]) -> str:
-    """Return what is wrong with a file's size, and which tensors it costs."""
+    """Return the message for a wrong file size, with the tensors that are lost."""
     what = "is truncated" if found < expected else "is longer than what was written"
     return f"{what}: expected {expected} bytes, found {found}{_spell(lost, 'which cuts off ')}"
 
 
 def _cut_off(found: Index, file: str, size_bytes: int) -> list[str]:
-    """Return the tensors of which a part lies in a file beyond its first bytes."""
+    """Return the tensors with bytes beyond the file's first `size_bytes`."""
     return [
         name
         for name, laid in found.tensors.items()
@@ -102,16 +102,16 @@ def _spell(tensors: Sequence[str], how: str) -> str:
 
 
 def read_parts(files: Files, parts: Sequence[Part], *, share: int = 0, num_shares: int = 1) -> None:
-    """Read one share of the parts and compare their checksums.
+    """Read one share of the parts and verify their checksums.
 
     Args:
-        files: where they lie.
+        files: the checkpoint's files.
         parts: what to read.
-        share: the number of this share, of as many as `num_shares`.
-        num_shares: into how many equal shares the parts fall, all together.
+        share: index of this share, below `num_shares`.
+        num_shares: number of equal shares of the parts.
 
     Raises:
-        CheckpointCorruptError: naming the first that is not what was written, with what was expected and found.
+        CheckpointCorruptError: naming the first damaged part, with the expected and found checksum.
     """
     turns = _turns(parts)[share::num_shares]
     if len(turns) <= 1:
@@ -119,7 +119,7 @@ def read_parts(files: Files, parts: Sequence[Part], *, share: int = 0, num_share
     else:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             damaged = [text for texts in pool.map(lambda turn: _read_turn(files, turn), turns) for text in texts]
-    # Sorted: a tensor tells more than the header of its file.
+        # Sorted: a damaged tensor is reported before its file's header.
     damaged.sort(key=lambda each: each[0])
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
@@ -127,7 +127,7 @@ def read_parts(files: Files, parts: Sequence[Part], *, share: int = 0, num_share
 
 
 def _turns(parts: Sequence[Part]) -> list[list[tuple[Part, int]]]:
-    """Group the segments of all parts into turns of about equal size: a part and a segment's number each."""
+    """Group the segments of all parts into tasks of about equal size, as (part, segment number) pairs."""
     turns: list[list[tuple[Part, int]]] = [[]]
     room = _TURN_BYTES
     for part in parts:
@@ -141,7 +141,7 @@ def _turns(parts: Sequence[Part]) -> list[list[tuple[Part, int]]]:
 
 
 def _read_turn(files: Files, turn: list[tuple[Part, int]]) -> list[tuple[bool, str]]:
-    """Return what is damaged: whether it is a header, and the text."""
+    """Return the damage found, as (is a header, message) pairs."""
     scratch = memoryview(bytearray(_CHUNK_BYTES)) if any(part.tensor is None for part, _ in turn) else memoryview(b"")
     texts = [(part, _read_segment(files, part, number, scratch)) for part, number in turn]
     return [(part.header, text) for part, text in texts if text is not None]

@@ -1,1 +1,1 @@
-"""Average gradients over ranks that all hold the complete model."""
+"""Data parallelism over ranks that hold complete replicas of the model."""

@@ -1,4 +1,4 @@
-"""Gradients that travel together: flat buffers, and how parameters are divided among them."""
+"""Gradient buckets: flat buffers that are all-reduced, and the assignment of parameters to them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from plugframe.errors import UnsupportedError
 from plugframe_builtins._shared.data_parallel.settings_check import SLOTS, SettingsCheck
 
 MIB = 1 << 20
-#: The first bucket that is full is small, as torch's is: sending begins early.
+#: The first bucket is smaller, as torch's is, so that communication starts early.
 _FIRST_BYTES = MIB
 DEFAULT_MIB = 25
 
-#: Elements from which a pass over a gradient costs more than a call.
+#: Number of elements above which a pass over a gradient costs more than a call.
 _LARGE = 4096
 
-#: Sends a flat buffer, of which the first argument is the bucket; returns what is waited for.
+#: All-reduces the flat buffer of its first argument, a bucket; returns a work handle.
 Send = Callable[["Bucket"], Any]
 
 
 class Bucket:
-    """Gradients of parameters of one dtype and device, and whether each parameter has one, in one flat buffer.
+    """Gradients of parameters of one dtype and device, and a flag per parameter, in one flat buffer.
 
     Attributes:
-        parameters: whose gradients travel.
-        flat: their gradients in logical order, then a 1 for each parameter that has one; None until the first use.
-        waiting: parameters whose gradient the backward that is running has not computed yet.
-        work: what is waited for, None before the buffer was sent.
-        early: whether it may be sent as soon as every parameter has its gradient, and not at the end of the backward.
-        settings_check: what else travels at the end of the buffer; None for nothing.
-        values: of the buffer, the gradients.
-        flags: of the buffer, for each parameter 1 if it has a gradient; once exchanged, the mean over the ranks.
-        slots: of the buffer, what else travels.
+        parameters: those with gradients in the bucket.
+        flat: gradients in logical order, then a flag per parameter; None until the first use.
+        waiting: parameters without a gradient yet in the running backward.
+        work: handle of the all-reduce, None before it starts.
+        early: whether to send as soon as all gradients are there, rather than at the end of the backward.
+        settings_check: writes and reads the slots at the end of the buffer, or None.
+        values: view of the gradients.
+        flags: view of the flags, 1 for a parameter with a gradient; after the all-reduce, the mean over the ranks.
+        slots: view of the slots for `settings_check`.
     """
 
     settings_check: SettingsCheck | None = None
@@ -54,18 +54,18 @@ class Bucket:
         self.early = False
         self._sizes = [_numel(parameter) for parameter in self.parameters]
         self.numel = sum(self._sizes)
-        # Of the buffer, made once: slicing it at every step would cost more than what is done with the slices.
+        # Views are made once: slicing at every step costs more than using the slices.
         self._views: list[Tensor] = []
         self._shaped: list[Tensor] = []
         self._missing: list[int] = []
         self._one_pass = False
 
     def begin(self) -> None:
-        """Get ready for a backward."""
+        """Reset for a backward."""
         self.waiting, self.work = len(self.parameters), None
 
     def fill(self, factor: float) -> Tensor:
-        """Copy the gradients into the buffer, multiplied by `factor`, with zeros for those that there are not.
+        """Copy the gradients, multiplied by `factor`, into the buffer, with zeros for missing ones.
 
         Raises:
             UnsupportedError: for a sparse gradient of a parameter that is not an embedding's.
@@ -103,12 +103,12 @@ class Bucket:
         pairs = [(v, g) for v, g in zip(views, gradients, strict=True) if v.data_ptr() != g.data_ptr()]
         if pairs:
             targets, sources = zip(*pairs, strict=True)
-            # Not documented by name, and what torch's own optimizers and FSDP2 copy with (torch 2.13).
+            # Undocumented, but torch's own optimizers and FSDP2 copy with it (torch 2.13).
             torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
     def write_back(self, *, as_views: bool) -> None:
-        """Make the gradients those in the buffer; a parameter that no rank has one for stays without."""
-        # Waits for the device, and only on a rank that has left a parameter out.
+        """Set gradients from the buffer; a parameter without a gradient on any rank keeps None."""
+        # Reading flags synchronises with the device, so only ranks with a missing gradient do.
         used = self.flags.tolist() if self._missing else ()
         missing = {index for index in self._missing if not used[index]}
         targets, sources = [], []
@@ -127,19 +127,19 @@ class Bucket:
             torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
     def gradients(self) -> list[Tensor]:
-        """Return views of the buffer in the parameters' shapes, of one dimension at least."""
+        """Return views of the buffer in the parameters' shapes, with at least one dimension."""
         pairs = zip(self._views, self.parameters, strict=True)
         return [view.view(parameter.shape) if parameter.dim() else view for view, parameter in pairs]
 
     @property
     def buffer(self) -> Tensor:
-        """The whole flat buffer: gradients, then flags."""
+        """The flat buffer: gradients, then flags."""
         if self.flat is None:
             first = _real(self.parameters[0].detach())
             tail = [len(self.parameters), 0 if self.settings_check is None else SLOTS]
             self.flat = torch.zeros(self.numel + sum(tail), dtype=first.dtype, device=first.device)
             self.values = self.flat[: self.numel]
-            # On a CPU a pass over memory costs more than a call for each parameter, unless they are tiny.
+            # On a CPU a pass over memory costs more than a call per parameter, unless they are tiny.
             self._one_pass = first.device.type == "cpu" and self.numel >= _LARGE * len(self.parameters)
             self.flags, self.slots = torch.split(self.flat[self.numel :], tail)
             self._views = list(torch.split(self.values, self._sizes))
@@ -148,10 +148,10 @@ class Bucket:
 
 
 def make_buckets(parameters: Sequence[tuple[str, nn.Parameter]], cap_bytes: float) -> list[Bucket]:
-    """Divide parameters, given in the order of the model, among buckets in the order their gradients come.
+    """Assign parameters, given in model order, to buckets in reverse order, that of their gradients.
 
     Args:
-        cap_bytes: a bucket that has as many is full; the first has fewer.
+        cap_bytes: size of a full bucket; the first is smaller.
     """
     buckets: list[Bucket] = []
     open_: dict[Any, list[tuple[str, nn.Parameter]]] = {}
@@ -183,7 +183,7 @@ def _numel(tensor: Tensor) -> int:
 
 
 def _like(view: Tensor, parameter: Tensor) -> Tensor:
-    """Return a piece of the buffer in the parameter's shape and kind."""
+    """Return a piece of the buffer in the parameter's shape and layout."""
     if parameter.is_complex():
         return torch.view_as_complex(view.view(*parameter.shape, 2))
     return view.view(parameter.shape)

@@ -1,4 +1,4 @@
-"""What DDP keeps beside a module: who takes part in the averaging of gradients, and when buffers are made equal."""
+"""The DDP engine of a module: gradient averaging and buffer broadcasts."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ _LOOK = attrgetter("requires_grad", "dtype")
 
 
 class Engine:
-    """``engine(call, *args)`` runs ``call(*args)``; gradients are averaged by the backwards, however they came about.
+    """Run ``call(*args)`` as ``engine(call, *args)``; any backward averages the gradients.
 
-    A forward without gradients is the call alone and never communicates: ranks may evaluate different
-    numbers of batches, or one of them by itself.
+    A forward without gradients never communicates: ranks may evaluate different
+    numbers of batches, or a single rank may evaluate.
 
     Args:
-        group: the ranks.
+        group: the process group.
         check: raises on all ranks if their models differ.
-        registrations: counts changes of any module.
-        backward: shared by the engines of a job.
+        registrations: counts changes to any module.
+        backward: shared by the engines of a session.
         bucket_cap_mb: size of a bucket in MiB.
-        as_views: whether gradients become views of the buckets.
-        make_send: makes what sends a bucket in another way than whole.
+        as_views: whether gradients are views of the buckets.
+        make_send: makes a function that sends a bucket in compressed form.
 
     Attributes:
-        broadcast_buffers: whether buffers are made equal before each forward.
-        stale_buffers: whether a forward may have changed the buffers since they were equal.
+        broadcast_buffers: whether to broadcast buffers before each forward.
+        stale_buffers: whether a forward may have changed buffers since the last broadcast.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Engine:
 
     @property
     def local(self) -> bool:
-        """Whether gradients were accumulated that were not averaged since."""
+        """Whether accumulated gradients are not averaged yet."""
         return bool(self._reducer.local)
 
     @local.setter
@@ -85,12 +85,12 @@ class Engine:
 
     @property
     def checks_settings(self) -> bool:
-        """Whether the settings of optimizers travel with the gradients."""
+        """Whether a check of optimizer settings travels with the gradients."""
         return self._reducer.checks_settings
 
     @property
     def averages(self) -> bool:
-        """Whether a backward that runs now averages gradients."""
+        """Whether the running backward averages gradients."""
         return self._reducer.averages
 
     @averages.setter
@@ -111,19 +111,19 @@ class Engine:
         return call(*args, **kwargs)
 
     def before_backward(self, loss: Tensor) -> None:
-        """Have the backward that comes average gradients of what is trained now."""
+        """Prepare averaging the gradients of trainable parameters in the coming backward."""
         if self._changed():
             self._build()
 
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Say whether the optimizer updates any parameter of the module."""
+        """Return whether the optimizer updates any parameter of the module."""
         return any(id(p) in self._owned for group in optimizer.param_groups for p in group["params"])
 
     @contextmanager
     def synchronizing(self, enabled: bool) -> Iterator[None]:
-        """Have backwards average gradients, or not; on leaving, what held before holds again.
+        """Enable or disable averaging in backwards; restore the previous setting on exit.
 
-        Averaging one micro-batch early changes nothing in the end: the mean over ranks is linear.
+        Averaging one micro-batch early does not change the result: the mean over ranks is linear.
         """
         before, self.averages = self.averages, enabled
         try:
@@ -132,14 +132,14 @@ class Engine:
             self.averages = before
 
     def sync_buffers(self) -> None:
-        """Give every rank the buffers of rank 0, in one broadcast."""
+        """Broadcast rank 0's buffers in one call."""
         self.stale_buffers = False
         if self._group is not None:
             broadcast_from_first(replicated_buffers(self.module), self._group)
 
     def _changed(self) -> bool:
-        """Say whether parameters were frozen, unfrozen, converted or replaced since the module was looked at."""
-        if self._registrations.count != self._seen:  # only then: walking through the modules takes long
+        """Return whether parameters were frozen, unfrozen, converted or replaced since the last check."""
+        if self._registrations.count != self._seen:  # only then: walking the modules is slow
             self._seen = self._registrations.count
             now = list(self.module.parameters())
             if len(now) != len(self._parameters) or any(a is not b for a, b in zip(now, self._parameters, strict=True)):
@@ -158,7 +158,7 @@ class Engine:
         before = {id(parameter) for parameter in self._parameters}
         self._parameters = parameters
         self._looks = tuple(map(_LOOK, parameters))
-        # Adam's and SGD's parameter lists are looked through at every step.
+        # Cached: optimizers' parameter lists are checked at every step.
         self._owned = frozenset(map(id, parameters))
         self._has_buffers = bool(replicated_buffers(self.module))
         self._trains = any(parameter.requires_grad for parameter in parameters)
@@ -166,7 +166,7 @@ class Engine:
             return
         if replaced:
             self._checked.clear()
-        if self._looks not in self._checked:  # once for each: code that freezes and unfreezes goes to and fro
+        if self._looks not in self._checked:  # once per set: scripts may freeze and unfreeze repeatedly
             self._check(self.module)
             self._checked.add(self._looks)
         if replaced:
@@ -175,16 +175,16 @@ class Engine:
         self._reducer.watch(trained, sparse_parameters(self.module) if trained else set())
 
     def _send_new(self, parameters: list[nn.Parameter]) -> None:
-        """Make parameters equal that were not there before, and buffers of other names."""
+        """Broadcast parameters that are new since the last check, and buffers of new names."""
         buffers = dict(self.module.named_buffers())
         new = [buffer for name, buffer in buffers.items() if name not in self._sent]
         self._sent.update(buffers)
         broadcast_from_first((*parameters, *new), self._group)
 
     def disconnect(self) -> None:
-        """Exchange nothing any more. What an exception holds would otherwise keep the other ranks waiting."""
-        # An engine must not be the last to hold the process group: it would destroy it without releasing the
-        # GIL, and wait for gloo's threads, which may be waiting for the GIL (seen in 1 of 20 tear-downs).
+        """Stop communicating. An engine referenced by an exception would otherwise keep the other ranks waiting."""
+        # The engine must not hold the last reference to the process group: its destructor does not release the
+        # GIL, and waits for gloo's threads, which may be waiting for the GIL (seen in 1 of 20 tear-downs).
         self._group = None
         reducer = vars(self).get("_reducer")
         if reducer is not None:

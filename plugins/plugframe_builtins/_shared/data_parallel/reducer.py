@@ -1,9 +1,9 @@
-"""Averaging gradients over ranks while a backward runs, for whatever that backward has computed.
+"""Average gradients over ranks during a backward, independent of the forward.
 
-torch's ``DistributedDataParallel`` ties a backward to the forward before it: a second backward, parameters that are
-frozen in between, terms that no forward has made and second derivatives are errors there, or left to each rank. Here
-a gradient is averaged when it was accumulated, and the mean of what was averaged already is itself: so it does not
-matter how many backwards add to it, nor where their graphs come from.
+torch's ``DistributedDataParallel`` ties a backward to the preceding forward: a second backward, parameters
+frozen in between, loss terms without a forward and second derivatives raise there, or stay local to each rank. Here
+a gradient is averaged once accumulated, and averaging an average again does not change it: so any number of
+backwards may add to it, from any graph.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Named = Sequence[tuple[str, nn.Parameter]]
 
 
 class Backward:
-    """The backward that is running, over all models: ranks must send the buckets of several in one order.
+    """The running backward of all models: ranks must send the buckets of several models in one order.
 
     Attributes:
-        inside: whether somebody calls `finish` when it is over; otherwise it is torch that will.
-        settings_check: what travels with the gradients; None for nothing.
+        inside: whether the caller runs `finish` at the end; otherwise an autograd callback does.
+        settings_check: check that travels with the gradients, or None.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Backward:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Return the context of a backward: on leaving, gradients are averaged."""
+        """Return the context of a backward: gradients are averaged on exit."""
         self.abandon()  # one that has failed
         self.inside = True
         try:
@@ -52,20 +52,20 @@ class Backward:
             self.abandon()
 
     def join(self, reducer: Reducer) -> None:
-        """Take in a reducer whose first gradient has come."""
+        """Add a reducer whose first gradient is accumulated."""
         if not self._reducers and not self.inside:
-            # Private, and what torch's DDP and FSDP2 end a backward with (torch 2.13).
+            # Private, but torch's DDP and FSDP2 end a backward with it (torch 2.13).
             torch.autograd.Variable._execution_engine.queue_callback(self.finish)
         self._reducers.append(reducer)
 
     def advance(self) -> None:
-        """Send the buckets that are ready, those of one reducer after those of the other."""
+        """Send the buckets that are ready, reducer by reducer."""
         for reducer in self._reducers:
             if not reducer.send_ready():
                 return
 
     def finish(self) -> None:
-        """Average what is left, and wait."""
+        """Send the remaining buckets, and wait for all."""
         reducers, self._reducers = self._reducers, []
         try:
             for reducer in reducers:
@@ -79,26 +79,26 @@ class Backward:
             self.settings_check.settle()
 
     def abandon(self) -> None:
-        """Forget a backward that has failed."""
+        """Reset after a failed backward."""
         for reducer in self._reducers:
             reducer.running = False
         self._reducers.clear()
 
 
 class Reducer:
-    """Averages the gradients of one model's parameters.
+    """Average the gradients of one model's parameters.
 
     Args:
-        group: the ranks.
-        backward: shared by all reducers of a job.
+        group: the process group.
+        backward: shared by all reducers of a session.
         cap_bytes: size of a full bucket.
-        as_views: whether gradients become views of the buckets.
-        send: sends a bucket in another way than whole.
+        as_views: whether gradients are views of the buckets.
+        send: sends a bucket in compressed form.
 
     Attributes:
-        averages: whether a backward that runs now averages gradients.
-        local: indices of parameters that got gradients which were not averaged since.
-        running: whether a backward that runs now has computed a gradient here.
+        averages: whether the running backward averages gradients.
+        local: indices of parameters with gradients not averaged yet.
+        running: whether the running backward computed a gradient here.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Reducer:
         self._cap_bytes = cap_bytes
         self._as_views = as_views
         self._make_send = make_send
-        self._send: Send = self._send_whole
+        self._send: Send = self._send_uncompressed
         self._factor = 1.0 / dist.get_world_size(group)
         self.averages = True
         self.running = False
@@ -126,14 +126,14 @@ class Reducer:
         self._bucket_of: dict[int, Bucket] = {}
         self._sparse: list[nn.Parameter] = []
         self._arrived: set[int] = set()
-        # Ids of parameters whose gradient came once in an earlier backward, or several times in one. They outlive a
-        # freezing of the parameter; an id that is another's by now costs an early sending at most, or an error.
+        # Ids of parameters whose gradient arrived once, or several times, in an earlier backward. They outlive a
+        # freezing of the parameter; a reused id costs at most an early send, or an error.
         self._steady: set[int] = set()
         self._repeated: set[int] = set()
         self._next = 0
 
     def watch(self, parameters: Named, sparse: set[int]) -> None:
-        """Average the gradients of these parameters from now on, and of no others.
+        """Average the gradients of these parameters, and no others, from now on.
 
         Args:
             parameters: trainable ones by name, in the order of the model.
@@ -151,17 +151,17 @@ class Reducer:
         self._forget()
         for _, parameter in parameters:
             key = id(parameter)
-            # After the accumulation and after all hooks of the user's: what they make of a gradient is averaged.
+            # After accumulation and all user hooks: the result of the hooks is averaged.
             self._nodes[key] = node = get_gradient_edge(parameter).node
             self._handles[key] = node.register_hook(_firing(weakref.ref(self), key))
 
     @property
     def checks_settings(self) -> bool:
-        """Whether a bucket takes the settings of optimizers along."""
+        """Whether a bucket carries the check of optimizer settings."""
         return any(bucket.settings_check is not None for bucket in self._buckets)
 
     def _take_along(self) -> None:
-        """Have one bucket take the settings along: one that is sent whole, and whose sums the host can read."""
+        """Choose a bucket to carry the settings check: uncompressed, with sums that the host can read."""
         for bucket in self._buckets if self._make_send is None else ():
             first = bucket.parameters[0]
             if first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64):
@@ -169,7 +169,7 @@ class Reducer:
                 return
 
     def close(self) -> None:
-        """Average nothing any more."""
+        """Stop averaging."""
         self._forget()
         self._buckets, self._sparse = [], []
         self._bucket_of.clear()
@@ -183,7 +183,7 @@ class Reducer:
         self.running = False
 
     def arrived(self, key: int) -> None:
-        """Take note that the gradient of a parameter was accumulated."""
+        """Record that the gradient of a parameter is accumulated."""
         if not self.averages:
             self.local.add(key)
             return
@@ -198,7 +198,7 @@ class Reducer:
             if not bucket.waiting:
                 self._backward.advance()
             return
-        # Reentrant checkpointing adds to the gradient of a shared parameter in several parts of one backward.
+            # Reentrant checkpointing may add to a shared parameter's gradient several times in one backward.
         self._repeated.add(key)
         if bucket.work is not None:
             index = [id(parameter) for parameter in bucket.parameters].index(key)
@@ -217,9 +217,9 @@ class Reducer:
         self._backward.join(self)
 
     def _learn(self) -> None:
-        """Let buckets be sent early from now on in which every gradient came, and once.
+        """Send buckets early from now on if each gradient arrived exactly once.
 
-        When a bucket is sent is a rank's own affair: all that matters is that they are sent in one order.
+        Ranks may send a bucket at different times, as long as the order of buckets is the same.
         """
         for bucket in self._buckets:
             if not bucket.early and not bucket.waiting:
@@ -229,7 +229,7 @@ class Reducer:
                     self._steady |= keys
 
     def send_ready(self) -> bool:
-        """Send buckets in their order, up to the first that waits for a gradient; say whether all were sent."""
+        """Send buckets in order, up to the first that waits for a gradient; return whether all were sent."""
         buckets = self._buckets
         while self._next < len(buckets) and buckets[self._next].early and not buckets[self._next].waiting:
             self._send_one(buckets[self._next])
@@ -237,7 +237,7 @@ class Reducer:
         return self._next == len(buckets)
 
     def send_all(self) -> None:
-        """Send the buckets that were not: what this backward has left out may have come on another rank."""
+        """Send the remaining buckets: parameters without a gradient here may have one on another rank."""
         for bucket in self._buckets[self._next :]:
             self._send_one(bucket)
         self._next = len(self._buckets)
@@ -247,7 +247,7 @@ class Reducer:
         bucket.fill(self._factor)
         bucket.work = self._send(bucket)
 
-    def _send_whole(self, bucket: Bucket) -> Any:
+    def _send_uncompressed(self, bucket: Bucket) -> Any:
         return dist.all_reduce(bucket.flat, group=self._group, async_op=True)
 
     @torch.no_grad()

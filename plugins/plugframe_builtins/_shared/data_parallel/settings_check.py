@@ -1,4 +1,4 @@
-"""Settings of optimizers, compared over ranks by a few numbers that ride along in a bucket of gradients."""
+"""Compare optimizer settings over ranks with a few numbers in a gradient bucket."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from torch import Tensor
 
 from plugframe.errors import OutOfSyncError
 
-#: Numbers in the bucket: the bytes of a checksum, and their squares.
+#: Slots in the bucket: the bytes of a checksum, and their squares.
 SLOTS = 8
-#: Up to so many ranks a sum of squares of bytes is exact in float32.
+#: Up to this number of ranks a sum of squared bytes is exact in float32.
 MOST_RANKS = 256
 
 Look = Callable[[Sequence[Sequence[float]]], None]
 
 
 class SettingsCheck:
-    """Sends a checksum of all settings so far with the gradients, and has ranks that differ tell each other theirs.
+    """Send a checksum of all settings with the gradients; ranks whose checksums differ gather the settings.
 
-    Of equal bytes b on n ranks the sums fulfil n * sum(b * b) == sum(b) ** 2, and of unequal ones they do not
-    (Cauchy-Schwarz). So an all-reduce by sum, which the gradients take anyway, is enough to find a difference.
+    For equal bytes b on n ranks, n * sum(b * b) == sum(b) ** 2, and for unequal ones not
+    (Cauchy-Schwarz). So the all-reduce (sum) of the gradients is enough to detect a difference.
 
     Args:
-        num_ranks: of the group, at most `MOST_RANKS`.
-        gather: returns an object of every rank.
+        num_ranks: size of the group, at most `MOST_RANKS`.
+        gather: returns the objects of all ranks.
     """
 
     def __init__(self, num_ranks: int, gather: Callable[..., Sequence[Any]]) -> None:
         self._num_ranks = num_ranks
         self._gather = gather
         self._checksum = 0
-        # By the object whose method looks, in the order of their first steps.
+        # Keyed by the object that owns the callback, in the order of first steps.
         self._rows: weakref.WeakKeyDictionary[Any, tuple[Sequence[float], Any]] = weakref.WeakKeyDictionary()
         self._differs = False
-        # What is put, in memory that a tensor shares: making a tensor of numbers takes longer than all the rest.
+        # Written in memory shared with a tensor: creating a tensor from numbers is slower than all the rest.
         self._slots = array("d", [0.0] * SLOTS)
         self._shared = torch.frombuffer(self._slots, dtype=torch.float64)
 
     def note(self, values: Sequence[float], look: Look) -> None:
-        """Take in the numbers of an optimizer's step.
+        """Record the settings of an optimizer's step.
 
         Args:
-            look: a method that is called with the numbers of all ranks if they differ, and raises.
+            look: method that receives the settings of all ranks if they differ, and raises.
         """
         method: Any = look
         self._rows[method.__self__] = values, method.__func__
@@ -65,16 +65,16 @@ class SettingsCheck:
         slots.copy_(self._shared)
 
     def read(self, slots: Tensor) -> None:
-        """Look at the sums over ranks of what they have put."""
+        """Check the sums over ranks."""
         sums: list[float] = slots.tolist()
         half = SLOTS // 2
         self._differs |= any(self._num_ranks * sums[half + i] != sums[i] * sums[i] for i in range(half))
 
     def settle(self) -> None:
-        """If the checksums differed, have every rank look at the numbers of all. Every rank must call it.
+        """If the checksums differ, compare the settings of all ranks. Every rank must call it.
 
         Raises:
-            OutOfSyncError: on all ranks, by one of those that look or in general.
+            OutOfSyncError: on all ranks, from a callback or in general.
         """
         if not self._differs:
             return

@@ -1,4 +1,4 @@
-"""Averaging sparse gradients (``nn.Embedding(sparse=True)``) over ranks."""
+"""Average sparse gradients (``nn.Embedding(sparse=True)``) over ranks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def sparse_parameters(module: nn.Module) -> set[int]:
 
 @torch.no_grad()
 def average_sparse(parameter: nn.Parameter, group: Any) -> None:
-    """Make the gradient of `parameter` the mean over the ranks of `group`. All of them must call it.
+    """Average the gradient of `parameter` over the ranks of `group`. All of them must call it.
 
-    It stays sparse, and None where no rank has one; it becomes dense where that of any rank is.
+    The result is sparse, or None if no rank has a gradient; it is dense if that of any rank is.
     """
     gradient = parameter.grad
     kind = _NONE if gradient is None else _DENSE if gradient.layout is torch.strided else _SPARSE
@@ -46,7 +46,7 @@ def average_sparse(parameter: nn.Parameter, group: Any) -> None:
 
 def _gathered(gradient: Tensor | None, parameter: Tensor, counts: tuple[int, ...], group: Any) -> Tensor:
     most, size = max(counts), len(counts)
-    # An embedding's gradient is sparse in its rows alone.
+    # An embedding's gradient is sparse in rows only.
     indices = torch.zeros(most, dtype=torch.int64, device=parameter.device)
     values = parameter.new_zeros(most, *parameter.shape[1:])
     if gradient is not None:
@@ -60,7 +60,7 @@ def _gathered(gradient: Tensor | None, parameter: Tensor, counts: tuple[int, ...
     pairs = zip(all_indices, all_values, counts, strict=True)
     kept = [(index[:count], value[:count]) for index, value, count in pairs]
     rows = torch.cat([index for index, _ in kept]).unsqueeze(0)
-    # Said, or torch warns that nobody has chosen (torch 2.13).
+    # Explicit, since torch warns about the default (torch 2.13).
     return torch.sparse_coo_tensor(
         rows, torch.cat([value for _, value in kept]), parameter.shape, check_invariants=False
     ).coalesce()

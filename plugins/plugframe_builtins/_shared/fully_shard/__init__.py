@@ -1,1 +1,1 @@
-"""Train modules sharded by ``torch.distributed.fsdp.fully_shard``."""
+"""Fully sharded training with ``torch.distributed.fsdp.fully_shard``."""

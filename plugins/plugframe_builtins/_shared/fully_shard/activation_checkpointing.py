@@ -1,4 +1,4 @@
-"""Activation checkpointing: a block's activations are computed again in backward instead of kept."""
+"""Activation checkpointing: recompute a block's activations in backward instead of storing them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute(blocks: Iterable[nn.Module]) -> Callable[[], None]:
-    """Have the forwards of `blocks` run again in backward; return what undoes it.
+    """Recompute the forwards of `blocks` in backward; return a function that undoes it.
 
-    The instances change their class, so that the names of their parameters stay as they are.
+    The class of the instances changes, so that parameter names stay the same.
     """
     changed = [(block, type(block)) for block in blocks]
     for block, plain in changed:
@@ -20,7 +20,7 @@ def recompute(blocks: Iterable[nn.Module]) -> Callable[[], None]:
 
     def undo() -> None:
         for block, plain in changed:
-            # Whoever changed the class after that undoes it by itself.
+            # A later change of the class is undone by whoever made it.
             if getattr(type(block), "recomputes", None) is plain:
                 block.__class__ = plain
 

@@ -1,4 +1,4 @@
-"""Finding parameters and parts that are added to a model after it was sharded: nothing would average them."""
+"""Detect parameters and submodules added to a model after it was sharded: their gradients are not averaged."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from plugframe.errors import OrderError
 
 
 class AddedParameters:
-    """Watches the modules of models that were set up.
+    """Detect registrations in modules that were set up.
 
-    A registration costs a look into a set; a forward and a step look at one attribute of the model's engine.
+    A registration costs a set lookup; a forward and a step read one attribute of the model's engine.
     """
 
     def __init__(self) -> None:
@@ -26,10 +26,10 @@ class AddedParameters:
         self._handles: list[Any] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return AddedParameters, ()  # a strategy that is sent to another process watches other models there
+        return AddedParameters, ()  # a strategy unpickled in another process has other models
 
     def watch(self, module: nn.Module, engine: Any) -> None:
-        """Mark ``engine.added`` where a parameter or part is added to `module`."""
+        """Set ``engine.added`` when a parameter or submodule is added to `module`."""
         if not self._handles:
             self._handles = [
                 register_module_parameter_registration_hook(self._parameter),
@@ -39,7 +39,7 @@ class AddedParameters:
             self._owner[part] = weakref.ref(engine)
 
     def close(self) -> None:
-        """Watch no more."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -60,10 +60,10 @@ class AddedParameters:
 
 
 def check_added(module: nn.Module, strategy: str) -> None:
-    """Refuse trainable parameters that were added after set-up to a module none of whose parts is gathered.
+    """Raise if trainable parameters were added after set-up outside of every sharded unit.
 
     Raises:
-        OrderError: naming them.
+        OrderError: naming the parameters.
     """
     found = [
         path

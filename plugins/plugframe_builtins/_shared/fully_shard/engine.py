@@ -1,4 +1,4 @@
-"""What FSDP keeps beside a module: ``fully_shard`` over a shim, so that the module's own class stays."""
+"""The FSDP engine of a module: ``fully_shard`` over a shim, so that the module keeps its class."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from plugframe_builtins._shared.sharding.uneven_evaluation import UnevenEvaluati
 
 
 class Shim(ForwardShim):
-    """Runs a call, and shows torch every tensor that comes out of it, in whatever it comes.
+    """Run a call, and pass every tensor in its output through torch's hooks, whatever object holds it.
 
-    torch looks for tensors in tuples, lists and dicts; of another object it would not see that its backward begins.
+    torch searches tuples, lists and dicts only; it would miss the backward of tensors in other objects.
     """
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -46,12 +46,12 @@ class _Sealed:
 
 
 def show_outputs(unit: nn.Module) -> None:
-    """Have a unit's outputs be no views, before it is sharded: torch attaches to them what begins their backward."""
+    """Make a unit's outputs non-views, before it is sharded: torch attaches its pre-backward hooks to them."""
     unit.register_forward_hook(lambda unit, args, output: map_tensors(_no_view, output))
 
 
 def _no_view(tensor: Tensor) -> Tensor:
-    # Changed in place, a view would lose what is attached to it.
+    # A view changed in place loses the hooks attached to it.
     if not (tensor.requires_grad and tensor._is_view()):
         return tensor
     own: Tensor = _NoView.apply(tensor)  # type: ignore[no-untyped-call]
@@ -59,7 +59,7 @@ def _no_view(tensor: Tensor) -> Tensor:
 
 
 class _NoView(torch.autograd.Function):
-    """The same memory as a tensor of its own."""
+    """Return the same memory as a separate tensor."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -71,20 +71,20 @@ class _NoView(torch.autograd.Function):
 
 
 class Engine:
-    """``engine(call, *args)`` runs ``call(*args)`` on gathered parameters, so that backward averages gradients.
+    """Run ``call(*args)`` as ``engine(call, *args)`` with gathered parameters; backward averages gradients.
 
     Args:
-        shim: over the module, sharded.
-        units: the sharded blocks, in the order of the model.
-        evaluation: what the ranks that evaluate tell each other.
-        channel: of the ranks that train.
+        shim: wraps the module, sharded.
+        units: the sharded blocks, in model order.
+        evaluation: coordinates evaluation over ranks with uneven numbers of batches.
+        channel: host-side exchange between the ranks.
         strategy: its name, for messages.
-        frees: whether parameters are freed before the end of a backward.
+        frees: whether parameters are resharded before the end of a backward.
 
     Attributes:
-        local: whether gradients were accumulated that were not averaged since.
-        stale_buffers: whether a forward may have changed the buffers since they were equal.
-        added: whether parameters or parts may have been added to the module since it was sharded.
+        local: whether accumulated gradients are not averaged yet.
+        stale_buffers: whether a forward may have changed buffers since the last broadcast.
+        added: whether parameters or submodules may have been added since the module was sharded.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Engine:
         self._frees = frees
         if not frees:
             sharded.set_reshard_after_backward(False)
-        # In the order in which the last forward came to them.
+        # In the order of the last forward.
         self._visited: list[nn.Module] = []
         self._position = {id(unit): number for number, unit in enumerate(self._units)}
         parameters, owners = owned_parameters(shim.module)
@@ -133,7 +133,7 @@ class Engine:
             self._check_added()
         self._gathered.check()
         if torch.is_inference_mode_enabled() and not self._made:
-            # What is gathered for the first time must not be for inference only: it trains later.
+            # Parameters gathered first in inference mode would be unusable in training.
             with torch.inference_mode(False), torch.no_grad():
                 return self._run(call, args, kwargs)
         return self._run(call, args, kwargs)
@@ -161,21 +161,21 @@ class Engine:
         if torch.is_grad_enabled() and (trains or not self._frees):
             self._gathered.note()
         else:
-            # With gradients too: a rank that only helped has its part alone again, and all must gather next time.
+            # With gradients too: a rank that only helped is resharded, and all must gather next time.
             self.reshard()
         self._made = True
         return sealed.content
 
     def sync_buffers(self, hooks: Any) -> None:
-        """Give every rank rank 0's buffers, so that all ranks evaluate one model. Every rank must call it."""
+        """Broadcast rank 0's buffers, so that all ranks evaluate the same model. Every rank must call it."""
         sync_buffers(self.shim.module, hooks)
         self.stale_buffers = False
 
     def before_step(self) -> None:
-        """Refuse a step on gradients that are not those of the whole model. Every rank must call it.
+        """Raise before a step on gradients that not all ranks computed alike. Every rank must call it.
 
         Raises:
-            CollectiveMismatchError: if the ranks ran different parts.
+            CollectiveMismatchError: if the ranks ran different submodules.
             OrderError: if parameters were added after set-up.
         """
         if self.added:
@@ -183,35 +183,35 @@ class Engine:
         self.settle()
 
     def settle(self) -> None:
-        """Wait for what the ranks have told each other of the last forward and backward."""
+        """Wait for the pending comparison of the last forward and backward."""
         if self._paths is not None:
             self._paths.settle()
         if self._used is not None:
             self._used.settle()
 
     def reset(self) -> None:
-        """Forget a forward that failed, so that the next one can run."""
+        """Reset after a failed forward, so that the next one can run."""
         # From torch 2.13 on; before, a forward after a failed one fails as well.
         reset = getattr(self._sharded, "reset_iter_state", None)
         if reset is not None:
             reset()
 
     def forget(self) -> None:
-        """Drop gradients that were accumulated and not averaged. Every rank must call it: it gathers."""
+        """Drop accumulated gradients that are not averaged. Every rank must call it: it gathers."""
         self.local = False
         for part in self.shim.modules():
             if isinstance(part, FSDPModule):
                 part.unshard()
-                for parameter in part.parameters():  # those of units within are gathered in their turn
+                for parameter in part.parameters():  # nested units are gathered in turn
                     parameter.grad = None if not isinstance(parameter, DTensor) else parameter.grad
                 part.reshard()
 
     def close(self) -> None:
-        """Have the module say that it ran in a job which has ended."""
+        """Make later calls of the module raise: its session has ended."""
         self._closed = True
 
     def reshard(self) -> None:
-        """Free the parameters that are gathered; then those of the module are ``DTensor``, this rank's part."""
+        """Reshard gathered parameters; the module's parameters are then ``DTensor``."""
         self._gathered.check()
         self._gathered.forget()
         for part in self.shim.modules():
@@ -219,13 +219,13 @@ class Engine:
                 part.reshard()
 
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Say whether the optimizer updates any parameter of the module."""
+        """Return whether the optimizer updates any parameter of the module."""
         own = {id(parameter) for parameter in self._parameters}
         return any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
 
     @contextmanager
     def backward(self) -> Iterator[None]:
-        """Surround a backward: parts of the module may run again in it, and it averages gradients or does not."""
+        """Wrap a backward: submodules may be recomputed in it, and gradients are averaged or accumulated."""
         before, self._inside = self._inside, True
         self._in_backward = True
         self._gathered.check()
@@ -237,7 +237,7 @@ class Engine:
             yield
             self.local = not self._averages
             if self._used is not None and self._averages:
-                # Not of a model that has no part in it: which of those still exist, the ranks' collectors decide.
+                # Not for models outside this backward: garbage collection decides per rank which still exist.
                 self._used.after(self._ran)
                 self._ran = False
             if self._paths is not None:
@@ -254,7 +254,7 @@ class Engine:
         run_hooks(held)
 
     def _explain(self, error: RuntimeError) -> None:
-        """Raise what another rank has found, where that is why a backward failed."""
+        """Raise the error of another rank if it caused this backward to fail."""
         if self._paths is not None and self._paths.arrived():
             try:
                 self._paths.settle()
@@ -263,7 +263,7 @@ class Engine:
 
     @contextmanager
     def synchronizing(self, enabled: bool) -> Iterator[None]:
-        """Have backwards average gradients, or not; on leaving, what held before holds again."""
+        """Enable or disable averaging in backwards; restore the previous setting on exit."""
         before = self._averages
         self._set(enabled)
         try:
@@ -276,22 +276,22 @@ class Engine:
         self._sharded.set_requires_gradient_sync(averages)
 
     def _watch(self, owners: Sequence[tuple[nn.Module, str]]) -> None:
-        """Have the units, and parts with parameters outside of them, say when they run."""
+        """Add hooks to the units, and to submodules with parameters outside of them."""
         # Not compiled, as torch's own hooks are not.
         apart: Any = torch.compiler.disable
-        # Before torch's own hooks, which would take a unit that runs by itself for a model of its own.
+        # Before torch's own hooks, which would take a unit called on its own for a root module.
         for unit in self._units:
             unit.register_forward_pre_hook(_Hook(apart(self._visit)), prepend=True)
         within = {id(part) for unit in self._units for part in unit.modules()}
         for part in self.shim.module.modules():
             if id(part) not in within and next(part.parameters(recurse=False), None) is not None:
                 part.register_forward_pre_hook(_Hook(self._check_inside), prepend=True)
-        # The whole counts as one more unit.
+        # The module itself counts as one more unit.
         for number, unit in enumerate((*self._units, self.shim)):
             unit.register_forward_hook(_Hook(apart(functools.partial(self._attach, number))))
         if self._used is None:
             return
-        # Where a unit is gathered, not where a part runs: a weight may be used without its part, as a tied one is.
+        # By where a parameter is gathered, not where a submodule runs: a tied weight is used outside its module.
         homes = {id(part): unit for unit in self._units for part in unit.modules()}  # inner ones last
         by_home: dict[nn.Module, list[int]] = {}
         for number, (owner, _) in enumerate(owners):
@@ -304,14 +304,14 @@ class Engine:
             self._used.watch(numbers)
 
     def _attach(self, number: int, unit: nn.Module, args: Any, output: Any) -> None:
-        """Have outputs of a unit say when a backward comes to them."""
+        """Add hooks to a unit's outputs that record its backward."""
         if torch.is_grad_enabled():
             reference = weakref.ref(self)
 
             def note(_: Tensor) -> None:
                 engine = reference()
                 if engine is not None:
-                    engine.came_back(number)
+                    engine.backward_reached(number)
 
             def attach(tensor: Tensor) -> Tensor:
                 if tensor.requires_grad:
@@ -323,17 +323,17 @@ class Engine:
     def _visit(self, unit: nn.Module, _: Any) -> None:
         self._check_inside(unit, _)
         if self._training and self._paths is not None:
-            self._paths.come(self._position[id(unit)])
+            self._paths.record(self._position[id(unit)])
         self._visited.append(unit)
 
-    def came_back(self, number: int) -> None:
-        """A backward comes to a unit.
+    def backward_reached(self, number: int) -> None:
+        """Record that a backward reaches a unit.
 
         Raises:
-            UnsupportedError: if it builds a graph, which would refer to parameters that are freed after it.
+            UnsupportedError: if it builds a graph, which would refer to parameters freed afterwards.
         """
         if self._used is not None:
-            self._used.come(number)
+            self._used.record(number)
         if self._frees and not self._in_backward and torch.is_grad_enabled():
             raise UnsupportedError(
                 f"A gradient of this {type(self.shim.module).__name__} is computed with create_graph=True, and "
@@ -358,7 +358,7 @@ class Engine:
         name = next((path for path, each in module.named_modules() if each is part), "")
         raise UsageError(
             f"{type(part).__name__} {name!r} was called by itself, and its parameters are gathered only while the "
-            f"whole {type(module).__name__} runs: call it inside a method of the model, and mark that method with "
+            f"complete {type(module).__name__} runs: call it inside a method of the model, and mark that method with "
             "lite.setup(..., forward_methods=(...))."
         )
 
@@ -369,7 +369,7 @@ class Engine:
 
     @torch.no_grad()
     def help(self) -> None:
-        """Gather what another rank's forward gathers, and free it."""
+        """Gather the units that another rank's forward gathers, and reshard them."""
         with torch.inference_mode(False), torch.no_grad():
             self._sharded.unshard()
             self._visited = self._visited or list(self._units)
@@ -378,12 +378,12 @@ class Engine:
             self.reshard()
 
     def order(self) -> list[int]:
-        """Return in which order the last forward came to the units."""
+        """Return the order of units in the last forward."""
         return [self._position[id(unit)] for unit in self._visited]
 
 
 class _Hook:
-    """A hook on a module that a copy of the module does not take along."""
+    """A module hook that copies of the module do not inherit."""
 
     def __init__(self, call: Callable[..., Any] | None) -> None:
         self._call = call

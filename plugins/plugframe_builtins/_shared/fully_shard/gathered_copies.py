@@ -1,4 +1,4 @@
-"""Changes of parameters while they are gathered, which would be lost."""
+"""Detect changes to parameters while they are gathered, which would be lost."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from plugframe.errors import OrderError
 
 
 class GatheredCopies:
-    """Parameters that stay gathered from a forward to its backward, those outside of units.
+    """Parameters outside of units, which stay gathered from a forward to its backward.
 
-    What is written to them is written to a copy, and would be lost: their version counters tell.
+    Writes go to the gathered copy and would be lost; tensor version counters detect them.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -19,7 +19,7 @@ class GatheredCopies:
         self._versions: list[tuple[str, Tensor, int]] = []
 
     def note(self) -> None:
-        """A forward has ended."""
+        """Record versions at the end of a forward."""
         self._versions = [
             (f"{path}.{name}".lstrip("."), parameter, parameter._version)
             for path, part in self._homes
@@ -28,11 +28,11 @@ class GatheredCopies:
         ]
 
     def forget(self) -> None:
-        """They are gathered no more."""
+        """Forget the versions, when the parameters are resharded."""
         self._versions = []
 
     def check(self) -> None:
-        """Refuse changes.
+        """Raise if a gathered parameter was changed.
 
         Raises:
             OrderError: naming the parameter.

@@ -1,4 +1,4 @@
-"""In which dtypes sharded parameters are gathered and gradients are sent."""
+"""The dtypes in which parameters are all-gathered and gradients reduced."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _FIELDS = ("param_dtype", "reduce_dtype", "output_dtype", "cast_forward_inputs")
 
 
 def check_policy(policy: Any) -> None:
-    """Refuse what is no policy.
+    """Raise if `policy` is not a mixed precision policy.
 
     Raises:
-        SettingError: saying what to pass.
+        SettingError: with the accepted values.
     """
     if policy is None or isinstance(policy, MixedPrecisionPolicy):
         return
@@ -33,10 +33,10 @@ def check_policy(policy: Any) -> None:
 
 
 def check_switches(strategy: str, reshard_after_forward: Any, compile: Any) -> None:
-    """Refuse options of a wrong type.
+    """Raise if an option has a wrong type.
 
     Raises:
-        SettingError: saying what to pass.
+        SettingError: with the accepted values.
     """
     if reshard_after_forward is not None and not isinstance(reshard_after_forward, int):
         raise SettingError(
@@ -50,10 +50,10 @@ def check_switches(strategy: str, reshard_after_forward: Any, compile: Any) -> N
 
 
 def make_policy(policy: MixedPrecisionPolicy | Mapping[str, Any] | None, dtypes: Dtypes) -> MixedPrecisionPolicy:
-    """Return the policy of a precision, with what `policy` says put over it.
+    """Return a precision's policy, overridden by `policy`.
 
-    Where a precision computes in another dtype than it keeps parameters in, they are gathered in the one and
-    gradients are summed in the other.
+    Where a precision computes in a dtype other than the parameters', parameters are gathered in the compute dtype and
+    gradients are reduced in the parameters' dtype.
     """
     if isinstance(policy, MixedPrecisionPolicy):
         return policy
@@ -69,5 +69,7 @@ def make_policy(policy: MixedPrecisionPolicy | Mapping[str, Any] | None, dtypes:
 def _dtype(name: str, value: Any) -> torch.dtype | None:
     dtype = getattr(torch, value, None) if isinstance(value, str) else value
     if (dtype is not None and not isinstance(dtype, torch.dtype)) or (dtype is None and value is not None):
-        raise SettingError(f"mp_policy of strategy 'fsdp': {name}={value!r} is no dtype: write 'bfloat16', say.")
+        raise SettingError(
+            f"mp_policy of strategy 'fsdp': {name}={value!r} is not a dtype: use 'bfloat16', for example."
+        )
     return dtype

@@ -38,17 +38,17 @@ from plugframe_builtins._shared.sharding.mesh import check_mesh, make_mesh
 from plugframe_builtins._shared.sharding.optimizer_remapping import OptimizerRemapping
 from plugframe_builtins._shared.sharding.options import OPTIONS
 from plugframe_builtins._shared.sharding.parameter import as_sharded
-from plugframe_builtins._shared.sharding.plain_states import take_plain_states
-from plugframe_builtins._shared.sharding.state import load_module_state, load_optimizer_state, whole
+from plugframe_builtins._shared.sharding.plain_states import accept_plain_states
+from plugframe_builtins._shared.sharding.state import full_state, load_module_state, load_optimizer_state
 from plugframe_builtins._shared.sharding.uneven_evaluation import UnevenEvaluation
 
 
 class FullyShardedStrategy(Strategy):
-    """Shard parameters, gradients and optimizer state with ``fully_shard``; a subclass names itself and its axes.
+    """Shard parameters, gradients and optimizer state with ``fully_shard``; subclasses set the name and mesh axes.
 
     Attributes:
-        name: of the strategy, for messages.
-        axes: of the mesh, in order.
+        name: the strategy's name, for messages.
+        axes: the mesh axes, in order.
     """
 
     name: str
@@ -154,7 +154,7 @@ class FullyShardedStrategy(Strategy):
         self._remapping.note(parameters, after, self._together)
         keep_attributes(module)
         allow_copies(module, units)
-        take_plain_states(module, self.context.hooks)
+        accept_plain_states(module, self.context.hooks)
         assert self._channel is not None
         frees = self.reshard_after_forward is not False
         engine = Engine(shim, units[::-1], self._evaluation, self._channel, self.name, frees)
@@ -171,22 +171,22 @@ class FullyShardedStrategy(Strategy):
                 )
             if parameter.is_meta and not is_deferred(parameter):
                 raise UnsupportedError(
-                    f"Parameter {name!r} is on the meta device, and nothing says what its values are: build the "
+                    f"Parameter {name!r} is on the meta device, and its values are undefined: build the "
                     f"{type(module).__name__} under lite.init_module(empty_init=True)."
                 )
 
     def _parallelize(self, module: nn.Module) -> None:
-        """Spread the module over further axes of the mesh before it is sharded over the data axis."""
+        """Apply parallelism over further mesh axes before the module is sharded over the data axis."""
 
     def _find_units(self, module: nn.Module) -> list[nn.Module]:
         units = find_units(module, self.units, min_numel=self.unit_min_numel)
         more = split_dtypes(module, units)
         order = {id(part): number for number, part in enumerate(module.modules())}
-        # Inner ones first, as fully_shard wants them.
+        # Inner ones first, as fully_shard requires.
         return sorted([*units, *more], key=lambda part: -order[id(part)])
 
     def _with_statistics(self, module: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
-        """Return the units with, first, norms whose parameters must keep the dtype of their running statistics."""
+        """Return the units, preceded by norms whose parameters must keep the dtype of their running statistics."""
         if self._policy().param_dtype is None:
             return units
         known = set(map(id, units))
@@ -243,7 +243,7 @@ class FullyShardedStrategy(Strategy):
 
     @torch.no_grad()
     def _broadcast(self, tensor: Tensor) -> None:
-        """Give every rank rank 0's values."""
+        """Broadcast rank 0's values."""
         if self.context.world.world_size > 1:
             own = stored(tensor.detach())
             overwrite(own, self.context.hooks.collective_broadcast(tensor=own, src=0, group=None))
@@ -288,7 +288,7 @@ class FullyShardedStrategy(Strategy):
 
     @hookimpl
     def strategy_no_sync(self, module: nn.Module, engine: AnyEngine, enabled: bool) -> AbstractContextManager[Any]:
-        if engine is None or self.context.world.world_size == 1:  # there is nothing to leave out
+        if engine is None or self.context.world.world_size == 1:  # there is no communication to skip
             return nullcontext()
         return engine.synchronizing(not enabled)  # type: ignore[no-any-return]
 
@@ -353,7 +353,7 @@ class FullyShardedStrategy(Strategy):
     def strategy_module_state(self, module: nn.Module, sharded: bool) -> dict[str, Any]:
         self._reshard()
         state = module.state_dict()
-        return state if sharded else whole(state, keep=self.context.world.global_rank == 0)
+        return state if sharded else full_state(state, keep=self.context.world.global_rank == 0)
 
     @hookimpl
     def strategy_load_module_state(
@@ -366,7 +366,7 @@ class FullyShardedStrategy(Strategy):
     def strategy_optimizer_state(self, optimizer: Optimizer, sharded: bool) -> dict[str, Any]:
         self._reshard()
         state = optimizer.state_dict()
-        return state if sharded else whole(state, keep=self.context.world.global_rank == 0)
+        return state if sharded else full_state(state, keep=self.context.world.global_rank == 0)
 
     @hookimpl
     def strategy_load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""Agreement of the ranks on which parts of a sharded model run, and in which order.
+"""Check that all ranks run the same units of a sharded model in the same order.
 
-torch gathers units in the order in which each rank comes to them, and mixes parts of different units where ranks
-come to different ones. A forward that goes the way all ranks went before costs one exchange of a few bytes, which is
-waited for in backward; at every other unit the ranks meet before it is gathered.
+torch gathers units in each rank's own order, and mixes up parameters where ranks
+run different ones. A forward in the order of the previous one costs one all-gather of a few bytes, awaited
+in backward; any other unit is compared over ranks before it is gathered.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from plugframe.errors import CollectiveMismatchError
 from plugframe.hooks.context import Context
 
 _END = -1
-#: Of so many forwards, how many may go another way than foreseen before every unit is met at.
+#: Forwards remembered, deviations among them from which every unit is compared, and most orders stored.
 _WATCHED, _MISSES, _KNOWN = 8, 2, 64
 _BETWEEN = ("plugframe", "plugframe_builtins", "torch", "contextlib", "functools")
 
 
 class Channel:
-    """A connection of the ranks on the host, besides that of the parameters.
+    """Host-side communication between the ranks, separate from that of parameters.
 
     Attributes:
-        open: whether there is another rank to talk to.
+        open: whether there are other ranks.
     """
 
     def __init__(self, context: Context) -> None:
@@ -45,44 +45,44 @@ class Channel:
         self._num_ranks = context.world.world_size
 
     def send(self, mine: Tensor) -> Exchange:
-        """Begin to exchange a tensor of one dimension with all ranks."""
+        """Start an all-gather of a 1-d tensor."""
         rows = torch.empty(self._num_ranks, mine.numel(), dtype=mine.dtype)
         return Exchange(dist.all_gather(list(rows.unbind()), mine, group=self._group, async_op=True), rows)
 
     def close(self) -> None:
-        """Give the connection up."""
+        """Release the process group."""
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group, self.open = None, False
 
 
 class Exchange:
-    """What all ranks send, row by row, once it has come."""
+    """A running all-gather, with a row per rank."""
 
     def __init__(self, work: Any, rows: Tensor) -> None:
         self._work = work
         self._rows = rows
 
     def ready(self) -> bool:
-        """Say whether it has come."""
+        """Return whether it is complete."""
         return bool(self._work.is_completed())
 
     def wait(self) -> Tensor:
-        """Return it: a tensor of shape (ranks, elements)."""
+        """Wait, and return a tensor of shape (ranks, elements)."""
         self._work.wait()
         return self._rows
 
 
 class UnitOrder:
-    """The way through the units of one model.
+    """The order in which one model's units are gathered.
 
     Args:
-        channel: to the other ranks.
-        number: of the model among those of the job.
+        channel: communicates with the other ranks.
+        number: index of the model in the session.
         names: of the units.
-        gather: gathers a unit and frees it, as a rank does that runs it.
-        model: its class, for messages.
-        evaluated: gives a checksum of how the last evaluation went, compared along.
+        gather: gathers a unit and reshards it, as running it does.
+        model: class name, for messages.
+        evaluated: returns a checksum of the last evaluation's order, compared along with the forward's.
     """
 
     def __init__(
@@ -110,33 +110,33 @@ class UnitOrder:
         self._sent: list[int] = []
 
     def begin(self) -> None:
-        """A forward begins."""
+        """Start a forward."""
         self.settle()
         self._way = []
         self._foreseen = self._next.get(self._last)
         trusted = self._foreseen is not None and self._hits.count(False) <= _MISSES
         self._expected = self._foreseen if trusted else None
 
-    def come(self, unit: int) -> None:
-        """The forward comes to a unit, which is gathered after this.
+    def record(self, unit: int) -> None:
+        """Record a unit of the forward, before it is gathered.
 
         Raises:
-            CollectiveMismatchError: if another rank has come to another one.
+            CollectiveMismatchError: if another rank runs a different unit.
         """
         position = len(self._way)
         if self._expected is not None and position < len(self._expected) and self._expected[position] == unit:
             self._way.append(unit)
             return
-        self._meet(position, unit)
+        self._synchronize(position, unit)
         self._way.append(unit)
 
     def end(self) -> None:
-        """The forward has ended."""
+        """End the forward, and send its order."""
         position = len(self._way)
         if self._expected is not None and position == len(self._expected):
             self._send(position, _END)
         else:
-            self._meet(position, _END)
+            self._synchronize(position, _END)
         self._hits.append(self._foreseen == self._way)
         if len(self._next) > _KNOWN:
             self._next.clear()
@@ -144,26 +144,26 @@ class UnitOrder:
         self._last = tuple(self._way)
 
     def settle(self) -> None:
-        """Wait for what was sent at the end of the last forward.
+        """Wait for the comparison of the last forward.
 
         Raises:
-            CollectiveMismatchError: if another rank went another way.
+            CollectiveMismatchError: if another rank's order differs.
         """
         if self._pending is not None:
             exchange, self._pending = self._pending, None
             self._compare(exchange.wait())
 
     def arrived(self) -> bool:
-        """Say whether what was sent at the end of the last forward has come, so that `settle` does not wait."""
+        """Return whether the comparison of the last forward is complete, so that `settle` does not wait."""
         return self._pending is not None and self._pending.ready()
 
     def _send(self, position: int, unit: int) -> None:
         self._sent = [self._number, position, unit, self._evaluated()]
         self._pending = self._channel.send(torch.tensor(self._sent))
 
-    def _meet(self, position: int, unit: int) -> None:
+    def _synchronize(self, position: int, unit: int) -> None:
         if self._expected is not None:
-            # Ranks that went the foreseen way are on it, to its end.
+            # Ranks that followed the expected order continue to its end.
             for other in self._expected[position:]:
                 self._gather(other)
             self._expected = None
@@ -175,31 +175,31 @@ class UnitOrder:
             return
         if bool((rows[:, :3] == rows[0, :3]).all()):
             raise CollectiveMismatchError(
-                f"In the evaluation before, the ranks ran different parts of this {self._model}: what it gave is of "
-                "mixed weights. A sharded part needs all ranks: let every rank run the same parts."
+                f"In the evaluation before, the ranks ran different submodules of this {self._model}, so that the "
+                "result is of mixed weights. A sharded submodule needs all ranks: let every rank run the same ones."
             )
         mine = self._sent
         others: dict[str, list[int]] = {}
         for rank, row in enumerate(rows.tolist()):
             if row != mine:
                 others.setdefault(self._text(row), []).append(rank)
-        told = "; ".join(f"rank {', '.join(map(str, ranks))} {text}" for text, ranks in others.items())
+        elsewhere = "; ".join(f"rank {', '.join(map(str, ranks))} {text}" for text, ranks in others.items())
         raise CollectiveMismatchError(
-            f"The ranks run different parts of this {self._model} in one forward: this one "
-            f"{self._text(mine)}{_line()}; {told}. A sharded part needs all ranks: let every rank run the "
-            "same parts (weigh an unused one with 0), or keep the parts that differ whole, with "
-            "units= set to other classes."
+            f"The ranks run different submodules of this {self._model} in one forward: this one "
+            f"{self._text(mine)}{_line()}; {elsewhere}. A sharded submodule needs all ranks: let every rank run "
+            "the same submodules (weigh an unused one with 0), or set units= to classes without the submodules that "
+            "differ."
         )
 
     def _text(self, row: list[int]) -> str:
         number, _, unit, _ = row
         if number != self._number:
             return "runs another model"
-        return "comes to its end" if unit == _END else f"comes to {self._names[unit]!r}"
+        return "reaches its end" if unit == _END else f"runs {self._names[unit]!r}"
 
 
 def _line() -> str:
-    """Return the user's line that runs the unit."""
+    """Return the line of user code that runs the unit."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         package = str(frame.f_globals.get("__name__")).partition(".")[0]

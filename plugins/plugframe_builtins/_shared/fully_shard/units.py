@@ -1,4 +1,4 @@
-"""Which blocks of a model are sharded, gathered and freed as one: its units."""
+"""Units: the blocks of a model that are sharded, gathered and freed as one."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import nn
 
 from plugframe.errors import SettingError, UnsupportedError, closest
 
-#: What `units=` takes: ``"auto"``, classes or names of classes, or ``f(module) -> bool``.
+#: Values of `units=`: ``"auto"``, classes or names of classes, or ``f(module) -> bool``.
 Units = str | Collection[type[nn.Module] | str] | Callable[[nn.Module], bool]
 
 
 def check_units(units: Any) -> None:
-    """Refuse what says nothing about modules.
+    """Raise if `units` does not select modules.
 
     Raises:
-        SettingError: saying what to pass.
+        SettingError: with the accepted values.
     """
     if units == "auto" or (callable(units) and not isinstance(units, type)):
         return
@@ -32,13 +32,13 @@ def check_units(units: Any) -> None:
 
 
 def find_units(module: nn.Module, units: Units, *, min_numel: int) -> list[nn.Module]:
-    """Return the units of `module`, inner ones before outer ones, itself not among them.
+    """Return the units of `module`, inner ones before outer ones, excluding itself.
 
-    Under ``"auto"`` these are the repeated blocks of lists (``nn.ModuleList``, and ``nn.Sequential`` of blocks
-    that have parts themselves), and every module that holds `min_numel` elements of parameters or more by itself.
+    Under ``"auto"`` these are the repeated blocks in lists (``nn.ModuleList``, and ``nn.Sequential`` of blocks
+    with children), and every module with at least `min_numel` elements of direct parameters.
 
     Raises:
-        SettingError: if a class is no part of the module.
+        SettingError: if the module has no submodule of a given class.
     """
     if units == "auto":
         chosen = _automatic(module, min_numel)
@@ -51,12 +51,12 @@ def find_units(module: nn.Module, units: Units, *, min_numel: int) -> list[nn.Mo
 
 
 def split_dtypes(module: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
-    """Return more units: parts whose parameters are of another dtype than most of those of their unit.
+    """Return additional units: submodules with another parameter dtype than most of their unit.
 
-    torch sends the gradients of a unit in one piece, which has one dtype.
+    torch reduces the gradients of a unit in one tensor, of one dtype.
 
     Raises:
-        UnsupportedError: if one part holds parameters of several dtypes by itself.
+        UnsupportedError: if the direct parameters of one submodule have several dtypes.
     """
     more: list[nn.Module] = []
     by_home: dict[int, list[nn.Module]] = {}
@@ -71,7 +71,7 @@ def split_dtypes(module: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
             if len(dtypes) > 1:
                 raise UnsupportedError(
                     f"Parameters of one {type(part).__name__} are of {' and '.join(sorted(map(str, dtypes)))}: "
-                    "strategy 'fsdp' keeps those of one part in one dtype. Convert them."
+                    "strategy 'fsdp' needs one dtype per module. Convert them."
                 )
             if dtypes and dtypes != {size.most_common(1)[0][0]} and part is not module:
                 more.append(part)
@@ -87,7 +87,7 @@ def _of_classes(module: nn.Module, units: Any) -> set[int]:
             name = unit.__name__ if isinstance(unit, type) else unit
             known = {type(part).__name__ for part in module.modules()}
             raise SettingError(
-                f"units= of strategy 'fsdp' names {name!r}, and this {type(module).__name__} has no such part."
+                f"units= of strategy 'fsdp' names {name!r}, and this {type(module).__name__} has no such submodule."
                 f"{closest(name, known)}"
             )
     return {id(part) for part in parts}
@@ -95,7 +95,7 @@ def _of_classes(module: nn.Module, units: Any) -> set[int]:
 
 def _automatic(module: nn.Module, min_numel: int) -> set[int]:
     chosen: set[int] = set()
-    inside: set[int] = set()  # what is in a unit already: the outermost list counts
+    inside: set[int] = set()  # modules inside a unit: the outermost list counts
     for part in module.modules():
         if id(part) in inside:
             continue
@@ -112,7 +112,7 @@ def _automatic(module: nn.Module, min_numel: int) -> set[int]:
 def _repeated(container: nn.Module) -> list[nn.Module]:
     children = list(container.children())
     times = Counter(type(child) for child in children)
-    # A list of lists is looked into, and has no forward of its own.
+    # A list of lists is searched, and has no forward of its own.
     return [child for child in children if times[type(child)] > 1 and not _is_container(child)]
 
 
@@ -121,13 +121,13 @@ def _is_container(module: nn.Module) -> bool:
 
 
 def keeps_statistics(module: nn.Module) -> list[nn.Module]:
-    """Return the norms with parameters and running statistics, which have to be of one dtype to torch's kernels."""
+    """Return the norms with parameters and running statistics, which torch's kernels need in one dtype."""
     norms = [part for part in module.modules() if isinstance(getattr(part, "running_mean", None), torch.Tensor)]
     return [part for part in norms if isinstance(getattr(part, "weight", None), nn.Parameter)]
 
 
 def _sharing_apart(module: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
-    """Leave out units that share a parameter with the rest of the model: they are sharded with the whole."""
+    """Drop units that share a parameter with the rest of the model: they are sharded with the root."""
     kept = list(units)
     while True:
         homes: dict[int, set[int]] = {}
@@ -141,7 +141,7 @@ def _sharing_apart(module: nn.Module, units: list[nn.Module]) -> list[nn.Module]
 
 
 def _homes(module: nn.Module, units: list[nn.Module]) -> list[tuple[nn.Module, int]]:
-    """Return every part of `module` with the unit it belongs to, the innermost."""
+    """Return every submodule of `module` with its innermost unit."""
     chosen = {id(unit) for unit in units}
     found: list[tuple[nn.Module, int]] = []
 

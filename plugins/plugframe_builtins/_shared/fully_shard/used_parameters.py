@@ -1,7 +1,7 @@
-"""Agreement of the ranks on what a backward has come to: units, in which order, and parameters.
+"""Compare over ranks which units, in which order, and which parameters a backward used.
 
-A part that ran on some ranks only has no gradient on the others, which counts as zeros there; one that ran on no rank
-has none at all, as in one process.
+A parameter used on some ranks only counts as zero gradient on the others; one used on no rank
+has no gradient, as in one process.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from plugframe.base import mark_gathered
 from plugframe.errors import CollectiveMismatchError
 from plugframe_builtins._shared.fully_shard.unit_order import Channel, Exchange
 
-#: Bytes of the checksum that is sent before the flags.
+#: Bytes of the checksum sent before the flags.
 _SUM = 4
 
 
 class UsedParameters:
-    """Which units and parameters of one model the backwards of the ranks have come to.
+    """The units and parameters of one model that backwards reached, over all ranks.
 
     Args:
-        channel: to the other ranks.
-        parameters: the sharded ones.
-        owners: the module and the attribute of each.
-        model: its class, for messages.
+        channel: communicates with the other ranks.
+        parameters: the sharded parameters.
+        owners: module and attribute name of each.
+        model: class name, for messages.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class UsedParameters:
         self._pending: Exchange | None = None
 
     def watch(self, numbers: Sequence[int]) -> None:
-        """Have parameters that are gathered now say when they get a gradient."""
+        """Add gradient hooks to the gathered parameters."""
         for number in numbers:
             owner, name = self._owners[number]
             parameter = owner._parameters[name]
@@ -68,23 +68,23 @@ class UsedParameters:
 
         return note
 
-    def come(self, unit: int) -> None:
-        """The backward comes to a unit."""
+    def record(self, unit: int) -> None:
+        """Record that the backward reached a unit."""
         self._order.append(unit)
 
     def before(self) -> None:
-        """A backward begins."""
+        """Start a backward."""
         self.settle()
         self._order.clear()
         with torch._C.DisableTorchFunctionSubclass():
             self._empty = [parameter.grad is None for parameter in self._parameters]
 
     def after(self, ran: bool) -> None:
-        """A backward that averages has ended: send what it came to.
+        """End a backward that averages, and send the units and parameters it used.
 
         Args:
-            ran: whether the model ran with gradients since the backward before; if not, and this one did not come to
-                it, nothing is sent.
+            ran: whether the model ran with gradients since the previous backward; if not, and this one did not
+                reach it, nothing is sent.
         """
         if not (ran or self._order or any(self._flags)):
             return
@@ -93,10 +93,10 @@ class UsedParameters:
         self._flags[:] = bytes(len(self._flags))
 
     def settle(self) -> None:
-        """Wait for what the ranks have sent, and drop gradients of parameters that none came to: torch's zeros.
+        """Wait for all ranks, and drop the zero gradients torch creates for parameters that no rank used.
 
         Raises:
-            CollectiveMismatchError: if the backwards of the ranks came to the units in different orders.
+            CollectiveMismatchError: if the ranks' backwards reached units in different orders.
         """
         if self._pending is None:
             return
@@ -104,20 +104,20 @@ class UsedParameters:
         rows = exchange.wait()
         if not bool((rows[:, :_SUM] == rows[0, :_SUM]).all()):
             raise CollectiveMismatchError(
-                f"The backwards of the ranks came to the parts of this {self._model} in different orders, so that "
-                "their gradients are mixed: compute the loss from the same parts on every rank (weigh an unused one "
-                "with 0)."
+                f"The backwards of the ranks reached the submodules of this {self._model} in different orders, so that "
+                "their gradients are mixed: compute the loss from the same submodules on every rank (weigh an "
+                "unused one with 0)."
             )
         used = rows[:, _SUM:].amax(0)
         if bool(used.all()):
             return
-        for parameter, came, empty in zip(self._parameters, used.tolist(), self._empty, strict=True):
-            if not came and empty:
+        for parameter, reached, empty in zip(self._parameters, used.tolist(), self._empty, strict=True):
+            if not reached and empty:
                 parameter.grad = None
 
 
 def owned_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[tuple[nn.Module, str]]]:
-    """Return every parameter once, and the module and attribute that hold it."""
+    """Return every parameter once, with the module and attribute that hold it."""
     found: dict[int, tuple[nn.Parameter, tuple[nn.Module, str]]] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():

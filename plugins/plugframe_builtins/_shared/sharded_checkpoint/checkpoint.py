@@ -1,4 +1,4 @@
-"""The plugin: every rank writes its part, at once or in the background, and reads what it needs."""
+"""Sharded checkpoints: every rank writes its shards, optionally in the background, and reads those it needs."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from plugframe_builtins._shared.sharded_checkpoint.writer import FolderWriter, b
 from plugframe_builtins._shared.torch_collective.connection import host_backend
 
 
-class _Offer(NamedTuple):
-    """What a rank brings to a save."""
+class _Contribution(NamedTuple):
+    """A rank's contribution to a save."""
 
     error: Packed
     digest: bytes
@@ -40,7 +40,7 @@ class _Offer(NamedTuple):
 
 
 class ShardedCheckpoint(Checkpoint):
-    """A folder per checkpoint, on ``torch.distributed.checkpoint``, keyed by names: it loads on any number of ranks."""
+    """Write a folder per checkpoint with ``torch.distributed.checkpoint``; it loads on any number of ranks."""
 
     def __init__(self) -> None:
         self._pending: Pending | None = None
@@ -59,7 +59,7 @@ class ShardedCheckpoint(Checkpoint):
     @hookimpl
     def checkpoint_teardown(self) -> None:
         try:
-            error = self._untold()
+            error = self._unreported()
         finally:
             self._staging.clear()
             if self._group is not None and dist.is_initialized():
@@ -69,7 +69,7 @@ class ShardedCheckpoint(Checkpoint):
             return
         if sys.exc_info()[0] is None:
             raise error
-        # Something else is on its way out, and is the error to tell.
+        # Another exception is propagating, and matters more.
         warn_caller(str(error))
 
     @hookimpl
@@ -78,13 +78,13 @@ class ShardedCheckpoint(Checkpoint):
     ) -> SaveHandle | None:
         world = self.context.world
         offer, tensors, structure = self._prepare(path, state)
-        offers: list[_Offer] = self._exchange(offer)
+        offers: list[_Contribution] = self._exchange(offer)
         failed = next((each.error for each in offers if each.error is not None), None)
         if failed is not None:
             raise unpack_error(failed)
         shared = set(table(tensors))
         if len({each.digest for each in offers}) > 1:
-            # A rank with an empty part of a shared tensor cannot tell that it is shared: then none looks.
+            # A rank with an empty shard cannot detect a shared tensor: then no rank checks.
             tensors, structure = split_stored(state, dtypes=CODES.keys(), where=path, sharded=True, aliases=False)
             shared = common(self._exchange(table(tensors)), where=path)
         pieces = portion(tensors, shared, rank=world.global_rank, num_ranks=world.world_size)
@@ -105,7 +105,7 @@ class ShardedCheckpoint(Checkpoint):
 
     @hookimpl
     def checkpoint_load(self, path: str, trusted: bool, lazy: bool) -> dict[str, Any]:
-        error = self._untold()
+        error = self._unreported()
         failed = first_error(self._exchange(pack_error(error)), error, self.context.world.global_rank)
         if failed is not None:
             raise failed
@@ -117,10 +117,10 @@ class ShardedCheckpoint(Checkpoint):
     def unfinished(self, path: str) -> bool:
         return formats.unfinished(path)
 
-    def _untold(self) -> CheckpointError | None:
-        """Wait for the save in the background; return what went wrong, unless somebody was told before."""
+    def _unreported(self) -> CheckpointError | None:
+        """Wait for the save in the background; return its error, unless it was raised already."""
         pending, self._pending = self._pending, None
-        return pending.untold() if pending is not None else None
+        return pending.unreported() if pending is not None else None
 
     def _exchange(self, obj: Any) -> list[Any]:
         if self.context.world.world_size == 1:
@@ -128,23 +128,25 @@ class ShardedCheckpoint(Checkpoint):
         everyone: list[Any] = self.context.hooks.collective_all_gather_object(obj=obj, group=None)
         return everyone
 
-    def _prepare(self, path: str, state: Mapping[str, Any]) -> tuple[_Offer, dict[str, Tensor | StoredTensor], Any]:
-        """Do what can go wrong on one rank alone, before anything is written."""
-        error = self._untold()
+    def _prepare(
+        self, path: str, state: Mapping[str, Any]
+    ) -> tuple[_Contribution, dict[str, Tensor | StoredTensor], Any]:
+        """Run everything that can fail on one rank alone, before anything is written."""
+        error = self._unreported()
         if error is not None:
-            return _Offer(pack_error(error), b"", "", ""), {}, None
+            return _Contribution(pack_error(error), b"", "", ""), {}, None
         try:
             if not path or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-                raise CheckpointURLError(f"{path!r} is no path of the file system, which a sharded checkpoint needs.")
+                raise CheckpointURLError(f"{path!r} is not a file system path, which a sharded checkpoint needs.")
             tensors, structure = split_stored(state, dtypes=CODES.keys(), where=path, sharded=True)
             first = self.context.world.global_rank == 0
             save_id, folder = begin(os.path.abspath(path), path) if first else ("", "")
         except CheckpointError as problem:
-            return _Offer(pack_error(problem), b"", "", ""), {}, None
-        except Exception as problem:  # noqa: BLE001 the other ranks wait for word, whatever went wrong here
+            return _Contribution(pack_error(problem), b"", "", ""), {}, None
+        except Exception as problem:  # noqa: BLE001 the other ranks wait for the outcome
             text = f"cannot write {path}: {type(problem).__name__}: {problem}"
-            return _Offer(pack_error(CheckpointError(text)), b"", "", ""), {}, None
-        return _Offer(None, digest(table(tensors)), save_id, folder), tensors, structure
+            return _Contribution(pack_error(CheckpointError(text)), b"", "", ""), {}, None
+        return _Contribution(None, digest(table(tensors)), save_id, folder), tensors, structure
 
     def _save(self, pieces: Mapping[str, Piece], writer: FolderWriter) -> None:
         values = {name: piece.tensor for name, piece in pieces.items()}
@@ -155,7 +157,7 @@ class ShardedCheckpoint(Checkpoint):
             if isinstance(error, (Exception, CheckpointException)) and not interrupted(error):
                 failure = explain(error, writer)
                 raise failure from failure.__cause__
-            # Torch makes an error of its own of an interrupt on any rank.
+            # torch wraps an interrupt on any rank in its own error.
             if isinstance(error, CheckpointException):
                 raise KeyboardInterrupt from error
             raise
@@ -187,11 +189,11 @@ class ShardedCheckpoint(Checkpoint):
             save(values, storage_writer=writer, planner=planner, process_group=group)
 
     def _peers(self) -> dist.ProcessGroup | None:
-        """Return a group of all ranks that no other call uses, None for a single rank."""
+        """Return a process group used by no other call, None for a single rank."""
         if self.context.world.world_size == 1:
             return None
         if self._group is None:
-            # Of its own: a save in the background must not mix with what the loop exchanges meanwhile.
+            # A separate group: a background save must not mix with the loop's collectives.
             group = dist.new_group(backend=host_backend())
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
@@ -203,7 +205,7 @@ def _loaded(tensor: Tensor | StoredTensor) -> Tensor:
 
 
 def _save_alone(values: dict[str, Any], planner: PiecePlanner, writer: FolderWriter) -> None:
-    """Do what ``torch.distributed.checkpoint.save`` does, without a process group, of which that warns."""
+    """Save as ``torch.distributed.checkpoint.save`` does, which warns without a process group."""
     planner.set_up_planner(values, writer.storage_meta(), True)
     writer.set_up_storage_writer(True)
     plan = writer.prepare_local_plan(planner.create_local_plan())

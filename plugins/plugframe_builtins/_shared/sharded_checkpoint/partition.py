@@ -1,4 +1,4 @@
-"""Which rank writes what: every value once, and the ranks about equally much."""
+"""Assign tensors to ranks for writing: every value once, and about equal sizes per rank."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.distributed.tensor import DTensor
 from plugframe.checkpoint import StoredTensor, is_shard
 from plugframe.errors import CheckpointError
 
-#: Whole tensors below this are rank 0's to write; a value that differs by rank is rank 0's then.
+#: Rank 0 writes replicated tensors below this size, and its own value of those that differ by rank.
 SMALL_BYTES = 64 * 1024
 
 
 class Row(NamedTuple):
-    """What the ranks must agree on about a tensor."""
+    """Properties of a tensor that ranks compare."""
 
     kind: str
     dtype: str
@@ -29,12 +29,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """What a rank writes of one tensor.
+    """The part of one tensor that a rank writes.
 
     Attributes:
-        tensor: a plain one, or one that lies in another checkpoint yet.
-        offsets: where in the whole it begins.
-        shape: of the whole.
+        tensor: a plain tensor, or one stored in another checkpoint.
+        offsets: origin in the full tensor.
+        shape: of the full tensor.
     """
 
     tensor: Tensor | StoredTensor
@@ -43,7 +43,7 @@ class Piece:
 
 
 def table(tensors: Mapping[str, Tensor | StoredTensor]) -> dict[str, Row]:
-    """Return what the ranks must agree on: the tensors of which each has a part, and the large ones."""
+    """Return the rows to compare: of sharded tensors, and of large ones."""
     return {
         name: Row("part" if is_shard(tensor) else "whole", str(tensor.dtype), tuple(tensor.shape))
         for name, tensor in tensors.items()
@@ -52,15 +52,15 @@ def table(tensors: Mapping[str, Tensor | StoredTensor]) -> dict[str, Row]:
 
 
 def digest(rows: Mapping[str, Row]) -> bytes:
-    """Return a few bytes that are the same for the same tables."""
+    """Return a short digest, equal for equal tables."""
     return hashlib.sha256(repr(sorted(rows.items())).encode("utf-8", "backslashreplace")).digest()
 
 
 def common(tables: Sequence[Mapping[str, Row]], *, where: str) -> set[str]:
-    """Return the names of the tensors that are the same on all ranks.
+    """Return the names of the tensors that are equal on all ranks.
 
     Raises:
-        CheckpointError: on all ranks alike, if the ranks' parts are not those of the same tensors.
+        CheckpointError: on all ranks, if the ranks hold shards of different tensors.
     """
     for rank, rows in enumerate(tables):
         for name in {**tables[0], **rows}:
@@ -68,7 +68,7 @@ def common(tables: Sequence[Mapping[str, Row]], *, where: str) -> set[str]:
             if ours != others and "part" in [row.kind for row in (ours, others) if row is not None]:
                 raise CheckpointError(
                     f"cannot save {where}, nothing was written: {name!r} is {_spell(ours)} on rank 0 and "
-                    f"{_spell(others)} on rank {rank}: let every rank save its part of the same tensors."
+                    f"{_spell(others)} on rank {rank}: let every rank save its shard of the same tensors."
                 )
     return {name for name, row in tables[0].items() if all(rows.get(name) == row for rows in tables)}
 
@@ -80,13 +80,13 @@ def _spell(row: Row | None) -> str:
 def portion(
     tensors: Mapping[str, Tensor | StoredTensor], shared: set[str], *, rank: int, num_ranks: int
 ) -> dict[str, Piece]:
-    """Return what this rank writes.
+    """Return the pieces that this rank writes.
 
     Args:
-        tensors: all this rank has.
-        shared: the names of those that all ranks have alike.
-        rank: this one.
-        num_ranks: of the job.
+        tensors: all tensors of this rank.
+        shared: names of tensors that are equal on all ranks.
+        rank: this rank.
+        num_ranks: number of ranks.
     """
     mine: dict[str, Piece] = {}
     load = [0] * num_ranks
@@ -104,7 +104,7 @@ def portion(
 
 
 def _part(name: str, tensor: DTensor, rank: int) -> Piece | None:
-    """Return this rank's part of a ``DTensor``, None if it has none or another writes the same."""
+    """Return this rank's shard of a ``DTensor``, None if it has none or another rank writes a replica."""
     if tensor.numel() == 0:
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         return Piece(empty, (0,) * tensor.dim(), tuple(tensor.shape)) if rank == 0 else None

@@ -1,4 +1,4 @@
-"""A save that may still be running in the background."""
+"""Background saves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from plugframe_builtins._shared.sharded_checkpoint.writer import FolderWriter
 
 
 def explain(error: BaseException, writer: FolderWriter) -> CheckpointError:
-    """Return what went wrong as one of our errors, worded alike on all ranks."""
+    """Return the error as a `CheckpointError` with the same message on all ranks."""
     if isinstance(error, CheckpointError):
         return error
     if isinstance(error, CheckpointException) and error.failures:
@@ -39,18 +39,18 @@ def _line(writer: FolderWriter, error: BaseException, where: str) -> str:
 
 
 def clean(error: BaseException) -> bool:
-    """Say whether all ranks know that the save failed; if not, another may yet complete it."""
+    """Return whether all ranks know that the save failed; otherwise another rank may still complete it."""
     return isinstance(error, (CheckpointError, CheckpointException))
 
 
 def interrupted(error: BaseException) -> bool:
-    """Say whether a rank was interrupted from the keyboard."""
+    """Return whether a rank was interrupted from the keyboard."""
     failures = error.failures.values() if isinstance(error, CheckpointException) else ()
     return any(isinstance(cause, KeyboardInterrupt) for cause, _ in failures)
 
 
 class Pending:
-    """The handle of a save in the background; see `SaveHandle`."""
+    """The handle of a background save; see `SaveHandle`."""
 
     def __init__(self, future: Future[Any], writer: FolderWriter) -> None:
         self._future = future
@@ -58,25 +58,25 @@ class Pending:
         self._lock = threading.Lock()
         self._settled = False
         self._error: CheckpointError | None = None
-        self._told = False
+        self._reported = False
 
     def wait(self) -> None:
-        """Return once the checkpoint is whole on disk; raise what went wrong."""
+        """Return once the checkpoint is complete on disk; raise if the save failed."""
         error = self._end()
         if error is not None:
-            self._told = True
+            self._reported = True
             raise error
 
     def done(self) -> bool:
-        """Say whether it has ended, well or badly."""
+        """Return whether the save has ended, successfully or not."""
         return self._future.done()
 
-    def untold(self) -> CheckpointError | None:
-        """Wait for the end and return what went wrong, unless somebody was told before."""
+    def unreported(self) -> CheckpointError | None:
+        """Wait for the end and return the error, unless it was raised already."""
         error = self._end()
-        if self._told:
+        if self._reported:
             return None
-        self._told = error is not None
+        self._reported = error is not None
         return error
 
     def _end(self) -> CheckpointError | None:

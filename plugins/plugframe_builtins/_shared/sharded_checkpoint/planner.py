@@ -1,4 +1,4 @@
-"""The plan of a save: torch's own, of pieces that are plain tensors already."""
+"""The save planner: torch's own, for pieces that are plain tensors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from plugframe_builtins._shared.sharded_checkpoint.partition import Piece
 
 
 class PiecePlanner(DefaultSavePlanner):
-    """Plans pieces; the state it is given holds their values by name, perhaps copies of them.
+    """Plan pieces; the planner's state holds their values by name, possibly copies.
 
     Args:
-        pieces: by name; only their places count.
-        error: what went wrong on this rank before. The plan fails of it, on all ranks.
+        pieces: by name; only their positions are used.
+        error: an earlier error of this rank; planning raises it on all ranks.
     """
 
     def __init__(self, pieces: Mapping[str, Piece], *, error: Exception | None = None) -> None:
@@ -28,7 +28,7 @@ class PiecePlanner(DefaultSavePlanner):
         self._error = error
 
     def create_local_plan(self) -> SavePlan:
-        """Return one write for each piece."""
+        """Return a write item per piece."""
         if self._error is not None:
             raise self._error
         self.plan = SavePlan([_item(name, piece) for name, piece in self._pieces.items()])

@@ -1,4 +1,4 @@
-"""Copies of what is to be saved, so that the loop may go on changing it: in memory that is used again."""
+"""Stage tensors for background saves in reusable CPU buffers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.distributed.checkpoint.staging import AsyncStager
 
 
 class Staging:
-    """Memory on the CPU for the pieces of a rank."""
+    """CPU buffers for a rank's pieces."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def copy(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return copies of `values`; they are good until the next call."""
+        """Return copies of `values`, valid until the next call."""
         self._buffers = {name: self._buffer(name, value) for name, value in values.items()}
-        # One thread: the memory's speed is what counts, and one is enough to use it up.
+        # One thread saturates the memory bandwidth.
         for name, value in values.items():
             self._buffers[name].copy_(value, non_blocking=not value.is_cpu)
         for device in {value.device for value in values.values() if not value.is_cpu}:
@@ -36,20 +36,20 @@ class Staging:
         return torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=pinned)
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Free the buffers."""
         self._buffers = {}
 
 
 class Staged(AsyncStager):
-    """Tells torch that the state it is given is a copy already."""
+    """A stager for a state that is a copy already."""
 
     @property
     def should_synchronize_after_execute(self) -> bool:
-        """Say that there is nothing to wait for."""
+        """Return False: there is nothing to wait for."""
         return False
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return the state as it is."""
+        """Return the state unchanged."""
         return state_dict
 
     def synchronize_staging(self) -> None:

@@ -1,4 +1,4 @@
-"""Writing the folder: every rank its file, then rank 0 the manifest, which makes them a checkpoint."""
+"""Write a sharded checkpoint: a data file per rank, then rank 0's manifest, which commits them."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from plugframe.errors import CheckpointError
 from plugframe_builtins._shared.checkpoint_files import formats, sharded_format, tensor_file
 from plugframe_builtins._shared.checkpoint_files.index import Chunk, Head, TensorLayout
 
-#: About what the header and the manifest take for each tensor.
+#: Approximate bytes per tensor in the header and manifest.
 _ENTRY_BYTES = 512
 
 
 def begin(path: str, shown: str) -> tuple[str, str]:
-    """Check that `path` may become a checkpoint, clear up what dead writers left, and return a name for the save.
+    """Check that `path` may become a checkpoint, remove files of dead writers, and return an id for the save.
 
     Returns:
-        The name, and the folder to write in: `path`, or one beside it where a checkpoint of one file is there, which
-        the folder will replace.
+        The id, and the folder to write in: `path`, or a sibling if `path` is a single-file checkpoint, which
+        the folder replaces.
 
     Raises:
-        CheckpointError: saying what is in the way.
+        CheckpointError: naming the obstacle.
     """
-    with _told(f"cannot write {shown}"):
+    with _checkpoint_errors(f"cannot write {shown}"):
         remove_leftovers(os.path.realpath(path))
         if os.path.lexists(path) and not os.path.isdir(path):
             formats.check_file(path, shown)
@@ -63,7 +63,7 @@ def begin(path: str, shown: str) -> tuple[str, str]:
 
 
 def committed(path: str) -> Mapping[str, Head] | None:
-    """Return the files of the checkpoint that is there; None if there is none, or nobody can tell."""
+    """Return the files of the committed checkpoint; None if there is none, or it is unreadable."""
     try:
         return sharded_format.find(path).files
     except (CheckpointError, OSError):
@@ -71,7 +71,7 @@ def committed(path: str) -> Mapping[str, Head] | None:
 
 
 def _sweep(path: str, keep: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> None:
-    """Remove data files that are not to be kept: those `known` to be over, and those of dead writers."""
+    """Remove data files that are not kept: those `known` to be obsolete, and those of dead writers."""
     for name in os.listdir(path):
         if not sharded_format.is_data(name) or name in keep:
             continue
@@ -83,8 +83,8 @@ def _sweep(path: str, keep: Mapping[str, Any], known: Mapping[str, Any] | None =
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Turn every error into one that can travel to the other ranks, and says what was tried."""
+def _checkpoint_errors(what: str) -> Iterator[None]:
+    """Turn every error into a picklable `CheckpointError` that names the attempted action."""
     try:
         yield
     except CheckpointError:
@@ -100,16 +100,16 @@ def _told(what: str) -> Iterator[None]:
 
 @dataclass(eq=False)
 class FolderWriter(StorageWriter):
-    """Writes one save.
+    """Write one save.
 
     Attributes:
         path: the folder to write in.
-        target: the path of the checkpoint; another one if the folder will take the place of a file there.
-        shown: the path as it was asked for.
-        save_id: of this save; see `begin`.
-        rank: this one.
-        structure: of the state; rank 0's counts.
-        info: about the run; rank 0's counts.
+        target: the checkpoint's path; differs from `path` if the folder will replace a file.
+        shown: the path in the user's words.
+        save_id: unique to this save; see `begin`.
+        rank: this rank.
+        structure: of the state; rank 0's is written.
+        info: about the run; rank 0's is written.
     """
 
     path: str
@@ -123,26 +123,26 @@ class FolderWriter(StorageWriter):
     _made: list[str] = field(default_factory=list)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing: one writer serves one save."""
+        """Do nothing: a writer serves a single save."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Do nothing: rank 0 coordinates."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Leave the plan as it is."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Check that all the files will find room, and make the sharded_format. Called on rank 0."""
-        with _told(f"cannot write {self.shown}"):
+        """Check the free space for all files, and create the folder. Called on rank 0."""
+        with _checkpoint_errors(f"cannot write {self.shown}"):
             size_bytes = sum(_size_bytes(item) + _ENTRY_BYTES for plan in plans for item in plan.items)
             check_space(self.shown, self.path, size_bytes)
             self._made = make_folders(self.path)
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's file and force it to disk; its lock is held until `settle`."""
-        with _told(f"cannot write {self.shown} (rank {self.rank})"):
+        """Write this rank's file and sync it to disk; its lock is held until `settle`."""
+        with _checkpoint_errors(f"cannot write {self.shown} (rank {self.rank})"):
             results = self._write(plan, planner) if plan.items else []
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
@@ -150,7 +150,7 @@ class FolderWriter(StorageWriter):
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         name = sharded_format.data_name(self.save_id, self.rank)
-        # Wide elements first: then each tensor lies aligned without gaps, which the format forbids.
+        # Descending item sizes keep every tensor aligned without padding, which the format forbids.
         items = sorted(plan.items, key=lambda item: -_itemsize(item))
         named = _named(items)
         slots = tensor_file.place({label: _chunk(item) for label, item in named.items()})
@@ -158,7 +158,7 @@ class FolderWriter(StorageWriter):
         while self._file is None:
             self._file = open_locked(os.path.join(self.path, name))
         self._file.write(header)
-        # Of what the planner gives no item is a stream of bytes.
+        # Items without tensor data are byte streams.
         tensors = {label: cast("Tensor | StoredTensor", planner.resolve_data(item)) for label, item in named.items()}
         checksums = tensor_file.write_tensors(self._file, tensors)
         self._file.flush()
@@ -177,11 +177,11 @@ class FolderWriter(StorageWriter):
         ]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Put the manifest in the place of the old one, once all ranks have written; then remove the old files.
+        """Replace the manifest once all ranks have written, then remove the old files.
 
         Called on rank 0.
         """
-        with _told(f"cannot write {self.shown}"):
+        with _checkpoint_errors(f"cannot write {self.shown}"):
             flat = [result for each in results for result in each]
             files = {result.index.fqn: result.storage_data for result in flat if isinstance(result.storage_data, Head)}
             tensors = _tensors(metadata, [result for result in flat if not isinstance(result.storage_data, Head)])
@@ -197,12 +197,12 @@ class FolderWriter(StorageWriter):
                 with suppress(OSError):
                     os.unlink(self.path)  # where the old file is now
                 return
-        # From here on the new checkpoint is there; what cannot be removed now the next save removes.
+        # The checkpoint is committed; files that cannot be removed now are removed by the next save.
         with suppress(OSError):
             _sweep(self.path, files, before)
 
     def settle(self, *, failed: bool) -> None:
-        """Let go of the file. If the save `failed` on all ranks, rank 0 removes what was written of it."""
+        """Release the file. If the save `failed` on all ranks, rank 0 removes its files."""
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
@@ -212,7 +212,7 @@ class FolderWriter(StorageWriter):
         with suppress(OSError):
             kept = committed(self.path) or {}
             for name in os.listdir(self.path):
-                # The last step of all may have failed after the manifest was in place.
+                # The last step may have failed after the manifest was in place.
                 if name.startswith(f"{self.save_id}-") and name not in kept:
                     os.unlink(os.path.join(self.path, name))
             if self.path != self.target:
@@ -222,7 +222,7 @@ class FolderWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Say that no path makes one of these by itself."""
+        """Return False: a writer cannot be made from a path."""
         return False
 
 
@@ -241,7 +241,7 @@ def _size_bytes(item: WriteItem) -> int:
 
 
 def _named(items: list[WriteItem]) -> dict[str, WriteItem]:
-    """Give each item the name it has in its file: that of its tensor, and which part of it if it is one."""
+    """Map the names in the file to items: the tensor's name, plus its box if it is a shard."""
     named: dict[str, WriteItem] = {}
     for item in items:
         assert item.tensor_data is not None

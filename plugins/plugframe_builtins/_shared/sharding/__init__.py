@@ -1,1 +1,1 @@
-"""What strategies share whose parameters are ``DTensor``: clipping, carrying optimizers over, state, meshes."""
+"""Code of strategies with ``DTensor`` parameters: clipping, optimizer remapping, state, meshes."""

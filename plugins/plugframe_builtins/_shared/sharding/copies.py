@@ -1,4 +1,4 @@
-"""Copies of sharded modules, which are plain; and what the user put on parameters, also while they are gathered."""
+"""Copies of sharded modules as plain modules, and user attributes of parameters while they are gathered."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from plugframe.errors import UnsupportedError
 _COPY = "__deepcopy__"
 #: Where torch keeps the state of a sharded module (a private name, as of torch 2.13).
 _STATE = "__composable_api"
-#: Modules whose hooks belong to the sharding, and not to a copy.
+#: Modules whose hooks belong to the sharding and are not copied.
 _OURS = ("torch.distributed.", "plugframe_builtins.")
 
 
 def allow_copies(module: nn.Module, units: Iterable[nn.Module]) -> None:
-    """Have units be copied as plain modules with whole parameters, where torch refuses. Every rank must copy."""
+    """Make units copyable, as plain modules with full parameters, where torch raises. Every rank must copy."""
     for unit in units:
-        # copy.deepcopy asks the object, so that the classes that torch shares between models stay as they are.
+        # copy.deepcopy looks the method up on the instance, so that the classes torch shares between models stay.
         unit.__dict__[_COPY] = _Copier(unit)
 
 
@@ -67,7 +67,7 @@ def _is_ours(hook: Any) -> bool:
 
 
 def keep_attributes(module: nn.Module) -> None:
-    """Have attributes that the user gave to parameters be there while the parameters are gathered, too."""
+    """Make user attributes of parameters available on the gathered parameters too."""
     for part in module.modules():
         kept = {
             name: {key: value for key, value in vars(parameter).items() if not key.startswith("_")}

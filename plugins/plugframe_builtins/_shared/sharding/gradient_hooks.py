@@ -1,7 +1,7 @@
-"""Hooks on the gradients of sharded parameters, run on what they would see in one process.
+"""Run user hooks on full gradients of sharded parameters.
 
-torch sets a sharded gradient outside of autograd, where no hook of the parameter runs: after each backward the
-strategy runs those that the user registered, before set-up or later.
+torch sets a sharded gradient outside of autograd, where the parameter's hooks do not run: the strategy runs
+them after each backward, whether they were registered before or after set-up.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils.hooks import RemovableHandle
 
-#: Where a parameter keeps the hooks that run on its full gradient, and those that run after it was accumulated.
+#: Attributes for hooks on the full gradient, and for hooks after accumulation.
 _HOOKS, _POST = "_plugframe_hooks", "_plugframe_post_hooks"
 
 
 def add_hook(parameter: Tensor, hook: Callable[..., Any]) -> RemovableHandle:
-    """Run ``hook(gradient)`` on the gradient of each backward, whole and averaged; what it returns replaces it."""
+    """Run ``hook(gradient)`` on the full, averaged gradient of each backward; a returned tensor replaces it."""
     return _added(parameter, _HOOKS, hook)
 
 
@@ -37,8 +37,8 @@ def _added(parameter: Tensor, key: str, hook: Callable[..., Any]) -> RemovableHa
     return handle
 
 
-def take_over(old: Tensor, new: Tensor) -> None:
-    """Have the hooks that were registered on `old` run for `new`; handles the user holds still remove them."""
+def move_hooks(old: Tensor, new: Tensor) -> None:
+    """Move the hooks registered on `old` to `new`; the user's handles still remove them."""
     # The dicts themselves are shared with the handles (torch 2.13: private names, as no public one exists).
     for source, key in (("_backward_hooks", _HOOKS), ("_post_accumulate_grad_hooks", _POST)):
         hooks = getattr(old, source, None)
@@ -53,13 +53,13 @@ def hooked(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def gradients_before(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor | None]:
-    """Return copies of the gradients that a backward will add to."""
+    """Return copies of the gradients that a backward accumulates into."""
     return {p: None if p.grad is None else p.grad.detach().clone() for p in parameters}
 
 
 @torch.no_grad()
 def run_hooks(before: dict[nn.Parameter, Tensor | None]) -> None:
-    """Run the hooks on what a backward has added. Every rank must call it: whole gradients are gathered."""
+    """Run the hooks on the gradients of a backward. Every rank must call it: full gradients are gathered."""
     for parameter, held in before.items():
         gradient = parameter.grad
         if gradient is None:
@@ -70,7 +70,7 @@ def run_hooks(before: dict[nn.Parameter, Tensor | None]) -> None:
             if changed is not added:
                 gradient.copy_(changed if held is None else held + changed)
         for hook in tuple(parameter.__dict__.get(_POST, {}).values()):
-            with implicit_replication():  # a mask of the user's own is the same on all ranks
+            with implicit_replication():  # a user's mask is the same on all ranks
                 hook(parameter)
 
 

@@ -1,4 +1,4 @@
-"""Tensors of odd kinds, before anything is sharded: laid out anew where that is all they need, else refused."""
+"""Prepare tensor layouts for sharding; raise for tensors that cannot be sharded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from plugframe.errors import UnsupportedError
 
 
 def check_layout(module: nn.Module, parameters: Mapping[str, nn.Parameter], strategy: str) -> None:
-    """Refuse what cannot be sharded.
+    """Raise if a parameter cannot be sharded.
 
     Raises:
-        UnsupportedError: naming the parameter, and what to do.
+        UnsupportedError: naming the parameter and a remedy.
     """
     for name, parameter in parameters.items():
         if not parameter.dim():
@@ -37,7 +37,7 @@ def check_layout(module: nn.Module, parameters: Mapping[str, nn.Parameter], stra
 
 @torch.no_grad()
 def make_contiguous(module: nn.Module) -> None:
-    """Make parameters contiguous, as sharding needs them, and give expanded buffers memory of their own."""
+    """Make parameters contiguous, as sharding requires, and copy expanded buffers."""
     for parameter in module.parameters():
         if not parameter.is_meta and not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()

@@ -1,4 +1,4 @@
-"""Giving deferred parameters and buffers their values: whole on no rank for longer than it takes to share them out."""
+"""Materialise deferred parameters and buffers, one full tensor at a time."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def materialize_shards(
     device: torch.device,
     broadcast: Callable[[Tensor], None],
 ) -> None:
-    """Put real tensors in place of the module's meta ones, with rank 0's values. Every rank must call it.
+    """Replace the module's meta tensors by real ones with rank 0's values. Every rank must call it.
 
     Args:
-        module: already sharded: its deferred parameters are ``DTensor`` on the meta device.
-        values: of each deferred parameter and buffer by name, what gives the whole tensor.
+        module: already sharded: deferred parameters are ``DTensor`` on the meta device.
+        values: function per deferred parameter and buffer name that returns the full tensor.
         device: where parameters are kept.
-        broadcast: gives every rank rank 0's values of a tensor.
+        broadcast: broadcasts rank 0's values of a tensor.
     """
     owners = dict(module.named_modules(remove_duplicate=False))
     made: dict[int, Tensor] = {}
@@ -45,7 +45,7 @@ def _made(
 ) -> Tensor:
     full = value()
     if isinstance(old, DTensor):
-        # Rank 0 sends every rank its part.
+        # Rank 0 scatters the shards.
         part = distribute_tensor(full, old.device_mesh, old.placements)
         local = part.to_local()
         if local.untyped_storage().nbytes() > local.nbytes or local.device != device:

@@ -12,10 +12,10 @@ from plugframe.hooks.context import Context
 
 
 def check_mesh(strategy: str, mesh: Mapping[str, int] | None, axes: tuple[str, ...]) -> None:
-    """Check the sizes by themselves, before the number of ranks is known.
+    """Validate the sizes, before the number of ranks is known.
 
     Raises:
-        SettingError: saying what is allowed.
+        SettingError: with the accepted values.
     """
     if mesh is None:
         return
@@ -30,7 +30,7 @@ def check_mesh(strategy: str, mesh: Mapping[str, int] | None, axes: tuple[str, .
 
 
 def make_mesh(strategy: str, mesh: Mapping[str, int], axes: tuple[str, ...], context: Context) -> DeviceMesh:
-    """Return the mesh of all ranks, with the named axes in order; an axis that is left out has one rank.
+    """Return the mesh of all ranks, with the named axes in order; an omitted axis has size 1.
 
     Called on every rank.
 

@@ -1,4 +1,4 @@
-"""Re-pointing whatever refers to parameters to those that took their place."""
+"""Replace references to parameters by the parameters that replaced them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from plugframe.errors import OrderError
-from plugframe_builtins._shared.sharding.gradient_hooks import take_over
+from plugframe_builtins._shared.sharding.gradient_hooks import move_hooks
 from plugframe_builtins._shared.sharding.parameter import as_sharded
 
-#: Where a replaced parameter keeps its name.
+#: Attribute with the name of a replaced parameter.
 _NAME = "_plugframe_name"
-#: The pair of old and new, and the argument of ``sys.getrefcount``.
+#: References held by the (old, new) pair and by ``sys.getrefcount``.
 _OWN_REFERENCES = 2
-#: Up to so many objects ``gc.get_referrers`` is faster than a look at every object of the heap.
+#: Up to this many objects ``gc.get_referrers`` is faster than a search of the heap.
 _FEW = 64
 
 
 class Replaced(nn.Parameter):
-    """A parameter that another one has taken the place of: whoever still holds it is told so when it is used."""
+    """A parameter that was replaced at set-up: using it raises."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,14 +47,14 @@ class Replaced(nn.Parameter):
 
 
 class OptimizerRemapping:
-    """Knows which parameter took the place of which."""
+    """Map replaced parameters to their replacements."""
 
     def __init__(self) -> None:
-        # While an old parameter lives, in an optimizer, so does what took its place.
+        # An old parameter that an optimizer holds keeps its replacement alive.
         self._successor: Any = WeakIdKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OptimizerRemapping, ()  # a strategy that is sent to another process finds other parameters there
+        return OptimizerRemapping, ()  # a strategy unpickled in another process has other parameters
 
     def note(
         self,
@@ -62,10 +62,10 @@ class OptimizerRemapping:
         after: Mapping[str, nn.Parameter],
         optimizers: Iterable[Optimizer] = (),
     ) -> None:
-        """Take note that parameters were replaced, by name: attributes, hooks and references go over to the new ones.
+        """Record replaced parameters by name: attributes, hooks and references move to the new ones.
 
-        Lists, dicts, sets, attributes and closures, wherever they are, are changed in place. What cannot be (a local
-        variable, an object of C) keeps the old parameter, and is told so when it uses it.
+        Lists, dicts, sets, attributes and closures are changed in place, wherever they are. Other references (a local
+        variable, a C object) keep the old parameter, which raises when it is used.
         """
         replaced: dict[int, tuple[Tensor, Tensor]] = {}
         for name, old in before.items():
@@ -75,9 +75,9 @@ class OptimizerRemapping:
             self._successor[old] = new
             replaced[id(old)] = (old, new)
             vars(new).update({key: value for key, value in vars(old).items() if key not in vars(new)})
-            take_over(old, new)
+            move_hooks(old, new)
         self.carry_over(optimizers)
-        # The heap is looked through only for what somebody else holds, too: usually there is nothing.
+        # The heap is searched only for parameters with further references: usually there are none.
         names = Counter(id(parameter) for parameter in before.values())
         held = {key: pair for key, pair in replaced.items() if sys.getrefcount(pair[0]) > names[key] + _OWN_REFERENCES}
         if held:
@@ -88,9 +88,9 @@ class OptimizerRemapping:
                 old.__class__ = Replaced
 
     def carry_over(self, optimizers: Iterable[Optimizer]) -> None:
-        """Put the new parameters into the optimizers' groups, in the old ones' places, with their state.
+        """Replace parameters in the optimizers' groups, with their state.
 
-        Tensors of the optimizers' own that lie beside a parameter and have its shape (slow weights in a list of
+        Tensors in the optimizer's own lists that match a parameter and its shape (slow weights in a list of
         lists) are sharded as it is.
         """
         for optimizer in optimizers:
@@ -108,11 +108,11 @@ class OptimizerRemapping:
 
 
 class _Repointing:
-    """Finds what refers to old parameters, by the garbage collector, and has it refer to the new ones.
+    """Find references to old parameters through the garbage collector, and replace them.
 
     Args:
         replaced: old and new parameters by the old ones' id.
-        ignored: containers that go on holding the old ones.
+        ignored: containers that keep the old ones.
     """
 
     def __init__(self, replaced: Mapping[int, tuple[Tensor, Tensor]], ignored: tuple[Any, ...]) -> None:
@@ -129,11 +129,11 @@ class _Repointing:
         if len(self._replaced) <= _FEW:
             holders = gc.get_referrers(*(old for old, _ in self._replaced.values()))
             return [each for each in holders if not issubclass(type(each), kinds) and id(each) not in self._ignored]
-        # get_referrers compares every reference with every object; ids in a set are looked up.
+        # get_referrers compares every reference with every object; here ids are looked up in a set.
         ids = set(self._replaced)
         found = []
         for each in gc.get_objects():
-            # By type alone: isinstance() asks objects, and some answer with a warning.
+            # By type alone: isinstance() reads __class__, and some proxies warn.
             if issubclass(type(each), kinds) or id(each) in self._ignored:
                 continue
             if not ids.isdisjoint(map(id, gc.get_referents(each))):
@@ -165,7 +165,7 @@ class _Repointing:
 
     def _repoint_dict(self, holder: dict[Any, Any]) -> None:
         if any(id(key) in self._replaced for key in holder):
-            # The order of keys is kept, and what belongs to a parameter is sharded with it.
+            # The order of keys stays, and values that belong to a parameter are sharded as it is.
             items = [
                 (self._new(key), alike(value, self._new(key)) if id(key) in self._replaced else value)
                 for key, value in holder.items()
@@ -177,7 +177,7 @@ class _Repointing:
                 holder[key] = self._new(value)
 
     def _repoint_tuple(self, holder: tuple[Any, ...]) -> None:
-        """Put a new tuple into the containers that hold this one: ``[(name, parameter), …]`` is the usual case."""
+        """Replace this tuple in the containers that hold it: ``[(name, parameter), …]`` is the usual case."""
         values = [self._new(value) for value in holder]
         made = type(holder)(*values) if hasattr(holder, "_fields") else type(holder)(values)
         inner = _Repointing({id(holder): (holder, made)}, ())  # type: ignore[dict-item]
@@ -187,9 +187,9 @@ class _Repointing:
 
 
 def alike(value: Any, parameter: Tensor) -> Any:
-    """Return what an optimizer keeps for a parameter, in any nesting, spread over the ranks as the parameter is."""
+    """Return an optimizer's value for a parameter, in any nesting, sharded as the parameter is."""
     if isinstance(value, Tensor):
-        return _spread(value, parameter)
+        return _shard_like_parameter(value, parameter)
     if isinstance(value, dict):
         for key, each in value.items():
             value[key] = alike(each, parameter)
@@ -199,10 +199,10 @@ def alike(value: Any, parameter: Tensor) -> Any:
     return value
 
 
-def _spread(value: Tensor, parameter: Tensor) -> Tensor:
+def _shard_like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor) or isinstance(value, (DTensor, nn.Parameter)) or not value.dim():
         return value
-    # What has a shape of its own (rows and columns of a factorised moment) is whole on every rank.
+    # Values of another shape (rows and columns of a factorised moment) are replicated.
     mesh = parameter.device_mesh
     placements = parameter.placements if value.shape == parameter.shape else [Replicate()] * mesh.ndim
     with torch.no_grad():
@@ -211,7 +211,7 @@ def _spread(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _shard_beside(optimizer: Optimizer) -> None:
-    """Shard tensors in lists of the optimizer's own that go along with its parameters, by group or all in a row."""
+    """Shard tensors in the optimizer's own lists that match its parameters, by group or in one list."""
     groups = [group["params"] for group in optimizer.param_groups]
     flat = [parameter for group in groups for parameter in group]
     for key, value in vars(optimizer).items():
@@ -223,7 +223,7 @@ def _shard_beside(optimizer: Optimizer) -> None:
             continue
         for row, parameters in zip(rows, beside, strict=True):
             if all(isinstance(t, Tensor) and t.shape == p.shape for t, p in zip(row, parameters, strict=True)):
-                row[:] = [_spread(t, p) for t, p in zip(row, parameters, strict=True)]
+                row[:] = [_shard_like_parameter(t, p) for t, p in zip(row, parameters, strict=True)]
 
 
 def _flat(values: Iterable[Any]) -> Iterable[Any]:

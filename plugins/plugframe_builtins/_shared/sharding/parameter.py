@@ -1,8 +1,8 @@
-"""Sharded parameters that act as the tensors they stand for, wherever the script uses them.
+"""Sharded parameters that behave as the full tensors outside of the model.
 
-While the model runs, its parameters are gathered and plain. At any other time they are ``DTensor``, and a
-``DTensor`` refuses to meet a plain tensor, draws random numbers for each rank's part alone, and is pickled as a
-part. `ShardedTensor` is a ``DTensor`` for which these three hold no more.
+While the model runs, its parameters are gathered and plain. Otherwise they are ``DTensor``, and a
+``DTensor`` does not mix with plain tensors, draws random numbers per shard, and pickles its
+shard. `ShardedTensor` is a ``DTensor`` without these three restrictions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _names(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-#: What only asks about a tensor, or marks it: no values are gathered for it.
+#: Functions that read or set metadata: they gather no values.
 _NEUTRAL = _names(
     "size dim ndimension numel nelement stride is_contiguous element_size storage_offset is_floating_point is_complex "
     "requires_grad_ detach detach_ retain_grad backward __hash__ __len__ __dir__ type get_device data_ptr is_shared "
@@ -36,49 +36,49 @@ _IN_PLACE = _names(
     "__iadd__ __isub__ __imul__ __idiv__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__ "
     "__setitem__"
 )
-#: What gives a view of a tensor, through which it can be written.
+#: Functions that return a view, through which the tensor can be written.
 _VIEWS = _names(
     "view view_as reshape reshape_as flatten ravel unflatten __getitem__ select narrow slice t transpose T mT permute "
     "movedim swapaxes swapdims unbind chunk split tensor_split hsplit vsplit dsplit diagonal squeeze unsqueeze expand "
     "expand_as unfold as_strided"
 )
-#: Products, which are computed from whole tensors, so that they are rounded as in one process.
+#: Products, computed from full tensors, so that they round as in one process.
 _PRODUCTS = _names("matmul __matmul__ __rmatmul__ mm addmm bmm baddbmm einsum tensordot linear svd qr eigh inverse")
-#: Sums, of which the same holds where they have few digits.
+#: Sums, likewise for dtypes of low precision.
 _SUMS = _names("norm vector_norm linalg_vector_norm linalg_norm sum mean std var")
 _RANDOM = _names("normal_ uniform_ bernoulli_ random_ exponential_ cauchy_ log_normal_ geometric_")
 
 
 def as_sharded(tensor: Any) -> Any:
-    """Return the same ``DTensor``, as a `ShardedTensor`; anything else as it is."""
+    """Return the same ``DTensor`` as a `ShardedTensor`; anything else unchanged."""
     if type(tensor) is DTensor:
-        # As torch does for lazy parameters: the layout is the same, so the object and all references to it stay.
+        # As torch does for lazy parameters: the layout is the same, so the object and all references stay valid.
         tensor.__class__ = ShardedTensor
     return tensor
 
 
 def gathered(tensor: DTensor) -> Tensor:
-    """Return the tensor of all ranks, plain. Every rank must call it.
+    """Return the full tensor, plain. Every rank must call it.
 
-    Gradients of what is computed from it are averaged over the ranks, as those of a forward are.
+    Gradients through the result are averaged over ranks, as in a forward.
     """
     return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
 
 
-def own_part(full: Tensor, like: DTensor) -> DTensor:
-    """Return this rank's part of `full`, spread as `like` is. Nothing is sent: every rank has `full`."""
+def local_shard(full: Tensor, like: DTensor) -> DTensor:
+    """Return this rank's shard of `full`, sharded as `like` is, without communication: every rank has `full`."""
     full = full.detach().to(like.device, like.dtype).contiguous()
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
 
 
 class GatheredView(Tensor):
-    """What was to be a view of a sharded tensor, and had to be gathered: it is read, and refuses to be written."""
+    """A gathered copy in place of a view of a sharded tensor: readable, and raises on writes."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _in_place(func.__name__) and args and isinstance(args[0], GatheredView):
             raise UsageError(
-                f"{func.__name__}() on a view of a sharded tensor would change a copy: a view across the parts of the "
+                f"{func.__name__}() on a view of a sharded tensor would change a copy: a view across the shards of the "
                 "ranks is gathered. Change the parameter itself under torch.no_grad(), as in weight[0] = 0 or "
                 "weight.mul_(mask)."
             )
@@ -93,7 +93,7 @@ def _plain(value: Any) -> Any:
 
 
 class ShardedTensor(DTensor):
-    """A parameter, a gradient, or what was computed from them, of which every rank has a part."""
+    """A sharded parameter, gradient, or tensor computed from them."""
 
     @classmethod
     def __torch_function__(
@@ -111,13 +111,13 @@ class ShardedTensor(DTensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UsageError(
-            f"This tensor of shape {tuple(self.shape)} is sharded: rank by rank a pickle would hold a part, which "
+            f"This tensor of shape {tuple(self.shape)} is sharded: a pickle on each rank would hold a shard, which "
             "nothing can load. Use lite.save(path, state), or torch.save(lite.state_dict(model), path): every rank "
             "calls lite.state_dict()."
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Copy as the plain tensor of all ranks. Every rank must do it."""
+        """Copy as the full, plain tensor. Every rank must call it."""
         if id(self) not in memo:
             with torch.no_grad():
                 full: Tensor = self.full_tensor().clone()
@@ -136,7 +136,7 @@ def _run(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dic
         and torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in tensors if isinstance(tensor, DTensor))
     )
-    if graph or _needs_whole(name, tensors) or (mixed and not (in_place and _first_is_sharded(args))):
+    if graph or _needs_full(name, tensors) or (mixed and not (in_place and _first_is_sharded(args))):
         return func(*_map(gathered_all, args), **{key: gathered_all(value) for key, value in kwargs.items()})
     with torch._C.DisableTorchFunctionSubclass():
         if mixed:
@@ -148,16 +148,16 @@ def _run(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dic
         except RuntimeError:
             if not in_place:
                 raise
-            # torch changes nothing in place by what is divided in another way, and has not begun.
+            # torch raises before changing anything if operands of an in-place call are sharded differently.
             return func(*_aligned(args), **kwargs)
     if in_place:
         return result
     if isinstance(result, DTensor) and any(placement.is_partial() for placement in result.placements):
-        return result.full_tensor()  # a norm or a sum: of another value on each rank until it is added up
+        return result.full_tensor()  # a norm or a sum: partial until reduced
     return _map(as_sharded, result) if isinstance(result, (list, tuple)) else as_sharded(result)
 
 
-def _needs_whole(name: str, tensors: Sequence[Tensor]) -> bool:
+def _needs_full(name: str, tensors: Sequence[Tensor]) -> bool:
     return name in _PRODUCTS or (name in _SUMS and any(tensor.dtype.itemsize < 4 for tensor in tensors))
 
 
@@ -166,13 +166,13 @@ def _in_place(name: str) -> bool:
 
 
 def _view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return a view of this rank's part where that is one, else a copy of the whole that cannot be written."""
+    """Return a view of this rank's shard where possible, else a read-only copy of the full tensor."""
     held = args[0]
     if not isinstance(held, DTensor) or (torch.is_grad_enabled() and held.requires_grad):
         return func(*_map(gathered_all, args), **kwargs)
     axes = zip(held.placements, held.device_mesh.shape, strict=True)
     if all(not p.is_shard() or not held.shape[p.dim] % size for p, size in axes):  # type: ignore[attr-defined]
-        # torch refuses views across the parts of ranks with an error, and gives copies of others.
+        # torch raises for some views across shards, and returns copies for others.
         with suppress(RuntimeError), torch._C.DisableTorchFunctionSubclass():
             made = func(*args, **kwargs)
             if isinstance(made, DTensor) and _shares_memory(made, held):
@@ -192,7 +192,7 @@ def _shares_memory(made: DTensor, held: DTensor) -> bool:
 
 
 def gathered_all(value: Any) -> Any:
-    """Return `value`, or a list or tuple, with plain tensors in place of sharded ones."""
+    """Return `value`, or a list or tuple, with sharded tensors replaced by full ones."""
     if isinstance(value, DTensor):
         return gathered(value)
     return _map(gathered_all, value) if type(value) in (list, tuple) else value
@@ -214,7 +214,7 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
 
 
 def _aligned(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments of a change in place with plain tensors, equal on all ranks, divided as the first is."""
+    """Return the arguments of an in-place call with plain tensors, equal on all ranks, sharded as the first is."""
     first = args[0]
     if isinstance(first, (list, tuple)):
         return (first, *(_divided_all(value, first) for value in args[1:]))
@@ -246,7 +246,7 @@ def _first_is_sharded(args: Sequence[Any]) -> bool:
     return isinstance(first, DTensor)
 
 
-# ------------------------------------------------------------------ what is done in another way
+# ------------------------------------------------------------------ special cases
 
 
 def _special(func: Callable[..., Any], name: str) -> Callable[..., Any] | None:
@@ -263,7 +263,7 @@ def _special(func: Callable[..., Any], name: str) -> Callable[..., Any] | None:
 
 @torch.no_grad()
 def _set_items(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Write items of the whole tensor, and keep this rank's part."""
+    """Write items of the full tensor, and keep this rank's shard."""
     held = args[0]
     if not isinstance(held, DTensor):
         func(*_map(gathered_all, args))
@@ -271,24 +271,24 @@ def _set_items(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     full = held.full_tensor().clone()
     full[gathered_all(args[1])] = gathered_all(args[2])
     with torch._C.DisableTorchFunctionSubclass():
-        held.copy_(own_part(full, held))
+        held.copy_(local_shard(full, held))
 
 
 @torch.no_grad()
 def _draw(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Have every rank draw the numbers of the whole tensor, as one process does, and keep its part."""
+    """Draw the random numbers of the full tensor on every rank, as one process does, and keep this rank's shard."""
     held = args[0] if args else kwargs.pop("tensor")
     if not isinstance(held, DTensor):
         return func(*_map(gathered_all, args), **kwargs)
     full = held.full_tensor().clone()  # an initialisation may leave values as they are
     func(full, *args[1:], **kwargs)
     with torch._C.DisableTorchFunctionSubclass():
-        held.copy_(own_part(full, held))
+        held.copy_(local_shard(full, held))
     return held
 
 
 def _set_data(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Write values where torch gathers them from: a new tensor put in their place would not be seen."""
+    """Write values into the storage that torch gathers: torch would not see a new tensor."""
     held, value = args
     if value.shape != held.shape:
         raise UsageError(
@@ -296,13 +296,13 @@ def _set_data(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             f"{tuple(value.shape)}: resize it before lite.setup()."
         )
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        held.copy_(value if isinstance(value, DTensor) else own_part(value, held))
+        held.copy_(value if isinstance(value, DTensor) else local_shard(value, held))
 
 
 def _set_grad(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     held, value = args
     if isinstance(value, Tensor) and not isinstance(value, DTensor) and isinstance(held, DTensor):
-        value = own_part(value, held)
+        value = local_shard(value, held)
     with torch._C.DisableTorchFunctionSubclass():
         func(held, value)
 

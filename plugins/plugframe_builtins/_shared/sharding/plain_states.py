@@ -1,4 +1,4 @@
-"""``load_state_dict`` of plain tensors into sharded modules: every rank takes its part."""
+"""``load_state_dict`` of plain tensors into sharded modules."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch.distributed.tensor import DTensor
 
 from plugframe.checkpoint import as_bytes
 from plugframe.errors import OutOfSyncError
-from plugframe_builtins._shared.sharding.parameter import own_part
+from plugframe_builtins._shared.sharding.parameter import local_shard
 
 _MASK = (1 << 63) - 1
 
 
-def take_plain_states(module: nn.Module, hooks: Any) -> None:
-    """Have `module` and its parts take the states of plain modules, the same on all ranks."""
+def accept_plain_states(module: nn.Module, hooks: Any) -> None:
+    """Make `module` and its submodules load states of plain tensors, equal on all ranks."""
     for part in module.modules():
         if part._parameters:
-            part.register_load_state_dict_pre_hook(_Taking(hooks))  # type: ignore[no-untyped-call]
+            part.register_load_state_dict_pre_hook(_PlainStateHook(hooks))  # type: ignore[no-untyped-call]
 
 
-class _Taking:
-    """A hook on ``load_state_dict`` of a module that has parameters. Every rank must load."""
+class _PlainStateHook:
+    """A ``load_state_dict`` hook for modules with parameters. Every rank must load."""
 
     def __init__(self, hooks: Any) -> None:
         self._hooks = hooks
@@ -37,15 +37,15 @@ class _Taking:
             value = state.get(prefix + name)
             if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
                 continue
-            if value.shape == parameter.shape:  # else torch says so
+            if value.shape == parameter.shape:  # else torch raises
                 plain[prefix + name] = (parameter, value)
         if plain:
             self._check_equal({key: value for key, (_, value) in plain.items()})
         for key, (own, value) in plain.items():
-            state[key] = own_part(value, own)
+            state[key] = local_shard(value, own)
 
     def _check_equal(self, values: dict[str, Tensor]) -> None:
-        """Refuse states that differ between ranks: parts of both would be mixed.
+        """Raise if states differ between ranks: shards of both would be mixed.
 
         Raises:
             OutOfSyncError: on all ranks.
@@ -62,5 +62,5 @@ class _Taking:
                 "its part of what it is given, so load the same state on all."
             )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Taking:
-        return _Taking(None)
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PlainStateHook:
+        return _PlainStateHook(None)

@@ -13,29 +13,29 @@ from torch.optim import Optimizer
 from plugframe.checkpoint import StoredTensor, fill, materialize
 
 
-def whole(state: Any, *, keep: bool) -> Any:
-    """Return `state` (any nesting) with every ``DTensor`` put together on the CPU, where `keep`; else left out.
+def full_state(state: Any, *, keep: bool) -> Any:
+    """Return `state` (any nesting) with every ``DTensor`` gathered on the CPU if `keep`, else left out.
 
-    Every rank must call it; only one tensor at a time is whole on a rank that does not keep them.
+    Every rank must call it; a rank without `keep` holds one full tensor at a time.
     """
     if isinstance(state, DTensor):
         full = state.full_tensor()
         return full.cpu() if keep else None
     if isinstance(state, Mapping):
-        return {key: whole(value, keep=keep) for key, value in state.items()}
+        return {key: full_state(value, keep=keep) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(whole(value, keep=keep) for value in state)
+        return type(state)(full_state(value, keep=keep) for value in state)
     return state
 
 
 def load_module_state(
     module: nn.Module, own: Mapping[str, Any], state: Mapping[str, Any]
 ) -> tuple[list[str], list[str]]:
-    """Put `state` into the module, every rank its part of each tensor, and return missing and unexpected keys.
+    """Load `state` into the module, each rank its shard of each tensor; return missing and unexpected keys.
 
     Args:
         own: the module's ``state_dict()``.
-        state: whole tensors, or such as lie in a checkpoint yet.
+        state: full tensors, or tensors stored in a checkpoint.
     """
     pairs = [
         (value, state[key])
@@ -52,26 +52,26 @@ def load_module_state(
 
 @torch.no_grad()
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Load a state in torch's own format, every rank its part of each tensor."""
+    """Load a state in torch's format, each rank its shard of each tensor."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     by_number = dict(zip(numbers, parameters, strict=True))
     pairs: list[tuple[Tensor, Tensor | StoredTensor]] = []
     entries: dict[Any, Any] = {}
     for number, kept in state["state"].items():
-        if number not in by_number:  # of no parameter: what the optimizer keeps for all of them
+        if number not in by_number:  # state of the optimizer as such, of no parameter
             entries[number] = materialize(kept)
             continue
         parameter = by_number[number]
         now = optimizer.state.get(parameter, {})
         entries[number] = {name: _place(value, parameter, now.get(name), pairs) for name, value in kept.items()}
     fill(pairs)
-    # Settings of a group may be tensors, too.
+    # Group settings may be tensors too.
     optimizer.load_state_dict({**state, "state": entries, "param_groups": materialize(state["param_groups"])})
 
 
 def _place(value: Any, parameter: Tensor, now: Any, pairs: list[tuple[Tensor, Tensor | StoredTensor]]) -> Any:
-    """Return a tensor that will hold `value`, spread as the entry is now, or as its parameter is."""
+    """Return a tensor for `value`, sharded as the current entry is, or as its parameter is."""
     if not isinstance(value, (Tensor, StoredTensor)):
         return materialize(value)
     if not isinstance(parameter, DTensor) or not len(value.shape):
@@ -80,7 +80,7 @@ def _place(value: Any, parameter: Tensor, now: Any, pairs: list[tuple[Tensor, Te
         target = torch.empty_like(now, dtype=value.dtype)
     elif value.shape == parameter.shape:
         target = torch.empty_like(parameter, dtype=value.dtype)
-    else:  # of a shape of its own, such as Adafactor's rows: every rank has it all
+    else:  # of another shape, such as Adafactor's rows: replicated
         local = torch.empty(value.shape, dtype=value.dtype, device=parameter.device)
         mesh = parameter.device_mesh
         target = DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -1,4 +1,4 @@
-"""Asking every rank what it is about to send, before it is sent."""
+"""Compare collective calls over ranks before tensors are sent."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from plugframe.errors import CollectiveMismatchError
 from plugframe.utils.rank_text import ranks_text
 from plugframe_builtins._shared.torch_collective.compat import all_gather_single
 
-#: Bytes of a description on the wire: the same on every rank, whatever it is about to send.
+#: Bytes of an encoded description, the same on every rank.
 WIDTH = 192
-#: Bytes after it, in which what is small is sent at once: a loss, a flag, a word between ranks.
+#: Further bytes, in which small payloads travel at once.
 ROOM = 256
 
 
 def agree(
     call: str, tensor: Tensor | None, group: dist.ProcessGroup, device: torch.device, *, carry: Tensor | None = None
 ) -> Tensor:
-    """Check that all ranks of `group` make the same call, of a tensor with the same shape, dtype and kind of device.
+    """Check that all ranks of `group` make the same call, with equal shape, dtype and device type.
 
     Unequal tensors would abort one rank and leave the other with uninitialised memory, so each rank first
-    sends a fixed number of bytes that say what it is up to, through `device`.
+    sends a fixed-size description of its call through `device`.
 
     Args:
-        carry: bytes that go along, of dtype uint8 and shape (n,) with n of at most `ROOM`.
+        carry: payload sent along, of dtype uint8 and shape (n,) with n of at most `ROOM`.
 
     Returns:
-        What every rank sent along, of dtype uint8 and shape (ranks, n), on `device`.
+        The payloads of all ranks, of dtype uint8 and shape (ranks, n), on `device`.
 
     Raises:
-        CollectiveMismatchError: on all ranks, with what each of them called.
+        CollectiveMismatchError: on all ranks, with the call of each.
     """
     mine = _encode(call if tensor is None else _describe(call, tensor)).to(device)
     size = 0 if carry is None else carry.numel()

@@ -23,7 +23,7 @@ from plugframe_builtins._shared.torch_collective.call_check import ROOM, agree
 from plugframe_builtins._shared.torch_collective.compat import all_gather_single, reduce_scatter_single
 from plugframe_builtins._shared.torch_collective.connection import backends, check_existing, connected, loopback_only
 from plugframe_builtins._shared.torch_collective.fork import keep_groups_of_the_parent
-from plugframe_builtins._shared.torch_collective.objects import Parcel
+from plugframe_builtins._shared.torch_collective.objects import ObjectMessage
 from plugframe_builtins._shared.torch_collective.options import OPTIONS
 from plugframe_builtins._shared.torch_collective.reduction import Reduction
 
@@ -31,15 +31,15 @@ DEFAULT_TIMEOUT_S = 1800.0
 
 
 class ProcessGroupCollective(Collective):
-    """Exchange tensors and objects through a ``torch.distributed`` process group.
+    """Send tensors and objects through a ``torch.distributed`` process group.
 
-    A process group that is initialised already is used as it is, and stays at tear-down. Every exchange of
-    tensors first compares what the ranks are about to send, so that a difference is an error on all of them.
+    An existing process group is used unchanged, and survives tear-down. Every collective on
+    tensors first compares the calls of the ranks, so that a difference raises on all of them.
 
     Args:
         backend: a ``torch.distributed`` backend, ``"gloo"`` or by device ``"cpu:gloo,cuda:nccl"``; by default
-            what the accelerator asks for.
-        timeout_s: seconds an exchange may take before it is an error; by default ``--timeout``, else 1800.
+            the accelerator's.
+        timeout_s: timeout of a collective in seconds; by default ``--timeout``, else 1800.
     """
 
     def __init__(self, *, backend: str | None = None, timeout_s: float | None = None) -> None:
@@ -76,8 +76,8 @@ class ProcessGroupCollective(Collective):
             self._types = frozenset(backends(dist.get_backend_config()))
             self._token = job_token(_store(), context.world.global_rank) if context.world.world_size > 1 else b""
             if context.device.type == "cpu" and context.world.world_size > 1:
-                # What a strategy sends in forward and backward would otherwise meet what the ranks agree by, and of
-                # different sizes that ends a process.
+                # A strategy's collectives in forward and backward must not interleave with the call checks:
+                # different sizes abort the process.
                 words: Any = dist.new_group(timeout=timedelta(seconds=timeout_s))
                 self._words = words
                 stack.callback(self._forget_words)
@@ -108,7 +108,7 @@ class ProcessGroupCollective(Collective):
         if sync_grads:
             self._agree("all_gather with gradients", tensor, peers)
             return _gather_with_grads(tensor, self, peers)
-        rows = self._agree("all_gather", tensor, peers, carry=self._light(tensor))
+        rows = self._agree("all_gather", tensor, peers, carry=self._small_payload(tensor))
         if rows is not None:
             everyone: Tensor = rows.view(tensor.dtype).view(peers.size(), *tensor.shape)
             return everyone.to(tensor.device)
@@ -118,7 +118,7 @@ class ProcessGroupCollective(Collective):
         mine = self._wire(_flat(tensor))
         everyone = mine.new_empty(peers.size() * mine.numel())
         if mine.numel():
-            # As bytes: a gather computes nothing, so that every dtype can travel over every backend.
+            # As bytes: a gather computes nothing, so that any dtype works with any backend.
             all_gather_single(everyone.view(torch.uint8), mine.view(torch.uint8), group=peers)
         return everyone.view(peers.size(), *tensor.shape).to(tensor.device)
 
@@ -128,9 +128,9 @@ class ProcessGroupCollective(Collective):
         try:
             reduction = Reduction(op, tensor)
         except Exception:
-            self._agree(f"all_reduce({op})", tensor, peers)  # the others are not left waiting
+            self._agree(f"all_reduce({op})", tensor, peers)  # otherwise the other ranks would wait
             raise
-        rows = self._agree(f"all_reduce({op})", tensor, peers, carry=self._light(reduction.send))
+        rows = self._agree(f"all_reduce({op})", tensor, peers, carry=self._small_payload(reduction.send))
         if rows is not None:
             result = reduction.combine(rows)
             return reduction.receive(result.to(tensor.device), shape=tensor.shape, size=peers.size())
@@ -156,7 +156,7 @@ class ProcessGroupCollective(Collective):
     @hookimpl
     def collective_broadcast(self, tensor: Tensor, src: int, group: Any) -> Tensor:
         peers = self._peers(group, src)
-        rows = self._agree(f"broadcast(src={src})", tensor, peers, carry=self._light(tensor))
+        rows = self._agree(f"broadcast(src={src})", tensor, peers, carry=self._small_payload(tensor))
         if rows is not None:
             row: Tensor = rows[dist.get_process_group_ranks(peers).index(src)].clone()
             return row.view(tensor.dtype).view(tensor.shape).to(tensor.device)
@@ -168,17 +168,17 @@ class ProcessGroupCollective(Collective):
     @hookimpl
     def collective_all_gather_object(self, obj: Any, group: Any) -> list[Any]:
         peers = self._peers(group)
-        parcel = Parcel(obj, self._token)
+        parcel = ObjectMessage(obj, self._token)
         rows = self._agree("all_gather_object", None, peers, carry=parcel.carry)
-        return parcel.gathered(rows, group=peers, device=self._reached())
+        return parcel.gathered(rows, group=peers, device=self._wire_device())
 
     @hookimpl
     def collective_broadcast_object(self, obj: Any, src: int, group: Any) -> Any:
         peers = self._peers(group, src)
         here = dist.get_rank() == src
-        parcel = Parcel(obj, self._token, sends=here)
+        parcel = ObjectMessage(obj, self._token, sends=here)
         rows = self._agree(f"broadcast_object(src={src})", None, peers, carry=parcel.carry)
-        found = parcel.broadcast(rows, src, group=peers, device=self._reached())
+        found = parcel.broadcast(rows, src, group=peers, device=self._wire_device())
         return obj if here else found
 
     @hookimpl
@@ -186,7 +186,7 @@ class ProcessGroupCollective(Collective):
         if self._side is None:
             if "gloo" not in backends(dist.get_backend_config()).values():
                 return None
-            # Its own connections: these numbers must never meet what the ranks send otherwise.
+            # Separate connections: these numbers must not interleave with other collectives.
             self._side = dist.new_group(backend="gloo", timeout=self._timeout)
             self._undo.callback(self._forget_side)
         mine = torch.tensor(values, dtype=torch.float64)
@@ -209,7 +209,7 @@ class ProcessGroupCollective(Collective):
         peers = self._peers(group)
         try:
             self._agree("barrier", None, peers)
-            if self._reached().type != "cpu":  # on the CPU that was one: nobody has an answer before all have come
+            if self._wire_device().type != "cpu":  # on the CPU the check itself is a barrier
                 dist.barrier(group=peers)
         except CollectiveMismatchError:
             raise
@@ -218,8 +218,8 @@ class ProcessGroupCollective(Collective):
 
     @hookimpl
     def collective_monitored_barrier(self, name: str, timeout_s: float) -> None:
-        # Through the store and not through a backend's own: it serves every backend, names the missing ranks
-        # on all the others, rank 0 being missing included, and leaves the connections whole.
+        # Through the store rather than the backend: this works for every backend, names the missing ranks
+        # on all others, rank 0 included, and keeps the connections usable.
         store = self._peers(None).get_group_store()
         self._barriers += 1
         key = f"plugframe/barrier/{self._barriers}"
@@ -234,7 +234,7 @@ class ProcessGroupCollective(Collective):
                 )
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.05)
-        # Everyone is here, so nobody waits at the one before any more.
+        # All ranks are here, so none waits at the previous barrier any more.
         store.delete_key(f"plugframe/barrier/{self._barriers - 1}/{dist.get_rank()}")
 
     @hookimpl
@@ -246,7 +246,7 @@ class ProcessGroupCollective(Collective):
         return dist.group.WORLD if self._types else None
 
     def _peers(self, group: Any, src: int | None = None) -> dist.ProcessGroup:
-        """Return the process group behind `group`, of which this rank and `src` must be members."""
+        """Return the process group of `group`; this rank and `src` must be members."""
         peers = dist.group.WORLD if group is None else group
         if peers is None and self._types:
             raise OrderError(
@@ -263,28 +263,28 @@ class ProcessGroupCollective(Collective):
         return peers
 
     def _agree(self, call: str, tensor: Tensor | None, peers: dist.ProcessGroup, carry: Any = None) -> Any:
-        """Have the ranks compare their calls; return what each sent along, None if this rank sends nothing so."""
+        """Compare the ranks' calls; return every rank's payload, None if this rank sends none."""
         group = self._words if self._words is not None and peers is dist.group.WORLD else peers
-        # Where the group reaches CPU memory too, reading the answer does not wait for the accelerator's queue.
-        rows = agree(call, tensor, group, self._reached(), carry=carry)
+        # On the CPU if the group supports it: reading the result does not wait for the accelerator's stream.
+        rows = agree(call, tensor, group, self._wire_device(), carry=carry)
         if tensor is not None and tensor.layout is not torch.strided:
             raise SettingError(f"{call} takes dense tensors, got {tensor.layout}: use tensor.to_dense() first.")
         return None if carry is None else rows
 
-    def _light(self, tensor: Tensor) -> Tensor | None:
-        """Return the bytes of a tensor that is small, and lies where the ranks compare their calls; None of others."""
+    def _small_payload(self, tensor: Tensor) -> Tensor | None:
+        """Return the bytes of a small tensor on the device of the call check, None for others."""
         if tensor.layout is not torch.strided or not 0 < tensor.nbytes <= ROOM:
             return None
-        return _flat(tensor).view(torch.uint8) if tensor.device.type == self._reached().type else None
+        return _flat(tensor).view(torch.uint8) if tensor.device.type == self._wire_device().type else None
 
     def _wire(self, tensor: Tensor) -> Tensor:
-        """Return `tensor` where this backend can read it."""
+        """Return `tensor` on a device that this backend supports."""
         if tensor.device.type in self._types:
             return tensor
-        return tensor.to(self._reached())
+        return tensor.to(self._wire_device())
 
-    def _reached(self) -> torch.device:
-        """Return the CPU, if this backend can read its memory, else this rank's device."""
+    def _wire_device(self) -> torch.device:
+        """Return the CPU if this backend supports it, else this rank's device."""
         return torch.device("cpu") if "cpu" in self._types else self.context.device
 
 
@@ -298,7 +298,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather; its backward hands every rank the sum of the gradients of its row."""
+    """All-gather; its backward returns the sum of the gradients of this rank's row."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, collective: ProcessGroupCollective, peers: dist.ProcessGroup) -> Tensor:
@@ -311,7 +311,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """Reduce-scatter by sum, the transpose of all-gather: so that gradients of gradients are right too."""
+    """Reduce-scatter by sum, the transpose of all-gather, so that second derivatives are correct."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, collective: ProcessGroupCollective, peers: dist.ProcessGroup) -> Tensor:

@@ -1,4 +1,4 @@
-"""One name for what torch 2.13 renamed: the old names warn there, the new ones are missing before."""
+"""Names that torch 2.13 renamed: the old ones warn there, the new ones are missing before."""
 
 from __future__ import annotations
 

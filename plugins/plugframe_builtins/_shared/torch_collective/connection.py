@@ -1,4 +1,4 @@
-"""Connecting the ranks: making a process group, or finding the one that is there."""
+"""Create the process group, or adopt an existing one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Imported before there is a process group: default arguments of its functions would keep that one for ever, and
-# the threads of gloo with it, which end the process with an abort if they outlive the interpreter.
+# Imported before there is a process group: default arguments of its functions would hold that group for ever, and
+# gloo's threads with it, which abort the process if they outlive the interpreter.
 import torch.distributed.nn.functional
 
 from plugframe.errors import CollectiveTimeoutError, EnvironmentMismatchError, SettingError, UnsupportedError, closest
@@ -23,18 +23,18 @@ from plugframe.hooks.world import World
 from plugframe.utils.rank_text import ranks_text
 from plugframe.utils.stores import fresh_store
 
-#: Seconds in which all ranks have to start, if a collective may not take longer: on a busy machine or file system some
-#: import torch a minute after the others, which a short timeout of collectives is not about.
+#: Shortest timeout in seconds for all ranks to start: on a busy machine or file system some
+#: import torch a minute after the others, which a short timeout of collectives is not meant for.
 START_S = 300.0
 
 
 @contextmanager
 def connected(context: Context, *, backend: str, timeout_s: float) -> Iterator[None]:
-    """Make the default process group, and destroy it on leaving."""
+    """Create the default process group, and destroy it on exit."""
     _check_backend(backend)
     world = context.world
     store = context.hooks.environment_store(context=context, timeout_s=timeout_s)
-    # Ranks may meet at one store more than once, and must not read the addresses of the time before.
+    # Ranks may use one store several times, and must not read addresses of an earlier group.
     store = fresh_store(store, "connections", world.global_rank)
     wait_for_ranks(store, world, max(timeout_s, START_S))
     outer_hook = sys.excepthook
@@ -52,15 +52,15 @@ def connected(context: Context, *, backend: str, timeout_s: float) -> Iterator[N
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        if sys.excepthook is torch_hook:  # torch leaves its own behind
+        if sys.excepthook is torch_hook:  # torch does not restore it
             sys.excepthook = outer_hook
 
 
 def wait_for_ranks(store: Any, world: World, timeout_s: float) -> None:
-    """Wait until every rank is about to connect.
+    """Wait until every rank is ready to connect.
 
     Raises:
-        CollectiveTimeoutError: naming the ranks that did not come.
+        CollectiveTimeoutError: naming the missing ranks.
     """
     key = "arrived/{}".format
     store.set(key(world.global_rank), "")
@@ -79,7 +79,7 @@ def wait_for_ranks(store: Any, world: World, timeout_s: float) -> None:
 
 
 def check_existing(context: Context) -> None:
-    """Check that the process group the user made is the job plugframe was told about."""
+    """Raise if the user's process group differs from the job's ranks."""
     world = context.world
     found, asked = (dist.get_rank(), dist.get_world_size()), (world.global_rank, world.world_size)
     if found != asked:
@@ -92,7 +92,7 @@ def check_existing(context: Context) -> None:
 
 @contextmanager
 def loopback_only(context: Context) -> Iterator[None]:
-    """On one node, let every socket of the backends listen on loopback only, now and in groups made later."""
+    """On one node, make the backends' sockets listen on loopback only, including those of later groups."""
     name = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     wanted = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name and context.world.num_nodes == 1 else ()
     ours = {variable: name for variable in wanted if variable not in os.environ and name}
@@ -106,13 +106,13 @@ def loopback_only(context: Context) -> Iterator[None]:
 
 
 def backends(backend: str) -> dict[str, str]:
-    """Read ``"gloo"`` or ``"cpu:gloo,cuda:nccl"``: backend by device type, that of all others under ``""``."""
+    """Parse ``"gloo"`` or ``"cpu:gloo,cuda:nccl"`` to backends by device type; ``""`` is the default."""
     pairs = [part.strip().rpartition(":") for part in backend.split(",")]
     return {device: name for device, _, name in pairs}
 
 
 def host_backend() -> str:
-    """Return the backend of the job's process group for memory on the CPU; ``"gloo"`` where that reaches none."""
+    """Return the process group's backend for CPU tensors; ``"gloo"`` if it has none."""
     return backends(dist.get_backend_config()).get("cpu", "gloo")
 
 
@@ -122,7 +122,7 @@ def _check_backend(backend: str) -> None:
         if name not in known:
             raise SettingError(
                 f"backend={backend!r} is not known to torch.distributed: "
-                f"it knows {', '.join(map(repr, known))}.{closest(name, known)}"
+                f"use one of {', '.join(map(repr, known))}.{closest(name, known)}"
             )
         if not dist.is_backend_available(name):
             raise UnsupportedError(
@@ -131,11 +131,11 @@ def _check_backend(backend: str) -> None:
 
 
 def _device_id(backend: str, device: torch.device) -> torch.device | None:
-    """Return the device to bind the group to, None where torch or the backend takes none."""
+    """Return the device to bind the group to, None if torch or the backend does not support it."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or device.type != accelerator.type or device.index is None:
         return None
     by_device = backends(backend)
     name = by_device.get(device.type, by_device.get(""))
-    # One of another make may take none, and a group that is bound early only connects sooner.
+    # Third-party backends may not support binding, which only makes the connection early.
     return device if name == dist.Backend.default_device_backend_map.get(device.type) else None

@@ -1,4 +1,4 @@
-"""Processes forked beside a process group: the workers of a loader, above all."""
+"""Safety of forks beside a process group, mainly for loader workers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import os
 
 @functools.cache
 def keep_groups_of_the_parent() -> None:
-    """From now on, keep processes that are forked from collecting what their parent left behind.
+    """Keep forked processes from collecting the garbage of their parent, from now on.
 
-    A process group whose last reference is part of a cycle is destroyed by the garbage collector, wherever that
-    runs next. In a forked child its destructor waits for ever, for threads that only the parent has. What was there
-    before the fork is therefore not the child's to collect; what the child makes is collected as ever.
+    A process group in a reference cycle is destroyed by the garbage collector, wherever that
+    runs next. In a forked child its destructor waits for ever, for threads that only the parent has. Objects from
+    before the fork are therefore frozen; objects of the child are collected as usual.
     """
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=gc.freeze)

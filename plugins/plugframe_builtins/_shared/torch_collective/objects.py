@@ -1,7 +1,7 @@
-"""Objects as bytes. torch's own object collectives take them from tensors through NumPy, which need not be there.
+"""Send objects as bytes. torch's object collectives use NumPy, which need not be installed.
 
-The length of what a rank sends, and all of it if it is short, goes along with what the ranks agree on beforehand; only
-what is longer takes an exchange of its own.
+The length of each rank's object, and the object itself if it is short, travels with the call check; only
+longer objects take a collective of their own.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from plugframe.errors import CollectiveMismatchError
 from plugframe_builtins._shared.torch_collective.call_check import ROOM
 from plugframe_builtins._shared.torch_collective.compat import all_gather_single
 
-#: Bytes of the length.
+#: Bytes of the length field.
 _HEAD = 8
 
 
-class Parcel:
-    """An object on its way: what a rank sends of it, and what becomes of the others'.
+class ObjectMessage:
+    """A pickled object to send, and the objects received.
 
     Attributes:
-        carry: what goes along with the agreement: dtype uint8, shape (n,).
+        carry: payload of the call check: dtype uint8, shape (n,).
     """
 
     def __init__(self, obj: Any, token: bytes, *, sends: bool = True) -> None:
@@ -36,7 +36,7 @@ class Parcel:
         try:
             self._data = pack(obj, token) if sends else b""
             length = len(self._data)
-        except Exception as error:  # noqa: BLE001 - whatever an object raises; the others wait to be told
+        except Exception as error:  # noqa: BLE001 - an object may raise anything; the other ranks wait
             self.error = error
             self._data = f"{type(error).__name__}: {error}".encode()[: ROOM - _HEAD]
             length = -len(self._data)
@@ -44,7 +44,7 @@ class Parcel:
         self.carry = torch.frombuffer(bytearray(head.ljust(ROOM, b"\0")), dtype=torch.uint8)
 
     def gathered(self, rows: Tensor, *, group: dist.ProcessGroup, device: torch.device) -> list[Any]:
-        """Return every rank's object from what they carried; the members of `group` call it."""
+        """Return every rank's object, given the payloads; all members of `group` must call it."""
         rows, sizes = self._opened(rows, group)
         length = max(sizes)
         if length > ROOM - _HEAD:
@@ -57,7 +57,7 @@ class Parcel:
         return [self._unpacked(row[:size]) for row, size in zip(rows, sizes, strict=True)]
 
     def broadcast(self, rows: Tensor, src: int, *, group: dist.ProcessGroup, device: torch.device) -> Any:
-        """Return the object of rank `src` of the job; the members of `group` call it."""
+        """Return the object of global rank `src`; all members of `group` must call it."""
         rows, sizes = self._opened(rows, group)
         source = dist.get_process_group_ranks(group).index(src)
         size = sizes[source]

@@ -1,4 +1,4 @@
-"""Reductions that keep their meaning in every dtype: which numbers travel, and what becomes of the result."""
+"""Reductions with correct results in every dtype: the wire dtype, and the conversion back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OPS = {
     "max": dist.ReduceOp.MAX,
     "product": dist.ReduceOp.PRODUCT,
 }
-# A bool is a byte on the wire, and 1 + 1 is no bool.
+# A bool travels as a byte, and 1 + 1 is not a bool.
 _BOOL_OPS = {**_OPS, "sum": dist.ReduceOp.MAX, "product": dist.ReduceOp.MIN}
 
 
@@ -24,8 +24,8 @@ class Reduction:
     """One reduction of one tensor: `send`, reduce over the ranks with `op`, then `receive` the result.
 
     Attributes:
-        send: what travels: flat, contiguous, this reduction's own.
-        op: torch's operation for it.
+        send: the tensor to reduce: flat, contiguous, not shared.
+        op: torch's reduction operation.
     """
 
     def __init__(self, op: str, tensor: Tensor) -> None:
@@ -41,13 +41,13 @@ class Reduction:
     def _wire_dtype(self, tensor: Tensor) -> torch.dtype:
         if tensor.dtype is torch.bool:
             return torch.uint8
-        # A sum of halves overflows or rounds where their mean does neither; gloo cannot add bytes of float8.
+        # The sum of float16 overflows or rounds where the mean does not; gloo cannot add float8.
         if tensor.is_floating_point() and tensor.element_size() < (4 if self._mean else 2):
             return torch.float32
         return tensor.dtype
 
     def combine(self, rows: Tensor) -> Tensor:
-        """Reduce here what the ranks sent as bytes, of dtype uint8 and shape (ranks, n); alike on all of them."""
+        """Reduce the ranks' bytes locally, dtype uint8 and shape (ranks, n); the result is equal on all ranks."""
         values = rows.view(self.send.dtype)
         if self.op == dist.ReduceOp.SUM:
             return values.sum(0, dtype=values.dtype)
@@ -56,7 +56,7 @@ class Reduction:
         return values.amax(0) if self.op == dist.ReduceOp.MAX else values.amin(0)
 
     def receive(self, reduced: Tensor, *, shape: torch.Size, size: int) -> Tensor:
-        """Turn the flat `reduced`, from `size` ranks, into the result of that shape, in the input's dtype."""
+        """Return the result of the given shape, in the input's dtype, from the flat `reduced` of `size` ranks."""
         if self._mean:
             reduced.div_(size)
         if self._dtype.is_complex:
