@@ -202,7 +202,7 @@ def _check_all(registry: Registry, entries: Iterable[Entry], timeout_s: float) -
         for number, entry in enumerate(group):
             if isinstance(answer, NoAnswer):
                 module = entry.value.partition(":")[0]
-                found[entry] = f"broken: importing {module} {answer}. Mend or uninstall {entry.distribution}.", ""
+                found[entry] = f"broken: importing {module} {answer}. Fix or uninstall {entry.distribution}.", ""
             else:
                 status, summary = answer[number]
                 found[entry] = status, summary
@@ -226,7 +226,7 @@ def _checked(registry: Registry, entry: Entry) -> Checked:
         status = f"broken: it stands for another plugin, and {error}"
     except Exception as error:  # noqa: BLE001  fields of a descriptor may hold anything, and that is to be told
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        status = f"broken: its descriptor {entry.value} is wrong ({cause}). Mend or uninstall {entry.distribution}."
+        status = f"broken: its descriptor {entry.value} is wrong ({cause}). Fix or uninstall {entry.distribution}."
     return status, "".join(summary)
 
 

@@ -105,10 +105,10 @@ def apart(look: Callable[[], list[Answer]], *, count: int, timeout_s: float = TI
         os.kill(child, signal.SIGKILL)
     _, ending = os.waitpid(child, 0)
     if not in_time:
-        return [("error", f"did not load within {timeout_s:.0f} s: uninstall it, or tell its author.")] * count
+        return [("error", f"did not load within {timeout_s:.0f} s: uninstall it, or report it to its author.")] * count
     if not answer:
         code = os.waitstatus_to_exitcode(ending)
-        text = f"ended the process that loaded it (exit code {code}): uninstall it, or tell its author."
+        text = f"ended the process that loaded it (exit code {code}): uninstall it, or report it to its author."
         return [("error", text)] * count
     return [(status, text) for status, text in json.loads(answer)]
 
