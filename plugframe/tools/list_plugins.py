@@ -154,7 +154,7 @@ def _row(registry: Registry, entry: Entry, checked: Checked | None, statuses: _S
 
 
 class _Statuses:
-    """What metadata alone says about plugins."""
+    """The status of plugins from metadata only."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
@@ -187,7 +187,7 @@ def _stray(kind: str) -> str:
 
 
 def _check_all(registry: Registry, entries: Iterable[Entry], timeout_s: float) -> dict[Entry, Checked]:
-    """Load descriptors, away from this process: one that never ends, or ends the program, is told like any other."""
+    """Load descriptors in a subprocess, so that one that hangs or exits is reported like any other error."""
     from plugframe.cli.isolated import NoAnswer, each_apart
 
     refused = registry.refused()

@@ -1,4 +1,4 @@
-"""Every installed plugin, loaded in a process of its own."""
+"""Check every installed plugin, each loaded in its own process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TIMEOUT_S = 60.0
 
 
 def look(registry: Registry) -> Iterator[Finding]:
-    """Load every plugin, and say of each how it is; then what is odd about names and metadata."""
+    """Load every plugin and yield its status; then yield findings about names and metadata."""
     # Once here instead of in every copy of this process. One that does not import is reported for each plugin.
     with contextlib.suppress(Exception):
         importlib.import_module("torch")
@@ -162,7 +162,7 @@ def _clashes(registry: Registry) -> Iterator[Finding]:
 
 
 def _stale(registry: Registry) -> Iterator[Finding]:
-    """Find packages whose metadata does not say what is there."""
+    """Find packages whose metadata is out of date."""
     ours = {normalize(entry.distribution) for entry in registry.entries()}
     found: dict[str, list[Any]] = {}
     for distribution in metadata.distributions():
