@@ -117,7 +117,7 @@ def _options_of_kinds(command: Command) -> Command:
     help="How long ranks may go on after SIGTERM, to save; 30.",
 )
 @click.option("--max-restarts", metavar="N", type=click.IntRange(min=0), help="Start failed ranks again this often.")
-@click.option("--log-dir", metavar="DIR", help="Keep what each rank says: DIR/attempt-0/rank-0.stdout.log, …")
+@click.option("--log-dir", metavar="DIR", help="Write the output of each rank: DIR/attempt-0/rank-0.stdout.log, …")
 @click.option(
     "--tee",
     metavar="0|1|2|3",

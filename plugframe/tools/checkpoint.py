@@ -33,7 +33,7 @@ _SHOWN_CHARACTERS = 100
 @click.group("checkpoint", short_help="Inspect, verify and convert checkpoints.", invoke_without_command=True)
 @click.pass_context
 def command(context: click.Context) -> None:
-    """Say what is in a checkpoint, whether it is whole, or write it in another form.
+    """Show, verify or convert a checkpoint.
 
     \b
     Examples:
@@ -51,7 +51,7 @@ def command(context: click.Context) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @disabling
 def inspect(path: str, as_json: bool) -> None:
-    """Say what is in the checkpoint at PATH: who saved it, its tensors, its plain values. No tensor is read."""
+    """Show the checkpoint at PATH: its origin, tensors and plain values. No tensor is read."""
     contents = _inspect(_plugins(Registry.discover()), path)
     state = {key: value for key, value in contents.state.items() if key != _RUN}
     tensors = dict(_tensors(state, ()))
@@ -75,11 +75,11 @@ def inspect(path: str, as_json: bool) -> None:
     _show(contents, tensors, values)
 
 
-@command.command("verify", short_help="Say whether a checkpoint is whole.")
+@command.command("verify", short_help="Verify that a checkpoint is intact.")
 @click.argument("path")
 @disabling
 def verify(path: str) -> None:
-    """Read every byte of the checkpoint at PATH; exit code 1 if any is not what was written, naming what."""
+    """Verify every byte of the checkpoint at PATH; exit code 1, naming the damaged entry, if one differs."""
     plugins = _plugins(Registry.discover())
     _load(plugins, path, trusted=False)
     try:
@@ -87,7 +87,7 @@ def verify(path: str) -> None:
     except CheckpointError:
         verifiable = False
     if verifiable:
-        click.echo(f"{path} is whole: every byte is what was written.")
+        click.echo(f"{path} is intact: every byte matches what was written.")
     else:
         click.echo(f"{path} can be read, but its format has no checksums: nobody can tell whether a value changed.")
 
