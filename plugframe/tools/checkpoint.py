@@ -46,7 +46,7 @@ def command(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-@command.command("inspect", short_help="Say what is in a checkpoint.")
+@command.command("inspect", short_help="Show the contents of a checkpoint.")
 @click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @disabling
@@ -89,7 +89,7 @@ def verify(path: str) -> None:
     if verifiable:
         click.echo(f"{path} is intact: every byte matches what was written.")
     else:
-        click.echo(f"{path} can be read, but its format has no checksums: nobody can tell whether a value changed.")
+        click.echo(f"{path} can be read, but its format has no checksums: changed values cannot be detected.")
 
 
 @command.command("convert", short_help="Write a checkpoint in another form.")

@@ -1,4 +1,4 @@
-"""What every checkpoint plugin must do: what was saved comes back, or an error says why it does not."""
+"""The checkpoint contract suite: round trips, verification, errors and clean-up."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ class CheckpointContract(PluginContract):
                 broken(rule, f"{what} was refused, but the message names none of {', '.join(names)}: {error}")
             if "\n" in str(error).strip():
                 broken(rule, f"{what} was refused in {len(str(error).splitlines())} lines, not one: {error}")
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(rule, f"{what} raised {one_line(error)}, not a CheckpointError")
         else:
             broken(rule, f"{what} was accepted")
@@ -330,7 +330,7 @@ class CheckpointContract(PluginContract):
                     hooks.checkpoint_load(path=target, trusted=False, lazy=lazy)
                 except CheckpointError:
                     pass
-                except Exception as error:  # noqa: BLE001 - told as what it is
+                except Exception as error:  # noqa: BLE001 - reported as it is
                     broken(NO_CODE, f"a pickle at {file.name} raised {one_line(error)}, not a CheckpointError")
                 else:
                     broken(NO_CODE, f"a pickle at {file.name} was loaded without trusted=True")

@@ -1,4 +1,4 @@
-"""States to save and load: every dtype, every layout, every plain value; and what differs between two of them."""
+"""Checkpoint states with every dtype, layout and plain value, and a comparison of two states."""
 
 from __future__ import annotations
 

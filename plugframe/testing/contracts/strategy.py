@@ -1,4 +1,4 @@
-"""What every strategy plugin must do: train as one process would, and leave the user's objects the user's."""
+"""The strategy contract suite: train as one process would, and keep the user's objects usable."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class StrategyContract(PluginContract):
             silent = [name for name in names if name not in str(error)]
             if silent:
                 broken(rule, f"with {what} the message does not name {silent[0]!r}: {error}")
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(rule, f"with {what} Lite raised {one_line(error)}, not an UnsupportedError")
         else:
             broken(rule, f"with {what} nothing is said")
@@ -157,7 +157,7 @@ class StrategyContract(PluginContract):
         """strategy_describe gives texts of one line each."""
         try:
             lines = self.make().strategy_describe()
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(DESCRIBED, f"it raised {one_line(error)}")
         if isinstance(lines, str) or not all(isinstance(line, str) and "\n" not in line for line in lines):
             broken(DESCRIBED, f"it gave {lines!r}, not a sequence of lines")

@@ -1,4 +1,4 @@
-"""The checks of strategies, run on every rank of a job against the same training in plain torch."""
+"""Strategy contract checks on every rank of a job, compared with the same training in plain torch."""
 
 from __future__ import annotations
 
@@ -708,7 +708,7 @@ def nothing_is_left_behind(bench: Bench) -> None:
             job(fails)
         except ZeroDivisionError:
             pass
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             if fails != "a forward":
                 broken(LAW_9, f"an error in {fails or 'nothing'} became {one_line(error)}")
         what = left(before, traces(collect=False)) and left(before, traces())
