@@ -17,7 +17,7 @@ from plugframe.lite.reductions import reduce_integer, reduce_tensor
 from plugframe.utils.rank_text import ranks_text
 from plugframe.utils.tree import map_tensors
 
-#: Python's numbers, each of which can hold the ones before it.
+#: Python number types; each can represent the preceding ones.
 _NUMBERS = (bool, int, float, complex)
 _DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
 #: Characters of what a message says of one rank.

@@ -189,9 +189,9 @@ class Lite:
     def launch(self, function: Callable[..., object] | None = None, *args: object, **kwargs: object) -> object:
         """Launch the job's ranks, if they do not run yet.
 
-        Where they do already (``plugframe run``, torchrun, a scheduler) or where one is enough, this process
-        goes on. Otherwise, in a script, this process starts and supervises the ranks, each of which runs the
-        script from its beginning; code after the call runs on the ranks alone, code before it once more on each.
+        If they run already (``plugframe run``, torchrun, a scheduler) or one is enough, the call returns. Otherwise,
+        in a script, this process starts and supervises the ranks, and each runs the script from its beginning: code
+        after the call runs on the ranks only, code before it once more on each.
 
         Args:
             function: called as ``function(lite, *args, **kwargs)`` on every rank. With it, this process goes on
@@ -726,8 +726,8 @@ class Lite:
 
         A tensor without a graph is reduced in place and returned, as torch and Fabric do. One with a graph stays as
         it is, and gradients flow back through the new one to the input of every rank; every rank must then call
-        backward. Numbers and arrays become tensors. The dtype of the result, of which those in brackets are new
-        tensors and not reduced in place:
+        backward. Numbers and arrays become tensors. The dtype of the result; those in brackets are new tensors,
+        not reduced in place:
 
         ==========================  ==================  =================  ========
         passed                      sum, product        mean               min, max

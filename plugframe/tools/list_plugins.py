@@ -23,7 +23,7 @@ from plugframe.errors import (
 )
 from plugframe.hooks.descriptor import Plugin
 
-#: Status of a plugin of which metadata alone was read, and of one whose descriptor and hooks were looked at.
+#: Status of a plugin with only its metadata read, and of one whose descriptor and hooks were checked.
 NOT_CHECKED, OK = "not checked", "ok"
 #: What is wrong with a plugin that was loaded, None if nothing is; and its summary.
 Checked = tuple["str | None", str]

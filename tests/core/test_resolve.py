@@ -417,7 +417,7 @@ def test_extensions_of_code_and_command_line(code: tuple[Any, ...], typed: tuple
         (
             {"strategy": "only", "precision": "full"},
             UnsupportedError,
-            "precision='full' is not honoured by strategy 'only': choose one of 'half'",
+            "precision='full' is not supported by strategy 'only': choose one of 'half'",
         ),
         (
             {"precision": "tiny", "accelerator": "host"},

@@ -115,17 +115,17 @@ def _strategy(asked: Choice | None, target: Target, installed: Installed) -> Cho
 
 
 def _precision(asked: Choice | None, strategy: Choice, target: Target, installed: Installed) -> Choice:
-    honoured = strategy.descriptor.precisions
+    supported = strategy.descriptor.precisions
     if asked is None:
         for candidate in compatible(installed.candidates("precision"), target):
-            if not honoured or candidate.name in honoured:
-                return replace(candidate, reason="auto: the first that strategy and device honour")
+            if not supported or candidate.name in supported:
+                return replace(candidate, reason="auto: the first that strategy and device support")
         refused = installed.refused("precision")
         raise UnsupportedError(f"No installed precision fits strategy {strategy.name!r} and {target}.{refused}")
-    if honoured and asked.name not in honoured:
+    if supported and asked.name not in supported:
         raise UnsupportedError(
-            f"precision={asked.name!r} is not honoured by strategy {strategy.name!r}: "
-            f"choose one of {', '.join(map(repr, honoured))}."
+            f"precision={asked.name!r} is not supported by strategy {strategy.name!r}: "
+            f"choose one of {', '.join(map(repr, supported))}."
         )
     problem = target.incompatibility(asked.descriptor)
     if problem:

@@ -519,7 +519,7 @@ def who_does_not_come_is_told_in_time(group: Group) -> None:
                 broken(IN_TIME, f"the others did not come, and all_reduce gave {found.tolist()}")
     finally:
         store.set(f"told/{group.rank}", "")
-        # Those that do not come stay until the others were told: else they would be told of a lost connection.
+        # Absent ranks stay until the others got their error: otherwise those would report a lost connection.
         store.wait(["told/0"])
         plugin.collective_teardown()
 

@@ -19,7 +19,7 @@ from plugframe.testing.contracts.placed import accelerator_for
 from plugframe.testing.contracts.running import Alone, broken, chosen, once, one_line
 
 ONE_RANK = "One rank (what works with one rank only is refused with more: each would train by itself)"
-HONOURED = "Honoured (a precision that the descriptor does not list is refused, with both names)"
+SUPPORTED = "Supported (a precision that the descriptor does not list is refused, with both names)"
 DESCRIBED = "Described (strategy_describe gives lines for --dry-run, before anything is set up)"
 BACKWARD = "Backward (what the script gives to lite.backward arrives)"
 
@@ -54,7 +54,7 @@ class StrategyContract(PluginContract):
     timeout_s: ClassVar[float] = 180.0
 
     def precision(self) -> str:
-        """Return the name of a precision it honours that computes in float32, as plain torch does."""
+        """Return the name of a supported precision that computes in float32, as plain torch does."""
         honoured = self.descriptor.precisions
         for entry in sorted(self.registry.entries("precision"), key=lambda entry: not entry.builtin):
             try:
@@ -65,7 +65,7 @@ class StrategyContract(PluginContract):
                 continue  # somebody else's broken package
             if dtypes.parameter is dtypes.compute is torch.float32:
                 return entry.qualified
-        pytest.skip("It honours no precision that computes as plain torch does.")
+        pytest.skip("It supports no precision that computes as plain torch does.")
 
     @pytest.fixture
     def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -132,7 +132,7 @@ class StrategyContract(PluginContract):
             if plugin.factory and entry.name not in honoured and self.registry.absent(entry) is None:
                 # An object goes by the first name its class is published under.
                 names = [entry.name] if self.options else [entry.name, self.entry.name]
-                self._refused(HONOURED, f"precision {entry.name!r}", names, devices=1, precision=entry.qualified)
+                self._refused(SUPPORTED, f"precision {entry.name!r}", names, devices=1, precision=entry.qualified)
 
     def _refused(self, rule: str, what: str, names: list[str], **settings: Any) -> None:
         try:

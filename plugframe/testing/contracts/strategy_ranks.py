@@ -163,7 +163,7 @@ def bench(world: World, settings: Settings) -> Iterator[Bench]:
 
 
 def data(number: int = SAMPLES) -> TensorDataset:
-    """Return samples; the last batch of them is not a whole one."""
+    """Return samples; the last batch is incomplete."""
     x, y = batch_of(number)
     return TensorDataset(x, y)
 

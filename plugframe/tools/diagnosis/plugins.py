@@ -172,7 +172,7 @@ def _stale(registry: Registry) -> Iterator[Finding]:
     for name, distributions in found.items():
         if len(distributions) > 1:
             versions = ", ".join(str(each.version) for each in distributions)
-            text = f"is installed {len(distributions)} times ({versions}), of which the first counts"
+            text = f"is installed {len(distributions)} times ({versions}): only the first is used"
             yield Finding(AREA, name, "warning", f"{text}: type 'pip uninstall {name}', twice.")
         difference = _behind_its_source(distributions[0])
         if difference:
