@@ -1,33 +1,33 @@
-"""Every error a user can meet.
+"""Exception classes.
 
 ::
 
     PlugframeError
-    ├── UsageError                    a wrong value or a call out of order (also a ValueError)
-    │   ├── SettingError              a setting has a wrong value, or two sources contradict each other
+    ├── UsageError                    an invalid value or a call out of order (also a ValueError)
+    │   ├── SettingError              a setting has an invalid value, or two sources contradict each other
     │   ├── UnknownPluginError        no plugin of that name is installed
     │   ├── AmbiguousPluginError      two distributions publish that name
-    │   ├── RefusedPluginError        it is installed, and disabled or not on the list of allowed ones
-    │   ├── UnsupportedError          an installed plugin cannot do what was asked here
+    │   ├── RefusedPluginError        the plugin is installed, but disabled or not allowed
+    │   ├── UnsupportedError          a plugin does not support the request on this machine or with these settings
     │   └── OrderError                a call came too early, too late or twice (also a RuntimeError)
     ├── PluginError                   a plugin is broken; the message names its distribution
     │   ├── PluginLoadError           its descriptor or factory cannot be imported
-    │   ├── PluginContractError       it breaks the contract: a hook missing, doubled or not a wrapper
-    │   └── MissingDependencyError    what it needs is not installed; the message says how to install it
-    ├── EnvironmentMismatchError      what the cluster says contradicts what was asked
+    │   ├── PluginContractError       it breaks the contract: a hook is missing, duplicated or not a wrapper
+    │   └── MissingDependencyError    a dependency is not installed; the message holds the install command
+    ├── EnvironmentMismatchError      the cluster's variables contradict the requested settings
     ├── CollectiveMismatchError       the ranks called a collective with different shapes or dtypes
-    ├── RankLostError                 another rank has gone in the middle of a collective; says what all did last
-    │   └── CollectiveTimeoutError    a rank did not come to a collective in time (also a TimeoutError)
-    ├── OutOfSyncError                what should be equal on all ranks is not; names the first that differs
+    ├── RankLostError                 the connection to another rank was lost in a collective
+    │   └── CollectiveTimeoutError    a rank did not join a collective in time (also a TimeoutError)
+    ├── OutOfSyncError                replicated values differ between ranks; names the first that differs
     ├── CheckpointError               a checkpoint cannot be written or read
-    │   ├── CheckpointCorruptError    what lies on disk is not what was written
-    │   ├── CheckpointUnfinishedError its save never ended: what is written last is not there
-    │   ├── CheckpointMismatchError   it is whole, but does not fit the objects it is loaded into
-    │   └── CheckpointURLError        a URL was given to a format that writes to paths of the file system
+    │   ├── CheckpointCorruptError    the files differ from what was written
+    │   ├── CheckpointUnfinishedError the save was interrupted: the entry that is written last is missing
+    │   ├── CheckpointMismatchError   it is intact, but does not fit the objects it is loaded into
+    │   └── CheckpointURLError        a URL was passed to a format that writes to file system paths
     ├── RankFailedError               a rank raised, died or left early; holds its report
-    └── PlugframeWarning              (a UserWarning) something asked for has no effect
+    └── PlugframeWarning              (a UserWarning) a requested setting has no effect
 
-``UsageError`` is what the command line turns into one line and exit code 2.
+The command line reports a ``UsageError`` in one line and exits with code 2.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from plugframe._printable import printable
 class PlugframeError(Exception):
     """Base of all errors raised by plugframe.
 
-    Its text may name keys of a file or repeat what another rank said: control characters in it are escaped, so that
-    no text reaches a terminal as a command to it.
+    Control characters in the message are escaped: it may quote keys of a file or text from another rank, which must
+    not reach a terminal as commands.
     """
 
     def __init__(self, *args: object) -> None:
@@ -50,11 +50,11 @@ class PlugframeError(Exception):
 
 
 class UsageError(PlugframeError, ValueError):
-    """The person at the keyboard can fix this."""
+    """Base of errors that the user can fix in a command, a setting or a script."""
 
 
 class SettingError(UsageError):
-    """A setting has a wrong value, or two sources of settings contradict each other."""
+    """A setting has an invalid value, or two sources of settings contradict each other."""
 
 
 class UnknownPluginError(UsageError):
@@ -62,15 +62,15 @@ class UnknownPluginError(UsageError):
 
 
 class AmbiguousPluginError(UsageError):
-    """Two distributions publish that name and the bare name was used."""
+    """Two distributions publish that name, and it was used unqualified."""
 
 
 class RefusedPluginError(UsageError):
-    """That plugin is installed, and disabled or not on the list of those that are allowed."""
+    """The plugin is installed, but disabled or not on the list of allowed plugins."""
 
 
 class UnsupportedError(UsageError):
-    """An installed plugin cannot do what was asked of it here."""
+    """A plugin does not support the request on this machine or with these settings."""
 
 
 class OrderError(UsageError, RuntimeError):
@@ -90,11 +90,11 @@ class PluginContractError(PluginError):
 
 
 class MissingDependencyError(PluginError, UsageError):
-    """What a plugin needs is not installed."""
+    """A dependency of a plugin is not installed."""
 
 
 class EnvironmentMismatchError(UsageError):
-    """What the cluster or launcher says contradicts what was asked."""
+    """The variables of the cluster or launcher contradict the requested settings."""
 
 
 class CollectiveMismatchError(PlugframeError, RuntimeError):
@@ -102,11 +102,11 @@ class CollectiveMismatchError(PlugframeError, RuntimeError):
 
 
 class RankLostError(PlugframeError, RuntimeError):
-    """The connection to another rank was lost in a collective; the message says what every rank did last.
+    """The connection to another rank was lost in a collective; the message lists the last call of every rank.
 
     Attributes:
-        blamed: which rank is to blame: "rank", "host", "text" (where every rank is), its "stack", and whether it is
-            "alive"; None if there is no telling.
+        blamed: the rank at fault: "rank", "host", "text" (the position of every rank), its "stack", and whether it is
+            "alive"; None if it could not be determined.
     """
 
     def __init__(self, message: str, *, blamed: Mapping[str, object] | None = None) -> None:
@@ -122,11 +122,11 @@ def _rank_lost(cls: type[RankLostError], message: str, blamed: Mapping[str, obje
 
 
 class CollectiveTimeoutError(RankLostError, TimeoutError):
-    """A rank did not come to a collective in time; the message says where every rank is."""
+    """A rank did not join a collective in time; the message lists the position of every rank."""
 
 
 class OutOfSyncError(PlugframeError, RuntimeError):
-    """Parameters or the state of an optimizer differ between ranks."""
+    """Parameters or optimizer states differ between ranks."""
 
 
 class CheckpointError(PlugframeError, RuntimeError):
@@ -134,19 +134,19 @@ class CheckpointError(PlugframeError, RuntimeError):
 
 
 class CheckpointCorruptError(CheckpointError):
-    """What lies on disk is not what was written."""
+    """The files of a checkpoint differ from what was written."""
 
 
 class CheckpointUnfinishedError(CheckpointError):
-    """The save of a checkpoint never ended: what is written last, and makes it one, is not there."""
+    """The save was interrupted: the entry that is written last, and completes a checkpoint, is missing."""
 
 
 class CheckpointMismatchError(CheckpointError):
-    """A whole checkpoint does not fit the objects it is loaded into."""
+    """An intact checkpoint does not fit the objects it is loaded into."""
 
 
 class CheckpointURLError(CheckpointError):
-    """A URL was given to a checkpoint format that writes to paths of the file system."""
+    """A URL was passed to a checkpoint format that writes to file system paths."""
 
 
 class RankFailedError(PlugframeError, RuntimeError):
@@ -154,7 +154,7 @@ class RankFailedError(PlugframeError, RuntimeError):
 
     Attributes:
         report: the text for the terminal: rank, host, cause, traceback.
-        exit_code: what the process that supervises should exit with (128 + n for signal n).
+        exit_code: exit code for the supervising process (128 + n for signal n).
     """
 
     def __init__(self, report: str, *, exit_code: int = 1) -> None:
@@ -163,7 +163,7 @@ class RankFailedError(PlugframeError, RuntimeError):
         self.exit_code = exit_code
 
     def _render_traceback_(self) -> list[str]:
-        """Tell a notebook what to show: the frames between the cell and the ranks say nothing."""
+        """Return the lines a notebook shows: the frames between the cell and the ranks carry no information."""
         return self.report.splitlines()
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -175,7 +175,7 @@ def _rank_failed(report: str, exit_code: int) -> RankFailedError:
 
 
 class PlugframeWarning(UserWarning):
-    """Something that was asked for has no effect, or something was left to chance."""
+    """A requested setting has no effect, or a result is not reproducible."""
 
 
 def closest(word: str, known: Iterable[str]) -> str:
@@ -186,12 +186,12 @@ def closest(word: str, known: Iterable[str]) -> str:
 
 
 def article(noun: str) -> str:
-    """Return a noun with its article, for a message."""
+    """Return a noun with its indefinite article."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def shown(value: object) -> str:
-    """Return the text of a setting in a message, which is one line: an object by its class."""
+    """Return a setting's value as one line for a message; an object is shown as its class."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(shown, value))}]"
     if isinstance(value, (str, int, float)):

@@ -1,4 +1,4 @@
-"""Bases for plugin authors: subclass one, override what differs, mark it with ``@hookimpl``.
+"""Base classes for plugin authors: subclass one, override hooks and mark them with ``@hookimpl``.
 
 These import torch; a descriptor's module does not import them.
 """

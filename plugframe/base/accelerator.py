@@ -1,4 +1,4 @@
-"""A base for accelerators: what is the same on most devices."""
+"""The base class of accelerators: defaults for most devices."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from plugframe.utils.tree import map_tensors
 
 
 class Accelerator(AcceleratorSpec):
-    """Subclass it, set `device_type`, override what differs and mark it with ``@hookimpl``.
+    """Base class of accelerators: set `device_type`, override hooks and mark them with ``@hookimpl``.
 
     Attributes:
-        device_type: what ``torch.device(…).type`` says for these devices.
-        indexed: whether devices are told apart by an index; without, any number of ranks share one.
+        device_type: the ``torch.device(…).type`` of these devices.
+        indexed: whether devices have an index; if not, any number of ranks share one.
     """
 
     device_type: str
@@ -57,15 +57,15 @@ class Accelerator(AcceleratorSpec):
     @hookimpl
     def accelerator_move_batch(self, batch: Any, device: torch.device) -> Any:
         def move(tensor: Tensor) -> Tensor:
-            # From pinned memory the copy overlaps with compute; from pageable memory non_blocking would gain
-            # nothing, and a copy back to the host could be read too early.
+            # A copy from pinned memory overlaps with compute. From pageable memory non_blocking gains nothing, and a
+            # copy back to the host could be read too early.
             return tensor.to(device, non_blocking=tensor.device.type == "cpu" and tensor.is_pinned())
 
         return map_tensors(move, batch)
 
     @hookimpl
     def accelerator_seed(self, seed: int) -> None:
-        pass  # torch.manual_seed, called before, seeds every device torch knows
+        pass  # torch.manual_seed, called before, seeds all devices that torch supports
 
     @hookimpl
     def accelerator_rng_state(self, device: torch.device) -> Tensor | None:

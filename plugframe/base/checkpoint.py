@@ -1,4 +1,4 @@
-"""A base for checkpoints: nothing to set up, nothing pending, paths of the file system."""
+"""The base class of checkpoints: synchronous, on file system paths, without set-up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Checkpoint(CheckpointSpec):
-    """Subclass it, give `checkpoint_save` and `checkpoint_load`, and mark them with ``@hookimpl``."""
+    """Base class of checkpoints: implement `checkpoint_save` and `checkpoint_load`, marked with ``@hookimpl``."""
 
     context: Context
 
@@ -40,12 +40,12 @@ class Checkpoint(CheckpointSpec):
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise _failed("look into", folder, error) from error
+            raise _failed("list", folder, error) from error
 
     @hookimpl
     def checkpoint_remove(self, path: str) -> None:
-        # First out of the way, at once: a half-removed checkpoint must not be taken for a whole one.
-        # A name that the next save knows as a leftover, should this end half-way.
+        # Rename atomically first, so that a half-removed checkpoint is never read as complete. If this is interrupted,
+        # the next save recognises the name as a leftover draft.
         gone = os.path.join(os.path.dirname(path), os.path.basename(draft_name(path)))
         try:
             os.replace(path, gone)
@@ -64,24 +64,26 @@ class Checkpoint(CheckpointSpec):
             raise _failed("move", path, error) from error
 
     def inspect(self, path: str) -> Contents:
-        """Say what lies at `path` without reading its tensors: for ``plugframe checkpoint``, no hook, and optional.
+        """Return the contents of the checkpoint at `path` without reading its tensors, for ``plugframe checkpoint``.
+
+        Optional, and not a hook.
 
         Raises:
-            CheckpointError: if it is nothing this plugin reads.
+            CheckpointError: if this plugin cannot read it.
         """
-        raise UnsupportedError(f"{type(self).__name__} cannot say what {path} holds: load it instead.")
+        raise UnsupportedError(f"{type(self).__name__} cannot list the contents of {path}: load it instead.")
 
     def unfinished(self, path: str) -> bool:
-        """Say whether `path` holds only what a save left that ended before it made a checkpoint of it.
+        """Return whether `path` holds only the leftovers of an interrupted save.
 
-        ``lite.checkpoints(folder).resume()`` removes such a path, and nothing else. Decide it by what lies there, never
-        by an error, and say False of what another process may be writing now. No hook, and optional, as `inspect`.
+        ``lite.checkpoints(folder).resume()`` removes such paths only. Decide by the files at `path`, never by an error,
+        and return False if another process may be writing them. Optional, and not a hook.
         """
         return False
 
     def export(self, path: str, tensors: Mapping[str, Tensor | StoredTensor]) -> None:
-        """Write tensors at `path` for tools that know nothing of this project: no hook, and optional, as `inspect`."""
-        raise UnsupportedError(f"{type(self).__name__} writes no files for other tools.")
+        """Write tensors at `path` in a format that other tools read. Optional, and not a hook."""
+        raise UnsupportedError(f"{type(self).__name__} does not export files for other tools.")
 
 
 def _failed(what: str, path: str, error: OSError) -> CheckpointError:

@@ -1,4 +1,4 @@
-"""A base for collectives: one rank, whose shapes are those of any number."""
+"""The base class of collectives: a single rank, with result shapes as for any world size."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ REDUCTIONS = ("sum", "mean", "avg", "min", "max", "product")
 
 
 def check_reduction(op: str, tensor: Tensor) -> None:
-    """Refuse an unknown reduction, and a mean over whole numbers.
+    """Raise for an unknown reduction, and for the mean of an integer tensor.
 
     Raises:
-        SettingError: saying what is allowed.
+        SettingError: naming the allowed reductions.
     """
     if op not in REDUCTIONS:
         raise SettingError(f"reduce_op={op!r} is not a reduction: use one of {', '.join(map(repr, REDUCTIONS))}.")
@@ -37,7 +37,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 class Collective(CollectiveSpec):
-    """Subclass it, override what differs and mark it with ``@hookimpl``."""
+    """Base class of collectives: override hooks and mark them with ``@hookimpl``."""
 
     context: Context
 

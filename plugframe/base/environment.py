@@ -1,4 +1,4 @@
-"""A base for environments whose processes meet at a TCP store on node 0."""
+"""The base class of environments with a TCP store on node 0 as rendezvous."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from plugframe.utils.stores import fresh_store
 
 
 class Environment(EnvironmentSpec):
-    """Subclass it, give `environment_world` and `main`, override what differs and mark it with ``@hookimpl``.
+    """Base class of environments: implement `environment_world` and `main`, marked with ``@hookimpl``.
 
     Attributes:
         name: for messages.
-        processes_hint: what to type to get another number of processes on a node; ``{n}`` stands for it.
-        nodes_hint: what to type to get another number of nodes; ``{n}`` stands for it.
-        packed_hint: what to type to have the ranks numbered node after node.
+        processes_hint: the option for another number of processes per node, with ``{n}`` for the number.
+        nodes_hint: the option for another number of nodes, with ``{n}`` for the number.
+        packed_hint: the option for ranks numbered node after node.
     """
 
     name: str = "this environment"
@@ -32,7 +32,7 @@ class Environment(EnvironmentSpec):
     packed_hint: str = ""
 
     def main(self) -> tuple[str, int]:
-        """Return host and port of node 0. Not a hook: for `environment_store` below."""
+        """Return host and port of node 0. Not a hook: `environment_store` calls it."""
         raise NotImplementedError
 
     def read_int(self, variable: str) -> int:
@@ -50,14 +50,14 @@ class Environment(EnvironmentSpec):
         try:
             return int(text)
         except ValueError:
-            raise EnvironmentMismatchError(f"{variable}={text!r} is not a whole number ({self.name}).") from None
+            raise EnvironmentMismatchError(f"{variable}={text!r} is not an integer ({self.name}).") from None
 
     def main_port(self, job: int) -> int:
         """Return ``MASTER_PORT``, or a port from 20000 to 29999 that all ranks derive from their job's number."""
         return self.read_int("MASTER_PORT") if os.environ.get("MASTER_PORT") else 20_000 + job % 10_000
 
     def packed_world(self, *, rank: str, size: str, local_rank: str, local_size: str) -> World:
-        """Return the world that four variables describe, given their names; ranks are numbered node after node.
+        """Return the world from four variables, given by name; ranks must be numbered node after node.
 
         Raises:
             EnvironmentMismatchError: if one is missing, or they contradict each other.
@@ -92,11 +92,11 @@ class Environment(EnvironmentSpec):
         return world
 
     def checked(self, world: World, names: dict[str, str]) -> World:
-        """Return `world`, its figures found to fit together.
+        """Validate `world` and return it.
 
         Args:
-            names: for each field of `World`, the variable it was read from; a field that is missing here is
-                named by its own name.
+            names: for each field of `World`, the variable it was read from; missing fields appear in messages under
+                their own names.
 
         Raises:
             EnvironmentMismatchError: naming the variables that contradict each other, and their values.
@@ -148,13 +148,13 @@ class Environment(EnvironmentSpec):
 
         world = context.world
         if world.world_size == 1:
-            return HashStore()  # nobody to meet: no socket
+            return HashStore()  # a single rank needs no socket
         host, port = self.main()
         return fresh(_meet(host, port, world, timeout_s=timeout_s), world)
 
 
 def _meet(host: str, port: int, world: World, *, timeout_s: float) -> Any:
-    """Return the TCP store that rank 0 serves, once every rank has come."""
+    """Return the TCP store that rank 0 serves, once every rank has connected."""
     from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
     if not 0 < port < 65_536:
@@ -165,7 +165,7 @@ def _meet(host: str, port: int, world: World, *, timeout_s: float) -> Any:
         listener = _listen(host, port) if serves else None
     timeout = timedelta(seconds=timeout_s)
     try:
-        # Several tenants, so that a process that meets twice finds the server it still runs itself.
+        # Multi-tenant, so that a process that connects twice reuses its own running server.
         return TCPStore(
             host,
             port,
@@ -185,9 +185,9 @@ def _meet(host: str, port: int, world: World, *, timeout_s: float) -> Any:
 
 
 def _listen(host: str, port: int) -> int | None:
-    """Return a socket bound to one address: by itself a TCP store listens on all. None if the port is taken."""
+    """Return a socket bound to one address (a TCP store listens on all by default); None if the port is in use."""
     with socket.socket() as listener:
-        # A port of a run that has just ended is free again at once.
+        # Makes the port of a run that has just ended available at once.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
@@ -199,9 +199,9 @@ def _listen(host: str, port: int) -> int | None:
 
 
 def private_store(world: World) -> Any:
-    """Return the store in the launcher's private folder at which the ranks of one node meet; None if there is none.
+    """Return the file store in the launcher's private folder, for the ranks of one node; None if there is none.
 
-    A TCP store is open to every user of the machine. The folder (mode 0700) is open to the owner of the job alone.
+    A TCP store is open to every user of the machine; the folder (mode 0700) only to the owner of the job.
     """
     path = os.environ.get(MEETING)
     if path is None or world.world_size == 1 or world.num_nodes > 1:
@@ -211,13 +211,13 @@ def private_store(world: World) -> Any:
     folder = os.stat(os.path.dirname(path))
     if folder.st_uid != os.getuid():
         raise EnvironmentMismatchError(f"{MEETING}={path} lies in another user's folder: unset it.")
-    # Without a number of users, since the last one of them would remove the file while others come again.
+    # Without a number of users: with one, the last user removes the file while others reconnect.
     return fresh(FileStore(path), world)
 
 
 def fresh(store: Any, world: World) -> Any:
-    """Return `store` behind a prefix of its own for each time this job connects.
+    """Return `store` behind a new prefix for each time this job connects.
 
-    A second process group over the same store would read the addresses the first one left.
+    A second process group over the same store would read the addresses of the first.
     """
     return fresh_store(store, "environment", world.global_rank)

@@ -1,4 +1,4 @@
-"""A base for extensions."""
+"""The base class of extensions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base for launchers."""
+"""The base class of launchers."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from plugframe.hooks import LauncherSpec
 
 
 class Launcher(LauncherSpec):
-    """Subclass it, give `launcher_launch` and mark it with ``@hookimpl``."""
+    """Base class of launchers: implement `launcher_launch`, marked with ``@hookimpl``."""

@@ -1,4 +1,4 @@
-"""A base for loggers."""
+"""The base class of loggers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from plugframe.hooks.context import Context
 
 
 class Logger(LoggerSpec):
-    """Subclass it, give `logger_log`, and mark it with ``@hookimpl``.
+    """Base class of loggers: implement `logger_log`, marked with ``@hookimpl``.
 
     Attributes:
-        calls: how many calls of ``lite.log`` it has seen, which stands for the step where none is given.
+        calls: the number of calls of ``lite.log`` so far, the default for the step.
     """
 
     calls: int = 0
@@ -24,7 +24,7 @@ class Logger(LoggerSpec):
         pass
 
     def next_step(self, step: int | None) -> int:
-        """Return `step`, or the number of this call (from 0) where the user gave none."""
+        """Return `step`, or the number of this call (from 0) if it is None."""
         number = self.calls if step is None else step
         self.calls += 1
         return number

@@ -1,4 +1,4 @@
-"""A base for precisions: numbers kept and computed in one dtype, float32 unless a subclass says otherwise."""
+"""The base class of precisions: one dtype for parameters and one for compute, float32 by default."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from plugframe.utils.tree import map_tensors
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make `dtype` torch's default for new floating-point tensors, and put the old one back."""
+    """Make `dtype` torch's default for new floating-point tensors, and restore the old one on exit."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -37,10 +37,10 @@ def cast_floating(data: Any, dtype: torch.dtype) -> Any:
 
 
 class Precision(PrecisionSpec):
-    """Subclass it, set the two dtypes, override what differs and mark it with ``@hookimpl``.
+    """Base class of precisions: set the two dtypes, override hooks and mark them with ``@hookimpl``.
 
     Attributes:
-        parameter: dtype parameters are kept in.
+        parameter: dtype of the parameters.
         compute: dtype of the arithmetic.
     """
 

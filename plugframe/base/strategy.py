@@ -1,4 +1,4 @@
-"""A base for strategies: one rank, nothing spread; every subclass overrides what it spreads."""
+"""The base class of strategies: a single rank, nothing sharded."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from plugframe.utils.expanded import load_expanded
 
 
 class ForwardShim(nn.Module):
-    """A module that holds the user's module and runs whatever call it is given.
+    """A module that holds the user's module and runs the call passed to its forward.
 
-    An engine that insists on wrapping (DDP, DeepSpeed) wraps this, and the user's module stays outside:
-    ``engine(call, *args)`` ends in ``call(*args)``, with `call` the user's own forward, hooks included.
+    An engine that must wrap a module (DDP, DeepSpeed) wraps this one, and users keep their own unwrapped:
+    ``engine(call, *args)`` runs ``call(*args)``, with `call` the user's own forward, hooks included.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -32,13 +32,13 @@ class ForwardShim(nn.Module):
         return call(*args, **kwargs)
 
     def train(self, mode: bool = True) -> ForwardShim:
-        """Set the mode of the shim alone: the user's module has its mode from the user."""
+        """Set the mode of the shim only: the user sets that of the module."""
         self.training = mode
         return self
 
 
 class Strategy(StrategySpec):
-    """Subclass it, override what differs and mark it with ``@hookimpl``."""
+    """Base class of strategies: override hooks and mark them with ``@hookimpl``."""
 
     context: Context
 
@@ -56,7 +56,7 @@ class Strategy(StrategySpec):
 
     @hookimpl
     def strategy_init_context(self, empty_init: bool | None) -> AbstractContextManager[Any]:
-        # Parameters are made where they will live, with their values or, if asked, without them until set-up.
+        # Parameters are created on their final device, if requested without storage until set-up.
         return deferring(self.context.device) if empty_init else self.context.device
 
     @hookimpl
@@ -123,7 +123,7 @@ class Strategy(StrategySpec):
         norm_type: float,
         error_if_nonfinite: bool,
     ) -> Tensor | None:
-        parameters = [parameter for parameter in parameters if parameter.numel()]  # torch has no norm of nothing
+        parameters = [parameter for parameter in parameters if parameter.numel()]  # torch fails on empty tensors
         if clip_value is not None:
             nn.utils.clip_grad_value_(parameters, clip_value)
             return None

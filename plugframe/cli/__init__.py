@@ -1,4 +1,4 @@
-"""The command ``plugframe``: one module per command, each imported when it is typed."""
+"""The command ``plugframe``: one module per command, imported on use."""
 
 from __future__ import annotations
 

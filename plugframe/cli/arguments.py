@@ -1,4 +1,4 @@
-"""Which words of ``plugframe run …`` are plugframe's, and which are the script's."""
+"""Split the command line of ``plugframe run`` into plugframe's options, the script and its arguments."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def split(
     options: Mapping[str, click.Option],
     shorthands: Callable[[], Mapping[str, Shorthand]] = dict,
 ) -> Words:
-    """Tell plugframe's options from the script and its arguments.
+    """Separate plugframe's options from the script and its arguments.
 
     Before the script every option must be one of plugframe's. After it, long options that plugframe has are
     plugframe's, up to a bare ``--``; everything else is the script's, in its order. Options of plugins are
@@ -108,7 +108,7 @@ def split(
 
 
 def _notes(left: Iterable[str], options: Iterable[str], shorthands: Iterable[str]) -> Iterator[str]:
-    """Say which words left to the script may have been meant for plugframe."""
+    """Return warnings about script arguments that resemble options of plugframe."""
     for word in dict.fromkeys(left):
         for meant in get_close_matches(_spelling(word).lower(), [*options, *shorthands], n=1, cutoff=_CLOSE):
             where = " before SCRIPT" if meant in shorthands else ""
@@ -121,7 +121,7 @@ def _script(
     own: dict[str, str],
     shorthands: Callable[[], Mapping[str, Shorthand]],
 ) -> list[str]:
-    """Take everything up to and with the script; return the script, or nothing if help was asked for."""
+    """Consume everything up to the script; return the script, or nothing if help was requested."""
     model = False
     while queue:
         word = queue.popleft()

@@ -1,4 +1,4 @@
-"""The group of commands: finds them lazily, and turns every error into one line and an exit code."""
+"""The command group: load commands lazily, and map errors to one line and an exit code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ INTERRUPTED = 130
 
 
 class Commands(click.Group):
-    """Commands by name, from the entry-point group ``plugframe.command``; each is imported when it is typed."""
+    """Commands by name, from the entry-point group ``plugframe.command``, imported on use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_commands())
@@ -39,7 +39,7 @@ class Commands(click.Group):
         return None if entry is None else _load(entry)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List every command with its summary, or with what is wrong with it."""
+        """List every command with its summary, or with its load error."""
         rows = []
         for name, entry in _commands().items():
             try:

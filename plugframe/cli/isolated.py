@@ -1,4 +1,4 @@
-"""One call after the other in a copy of this process: what hangs or ends it costs its own answer alone."""
+"""Run calls in a forked subprocess: one that hangs or crashes affects only its own result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class NoAnswer(Exception):
-    """A call did not come back; the message says how."""
+    """A call did not return; the message describes how it failed."""
 
 
 def each_apart(look: Callable[[T], Any], things: Sequence[T], *, timeout_s: float) -> Iterator[tuple[T, Any]]:
@@ -46,7 +46,7 @@ def each_apart(look: Callable[[T], Any], things: Sequence[T], *, timeout_s: floa
 
 
 class _Copy(Generic[T]):
-    """A copy of this process that answers through a pipe, a line for each thing."""
+    """A fork of this process that sends results through a pipe, one line each."""
 
     def __init__(self, look: Callable[[T], Any], things: Sequence[T]) -> None:
         self._read, write = os.pipe()
@@ -75,7 +75,7 @@ class _Copy(Generic[T]):
         return json.loads(line)
 
     def end(self) -> None:
-        """End the copy, whatever it does."""
+        """Kill the subprocess."""
         os.close(self._read)
         if self._child:
             os.kill(self._child, signal.SIGKILL)
@@ -87,10 +87,10 @@ def _ending(code: int) -> str:
 
 
 def _answer(look: Callable[[T], Any], things: Sequence[T], read: int, write: int) -> None:
-    """Answer for every thing, and end this copy without running anything of the program it copies."""
+    """Send the result for every item, then exit without running exit handlers of the parent program."""
     try:
         os.close(read)
-        os.dup2(2, 1)  # what a plugin prints is no part of what the command says
+        os.dup2(2, 1)  # plugins must not print into the command's output
         sys.stdout = sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115  until the copy ends
         for thing in things:
             line = json.dumps(look(thing)).encode() + b"\n"

@@ -12,7 +12,7 @@ Row = tuple[str, str, str]
 
 
 def plan_rows(plan: Plan, request: Request | None = None) -> list[Row]:
-    """Return a row for every field of a plan, and for the callbacks and the settings file of what was asked."""
+    """Return a row for every field of a plan, and for the callbacks and settings file of the request."""
     devices = ", ".join(map(str, plan.devices))
     rows = [(kind, choice.origin, choice.reason) for kind, choice in plan.choices.items()]
     rows.insert(1, ("devices", f"{len(plan.devices)} on each node: {devices}", plan.devices_reason))
@@ -28,6 +28,6 @@ def plan_rows(plan: Plan, request: Request | None = None) -> list[Row]:
 
 
 def option_rows(choices: Iterable[Choice]) -> list[Row]:
-    """Return a row for every option that was given for one of the plugins."""
+    """Return a row for every given option of the plugins."""
     options = [option for choice in choices for option in choice.options]
     return [(option.key, option.text, f"asked for in {option.source}") for option in options]

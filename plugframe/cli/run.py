@@ -117,7 +117,7 @@ def _options_of_kinds(command: Command) -> Command:
     help="How long ranks may go on after SIGTERM, to save; 30.",
 )
 @click.option("--max-restarts", metavar="N", type=click.IntRange(min=0), help="Start failed ranks again this often.")
-@click.option("--log-dir", metavar="DIR", help="Keep what each rank says: DIR/attempt-0/rank-0.stdout.log, …")
+@click.option("--log-dir", metavar="DIR", help="Write the output of each rank: DIR/attempt-0/rank-0.stdout.log, …")
 @click.option(
     "--tee",
     metavar="0|1|2|3",
@@ -185,7 +185,7 @@ def command(
     variables = _variables(settings, config, words.options)
     variables |= disabled_variables(disabled, {**os.environ, **variables})
     environ = {**os.environ, **variables}
-    # Resolving imports what it needs; a wrong script or a wrong option is told without it.
+    # Check script and options first: resolving has to import plugins.
     from plugframe.cli.start import Nodes, decide
     from plugframe.core.config.request import gather, variable
     from plugframe.core.planning.resolve import resolve
@@ -224,7 +224,7 @@ def command(
 
 
 def _show(plan: Plan, start: Start, request: Request, registry: Registry, told: Sequence[str]) -> None:
-    """Print what would run, and why."""
+    """Print the plan and its reasons."""
     from plugframe.cli.plan_table import option_rows, plan_rows
     from plugframe.cli.table import show
 
@@ -261,14 +261,14 @@ def _check(words: Words) -> None:
 
 
 def _try(registry: Registry, choices: Iterable[Choice]) -> None:
-    """Make the plugins that were given options: what they refuse is told here, once, and not by every rank."""
+    """Create the plugins with options, so that an invalid option is reported once, not by every rank."""
     for choice in choices:
         if choice.options and choice.entry is not None and choice.instance is None:
             registry.make(choice.entry, choice.arguments)
 
 
 def _variables(settings: Mapping[str, Any], config: str | None, options: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that hand to the ranks what was typed, and nothing else."""
+    """Return the variables that pass the command line's settings, and only those, to the ranks."""
     from plugframe.core.config.options import variable_of
     from plugframe.core.config.request import LISTS, variable
 

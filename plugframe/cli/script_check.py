@@ -1,4 +1,4 @@
-"""What ``plugframe run`` is to run: whether it is there, said before anything is started."""
+"""Check that the script, module or class of ``plugframe run`` exists before anything is started."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def disabled_variables(words: Iterable[str], environ: Mapping[str, str]) -> dict
 
 
 def policy_variables(policy: Policy) -> dict[str, str]:
-    """Return the variables that hold another process to a policy, wherever it runs."""
+    """Return the variables that enforce a policy in another process, independent of its folder."""
     texts = {DISABLE: ",".join(dict.fromkeys(each.word for each in policy.disabled))}
     if policy.allowed:
         texts[ALLOW] = ",".join([OWN_DISTRIBUTION, *_common(policy.allowed)])
@@ -54,7 +54,7 @@ def policy_variables(policy: Policy) -> dict[str, str]:
 
 
 def _common(lists: Sequence[Allowed]) -> list[str]:
-    """Return the words of all lists that every one of them allows."""
+    """Return the intersection of several lists of allowed plugins."""
 
     def allows(words: Iterable[str], word: str) -> bool:
         package, _, name = word.partition(":")

@@ -1,4 +1,4 @@
-"""From a plan to a running script: in this process's place, or by a launcher."""
+"""Start the script of a plan: in place of this process, or through a launcher."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from plugframe.hooks.launcher import Job
 from plugframe.hooks.variables import FROM_COMMAND_LINE
 from plugframe.launch.choose import choose_launcher
 
-#: Where node 0 listens unless it is told otherwise; the one PyTorch's own launcher uses.
+#: The default port of node 0, as in PyTorch's own launcher.
 MAIN_PORT = 29500
 
 
 @dataclass(frozen=True, kw_only=True)
 class Nodes:
-    """What was typed about the nodes and the supervision; None where nothing was."""
+    """The options for nodes and supervision from the command line; None where not given."""
 
     node_rank: int | None = None
     main_address: str | None = None
@@ -41,7 +41,7 @@ class Nodes:
     debug_rank: int | None = None
 
     def typed(self) -> list[str]:
-        """Return the names of the options that were typed."""
+        """Return the names of the given options."""
         names = {"grace_s": "grace-period", "rdzv_timeout_s": "rdzv-timeout"}
         given = {name: value for name, value in vars(self).items() if name != "min_nodes" and value is not None}
         return [f"--{names.get(name, name.replace('_', '-'))}" for name in given]
@@ -56,7 +56,7 @@ class Nodes:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What is about to be started.
+    """A prepared start of a script.
 
     Attributes:
         command: arguments after the Python executable.
@@ -73,7 +73,7 @@ class Start:
     job: Job | None = None
 
     def lines(self) -> list[str]:
-        """Return what would happen, for people."""
+        """Return a description for ``--dry-run``."""
         if self.job is None or self.launcher is None:
             what = f"this process becomes {shlex.join(['python', '-u', *self.command])} ({self.why})"
         else:
@@ -113,7 +113,7 @@ def decide(
     variables: Mapping[str, str],
     nodes: Nodes,
 ) -> Start:
-    """Return what has to be started for `plan`.
+    """Return the start for `plan`.
 
     Raises:
         UsageError: if what was typed about nodes is incomplete, or no launcher can do it.
@@ -171,7 +171,7 @@ def decide(
 
 
 def _become(command: Sequence[str], variables: Mapping[str, str]) -> NoReturn:
-    """Replace this process by the script: nothing stands between it, its terminal and its signals."""
+    """Replace this process by the script, which then gets the terminal and signals directly."""
     sys.stdout.flush()
     sys.stderr.flush()
     os.execvpe(sys.executable, [sys.executable, "-u", *command], {**os.environ, **variables})
@@ -184,7 +184,7 @@ def _no_effect(options: Sequence[str], why: str) -> None:
 
 
 def _launcher_options(request: Request) -> list[str]:
-    """Return the options of the launcher that were typed."""
+    """Return the given options of the launcher."""
     return [each.spelled(each.name) for each in request.options if each.kind == "launcher" and each.by == "command"]
 
 
@@ -196,7 +196,7 @@ def _check_single(nodes: Nodes) -> None:
 
 
 def _endpoint(nodes: Nodes) -> tuple[str, int]:
-    """Return host and port at which a number of nodes meets that may change."""
+    """Return host and port of the rendezvous for an elastic number of nodes."""
     wrong = [option for option in nodes.typed() if option in ("--node-rank", "--main-address", "--main-port")]
     if wrong:
         raise SettingError(
@@ -246,4 +246,4 @@ def _read_int(name: str, option: str) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise SettingError(f"{name}={text!r} in the environment is not a number: mend it, or add {option}.") from None
+        raise SettingError(f"{name}={text!r} in the environment is not a number: fix it, or add {option}.") from None

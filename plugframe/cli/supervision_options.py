@@ -1,4 +1,4 @@
-"""What was typed about the ranks while they run: where their output goes, their CPUs, and which is debugged."""
+"""The supervision options of the command line: logs, CPU binding and the debugged rank."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def fields(plan: Plan, nodes: Nodes) -> dict[str, Any]:
 
 
 def check(job: Job) -> None:
-    """Check what can be known of a job without starting it.
+    """Check a job as far as possible without starting it.
 
     Raises:
         UsageError: if the rank to be debugged is not there.

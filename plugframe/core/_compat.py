@@ -1,4 +1,4 @@
-"""The two standard modules that are too old on Python 3.10, imported when first asked for."""
+"""Standard modules with backports for older Pythons, imported on first access."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import importlib.metadata as metadata
 
-    tomllib: Any  # a type checker set to 3.10 knows no such module
+    tomllib: Any  # missing for a type checker that targets Python 3.10
 
 __all__ = ["metadata", "tomllib"]
 
 
 def __getattr__(name: str) -> Any:
-    # A listing needs the one and never the other; together they are a third of its time.
+    # Lazy, because a listing needs only metadata, and both imports are a third of its time.
     new = sys.version_info >= (3, 11)
     modules = {
         "metadata": "importlib.metadata" if new else "importlib_metadata",

@@ -1,7 +1,6 @@
 """The contract: the `Plugin` descriptor and one Protocol of hookspecs per kind.
 
-Nothing here imports torch, and each name is imported when it is first asked for, so a descriptor's module
-stays light.
+Names are imported on first access and nothing here imports torch, so that a descriptor's module stays light.
 """
 
 from __future__ import annotations

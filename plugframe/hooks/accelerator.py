@@ -1,4 +1,4 @@
-"""The contract of an accelerator: a kind of device, and what the framework must know of it."""
+"""The accelerator contract: a device type and its properties."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class AcceleratorSpec(Protocol):
-    """Hooks of the kind ``accelerator``. The first four are asked before any process exists."""
+    """Hooks of the kind ``accelerator``. The first four are called before the ranks are launched."""
 
     @provider
     def accelerator_is_available(self) -> bool:
-        """Say whether this machine has such a device now.
+        """Return whether this machine has a usable device of this type.
 
         Called while the plan is made, in any process, before launching. It must not initialise the device
         (a CUDA context in the parent would break forked ranks).
@@ -33,7 +33,7 @@ class AcceleratorSpec(Protocol):
 
     @provider
     def accelerator_device_count(self) -> int:
-        """Return how many devices ``devices="auto"`` and ``-1`` stand for on this machine, at least 1.
+        """Return the number of devices that ``devices="auto"`` and ``-1`` select on this machine, at least 1.
 
         Called while the plan is made, only if `accelerator_is_available`.
 
@@ -44,16 +44,16 @@ class AcceleratorSpec(Protocol):
 
     @provider
     def accelerator_parse_devices(self, devices: int | str | Sequence[int]) -> tuple[int, ...]:
-        """Turn what the user asked for into device indices, one for each rank of this node.
+        """Parse the ``devices`` setting into device indices, one for each rank of this node.
 
         Called while the plan is made. `devices` is a count (``2``, ``"2"``), ``-1`` or ``"auto"`` for all,
-        a list of indices (``[0, 2]``) or such a list as text (``"0,2"``, ``"1,"``).
+        a list of indices (``[0, 2]``) or such a list as a string (``"0,2"``, ``"1,"``).
 
         Returns:
             The index of local rank 0, 1, …: ``(0, 1)`` for ``2``.
 
         Raises:
-            SettingError: for any other value, saying what was given and what is allowed here.
+            SettingError: for any other value; names the value and the allowed ones.
 
         Example:
             ``parse_devices(devices, count=torch.cuda.device_count(), name="cuda")`` from `plugframe.base`.
@@ -62,7 +62,7 @@ class AcceleratorSpec(Protocol):
 
     @provider
     def accelerator_device(self, index: int) -> torch.device:
-        """Return the device with that index (an element of what `accelerator_parse_devices` gave).
+        """Return the device with that index (an element of the result of `accelerator_parse_devices`).
 
         Called on every rank before `accelerator_setup`, and whenever ``lite.device`` is first read.
 
@@ -111,7 +111,7 @@ class AcceleratorSpec(Protocol):
 
     @provider
     def accelerator_supports_dtype(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Say whether this very device computes in `dtype` (not: emulates it slowly).
+        """Return whether this device computes in `dtype` natively rather than by slow emulation.
 
         Called on every rank by precision plugins at set-up; False refuses the precision.
 
@@ -131,8 +131,8 @@ class AcceleratorSpec(Protocol):
 
     @provider
     def accelerator_seed(self, seed: int) -> None:
-        """Seed this device's generators. Called on every rank by ``seed_everything``; torch's CPU, Python's and
-        NumPy's generators are seeded already."""
+        """Seed this device's generators. Called on every rank by ``seed_everything``, after torch's CPU, Python's and
+        NumPy's generators were seeded."""
         ...
 
     @provider
@@ -145,18 +145,18 @@ class AcceleratorSpec(Protocol):
 
     @provider
     def accelerator_set_rng_state(self, state: torch.Tensor, device: torch.device) -> None:
-        """Put back what `accelerator_rng_state` gave. Called on every rank while loading."""
+        """Restore the result of `accelerator_rng_state`. Called on every rank while loading."""
         ...
 
     @provider
     def accelerator_memory_stats(self, device: torch.device) -> dict[str, int]:
-        """Return memory figures in bytes, with at least ``allocated_bytes`` and ``peak_allocated_bytes``.
+        """Return memory statistics in bytes, with at least ``allocated_bytes`` and ``peak_allocated_bytes``.
 
-        Called when the user or an extension asks, on the asking rank only.
+        Called on request of the user or an extension, on that rank only.
         """
         ...
 
     @provider
     def accelerator_synchronize(self, device: torch.device) -> None:
-        """Wait until the device has done all queued work. Called by extensions that measure time."""
+        """Wait until the device has finished all queued work. Called by extensions that measure time."""
         ...

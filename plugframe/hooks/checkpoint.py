@@ -1,4 +1,4 @@
-"""The contract of a checkpoint: how a run's state is laid down in files and found again."""
+"""The checkpoint contract: write, read and manage checkpoints of a run's state."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class SaveHandle(Protocol):
     """A save that may still be running."""
 
     def wait(self) -> None:
-        """Return once the checkpoint is whole on disk; raise what went wrong."""
+        """Return once the checkpoint is complete on disk; raise if the save failed."""
         ...
 
     def done(self) -> bool:
-        """Say whether it has ended, well or badly."""
+        """Return whether the save has ended, successfully or not."""
         ...
 
 
@@ -27,14 +27,14 @@ class CheckpointSpec(Protocol):
     """Hooks of the kind ``checkpoint``.
 
     A `state` is a tree of dicts with str or int keys, lists, tuples, tensors and plain values (None, bool, int,
-    float, str); everything else was turned into that, or refused by key, before. A descriptor that lists
-    ``provides=("sharded",)`` is given each rank's own shards, as ``DTensor``; others get full tensors on rank 0 and
-    may ignore the rest. ``provides=("async",)`` says that ``wait=False`` has an effect.
+    float, str); everything else has been converted, or refused by key, before. A plugin whose descriptor lists
+    ``provides=("sharded",)`` gets each rank's own shards, as ``DTensor``; others get full tensors on rank 0 and may
+    ignore the other ranks. ``provides=("async",)`` declares that ``wait=False`` has an effect.
     """
 
     @provider
     def checkpoint_setup(self, context: Context) -> None:
-        """Called once on every rank, after every other provider is set up."""
+        """Prepare the plugin. Called once on every rank, after every other provider is set up."""
         ...
 
     @provider
@@ -46,36 +46,36 @@ class CheckpointSpec(Protocol):
     def checkpoint_save(
         self, path: str, state: Mapping[str, Any], info: Mapping[str, Any], wait: bool
     ) -> SaveHandle | None:
-        """Write `state` at `path`, so that a crash at any instant leaves what was there before whole.
+        """Write `state` at `path` atomically: a crash at any time leaves the previous checkpoint intact.
 
         Called on every rank. `info` holds plain values for the manifest: format version, world size, plugins.
-        It returns, or raises, alike on all ranks.
+        Returns or raises consistently on all ranks.
 
         Returns:
-            None once the checkpoint is whole on disk; a handle if `wait` is False and it may not be yet.
+            None once the checkpoint is complete on disk; a handle if `wait` is False and the save may still run.
 
         Raises:
-            CheckpointError: naming the path, with what is there before left untouched.
+            CheckpointError: naming the path; the previous checkpoint is left untouched.
         """
         ...
 
     @provider
     def checkpoint_load(self, path: str, trusted: bool, lazy: bool) -> dict[str, Any]:
-        """Read and verify what lies at `path` and return its state, tensors on the CPU.
+        """Read and verify the checkpoint at `path` and return its state, tensors on the CPU.
 
-        Called on every rank. No code from the file may run, unless `trusted` and the file is
-        a foreign one (``torch.save``). If `lazy`, tensors may be `StoredTensor`: verified already, and read only
-        where and when they are needed, so that no rank holds more than its part.
+        Called on every rank. No code from the file may run, unless `trusted` and the file is of a foreign format
+        (``torch.save``). If `lazy`, tensors may be `StoredTensor`: verified already, and read on demand, so that no
+        rank holds more than its shards.
 
         Raises:
-            CheckpointCorruptError: naming the file and the entry that is not what was written.
-            CheckpointError: if nothing, or something else, is there.
+            CheckpointCorruptError: naming the file and the entry that differs from what was written.
+            CheckpointError: if there is no checkpoint at `path`.
         """
         ...
 
     @provider
     def checkpoint_list(self, folder: str) -> list[str]:
-        """Return the names of what lies in `folder`, checkpoints or not, in any order; nothing if there is no folder.
+        """Return the names of all entries of `folder`, checkpoints or not, in any order; empty if it does not exist.
 
         Called on rank 0 by ``lite.checkpoints(folder)``.
 
@@ -86,7 +86,7 @@ class CheckpointSpec(Protocol):
 
     @provider
     def checkpoint_remove(self, path: str) -> None:
-        """Remove the checkpoint at `path`; at no instant is a part of it taken for a whole one.
+        """Remove the checkpoint at `path`, so that a partly removed one is never read as complete.
 
         Called on rank 0 by ``lite.checkpoints(folder)``, while no rank reads or writes it.
 
@@ -97,9 +97,9 @@ class CheckpointSpec(Protocol):
 
     @provider
     def checkpoint_move(self, path: str, target: str) -> None:
-        """Move what lies at `path` to `target`, in the same folder; it may be damaged.
+        """Rename the checkpoint at `path`, which may be damaged, to `target` in the same folder.
 
-        Called on rank 0 by ``lite.checkpoints(folder)``, to set a damaged checkpoint aside.
+        Called on rank 0 by ``lite.checkpoints(folder)``, to quarantine a damaged checkpoint.
 
         Raises:
             CheckpointError: if it cannot be moved.

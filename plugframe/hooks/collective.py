@@ -12,29 +12,29 @@ if TYPE_CHECKING:
 
     from plugframe.hooks.context import Context
 
-#: Reductions every collective knows. "avg" is "mean" under torch's name.
+#: Reductions that every collective supports. "avg" is torch's name for "mean".
 ReduceOp = Literal["sum", "mean", "avg", "min", "max", "product"]
 
 
 class CollectiveSpec(Protocol):
     """Hooks of the kind ``collective``. Every rank of the group must make the same calls in the same order.
 
-    `group` is None for all ranks, or what `collective_new_group` returned. Inputs are never changed: results
-    are new tensors, contiguous, on the input's device.
+    `group` is None for all ranks, or a group from `collective_new_group`. Inputs are never modified: results are new
+    contiguous tensors on the input's device.
     """
 
     @provider
     def collective_setup(self, context: Context) -> None:
         """Connect the ranks. Called once on every rank, after the accelerator is set up.
 
-        ``context.hooks.environment_store(...)`` gives the store they meet at. A process group that exists
-        already (the user's own) is used, and left alone at tear-down.
+        ``context.hooks.environment_store(...)`` returns the rendezvous store. A process group that exists already (the
+        user's own) is used, and not destroyed at tear-down.
         """
         ...
 
     @provider
     def collective_teardown(self) -> None:
-        """Undo `collective_setup`. Called once on every rank, also after an exception; it must not wait."""
+        """Undo `collective_setup`. Called once on every rank, also after an exception; must not block."""
         ...
 
     @provider
@@ -52,7 +52,7 @@ class CollectiveSpec(Protocol):
     def collective_all_reduce(self, tensor: Tensor, op: ReduceOp, group: Any) -> Tensor:
         """Return the element-wise reduction over ranks: the same shape and dtype as `tensor`.
 
-        "mean" of an integer tensor is refused (SettingError).
+        "mean" of an integer tensor raises a `SettingError`.
 
         Raises:
             CollectiveMismatchError: if shapes or dtypes differ between ranks, on all ranks, listing them.
@@ -81,16 +81,16 @@ class CollectiveSpec(Protocol):
 
     @provider
     def collective_gather_later(self, values: Sequence[float]) -> Callable[[], Sequence[Sequence[float]]] | None:
-        """Begin to gather a few numbers of every rank, and return what waits for them.
+        """Start an asynchronous gather of a few numbers per rank; return a function that waits for the result.
 
-        Called on every rank in the same order, in the hot path: it must not wait for other ranks nor for a device.
+        Called on every rank in the same order, in the hot path: it must not block on other ranks or on a device.
 
         Args:
-            values: equally many on all ranks, at most some dozen.
+            values: the same number of values on all ranks, at most a few dozen.
 
         Returns:
-            A function that returns the values of all ranks, by rank; None where this cannot be done beside everything
-            else that is exchanged.
+            A function that returns the values of all ranks, indexed by rank; None if the collective cannot run this
+            concurrently with other collectives.
 
         Example:
             ``work = dist.all_gather(rows, torch.tensor(values), async_op=True)``
@@ -99,12 +99,12 @@ class CollectiveSpec(Protocol):
 
     @provider
     def collective_barrier(self, name: str, group: Any) -> None:
-        """Return once every rank of the group is here; `name` is for error messages."""
+        """Return once every rank of the group has called it; `name` is for error messages."""
         ...
 
     @provider
     def collective_monitored_barrier(self, name: str, timeout_s: float) -> None:
-        """Like `collective_barrier`, over all ranks, but name the ranks that did not come within `timeout_s`.
+        """Like `collective_barrier`, over all ranks, but name the ranks that did not call it within `timeout_s`.
 
         Raises:
             RuntimeError: naming the missing ranks.
@@ -120,6 +120,6 @@ class CollectiveSpec(Protocol):
     def collective_process_group(self) -> Any:
         """Return the ``torch.distributed`` process group of all ranks, or None if this collective has none.
 
-        Called by strategies that build on torch's own machinery.
+        Called by strategies that pass it to ``torch.distributed``.
         """
         ...

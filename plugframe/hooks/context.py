@@ -1,4 +1,4 @@
-"""What a plugin sees of the job it runs in."""
+"""The context of a job that plugins are set up with."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from plugframe.hooks.world import World
 if TYPE_CHECKING:
     import torch
 
-#: Seconds after which ranks that wait for another are reported.
+#: Seconds after which ranks that wait for others are reported.
 REPORT_AFTER_S = 30.0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Context:
-    """Handed to every plugin's ``…_setup`` hook, on every rank, once the job's processes exist.
+    """The context passed to every plugin's ``…_setup`` hook, on every rank, once the job's processes exist.
 
     Attributes:
         world: the ranks, seen from this process.
         device: this rank's device.
         hooks: every hook by name, bound: ``context.hooks.collective_barrier(name="x")`` runs the selected
-            collective's implementation, extensions included. Arguments go by keyword.
+            collective's implementation, with extensions applied. Arguments are passed by keyword.
         names: the resolved plugin name of each kind: ``{"strategy": "ddp", "precision": "32-true", …}``.
         provides: the capabilities of the selected plugin of each kind, as its descriptor lists them.
-        timeout_s: seconds a collective may take before it is an error, from ``--timeout``; None when not set.
-        report_after_s: seconds after which one line says which ranks wait for which, from ``--report-after``; 0 for
-            never.
+        timeout_s: seconds after which a collective raises an error, from ``--timeout``; None when not set.
+        report_after_s: seconds after which one line reports the ranks that wait and those they wait for, from
+            ``--report-after``; 0 for never.
     """
 
     world: World

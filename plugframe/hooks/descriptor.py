@@ -1,4 +1,4 @@
-"""The descriptor: what an entry point loads, light enough to load for a listing."""
+"""The descriptor that an entry point loads; importing it is cheap."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from typing import Any, Literal
 
 from plugframe.hooks.option import Option, validate_options
 
-#: The version of the hook contract this release speaks; it accepts this one and the one before.
+#: The version of the hook contract of this release, which supports this version and the previous one.
 API = 1
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Plugin:
-    """Everything plugframe must know about a plugin before importing it.
+    """Metadata of a plugin, read without importing the implementation.
 
-    The object an entry point of the group ``plugframe.<kind>`` names. Its module must import nothing
-    heavy: listing and resolving load descriptors, never implementations.
+    The object that an entry point of the group ``plugframe.<kind>`` refers to. Its module must be cheap to import:
+    listing and resolving load descriptors, never implementations.
 
     Attributes:
-        factory: ``"package.module:Name"`` of the class (or callable) that makes the implementation. It is
-            imported only once the plugin has been selected. Empty for an alias.
+        factory: ``"package.module:Name"`` of the class (or callable) that creates the implementation. It is
+            imported only once the plugin is selected. Empty for an alias.
         summary: one line for listings.
         devices: device types (``torch.device.type``) it works on; empty means any.
-        precisions: names of the precisions it can honour; empty means any. For strategies.
+        precisions: names of the supported precisions; empty means any. For strategies.
         ranks: ``"one"`` works with a single rank only, ``"any"`` with any number.
-        priority: how eagerly ``"auto"`` picks it, higher first; None means never.
-        provides: capabilities other plugins can ask for, such as ``"process-group"``. Of a checkpoint, ``"sharded"``
-            means that every rank writes its part; of a strategy, that every rank keeps only its part of a model.
+        priority: rank among the candidates under ``"auto"``, higher first; None means never chosen.
+        provides: capabilities other plugins can require, such as ``"process-group"``. Of a checkpoint, ``"sharded"``
+            means that every rank writes its shards; of a strategy, that every rank holds only its shards of a model.
             ``"simulated"`` of an environment and a collective: the other ranks do not exist; nothing is saved, and the
             first device of this machine stands for those of the job.
-            ``"by-hand"`` of an environment: the user has set its variables, perhaps for nodes and not for processes, so
-            it does not count where ``plugframe run`` is told which node it is on.
-            ``"local-backward"`` of a strategy: under ``strategy_no_sync`` neither forward nor backward exchanges
-            anything, and a later backward averages all that was accumulated.
+            ``"by-hand"`` of an environment: the user has set its variables, perhaps per node rather than per process,
+            so it is ignored when ``plugframe run`` gets a node rank.
+            ``"local-backward"`` of a strategy: under ``strategy_no_sync`` neither forward nor backward communicates,
+            and a later backward averages the accumulated gradients.
         needs: for each kind, the capabilities the plugin of that kind must provide, such as
             ``{"collective": ("process-group",)}``.
         prefers: for each kind, the capabilities the plugin of that kind should provide if ``"auto"`` picks it:
             ``{"checkpoint": ("sharded",)}``.
         tags: groups it belongs to, such as ``"gpu"``; see `best_of`.
         requires: modules that must be importable before the factory is imported.
-        extra: the requirement that installs what it needs: ``"plugframe[deepspeed]"``.
+        extra: the requirement that installs its dependencies: ``"plugframe[deepspeed]"``.
         variables: environment variables that must be set for an environment to be considered under ``"auto"``.
-        own_variables: environment variables in which an environment tells a rank its place; ``*`` stands for any
-            characters. A program that the rank starts does not take them for its own. Empty means `variables`.
-        alias_of: this name stands for another name of the same kind.
-        best_of: this name stands for the best available plugin that carries this tag.
+        own_variables: environment variables that hold a rank's position, with ``*`` for any characters. A program
+            that the rank starts ignores them. Empty means `variables`.
+        alias_of: another name of the same kind that this name stands for.
+        best_of: a tag: this name stands for the available plugin with that tag and the highest priority.
         implies: settings of other kinds that come with this name, such as ``{"launcher": "spawn"}``; an
-            ``"extension"`` is added to those asked for.
-        retired: names users may still type, each with the sentence that says what to type instead.
-        options: what its user can set by name, of the keyword arguments of the factory.
-        preset: keyword arguments always handed to the factory, for two names that share one.
+            ``"extension"`` is added to the requested ones.
+        retired: old names, each with a sentence that names the replacement.
+        options: the keyword arguments of the factory that users can set.
+        preset: keyword arguments always passed to the factory, for two names that share one.
         api: the version of the hook contract it was written for.
     """
 
@@ -93,7 +93,7 @@ class Plugin:
         self._check_options()
 
     def _check_types(self) -> None:
-        """Refuse here, where the author is named, what would end everybody's job once it is compared."""
+        """Raise here, where the error names the author, rather than later when a wrong type is compared."""
         for name in ("devices", "precisions", "provides", "tags", "requires", "variables", "own_variables"):
             words = getattr(self, name)
             if not isinstance(words, (tuple, list)) or not all(isinstance(word, str) for word in words):
@@ -109,29 +109,29 @@ class Plugin:
     def _check_options(self) -> None:
         if not isinstance(self.options, tuple) or not all(isinstance(option, Option) for option in self.options):
             raise ValueError(
-                "Plugin(options=…): write a tuple of Option(…); what is always handed to the factory is preset=."
+                "Plugin(options=…): write a tuple of Option(…); use preset= for fixed arguments of the factory."
             )
         if self.options and not self.factory:
-            raise ValueError("Plugin(options=…): a name that stands for another plugin has the options of that one.")
+            raise ValueError("Plugin(options=…): an alias has the options of the plugin it stands for.")
         names = [option.name for option in self.options]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"Plugin(options=…): {name!r} is declared twice.")
 
     def validate(self, owner: object, /, **values: Any) -> None:
-        """Check arguments of a constructor by the options declared here, as those of a command line are.
+        """Validate constructor arguments against the declared options, as on the command line.
 
         Args:
-            owner: the object that is made, which the message names.
-            values: by the name of the option. None passes where that is the default.
+            owner: the object under construction, named in the message.
+            values: values by option name. None passes where it is the default.
 
         Raises:
-            SettingError: for the first value that has the wrong type or is not allowed, saying what is.
+            SettingError: for the first value that has the wrong type or is not allowed; describes the allowed values.
         """
         validate_options(owner, self.options, **values)
 
     def made(self, plugin: Any) -> bool:
-        """Return whether the factory names the class of an object. Nothing is imported for it."""
+        """Return whether the factory is the class of an object, without importing anything."""
         cls = type(plugin)
         module, _, name = self.factory.partition(":")
         same = self.factory == f"{cls.__module__}:{cls.__qualname__}"

@@ -1,4 +1,4 @@
-"""The contract of an environment: who started the processes, and what it says about them."""
+"""The environment contract: detect the scheduler or launcher and read each rank's position from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class EnvironmentSpec(Protocol):
 
     @provider
     def environment_detect(self) -> bool:
-        """Say whether this process was started by this environment, from its environment variables.
+        """Return whether this environment started the process, judging by its environment variables.
 
         Called while the plan is made, in every process, if all of the descriptor's `variables` are set.
         """
@@ -24,36 +24,36 @@ class EnvironmentSpec(Protocol):
 
     @provider
     def environment_launched(self) -> bool:
-        """Say whether the job's processes exist already, so that nothing has to be launched.
+        """Return whether the job's processes exist already, so that nothing has to be launched.
 
-        Called while the plan is made, of the environment that was selected.
+        Called while the plan is made, on the selected environment.
         """
         ...
 
     @provider
     def environment_world(self) -> World:
-        """Return where this process stands. Called while the plan is made, if `environment_launched`.
+        """Return this process's `World`. Called while the plan is made, if `environment_launched`.
 
         Raises:
             EnvironmentMismatchError: if the variables are incomplete or contradict each other; the message names
-                the variable, its value and what to type.
+                the variable, its value and the fix.
         """
         ...
 
     @provider
     def environment_validate(self, num_processes: int | None, num_nodes: int | None) -> None:
-        """Compare what was asked (processes on each node, nodes; None where nothing was) with what is there.
+        """Check the requested processes per node and nodes (None where not requested) against the actual numbers.
 
         Called while the plan is made, if `environment_launched`.
 
         Raises:
-            EnvironmentMismatchError: naming both figures, where each comes from, and what to type.
+            EnvironmentMismatchError: naming both numbers, their sources and the fix.
         """
         ...
 
     @provider
     def environment_requeue(self) -> bool:
-        """Have whoever started the job start it again once it has ended; say whether that was asked for.
+        """Ask the scheduler to start the job again once it has ended; return whether the request was made.
 
         Called on global rank 0 by ``lite.requeue()``.
         """
@@ -61,7 +61,7 @@ class EnvironmentSpec(Protocol):
 
     @provider
     def environment_store(self, context: Context, timeout_s: float) -> Any:
-        """Return the ``torch.distributed.Store`` at which the ranks of the job meet.
+        """Return the ``torch.distributed.Store`` for the rendezvous of the job's ranks.
 
         Called once on every rank by the collective plugin. On one node it listens on loopback only.
         """

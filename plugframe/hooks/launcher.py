@@ -1,4 +1,4 @@
-"""The contract of a launcher: who starts the ranks and watches over them."""
+"""The launcher contract: start and supervise the ranks."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from plugframe.hooks.markers import provider
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be started.
+    """A job to launch.
 
     Attributes:
         num_processes: ranks on this node.
         num_nodes: nodes of the job, at most where `min_nodes` is given.
-        min_nodes: the fewest nodes the job runs on; None if their number is fixed. Where it is given the nodes are
-            numbered as they come, and all ranks start again when one comes or goes.
+        min_nodes: the minimum number of nodes; None if their number is fixed. If given, nodes are numbered in the
+            order they join, and all ranks restart when one joins or leaves.
         node_rank: this node's rank.
-        main_address: host name or address of node 0, or of the node at which all meet; None on one node.
-        main_port: port there; None on one node, where a free one is taken.
-        max_restarts: how often a failed group of ranks is started again.
-        environ: variables the ranks get on top of this process's environment.
+        main_address: host name or address of node 0, or of the rendezvous node; None on one node.
+        main_port: port there; None on one node, where a free one is chosen.
+        max_restarts: how often a failed group of ranks is restarted.
+        environ: variables that the ranks get in addition to this process's environment.
         command: arguments after the Python executable, for a script: ``("train.py", "--epochs", "3")`` or
-            ``("-m", "pkg.train")``. Empty when a function is to be run.
+            ``("-m", "pkg.train")``. Empty for a function.
         interpreter_options: options for the Python interpreter itself, such as ``("-X", "dev")``.
         function: for a function, a picklable callable that is called with `args` on every rank.
         args: its positional arguments.
         timeout_s: how long to wait for the other nodes.
-        grace_s: how long ranks may go on after a signal to the launcher (but Ctrl-C), to save and leave.
-        log_dir: a folder for files that keep what each rank says; None if they are not wanted.
-        tee: which of a rank's streams, ``"stdout"`` and ``"stderr"``, the terminal shows with the rank before each
-            line: of all ranks alike, or by global rank. None: both where there is a `log_dir`, else neither. What is
-            not shown so goes to the files alone, and without a `log_dir` to the terminal as it is.
-        numa_binding: how to bind ranks to the CPUs near their devices, in torchrun's words: ``"node"``.
-        debug_rank: global rank of a script that runs under a debugger and gets the terminal; None for none.
+        grace_s: seconds the ranks have to save and exit after a signal to the launcher other than Ctrl-C.
+        log_dir: a folder for one log file per rank and stream; None writes no files.
+        tee: the streams, ``"stdout"`` and ``"stderr"``, to show on the terminal prefixed with the rank: for all ranks,
+            or by global rank. None: both if there is a `log_dir`, else neither. Other streams go to the files only, or
+            without a `log_dir` to the terminal unprefixed.
+        numa_binding: how to bind ranks to the CPUs near their devices, with torchrun's values: ``"node"``.
+        debug_rank: global rank of a script that runs under a debugger with the terminal as input; None for none.
 
-    A launcher that cannot do what one of the last four asks for raises an `UnsupportedError`.
+    A launcher that does not support one of the last four raises an `UnsupportedError`.
     """
 
     num_processes: int
@@ -63,20 +63,19 @@ class Job:
 class LauncherSpec(Protocol):
     """Hooks of the kind ``launcher``.
 
-    A descriptor says what it can start: ``provides=("script",)``, ``("function",)`` or both, and
-    ``"interactive"`` if a function typed at a prompt or in a notebook cell will do; ``"nodes"`` if one call starts the
-    ranks of every node, which meet where it says: then nobody has to be told an address.
+    The descriptor lists what it can launch: ``provides=("script",)``, ``("function",)`` or both, and
+    ``"interactive"`` if it can launch a function defined at a prompt or in a notebook cell; ``"nodes"`` if one call
+    starts the ranks of every node and provides the rendezvous, so that no address is needed.
     """
 
     @provider
     def launcher_launch(self, job: Job) -> Any:
-        """Start the ranks, wait until all have ended, and return what the function returned on rank 0.
+        """Start the ranks, wait until all have ended, and return the function's result on rank 0, None for a script.
 
-        Called in the supervising process only. A script has no result: None.
+        Called in the supervising process only.
 
         Raises:
             RankFailedError: if a rank failed; its report names rank, host and cause and holds the traceback.
-            UsageError: if the job cannot be started this way (an unpicklable function, an address that
-                does not answer).
+            UsageError: if the job cannot be launched this way (an unpicklable function, an unreachable address).
         """
         ...

@@ -1,4 +1,4 @@
-"""The contract of a logger: where metrics go. Any number can be selected."""
+"""The logger contract: record metrics. Any number of loggers can be selected."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class LoggerSpec(Protocol):
 
     @hookspec
     def logger_setup(self, context: Context) -> None:
-        """Called once on every rank; a logger that writes does so on global rank 0 only."""
+        """Prepare the logger. Called once on every rank; write files on global rank 0 only."""
         ...
 
     @hookspec
     def logger_log(self, metrics: Mapping[str, float], step: int | None) -> None:
         """Record metrics. Called on global rank 0 by ``lite.log`` and ``lite.log_dict``.
 
-        `step` is None when the user gave none; the logger then counts its own calls.
+        `step` is None when the user passed none; the logger then counts its own calls.
         """
         ...
 
     @hookspec
     def logger_teardown(self) -> None:
-        """Write what is pending and close. Called once on every rank, also after an exception."""
+        """Flush and close. Called once on every rank, also after an exception."""
         ...

@@ -1,4 +1,4 @@
-"""The markers of the project: of hooks, and of what implements them."""
+"""The pluggy markers for hook specifications and implementations."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _specify = pluggy.HookspecMarker(PROJECT)
 
 @dataclass(frozen=True, kw_only=True)
 class Deprecated:
-    """What of a hook is on its way out, and what to write instead.
+    """Deprecations of a hook, with replacements.
 
     Attributes:
-        hook: of the hook as a whole; empty if it stays.
-        arguments: of each argument that goes.
+        hook: the replacement for the hook itself; empty if it is not deprecated.
+        arguments: the replacement for each deprecated argument.
     """
 
     hook: str = ""
@@ -37,9 +37,9 @@ def hookspec(function: Any = None, /, *, deprecated: str = "", deprecated_argume
     """Mark a hook that any number of plugins can implement.
 
     Args:
-        deprecated: the hook is going: what to implement instead, as a sentence. Plugins that implement it are warned
-            of by name.
-        deprecated_arguments: arguments that are going, each with the sentence that says what to do instead.
+        deprecated: marks the hook as deprecated: a sentence with the replacement. A warning names each plugin that
+            implements it.
+        deprecated_arguments: deprecated arguments, each with a sentence that names the replacement.
     """
     return _mark(function, False, deprecated, deprecated_arguments)
 
@@ -49,7 +49,7 @@ def provider(function: _F, /) -> _F: ...
 @overload
 def provider(*, deprecated: str = ..., deprecated_arguments: Mapping[str, str] = ...) -> Callable[[_F], _F]: ...
 def provider(function: Any = None, /, *, deprecated: str = "", deprecated_arguments: Any = None) -> Any:
-    """Mark a hook that is answered by the selected plugin of its kind, and by that one alone.
+    """Mark a hook that only the selected plugin of its kind implements.
 
     The arguments are those of `hookspec`.
     """
@@ -68,19 +68,19 @@ def _mark(function: Any, firstresult: bool, hook: str, arguments: Mapping[str, s
 
 
 def deprecated_of(function: Any) -> Deprecated:
-    """Return what of a hook is on its way out; of most, nothing."""
+    """Return the deprecations of a hook, empty for most."""
     found = getattr(function, _MARK, None)
     return found if isinstance(found, Deprecated) else Deprecated()
 
 
 def marks_of(plugin: Any, name: str) -> dict[str, Any] | None:
-    """Return what `hookimpl` noted on a method of an object's class, None if it is not marked."""
+    """Return the options that `hookimpl` set on a method of an object's class, None if it is not marked."""
     marks = getattr(getattr(type(plugin), name, None), f"{PROJECT}_impl", None)
     return marks if isinstance(marks, dict) else None
 
 
 def unmarked_of(plugin: Any, hooks: Iterable[str]) -> list[str]:
-    """Return which of the hooks an object's class overrides without a mark."""
+    """Return the hooks that an object's class overrides without ``@hookimpl``."""
     methods = {name: getattr(type(plugin), name, None) for name in hooks}
     marks = (f"{PROJECT}_impl", f"{PROJECT}_spec")
     return [
@@ -91,11 +91,11 @@ def unmarked_of(plugin: Any, hooks: Iterable[str]) -> list[str]:
 
 
 def deprecated_uses(caller: pluggy.HookCaller, plugin: Any) -> list[str]:
-    """Return what is deprecated of a hook and a plugin's own implementation of it uses, a sentence each."""
+    """Return one sentence for each deprecated feature of a hook that a plugin's own implementation uses."""
     deprecated = deprecated_of(caller.spec.function if caller.spec else None)
     found: dict[str, str] = {}
     for impl in caller.get_hookimpls():
-        # What a plugin inherits from plugframe's own bases is not its author's to fix. A function that was made by hand
+        # Methods inherited from plugframe's base classes are not the author's to fix. A function created at run time
         # may have no module.
         module = getattr(impl.function, "__module__", None) or ""
         if impl.plugin is not plugin or module.startswith(f"{PROJECT}."):

@@ -1,4 +1,4 @@
-"""Notifications: hooks any number of extensions and callbacks may implement; results are ignored."""
+"""Notification hooks: any number of extensions and callbacks may implement them; results are ignored."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ if TYPE_CHECKING:
 
 
 class NotifySpec(Protocol):
-    """Hooks that tell; they are called on every rank, last registered first."""
+    """Notification hooks; called on every rank, last registered first."""
 
     @hookspec
     def on_connect(self, context: Context) -> None:
-        """The ranks can communicate: the collective is set up, and what is set up after it is not."""
+        """Called once the collective is set up, before later kinds are: the ranks can communicate."""
 
     @hookspec
     def on_launch(self, context: Context) -> None:
-        """Every provider is set up; the job runs."""
+        """Called once every provider is set up."""
 
     @hookspec
     def on_setup(self, module: torch.nn.Module) -> None:
-        """A module was set up."""
+        """Called after a module was set up."""
 
     @hookspec
     def on_backward(self, loss: Tensor) -> None:
-        """Gradients of `loss` are there."""
+        """Called after the backward of `loss`; gradients are available."""
 
     @hookspec
     def on_optimizer_step(self, optimizer: Optimizer) -> None:
-        """An optimizer step ended."""
+        """Called after an optimizer step."""
 
     @hookspec
     def on_save(self, path: str, state: Any) -> None:
-        """A checkpoint was handed to the checkpoint plugin."""
+        """Called after a checkpoint was passed to the checkpoint plugin; it may still be writing."""
 
     @hookspec
     def on_load(self, path: str) -> None:
-        """A checkpoint was loaded."""
+        """Called after a checkpoint was loaded."""
 
     @hookspec
     def on_teardown(self) -> None:
@@ -51,4 +51,4 @@ class NotifySpec(Protocol):
 
     @hookspec
     def on_disconnect(self) -> None:
-        """Called before the collective is torn down, also where a set-up has failed after `on_connect` was called."""
+        """Called before the collective is torn down, also if a set-up failed after `on_connect`."""

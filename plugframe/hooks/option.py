@@ -1,4 +1,4 @@
-"""Options: declared once, on the descriptor of a plugin; every value given for one is validated by its declaration."""
+"""Options of plugins: declared once, on the descriptor, and validated from there wherever they are set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from plugframe.errors import SettingError, closest
 
-#: Types an option can have by itself, as an item of a list, and as a value of a dict.
+#: Types of an option, of the items of a list and of the values of a dict.
 SCALARS = (str, int, float, bool)
 
 _YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -19,18 +19,18 @@ _YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a plugin: a keyword its factory takes, that can also be typed or written in a settings file.
+    """A keyword argument of a plugin's factory that can also be set on the command line or in a settings file.
 
     Attributes:
         name: the keyword: ``"timeout_s"``, typed as ``--strategy.timeout-s=60``.
         type: ``str``, ``int``, ``float`` or ``bool``; ``list[str]`` and so on, typed ``a,b``; ``dict[str, int]`` and
             so on, typed ``a=1,b=2``.
-        default: what the factory takes without it; None where the plugin decides then.
+        default: the factory's default; None if the plugin computes it.
         help: one line.
-        choices: the values there are, of a list its items; empty where any will do.
-        minimum: the least value of a number.
-        maximum: the greatest.
-        above: what a number must be greater than.
+        choices: the allowed values, for a list those of its items; empty allows any.
+        minimum: inclusive lower bound of a number.
+        maximum: inclusive upper bound.
+        above: exclusive lower bound.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Option:
         if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", self.name) or self.name == "name":
             raise ValueError(
                 f"Option({self.name!r}): an option is called like 'timeout_s', in lower case with single underscores, "
-                "and not 'name', which is the key that selects the plugin."
+                "and not 'name', which selects the plugin."
             )
         if self.scalar not in SCALARS or self.container not in (None, list, dict):
             raise ValueError(
@@ -68,8 +68,8 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        """The values it takes, in words: ``a whole number from 1 on``."""
-        words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[self.scalar]
+        """A description of the allowed values: ``an integer from 1``."""
+        words = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}[self.scalar]
         if self.choices:
             words = f"one of {', '.join(map(str, self.choices))}"
         limits = [
@@ -87,7 +87,7 @@ class Option:
 
     @property
     def form(self) -> str:
-        """What stands after the ``=`` on a command line: ``N``, ``slow|fast``, ``NAME=N,NAME=N``."""
+        """The placeholder for the value in usage lines: ``N``, ``slow|fast``, ``NAME=N,NAME=N``."""
         if self.choices and self.container is None:
             return "|".join(map(str, self.choices))
         word = {str: "TEXT", int: "N", float: "NUMBER", bool: "true|false"}[self.scalar]
@@ -96,24 +96,24 @@ class Option:
         return f"NAME={word},NAME={word}" if self.container is dict else word
 
     def parse(self, text: str) -> Any:
-        """Return the value that a text stands for, from a command line or a variable.
+        """Parse the value of a command line option or an environment variable.
 
         Raises:
-            ValueError: if it has the wrong type or is not allowed; the message says what is.
+            ValueError: if it has the wrong type or is not allowed; the message describes the allowed values.
         """
         return self._validated(text, _parsed)
 
     def validate(self, value: Any) -> Any:
-        """Return a value of the option's type, from code or a settings file; of ``float`` an integer becomes one.
+        """Validate a value from code or a settings file and return it; an integer for a ``float`` is converted.
 
         Raises:
-            ValueError: if it has the wrong type or is not allowed; the message says what is.
+            ValueError: if it has the wrong type or is not allowed; the message describes the allowed values.
         """
         return self._validated(value, _typed)
 
     def _validated(self, value: Any, convert: Any) -> Any:
         if type(value) is type(self.default) and value == self.default:
-            return self.default  # "auto", where that is not of the type
+            return self.default  # such as "auto", which need not have the option's type
         try:
             found = convert(self, value)
         except ValueError:
@@ -137,10 +137,10 @@ class Option:
 
 
 def validate_options(owner: object, options: Iterable[Option], /, **values: Any) -> None:
-    """Check arguments of a constructor by declared options; see `Plugin.validate`, which passes those of a descriptor.
+    """Validate constructor arguments against declared options; `Plugin.validate` does so for a descriptor's own.
 
     Raises:
-        SettingError: for the first value that has the wrong type or is not allowed, saying what is.
+        SettingError: for the first value that has the wrong type or is not allowed; describes the allowed values.
     """
     declared = {option.name: option for option in options}
     for name, value in values.items():

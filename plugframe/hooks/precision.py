@@ -1,4 +1,4 @@
-"""The contract of a precision: in which dtypes a module's numbers are kept and computed."""
+"""The precision contract: dtypes of parameters and arithmetic, and loss scaling."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Dtypes:
-    """What a precision means, for strategies that do mixed precision themselves.
+    """The dtypes of a precision, for strategies that implement mixed precision themselves.
 
     Attributes:
-        parameter: dtype parameters are kept in.
+        parameter: dtype of the parameters.
         compute: dtype of the forward and backward arithmetic.
     """
 
@@ -35,12 +35,13 @@ class PrecisionSpec(Protocol):
 
     @provider
     def precision_setup(self, context: Context) -> None:
-        """Check that this device honours the precision and prepare what it needs (a loss scaler).
+        """Check that this device supports the precision, and prepare it (a loss scaler).
 
         Called once on every rank, after accelerator and collective are set up.
 
         Raises:
-            UnsupportedError: if ``context.hooks.accelerator_supports_dtype`` says no. It is never replaced.
+            UnsupportedError: if ``context.hooks.accelerator_supports_dtype`` returns False. There is no fallback to
+                another precision.
         """
         ...
 
@@ -51,7 +52,7 @@ class PrecisionSpec(Protocol):
 
     @provider
     def precision_dtypes(self) -> Dtypes:
-        """Return the dtypes the precision stands for. Called on every rank, by strategies, at set-up."""
+        """Return the dtypes of the precision. Called on every rank, by strategies, at set-up."""
         ...
 
     @provider
@@ -102,7 +103,7 @@ class PrecisionSpec(Protocol):
 
     @provider
     def precision_finish_backward(self) -> None:
-        """Make gradients true to size, now that a backward is over and the strategy has averaged them.
+        """Unscale gradients after a backward, once the strategy has averaged them.
 
         Called on every rank after `strategy_backward`, also if that raised: it is in the hot path. After it the script
         may read, clip and apply gradients as without this precision.
@@ -114,7 +115,7 @@ class PrecisionSpec(Protocol):
 
     @provider
     def precision_setup_optimizer(self, optimizer: Optimizer) -> None:
-        """Take note of an optimizer: gradients of what it updates must be true to size after each backward.
+        """Register an optimizer: gradients of its parameters must be unscaled after each backward.
 
         Called on every rank for each optimizer at ``lite.setup`` and ``lite.setup_optimizers``, after the strategy has
         prepared it.
@@ -125,7 +126,7 @@ class PrecisionSpec(Protocol):
     def precision_optimizer_step(
         self, optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any] | None
     ) -> Any:
-        """Run ``step(closure)``, or leave it out where gradients overflowed.
+        """Run ``step(closure)``, or skip it if gradients overflowed.
 
         Called on every rank by the strategy: it is in the hot path.
 
@@ -136,21 +137,21 @@ class PrecisionSpec(Protocol):
 
     @provider
     def precision_unscale(self, optimizer: Optimizer) -> bool:
-        """Make the gradients of `optimizer`'s parameters true to size, if `precision_finish_backward` has not.
+        """Unscale the gradients of `optimizer`'s parameters, if `precision_finish_backward` has not.
 
         Called on every rank by ``lite.clip_gradients``.
 
         Returns:
-            True if a step with non-finite gradients will be skipped by itself, so that they are no error.
+            True if a step with non-finite gradients is skipped automatically, so that they are not an error.
         """
         ...
 
     @provider
     def precision_state(self) -> dict[str, Any]:
-        """Return what must be saved for an exact resume (the loss scale). Called on every rank while saving."""
+        """Return the state for an exact resume (the loss scale). Called on every rank while saving."""
         ...
 
     @provider
     def precision_load_state(self, state: dict[str, Any]) -> None:
-        """Put back what `precision_state` gave. Called on every rank while loading."""
+        """Restore the result of `precision_state`. Called on every rank while loading."""
         ...

@@ -1,4 +1,4 @@
-"""The contract of a strategy: how modules, optimizers and data are spread over the ranks."""
+"""The strategy contract: distribute modules, optimizers and data over the ranks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from plugframe.hooks.context import Context
 
-#: What a strategy keeps beside a module. It is called as ``engine(call, *args, **kwargs)`` and must run
-#: ``call(*args, **kwargs)``, the user's own forward, under the strategy. None: nothing to add.
+#: The object that runs a module's forward under a strategy: ``engine(call, *args, **kwargs)`` must run
+#: ``call(*args, **kwargs)``, the user's own forward. None: the forward runs unchanged.
 Engine = Any
 
 
@@ -25,9 +25,9 @@ class StrategySpec(Protocol):
 
     @provider
     def strategy_describe(self) -> Sequence[str]:
-        """Return lines for ``plugframe run --dry-run`` on what is known before the job runs; usually none.
+        """Return extra lines for ``plugframe run --dry-run``, usually none.
 
-        Called once in the process of the command, where no other hook is called.
+        Called once in the process of the command, where no other hook of the strategy is called.
 
         Example:
             ``return [f"config: {json.dumps(self.config)}"]``
@@ -52,10 +52,10 @@ class StrategySpec(Protocol):
 
     @provider
     def strategy_init_context(self, empty_init: bool | None) -> AbstractContextManager[Any]:
-        """Return the context in which ``lite.init_module()`` lets the user build a module.
+        """Return the context in which users build a module under ``lite.init_module()``.
 
-        Called on every rank. `empty_init` True asks for parameters without storage, which get the values of an
-        eager build in `strategy_setup_module`; see `plugframe.deferred.module`.
+        Called on every rank. `empty_init` True requests parameters without storage, which `strategy_setup_module`
+        materializes with the values of an eager build; see `plugframe.deferred.module`.
         """
         ...
 
@@ -64,7 +64,7 @@ class StrategySpec(Protocol):
         """Prepare a module, in place, and return its engine (or None).
 
         Called on every rank with the user's module, already on this rank's device and converted by the
-        precision plugin. The module must stay usable by itself: the engine is kept beside it, not around it.
+        precision plugin. The module must stay usable directly: the engine is stored separately and does not wrap it.
 
         Example:
             ``return DistributedDataParallel(ForwardShim(module))``
@@ -77,7 +77,7 @@ class StrategySpec(Protocol):
     ) -> Sequence[Optimizer]:
         """Prepare optimizers and return them, in the same order.
 
-        Called on every rank after `strategy_setup_module`. `module` is None when optimizers are set up apart.
+        Called on every rank after `strategy_setup_module`. `module` is None for ``lite.setup_optimizers``.
         """
         ...
 
@@ -120,7 +120,7 @@ class StrategySpec(Protocol):
         """Compute gradients of `loss`; `args` and `kwargs` go to ``Tensor.backward``.
 
         Called on every rank: it is in the hot path. `module` is what the user passed as ``model=``. After it,
-        gradients on N ranks equal those of one process on the whole batch (law 6).
+        gradients on N ranks equal those of one process on the global batch (law 6).
         """
         ...
 
@@ -128,24 +128,25 @@ class StrategySpec(Protocol):
     def strategy_gather_later(
         self, values: Sequence[float], look: Callable[[Sequence[Sequence[float]]], None]
     ) -> Callable[[], Sequence[Sequence[float]]] | None:
-        """Begin to compare a few numbers over ranks; return what gives those of every rank, called a step later.
+        """Start an asynchronous comparison of a few numbers over ranks.
 
-        Called on every rank before each step of an optimizer, with its settings and counts: it is in the hot path,
-        and must not wait for other ranks or for a device. The default gathers them by `collective_gather_later`. A
-        strategy that exchanges something in every step can let them ride along instead: it calls ``look(rows)`` on
-        all ranks, which raises, when they differ, and returns a function that gives an empty sequence.
+        Called on every rank before each optimizer step, with the optimizer's settings and counts: it is in the hot
+        path, and must not block on other ranks or on a device. The default is `collective_gather_later`. A strategy
+        that communicates in every step can piggyback the numbers instead: if they differ, it calls ``look(rows)`` on
+        all ranks, which raises, and it returns a function that returns an empty sequence.
 
         Returns:
-            None if the numbers cannot be compared beside everything else; then nobody asks again.
+            A function, called one step later, that returns the numbers of all ranks, indexed by rank; None if the
+            strategy cannot compare concurrently with its other collectives, which disables the comparison.
         """
         ...
 
     @provider
     def strategy_no_sync(self, module: torch.nn.Module, engine: Engine, enabled: bool) -> AbstractContextManager[Any]:
-        """Return a context in which gradients only accumulate locally (`enabled`) or are synchronised (not).
+        """Return a context in which gradients accumulate locally if `enabled`, and are synchronised otherwise.
 
-        Called on every rank around forward and backward of a micro-batch. It nests in any way; on leaving,
-        what held before holds again.
+        Called on every rank around forward and backward of a micro-batch. Contexts nest; each restores the previous
+        state on exit.
         """
         ...
 
@@ -161,10 +162,10 @@ class StrategySpec(Protocol):
 
     @provider
     def strategy_zero_grad(self, owner: torch.nn.Module | Optimizer) -> None:
-        """Forget gradients that are kept beside the parameters' ``grad``.
+        """Clear gradients that are stored outside of the parameters' ``grad``.
 
-        Called on every rank after ``zero_grad()`` of a module or optimizer that was set up. Most strategies keep
-        gradients nowhere else, and do nothing.
+        Called on every rank after ``zero_grad()`` of a module or optimizer that was set up. Most strategies store
+        none, and do nothing.
         """
         ...
 
@@ -202,9 +203,9 @@ class StrategySpec(Protocol):
     def strategy_load_module_state(
         self, module: torch.nn.Module, state: dict[str, Any], strict: bool
     ) -> tuple[list[str], list[str]]:
-        """Load what `strategy_module_state` gave; return the missing and the unexpected keys.
+        """Load the result of `strategy_module_state`; return the missing and the unexpected keys.
 
-        Called on every rank while loading, with the same `state` on all. Raises nothing for keys: the caller
+        Called on every rank while loading, with the same `state` on all. Does not raise for keys: the caller
         reports both lists at once.
         """
         ...
@@ -216,5 +217,5 @@ class StrategySpec(Protocol):
 
     @provider
     def strategy_load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Load what `strategy_optimizer_state` gave. Called on every rank while loading."""
+        """Load the result of `strategy_optimizer_state`. Called on every rank while loading."""
         ...

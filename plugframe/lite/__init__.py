@@ -1,4 +1,4 @@
-"""The user's object, in parts by what they are for: it delegates, and decides nothing."""
+"""The `Lite` class, and the function modules that implement its methods."""
 
 from plugframe.lite.lite import Lite
 

@@ -1,4 +1,4 @@
-"""Save and load the state of a run, and stop it where it can be resumed."""
+"""Save, load and preemption methods of `Lite`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def save(
 
 
 def load(lite: Lite, path: Any, state: Any, *, strict: bool, trusted: bool, rng: bool) -> dict[str, Any]:
-    """Read what lies at `path` into the objects of `state`; see `Lite.load`."""
+    """Load the checkpoint at `path` into the objects of `state`; see `Lite.load`."""
     lite._started("load")
     return saving.load(
         lite._session,
@@ -58,13 +58,13 @@ def load(lite: Lite, path: Any, state: Any, *, strict: bool, trusted: bool, rng:
 
 
 def load_raw(lite: Lite, path: Any, obj: Any, *, strict: bool, trusted: bool) -> None:
-    """Read the bare ``state_dict`` that lies at `path` into `obj`."""
+    """Load the bare ``state_dict`` at `path` into `obj`."""
     lite._started("load_raw")
     saving.load_raw(lite._session, path, obj, strict=strict, namer=_naming(lite), trusted=trusted)
 
 
 def state_dict(lite: Lite, obj: nn.Module | Optimizer, *, all_ranks: bool) -> dict[str, Any]:
-    """Return the state of a module or an optimizer as a plain process reads it."""
+    """Return the full state of a module or an optimizer, as in a single process."""
     lite._started("state_dict")
     return full_state_dict(lite._session, obj, all_ranks=all_ranks, namer=_naming(lite))
 
@@ -77,7 +77,7 @@ def checkpoints(
     keep_best: tuple[str, str, int] | None,
     every_s: float | None,
 ) -> CheckpointManager:
-    """Return the manager of the checkpoints in `folder`."""
+    """Return the checkpoint manager for `folder`."""
     lite._started("checkpoints")
     return CheckpointManager(
         lite._session,
@@ -91,20 +91,20 @@ def checkpoints(
 
 
 def should_stop(lite: Lite) -> bool:
-    """Return whether any rank was sent a signal that asks it to stop, the same on all ranks."""
+    """Return whether any rank received a stop signal, the same on all ranks."""
     lite._started("should_stop")
     return lite._preemption.should_stop(lite._hooks)
 
 
 def requeue(lite: Lite) -> bool:
-    """Have the scheduler start this job again once it ends; say whether there is one that can."""
+    """Requeue this job with the scheduler; return whether there is a scheduler that supports it."""
     lite._started("requeue")
     asked = lite._hooks.environment_requeue() if lite.is_global_zero else None
     return bool(lite._hooks.collective_broadcast_object(obj=asked, src=0, group=None))
 
 
 def _naming(lite: Lite) -> ParameterNamer:
-    """Return what names an optimizer's parameters: now, or when it was set up if the strategy hides them."""
+    """Return the parameters of an optimizer for naming: current, or as set up if the strategy hides them."""
 
     def naming(optimizer: Optimizer) -> ParameterNames | None:
         found = names_of(optimizer, lite._living())

@@ -1,4 +1,4 @@
-"""What the user handed over, looked at before anything is done with it."""
+"""Checks of the arguments of `Lite`'s methods, before anything is modified."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from plugframe.errors import OrderError, SettingError
 
 
 def check_module(module: Any, set_up: Sequence[nn.Module] = ()) -> None:
-    """Refuse what is no plain module, one whose parameters have no shape yet, and one that was set up before.
+    """Raise unless the module is plain, with materialized parameter shapes, and was not set up before.
 
     Args:
         set_up: the modules that were.
@@ -39,14 +39,15 @@ def check_module(module: Any, set_up: Sequence[nn.Module] = ()) -> None:
     for name, part in module.named_modules():
         if state_of(part) is not None:
             raise OrderError(
-                f"Part {name!r} of this {type(module).__name__} was set up already: set up the whole, or its parts."
+                f"Submodule {name!r} of this {type(module).__name__} was set up already: set up the model, or its "
+                "submodules."
             )
-    for whole in set_up:
-        for name, part in whole.named_modules():
+    for parent in set_up:
+        for name, part in parent.named_modules():
             if part is module:
                 raise OrderError(
-                    f"This {type(module).__name__} is part {name!r} of a {type(whole).__name__} that was set up "
-                    "already: set up the whole, or its parts."
+                    f"This {type(module).__name__} is submodule {name!r} of a {type(parent).__name__} that was set up "
+                    "already: set up the model, or its submodules."
                 )
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(tensor):
@@ -59,7 +60,7 @@ def check_module(module: Any, set_up: Sequence[nn.Module] = ()) -> None:
 
 
 def _check_trainable(name: str, parameter: Tensor, what: str) -> None:
-    """Refuse a parameter that no optimizer can change in place."""
+    """Raise for a parameter that an optimizer cannot update in place."""
     if parameter.is_inference():
         raise SettingError(
             f"Parameter {name!r} of this {what} was made under torch.inference_mode(), and can never be trained: build "
@@ -75,7 +76,7 @@ def _check_trainable(name: str, parameter: Tensor, what: str) -> None:
 
 
 def check_optimizers(optimizers: Sequence[Any]) -> None:
-    """Refuse what is no plain optimizer, and one that was set up before.
+    """Raise unless these are plain optimizers that were not set up before.
 
     Raises:
         SettingError: for another type.
@@ -95,7 +96,7 @@ def check_optimizers(optimizers: Sequence[Any]) -> None:
 
 
 def check_ownership(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Refuse an optimizer that holds parameters of another model.
+    """Raise if an optimizer holds parameters of another model.
 
     Raises:
         SettingError: saying how many.
@@ -113,7 +114,7 @@ def check_ownership(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
 
 
 def check_loaders(loaders: Sequence[Any]) -> None:
-    """Refuse what is no plain DataLoader, and one that was set up before.
+    """Raise unless these are plain DataLoaders that were not set up before.
 
     Raises:
         SettingError: for another type.
@@ -136,7 +137,7 @@ def _refuse_twice(objects: Sequence[Any]) -> None:
 
 
 def check_loss(loss: Any, *, set_up: bool) -> None:
-    """Refuse a backward before anything was set up, and of what is no tensor.
+    """Raise for a backward before anything was set up, or if the loss is not a tensor.
 
     Raises:
         OrderError: before set-up.
@@ -149,7 +150,7 @@ def check_loss(loss: Any, *, set_up: bool) -> None:
 
 
 def check_set_up(module: Any, call: str, hooks: Any) -> None:
-    """Refuse a module or optimizer that was not set up, or not by the `Lite` with these hooks.
+    """Raise for a module or optimizer that was not set up by the `Lite` with these hooks.
 
     Raises:
         OrderError: saying what to call.
@@ -163,13 +164,13 @@ def check_set_up(module: Any, call: str, hooks: Any) -> None:
 
 
 def check_holds(module: nn.Module, optimizer: Optimizer, call: str) -> None:
-    """Refuse an optimizer that holds no parameter of the module.
+    """Raise if an optimizer holds no parameter of the module.
 
     Raises:
         SettingError: naming both.
     """
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    # It is in the hot path, and the first parameter of the one is nearly always that of the other.
+    # A fast path, as this is called in every step: the first parameters are nearly always identical.
     if held and not any(p is held[0] for p in module.parameters()):
         own = {id(p) for p in module.parameters()}
         if not any(id(p) in own for p in held):
@@ -180,7 +181,7 @@ def check_holds(module: nn.Module, optimizer: Optimizer, call: str) -> None:
 
 
 def check_limits(clip_val: Any, max_norm: Any) -> None:
-    """Refuse anything but exactly one limit above 0.
+    """Raise unless exactly one limit is given, and it is above 0.
 
     Raises:
         SettingError: saying what to pass.

@@ -1,4 +1,4 @@
-"""Collectives over nested data: by key, compared over ranks, with one shape law for any number of ranks."""
+"""Collectives over nested data, with the same result shapes for any world size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from plugframe.lite.reductions import reduce_integer, reduce_tensor
 from plugframe.utils.rank_text import ranks_text
 from plugframe.utils.tree import map_tensors
 
-#: Python's numbers, each of which can hold the ones before it.
+#: Python number types; each can represent the preceding ones.
 _NUMBERS = (bool, int, float, complex)
 _DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
 #: Characters of what a message says of one rank.
@@ -27,7 +27,7 @@ _WIDTHS = [kind.__name__ for kind in _NUMBERS]
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """What a collective sends of one place in nested data.
+    """A leaf of nested data that a collective sends.
 
     Attributes:
         value: a tensor, a Python number, or any other object.
@@ -41,7 +41,7 @@ class Leaf:
 
 
 def is_whole(data: Any) -> bool:
-    """Say whether `data` is one tensor that can be sent, which needs no comparison of its own."""
+    """Return whether `data` is a single tensor, which can be sent without comparing structures first."""
     if not isinstance(data, Tensor) or data.dtype is torch.uint64:
         return False
     return type(data) is Tensor or not hasattr(data, "full_tensor")
@@ -91,7 +91,7 @@ def _dtype(tensor: Tensor) -> str:
 def _leaves(
     data: Any, call: str, device: torch.device, *, objects: bool = False, what: Callable[[Tensor], str] = _shape
 ) -> dict[str, Leaf]:
-    """Return what is to be sent, by its place; containers are there too, to be compared."""
+    """Return the leaves by path; containers are included, to compare structures."""
     found = {f"{path} ": Leaf(None, text) for path, text in containers(data)}
 
     def look(path: str, value: Any) -> Any:
@@ -108,9 +108,9 @@ def _leaf(value: Any, call: str, device: torch.device, *, objects: bool, what: C
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
         try:
-            made = torch.tensor(value)  # a copy: what is reduced in place is not the user's array
+            made = torch.tensor(value)  # a copy, so that an in-place reduction leaves the user's array unchanged
             return Leaf(_on(made, device), what(made), "" if objects else _without_reductions(made))
-        except TypeError:  # of strings, dates or objects, or numbers that torch does not have
+        except TypeError:  # strings, dates, objects, or dtypes that torch does not support
             pass
     elif isinstance(value, _NUMBERS):
         kind: Any = next(kind for kind in _NUMBERS if isinstance(value, kind))
@@ -129,11 +129,11 @@ def _leaf(value: Any, call: str, device: torch.device, *, objects: bool, what: C
 
 
 def _spread(tensor: Tensor, call: str) -> str:
-    """Return why a tensor that is spread over ranks is not sent, ``""`` for any other."""
+    """Return why a sharded tensor cannot be sent, ``""`` for any other."""
     if not hasattr(tensor, "full_tensor"):
         return ""
     return (
-        f"{call}() got a {type(tensor).__name__}, of which every rank has a part: pass .full_tensor(), or "
+        f"{call}() got a {type(tensor).__name__}, which is sharded over the ranks: pass .full_tensor(), or "
         ".to_local() for the part."
     )
 
@@ -146,7 +146,7 @@ def _without_reductions(tensor: Tensor) -> str:
 
 
 def _agreed(leaves: dict[str, Leaf], hooks: Any, group: Any, call: str) -> dict[str, Leaf]:
-    """Compare places and kinds over ranks; return `leaves`, whose Python numbers are of one type on all of them.
+    """Compare paths and types over ranks; return `leaves`, with Python numbers promoted to a common type.
 
     Raises:
         SettingError: for what cannot be sent; ranks that could send theirs get a `CollectiveMismatchError`.
@@ -173,7 +173,7 @@ def _agreed(leaves: dict[str, Leaf], hooks: Any, group: Any, call: str) -> dict[
 
 
 def _difference(different: Mapping[str, Sequence[str]], group: Any, call: str) -> str:
-    # The first that is short enough to read: a mapping is told with all its keys.
+    # Report the shortest difference: a mapping is shown with all its keys.
     short = (path for path, texts in different.items() if max(map(len, texts)) < _LONG)
     path = next(short, next(iter(different)))
     holders: dict[str, list[int]] = {}
@@ -201,7 +201,7 @@ def _tensor(value: Any, device: torch.device) -> Tensor:
 
 
 def _on(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return `tensor` on `device`; as it is, where the device has no such numbers (Apple's GPUs have no float64)."""
+    """Return `tensor` on `device`, unchanged if the device lacks its dtype (Apple's GPUs have no float64)."""
     try:
         return tensor.to(device)
     except TypeError:
@@ -209,7 +209,7 @@ def _on(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def padded(tensor: Tensor, value: float, hooks: Any, group: Any) -> Tensor:
-    """Return `tensor` filled up with `value` to the largest shape that any rank of the group has.
+    """Return `tensor` padded with `value` to the largest shape of any rank of the group.
 
     Raises:
         CollectiveMismatchError: on all ranks, if they have different numbers of dimensions.
@@ -225,7 +225,7 @@ def padded(tensor: Tensor, value: float, hooks: Any, group: Any) -> Tensor:
 
 
 class _Unsendable:
-    """Raises the error of making an object ready to be sent when it is pickled, where the other ranks are told."""
+    """Defers an error of preparing an object to pickling, where the collective reports it to the other ranks."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -235,7 +235,7 @@ class _Unsendable:
 
 
 def off_device(data: Any) -> Any:
-    """Return `data` with its tensors on the CPU, to be sent as an object; if that fails, it fails when pickled."""
+    """Return `data` with its tensors on the CPU, to be sent as an object; defer errors to pickling."""
 
     def one(tensor: Tensor) -> Tensor:
         error = _spread(tensor, "broadcast")

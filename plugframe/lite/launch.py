@@ -17,7 +17,7 @@ WRAPPED = "_plugframe_starts_ranks"
 
 
 def launch(lite: Lite, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Make sure that the job's ranks run; see `Lite.launch`."""
+    """Launch the job's ranks, if they do not run yet; see `Lite.launch`."""
     if function is not None and not callable(function):
         raise SettingError(f"launch() takes a function, got {type(function).__name__}.")
     if lite._alone():
@@ -30,7 +30,7 @@ def launch(lite: Lite, function: Any, args: tuple[Any, ...], kwargs: Mapping[str
 
 
 def _rank_main(cls: type[Lite], state: dict[str, Any], function: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-    """Run a launched function on a rank: make the `Lite` of this process, call, tear down."""
+    """Run a launched function on a rank: create the `Lite` of this process, call, tear down."""
     lite = cls.__new__(cls)
     lite.__setstate__(state)
     with lite:
@@ -39,7 +39,7 @@ def _rank_main(cls: type[Lite], state: dict[str, Any], function: Any, args: tupl
 
 
 def on_every_rank(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the ``run`` of a subclass start the ranks it needs and return rank 0's result."""
+    """Wrap the ``run`` of a subclass to launch the ranks and return rank 0's result."""
 
     @functools.wraps(run)
     def wrapper(self: Lite, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The user's object."""
+"""The `Lite` class."""
 
 # One class in one file, as Fabric and httpx have theirs: signatures, overloads and docstrings are most of it.
 
@@ -63,29 +63,29 @@ class Lite:
     """Runs a raw PyTorch loop on any device, any number of ranks, in any precision.
 
     Every plugin argument takes a name (``"ddp"``), a name qualified by its package (``"acme-ddp:ddp"``) or a
-    plugin object. ``"auto"`` is chosen from what is installed and what this machine has; ``lite.plan`` says why.
+    plugin object. ``"auto"`` selects among the installed plugins for this machine; ``lite.plan`` lists the reasons.
 
     Args:
-        accelerator: kind of device.
-        strategy: how the model is spread over the ranks.
+        accelerator: type of device.
+        strategy: how model, optimizer and data are distributed over the ranks.
         devices: a count, a list of indices, ``"0,2"``, or ``-1`` or ``"auto"`` for all; on each node.
         num_nodes: nodes of the job.
         precision: ``"32-true"``, ``"16-mixed"``, ``"bf16"``, …; None means ``"auto"``.
         collective: how ranks communicate.
         checkpoint: format of saved states.
-        environment: who started the processes.
-        launcher: who starts them, if nobody did.
+        environment: the scheduler or launcher that started the processes.
+        launcher: how to start the processes, if they do not exist yet.
         plugins: extensions by name, and plugin objects of any kind.
         callbacks: objects whose methods `call` calls, and whose ``on_…`` hooks are called.
         loggers: loggers by name, or objects.
-        timeout_s: seconds a collective may take before it is an error that says where every rank is; 30 minutes.
-        report_after_s: seconds after which one line on stderr says which ranks wait in a collective and where the
-            others are, while the job goes on waiting; 30, and 0 for never.
-        diagnostics: whether collective calls are recorded, to report and explain those that a rank does not reach,
-            and the plugins of all ranks are compared; True. Without, a job that hangs does so until its timeout.
+        timeout_s: seconds after which a collective raises an error with the position of every rank; default 30 minutes.
+        report_after_s: seconds after which one line on stderr reports the ranks that wait in a collective and the
+            position of the others, while the job keeps waiting; default 30, 0 for never.
+        diagnostics: whether to record collective calls, to report and explain those that a rank does not join, and to
+            compare the plugins of all ranks; default True. If False, a job that hangs does so until its timeout.
 
     Raises:
-        UsageError: (and its subclasses) for a wrong setting; one that contradicts the command line included.
+        UsageError: (and its subclasses) for an invalid setting, or one that contradicts the command line.
     """
 
     def __init__(
@@ -187,11 +187,11 @@ class Lite:
     @overload
     def launch(self, function: Callable[Concatenate[Self, t.P], t.T], *args: t.P.args, **kwargs: t.P.kwargs) -> t.T: ...
     def launch(self, function: Callable[..., object] | None = None, *args: object, **kwargs: object) -> object:
-        """Make sure that the job's ranks run.
+        """Launch the job's ranks, if they do not run yet.
 
-        Where they do already (``plugframe run``, torchrun, a scheduler) or where one is enough, this process
-        goes on. Otherwise, in a script, this process starts and supervises the ranks, each of which runs the
-        script from its beginning; code after the call runs on the ranks alone, code before it once more on each.
+        If they run already (``plugframe run``, torchrun, a scheduler) or one is enough, the call returns. Otherwise,
+        in a script, this process starts and supervises the ranks, and each runs the script from its beginning: code
+        after the call runs on the ranks only, code before it once more on each.
 
         Args:
             function: called as ``function(lite, *args, **kwargs)`` on every rank. With it, this process goes on
@@ -212,7 +212,7 @@ class Lite:
         self.teardown()
 
     def teardown(self) -> None:
-        """End the job on this rank and give every object back as it was. It may be called twice."""
+        """End the job on this rank and restore all objects that were set up. It may be called twice."""
         self._session.close()
         self._streams = self._phase.random_check = None
         self._modules.clear()
@@ -253,22 +253,22 @@ class Lite:
 
     @property
     def global_rank(self) -> int:
-        """This rank among all, from 0."""
+        """The global rank, from 0."""
         return self._session.world.global_rank
 
     @property
     def local_rank(self) -> int:
-        """This rank among those of its node, from 0."""
+        """The rank on this node, from 0."""
         return self._session.world.local_rank
 
     @property
     def node_rank(self) -> int:
-        """This node among all, from 0."""
+        """The rank of this node, from 0."""
         return self._session.world.node_rank
 
     @property
     def world_size(self) -> int:
-        """Ranks of the job."""
+        """The number of ranks of the job."""
         return self.plan.world_size
 
     @property
@@ -278,7 +278,7 @@ class Lite:
 
     @property
     def strategy(self) -> Any:
-        """The strategy plugin in use: the object itself, for what it has besides its hooks."""
+        """The strategy plugin in use, for its own methods and attributes."""
         return self._session.plugins["strategy"]
 
     @property
@@ -301,7 +301,7 @@ class Lite:
         return logging.first_logger(self)
 
     def extension(self, name: str) -> Any:
-        """Return the extension in use under that name: the object itself, for what can be asked of it.
+        """Return the extension in use under that name, for its own methods and attributes.
 
         Raises:
             SettingError: if it is not in use.
@@ -394,7 +394,7 @@ class Lite:
         )
 
     def setup_module(self, module: t.M, move_to_device: bool = True, forward_methods: t.Methods = ()) -> t.M:
-        """Prepare a module alone, in place, and return it. Every rank must call it."""
+        """Prepare a module without optimizers, in place, and return it. Every rank must call it."""
         return setup.setup_module(self, module, move_to_device=move_to_device, forward_methods=forward_methods)
 
     @overload
@@ -407,7 +407,7 @@ class Lite:
     def setup_optimizers(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]
         self, *optimizers: Optimizer
     ) -> object:
-        """Prepare optimizers alone, after their module, and return them. Every rank must call it.
+        """Prepare optimizers, after their module, and return them. Every rank must call it.
 
         Returns:
             The one that was given, or a tuple of them.
@@ -483,19 +483,18 @@ class Lite:
     ) -> None:
         """Compute gradients, in place of ``tensor.backward(*args, **kwargs)``. Every rank must call it.
 
-        The gradients that the ranks end with are those of one process on the batches of all of them, for the loss
-        that `reduction` says, and true to size under a loss scaler too. A batch that ranks share unevenly weighs by its
-        samples, whenever it was read: it is known by the tensors that a model was called with, and a loss may add up
-        several batches.
+        The resulting gradients equal those of one process on the batches of all ranks, for the loss given by
+        `reduction`, and are unscaled under a loss scaler too. Batches of uneven size are weighted by their samples,
+        whenever they were read: a batch is identified by the tensors that a model was called with, and a loss may add
+        up several batches.
 
         Args:
             tensor: the loss of this rank's batch; 0-d, or any shape with ``gradient=``.
-            model: the module the loss belongs to, where several were set up and the strategy wants to know; the
-                only one that was set up is known without.
-            batch: what the loader gave, any part of it that has tensors; needed only where batches are read ahead
-                and models are called with new tensors that were made from them.
-            reduction: "mean" of the samples, or "sum": then the gradients are those of the sum over the batches of
-                all ranks. A loss that is divided by a number all ranks have in common (of tokens, after
+            model: the module of the loss, if several were set up and the strategy needs it.
+            batch: the batch from the loader, or any part of it with tensors; needed only if batches are read ahead
+                and models are called with new tensors computed from them.
+            reduction: "mean" over the samples, or "sum": the gradients are those of the sum over the batches of
+                all ranks. A loss that is divided by a number common to all ranks (of tokens, after
                 ``lite.all_reduce``) is a sum.
 
         Raises:
@@ -505,7 +504,7 @@ class Lite:
 
     @property
     def batch_weight(self) -> float:
-        """What the batch at hand weighs against those of the other ranks: samples × ranks / all samples.
+        """The weight of the current batch relative to those of the other ranks: samples × ranks / all samples.
 
         It is 1 but for a last batch that ranks share unevenly, and 0 for one a rank was given only to keep step.
         `backward` multiplies the loss by it; the mean over ranks of ``loss * lite.batch_weight`` is the mean over
@@ -517,7 +516,7 @@ class Lite:
         return loop.batch_weight(self)
 
     def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[object]:
-        """Return a context in which gradients are accumulated but not exchanged: for all but the last micro-batch.
+        """Return a context in which gradients accumulate without synchronisation, for all but the last micro-batch.
 
         Forward and backward of the micro-batch both belong inside.
         """
@@ -727,8 +726,8 @@ class Lite:
 
         A tensor without a graph is reduced in place and returned, as torch and Fabric do. One with a graph stays as
         it is, and gradients flow back through the new one to the input of every rank; every rank must then call
-        backward. Numbers and arrays become tensors. The dtype of the result, of which those in brackets are new
-        tensors and not reduced in place:
+        backward. Numbers and arrays become tensors. The dtype of the result; those in brackets are new tensors,
+        not reduced in place:
 
         ==========================  ==================  =================  ========
         passed                      sum, product        mean               min, max
@@ -769,7 +768,7 @@ class Lite:
         return cast("t.T", ranks.broadcast(self, obj, src, timeout_s=timeout_s))
 
     def barrier(self, name: str | None = None, *, timeout_s: float | None = None) -> None:
-        """Return once every rank is here. Every rank must call it.
+        """Return once every rank has called it. Every rank must call it.
 
         Args:
             timeout_s: seconds to wait for the other ranks, in place of what the job allows; equal on all ranks.
@@ -777,7 +776,7 @@ class Lite:
         ranks.barrier(self, name, timeout_s=timeout_s)
 
     def assert_in_sync(self, *objects: nn.Module | Optimizer) -> None:
-        """Check that parameters, and the state of optimizers, are bit for bit the same on all ranks.
+        """Check that parameters and optimizer states are bitwise equal on all ranks.
 
         Every rank must call it.
 
@@ -791,7 +790,7 @@ class Lite:
         ranks.assert_in_sync(self, objects)
 
     def rank_zero_first(self, local: bool = False) -> AbstractContextManager[None]:
-        """Let rank 0 (of each node, if `local`) run what is inside before all others. Every rank must enter it."""
+        """Run the block on rank 0 (of each node, if `local`) before all others. Every rank must enter it."""
         return ranks.rank_zero_first(self, local=local)
 
     def print(
@@ -802,7 +801,7 @@ class Lite:
         file: t.Writable | None = None,
         flush: bool = False,
     ) -> None:
-        """Print on global rank 0 alone."""
+        """Print on global rank 0 only."""
         if self.is_global_zero:
             builtins.print(*args, sep=sep, end=end, file=file, flush=flush)
 
@@ -830,7 +829,7 @@ class Lite:
     def save(
         self, path: object, state: object, filter: Mapping[str, Filter] | None = None, *, wait: bool = True
     ) -> SaveHandle | None:
-        """Write `state` at `path`; a crash at any instant leaves what was there whole. Every rank must call it.
+        """Write `state` at `path`; a crash at any time leaves the previous checkpoint intact. Every rank must call it.
 
         Args:
             path: where; a mapping here and a path second (``torch.save``'s order) is understood too.
@@ -856,7 +855,7 @@ class Lite:
         trusted: bool = False,
         rng: bool = True,
     ) -> dict[str, Any]:
-        """Put what lies at `path` into the objects of `state`, and its plain values into the dict itself.
+        """Load the checkpoint at `path` into the objects of `state`, and its plain values into the dict itself.
 
         Every rank must call it. Everything is checked before the first value is written.
 
@@ -887,11 +886,11 @@ class Lite:
         weights_only: bool | None = None,
         trusted: bool = False,
     ) -> None:
-        """Put the bare ``state_dict`` that lies at `path` into `obj`. Every rank must call it. See `load`."""
+        """Load the bare ``state_dict`` at `path` into `obj`. Every rank must call it. See `load`."""
         checkpointing.load_raw(self, path, obj, strict=strict, trusted=trusted)
 
     def state_dict(self, obj: nn.Module | Optimizer, *, all_ranks: bool = False) -> dict[str, Any]:
-        """Return the state of a module or an optimizer as a plain process reads it. Every rank must call it.
+        """Return the full state of a module or an optimizer, as in a single process. Every rank must call it.
 
         Under every strategy: complete tensors, copies on the CPU, under the user's own keys. It is what
         ``torch.save(lite.state_dict(model), path)`` may write on rank 0, and what ``load_state_dict`` of a plain
@@ -913,40 +912,40 @@ class Lite:
         keep_best: tuple[str, Literal["min", "max"], int] | None = None,
         every_s: float | None = None,
     ) -> CheckpointManager:
-        """Return a keeper of this run's checkpoints: what to save when, what to keep, where to go on from.
+        """Return a checkpoint manager for this run: it schedules saves, removes old checkpoints and resumes.
 
         ::
 
-            kept = lite.checkpoints("runs/a", keep_last=3, keep_best=("val_loss", "min", 1), every_s=600)
+            manager = lite.checkpoints("runs/a", keep_last=3, keep_best=("val_loss", "min", 1), every_s=600)
             state = {"model": model, "optimizer": optimizer}
-            kept.resume(state)                                   # the newest whole one, if there is any
-            for step in range(kept.step + 1, steps + 1):
+            manager.resume(state)  # from the newest intact checkpoint, if there is one
+            for step in range(manager.step + 1, steps + 1):
                 ...
-                kept.save(step, state, {"val_loss": loss}, force=lite.should_stop)
+                manager.save(step, state, {"val_loss": loss}, force=lite.should_stop)
 
-        Every rank must make every call of it.
+        Every rank must call each of its methods.
 
         Args:
-            folder: of the run; made when something is saved.
-            keep_last: how many of the newest to keep; None keeps all.
-            keep_best: a metric, ``"min"`` or ``"max"``, and how many of the best to keep besides.
-            every_s: seconds that must have passed since the last one; None saves at every call.
+            folder: the folder of the run; created at the first save.
+            keep_last: number of newest checkpoints to keep; None keeps all.
+            keep_best: a metric, ``"min"`` or ``"max"``, and the number of best checkpoints to keep besides.
+            every_s: minimum seconds between saves; None saves at every call.
         """
         return checkpointing.checkpoints(self, folder, keep_last=keep_last, keep_best=keep_best, every_s=every_s)
 
     @property
     def should_stop(self) -> bool:
-        """Whether any rank was sent SIGTERM or SIGUSR1: leave the loop, save and end. Every rank must ask.
+        """Whether any rank received SIGTERM or SIGUSR1: leave the loop, save and end. Every rank must read it.
 
-        All ranks get the same answer at the same question, so that all leave the loop at the same batch. From the
-        first question on these signals no longer end the process; SIGINT and SIGKILL do.
+        All ranks get the same value for the same read, so that all leave the loop at the same batch. From the first
+        read on these signals no longer end the process; SIGINT and SIGKILL do.
         """
         return checkpointing.should_stop(self)
 
     def requeue(self) -> bool:
-        """Have the scheduler start this job again once it ends; say whether there is one that can.
+        """Requeue this job with the scheduler; return whether there is a scheduler that supports it.
 
-        Every rank must call it; one of them asks.
+        Every rank must call it; global rank 0 makes the request.
         """
         return checkpointing.requeue(self)
 
@@ -961,11 +960,11 @@ class Lite:
         plugins.call(self, hook_name, args, kwargs)
 
     def log(self, name: str, value: SupportsFloat, step: int | None = None) -> None:
-        """Hand one metric to every logger."""
+        """Log one metric to every logger."""
         self.log_dict({name: value}, step=step)
 
     def log_dict(self, metrics: Mapping[str, SupportsFloat], step: int | None = None) -> None:
-        """Hand metrics (numbers, or tensors of one element) to every logger, on global rank 0."""
+        """Log metrics (numbers, or tensors of one element) to every logger, on global rank 0."""
         logging.log_dict(self, metrics, step)
 
     seed_everything = seeding.Seeding()

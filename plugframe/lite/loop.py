@@ -1,4 +1,4 @@
-"""What a training step calls: backward, accumulation, clipping, and where tensors are made."""
+"""Training step methods of `Lite`: backward, accumulation, clipping, and tensor placement."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def backward(
 
 
 def batch_weight(lite: Lite) -> float:
-    """Return the weight of the batch at hand; see `Lite.batch_weight`."""
+    """Return the weight of the current batch; see `Lite.batch_weight`."""
     weights = lite._phase.weights
     if not weights.uneven:
         return 1.0
@@ -79,7 +79,7 @@ def mean_loss(lite: Lite, loss: Any) -> Any:
 
 
 def no_backward_sync(lite: Lite, module: nn.Module, *, enabled: bool) -> AbstractContextManager[object]:
-    """Return a context in which gradients are accumulated but not exchanged."""
+    """Return a context in which gradients accumulate without synchronisation."""
     checks.check_set_up(module, "no_backward_sync", lite._hooks)
     engine = state_of(module).engine
     return cast(
@@ -130,7 +130,7 @@ def to_device(lite: Lite, obj: Any) -> Any:
     if isinstance(obj, nn.Module):
         return obj.to(context.device)
     moved = lite._hooks.accelerator_move_batch(batch=obj, device=context.device)
-    # An accelerator may trust batches to be where they belong; here anything can come from anywhere.
+    # Accelerators may assume that batches are on the CPU or the device; here data can be on any device.
     return collectives.on_device(moved, context.device)
 
 

@@ -66,7 +66,7 @@ def _like(data: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
 
 
 def containers(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield where containers are and of which size: what paths of values do not tell, such as an empty list."""
+    """Yield path and size of every container, because paths of values omit some, such as an empty list."""
     if isinstance(data, Mapping):
         keys = _keys(data)
         shown = ", ".join(label for label, _ in keys)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
-    """Return what a setting of any number of plugins holds."""
+    """Return the plugins in a setting that takes one or several."""
     if value is None:
         return ()
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
@@ -43,7 +43,7 @@ def call(lite: Lite, hook_name: str, args: tuple[object, ...], kwargs: Mapping[s
 
 
 def callback_object(callback: Any) -> Any:
-    """Return a callback object; on a command line it is written ``package.module:Class``."""
+    """Return a callback object, created from ``package.module:Class`` if given as a string."""
     if not isinstance(callback, str):
         made = callback() if isinstance(callback, type) else callback
         if made is None or isinstance(made, (int, float, bytes, list, tuple, dict, set)):

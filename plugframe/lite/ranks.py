@@ -1,4 +1,4 @@
-"""Collectives with one shape law for any number of ranks."""
+"""Collective methods of `Lite`, with the same result shapes for any world size."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def all_reduce(lite: Lite, data: Any, group: Any, reduce_op: Any, *, timeout_s: 
         result = reduce_tensor(data, op, lite._hooks, group)
     else:
         result = collectives.reduce(data, op, lite._hooks, group, context.device)
-    # The frame of who called the method.
+    # The frame of the method's caller.
     if result is not data and is_dropped(sys._getframe(2)) and not isinstance(data, (int, float, complex)):
         warn_caller(
             "lite.all_reduce() could not reduce this in place, and its result is not used: write "
@@ -73,7 +73,7 @@ def broadcast(lite: Lite, obj: Any, src: int, *, timeout_s: float | None) -> Any
 
 
 def barrier(lite: Lite, name: str | None, *, timeout_s: float | None) -> None:
-    """Return once every rank is here."""
+    """Return once every rank has called it."""
     lite._started("barrier")
     lite._phase.weights.communicated = True
     if timeout_s is None:
@@ -83,7 +83,7 @@ def barrier(lite: Lite, name: str | None, *, timeout_s: float | None) -> None:
 
 
 def assert_in_sync(lite: Lite, objects: Sequence[object]) -> None:
-    """Check that parameters, and the state of optimizers, are bit for bit the same on all ranks."""
+    """Check that parameters and optimizer states are bitwise equal on all ranks."""
     lite._started("assert_in_sync")
     check_replicated(lite.plan.choices["strategy"].descriptor.provides, "assert_in_sync()")
     modules = [obj for obj in objects or lite._living() if isinstance(obj, nn.Module)]
@@ -95,7 +95,7 @@ def assert_in_sync(lite: Lite, objects: Sequence[object]) -> None:
 
 @contextmanager
 def rank_zero_first(lite: Lite, *, local: bool) -> Iterator[None]:
-    """Let rank 0 (of each node, if `local`) run what is inside before all others."""
+    """Run the block on rank 0 (of each node, if `local`) before all others."""
     lite._started("rank_zero_first")
     first = (lite.local_rank if local else lite.global_rank) == 0
     if not first:
@@ -108,7 +108,7 @@ def rank_zero_first(lite: Lite, *, local: bool) -> Iterator[None]:
 
 
 def _meet(lite: Lite, call: str, group: Any, timeout_s: float | None) -> None:
-    """Wait for the other ranks, if it is said for how long: then what follows waits for nobody."""
+    """Wait for the other ranks if a timeout is given, so that the following collective does not block."""
     lite._phase.weights.on_collective()
     if timeout_s is None:
         return

@@ -89,7 +89,7 @@ def reduce_tensor(tensor: Tensor, op: str, hooks: Any, group: Any) -> Tensor:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Say whether several elements lie in one place, as in an expanded tensor."""
+    """Return whether several elements share memory, as in an expanded tensor."""
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
@@ -120,7 +120,7 @@ def why_not_in_place(data: Any) -> str:
 
 
 def is_dropped(frame: FrameType) -> bool:
-    """Say whether the caller throws away the result of the call that it is in: the call is a statement of its own."""
+    """Return whether the caller discards the result of its call: the call is an expression statement."""
     code, at = frame.f_code.co_code, frame.f_lasti + 2
     while at < len(code) and code[at] == _CACHE:
         at += 2
@@ -128,7 +128,7 @@ def is_dropped(frame: FrameType) -> bool:
 
 
 def _checked(tensor: Tensor, hooks: Any, group: Any) -> Reduce:
-    """Return the collective's own all_reduce, whose error about ranks that differ says what was passed here."""
+    """Return the collective's all_reduce, with errors about differing ranks in terms of the arguments here."""
     hook = hooks.collective_all_reduce
 
     def reduce(sent: Tensor, op: str) -> Tensor:
@@ -145,7 +145,7 @@ def _checked(tensor: Tensor, hooks: Any, group: Any) -> Reduce:
 
 
 def _reduced(tensor: Tensor, op: str, reduce: Reduce) -> Tensor:
-    """Return the reduction in the dtype that the table of `Lite.all_reduce` says; differentiable if `reduce` is."""
+    """Return the reduction in the dtype given in the table of `Lite.all_reduce`; differentiable if `reduce` is."""
     dtype = tensor.dtype
     if op in ("min", "max"):
         return _extreme(tensor, op, reduce)
@@ -181,7 +181,7 @@ def _extreme(tensor: Tensor, op: str, reduce: Reduce) -> Tensor:
 
 
 def _marked(sent: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what is sent for a tensor of another dtype, with a shape that tells of it."""
+    """Return the substitute that is sent for a tensor of another dtype, with a shape that encodes the dtype."""
     return sent.reshape(*sent.shape, *(1,) * _MARKS.get(dtype, 0))
 
 
@@ -208,7 +208,7 @@ def _float64(value: Any, device: torch.device) -> Tensor:
 
 
 class _Reduction(torch.autograd.Function):
-    """A sum or mean over ranks. Its backward is the same one of the gradients, of which every rank has some."""
+    """A differentiable sum or mean over ranks, whose backward is the same reduction of the gradients."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, op: str, reduce: Reduce) -> Tensor:

@@ -1,4 +1,4 @@
-"""``seed_everything`` of the class, and of an object, which knows its device."""
+"""``Lite.seed_everything``, callable on the class and on an instance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""For authors of plugins: contract suites to subclass, and helpers for tests of one's own.
+"""Contract suites and test helpers for plugin authors.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Machines that are not there: an accelerator with several devices, and a node of a cluster."""
+"""Fakes for tests: an accelerator with several devices, and a node of a cluster."""
 
 from __future__ import annotations
 

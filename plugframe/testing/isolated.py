@@ -1,4 +1,4 @@
-"""A registry for tests: what is built in, and what a test adds."""
+"""A registry for tests: built-in plugins, and those that a test adds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DISTRIBUTION = "this-test"
 
 
 class IsolatedRegistry(Registry):
-    """Knows plugframe's own plugins, and no other that is installed."""
+    """A registry with plugframe's built-in plugins and no other installed ones."""
 
     def __init__(self, installed: Iterable[Entry]) -> None:
         super().__init__([entry for entry in installed if entry.builtin])

@@ -1,4 +1,4 @@
-"""What a test or a plugin can leave behind."""
+"""Detect leftovers of tests and plugins: processes, sockets, files, variables and global state."""
 
 from __future__ import annotations
 

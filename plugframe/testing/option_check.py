@@ -1,4 +1,4 @@
-"""Whether the options a descriptor declares are what its factory takes."""
+"""Check that the declared options of a descriptor match the parameters of its factory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures for plugin authors, found by pytest itself. Loading this imports neither torch nor the core."""
+"""Pytest fixtures for plugin authors. Importing this module imports neither torch nor the core."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def plugframe_registry(monkeypatch: pytest.MonkeyPatch) -> IsolatedRegistry:
-    """A registry that discovers nothing by itself: of what is installed, only plugframe's own plugins are there.
+    """A registry with plugframe's built-in plugins only, without discovery.
 
     ``plugframe_registry.add("strategy", "acme", Plugin(factory="tests.acme:Acme"))`` makes a name selectable in
     every ``Lite(...)`` of this test, without an entry point. Processes that the test starts know nothing of it.
@@ -55,7 +55,7 @@ def fake_accelerator(plugframe_registry: IsolatedRegistry) -> str:
 
 @pytest.fixture
 def fake_cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mapping[str, str]]:
-    """Make this process a rank of a job that is not there, by setting the variables of who would have started it.
+    """Make this process a rank of a fake job, by setting the variables of its scheduler or launcher.
 
     ``fake_cluster(num_nodes=2, ranks_per_node=4, rank=5)`` is torchrun's job; with ``started_by="srun"`` or
     ``"mpirun"`` theirs. It returns the variables.
@@ -78,7 +78,7 @@ def fake_cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mapping[str, 
 
 @pytest.fixture(scope="session")
 def _plugframe_own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """From here on temporary files have a folder of their own, so that what a test leaves there is seen."""
+    """Redirect temporary files to a separate folder, to detect files that a test leaves behind."""
     tmp_path_factory.getbasetemp()  # that of pytest stays where it is looked for
     from plugframe.utils.environment import environment
 
@@ -123,6 +123,6 @@ def nothing_left_behind(_plugframe_own_temporary_folder: None, _plugframe_torch_
 
 
 def pytest_report_header() -> list[str]:
-    """Say which plugframe is under the tests, once something has imported it."""
+    """Report the version of plugframe under test, if it was imported."""
     version = getattr(sys.modules.get("plugframe"), "__version__", None)
     return [f"plugframe: {version}"] if version else []

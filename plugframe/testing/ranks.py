@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes that find each other as torchrun's would, and are gone afterwards.
+"""Run tests on real ranks: processes with a torchrun-like rendezvous, cleaned up afterwards.
 
 ::
 

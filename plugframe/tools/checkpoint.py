@@ -1,4 +1,4 @@
-"""``plugframe checkpoint``: what is in a checkpoint, whether it is whole, and the same in another form."""
+"""``plugframe checkpoint``: show, verify and convert checkpoints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SHOWN_CHARACTERS = 100
 @click.group("checkpoint", short_help="Inspect, verify and convert checkpoints.", invoke_without_command=True)
 @click.pass_context
 def command(context: click.Context) -> None:
-    """Say what is in a checkpoint, whether it is whole, or write it in another form.
+    """Show, verify or convert a checkpoint.
 
     \b
     Examples:
@@ -46,12 +46,12 @@ def command(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-@command.command("inspect", short_help="Say what is in a checkpoint.")
+@command.command("inspect", short_help="Show the contents of a checkpoint.")
 @click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @disabling
 def inspect(path: str, as_json: bool) -> None:
-    """Say what is in the checkpoint at PATH: who saved it, its tensors, its plain values. No tensor is read."""
+    """Show the checkpoint at PATH: its origin, tensors and plain values. No tensor is read."""
     contents = _inspect(_plugins(Registry.discover()), path)
     state = {key: value for key, value in contents.state.items() if key != _RUN}
     tensors = dict(_tensors(state, ()))
@@ -75,11 +75,11 @@ def inspect(path: str, as_json: bool) -> None:
     _show(contents, tensors, values)
 
 
-@command.command("verify", short_help="Say whether a checkpoint is whole.")
+@command.command("verify", short_help="Verify that a checkpoint is intact.")
 @click.argument("path")
 @disabling
 def verify(path: str) -> None:
-    """Read every byte of the checkpoint at PATH; exit code 1 if any is not what was written, naming what."""
+    """Verify every byte of the checkpoint at PATH; exit code 1, naming the damaged entry, if one differs."""
     plugins = _plugins(Registry.discover())
     _load(plugins, path, trusted=False)
     try:
@@ -87,9 +87,9 @@ def verify(path: str) -> None:
     except CheckpointError:
         verifiable = False
     if verifiable:
-        click.echo(f"{path} is whole: every byte is what was written.")
+        click.echo(f"{path} is intact: every byte matches what was written.")
     else:
-        click.echo(f"{path} can be read, but its format has no checksums: nobody can tell whether a value changed.")
+        click.echo(f"{path} can be read, but its format has no checksums: changed values cannot be detected.")
 
 
 @command.command("convert", short_help="Write a checkpoint in another form.")
@@ -141,7 +141,7 @@ def convert(source: str, target: str, name: str | None, key: str | None, force: 
 
 
 def _plugins(registry: Registry) -> dict[Entry, Any]:
-    """Return every checkpoint plugin that works here, set up for one process, the preferred one first."""
+    """Return every usable checkpoint plugin, set up for one process, the preferred one first."""
     found: list[tuple[int, Entry, Any]] = []
     for entry in registry.entries("checkpoint"):
         try:
@@ -149,14 +149,14 @@ def _plugins(registry: Registry) -> dict[Entry, Any]:
             if descriptor.factory and registry.absent(entry) is None:
                 found.append((descriptor.priority or 0, entry, registry.make(entry)))
         except PluginError:
-            continue  # broken in its own right; `list-plugins --check` says so
+            continue  # broken; reported by `list-plugins --check`
     for _, _, plugin in found:
         plugin.checkpoint_setup(context=_alone())
     return {entry: plugin for _, entry, plugin in sorted(found, key=lambda each: -each[0])}
 
 
 def _alone() -> Any:
-    """Return the context of a process that is no job."""
+    """Return a context for this process outside of a job."""
     import torch
 
     from plugframe.base import Collective
@@ -197,7 +197,7 @@ def _load(plugins: Mapping[Entry, Any], path: str, *, trusted: bool) -> dict[str
 
 
 def _telling(problems: list[CheckpointError], path: str) -> CheckpointError | None:
-    """Return what went wrong with the plugin that knows such checkpoints: the others say that they do not."""
+    """Return the error of the plugin that recognises the checkpoint's format, if any does."""
     damaged: list[CheckpointError] = [error for error in problems if isinstance(error, CheckpointCorruptError)]
     # The first plugin that keeps to paths has nothing to say of a URL.
     told = damaged or [error for error in problems if not isinstance(error, CheckpointURLError)] or problems
@@ -295,7 +295,7 @@ def _row(name: str, tensor: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON can say of a value."""
+    """Return a JSON-serializable form of a value."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""One plugin in full, for ``plugframe list-plugins NAME``: what its descriptor says, and the options it has."""
+"""``plugframe list-plugins NAME``: print a plugin's descriptor and options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from plugframe.hooks.option import Option
 
 
 def show_plugins(registry: Registry, entries: list[Entry], *, as_json: bool) -> None:
-    """Print what the descriptors of these plugins say. Their implementations are not imported."""
+    """Print the descriptors of these plugins, without importing the implementations."""
     with contextlib.redirect_stdout(sys.stderr):  # what a descriptor prints is no part of the answer
         found = [(entry, *_followed(registry, entry)) for entry in entries]
     if as_json:

@@ -1,4 +1,4 @@
-"""``plugframe env``: what a bug report needs to say of the machine."""
+"""``plugframe env``: print versions, devices and variables for bug reports."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _families(registry: Registry) -> Iterable[str]:
         try:
             descriptor = registry.describe(entry)
         except PluginError:
-            continue  # broken in its own right; `list-plugins --check` says so
+            continue  # broken; reported by `list-plugins --check`
         yield from (name.partition("_")[0] + "_" for name in descriptor.variables if "_" in name)
 
 

@@ -23,7 +23,7 @@ from plugframe.errors import (
 )
 from plugframe.hooks.descriptor import Plugin
 
-#: Status of a plugin of which metadata alone was read, and of one whose descriptor and hooks were looked at.
+#: Status of a plugin with only its metadata read, and of one whose descriptor and hooks were checked.
 NOT_CHECKED, OK = "not checked", "ok"
 #: What is wrong with a plugin that was loaded, None if nothing is; and its summary.
 Checked = tuple["str | None", str]
@@ -154,7 +154,7 @@ def _row(registry: Registry, entry: Entry, checked: Checked | None, statuses: _S
 
 
 class _Statuses:
-    """What metadata alone says about plugins."""
+    """The status of plugins from metadata only."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
@@ -187,7 +187,7 @@ def _stray(kind: str) -> str:
 
 
 def _check_all(registry: Registry, entries: Iterable[Entry], timeout_s: float) -> dict[Entry, Checked]:
-    """Load descriptors, away from this process: one that never ends, or ends the program, is told like any other."""
+    """Load descriptors in a subprocess, so that one that hangs or exits is reported like any other error."""
     from plugframe.cli.isolated import NoAnswer, each_apart
 
     refused = registry.refused()
@@ -202,7 +202,7 @@ def _check_all(registry: Registry, entries: Iterable[Entry], timeout_s: float) -
         for number, entry in enumerate(group):
             if isinstance(answer, NoAnswer):
                 module = entry.value.partition(":")[0]
-                found[entry] = f"broken: importing {module} {answer}. Mend or uninstall {entry.distribution}.", ""
+                found[entry] = f"broken: importing {module} {answer}. Fix or uninstall {entry.distribution}.", ""
             else:
                 status, summary = answer[number]
                 found[entry] = status, summary
@@ -226,7 +226,7 @@ def _checked(registry: Registry, entry: Entry) -> Checked:
         status = f"broken: it stands for another plugin, and {error}"
     except Exception as error:  # noqa: BLE001  fields of a descriptor may hold anything, and that is to be told
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        status = f"broken: its descriptor {entry.value} is wrong ({cause}). Mend or uninstall {entry.distribution}."
+        status = f"broken: its descriptor {entry.value} is wrong ({cause}). Fix or uninstall {entry.distribution}."
     return status, "".join(summary)
 
 

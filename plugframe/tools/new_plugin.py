@@ -1,4 +1,4 @@
-"""``plugframe new-plugin``: a whole package that works, to be made one's own."""
+"""``plugframe new-plugin``: write a complete, working plugin package as a starting point."""
 
 from __future__ import annotations
 

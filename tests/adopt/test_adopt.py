@@ -249,7 +249,7 @@ def test_wrong_objects_are_refused(lite: Lite) -> None:
     lite.setup(model)
     with pytest.raises(OrderError, match="was set up already"):
         lite.setup(model)
-    with pytest.raises(OrderError, match="Part '0' of this Sequential was set up already"):
+    with pytest.raises(OrderError, match="Submodule '0' of this Sequential was set up already"):
         lite.setup(nn.Sequential(model))
     with pytest.raises(OrderError, match="clip_gradients\\(\\) takes a module that was set up"):
         lite.clip_gradients(Net(), torch.optim.SGD(Net().parameters(), lr=0.1), max_norm=1.0)
@@ -495,7 +495,7 @@ def test_a_module_without_shapes_is_refused(lite: Lite, module: nn.Module) -> No
 def test_what_was_set_up_is_not_set_up_again(lite: Lite) -> None:
     """A submodule of a set-up module, and one object passed twice, are refused."""
     model = lite.setup(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(OrderError, match="This Linear is part '0' of a Sequential that was set up already"):
+    with pytest.raises(OrderError, match="This Linear is submodule '0' of a Sequential that was set up already"):
         lite.setup(model[0])
     other = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)

@@ -45,7 +45,7 @@ WRONG: dict[str, tuple[str | tuple[str, str], ...]] = {
     "--debug-rank": ("-1", "x", "1.5", "7"),
     "--disable-plugin": (("nosuch", "no plugin or package of that name is installed"),),
     "--config": (("nofile.toml", "does not exist"), (".", "is a folder")),
-    "--simulate": (("0", "a whole number from 1"), "-1", "x", "1.5"),
+    "--simulate": (("0", "an integer from 1"), "-1", "x", "1.5"),
     "--strategy.timeout-s": (("x", "number"), "-1"),
     "--strategy.nothing": ("1",),
     "--logger.csv.nothing": ("1",),

@@ -50,24 +50,24 @@ def _class(body: str) -> str:
     )
 
 
-MEND = r"Mend(, upgrade)? or uninstall DIST\."
+FIX = r"Fix(, upgrade)? or uninstall DIST\."
 TELL = r"Tell its author, or uninstall DIST\."
 
 CASES = {
     "import error": Case(
-        "import a_library_that_is_not_there", rf"is broken: .*ModuleNotFoundError.* {MEND}", rf"broken: .* {MEND}"
+        "import a_library_that_is_not_there", rf"is broken: .*ModuleNotFoundError.* {FIX}", rf"broken: .* {FIX}"
     ),
-    "syntax error": Case("def broken(:", rf"is broken: .*SyntaxError.* {MEND}", rf"broken: .* {MEND}"),
+    "syntax error": Case("def broken(:", rf"is broken: .*SyntaxError.* {FIX}", rf"broken: .* {FIX}"),
     "SystemExit at import": Case(
-        "raise SystemExit('no licence')", rf"is broken: .*SystemExit: no licence. {MEND}", rf"broken: .* {MEND}"
+        "raise SystemExit('no licence')", rf"is broken: .*SystemExit: no licence. {FIX}", rf"broken: .* {FIX}"
     ),
-    "ends the process at import": Case("import os; os._exit(3)", None, rf"broken: .*\(exit code 3\)\. {MEND}"),
-    "killed at import": Case("import os; os.kill(os.getpid(), 9)", None, rf"broken: .*\(signal SIGKILL\)\. {MEND}"),
+    "ends the process at import": Case("import os; os._exit(3)", None, rf"broken: .*\(exit code 3\)\. {FIX}"),
+    "killed at import": Case("import os; os.kill(os.getpid(), 9)", None, rf"broken: .*\(signal SIGKILL\)\. {FIX}"),
     "infinite loop at import": Case(
-        "while True: pass", None, rf"broken: importing \w+ did not come back within {TIMEOUT_S} s\. {MEND}"
+        "while True: pass", None, rf"broken: importing \w+ did not come back within {TIMEOUT_S} s\. {FIX}"
     ),
-    "no such module": Case(STRATEGY, rf"is broken: .* {MEND}", rf"broken: .* {MEND}", value="no_such_module:plugin"),
-    "no such attribute": Case(STRATEGY, rf"is broken: .* {MEND}", rf"broken: .* {MEND}", value="{module}:plugn"),
+    "no such module": Case(STRATEGY, rf"is broken: .* {FIX}", rf"broken: .* {FIX}", value="no_such_module:plugin"),
+    "no such attribute": Case(STRATEGY, rf"is broken: .* {FIX}", rf"broken: .* {FIX}", value="{module}:plugn"),
     "no attribute": Case(STRATEGY, r"is broken: .* has to write 'package.module:name'\.", r"broken: .*", "{module}"),
     "wrong type": Case(
         "plugin = {'factory': 'a:b'}", rf"is broken: .* is a dict, not .* {TELL}", rf"broken: .* {TELL}"
@@ -77,13 +77,13 @@ CASES = {
     ),
     "wrong field": Case(
         "from plugframe import Plugin\nplugin = Plugin(factory='a:b', devices='cpu')",
-        rf"is broken: .*devices='cpu'\): write a tuple of strings.* {MEND}",
-        rf"broken: .*write a tuple of strings.* {MEND}",
+        rf"is broken: .*devices='cpu'\): write a tuple of strings.* {FIX}",
+        rf"broken: .*write a tuple of strings.* {FIX}",
     ),
     "unknown field": Case(
         "from plugframe import Plugin\nplugin = Plugin(factory='a:b', device=('cpu',))",
-        rf"is broken: .*unexpected keyword argument 'device'.* {MEND}",
-        rf"broken: .* {MEND}",
+        rf"is broken: .*unexpected keyword argument 'device'.* {FIX}",
+        rf"broken: .* {FIX}",
     ),
     "an alias of nothing": Case(
         "from plugframe import Plugin\nplugin = Plugin(alias_of='gone')",
@@ -92,13 +92,13 @@ CASES = {
     ),
     "no implementation": Case(
         "from plugframe import Plugin\nplugin = Plugin(factory='no_such_module:Thing')",
-        rf"is broken: its factory .*ModuleNotFoundError.* {MEND}",
-        rf"broken: .*ModuleNotFoundError.* {MEND}",
+        rf"is broken: its factory .*ModuleNotFoundError.* {FIX}",
+        rf"broken: .*ModuleNotFoundError.* {FIX}",
         of_class=True,
     ),
     "not constructible": Case(
         _class("    def __init__(self):\n        raise OSError('no chip')\n"),
-        rf"is broken: .* raised OSError: no chip. {MEND}",
+        rf"is broken: .* raised OSError: no chip. {FIX}",
         "ok",
         of_class=True,
     ),
@@ -110,14 +110,14 @@ CASES = {
     ),
     "extra hook": Case(
         _class("    @hookimpl\n    def strategy_backwards(self): pass\n"),
-        rf"implements strategy_backwards, which is no hook\. Did you mean 'strategy_backward'\? {MEND}",
-        rf"broken: implements strategy_backwards, which is no hook\. Did you mean 'strategy_backward'\? {MEND}",
+        rf"implements strategy_backwards, which is no hook\. Did you mean 'strategy_backward'\? {FIX}",
+        rf"broken: implements strategy_backwards, which is no hook\. Did you mean 'strategy_backward'\? {FIX}",
         of_class=True,
     ),
     "wrong argument": Case(
         _class("    @hookimpl\n    def strategy_next_batch(self, batches): pass\n"),
-        rf"breaks the plugin contract: .*batches.* {MEND}",
-        rf"broken: breaks the plugin contract: .*batches.* {MEND}",
+        rf"breaks the plugin contract: .*batches.* {FIX}",
+        rf"broken: breaks the plugin contract: .*batches.* {FIX}",
         of_class=True,
     ),
     "unmarked hook": Case(

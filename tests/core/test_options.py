@@ -221,14 +221,14 @@ def test_texts_are_read_as_the_declared_type(name: str, text: str, value: Any) -
         ("timeout_s", "soon", r"strategy.timeout_s='soon' in the shell: it is a number above 0\. Type --strategy"),
         ("timeout_s", "0", "a number above 0"),
         ("timeout_s", "nan", "a number above 0"),
-        ("level", "2.5", "a whole number from 1 up to 3"),
+        ("level", "2.5", "an integer from 1 up to 3"),
         ("level", "4", "up to 3"),
         ("mode", "fats", r"one of slow, fast\. Did you mean 'fast'\? Type --strategy.mode=slow\|fast"),
         ("fused", "maybe", "true or false"),
-        ("units", ",", "a list, each a text, or auto"),
+        ("units", ",", "a list, each a string, or auto"),
         ("mesh", "data", "Type --strategy.mesh=NAME=N,NAME=N"),
         ("mesh", "data=2,data=3", "names with values"),
-        ("mesh", "data=0", "each a whole number from 1"),
+        ("mesh", "data=0", "each an integer from 1"),
     ],
 )
 def test_a_wrong_text_says_what_is_allowed(name: str, text: str, said: str) -> None:
@@ -282,8 +282,8 @@ def test_a_constructor_validates_by_the_declaration() -> None:
     acme.validate(thing, units=("Block",), timeout_s=60, level=3, mode="fast", fused=True, mesh={"data": 2})
     acme.validate(thing, units="auto", timeout_s=None, mesh=None)
     for values, said in (
-        ({"level": 4}, r"Acme\(level=4\): it is a whole number from 1 up to 3\."),
-        ({"level": None}, r"Acme\(level=None\): it is a whole number"),
+        ({"level": 4}, r"Acme\(level=4\): it is an integer from 1 up to 3\."),
+        ({"level": None}, r"Acme\(level=None\): it is an integer"),
         ({"fused": 1}, r"Acme\(fused=1\): it is true or false\."),
         ({"level": 1, "mode": "fats"}, r"Acme\(mode='fats'\): it is one of slow, fast\. Did you mean 'fast'\?"),
     ):
@@ -336,7 +336,7 @@ def test_loggers_and_extensions_are_told_apart_by_name(registry: Registry) -> No
         ({"strategy.timeout": "6"}, "", {"strategy": "acme"},
          r"strategy.timeout='6' in the command line \(--strategy.timeout\): strategy acme \(acme-kit 1.2\) has no such "
          r"option\. Did you mean '--strategy.timeout-s'\? Its options: units, timeout_s"),
-        ({"strategy.level": "x"}, "", {"strategy": "acme"}, "a whole number from 1 up to 3"),
+        ({"strategy.level": "x"}, "", {"strategy": "acme"}, "an integer from 1 up to 3"),
         ({"strategy.level": "2"}, "", {}, r"strategy single .* no options at all\. Nobody asked for 'single'"),
         ({}, "[strategy]\nlevel = 2", {}, r"strategy single .*Nobody asked .*add name = 'NAME' to \[strategy\]"),
         ({}, '[strategy]\nname = "acme"\nlevle = 2', {}, r"levle=2 in .*toml.*Did you mean 'level'\?"),
@@ -491,7 +491,7 @@ def test_a_dry_run_shows_the_options_and_what_is_handed_over(registry: Registry)
     [
         (
             "--strategy.level=9",
-            r"it is a whole number.*Type --strategy.level=N\. If --strategy.level is",
+            r"it is an integer.*Type --strategy.level=N\. If --strategy.level is",
         ),
         ("--strategy.level", "strategy.level='true' in .* Type --strategy.level=N"),
         ("--strategy.level=2", "level=2 of strategy 'acme' needs timeout_s"),
@@ -528,7 +528,7 @@ def test_a_listing_of_one_plugin_shows_its_options(registry: Registry) -> None:
     rows = [line.split("  ") for line in out.splitlines()]
     assert rows[0] == ["strategy acme (acme-kit 1.2): "]
     assert "--strategy.timeout-s" in out
-    assert "a whole number from 1 up to 3" in out
+    assert "an integer from 1 up to 3" in out
     assert "[tool.plugframe.strategy]" in out
     assert "stands for acme" in plug("list-plugins", "short")[1]
     fixed = plug("list-plugins", "acme-2")[1]

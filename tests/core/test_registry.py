@@ -279,8 +279,8 @@ def test_the_contract_before_this_one_is_still_spoken(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("attribute", "said"),
     [
-        ("failing", r"strategy 'failing' \(acme 1.2\) is broken: .*:fail raised OSError: no chip on the bus\. Mend or"),
-        ("leaving", r"raised SystemExit: 3\. Mend or uninstall acme"),
+        ("failing", r"strategy 'failing' \(acme 1.2\) is broken: .*:fail raised OSError: no chip on the bus\. Fix or"),
+        ("leaving", r"raised SystemExit: 3\. Fix or uninstall acme"),
         ("gone", r"its factory .*:Gone failed to import with AttributeError"),
     ],
 )

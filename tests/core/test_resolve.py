@@ -272,7 +272,7 @@ def test_every_choice_has_its_reason() -> None:
     """The plan says of every field why it is what it is."""
     made = plan(accelerator="big", precision="h", plugins=("guard",), loggers=("paper",))
     assert {what: why for what, _, why in plan_rows(made)} == {
-        "accelerator": "asked for in the code: the best available; passed over far (no such device)",
+        "accelerator": "asked for in the code: the best available; skipped far (no such device)",
         "devices": "auto: all of this machine",
         "nodes": "4 ranks in all",
         "strategy": "auto: the first that fits 4 ranks on chip",
@@ -417,7 +417,7 @@ def test_extensions_of_code_and_command_line(code: tuple[Any, ...], typed: tuple
         (
             {"strategy": "only", "precision": "full"},
             UnsupportedError,
-            "precision='full' is not honoured by strategy 'only': choose one of 'half'",
+            "precision='full' is not supported by strategy 'only': choose one of 'half'",
         ),
         (
             {"precision": "tiny", "accelerator": "host"},
@@ -473,7 +473,7 @@ def test_a_request_that_cannot_be_met(settings: dict[str, Any], error: type[Exce
 def test_nothing_fits() -> None:
     """Where nothing installed fits, that is said with what is installed."""
     bare = Shelf({key: value for key, value in SHELF.plugins.items() if key[1] not in ("many", "wire", "host", "chip")})
-    with pytest.raises(UnsupportedError, match=r"accelerator='auto' finds no device .*: passed over far \(no such"):
+    with pytest.raises(UnsupportedError, match=r"accelerator='auto' finds no device .*: skipped far \(no such"):
         plan(bare)
     with pytest.raises(UnsupportedError, match="accelerator='big' finds no device on this machine"):
         plan(bare, accelerator="big")
@@ -690,15 +690,15 @@ BROKEN = PluginLoadError("accelerator 'acme' (acme-accel 1.2) is broken: x.")
         (SHELF.put("accelerator", "acme-accel:acme", BROKEN), r"'acme' \(acme-accel 1.2\) is broken"),
         (
             SHELF.put("accelerator", "acme-accel:acme", plugin(priority=999), BROKEN),
-            r"is broken: x\. It was passed over under accelerator='auto'",
+            r"is broken: x\. It was skipped under accelerator='auto'",
         ),
         (
             SHELF.put("accelerator", "acme:x", plugin(priority=999), Chip("x", 1, available=OSError("bus"))),
-            r"x \(acme 1.2\) failed in accelerator_is_available: OSError: bus\. It was passed over",
+            r"x \(acme 1.2\) failed in accelerator_is_available: OSError: bus\. It was skipped",
         ),
         (
             SHELF.put("accelerator", "acme:x", plugin(priority=999, requires=("acme_sdk",)), Chip("x", 1)),
-            r"'x' \(acme 1.2\) needs acme_sdk: type pip install acme_sdk\. It was passed over under accelerator='auto'",
+            r"'x' \(acme 1.2\) needs acme_sdk: type pip install acme_sdk\. It was skipped under accelerator='auto'",
         ),
     ],
 )
@@ -766,7 +766,7 @@ def test_an_accelerator_that_gives_no_device() -> None:
         def accelerator_parse_devices(self, devices: Any) -> tuple[int, ...]:
             return ()
 
-    with pytest.raises(PluginContractError, match=r"void \(acme 1.2\) gave no device at all"):
+    with pytest.raises(PluginContractError, match=r"void \(acme 1.2\) returned no device"):
         plan(SHELF.put("accelerator", "acme:void", plugin(), Empty("void", 0)), accelerator="void")
 
 

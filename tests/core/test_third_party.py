@@ -44,17 +44,17 @@ ACME: dict[str, Any] = {
 SAYINGS: dict[str, tuple[type[PluginError], str]] = {
     "broken-import": (
         PluginLoadError,
-        r"with ImportError: libacme.*Mend or uninstall plugframe-broken",
+        r"with ImportError: libacme.*Fix or uninstall plugframe-broken",
     ),
-    "broken-exit": (PluginLoadError, r"SystemExit: This chip needs a licence\. Mend or uninstall plugframe-broken"),
+    "broken-exit": (PluginLoadError, r"SystemExit: This chip needs a licence\. Fix or uninstall plugframe-broken"),
     "broken-type": (PluginLoadError, r"is a dict, not a plugframe\.Plugin\. .* uninstall plugframe-broken"),
     "broken-api": (PluginLoadError, r"version 99 of the plugin contract.*'pip install --upgrade plugframe'"),
     "broken-beside": (
         PluginLoadError,
         r"strategies has the name of the module .* has to rename one of them",
     ),
-    "broken-name": (PluginLoadError, r"has no attribute 'nothing_of_that_name'\. Mend or uninstall plugframe-broken"),
-    "broken-factory": (PluginLoadError, r"raised OSError: no chip on the bus\. Mend or uninstall plugframe-broken"),
+    "broken-name": (PluginLoadError, r"has no attribute 'nothing_of_that_name'\. Fix or uninstall plugframe-broken"),
+    "broken-factory": (PluginLoadError, r"raised OSError: no chip on the bus\. Fix or uninstall plugframe-broken"),
     "broken-needs": (MissingDependencyError, r"needs acme_vendor_sdk: type \"pip install 'plugframe-broken\[sdk\]'\""),
     "broken-hook": (PluginContractError, r"overrides strategy_next_batch without a mark: add @plugframe\.hookimpl"),
     "broken-extra": (PluginContractError, r"strategy_backwards, which is no hook\. Did you mean 'strategy_backward'\?"),
@@ -259,18 +259,18 @@ def test_a_built_in_is_not_taken_over(packages: Use) -> None:
 
 
 def test_a_broken_accelerator_under_auto_is_a_warning(packages: Use) -> None:
-    """It is the most eager one, and cannot be imported: that is said, never passed over in silence."""
+    """It is the most eager one, and cannot be imported: that is said, never skipped in silence."""
     packages("broken")
     said = (
         r"accelerator 'broken-chip' \(plugframe-broken 0.3.0\) is broken: .* ImportError: libchip.so.* uninstall "
-        r"plugframe-broken\. It was passed over under accelerator='auto'"
+        r"plugframe-broken\. It was skipped under accelerator='auto'"
     )
     with pytest.warns(PlugframeWarning, match=said):
         lite = Lite(strategy="single", devices=1)
     choice = lite.plan.choices["accelerator"]
     assert choice.entry is not None
     assert choice.entry.builtin
-    assert "passed over broken-chip (broken)" in choice.reason
+    assert "skipped broken-chip (broken)" in choice.reason
     assert any("broken-chip" in note for note in lite.plan.notes)
     with pytest.raises(PluginLoadError, match=r"'broken-chip' \(plugframe-broken 0.3.0\) .* libchip.so"):
         Lite(accelerator="broken-chip", devices=1)

@@ -57,7 +57,7 @@ def strategies() -> list[str]:
 def test_every_precision_trains(precision: str, strategy: str) -> None:
     """Every precision trains on the GPU under every strategy that has it, and the loss falls."""
     if strategy.startswith("deepspeed") and precision in ("64-true", "16-true"):
-        with pytest.raises(UnsupportedError, match="is not honoured by strategy 'deepspeed"):
+        with pytest.raises(UnsupportedError, match="is not supported by strategy 'deepspeed"):
             Lite(accelerator="gpu", devices=1, strategy=strategy, precision=precision)
         return
     with Lite(accelerator="gpu", devices=1, strategy=strategy, precision=precision) as lite:

@@ -142,9 +142,9 @@ def test_a_deprecated_hook_or_argument_is_warned_of_by_plugin(aged: None) -> Non
         Lite(accelerator="cpu", devices=1, strategy=Aged(), plugins=[Spying()])
     assert [str(each.message) for each in told] == [
         "strategy object Aged implements strategy_describe, which is deprecated: implement strategy_setup. "
-        "To be rid of this, mend its class.",
+        "To avoid this, fix its class.",
         "extension object Spying takes closure in strategy_optimizer_step, which is deprecated: it is part of step. "
-        "To be rid of this, mend its class.",
+        "To avoid this, fix its class.",
     ]
 
 
@@ -153,7 +153,9 @@ def test_the_package_of_a_deprecated_plugin_is_named(aged: None, monkeypatch: py
     entry = Entry("strategy", "aged", f"{__name__}:plugin", "acme-kit", "1.2")
     registry = Registry([*Registry.discover().entries(), entry])
     monkeypatch.setattr(Registry, "discover", classmethod(lambda cls, **_: registry))
-    said = r"strategy 'aged' \(acme-kit 1.2\) implements strategy_describe.*upgrade acme-kit, or tell its author"
+    said = (
+        r"strategy 'aged' \(acme-kit 1.2\) implements strategy_describe.*upgrade acme-kit, or report it to its author"
+    )
     with pytest.warns(PlugframeWarning, match=said):
         Lite(accelerator="cpu", devices=1, strategy="aged")
     with warnings.catch_warnings():

@@ -423,7 +423,7 @@ def test_seeds_repeat_and_are_checked() -> None:
         ({"devices": 0}, "devices=0 does not fit accelerator 'cpu'.*a number of processes from 1"),
         ({"devices": "two"}, "devices='two' does not fit"),
         ({"devices": [0, 1]}, "does not fit accelerator 'cpu'"),
-        ({"num_nodes": 0}, "num_nodes=0 in the code: it is a whole number from 1"),
+        ({"num_nodes": 0}, "num_nodes=0 in the code: it is an integer from 1"),
         ({"num_nodes": "2"}, "num_nodes='2'"),
         ({"strategy": "dpp"}, r"strategy='dpp' is not installed. Did you mean 'ddp'\? Installed: .*ddp_spawn"),
         ({"strategy": "dp"}, "strategy='dp' is not installed: .*'ddp'"),

@@ -301,7 +301,7 @@ def test_checkpoints_pass_between_strategies(cell: Passing, outcome: dict[str, A
 def test_precisions_that_are_not_honoured_are_refused(strategy: Installed, precision: Installed) -> None:
     """A precision that a strategy does not list is refused, with both names and those that it lists."""
     instead = ", ".join(repr(name) for name in strategy.plugin.precisions)
-    expected = f"precision={precision.name!r} is not honoured by strategy {strategy.name!r}: choose one of {instead}"
+    expected = f"precision={precision.name!r} is not supported by strategy {strategy.name!r}: choose one of {instead}"
     with pytest.raises(UnsupportedError, match=re.escape(expected)):
         Lite(accelerator="cpu", devices=1, strategy=strategy.name, precision=precision.name)
 

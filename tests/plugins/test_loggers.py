@@ -140,7 +140,7 @@ def test_only_rank_zero_writes(make: type[CSVLogger] | type[TensorBoardLogger], 
 
 def test_rows_to_keep_must_be_a_number_from_one(tmp_path: Path) -> None:
     """A wrong option is refused when the logger is made."""
-    with pytest.raises(SettingError, match=r"flush_rows=0\): it is a whole number from 1"):
+    with pytest.raises(SettingError, match=r"flush_rows=0\): it is an integer from 1"):
         CSVLogger(tmp_path, flush_rows=0)
 
 

@@ -258,7 +258,7 @@ def test_a_broken_rule_is_named(reports: Reports, kind: str, name: str, rule: st
 
 
 #: Rules that no plugin can break: the core refuses by what a descriptor says, before it asks the plugin.
-OF_THE_CORE = {strategy.ONE_RANK, strategy.HONOURED}
+OF_THE_CORE = {strategy.ONE_RANK, strategy.SUPPORTED}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``plugframe checkpoint``: what is in a checkpoint, whether it is whole, and the same in another form."""
+"""``plugframe checkpoint``: show, verify and convert checkpoints."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_inspect_as_json(saved: Path, plug: Callable[..., Result]) -> None:
 def test_verify_reads_every_byte(saved: Path, plug: Callable[..., Result], form: str) -> None:
     """A whole checkpoint is said to be so; of a damaged one the file and the tensor are named, with exit code 1."""
     result = plug("verify", saved / form)
-    assert result == Result(0, f"{saved / form} is whole: every byte is what was written.\n", "")
+    assert result == Result(0, f"{saved / form} is intact: every byte matches what was written.\n", "")
     path = saved / "file" if form == "file" else next((saved / "folder").glob("*.safetensors"))
     data = path.read_bytes()
     at = data.index(torch.arange(12.0).numpy().tobytes())
@@ -137,7 +137,7 @@ def test_verify_reads_every_byte(saved: Path, plug: Callable[..., Result], form:
 @pytest.mark.parametrize("name", ["plain", "torch.pt"])
 def test_verify_claims_no_more_than_it_knows(saved: Path, plug: Callable[..., Result], name: str) -> None:
     """A file of another tool has no checksums."""
-    assert plug("verify", saved / name).out.endswith("has no checksums: nobody can tell whether a value changed.\n")
+    assert plug("verify", saved / name).out.endswith("has no checksums: changed values cannot be detected.\n")
 
 
 def test_convert_there_and_back(saved: Path, plug: Callable[..., Result]) -> None:
@@ -221,4 +221,4 @@ def test_as_a_process(saved: Path) -> None:
     argv = [sys.executable, "-m", "plugframe", "checkpoint", "verify", str(saved / "folder")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{saved / 'folder'} is whole: every byte is what was written.\n"
+    assert done.stdout == f"{saved / 'folder'} is intact: every byte matches what was written.\n"

@@ -51,7 +51,7 @@ def test_broken_packages_are_named_with_what_to_do(packages: Use) -> None:
     lines = {line.split(": ")[0].split(" (")[0].strip(): line for line in result.stdout.splitlines()}
     assert "ImportError: libacme" in lines["FAIL  strategy broken-import"]
     assert "(plugframe-broken 0.3.0): its " in lines["FAIL  strategy broken-import"]
-    assert "Mend or uninstall plugframe-broken" in lines["FAIL  strategy broken-exit"]
+    assert "Fix or uninstall plugframe-broken" in lines["FAIL  strategy broken-exit"]
     assert "overrides strategy_next_batch without a mark" in lines["FAIL  strategy broken-hook"]
     assert "which is no hook" in lines["FAIL  strategy broken-extra"]
     assert "pip install --upgrade plugframe" in lines["FAIL  strategy broken-api"]
@@ -76,11 +76,11 @@ def test_a_plugin_that_hangs_or_kills_is_told_of() -> None:
         return [("ok", "loads")]
 
     assert plugins.apart(hang, count=1, timeout_s=0.2) == [
-        ("error", "did not load within 0 s: uninstall it, or tell its author.")
+        ("error", "did not load within 0 s: uninstall it, or report it to its author.")
     ]
     assert (
         plugins.apart(die, count=2)
-        == [("error", "ended the process that loaded it (exit code 3): uninstall it, or tell its author.")] * 2
+        == [("error", "ended the process that loaded it (exit code 3): uninstall it, or report it to its author.")] * 2
     )
     assert plugins.apart(chatter, count=1) == [("ok", "loads")]
 

@@ -1,4 +1,4 @@
-"""Where settings are written down: the file that counts, and what is in it."""
+"""Find, check and read the settings file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from plugframe.errors import SettingError
 from plugframe.hooks.variables import CONFIG
 
 PYPROJECT = "pyproject.toml"
-#: What only the root of a project has.
+#: Names of entries that mark the root of a project.
 _ROOT_MARKS = (PYPROJECT, ".git", ".hg")
 SECTION = "tool.plugframe"
 #: Lists of plugins that are never imported, and of the only ones that may be; see `plugframe.core.registry.policy`.
@@ -58,7 +58,7 @@ def _project(folder: Path) -> list[Path]:
 
 
 def _check_owner(path: Path) -> None:
-    """Refuse a settings file that another user can write, or put in the place of this one.
+    """Raise if another user can write or replace the settings file.
 
     Raises:
         SettingError: naming the user or the permission.
@@ -81,7 +81,7 @@ def _check_owner(path: Path) -> None:
 
 
 def _is_private_group(status: os.stat_result) -> bool:
-    """Say whether a group has no members but its owner, as those that systems make for each user."""
+    """Return whether a group has no members but its owner, as the default group of a user."""
     import grp
     import pwd
 
@@ -102,7 +102,7 @@ def read_file(path: Path) -> dict[str, Any] | None:
     try:
         text = path.read_text(encoding="utf-8")
         if path.name == PYPROJECT and "plugframe" not in text:
-            return None  # the parser alone would take longer than all the rest of a listing
+            return None  # importing the TOML parser takes longer than the rest of a listing
         data: dict[str, Any] = _compat.tomllib.loads(text)
     except (_compat.tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(f"{path} is not valid TOML: {error}.") from error

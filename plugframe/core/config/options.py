@@ -120,7 +120,7 @@ def from_section(kind: str, section: Mapping[str, Any], path: Path) -> tuple[Any
     if kind not in MANY:
         named = section.get("name")
         if "name" in section and not isinstance(named, (str, int)):
-            raise SettingError(f"{path}: {kind}.name={named!r} is not the name of a plugin: write a text.")
+            raise SettingError(f"{path}: {kind}.name={named!r} is not the name of a plugin: write a string.")
         options = {option: value for option, value in section.items() if option != "name"}
         return named, _options(kind, "" if named in (None, "auto") else str(named), options, path)
     given: list[Given] = []

@@ -1,4 +1,4 @@
-"""What was asked for, and where: the code, the command line, a variable, a settings file."""
+"""Gather the requested settings, with their sources: code, command line, variables, settings file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from plugframe.hooks.variables import ALL, FROM_COMMAND_LINE, LAUNCHED, PATIENT
 
 #: Settings that name one plugin, or "auto".
 NAMES = tuple(kind.name for kind in KINDS.values() if not kind.many)
-#: Settings that hold any number of plugins.
+#: Settings that select any number of plugins.
 LISTS = (*(kind.setting for kind in KINDS.values() if kind.many), "callbacks")
 NUMBERS = ("num_nodes", "timeout_s", "report_after_s")
 SWITCHES = ("diagnostics",)
@@ -28,7 +28,7 @@ CODE = "the code"
 
 @dataclass(frozen=True)
 class Setting:
-    """A value and where it comes from, in words for a message."""
+    """A value with its source, as text for a message."""
 
     value: Any
     source: str
@@ -36,7 +36,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Request:
-    """Every setting that was given, the strongest of each; what was not given is absent.
+    """All given settings, each from its strongest source.
 
     Attributes:
         settings: by field.
@@ -80,13 +80,13 @@ def gather(code: Mapping[str, Any], *, environ: Mapping[str, str] | None = None,
         given.pop("timeout_s", None)
         given.pop("report_after_s", None)
     typed, options, notes = _from_environ(environ)
-    # "auto" in the code is its default; typed, it is a choice that the file shall not undo.
+    # "auto" in the code is the default; on the command line it is a choice that overrides the file.
     path = find_file(environ, folder or Path.cwd())
     filed, written = _from_file(path)
     filed = {f: s for f, s in filed.items() if f not in typed}
     options = [*written, *options]
     if environ.get(LAUNCHED):
-        # They were for who started the ranks, and for where that was done.
+        # They were addressed to the launcher, on its machine.
         options = [given for given in options if given.kind not in ("environment", "launcher")]
     typed = {f: s for f, s in typed.items() if not _absent(s.value)}
     for name, setting in [*given.items(), *typed.items(), *filed.items()]:
@@ -107,7 +107,7 @@ def contradiction(field: str, first: Setting, second: Setting) -> SettingError:
 
 
 def variable(field: str) -> str:
-    """Return the environment variable that carries a setting to the ranks."""
+    """Return the environment variable that passes a setting to the ranks."""
     return PREFIX + field.upper()
 
 
@@ -118,7 +118,7 @@ def _absent(value: Any) -> bool:
 
 
 def _canonical(value: Any) -> Any:
-    """Return what a value means: one thing for ``2`` and ``"2"``, another for ``[2]`` and ``"2,"``."""
+    """Return a canonical form of a value: equal for ``2`` and ``"2"``, different for ``[2]`` and ``"2,"``."""
     if isinstance(value, (list, tuple)):
         return tuple(map(_canonical, value))
     if not isinstance(value, (str, int, float)):
@@ -182,7 +182,7 @@ def _from_file(path: Path | None) -> tuple[dict[str, Setting], list[Given]]:
         return found, options
     for key, value in data.items():
         if key in POLICY_KEYS:
-            continue  # what may be imported at all is read with the registry
+            continue  # the registry reads the policy
         field = key.replace("-", "_")
         if field in KINDS and isinstance(value, dict):
             value, given = from_section(field, value, path)
@@ -212,7 +212,7 @@ def _check(field: str, setting: Setting) -> None:
     if wrong or (field in NAMES and isinstance(value, float)):
         raise SettingError(f"{field}={value!r} in {source} is not a value of {field}.{_allowed(field)}")
     if field == "num_nodes" and (not isinstance(value, int) or value < 1):
-        raise SettingError(f"num_nodes={value!r} in {source}: it is a whole number from 1.")
+        raise SettingError(f"num_nodes={value!r} in {source}: it is an integer from 1.")
     if field == "timeout_s" and not (isinstance(value, (int, float)) and 0 < value < math.inf):
         raise SettingError(f"timeout_s={value!r} in {source}: it is a number of seconds above 0.")
     if field == "report_after_s" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):

@@ -1,4 +1,4 @@
-"""Which plugins work on the devices and ranks of a job, and have the capabilities that the others need of them."""
+"""Compatibility of plugins with devices, ranks and the capabilities that other plugins need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from plugframe.hooks.descriptor import Plugin
 
 @dataclass(frozen=True)
 class Target:
-    """What plugins have to work on: a device type and a number of ranks."""
+    """The target of a job: a device type and a number of ranks."""
 
     device_type: str
     world_size: int
@@ -23,7 +23,7 @@ class Target:
         return f"{self.world_size} rank{'s' if self.world_size > 1 else ''} on {self.device_type}"
 
     def incompatibility(self, descriptor: Plugin) -> str | None:
-        """Return why a plugin does not work here; None if it does."""
+        """Return why a plugin does not support this target; None if it does."""
         if descriptor.ranks == "one" and self.world_size > 1:
             return f"works with one rank, and there are {self.world_size}"
         if descriptor.devices and self.device_type not in descriptor.devices:
@@ -32,7 +32,7 @@ class Target:
 
 
 def wanted(kind: str, users: Iterable[Choice], field: Literal["needs", "prefers"]) -> dict[str, Choice]:
-    """Return the capabilities that `users` want of a plugin of `kind`, each with the first that wants it."""
+    """Return the capabilities that `users` request from a plugin of `kind`, each with the first that requests it."""
     found: dict[str, Choice] = {}
     for user in users:
         for capability in getattr(user.descriptor, field).get(kind, ()):
@@ -41,7 +41,7 @@ def wanted(kind: str, users: Iterable[Choice], field: Literal["needs", "prefers"
 
 
 def compatible(candidates: Iterable[Choice], target: Target, needs: Iterable[str] = ()) -> list[Choice]:
-    """Return the candidates that work on the target and provide all that is needed."""
+    """Return the candidates that support the target and provide all needed capabilities."""
     required = set(needs)
     return [
         choice
@@ -51,12 +51,12 @@ def compatible(candidates: Iterable[Choice], target: Target, needs: Iterable[str
 
 
 def ranked(candidates: Iterable[Choice], preferred: Iterable[str]) -> list[Choice]:
-    """Return the candidates with those first that provide all that is preferred; else the order stays."""
+    """Return the candidates, stably sorted with those first that provide all preferred capabilities."""
     return sorted(candidates, key=lambda choice: not set(preferred) <= set(choice.descriptor.provides))
 
 
 def best(kind: str, target: Target, users: Sequence[Choice], installed: Installed) -> Choice:
-    """Return the plugin that ``"auto"`` comes to.
+    """Return the plugin that ``"auto"`` selects.
 
     Args:
         users: the plugins of the plan so far, which may need or prefer capabilities of it.
@@ -81,7 +81,7 @@ def best(kind: str, target: Target, users: Sequence[Choice], installed: Installe
 def asked_or_best(
     kind: str, asked: Choice | None, target: Target, users: Sequence[Choice], installed: Installed
 ) -> Choice:
-    """Return the plugin that was asked for, else the one that ``"auto"`` comes to.
+    """Return the requested plugin, else the one that ``"auto"`` selects.
 
     Raises:
         UnsupportedError: if the one asked for does not work on the target, or lacks what the others need.
@@ -97,7 +97,7 @@ def asked_or_best(
 
 
 def check_needs(choices: Mapping[str, Choice], users: Sequence[Choice]) -> None:
-    """Check that everything the plugins of a plan need is there.
+    """Check that the plugins of a plan provide all capabilities that they need from each other.
 
     Raises:
         UnsupportedError: if a plugin lacks what another one needs.

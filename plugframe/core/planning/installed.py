@@ -1,4 +1,4 @@
-"""The installed plugins as choices: by name, as an object of the user's, or all that ``"auto"`` may pick."""
+"""Candidates for a plan: plugins by name, plugin objects, or all that ``"auto"`` may pick."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from plugframe.hooks.kinds import KINDS
 
 
 def is_name(value: Any) -> bool:
-    """Return whether a setting names a plugin, and is not an object."""
+    """Return whether a setting is the name of a plugin rather than an object."""
     return isinstance(value, (str, int))
 
 
 @dataclass(frozen=True)
 class Installed:
-    """What there is to choose from.
+    """The installed plugins as choices.
 
     Attributes:
         catalogue: the registry.
-        note: takes a sentence about what was passed over, or has no effect.
+        note: callback for a sentence about a skipped plugin or a setting without effect.
     """
 
     catalogue: Catalogue
     note: Callable[[str], object]
 
     def choose(self, kind: str, setting: Setting) -> Choice:
-        """Return the choice for a setting that is a name or an object; an alias is followed.
+        """Return the choice for a setting that is a name or an object, with aliases resolved.
 
         Raises:
             UsageError: if no such plugin is installed or may be used, or the object is none.
@@ -54,7 +54,7 @@ class Installed:
         return Choice(kind=kind, name=entry.name, reason=reason, descriptor=descriptor, entry=entry)
 
     def _choose_object(self, kind: str, instance: Any, reason: str) -> Choice:
-        """Return the choice for an object, with the descriptor its class is published under, if it is."""
+        """Return the choice for an object, with the published descriptor of its class, if there is one."""
         if isinstance(instance, type) or not KINDS[kind].provided_by(instance):
             hint = " No method of it is marked with @plugframe.hookimpl." if kind == "extension" else ""
             if isinstance(instance, type):
@@ -70,14 +70,14 @@ class Installed:
             try:
                 published = self.catalogue.describe(each)
             except PluginError:
-                continue  # somebody else's broken package
+                continue  # a broken package that is not in use
             if published.made(instance) and not published.preset:
                 name, entry, descriptor = each.name, each, published
                 break
         return Choice(kind=kind, name=name, reason=reason, descriptor=descriptor, entry=entry, instance=instance)
 
     def candidates(self, kind: str) -> list[Choice]:
-        """Return what ``"auto"`` may pick, by priority. A plugin that is broken or lacks something is noted."""
+        """Return the candidates for ``"auto"``, by priority; note broken plugins and missing dependencies."""
         found: list[Choice] = []
         for entry in self.catalogue.entries(kind):
             if self.catalogue.shadowed(entry):
@@ -91,17 +91,17 @@ class Installed:
                 self.note(str(error))
                 continue
             if absent:
-                self.note(f"{entry.origin} needs {absent}. It was passed over under {kind}='auto'.")
+                self.note(f"{entry.origin} needs {absent}. It was skipped under {kind}='auto'.")
                 continue
             reason = f"auto: priority {descriptor.priority}"
             found.append(Choice(kind=kind, name=entry.name, reason=reason, descriptor=descriptor, entry=entry))
         return sorted(found, key=lambda choice: -(choice.descriptor.priority or 0))
 
     def make(self, choice: Choice) -> Choice:
-        """Return the choice with its plugin object, to ask it about this machine."""
+        """Return the choice with its plugin object, to query it about this machine."""
         return replace(choice, instance=choice.make(self.catalogue))
 
     def refused(self, kind: str) -> str:
-        """Return what is installed of a kind and must not be used, to follow a message; empty if nothing is."""
+        """Return a suffix for a message with the plugins of a kind that the policy refuses; empty if there are none."""
         told = [f"{entry.origin} is {why}." for entry, why in self.catalogue.refused(kind).items()]
         return "".join(f" {each}" for each in told[:3]) + (f" So are {len(told) - 3} more." if told[3:] else "")

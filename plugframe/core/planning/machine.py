@@ -1,4 +1,4 @@
-"""What planning asks of this machine, through plugin objects: who started this process, and which devices there are."""
+"""Planning that depends on this machine: detect the environment and the devices through plugin objects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from plugframe.hooks.world import World
 def find_environment(
     asked: Choice | None, request: Request, installed: Installed, environ: Mapping[str, str], *, launching: bool
 ) -> Choice:
-    """Return the environment with its object: the one asked for, else the first that recognises this process.
+    """Return the environment and its plugin object: the requested one, else the first that detects this process.
 
     Raises:
         UnsupportedError: if none does.
@@ -32,7 +32,7 @@ def find_environment(
             made = installed.make(candidate)
             detected = _ask(made, "environment_detect")
         except PluginError as error:
-            installed.note(f"{error} It was passed over under environment='auto'.")
+            installed.note(f"{error} It was skipped under environment='auto'.")
             continue
         if detected:
             reason = f"auto: {', '.join(variables)} set" if variables else "auto: detected"
@@ -43,7 +43,7 @@ def find_environment(
 
 
 def find_accelerator(asked: Choice | None, strategy: Choice | None, request: Request, installed: Installed) -> Choice:
-    """Return the accelerator with its object: the one asked for, else the best available that the strategy runs on.
+    """Return the accelerator and its plugin object: the requested one, else the best that the strategy supports.
 
     Raises:
         UnsupportedError: if there is no such device here.
@@ -75,15 +75,15 @@ def _best_accelerator(asked: Choice | None, strategy: Choice | None, request: Re
             made = installed.make(candidate)
             if _ask(made, "accelerator_is_available"):
                 start = f"{asked.reason}: the best available" if asked else "auto: the best available"
-                reason = "; ".join([start, *(f"passed over {why}" for why in passed)])
+                reason = "; ".join([start, *(f"skipped {why}" for why in passed)])
                 return _settled(replace(candidate, reason=reason), made, request, installed)
         except PluginError as error:
-            installed.note(f"{error} It was passed over under accelerator='auto'.")
+            installed.note(f"{error} It was skipped under accelerator='auto'.")
             passed.append(f"{candidate.name} (broken)")
         else:
             passed.append(f"{candidate.name} (no such device)")
     value = asked.name if asked else "auto"
-    tried = f": passed over {', '.join(passed)}" if passed else "; none is installed"
+    tried = f": skipped {', '.join(passed)}" if passed else "; none is installed"
     raise UnsupportedError(
         f"accelerator={value!r} finds no device on this machine{tried}.{installed.refused('accelerator')}"
     )
@@ -92,7 +92,7 @@ def _best_accelerator(asked: Choice | None, strategy: Choice | None, request: Re
 def find_devices(
     accelerator: Choice, environment: Choice, strategy: Choice | None, world: World | None, request: Request
 ) -> tuple[tuple[int, ...], str]:
-    """Return the device of each local rank, and why these.
+    """Return the device of each local rank, with the reason.
 
     Raises:
         UsageError: if the devices asked for do not exist, or do not fit the processes that were started.
@@ -120,18 +120,18 @@ def find_devices(
     else:
         devices, why = tuple(parse(devices="auto")), "auto: all of this machine"
     if not devices:
-        raise PluginContractError(f"{accelerator.origin} gave no device at all, where one for each rank is due.")
+        raise PluginContractError(f"{accelerator.origin} returned no device: it must return one for each rank.")
     return devices, why
 
 
 def check_world(environment: Choice, num_processes: int | None, request: Request) -> None:
-    """Have the environment compare the processes that were started with those that were asked for."""
+    """Check the started processes against the requested numbers, through the environment."""
     num_nodes = request.value("num_nodes")
     environment.instance.environment_validate(num_processes=num_processes, num_nodes=num_nodes)
 
 
 def count_of(devices: Any) -> int | None:
-    """Return how many processes a value of ``devices`` means, None if that depends on the machine."""
+    """Return the number of processes for a value of ``devices``, None if it depends on the machine."""
     if isinstance(devices, str):
         text = devices.strip()
         if "," in text:
@@ -143,7 +143,7 @@ def count_of(devices: Any) -> int | None:
 
 
 def _settled(choice: Choice, tried: Choice, request: Request, installed: Installed) -> Choice:
-    """Return the choice with its options and its object: the one `tried` without options, if none were given."""
+    """Return the choice with its options and plugin object; without options, reuse the object in `tried`."""
     choice = configured(choice, request, installed)
     return installed.make(choice) if choice.options else replace(choice, instance=tried.instance)
 
@@ -152,11 +152,11 @@ def _usable(candidate: Choice, installed: Installed) -> bool:
     try:
         return _ask(installed.make(candidate), "accelerator_is_available")
     except PluginError:
-        return False  # what is broken is no way out; it is reported where it is asked for
+        return False  # a broken plugin is no alternative to suggest; it raises if it is requested
 
 
 def _ask(choice: Choice, question: str) -> bool:
-    """Return a plugin's answer to a yes-or-no hook; whatever it raises instead is the plugin's fault."""
+    """Return the result of a boolean hook; any exception becomes a `PluginError`."""
     try:
         return bool(getattr(choice.instance, question)())
     except PlugframeError:

@@ -1,4 +1,4 @@
-"""Options of the plugins that were chosen: each gets those that were given for it, read and checked."""
+"""Assign options to the selected plugins and validate them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Note = Callable[[str], object]
 
 
 def configured(choice: Choice, request: Request, installed: Installed) -> Choice:
-    """Return the choice of a kind of one plugin with the options that were given for it.
+    """Return the choice of a singular kind with its options.
 
     Raises:
         SettingError: for an option the plugin does not have, a wrong value, or options of an object in the code.
@@ -24,13 +24,13 @@ def configured(choice: Choice, request: Request, installed: Installed) -> Choice
     given = [each for each in request.options if each.kind == choice.kind]
 
     def of_another(each: Given) -> bool:
-        """Return whether a settings file gives the option to a plugin that it selects, and that is not this one."""
+        """Return whether a settings file sets the option for another plugin, which that file selects."""
         if each.by != "file" or not each.plugin:
             return False
         try:
             return installed.choose(choice.kind, Setting(each.plugin, "")).qualified != choice.qualified
         except UsageError:
-            return True  # not installed, and not asked for either: something stronger was
+            return True  # not installed, but overridden by a stronger source
 
     elsewhere = [each for each in given if of_another(each)]
     if elsewhere:
@@ -39,7 +39,7 @@ def configured(choice: Choice, request: Request, installed: Installed) -> Choice
 
 
 def all_configured(kind: str, choices: Sequence[Choice], request: Request, installed: Installed) -> tuple[Choice, ...]:
-    """Return the choices of a kind any number of which can be in use, each with the options for its name.
+    """Return the choices of a plural kind, each with the options for its name.
 
     Raises:
         SettingError: as `configured`, and for options of a plugin that is not in use.
@@ -53,7 +53,7 @@ def all_configured(kind: str, choices: Sequence[Choice], request: Request, insta
         found.append(choice if choice.instance is not None and named else _configured(choice, mine, installed.note))
     for each in given:
         if not any(_is_for(each, choice) for choice in choices):
-            # A file may hold options of plugins for the day they are used.
+            # A file may hold options of plugins that are not in use.
             _refuse(_not_in_use(each, choices), installed.note if each.by != "command" else None)
     return tuple(found)
 
@@ -72,7 +72,7 @@ def _configured(choice: Choice, given: Sequence[Given], note: Note) -> Choice:
     found = []
     for each in strongest.values():
         if each.name not in declared:
-            # A variable may be there for another program, as one that names no setting at all may.
+            # A variable may be meant for another program, as may one that names no setting.
             _refuse(_unknown(each, choice), note if each.by == "variable" else None)
             continue
         value = read(declared[each.name], each)
@@ -100,7 +100,7 @@ def _unknown(given: Given, choice: Choice) -> str:
 
 
 def _select(given: Given, choice: Choice) -> str:
-    """Return how to say which plugin an option is for, where nobody has."""
+    """Return a hint how to select the plugin of an option, if none was requested."""
     if not choice.reason.startswith("auto") or given.by == "variable":
         return ""
     how = f"name = 'NAME' to [{given.kind}]" if given.by == "file" else f"--{given.kind}=NAME"
@@ -133,5 +133,5 @@ def _of_another(given: Sequence[Given], choice: Choice) -> str:
 
 
 def _is_for(given: Given, choice: Choice) -> bool:
-    # A variable holds a name in another form, and the command line's reaches the ranks in one.
+    # Variables spell a name differently, and the command line's options reach the ranks as variables.
     return plain(given.plugin) in (plain(choice.name), plain(choice.qualified))

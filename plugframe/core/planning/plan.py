@@ -1,4 +1,4 @@
-"""The plan: what will run, and why."""
+"""The plan: the selected plugins and settings, with reasons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from plugframe.hooks.world import World
 
 @dataclass(frozen=True)
 class OptionValue:
-    """An option of a selected plugin, as it was given.
+    """An option of a selected plugin, with its source.
 
     Attributes:
         name: the keyword of its factory.
@@ -31,7 +31,7 @@ class OptionValue:
 
     @property
     def text(self) -> str:
-        """The value, for people."""
+        """The value, formatted for display."""
         return self.value if isinstance(self.value, str) else repr(self.value)
 
 
@@ -59,12 +59,12 @@ class Choice:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What its factory is to be called with."""
+        """The keyword arguments for its factory."""
         return {option.name: option.value for option in self.options}
 
     @property
     def qualified(self) -> str:
-        """What tells it from every other plugin of its kind: ``plugframe:ddp``."""
+        """Its unique name within the kind: ``plugframe:ddp``."""
         return self.entry.qualified if self.entry else self.name
 
     @property
@@ -75,7 +75,7 @@ class Choice:
         return f"{self.name} ({self.entry.distribution} {self.entry.version})"
 
     def make(self, catalogue: Catalogue) -> Any:
-        """Return the plugin object: the instance if there is one, else what the factory makes with the options."""
+        """Return the plugin object: the instance if there is one, else a new one from the factory."""
         if self.instance is not None:
             return self.instance
         assert self.entry is not None
@@ -84,7 +84,7 @@ class Choice:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Plan:
-    """What the settings come to on this machine.
+    """The resolved settings of a job on this machine.
 
     Attributes:
         choices: the selected plugin of each kind that has one.
@@ -98,7 +98,7 @@ class Plan:
         timeout_s: of collectives; None where none was asked for.
         report_after_s: seconds after which ranks that wait for another are told; 0 for never.
         diagnostics: whether calls of ranks are recorded, reported when a rank does not come, and compared.
-        notes: what was passed over, and why.
+        notes: skipped plugins, with reasons.
     """
 
     choices: Mapping[str, Choice]
@@ -116,16 +116,16 @@ class Plan:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the job."""
+        """The number of ranks of the job."""
         return self.world.world_size if self.world else len(self.devices) * self.num_nodes
 
     @property
     def simulated(self) -> bool:
-        """Whether the other ranks of the job do not exist."""
+        """Whether the job is simulated: the other ranks do not exist."""
         return "simulated" in self.choices["environment"].descriptor.provides
 
     def all_choices(self) -> list[Choice]:
-        """Return every plugin in use."""
+        """Return all plugins in use."""
         return [*self.choices.values(), *self.extensions, *self.loggers]
 
     def line(self) -> str:

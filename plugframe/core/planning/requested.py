@@ -1,4 +1,4 @@
-"""First step of planning: which plugins the settings name, checked against each other. The rest is ``"auto"``."""
+"""The first step of planning: collect the requested plugins and check them for contradictions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Objects = Mapping[str, list[Setting]]
 
 @dataclass(frozen=True)
 class Requested:
-    """The plugins that were asked for.
+    """The requested plugins.
 
     Attributes:
         single: by kind, for kinds of one plugin; a kind that is ``"auto"`` is absent.
@@ -32,7 +32,7 @@ class Requested:
 
 
 def requested(request: Request, installed: Installed) -> Requested:
-    """Return the plugins that the settings name.
+    """Return the plugins that the settings request.
 
     Raises:
         UsageError: if one is not installed, or was asked for twice in two ways.
@@ -62,7 +62,7 @@ def _objects(plugins: Any) -> Objects:
 
 
 def _implied(request: Request, objects: Objects, installed: Installed) -> tuple[dict[str, Setting], list[Setting]]:
-    """Return what names, and objects by their class, say about other kinds (the launcher, say), and extensions."""
+    """Return the settings of other kinds and the extensions that the requested plugins imply."""
     implied: dict[str, Setting] = {}
     added: list[Setting] = []
     for kind in NAMES:
@@ -87,7 +87,7 @@ def _implied(request: Request, objects: Objects, installed: Installed) -> tuple[
 
 
 def _implications(kind: str, setting: Setting, installed: Installed) -> tuple[str, Mapping[str, str]]:
-    """Return where a plugin comes from, and what it implies; of an alias, what the alias does."""
+    """Return a plugin's origin and what it implies; an alias counts by itself."""
     if not is_name(setting.value):
         choice = installed.choose(kind, setting)
         return choice.origin, choice.descriptor.implies
@@ -98,7 +98,7 @@ def _implications(kind: str, setting: Setting, installed: Installed) -> tuple[st
 def _single(
     kind: str, request: Request, objects: Objects, implied: Mapping[str, Setting], installed: Installed
 ) -> Choice | None:
-    """Return what was asked for of a kind of one plugin, None for ``"auto"``."""
+    """Return the requested setting of a singular kind, None for ``"auto"``."""
     setting, own = request.get(kind) or implied.get(kind), objects.get(kind)
     if own and setting:
         raise SettingError(
@@ -112,7 +112,7 @@ def _single(
     if other is None:
         return choice
     rival = installed.choose(kind, other)
-    # A name may stand for the best of several: another source may say which of them.
+    # A name may stand for the best of several plugins, and another source may select one of them.
     if _same(choice, rival) or rival.descriptor.best_of in choice.descriptor.tags:
         return choice
     if choice.descriptor.best_of in rival.descriptor.tags:
@@ -123,7 +123,7 @@ def _single(
 def _listed(
     kind: str, request: Request, objects: list[Setting], added: list[Setting], installed: Installed
 ) -> tuple[Choice, ...]:
-    """Return the choices of a kind of which any number can be in use."""
+    """Return the choices of a plural kind."""
     field = KINDS[kind].setting
     setting, other = request.get(field), request.overridden.get(field)
     choices, rivals = _choices(kind, setting, installed), _choices(kind, other, installed)
@@ -140,7 +140,7 @@ def _choices(kind: str, setting: Setting | None, installed: Installed) -> list[C
         return []
     values: Any = setting.value if isinstance(setting.value, (list, tuple)) else (setting.value,)
     if kind == "extension":
-        # `plugins` takes objects of any kind; the others are chosen with their kind.
+        # `plugins` takes objects of any kind; those of other kinds are handled with their kind.
         values = [value for value in values if isinstance(value, str) or kind_of(value) == "extension"]
     choices = [installed.choose(kind, Setting(value, setting.source)) for value in values]
     named = [choice.qualified for choice in choices if choice.instance is None]

@@ -1,4 +1,4 @@
-"""From what was asked and what is installed to a plan, with the reason of every choice.
+"""Resolve a request and the installed plugins to a plan, with a reason for every choice.
 
 `resolve` depends on its arguments alone: settings, a catalogue, and the environment variables. It is a pipeline:
 
@@ -28,7 +28,7 @@ from plugframe.hooks.world import World
 
 
 def resolve(request: Request, catalogue: Catalogue, environ: Mapping[str, str], *, launching: bool = False) -> Plan:
-    """Return the plan for `request`. What was passed over is warned of, on rank 0.
+    """Return the plan for `request`; warn on rank 0 of skipped plugins.
 
     Args:
         launching: it was typed how ranks are to be started, so that this process is none, whatever variables are set
@@ -57,7 +57,7 @@ def resolve(request: Request, catalogue: Catalogue, environ: Mapping[str, str], 
 
 
 def warn_of(notes: Iterable[str]) -> None:
-    """Warn of what was passed over, at the caller of the function that planned."""
+    """Warn of skipped plugins, attributed to the caller of the planning function."""
     for note in notes:
         warnings.warn(note, PlugframeWarning, stacklevel=3)
 
@@ -92,7 +92,7 @@ def _plan(request: Request, asked: Requested, installed: Installed, environment:
 def _selected(
     asked: Requested, accelerator: Choice, target: Target, installed: Installed
 ) -> tuple[Choice, Choice, Choice, Choice]:
-    """Return strategy, precision, collective and checkpoint: each was asked for, or fits those before it."""
+    """Return strategy, precision, collective and checkpoint: each as requested, or compatible with those before."""
     strategy = _strategy(asked.single.get("strategy"), target, installed)
     precision = _precision(asked.single.get("precision"), strategy, target, installed)
     users = [strategy, accelerator, precision, *asked.extensions, *asked.loggers]
@@ -115,17 +115,17 @@ def _strategy(asked: Choice | None, target: Target, installed: Installed) -> Cho
 
 
 def _precision(asked: Choice | None, strategy: Choice, target: Target, installed: Installed) -> Choice:
-    honoured = strategy.descriptor.precisions
+    supported = strategy.descriptor.precisions
     if asked is None:
         for candidate in compatible(installed.candidates("precision"), target):
-            if not honoured or candidate.name in honoured:
-                return replace(candidate, reason="auto: the first that strategy and device honour")
+            if not supported or candidate.name in supported:
+                return replace(candidate, reason="auto: the first that strategy and device support")
         refused = installed.refused("precision")
         raise UnsupportedError(f"No installed precision fits strategy {strategy.name!r} and {target}.{refused}")
-    if honoured and asked.name not in honoured:
+    if supported and asked.name not in supported:
         raise UnsupportedError(
-            f"precision={asked.name!r} is not honoured by strategy {strategy.name!r}: "
-            f"choose one of {', '.join(map(repr, honoured))}."
+            f"precision={asked.name!r} is not supported by strategy {strategy.name!r}: "
+            f"choose one of {', '.join(map(repr, supported))}."
         )
     problem = target.incompatibility(asked.descriptor)
     if problem:

@@ -1,1 +1,1 @@
-"""Which plugins are installed, by distribution metadata, and which of them may be imported."""
+"""Installed plugins, from distribution metadata, and the policy that refuses some."""

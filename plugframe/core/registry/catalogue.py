@@ -1,4 +1,4 @@
-"""What planning and the session need of a registry; a test puts its own in its place."""
+"""The registry's interface for planning and the session; tests substitute a fake."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from plugframe.hooks.descriptor import Plugin
 
 
 class Catalogue(Protocol):
-    """What is needed of `plugframe.core.registry.registry.Registry`."""
+    """The methods of `plugframe.core.registry.registry.Registry` that planning and the session call."""
 
     def entries(self, kind: str | None = None) -> list[Entry]: ...
     def names(self, kind: str) -> list[str]: ...

@@ -1,4 +1,4 @@
-"""What the metadata of installed distributions says of plugins. Nothing that is published is imported."""
+"""Read the entry points of installed distributions from metadata, without importing them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from plugframe.core._compat import metadata
 
 PREFIX = "plugframe."
 OWN_DISTRIBUTION = "plugframe"
-#: Entry points of this kind are commands of the command line, and no plugins.
+#: Entry points of this kind are commands of the command line rather than plugins.
 COMMAND = "command"
-#: Name and version of what an interrupted install or removal left behind without metadata.
+#: Name and version of a distribution whose metadata an interrupted install or removal left incomplete.
 UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One published name, as its distribution's metadata states it.
+    """A published plugin name, from the metadata of its distribution.
 
     Attributes:
         kind: ``"strategy"``, …
@@ -44,33 +44,33 @@ class Entry:
 
     @property
     def qualified(self) -> str:
-        """The name nobody else can publish: ``distribution:name``."""
+        """The unique name: ``distribution:name``."""
         return f"{self.distribution}:{self.name}"
 
     @property
     def builtin(self) -> bool:
-        """Whether it comes with plugframe itself."""
+        """Whether it is part of plugframe."""
         return normalize(self.distribution) == OWN_DISTRIBUTION
 
     @property
     def origin(self) -> str:
-        """For messages: ``strategy 'acme' (acme-ddp 1.2)``."""
+        """The plugin and its package, for messages: ``strategy 'acme' (acme-ddp 1.2)``."""
         return f"{self.kind} {self.name!r} ({self.distribution} {self.version})"
 
     def of(self, word: str) -> bool:
-        """Say whether `word` is its package, or its package and name: ``"acme-ddp"``, ``"acme-ddp:acme"``."""
+        """Return whether `word` is its package, or its package and name: ``"acme-ddp"``, ``"acme-ddp:acme"``."""
         distribution, _, name = word.partition(":")
         return normalize(distribution) == normalize(self.distribution) and name in ("", self.name)
 
 
 @functools.cache
 def normalize(distribution: str) -> str:
-    """Return a distribution's name in its normal form (PEP 503)."""
+    """Return a distribution's normalized name (PEP 503)."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 class Published(NamedTuple):
-    """What the distributions on the path publish; of two with one name the first counts.
+    """The entry points of the distributions on the path; of two distributions with one name the first counts.
 
     Except of those that call themselves plugframe: the one that this module belongs to counts.
 
@@ -91,7 +91,7 @@ def published() -> Published:
 
 @functools.lru_cache(maxsize=1)
 def _published(places: tuple[tuple[str, int, int], ...]) -> Published:
-    """Read all metadata, again only after the path or one of its folders has changed."""
+    """Read all metadata, cached until the path or one of its folders changes."""
     seen: set[str] = set()
     found: list[Entry] = []
     instead: tuple[str, list[Entry]] | None = None
@@ -108,13 +108,13 @@ def _published(places: tuple[tuple[str, int, int], ...]) -> Published:
         seen.add(normalize(name))
         found += entries
     if instead is not None and OWN_DISTRIBUTION not in seen:
-        # Run from a folder that is not installed: what is installed under this name is the best that is known.
+        # Run from a folder that is not installed: fall back to the installed distribution of this name.
         found += instead[1]
     return Published(tuple(dict.fromkeys(found)), "" if instead is None else instead[0])
 
 
 def _is_this(distribution: Any) -> bool:
-    """Say whether a distribution holds the package that runs, or is an editable installation of it."""
+    """Return whether a distribution contains the running package, or is an editable installation of it."""
     import plugframe
 
     package = os.path.dirname(os.path.abspath(plugframe.__file__))
@@ -153,7 +153,7 @@ def _points(distribution: Any) -> Iterator[tuple[str, str, str, tuple[str, ...]]
 
 
 def name_and_version(distribution: Any) -> tuple[str, str]:
-    """Return what a distribution is called. Its metadata is not parsed: the README in it can be long."""
+    """Return a distribution's name, without parsing its metadata, which can contain a long README."""
     texts = (_text(distribution, name) for name in ("METADATA", "PKG-INFO", ""))
     head = next(filter(None, texts), "").partition("\n\n")[0]
     name, version = (re.search(rf"^{field}:[ \t]*(\S+)", head, re.MULTILINE) for field in ("Name", "Version"))

@@ -1,4 +1,4 @@
-"""Which installed plugins are never imported: what was disabled, and what is not on a list of allowed ones."""
+"""The plugin policy: plugins that are disabled, or not on a list of allowed ones, are never imported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARK = "disable="
 
 @dataclass(frozen=True)
 class Disabled:
-    """One thing that shall not be used.
+    """A disabled plugin or package.
 
     Attributes:
         word: a name, a package, or ``package:name``.
@@ -33,13 +33,13 @@ class Disabled:
     by: Literal["command", "variable", "file"]
 
     def hits(self, entry: Entry) -> bool:
-        """Say whether it is about `entry`."""
+        """Return whether it applies to `entry`."""
         return entry.name == self.word or entry.of(self.word)
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """The only packages, or plugins of packages, that may be used beside plugframe's own; and where that is said."""
+    """A list of packages and plugins that may be used besides plugframe's own, with its source."""
 
     words: tuple[str, ...]
     source: str
@@ -47,13 +47,13 @@ class Allowed:
 
 @dataclass(frozen=True)
 class Policy:
-    """What is never imported. Of several lists of allowed plugins, each one has to allow a plugin."""
+    """The plugins that are never imported. If there are several lists of allowed plugins, each must allow a plugin."""
 
     disabled: tuple[Disabled, ...] = ()
     allowed: tuple[Allowed, ...] = ()
 
     def refusal(self, entry: Entry) -> str:
-        """Say why a plugin is not to be used and what would change that; empty if it may be used."""
+        """Return why a plugin is refused and how to change that; empty if it is allowed."""
         for each in self.disabled:
             if each.hits(entry):
                 return f"disabled by {each.word!r} in {each.source}: take it out there to use this"
@@ -65,7 +65,7 @@ class Policy:
         return ""
 
     def check(self, entries: Iterable[Entry]) -> None:
-        """Check that what a command line disables is there.
+        """Check that the plugins that a command line disables exist.
 
         Raises:
             SettingError: if it is not, with the closest match: what was meant would be used.
@@ -74,7 +74,7 @@ class Policy:
             raise SettingError(text)
 
     def notes(self, entries: Iterable[Entry]) -> tuple[str, ...]:
-        """Return what to tell about words elsewhere that disable nothing: a list for many machines may hold some."""
+        """Return warnings for words from other sources that disable nothing: a shared list may contain some."""
         return self._unknown(entries, "variable", "file")
 
     def _unknown(self, entries: Iterable[Entry], *by: str) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ class Policy:
 
 
 def read_policy(environ: Mapping[str, str], folder: Path | None = None) -> Policy:
-    """Read what is disabled and allowed, in the environment and in the settings file.
+    """Read the policy from the environment and the settings file.
 
     Args:
         environ: the environment variables.

@@ -1,4 +1,4 @@
-"""What is installed: names, from distribution metadata; descriptors and factories, only when asked for."""
+"""The plugin registry: names from distribution metadata; descriptors and factories imported on demand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["Entry", "Registry"]
 
 
 class Registry:
-    """The names of one environment. Nothing is imported to build it."""
+    """The plugins of a Python environment. Building it imports nothing."""
 
     def __init__(self, entries: Iterable[Entry], policy: Policy | None = None) -> None:
         self.policy = policy or Policy()
@@ -42,7 +42,7 @@ class Registry:
 
     @classmethod
     def discover(cls, *, environ: Mapping[str, str] | None = None) -> Registry:
-        """Read the metadata of every installed distribution, and which of them shall not be used.
+        """Read the metadata of every installed distribution, and the plugin policy.
 
         Args:
             environ: variables to read that from, instead of this process's own.
@@ -56,25 +56,25 @@ class Registry:
         return cls((entry for entry in entries if entry.kind != COMMAND), policy)
 
     def notes(self) -> tuple[str, ...]:
-        """Return what to tell the user about the policy, and about a stranger under plugframe's name."""
+        """Return warnings about the policy, and about foreign packages under plugframe's name."""
         place = published().impostor
         other = f"The distribution in {place} calls itself plugframe, and is not the one that runs: uninstall it."
         return (*self.policy.notes(self._entries), *([other] if place else []))
 
     def entries(self, kind: str | None = None) -> list[Entry]:
-        """Return what is installed and may be used, built-ins first; of one kind if given."""
+        """Return the installed plugins that the policy allows, built-ins first; of one kind if given."""
         return [e for e in self._entries if (kind is None or e.kind == kind) and e not in self._refused]
 
     def refused(self, kind: str | None = None) -> dict[Entry, str]:
-        """Return what is installed and is never imported, with what the policy says of it."""
+        """Return the installed plugins that the policy refuses, with reasons."""
         return {e: why for e, why in self._refused.items() if kind is None or e.kind == kind}
 
     def names(self, kind: str) -> list[str]:
-        """Return the names that select something as they stand, sorted."""
+        """Return the names that select a plugin unqualified, sorted."""
         return sorted({e.name for e in self.entries(kind)})
 
     def shadowed(self, entry: Entry) -> bool:
-        """Say whether the bare name is a built-in's, disabled or not, so that only the qualified one reaches it."""
+        """Return whether the bare name is a built-in's, disabled or not, so that others need a qualified name."""
         return not entry.builtin and (entry.kind, entry.name) in self._own
 
     def find(self, kind: str, name: str, *, look_inside: bool = True) -> Entry:
@@ -94,7 +94,7 @@ class Registry:
             named = [e for e in named if normalize(e.distribution) == normalize(distribution)]
         if not named:
             raise self._unknown(kind, name, look_inside=look_inside)
-        # A built-in's name stays its own even while it is disabled: nobody else can slip in under it.
+        # A built-in's name stays reserved while it is disabled, so that no other package can take it over.
         usable = named[:1] if named[0].builtin else [e for e in named if e not in self._refused]
         if len(usable) > 1:
             qualified = " or ".join(repr(e.qualified) for e in usable)
@@ -122,7 +122,7 @@ class Registry:
             try:
                 retired.update(self.describe(entry).retired)
             except PluginLoadError:
-                continue  # broken in its own right; reported when it is asked for
+                continue  # broken; reported when it is requested
         return retired
 
     def describe(self, entry: Entry) -> Plugin:
@@ -140,7 +140,7 @@ class Registry:
         descriptor = _import(entry.value, entry, "descriptor")
         module, _, name = entry.value.partition(":")
         if _is_submodule(module, name):
-            # Python puts a submodule into its package under its name: the second look would find the module.
+            # Python sets a submodule as attribute of its package, so a second lookup would find the module.
             raise PluginLoadError(
                 f"{entry.origin} is broken: {entry.value} has the name of the module {module}.{name}, which takes its "
                 "place once it is imported. Its author has to rename one of them."
@@ -160,7 +160,7 @@ class Registry:
         return descriptor
 
     def needs(self, entry: Entry) -> list[str]:
-        """Return the distributions `entry`'s extras stand for, from metadata alone."""
+        """Return the distributions that `entry`'s extras require, from metadata alone."""
         if not entry.extras:
             return []
         if entry.distribution not in self._requirements:
@@ -179,7 +179,7 @@ class Registry:
         return [name for name in self.needs(entry) if not _installed(name)]
 
     def absent(self, entry: Entry) -> str | None:
-        """Say what `entry`'s descriptor needs that is not there and how to install it; None if all is."""
+        """Return the missing dependencies of `entry` and how to install them; None if there are none."""
         descriptor = self.describe(entry)
         modules = [name for name in descriptor.requires if not _importable(name)]
         absent = list(dict.fromkeys([*modules, *self.missing(entry)]))
@@ -191,7 +191,7 @@ class Registry:
         return f"{what}: type \"pip install '{extra}'\""
 
     def require(self, entries: Iterable[Entry]) -> None:
-        """Check that everything these need is there, without importing any of it.
+        """Check that all dependencies of these are installed, without importing them.
 
         Raises:
             MissingDependencyError: for the first that lacks something, saying what to install.
@@ -202,7 +202,7 @@ class Registry:
                 raise MissingDependencyError(f"{entry.origin} needs {absent}.")
 
     def factory(self, entry: Entry) -> Any:
-        """Import and return what makes the implementation.
+        """Import and return the factory of the implementation.
 
         Raises:
             MissingDependencyError: saying what to install.
@@ -227,7 +227,7 @@ class Registry:
         except BaseException as error:
             raise PluginLoadError(
                 f"{entry.origin} is broken: {descriptor.factory} raised {_words(error)}. "
-                f"Mend or uninstall {entry.distribution}."
+                f"Fix or uninstall {entry.distribution}."
             ) from error
 
 
@@ -248,18 +248,18 @@ def _import(reference: str, entry: Entry, what: str) -> Any:
         # SystemExit and pytest.skip are BaseExceptions too: one broken package must not end the program.
         raise PluginLoadError(
             f"{entry.origin} is broken: its {what} {reference} failed to import with "
-            f"{_words(error)}. Mend or uninstall {entry.distribution}."
+            f"{_words(error)}. Fix or uninstall {entry.distribution}."
         ) from error
     return value
 
 
 def _words(error: BaseException) -> str:
-    """Return an exception in one line, without the full stop that would double that of the message."""
+    """Return an exception as one line without a final full stop, to be embedded in a sentence."""
     return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
 
 
 def _is_submodule(package: str, name: str) -> bool:
-    """Say whether a package that is imported has a module of that name, by a look into its folders alone."""
+    """Return whether an imported package has a module of that name, by searching its folders only."""
     folders = getattr(sys.modules.get(package), "__path__", ())
     path, suffixes = name.replace(".", os.sep), ("", *importlib.machinery.all_suffixes())
     return any(os.path.exists(os.path.join(folder, path + suffix)) for folder in folders for suffix in suffixes)

@@ -1,4 +1,4 @@
-"""One pluggy manager per job: registers what was selected, checks it, and binds the hooks."""
+"""The hooks of a job: register the selected plugins with pluggy, validate them and bind the hooks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from plugframe.hooks.markers import PROJECT, deprecated_uses, unmarked_of
 
 
 class BoundHooks:
-    """Every hook by name.
+    """The bound hooks by name.
 
     A provider hook that nothing wraps is the provider's own bound method: a plain call. A hook that is
     wrapped is pluggy's caller. A notification nobody listens to is None.
@@ -54,7 +54,7 @@ class Pipeline:
         origin = _origin(choice)
         if any(other is plugin for _, other in self._manager.list_name_plugin()):
             raise SettingError(f"{origin} is given twice: keep one.")
-        # A plugin of a kind of many can wrap any hook.
+        # A plugin of a plural kind can wrap any hook.
         own = KINDS.values() if KINDS[choice.kind].many else (KINDS[choice.kind],)
         unmarked = ", ".join(unmarked_of(plugin, (name for kind in own for name in kind.hooks)))
         if unmarked:
@@ -64,9 +64,9 @@ class Pipeline:
             self._manager.register(plugin, name=label)
         except pluggy.PluginValidationError as error:
             reason = " ".join(str(error).split()).rstrip(".") + "."
-            raise PluginContractError(f"{origin} breaks the plugin contract: {reason}{_mend(choice)}") from error
+            raise PluginContractError(f"{origin} breaks the plugin contract: {reason}{_fix(choice)}") from error
         except ValueError as error:
-            # pluggy compares plugins with ==, and two equal dataclass objects would be one to it.
+            # pluggy compares plugins with ==, so it rejects the second of two equal dataclass objects.
             raise PluginContractError(f"{origin} equals another plugin in use: give its class eq=False.") from error
         self._check_implementations(choice, plugin)
         self._choices[label] = choice
@@ -75,12 +75,12 @@ class Pipeline:
 
     def _check_implementations(self, choice: Choice, plugin: Any) -> None:
         origin = _origin(choice)
-        fix = f"upgrade {choice.entry.distribution}, or tell its author" if choice.entry else "mend its class"
+        fix = f"upgrade {choice.entry.distribution}, or report it to its author" if choice.entry else "fix its class"
         known = [name for kind in KINDS.values() for name in kind.hooks]
         for caller in self._manager.get_hookcallers(plugin) or ():
             if not caller.has_spec():
                 raise PluginContractError(
-                    f"{origin} implements {caller.name}, which is no hook.{closest(caller.name, known)}{_mend(choice)}"
+                    f"{origin} implements {caller.name}, which is no hook.{closest(caller.name, known)}{_fix(choice)}"
                 )
             for parameter in inspect.signature(getattr(plugin, caller.name)).parameters.values():
                 if parameter.kind is parameter.KEYWORD_ONLY:
@@ -89,10 +89,10 @@ class Pipeline:
                         "which would never be filled: leave out the '*' before it."
                     )
             uses = deprecated_uses(caller, plugin)
-            self.deprecations += [f"{origin} {use} To be rid of this, {fix}." for use in uses]
+            self.deprecations += [f"{origin} {use} To avoid this, {fix}." for use in uses]
 
     def bind(self) -> BoundHooks:
-        """Check that every provider hook has its one provider, and return the hooks.
+        """Check that every provider hook has exactly one provider, and return the bound hooks.
 
         Raises:
             PluginContractError: naming the plugin, the hook and what to write.
@@ -124,7 +124,7 @@ class Pipeline:
             raise PluginContractError(
                 f"{_origin(choice)} does not provide the hook {name}: implement it and mark it with {_MARK}."
             )
-        # An implementation that leaves arguments out is pluggy's to call: by itself it cannot be given them all.
+        # An implementation that omits arguments is called through pluggy, which passes only those it takes.
         whole = set(plain[0].argnames + plain[0].kwargnames) == set(caller.spec.argnames + caller.spec.kwargnames)
         alone = whole and len(impls) == 1 and not self._trace
         setattr(bound, name, getattr(plugin, name) if alone else caller)
@@ -144,8 +144,8 @@ def _origin(choice: Choice) -> str:
     return choice.entry.origin if choice.entry else f"{choice.kind} object {choice.name}"
 
 
-def _mend(choice: Choice) -> str:
-    return f" Mend, upgrade or uninstall {choice.entry.distribution}." if choice.entry else ""
+def _fix(choice: Choice) -> str:
+    return f" Fix, upgrade or uninstall {choice.entry.distribution}." if choice.entry else ""
 
 
 def _print_call(hook_name: str, hook_impls: Any, kwargs: Mapping[str, Any]) -> None:

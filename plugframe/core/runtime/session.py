@@ -1,4 +1,4 @@
-"""A job that runs: its plugins in one pipeline, set up in order and torn down in reverse."""
+"""The session of a running job: set up its plugins in order, and tear them down in reverse."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Session:
     """The plugins of one `Lite`, from construction to tear-down.
 
     Attributes:
-        plan: what was resolved.
-        hooks: every hook, bound.
-        plugins: the plugin object of each single kind.
-        extensions: the extensions by name, bare and qualified; of two with one name the first.
-        context: what plugins see of the job; None until `start`.
-        deprecations: what plugins implement that is on its way out, a sentence for each.
+        plan: the resolved plan.
+        hooks: all hooks, bound.
+        plugins: the plugin object of each singular kind.
+        extensions: the extensions by name, bare and qualified; the first of those with equal names.
+        context: the context passed to plugins; None until `start`.
+        deprecations: one sentence for each deprecated feature that a plugin uses.
     """
 
     def __init__(self, plan: Plan, catalogue: Catalogue, callbacks: list[Any]) -> None:
@@ -43,7 +43,7 @@ class Session:
         for choice in plan.choices.values():
             self.plugins[choice.kind] = self._add(choice, catalogue)
         self.loggers = [self._add(choice, catalogue) for choice in plan.loggers]
-        # pluggy runs the last registered wrapper outermost; the first listed shall be.
+        # Reversed: pluggy runs the last registered wrapper outermost, and the first listed must be.
         added = [(choice, self._add(choice, catalogue)) for choice in reversed(plan.extensions)]
         self.extensions = {name: plugin for choice, plugin in added for name in (choice.name, choice.qualified)}
         for callback in callbacks:
@@ -62,7 +62,7 @@ class Session:
 
     @property
     def world(self) -> World:
-        """This process's place; a world of one until the job's processes exist."""
+        """The world of this process, of size 1 until the job's processes exist."""
         return self.plan.world or World()
 
     @property
@@ -72,7 +72,7 @@ class Session:
         return self.hooks.accelerator_device(index=index)
 
     def start(self) -> Context:
-        """Set every plugin up, on this rank. A failure undoes what was done."""
+        """Set up every plugin on this rank; tear down again on failure."""
         if self.context is not None:
             return self.context
         self._process = os.getpid()
@@ -114,21 +114,21 @@ class Session:
             self.hooks.on_connect(context=context)
 
     def on_close(self, undo: Any, *args: Any) -> None:
-        """Have ``undo(*args)`` called at tear-down, before what was set up earlier."""
+        """Register ``undo(*args)`` for tear-down, in last-in-first-out order."""
         self._undo.callback(undo, *args)
 
     def release_on_close(self, obj: Any, release: Callable[[Any], Any]) -> None:
-        """Have ``release(obj)`` called at tear-down, the last first, if `obj` is still there.
+        """Register ``release(obj)`` for tear-down, in last-in-first-out order, if `obj` is still alive.
 
-        Nothing is kept of one that has gone: a script may set up a model for every fold, or a loader for every epoch.
+        Only a weak reference is held: a script may set up a model for every fold, or a loader for every epoch.
         """
         adopted, number = self._adopted, next(self._numbers)
         adopted[number] = (weakref.ref(obj, lambda _: adopted.pop(number, None)), release)
 
     def close(self) -> None:
-        """Tear everything down, in reverse; all of it, even if some fails."""
+        """Tear down in reverse order; continue after a failure."""
         if self.context is None or os.getpid() != self._process:
-            return  # the latter: a copy that the script has forked leaves, and the job is not its own to end
+            return  # a process that the script has forked must not end the job
         try:
             if self.hooks.on_teardown is not None:
                 self.hooks.on_teardown()
@@ -143,7 +143,7 @@ class Session:
         """Return the context.
 
         Raises:
-            OrderError: if the job does not run.
+            OrderError: if the job is not running.
         """
         if self.context is None:
             raise OrderError("The job does not run: call lite.launch() first.")

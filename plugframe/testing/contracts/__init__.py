@@ -1,1 +1,1 @@
-"""What plugins must do, as tests: a suite for each kind, to be subclassed by the author of a plugin."""
+"""Contract suites for plugins: one per kind, to be subclassed by plugin authors."""

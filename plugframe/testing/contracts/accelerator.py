@@ -1,4 +1,4 @@
-"""What every accelerator plugin must do: say what is there, read ``devices``, and leave the machine as it was."""
+"""The accelerator contract suite: availability, ``devices`` parsing, device properties and clean-up."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class AcceleratorContract(PluginContract):
         is_here(plugin)
         try:
             plugin.accelerator_teardown()
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(CLEAN, f"tear-down without a set-up raised {one_line(error)}")
         found = left(before, traces())
         if found:
@@ -167,7 +167,7 @@ class AcceleratorContract(PluginContract):
         for devices, wanted in expected.items():
             try:
                 found = self.plugin.accelerator_parse_devices(devices=devices)
-            except Exception as error:  # noqa: BLE001 - told as what it is
+            except Exception as error:  # noqa: BLE001 - reported as it is
                 broken(DEVICES, f"devices={devices!r} raised {one_line(error)}")
             if not isinstance(found, tuple) or not all(type(index) is int for index in found):
                 broken(DEVICES, f"devices={devices!r} gave {found!r}, not a tuple of indices")
@@ -209,7 +209,7 @@ class AcceleratorContract(PluginContract):
                 broken(REFUSED, f"devices={devices!r} was refused, and the message does not show it: {error}")
             if "\n" in str(error).strip():
                 broken(REFUSED, f"devices={devices!r} was refused in several lines: {error}")
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(REFUSED, f"devices={devices!r} raised {one_line(error)}")
         else:
             broken(REFUSED, f"devices={devices!r} was accepted, as {found!r}")
@@ -244,7 +244,7 @@ class AcceleratorContract(PluginContract):
             try:
                 ones = torch.ones(4, 4, device=self.device).to(dtype)
                 product = ones @ ones
-            except Exception as error:  # noqa: BLE001 - told as what it is
+            except Exception as error:  # noqa: BLE001 - reported as it is
                 broken(DTYPES, f"it supports {dtype}, and a matrix product raised {one_line(error)}")
             if product.dtype is not dtype or product.float().cpu().sum().item() != 64.0:
                 broken(DTYPES, f"it supports {dtype}, and a product of ones gave {product}")

@@ -1,4 +1,4 @@
-"""What every plugin must be, of whatever kind: found, light, loadable, complete, and itself each time."""
+"""The contract suite for all kinds: published, cheap to load, complete, and without shared state."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class PluginContract:
         plugin = self.make()
         try:
             copy = pickle.loads(pickle.dumps(plugin))
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(SENT, one_line(error))
         if type(copy) is not type(plugin):
             broken(SENT, f"a {type(plugin).__name__} arrives as a {type(copy).__name__}")

@@ -1,4 +1,4 @@
-"""Many checks in few starts of ranks: each is reported by itself, and one that fails leaves the others their turn."""
+"""Run many checks in one start of ranks, with separate reports; a failed check does not stop the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every checkpoint plugin must do: what was saved comes back, or an error says why it does not."""
+"""The checkpoint contract suite: round trips, verification, errors and clean-up."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROUND_TRIP = "Round trip (what was saved is loaded again to the last bit)"
 VERIFIED = "Verified (what lies there is not what was written: refused, naming the file)"
 NO_CODE = "No code (loading never runs code out of a file)"
 REFUSED = "Refused by key (what cannot be saved is a CheckpointError that names its key)"
-WAIT = "Waiting (with wait=True the checkpoint is whole on return; a handle says when it is otherwise)"
+WAIT = "Waiting (with wait=True the checkpoint is complete on return; otherwise a handle reports completion)"
 TOLD = "Told (what inspect() says is what was saved)"
 CLEAN = "Law 9 (nothing is left behind)"
 
@@ -175,7 +175,7 @@ class CheckpointContract(PluginContract):
                 broken(ROUND_TRIP, f"filling a tensor of {what} from {type(stored).__name__} gave other values")
 
     def test_a_handle_says_when_the_checkpoint_is_whole(self, hooks: Any, tmp_path: Path) -> None:
-        """With wait=False what is saved is what was there at the call; after wait() it is whole."""
+        """With wait=False what is saved is what was there at the call; after wait() it is complete."""
         path, state = self.where(tmp_path), states.small(1)
         handle = attempt(WAIT, "saving", hooks.checkpoint_save, path=path, state=state, info={}, wait=False)
         if handle is not None and "async" not in self.descriptor.provides:
@@ -238,7 +238,7 @@ class CheckpointContract(PluginContract):
                 broken(rule, f"{what} was refused, but the message names none of {', '.join(names)}: {error}")
             if "\n" in str(error).strip():
                 broken(rule, f"{what} was refused in {len(str(error).splitlines())} lines, not one: {error}")
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(rule, f"{what} raised {one_line(error)}, not a CheckpointError")
         else:
             broken(rule, f"{what} was accepted")
@@ -300,7 +300,7 @@ class CheckpointContract(PluginContract):
                 call = hooks.checkpoint_load
                 self.refuses(call, rule=VERIFIED, names=names, what=told, path=path, trusted=False, lazy=bool(lazy % 2))
                 file.write_bytes(whole)
-        self.unchanged(hooks, path, state, rule=VERIFIED, after="damage that was mended")
+        self.unchanged(hooks, path, state, rule=VERIFIED, after="damage that was repaired")
 
     def files(self, path: str) -> list[Path]:
         """Return the files of the checkpoint at `path`; override it for a plugin whose paths are no files."""
@@ -330,7 +330,7 @@ class CheckpointContract(PluginContract):
                     hooks.checkpoint_load(path=target, trusted=False, lazy=lazy)
                 except CheckpointError:
                     pass
-                except Exception as error:  # noqa: BLE001 - told as what it is
+                except Exception as error:  # noqa: BLE001 - reported as it is
                     broken(NO_CODE, f"a pickle at {file.name} raised {one_line(error)}, not a CheckpointError")
                 else:
                     broken(NO_CODE, f"a pickle at {file.name} was loaded without trusted=True")
@@ -364,7 +364,7 @@ class CheckpointContract(PluginContract):
         return {rule: next((each[rule] for each in reports if each[rule]), "") for rule in reports[0]}
 
     def test_a_save_that_fails_leaves_what_was_there(self, faults: dict[str, str]) -> None:
-        """Where the disk takes no more, the error says so and the earlier checkpoint is whole."""
+        """Where the disk takes no more, the error says so and the earlier checkpoint is intact."""
         if not is_file_path(self.location(Path("/"))):
             pytest.skip("Its paths are no files.")
         if faults[ATOMIC]:

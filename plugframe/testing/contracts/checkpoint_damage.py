@@ -1,4 +1,4 @@
-"""Damage to files, code in files, and attempts whose failure breaks a rule."""
+"""Damaged files, files with code, and attempts that must fail, for the checkpoint contract suite."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Code:
 def attempt(rule: str, what: str, call: Any, **arguments: Any) -> Any:
     try:
         return call(**arguments)
-    except Exception as error:  # noqa: BLE001 - told as what it is
+    except Exception as error:  # noqa: BLE001 - reported as it is
         broken(rule, f"{what} raised {one_line(error)}")
 
 

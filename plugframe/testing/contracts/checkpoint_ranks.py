@@ -1,4 +1,4 @@
-"""The checks of checkpoints that run in ranks: faults and deaths in one, agreement between two."""
+"""Checkpoint contract checks on ranks: faults and crashes on one, consistency between two."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _full_disk(job: Callable[[], Any], path: str) -> str:
         error = None
         try:
             hooks.checkpoint_save(path=path, state=large, info={}, wait=True)
-        except Exception as raised:  # noqa: BLE001 - told as what it is
+        except Exception as raised:  # noqa: BLE001 - reported as it is
             error = raised
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -85,7 +85,7 @@ def _found(hooks: Any, path: str, allowed: list[Any]) -> str:
     """Say what is wrong with what lies at `path`, if it is none of `allowed`."""
     try:
         state = hooks.checkpoint_load(path=path, trusted=False, lazy=False)
-    except Exception as error:  # noqa: BLE001 - told as what it is
+    except Exception as error:  # noqa: BLE001 - reported as it is
         return f"loading raised {one_line(error)}"
     differences = [states.difference(each, state) for each in allowed]
     return "" if "" in differences else f"what lies there is another state: {differences[0]}"
@@ -125,7 +125,7 @@ def _in_copy(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if copy == 0:
         try:
             told = act()
-        except BaseException as error:  # noqa: BLE001 - told as what it is
+        except BaseException as error:  # noqa: BLE001 - reported as it is
             told = {"error": one_line(error)}
         os.write(writing, json.dumps(told).encode())
         os._exit(0)
@@ -189,7 +189,7 @@ class _Pair:
             if hasattr(result, "wait"):
                 result.wait()
             mine = "returned"
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             mine = one_line(error)
         self.round += 1
         patience_s = 30 if self.round == 1 else 8  # the first call imports what it needs
@@ -255,7 +255,7 @@ def _paths(lite: Any, path: str) -> str:
         try:
             lite.save(place, state)
             loaded = lite.load(place)
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             return f"lite.save and lite.load with a {kind.__name__} raised {one_line(error)}"
         differs = states.difference(state, {key: loaded[key] for key in state if key in loaded})
         if differs:
@@ -277,7 +277,7 @@ def _any_number(pair: _Pair, alone: Callable[[], Any], path: str, sharded: bool)
             with alone() as (_, context):
                 problem = _reads(context.hooks, path, wholes, False, "two ranks saved, one loaded")
                 context.hooks.checkpoint_save(path=single, state=wholes, info={}, wait=True)
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             problem = f"two ranks saved, one loaded: {one_line(error)}"
     problem = pair.hooks.collective_broadcast_object(obj=problem, src=0, group=None)
     return problem or _reads(pair.hooks, single, wholes, sharded, "one rank saved, two loaded")
@@ -288,7 +288,7 @@ def _reads(hooks: Any, path: str, wholes: dict[str, Any], sharded: bool, what: s
     for lazy in (False, True):
         try:
             loaded = hooks.checkpoint_load(path=path, trusted=False, lazy=lazy)
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             return f"{what}: {one_line(error)}"
         if lazy and sharded:
             targets = {name: torch.zeros_like(value) for name, value in wholes.items() if isinstance(value, Tensor)}

@@ -1,4 +1,4 @@
-"""What every collective plugin must do: one shape law for any number of ranks, and an error where ranks differ."""
+"""The collective contract suite: result shapes for any world size, and errors where ranks differ."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class CollectiveContract(PluginContract):
         except UnsupportedError as error:
             if "2" not in str(error):
                 broken(ONE_RANK, f"the message does not say how many ranks there are: {error}")
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(ONE_RANK, f"set-up on one of 2 ranks raised {one_line(error)}, not an UnsupportedError")
         else:
             broken(ONE_RANK, "set-up on one of 2 ranks said nothing")

@@ -1,4 +1,4 @@
-"""The checks of collectives, run on every rank of a job."""
+"""Collective contract checks that run on every rank of a job."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def _raises(group: Group, kind: type[Exception], rule: str, what: str, call: Cal
         if "\n" in str(error).strip():
             broken(rule, f"{what}: the message has several lines: {error}")
         return str(error)
-    except Exception as error:  # noqa: BLE001 - told as what it is
+    except Exception as error:  # noqa: BLE001 - reported as it is
         broken(rule, f"{what}: on rank {group.rank} it raised {one_line(error)}, not a {kind.__name__}")
     broken(rule, f"{what}: on rank {group.rank} it gave {found!r}")
 
@@ -460,7 +460,7 @@ def it_connects_again_and_again(group: Group) -> None:
         try:
             with group.set_up(plugin):
                 found = plugin.collective_all_reduce(tensor=group.tensor([1.0]), op="sum", group=None).tolist()
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(LAW_9, f"connection {number} in one process raised {one_line(error)}")
         if found != [float(group.size)]:
             broken(LAW_9, f"connection {number} in one process gave the sum {found}")
@@ -490,7 +490,7 @@ def tear_down_may_come_early_or_twice(group: Group) -> None:
             plugin.collective_setup(context=context)
         plugin.collective_teardown()
         plugin.collective_teardown()
-    except Exception as error:  # noqa: BLE001 - told as what it is
+    except Exception as error:  # noqa: BLE001 - reported as it is
         broken(LAW_9, f"a tear-down without a set-up, after one that failed, or a second one raised {one_line(error)}")
     what = left(before, traces())
     if what:
@@ -519,7 +519,7 @@ def who_does_not_come_is_told_in_time(group: Group) -> None:
                 broken(IN_TIME, f"the others did not come, and all_reduce gave {found.tolist()}")
     finally:
         store.set(f"told/{group.rank}", "")
-        # Those that do not come stay until the others were told: else they would be told of a lost connection.
+        # Absent ranks stay until the others got their error: otherwise those would report a lost connection.
         store.wait(["told/0"])
         plugin.collective_teardown()
 

@@ -1,4 +1,4 @@
-"""What every environment plugin must do: say truly where a process stands, or in one line why it cannot."""
+"""The environment contract suite: each rank's correct position, or a one-line error."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class EnvironmentContract(PluginContract):
             with self.within(variables) as plugin:
                 try:
                     world, again = plugin.environment_world(), plugin.environment_world()
-                except Exception as error:  # noqa: BLE001 - told as what it is
+                except Exception as error:  # noqa: BLE001 - reported as it is
                     broken(WORLD, f"{at} environment_world() raised {one_line(error)}")
             if not isinstance(world, World) or world != again:
                 broken(WORLD, f"{at} environment_world() gave {world!r}, then {again!r}")
@@ -199,7 +199,7 @@ class EnvironmentContract(PluginContract):
                 if "\n" in str(error).strip():
                     broken(TOLD, f"with {what} the error has {len(str(error).splitlines())} lines: {error}")
                 return
-            except Exception as error:  # noqa: BLE001 - told as what it is
+            except Exception as error:  # noqa: BLE001 - reported as it is
                 broken(TOLD, f"with {what} it raised {one_line(error)}, not an EnvironmentMismatchError")
         place = (world.global_rank, world.world_size, world.local_world_size, world.num_nodes)
         other = place != (rank, nodes * each, each, nodes)
@@ -230,7 +230,7 @@ class EnvironmentContract(PluginContract):
             want = str(asked[0] or asked[1])
             if want not in str(error) or str(have) not in str(error) or "\n" in str(error).strip():
                 broken(VALIDATED, f"{what} were asked for, {have} started; the message must say both: {error}")
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(VALIDATED, f"{what} were asked for, {have} started; it raised {one_line(error)}")
         else:
             broken(VALIDATED, f"{what} were asked for, {have} started, and nothing is said")

@@ -1,4 +1,4 @@
-"""What every extension plugin must do: watch the hooks of others, and change nothing but what it says it does."""
+"""The extension contract suite: wrap hooks without side effects other than the documented ones."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class ExtensionContract(PluginContract):
                 called.calls.clear()
                 try:
                     _entered(hook(**arguments))
-                except Exception as error:  # noqa: BLE001 - told as what it is
+                except Exception as error:  # noqa: BLE001 - reported as it is
                     broken(ONCE, f"call {number} of {name} raised {one_line(error)}")
                 if len(called.calls) != 1:
                     broken(ONCE, f"call {number} of {name} reached the provider {len(called.calls)} times")
@@ -184,7 +184,7 @@ class ExtensionContract(PluginContract):
             except ZeroDivisionError:
                 if not failure:
                     raise
-            except Exception as error:  # noqa: BLE001 - told as what it is
+            except Exception as error:  # noqa: BLE001 - reported as it is
                 broken(BALANCED, f"{how} with the same object raised {one_line(error)}")
             found = left(before, traces())
             if found:
@@ -199,7 +199,7 @@ class ExtensionContract(PluginContract):
             try:
                 _told(plugin, "on_launch", context=context)
                 _told(plugin, "on_teardown")
-            except Exception as error:  # noqa: BLE001 - told as what it is
+            except Exception as error:  # noqa: BLE001 - reported as it is
                 broken(BALANCED, f"the {time} launch and tear-down of one object raised {one_line(error)}")
             found = left(before, traces())
             if found:
@@ -222,7 +222,7 @@ class ExtensionContract(PluginContract):
         fresh = self.make()
         try:
             fresh.load_state_dict(state)
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(STATE, f"load_state_dict() of what state_dict() gave raised {one_line(error)}")
         differs = states.difference(state, fresh.state_dict())
         if differs:

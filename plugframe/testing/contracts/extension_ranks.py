@@ -1,4 +1,4 @@
-"""A short training that an extension watches, on one rank and on two."""
+"""A short training run with an extension, on one rank and on two."""
 
 from __future__ import annotations
 

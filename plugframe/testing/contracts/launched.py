@@ -1,4 +1,4 @@
-"""What launched ranks run in the launcher's contract suite; light, for a rank imports it first."""
+"""The functions that ranks run in the launcher contract suite; cheap to import."""
 
 from __future__ import annotations
 

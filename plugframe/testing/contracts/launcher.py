@@ -1,4 +1,4 @@
-"""What every launcher plugin must do: start the ranks, watch over them, and leave nothing but the result."""
+"""The launcher contract suite: start and supervise ranks, return the result, and clean up."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Outcome:
         before = traces()
         try:
             self.result = launcher.launcher_launch(job=Job(**job))
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             self.error = error
         self.left = left(before, traces())
 
@@ -149,7 +149,7 @@ class LauncherContract(PluginContract):
                 broken(ABLE, f"it provides 'interactive', and refused a function that was typed in: {error}")
             if "\n" in str(error).strip():
                 broken(ABLE, f"a function that cannot be sent was refused in several lines: {error}")
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(ABLE, f"a function that cannot be sent raised {one_line(error)}, not a UsageError")
         else:
             if result != "closure" or not ran.exists():

@@ -1,4 +1,4 @@
-"""What every logger plugin must do: every metric of a run is there when the run ends, and nobody else's."""
+"""The logger contract suite: every metric of a run is recorded when it ends, and runs do not mix."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class LoggerContract(PluginContract):
             for metrics, step in calls:
                 try:
                     logger.logger_log(metrics=metrics, step=step)
-                except Exception as error:  # noqa: BLE001 - told as what it is
+                except Exception as error:  # noqa: BLE001 - reported as it is
                     broken(RECORDED, f"logger_log({metrics}, step={step}) raised {one_line(error)}")
         expected = [(step, name, value) for metrics, step in calls for name, value in metrics.items()]
         self.expect(logger, expected, rule=RECORDED, what="after tear-down")
@@ -199,7 +199,7 @@ class LoggerContract(PluginContract):
             with self.run(logger):
                 logger.logger_log(metrics={"loss": 1.0}, step=3)
             logger.logger_teardown()
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(CLOSED, f"tear-down before set-up, or for a second time, raised {one_line(error)}")
         self.expect(logger, [(3, "loss", 1.0)], rule=CLOSED, what="of a run that was torn down twice")
 

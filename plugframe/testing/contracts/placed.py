@@ -1,4 +1,4 @@
-"""A device for the plugin under test, and what it sees of a job."""
+"""A device and a job context for the plugin under test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every precision plugin must do: the dtypes it stands for, and gradients and steps that are true to size."""
+"""The precision contract suite: dtypes, and correctly scaled gradients and steps."""
 
 from __future__ import annotations
 
@@ -346,7 +346,7 @@ class PrecisionContract(PluginContract):
             if calls:
                 broken(CLOSURES, "it was evaluated, and then refused")
             return
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(CLOSURES, f"it raised {one_line(error)}")
         if len(calls) != 1 or found != calls[0]:
             broken(CLOSURES, f"it was evaluated {len(calls)} times, gave {calls}, and the step returned {found!r}")
@@ -359,7 +359,7 @@ class PrecisionContract(PluginContract):
         try:
             plugin.precision_unscale(optimizer=optimizer)
             self._step(plugin, optimizer)
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(STEPS, f"a step without any gradient raised {one_line(error)}")
         if any(not torch.equal(value, before[name]) for name, value in module.state_dict().items()):
             broken(STEPS, "a step without any gradient moved parameters")
@@ -415,7 +415,7 @@ class PrecisionContract(PluginContract):
                 )
             try:
                 other.precision_load_state(state={})
-            except Exception as error:  # noqa: BLE001 - told as what it is
+            except Exception as error:  # noqa: BLE001 - reported as it is
                 broken(STATE, f"the state of a run without any raised {one_line(error)}")
 
     def test_two_of_them_do_not_meddle(self, plugin: Any) -> None:
@@ -447,7 +447,7 @@ class PrecisionContract(PluginContract):
                 broken(REFUSED, f"the message does not name precision {self.entry.name!r}: {error}")
             if "\n" in str(error).strip():
                 broken(REFUSED, f"the message has {len(str(error).splitlines())} lines: {error}")
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(REFUSED, f"set-up raised {one_line(error)}")
         else:
             broken(REFUSED, "the device supports none of its dtypes, and set-up said nothing")

@@ -1,4 +1,4 @@
-"""Real jobs around the plugin under test, and what such a job may not leave behind."""
+"""Run real jobs with the plugin under test, and check for leftovers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States to save and load: every dtype, every layout, every plain value; and what differs between two of them."""
+"""Checkpoint states with every dtype, layout and plain value, and a comparison of two states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHAPES = ((), (0,), (3, 5), (2, 0, 1))
 
 
 def every_dtype() -> list[torch.dtype]:
-    """Return every dtype whose elements are whole bytes: no quantized ones, none of parts of a byte."""
+    """Return every dtype with byte-sized elements: no quantized ones, no sub-byte ones."""
     found = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
     matches = {dtype: _NAME.fullmatch(str(dtype)) for dtype in found}
     whole = [d for d, match in matches.items() if match and int(match[1] or 8) == 8 * d.itemsize]

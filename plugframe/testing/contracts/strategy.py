@@ -1,4 +1,4 @@
-"""What every strategy plugin must do: train as one process would, and leave the user's objects the user's."""
+"""The strategy contract suite: train as one process would, and keep the user's objects usable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from plugframe.testing.contracts.placed import accelerator_for
 from plugframe.testing.contracts.running import Alone, broken, chosen, once, one_line
 
 ONE_RANK = "One rank (what works with one rank only is refused with more: each would train by itself)"
-HONOURED = "Honoured (a precision that the descriptor does not list is refused, with both names)"
+SUPPORTED = "Supported (a precision that the descriptor does not list is refused, with both names)"
 DESCRIBED = "Described (strategy_describe gives lines for --dry-run, before anything is set up)"
 BACKWARD = "Backward (what the script gives to lite.backward arrives)"
 
@@ -54,7 +54,7 @@ class StrategyContract(PluginContract):
     timeout_s: ClassVar[float] = 180.0
 
     def precision(self) -> str:
-        """Return the name of a precision it honours that computes in float32, as plain torch does."""
+        """Return the name of a supported precision that computes in float32, as plain torch does."""
         honoured = self.descriptor.precisions
         for entry in sorted(self.registry.entries("precision"), key=lambda entry: not entry.builtin):
             try:
@@ -65,7 +65,7 @@ class StrategyContract(PluginContract):
                 continue  # somebody else's broken package
             if dtypes.parameter is dtypes.compute is torch.float32:
                 return entry.qualified
-        pytest.skip("It honours no precision that computes as plain torch does.")
+        pytest.skip("It supports no precision that computes as plain torch does.")
 
     @pytest.fixture
     def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -132,7 +132,7 @@ class StrategyContract(PluginContract):
             if plugin.factory and entry.name not in honoured and self.registry.absent(entry) is None:
                 # An object goes by the first name its class is published under.
                 names = [entry.name] if self.options else [entry.name, self.entry.name]
-                self._refused(HONOURED, f"precision {entry.name!r}", names, devices=1, precision=entry.qualified)
+                self._refused(SUPPORTED, f"precision {entry.name!r}", names, devices=1, precision=entry.qualified)
 
     def _refused(self, rule: str, what: str, names: list[str], **settings: Any) -> None:
         try:
@@ -141,7 +141,7 @@ class StrategyContract(PluginContract):
             silent = [name for name in names if name not in str(error)]
             if silent:
                 broken(rule, f"with {what} the message does not name {silent[0]!r}: {error}")
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(rule, f"with {what} Lite raised {one_line(error)}, not an UnsupportedError")
         else:
             broken(rule, f"with {what} nothing is said")
@@ -157,7 +157,7 @@ class StrategyContract(PluginContract):
         """strategy_describe gives texts of one line each."""
         try:
             lines = self.make().strategy_describe()
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             broken(DESCRIBED, f"it raised {one_line(error)}")
         if isinstance(lines, str) or not all(isinstance(line, str) and "\n" not in line for line in lines):
             broken(DESCRIBED, f"it gave {lines!r}, not a sequence of lines")

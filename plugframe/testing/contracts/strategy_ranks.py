@@ -1,4 +1,4 @@
-"""The checks of strategies, run on every rank of a job against the same training in plain torch."""
+"""Strategy contract checks on every rank of a job, compared with the same training in plain torch."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def bench(world: World, settings: Settings) -> Iterator[Bench]:
 
 
 def data(number: int = SAMPLES) -> TensorDataset:
-    """Return samples; the last batch of them is not a whole one."""
+    """Return samples; the last batch is incomplete."""
     x, y = batch_of(number)
     return TensorDataset(x, y)
 
@@ -708,7 +708,7 @@ def nothing_is_left_behind(bench: Bench) -> None:
             job(fails)
         except ZeroDivisionError:
             pass
-        except Exception as error:  # noqa: BLE001 - told as what it is
+        except Exception as error:  # noqa: BLE001 - reported as it is
             if fails != "a forward":
                 broken(LAW_9, f"an error in {fails or 'nothing'} became {one_line(error)}")
         what = left(before, traces(collect=False)) and left(before, traces())

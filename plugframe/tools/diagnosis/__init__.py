@@ -1,4 +1,4 @@
-"""What ``plugframe doctor`` looks into, each in a module of its own."""
+"""The checks of ``plugframe doctor``, one module each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was looked into, and what came of it."""
+"""The result of a check."""
 
 from __future__ import annotations
 

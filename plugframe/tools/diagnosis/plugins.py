@@ -1,4 +1,4 @@
-"""Every installed plugin, loaded in a process of its own."""
+"""Check every installed plugin, each loaded in its own process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TIMEOUT_S = 60.0
 
 
 def look(registry: Registry) -> Iterator[Finding]:
-    """Load every plugin, and say of each how it is; then what is odd about names and metadata."""
+    """Load every plugin and yield its status; then yield findings about names and metadata."""
     # Once here instead of in every copy of this process. One that does not import is reported for each plugin.
     with contextlib.suppress(Exception):
         importlib.import_module("torch")
@@ -105,10 +105,10 @@ def apart(look: Callable[[], list[Answer]], *, count: int, timeout_s: float = TI
         os.kill(child, signal.SIGKILL)
     _, ending = os.waitpid(child, 0)
     if not in_time:
-        return [("error", f"did not load within {timeout_s:.0f} s: uninstall it, or tell its author.")] * count
+        return [("error", f"did not load within {timeout_s:.0f} s: uninstall it, or report it to its author.")] * count
     if not answer:
         code = os.waitstatus_to_exitcode(ending)
-        text = f"ended the process that loaded it (exit code {code}): uninstall it, or tell its author."
+        text = f"ended the process that loaded it (exit code {code}): uninstall it, or report it to its author."
         return [("error", text)] * count
     return [(status, text) for status, text in json.loads(answer)]
 
@@ -162,7 +162,7 @@ def _clashes(registry: Registry) -> Iterator[Finding]:
 
 
 def _stale(registry: Registry) -> Iterator[Finding]:
-    """Find packages whose metadata does not say what is there."""
+    """Find packages whose metadata is out of date."""
     ours = {normalize(entry.distribution) for entry in registry.entries()}
     found: dict[str, list[Any]] = {}
     for distribution in metadata.distributions():
@@ -172,7 +172,7 @@ def _stale(registry: Registry) -> Iterator[Finding]:
     for name, distributions in found.items():
         if len(distributions) > 1:
             versions = ", ".join(str(each.version) for each in distributions)
-            text = f"is installed {len(distributions)} times ({versions}), of which the first counts"
+            text = f"is installed {len(distributions)} times ({versions}): only the first is used"
             yield Finding(AREA, name, "warning", f"{text}: type 'pip uninstall {name}', twice.")
         difference = _behind_its_source(distributions[0])
         if difference:

@@ -480,7 +480,7 @@ def trains_on_one_rank(context: Context) -> None:
         ),
         ({"powersgd": {}}, r"powersgd=\{\} has no effect: it goes with gradient_compression='powersgd'"),
         ({"static_graph": "yes"}, r"DDP\(static_graph='yes'\): it is true or false"),
-        ({"bucket_cap_mb": 0}, r"DDP\(bucket_cap_mb=0\): it is a whole number above 0"),
+        ({"bucket_cap_mb": 0}, r"DDP\(bucket_cap_mb=0\): it is an integer above 0"),
         ({"timeout_s": True}, r"DDP\(timeout_s=True\): it is a number above 0"),
     ],
 )

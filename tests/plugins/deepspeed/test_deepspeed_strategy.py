@@ -856,7 +856,7 @@ def test_strategy(check: Any, number: int, reports: dict[int, dict[str, str]]) -
         ({"stage": 1, "overlap_comm": True}, "overlap_comm=True .* has no effect in stage 1"),
         ({"overlap_comm": 1.5}, r"overlap_comm=1.5\): it is true or false"),
         ({"param_persistence_threshold": 5}, "param_persistence_threshold=5 .* has no effect in stage 2"),
-        ({"reduce_bucket_size": 0}, r"reduce_bucket_size=0\): it is a whole number from 1"),
+        ({"reduce_bucket_size": 0}, r"reduce_bucket_size=0\): it is an integer from 1"),
         ({"build_timeout_s": 0}, r"build_timeout_s=0\): it is a number above 0"),
         ({"config": {"optimizer": {}}}, r"config\['optimizer'\] .* is not used: make a torch optimizer in the script"),
         ({"config": {"scheduler": {}}}, r"config\['scheduler'\] .* is not used: make a torch scheduler"),

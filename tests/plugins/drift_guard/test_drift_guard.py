@@ -140,5 +140,5 @@ def test_the_guard_is_refused_where_parts_are_kept() -> None:
 
 def test_a_wrong_number_of_steps_is_refused() -> None:
     """Steps between two comparisons are counted from 1."""
-    with pytest.raises(SettingError, match=r"DriftGuard\(every=0\): it is a whole number from 1"):
+    with pytest.raises(SettingError, match=r"DriftGuard\(every=0\): it is an integer from 1"):
         DriftGuard(every=0)

@@ -80,7 +80,7 @@ def test_processes_started_by_hand_are_one_job(
             "RANK=2 is not the rank of LOCAL_RANK",
         ),
         ({"LOCAL_RANK": "0", "WORLD_SIZE": "3", **MEET}, {"devices": 2}, "WORLD_SIZE=3 processes are not some nodes"),
-        ({"LOCAL_RANK": "x", **MEET}, {"devices": 2}, "LOCAL_RANK='x' is not a whole number"),
+        ({"LOCAL_RANK": "x", **MEET}, {"devices": 2}, "LOCAL_RANK='x' is not an integer"),
     ],
 )
 def test_what_is_missing_is_an_error(

@@ -280,7 +280,7 @@ def test_what_cannot_work_is_refused(lite: Lite) -> None:
 
 def test_wrong_settings_are_refused() -> None:
     """Sizes are numbers from 1, and the first is not below the least."""
-    with pytest.raises(SettingError, match=r"OomRetry\(min_micro_batch=0\): it is a whole number from 1"):
+    with pytest.raises(SettingError, match=r"OomRetry\(min_micro_batch=0\): it is an integer from 1"):
         OomRetry(min_micro_batch=0)
     with pytest.raises(SettingError, match="micro_batch=2 of extension 'oom-retry' is below min_micro_batch=4"):
         OomRetry(min_micro_batch=4, micro_batch=2)

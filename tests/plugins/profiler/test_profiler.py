@@ -219,7 +219,7 @@ def test_synchronizing_waits_for_the_device(tmp_path: Path) -> None:
 
 def test_the_number_of_events_must_be_positive() -> None:
     """A wrong option is refused when the profiler is made."""
-    with pytest.raises(SettingError, match=r"max_events=0\): it is a whole number from 1"):
+    with pytest.raises(SettingError, match=r"max_events=0\): it is an integer from 1"):
         Profiler(max_events=0)
 
 
