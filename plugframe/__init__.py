@@ -6,6 +6,7 @@ Every name is imported when it is first asked for: a plugin's descriptor and the
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ _MODULES = {
     "hookimpl": "hooks",
     "seed_everything": "data.seed",
 }
+
+# Former paths of public names, which plugins of API 1 import.
+__path__.append(os.path.join(__path__[0], "_deprecated"))
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import subprocess
 import sys
@@ -45,3 +46,12 @@ print(sorted(({set(heavy)} & set(sys.modules)) - before))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("module", "name"), [("context", "Context"), ("world", "World")])
+def test_former_paths_of_public_names_work(module: str, name: str) -> None:
+    """Plugins of API 1 import them; a warning names the new path."""
+    sys.modules.pop(f"plugframe.{module}", None)
+    with pytest.warns(DeprecationWarning, match=f"use 'from plugframe import {name}'"):
+        found = getattr(importlib.import_module(f"plugframe.{module}"), name)
+    assert found is getattr(plugframe, name)
