@@ -97,14 +97,9 @@ def split(
             left += [word.partition("=")[0]] if word.startswith("--") else []
             command.append(word)
     of_plugins = {name: word.partition("=")[2] or "true" for name, word in own.items() if name.startswith("--")}
-    return Words(
-        own=tuple(word for name, word in own.items() if name not in of_plugins),
-        command=tuple(command),
-        late=tuple(late),
-        options=of_plugins,
-        valueless=valueless,
-        notes=tuple(_notes(left, options, shorthands() if left else {})),
-    )
+    mine = tuple(word for name, word in own.items() if name not in of_plugins)
+    notes = tuple(_notes(left, options, shorthands() if left else {}))
+    return Words(mine, tuple(command), tuple(late), options=of_plugins, valueless=valueless, notes=notes)
 
 
 def _notes(left: Iterable[str], options: Iterable[str], shorthands: Iterable[str]) -> Iterator[str]:

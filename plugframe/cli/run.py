@@ -79,6 +79,13 @@ def _options_of_kinds(command: Command) -> Command:
     return command
 
 
+#: Options about nodes and supervision, which are not settings of `Lite`.
+_OF_NODES = (
+    *("node_rank", "main_address", "main_port", "max_restarts", "rdzv_endpoint", "rdzv_timeout_s", "grace_s"),
+    *("log_dir", "tee", "numa_binding", "debug_rank"),
+)
+
+
 @click.command("run", cls=RunCommand, short_help="Run a script on every rank.")
 @click.option("--devices", metavar="N|LIST", help="Devices on each node: 8, -1 or auto for all, 0,2 for these two.")
 @_options_of_kinds
@@ -141,24 +148,7 @@ def _options_of_kinds(command: Command) -> Command:
 )
 @click.option("--config", metavar="FILE", help="A settings file, instead of the one found from here upward.")
 @click.option("--dry-run", is_flag=True, help="Show what would run and why, and start nothing.")
-def command(
-    words: Words,
-    dry_run: bool,
-    config: str | None,
-    disabled: tuple[str, ...],
-    node_rank: int | None,
-    main_address: str | None,
-    main_port: int | None,
-    max_restarts: int | None,
-    rdzv_endpoint: str | None,
-    rdzv_timeout_s: float | None,
-    grace_s: float | None,
-    log_dir: str | None,
-    tee: str | None,
-    numa_binding: str | None,
-    debug_rank: int | None,
-    **settings: Any,
-) -> None:
+def command(words: Words, dry_run: bool, config: str | None, disabled: tuple[str, ...], **settings: Any) -> None:
     """Run SCRIPT on every rank, with the plugins asked for by name.
 
     Options may stand before or after SCRIPT. After it, those that are not listed here go to the script, and
@@ -182,6 +172,7 @@ def command(
     for callback in filter(None, ",".join(settings["callbacks"]).split(",")):
         check_callback(callback, words.command)
     settings["num_nodes"], min_nodes = _bounds(settings["num_nodes"])
+    about_nodes = {name: settings.pop(name) for name in _OF_NODES}
     variables = _variables(settings, config, words.options)
     variables |= disabled_variables(disabled, {**os.environ, **variables})
     environ = {**os.environ, **variables}
@@ -191,20 +182,7 @@ def command(
     from plugframe.core.planning.resolve import resolve
     from plugframe.core.registry.registry import Registry
 
-    nodes = Nodes(
-        node_rank=node_rank,
-        main_address=main_address,
-        main_port=main_port,
-        max_restarts=max_restarts,
-        rdzv_endpoint=rdzv_endpoint,
-        rdzv_timeout_s=rdzv_timeout_s,
-        min_nodes=min_nodes,
-        grace_s=grace_s,
-        log_dir=log_dir,
-        tee=tee,
-        numa_binding=numa_binding,
-        debug_rank=debug_rank,
-    )
+    nodes = Nodes(min_nodes=min_nodes, **about_nodes)
     if min_nodes is not None:
         variables = {**variables, variable("num_nodes"): "auto"}  # the ranks are told by how many came
     with _told(words, config) as told:

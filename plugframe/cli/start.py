@@ -125,32 +125,14 @@ def decide(
     several = plan.num_nodes > 1 or nodes.min_nodes is not None
     if not several:
         _check_single(nodes)
-    asked_for = (
-        nodes.max_restarts
-        or any(value is not None for value in (nodes.grace_s, nodes.log_dir, nodes.tee, nodes.numa_binding))
-        or nodes.debug_rank is not None
-        or request.get("launcher") is not None
-        or _launcher_options(request)
-    )
-    if plan.world_size == 1 and nodes.min_nodes is None and not asked_for:
+    if plan.world_size == 1 and nodes.min_nodes is None and not _supervision_asked(nodes, request):
         return Start(command=command, variables=variables, why="one rank needs no supervision")
     launcher = choose_launcher(request, catalogue, "script")
     if request.get("environment"):
         # It says who started this process. The ranks are started by the launcher, and shall find that out.
         variables = {**variables, variable("environment"): "auto"}
-    if nodes.rdzv_timeout_s is not None and not 0 < nodes.rdzv_timeout_s < float("inf"):
-        raise SettingError(f"--rdzv-timeout={nodes.rdzv_timeout_s:g}: it is a number of seconds above 0.")
-    if nodes.grace_s is not None and not 0 <= nodes.grace_s < float("inf"):
-        raise SettingError(f"--grace-period={nodes.grace_s:g}: it is a number of seconds from 0.")
-    node_rank, main_address, main_port = 0, None, None
-    if nodes.min_nodes is not None:
-        main_address, main_port = _endpoint(nodes)
-    elif "nodes" in launcher.descriptor.provides:
-        if nodes.node_rank is not None:
-            _no_effect(["--node-rank"], f"launcher {launcher.name!r} starts every node")
-        main_address, main_port = nodes.main_address, nodes.main_port
-    elif several:
-        node_rank, main_address, main_port = _meeting(plan.num_nodes, nodes)
+    _check_seconds(nodes)
+    node_rank, main_address, main_port = _rendezvous(plan, nodes, launcher, several=several)
     if nodes.debug_rank is not None:
         variables = supervision_options.patient(variables, request)
     job = Job(
@@ -168,6 +150,30 @@ def decide(
     )
     supervision_options.check(job)
     return Start(command=command, variables=variables, launcher=launcher, job=job)
+
+
+def _supervision_asked(nodes: Nodes, request: Request) -> bool:
+    """Return whether an option needs a launcher even for one rank."""
+    given = (nodes.grace_s, nodes.log_dir, nodes.tee, nodes.numa_binding, nodes.debug_rank, request.get("launcher"))
+    return bool(nodes.max_restarts or any(value is not None for value in given) or _launcher_options(request))
+
+
+def _check_seconds(nodes: Nodes) -> None:
+    if nodes.rdzv_timeout_s is not None and not 0 < nodes.rdzv_timeout_s < float("inf"):
+        raise SettingError(f"--rdzv-timeout={nodes.rdzv_timeout_s:g}: it is a number of seconds above 0.")
+    if nodes.grace_s is not None and not 0 <= nodes.grace_s < float("inf"):
+        raise SettingError(f"--grace-period={nodes.grace_s:g}: it is a number of seconds from 0.")
+
+
+def _rendezvous(plan: Plan, nodes: Nodes, launcher: Choice, *, several: bool) -> tuple[int, str | None, int | None]:
+    """Return rank of this node, address and port at which the launchers of several nodes connect."""
+    if nodes.min_nodes is not None:
+        return 0, *_endpoint(nodes)
+    if "nodes" in launcher.descriptor.provides:
+        if nodes.node_rank is not None:
+            _no_effect(["--node-rank"], f"launcher {launcher.name!r} starts every node")
+        return 0, nodes.main_address, nodes.main_port
+    return _meeting(plan.num_nodes, nodes) if several else (0, None, None)
 
 
 def _become(command: Sequence[str], variables: Mapping[str, str]) -> NoReturn:

@@ -30,6 +30,9 @@ _FOLLOWED = ("/tests/", "/plugframe/testing/")
 
 _EVENTS = frozenset(("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"))
 
+#: Programs that the standard library and torch ask about the machine, once per process: whichever test comes first.
+_QUERIES = frozenset(("uname", "ldconfig", "gcc", "cc", "ld", "lscpu", "nvidia-smi"))
+
 _UNMARKED = "This test starts a process ({what}): mark it with @pytest.mark.ranks, or do without."
 _UNMARKED_FIXTURE = "The fixture {name!r} starts a process: mark this test with @pytest.mark.ranks, or do without it."
 _COMPILES = "This test compiles: mark it with @pytest.mark.compile, or do without."
@@ -95,7 +98,7 @@ class ProcessRule:
         return result
 
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
-        if event in _EVENTS:
+        if event in _EVENTS and not (args and Path(str(args[0])).name in _QUERIES):
             self._note(f"{event} {args[0]}" if args else event)
 
     def _note(self, what: str) -> None:
