@@ -125,12 +125,12 @@ def arguments(found: Plan, kind: str = "strategy") -> dict[str, Any]:
         (lambda: Option("Timeout", float), "called like 'timeout_s'"),
         (lambda: Option("a__b", float), "single underscores"),
         (lambda: Option("timeout-s", float), "called like 'timeout_s'"),
-        (lambda: Option("name", str), "the key that selects the plugin"),
+        (lambda: Option("name", str), "not .name., which selects the plugin"),
         (lambda: Option("x", bytes), r"type is one of str, int, float and bool.*list\[str\]"),
         (lambda: Option("x", set[str]), "a list or dict of those"),
         (lambda: Option("x", dict[int, str]), "the keys of a dict are str"),
-        (lambda: Plugin(factory="a:B", options={"stage": 2}), r"tuple of Option.*always handed .* is preset="),  # type: ignore[arg-type]
-        (lambda: Plugin(alias_of="b", options=(Option("x", int),)), "has the options of that one"),
+        (lambda: Plugin(factory="a:B", options={"stage": 2}), r"tuple of Option.*preset= for fixed arguments"),  # type: ignore[arg-type]
+        (lambda: Plugin(alias_of="b", options=(Option("x", int),)), "has the options of the plugin it stands for"),
         (lambda: Plugin(factory="a:B", options=(Option("x", int), Option("x", str))), "'x' is declared twice"),
         (lambda: Plugin(factory="a:B", api="1"), "write the number of the contract"),  # type: ignore[arg-type]
     ],
