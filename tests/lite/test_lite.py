@@ -115,7 +115,7 @@ def test_several_devices_in_plain_python_say_to_launch(monkeypatch: pytest.Monke
         "setup_dataloaders": lambda: lite.setup_dataloaders(torch.utils.data.DataLoader([1])),
     }
     for name, call in calls.items():
-        with pytest.raises(OrderError, match=rf"{name}\(\) needs 2 ranks .*call lite.launch\(\) before it.*devices=1"):
+        with pytest.raises(OrderError, match=rf"{name}\(\) needs 2 ranks .*call lite.launch\(\) first.*devices=1"):
             call()
     assert lite.world_size == 2
     assert not torch.distributed.is_initialized()

@@ -408,7 +408,7 @@ def experts_in_small_buckets(world: World) -> None:
     """Where some gradients are averaged before the others come, ranks that use other parameters are told so."""
     with lite_of(world, DeepSpeed(stage=2, reduce_bucket_size=40)) as lite:
         if world.world_size > 1:
-            with pytest.raises(CollectiveMismatchError, match=r"0 came to a backward .*\(reduce_bucket_size=133\)"):
+            with pytest.raises(CollectiveMismatchError, match=r"0 reached a backward .*\(reduce_bucket_size=133\)"):
                 _choose(lite, Experts)
         else:
             _choose(lite, Experts)
