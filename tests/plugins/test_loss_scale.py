@@ -140,7 +140,8 @@ def test_a_stranger_that_steps_on_an_overflow_is_found() -> None:
         lite.backward(loss_of(module) * 1e4)
         optimizer.step()
         with pytest.raises(
-            OrderError, match=r"overflowed float16 at loss scale 1.04858e\+06, and an optimizer that was not set up .* lite.setup"
+            OrderError,
+            match=r"overflowed float16 at loss scale 1.04858e\+06, and an optimizer that was not set up .* lite.setup",
         ):
             lite.backward(loss_of(module))
 
