@@ -19,7 +19,7 @@ test: $(VENV)/.test  ## set up, and run the tests
 	$(BIN)/pytest
 
 quick: $(VENV)/.test  ## set up, and run the tests that start no process and compile nothing
-	$(BIN)/pytest -m 'not ranks and not compile'
+	$(BIN)/pytest -n auto -m 'not ranks and not compile and not slow and not kinds'
 
 lint: $(VENV)/.lint  ## set up, and check types, style and layers
 	$(BIN)/mypy
