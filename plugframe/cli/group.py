@@ -32,16 +32,16 @@ class Commands(click.Group):
     """Commands by name, from the entry-point group ``plugframe.command``, imported on use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_commands())
+        return list(_commands(ctx))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        entry = _commands().get(cmd_name)
+        entry = _commands(ctx).get(cmd_name)
         return None if entry is None else _load(entry)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List every command with its summary, or with its load error."""
         rows = []
-        for name, entry in _commands().items():
+        for name, entry in _commands(ctx).items():
             try:
                 rows.append((name, _load(entry).get_short_help_str(80)))
             except PluginError as error:
@@ -53,7 +53,7 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0].replace("_", "-")
-        commands = _commands()
+        commands = _commands(ctx)
         if name not in commands and not name.startswith("-"):
             hint = f" Type 'plugframe run {args[0]}'." if args[0].endswith(".py") else closest(name, commands)
             raise click.UsageError(f"{args[0]!r} is not a command.{hint} Commands: {', '.join(commands)}.")
@@ -81,7 +81,16 @@ class Commands(click.Group):
         return code if isinstance(code, int) else 0
 
 
-def _commands() -> Mapping[str, Entry]:
+def _commands(ctx: click.Context) -> Mapping[str, Entry]:
+    """Return the commands of one invocation, looked up once."""
+    key = f"{__name__}.commands"
+    if key not in ctx.meta:
+        ctx.meta[key] = _installed_commands()
+    found: Mapping[str, Entry] = ctx.meta[key]
+    return found
+
+
+def _installed_commands() -> Mapping[str, Entry]:
     """Return the installed commands that may be used, built-ins first; a built-in's name is its own."""
     entries = [entry for entry in published().entries if entry.kind == COMMAND]
     try:

@@ -19,6 +19,8 @@ INTERRUPT_TIMEOUT_S = 0.8
 #: Time for a rank to exit after it has written its error file.
 ERROR_EXIT_TIMEOUT_S = 10.0
 _POLL_S = 0.1
+#: Whether the system can tell how a process ended and leave that to torch too. Not every Unix can.
+_CAN_WAIT = hasattr(os, "waitid")
 #: Polls between two checks for stopped ranks.
 _STOPPED_POLLS = 10
 
@@ -80,7 +82,7 @@ class RankMonitor(threading.Thread):
         self._beats += 1
         if self.ident is None:
             self.start()  # not earlier: ranks should be forked from a single-threaded process
-        if any(rank.pid not in self._waiters for rank in self._ranks()):
+        if _CAN_WAIT and any(rank.pid not in self._waiters for rank in self._ranks()):
             # Not here: a signal handler that raises in the main thread during Thread.start() breaks the new thread.
             self._wake.set()
 
@@ -156,8 +158,8 @@ class RankMonitor(threading.Thread):
         _kill_group(rank.pid)
 
     def _await_exits(self) -> None:
-        for rank in self._ranks():
-            if rank.pid not in self._waiters and hasattr(os, "waitid"):
+        for rank in self._ranks() if _CAN_WAIT else ():
+            if rank.pid not in self._waiters:
                 waiter = threading.Thread(target=self._await_exit, args=(rank,), daemon=True)
                 self._waiters[rank.pid] = waiter
                 waiter.start()

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -107,11 +108,9 @@ def _leaf(value: Any, call: str, device: torch.device, *, objects: bool, what: C
         return Leaf(value, what(value), _spread(value, call) or ("" if objects else _without_reductions(value)))
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
-        try:
+        with suppress(TypeError):  # strings, dates, objects, or dtypes that torch does not support
             made = torch.tensor(value)  # a copy, so that an in-place reduction leaves the user's array unchanged
             return Leaf(_on(made, device), what(made), "" if objects else _without_reductions(made))
-        except TypeError:  # strings, dates, objects, or dtypes that torch does not support
-            pass
     elif isinstance(value, _NUMBERS):
         kind: Any = next(kind for kind in _NUMBERS if isinstance(value, kind))
         number: Any = value

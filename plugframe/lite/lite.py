@@ -143,8 +143,8 @@ class Lite:
         for message in self._session.deprecations if self.global_rank == 0 else ():
             warn_caller(message)
         self._modules: list[weakref.ref[nn.Module]] = []
-        self._phase = JobState()
-        self._loaders = Loaders(self._phase.weights)
+        self._job_state = JobState()
+        self._loaders = Loaders(self._job_state.weights)
         self._preemption = PreemptionHandler()
         self._streams: RankStreams | None = None
         self._replaced_parameters = ReplacedParameters()
@@ -168,7 +168,7 @@ class Lite:
             "_hooks",
             "_modules",
             "_loaders",
-            "_phase",
+            "_job_state",
             "_preemption",
             "_rank_environment",
             "_streams",
@@ -214,7 +214,7 @@ class Lite:
     def teardown(self) -> None:
         """End the job on this rank and restore all objects that were set up. It may be called twice."""
         self._session.close()
-        self._streams = self._phase.random_check = None
+        self._streams = self._job_state.random_check = None
         self._modules.clear()
         self._loaders.clear()
         self._preemption.close()
@@ -238,11 +238,11 @@ class Lite:
             context = session.start()
             if context.world.global_rank == 0:
                 tell(self.plan.line())
-            self._phase.explain_error = self._diagnostics.explain if self._diagnostics is not None else None
+            self._job_state.explain_error = self._diagnostics.explain if self._diagnostics is not None else None
             if self.world_size > 1:
                 hooks: Any = self._hooks
                 session.on_close(setattr, hooks, "strategy_no_sync", hooks.strategy_no_sync)
-                hooks.strategy_no_sync = track_no_sync(self._phase, hooks.strategy_no_sync)
+                hooks.strategy_no_sync = track_no_sync(self._job_state, hooks.strategy_no_sync)
             atexit.register(session.close)
         return session.started()
 

@@ -34,7 +34,7 @@ def backward(
         raise SettingError(f"backward(reduction={reduction!r}): it is 'mean' or 'sum'.")
     if model is None and len(lite._modules) == 1:
         model = lite._modules[0]()
-    hooks, phase = lite._hooks, lite._phase
+    hooks, phase = lite._hooks, lite._job_state
     weights, scale = phase.weights, 1.0
     handles: list[Any] = []
     if weights.uneven:
@@ -61,7 +61,7 @@ def backward(
 
 def batch_weight(lite: Lite) -> float:
     """Return the weight of the current batch; see `Lite.batch_weight`."""
-    weights = lite._phase.weights
+    weights = lite._job_state.weights
     if not weights.uneven:
         return 1.0
     weights.on_weight_requested()

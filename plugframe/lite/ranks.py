@@ -75,7 +75,7 @@ def broadcast(lite: Lite, obj: Any, src: int, *, timeout_s: float | None) -> Any
 def barrier(lite: Lite, name: str | None, *, timeout_s: float | None) -> None:
     """Return once every rank has called it."""
     lite._started("barrier")
-    lite._phase.weights.communicated = True
+    lite._job_state.weights.communicated = True
     if timeout_s is None:
         lite._hooks.collective_barrier(name=name or "", group=None)
     else:
@@ -109,7 +109,7 @@ def rank_zero_first(lite: Lite, *, local: bool) -> Iterator[None]:
 
 def _meet(lite: Lite, call: str, group: Any, timeout_s: float | None) -> None:
     """Wait for the other ranks if a timeout is given, so that the following collective does not block."""
-    lite._phase.weights.on_collective()
+    lite._job_state.weights.on_collective()
     if timeout_s is None:
         return
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:

@@ -183,7 +183,7 @@ def _check_stray(lite: Lite, optimizers: Iterable[Optimizer], known: set[int]) -
 
 
 def _adopt(lite: Lite, module: nn.Module, engine: Any, names: tuple[Any, ...]) -> None:
-    adopt_module(module, hooks=lite._hooks, engine=engine, job=lite._phase, forward_methods=names)
+    adopt_module(module, hooks=lite._hooks, engine=engine, job=lite._job_state, forward_methods=names)
     lite._modules[:] = [reference for reference in lite._modules if reference() is not None]
     lite._modules.append(weakref.ref(module))
     lite._session.release_on_close(module, _if_adopted(release_module))
@@ -199,12 +199,12 @@ def _adopt_optimizer(lite: Lite, optimizer: Optimizer, names: ParameterNames | N
         known = {id(p) for module in lite._living() for p in module.parameters()}
         # What no module has is each rank's own, and so may be its settings.
         if all(id(p) in known for group in optimizer.param_groups for p in group["params"]):
-            compare = SettingsCheck(optimizer, lite._hooks.strategy_gather_later, lite._phase)
+            compare = SettingsCheck(optimizer, lite._hooks.strategy_gather_later, lite._job_state)
     adopt_optimizer(
         optimizer,
         hooks=lite._hooks,
         names=names,
-        job=lite._phase,
+        job=lite._job_state,
         check_backward=lite.is_global_zero,
         mean=mean,
         compare=compare,
@@ -258,8 +258,8 @@ def _count_exchanges(lite: Lite) -> None:
         if lite.world_size == 1 or counter is None or "sharded" in provides:
             return
         counter()
-        lite._phase.weights.num_collectives = counter
-        lite._phase.weights.warns = lite.is_global_zero
+        lite._job_state.weights.num_collectives = counter
+        lite._job_state.weights.warns = lite.is_global_zero
 
 
 def _comparison(lite: Lite) -> Callable[..., None] | None:
@@ -285,7 +285,7 @@ def draw_apart(lite: Lite) -> None:
     lite._streams.open()
     if lite.world_size > 1 and not lite.plan.simulated:
         context = lite._session.started()
-        lite._phase.random_check = RandomStreamCheck(
+        lite._job_state.random_check = RandomStreamCheck(
             index=index, hooks=lite._hooks, context=context, loaders=lite._loaders
         )
 

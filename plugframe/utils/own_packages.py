@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import functools
-from importlib import metadata
 
-_DISTRIBUTION = __name__.partition(".")[0]
+from plugframe.core.registry.entry_points import OWN_DISTRIBUTION, published
 
 
 @functools.cache
 def own_packages() -> frozenset[str]:
     """Return the top-level packages of plugframe's distribution, from its entry points: ``{"plugframe", …}``."""
-    try:
-        points = metadata.distribution(_DISTRIBUTION).entry_points
-    except metadata.PackageNotFoundError:  # not installed: no entry points
-        return frozenset({_DISTRIBUTION})
-    return frozenset({_DISTRIBUTION, *(point.value.partition(":")[0].partition(".")[0] for point in points)})
+    own = (entry.value.partition(":")[0] for entry in published().entries if entry.builtin)
+    return frozenset({OWN_DISTRIBUTION, *(module.partition(".")[0] for module in own)})

@@ -276,7 +276,7 @@ def train(lite: Lite, *, dropout: bool = False, noise: str = "", per_rank: bool 
     model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
     fixed = torch.randn(4)  # drawn once, equal on purpose
     makers = {"torch": lambda: torch.rand(()).item(), "numpy": numpy.random.rand, "random": random.random}
-    lite._streams = lite._phase.random_check = None  # as a job that begins
+    lite._streams = lite._job_state.random_check = None  # as a job that begins
     draw_apart(lite)
     loader = lite.setup_dataloaders(DataLoader(torch.ones(24, 4), batch_size=2, shuffle=True))
     for batch in loader:
@@ -284,7 +284,7 @@ def train(lite: Lite, *, dropout: bool = False, noise: str = "", per_rank: bool 
         lite.backward(model(batch + z * fixed).square().mean())
         optimizer.step()
         optimizer.zero_grad()
-    assert lite._phase.random_check is None
+    assert lite._job_state.random_check is None
 
 
 def equal_draws_are_told_once(lite: Lite) -> None:

@@ -11,13 +11,16 @@ from paths import ROOT
 SCRIPT = ROOT / ".ci" / "english"
 
 
-@pytest.mark.xfail(strict=False, reason="the pages and docstrings are still being rewritten")
+#: Phrases that are still there, nearly all in tests. Lower it with every rewrite.
+LEFT = 74
+
+
 @pytest.mark.ranks
-def test_no_banned_phrase_is_used() -> None:
+def test_no_banned_phrase_is_added() -> None:
     """No docstring, comment, message or page has a phrase that `.ci/english` lists."""
     script = runpy.run_path(str(SCRIPT))
     found = [f"{name}:{line}: {phrase}" for name in script["written"]() for line, phrase in script["found"](name)]
-    assert not found, "\n".join(found[:20])
+    assert len(found) <= LEFT, "\n".join(found)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from plugframe.launch import monitor as monitoring
 from plugframe.launch.monitor import Rank, RankMonitor
 from processes import is_alive, wait_for
 
@@ -74,6 +75,25 @@ def test_what_ranks_leave_running_is_told(how: str, tmp_path: Path) -> None:
             launcher.kill()
             for pid in started.read_text().split()[1:] if started.exists() else ():
                 os.kill(int(pid), signal.SIGKILL)
+
+
+def test_ranks_are_polled_where_the_system_has_no_waitid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A beat then wakes nobody: a poll that was woken would never count the time ranks take to exit."""
+    monkeypatch.setattr(monitoring, "_CAN_WAIT", False)
+    monkeypatch.setattr(RankMonitor, "start", lambda self: None)
+    settings: dict[str, Any] = {"done": lambda rank: False, "error_file": lambda rank: Path("none"), "grace_s": 30.0}
+    monitor = RankMonitor(
+        ranks=lambda: [Rank(os.getpid(), 0, 0)],
+        received=lambda: None,
+        resend_signal=lambda: None,
+        stop_requested=lambda: False,
+        on_success=lambda rank: None,
+        **settings,
+    )
+    monitor.beat()
+    monitor._await_exits()
+    assert not monitor._wake.is_set()
+    assert not monitor._waiters
 
 
 @pytest.mark.parametrize(("signum", "gone"), [(signal.SIGINT, True), (signal.SIGTERM, False), (None, False)])

@@ -21,7 +21,7 @@ from plugframe.core.planning.machine import check_world, count_of, find_accelera
 from plugframe.core.planning.options import all_configured, configured
 from plugframe.core.planning.plan import Choice, Plan
 from plugframe.core.planning.requested import Requested, requested
-from plugframe.core.registry.catalogue import Catalogue as Catalogue
+from plugframe.core.registry.catalogue import Catalogue
 from plugframe.errors import PlugframeWarning, UnsupportedError
 from plugframe.hooks.context import REPORT_AFTER_S
 from plugframe.hooks.world import World

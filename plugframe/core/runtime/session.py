@@ -10,12 +10,13 @@ from contextlib import ExitStack
 from typing import Any
 
 from plugframe.core.planning.plan import Choice, Plan
-from plugframe.core.planning.resolve import Catalogue
+from plugframe.core.registry.catalogue import Catalogue
 from plugframe.core.runtime.pipeline import BoundHooks, Pipeline
 from plugframe.errors import OrderError
 from plugframe.hooks.context import Context
-from plugframe.hooks.kinds import SETUP_ORDER
-from plugframe.hooks.markers import PROJECT
+from plugframe.hooks.descriptor import Plugin
+from plugframe.hooks.kinds import KINDS, SETUP_ORDER
+from plugframe.hooks.variables import TRACE
 from plugframe.hooks.world import World
 
 
@@ -39,7 +40,7 @@ class Session:
         self._undo = ExitStack()
         self._adopted: dict[int, tuple[weakref.ref[Any], Callable[[Any], Any]]] = {}
         self._numbers = itertools.count()
-        self._pipeline = Pipeline(trace=os.environ.get("PLUGFRAME_TRACE") == "1")
+        self._pipeline = Pipeline(trace=os.environ.get(TRACE) == "1")
         for choice in plan.choices.values():
             self.plugins[choice.kind] = self._add(choice, catalogue)
         self.loggers = [self._add(choice, catalogue) for choice in plan.loggers]
@@ -47,16 +48,13 @@ class Session:
         added = [(choice, self._add(choice, catalogue)) for choice in reversed(plan.extensions)]
         self.extensions = {name: plugin for choice, plugin in added for name in (choice.name, choice.qualified)}
         for callback in callbacks:
-            if _has_hooks(callback):
+            if KINDS["extension"].provided_by(callback):
                 self._pipeline.add(_as_choice(callback), callback)
         self.hooks: BoundHooks = self._pipeline.bind()
         self.deprecations = tuple(dict.fromkeys(self._pipeline.deprecations))
 
     def _add(self, choice: Choice, catalogue: Catalogue) -> Any:
-        plugin = choice.instance
-        if plugin is None:
-            assert choice.entry is not None
-            plugin = catalogue.make(choice.entry, choice.arguments)
+        plugin = choice.make(catalogue)
         self._pipeline.add(choice, plugin)
         return plugin
 
@@ -156,14 +154,7 @@ def _release(reference: weakref.ref[Any], release: Callable[[Any], Any]) -> None
         release(obj)
 
 
-def _has_hooks(callback: Any) -> bool:
-    names = (getattr(type(callback), name, None) for name in dir(type(callback)))
-    return any(hasattr(member, f"{PROJECT}_impl") for member in names)
-
-
 def _as_choice(callback: Any) -> Choice:
-    from plugframe.hooks.descriptor import Plugin
-
     cls = type(callback)
     descriptor = Plugin(factory=f"{cls.__module__}:{cls.__qualname__}")
     return Choice(kind="extension", name=cls.__name__, reason="a callback", descriptor=descriptor, instance=callback)

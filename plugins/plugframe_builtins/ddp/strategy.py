@@ -25,7 +25,7 @@ from plugframe_builtins._shared.broadcast import broadcast_from_first
 from plugframe_builtins._shared.data_parallel.buckets import Send
 from plugframe_builtins._shared.data_parallel.engine import Engine
 from plugframe_builtins._shared.data_parallel.reducer import Backward
-from plugframe_builtins._shared.data_parallel.settings_check import MOST_RANKS, SettingsCheck
+from plugframe_builtins._shared.data_parallel.settings_digest import MOST_RANKS, SettingsDigest
 from plugframe_builtins._shared.model_check import check_same_model
 from plugframe_builtins._shared.tensor_hooks import TensorHookCheck
 from plugframe_builtins.ddp import plugin
@@ -114,7 +114,7 @@ class DDP(Strategy):
         world = context.world
         self._hook_check = TensorHookCheck(warns=world.world_size > 1 and world.global_rank == 0)
         if 1 < context.world.world_size <= MOST_RANKS:
-            self._backward.settings_check = SettingsCheck(
+            self._backward.settings_digest = SettingsDigest(
                 context.world.world_size, context.hooks.collective_all_gather_object
             )
         if self.timeout_s is not None:
@@ -123,7 +123,7 @@ class DDP(Strategy):
 
     @hookimpl
     def strategy_teardown(self) -> None:
-        self._group = self._backward.settings_check = None
+        self._group = self._backward.settings_digest = None
         for engine in self._alive():
             engine.disconnect()
         self._engines.clear()
@@ -176,7 +176,7 @@ class DDP(Strategy):
         self, loss: Tensor, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         for engine in self._alive():
-            engine.before_backward(loss)
+            engine.before_backward()
             self._hook_check.look(engine.module.named_parameters)
         with self._backward.running():
             super().strategy_backward(loss, module, args, kwargs)
@@ -185,7 +185,7 @@ class DDP(Strategy):
     def strategy_gather_later(
         self, values: Sequence[float], look: Callable[[Sequence[Sequence[float]]], None]
     ) -> Callable[[], Sequence[Sequence[float]]] | None:
-        check = self._backward.settings_check
+        check = self._backward.settings_digest
         if check is None or not any(engine.checks_settings for engine in self._alive()):
             return super().strategy_gather_later(values, look)
         check.note(values, look)

@@ -131,7 +131,7 @@ class Slot:
             self.engine.before_backward()
         elif self._replica is not None:
             self._replica.averages = self.averages
-            self._replica.before_backward(loss)
+            self._replica.before_backward()
 
     def after_backward(self) -> None:
         """Record the gradients of the backward."""

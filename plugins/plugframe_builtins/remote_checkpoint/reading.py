@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from plugframe.checkpoint import Contents, StoredTensor, join
+from plugframe.checkpoint import Contents, join
 from plugframe.errors import CheckpointCorruptError, CheckpointError
 from plugframe_builtins._shared.checkpoint_files import sharded_format
 from plugframe_builtins._shared.checkpoint_files.files import Files
-from plugframe_builtins._shared.checkpoint_files.index import Chunk, Index, TensorLayout
+from plugframe_builtins._shared.checkpoint_files.index import Index
+from plugframe_builtins._shared.checkpoint_files.reading import read_state
 from plugframe_builtins._shared.checkpoint_files.source import FileSource
-from plugframe_builtins._shared.checkpoint_files.verification import Part, check_sizes, headers_of, parts_of, read_parts
 from plugframe_builtins.remote_checkpoint.storage import RemoteFolder, checkpoint_errors
 
 #: Read-ahead for sequential reads: requests cost more than bytes.
@@ -121,16 +117,7 @@ def read(folder: RemoteFolder, *, lazy: bool, rank: int, num_ranks: int) -> tupl
     """
     found = find(folder)
     files = RemoteFiles(folder, found.files)
-    check_sizes(found, files)
-    tensors: dict[str, Tensor | StoredTensor] = {}
-    if lazy:
-        read_parts(files, parts_of(found), share=rank, num_shares=num_ranks)
-        tensors.update(FileSource(found, files).tensors())
-    else:
-        tensors.update(_read_all(found, files))
-    state = join(tensors, found.structure, where=found.path)
-    if not isinstance(state, dict):
-        raise CheckpointCorruptError(f"{found.path}: its structure is a {type(state).__name__}, not a dict.")
+    state = read_state(found, files, lazy=lazy, rank=rank, num_ranks=num_ranks)
     return state, found.identity
 
 
@@ -147,36 +134,3 @@ def inspect(folder: RemoteFolder) -> Contents:
         info=found.info,
         state=join(tensors, found.structure, where=found.path),
     )
-
-
-def _read_all(found: Index, files: RemoteFiles) -> dict[str, Tensor]:
-    """Read every tensor; each byte is read once and verified."""
-    full = {name: torch.empty(laid.shape, dtype=laid.dtype, device="cpu") for name, laid in found.tensors.items()}
-    parts = headers_of(found)
-    apart: list[tuple[str, TensorLayout, Chunk, Tensor]] = []
-    for name, laid in found.tensors.items():
-        for chunk in laid.chunks:
-            box = _box(full[name], chunk)
-            if box.is_contiguous():
-                parts.append(_part(name, laid, chunk, box))
-            else:
-                apart.append((name, laid, chunk, box))
-    read_parts(files, sorted(parts, key=lambda part: (part.file, part.start)))
-    # One after another, to need memory for only one at a time.
-    for name, laid, chunk, box in apart:
-        own = torch.empty(box.shape, dtype=box.dtype, device="cpu")
-        read_parts(files, [_part(name, laid, chunk, own)])
-        box.copy_(own)
-    return full
-
-
-def _box(tensor: Tensor, chunk: Chunk) -> Tensor:
-    for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-        tensor = tensor.narrow(dim, offset, size)
-    return tensor
-
-
-def _part(name: str, laid: TensorLayout, chunk: Chunk, tensor: Tensor) -> Part:
-    assert chunk.xxh3 is not None
-    size_bytes = math.prod(chunk.sizes) * laid.dtype.itemsize
-    return Part(f"tensor {name!r}", chunk.file, chunk.start, size_bytes, chunk.xxh3, tensor)

@@ -9,11 +9,9 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from plugframe.checkpoint import (
     Contents,
-    StoredTensor,
     first_error,
     is_being_written,
     join,
@@ -24,9 +22,9 @@ from plugframe.errors import CheckpointCorruptError, CheckpointError, Checkpoint
 from plugframe.hooks.context import Context
 from plugframe_builtins._shared.checkpoint_files import foreign, sharded_format, single_file_reader
 from plugframe_builtins._shared.checkpoint_files.files import Files
-from plugframe_builtins._shared.checkpoint_files.index import Chunk, Index, TensorLayout
+from plugframe_builtins._shared.checkpoint_files.index import Index
+from plugframe_builtins._shared.checkpoint_files.reading import read_state
 from plugframe_builtins._shared.checkpoint_files.regular_file import open_regular
-from plugframe_builtins._shared.checkpoint_files.verification import Part, check_sizes, headers_of, parts_of, read_parts
 
 
 def load(path: str, *, trusted: bool, lazy: bool, context: Context) -> dict[str, Any]:
@@ -76,7 +74,7 @@ def _load(path: str, trusted: bool, lazy: bool, rank: int, num_ranks: int) -> tu
             return torch_format.read(path, trusted=trusted), ""
         found = sharded_format.find(path)
         files = Files(path, found.files)
-        return _take(found, files, lazy, rank, num_ranks), found.identity
+        return read_state(found, files, lazy=lazy, rank=rank, num_ranks=num_ranks), found.identity
     _check_present(path)
     with open_regular(path) as file:
         kind = single_file_reader.sniff(file, path)
@@ -89,58 +87,7 @@ def _load(path: str, trusted: bool, lazy: bool, rank: int, num_ranks: int) -> tu
             return foreign.read_safetensors(path), ""
         files = Files(path, lying.files)
         files.adopt("", file.fileno())
-        return _take(lying, files, lazy, rank, num_ranks), lying.identity
-
-
-def _take(found: Index, files: Files, lazy: bool, rank: int, num_ranks: int) -> dict[str, Any]:
-    check_sizes(found, files)
-    tensors: dict[str, Tensor | StoredTensor] = {}
-    if lazy:
-        from plugframe_builtins._shared.checkpoint_files.source import FileSource
-
-        # Each rank later reads its shards; here each verifies a share, and together they verify all.
-        read_parts(files, parts_of(found), share=rank, num_shares=num_ranks)
-        tensors.update(FileSource(found, files).tensors())
-    else:
-        tensors.update(_read_all(found, files))
-    state = join(tensors, found.structure, where=found.path)
-    if not isinstance(state, dict):
-        raise CheckpointCorruptError(f"{found.path}: its structure is a {type(state).__name__}, not a dict.")
-    return state
-
-
-def _read_all(found: Index, files: Files) -> dict[str, Tensor]:
-    """Read every tensor; each byte is read once and verified."""
-    full = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in found.tensors.items()}
-    parts = headers_of(found)
-    apart: list[tuple[Part, Tensor, Tensor]] = []
-    for name, laid in found.tensors.items():
-        for chunk in laid.chunks:
-            box = _box(full[name], chunk)
-            if box.is_contiguous():
-                parts.append(_part(name, laid, chunk, box))
-            else:
-                apart.append((_part(name, laid, chunk, None), box, box))
-    read_parts(files, sorted(parts, key=lambda part: (part.file, part.start)))
-    for part, box, _ in apart:
-        own = torch.empty(box.shape, dtype=box.dtype, device="cpu")
-        read_parts(files, [Part(part.what, part.file, part.start, part.size_bytes, part.xxh3, own)])
-        box.copy_(own)
-    return full
-
-
-def _box(tensor: Tensor, chunk: Chunk) -> Tensor:
-    for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-        tensor = tensor.narrow(dim, offset, size)
-    return tensor
-
-
-def _part(name: str, laid: TensorLayout, chunk: Chunk, tensor: Tensor | None) -> Part:
-    assert chunk.xxh3 is not None
-    size_bytes = laid.dtype.itemsize
-    for size in chunk.sizes:
-        size_bytes *= size
-    return Part(f"tensor {name!r}", chunk.file, chunk.start, size_bytes, chunk.xxh3, tensor)
+        return read_state(lying, files, lazy=lazy, rank=rank, num_ranks=num_ranks), lying.identity
 
 
 def check_file(path: str, shown: str) -> None:

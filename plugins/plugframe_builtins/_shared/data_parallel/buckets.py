@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plugframe.errors import UnsupportedError
-from plugframe_builtins._shared.data_parallel.settings_check import SLOTS, SettingsCheck
+from plugframe_builtins._shared.data_parallel.settings_digest import SLOTS, SettingsDigest
 
 MIB = 1 << 20
 #: The first bucket is smaller, as torch's is, so that communication starts early.
@@ -32,13 +32,13 @@ class Bucket:
         waiting: parameters without a gradient yet in the running backward.
         work: handle of the all-reduce, None before it starts.
         early: whether to send as soon as all gradients are there, rather than at the end of the backward.
-        settings_check: writes and reads the slots at the end of the buffer, or None.
+        settings_digest: writes and reads the slots at the end of the buffer, or None.
         values: view of the gradients.
         flags: view of the flags, 1 for a parameter with a gradient; after the all-reduce, the mean over the ranks.
-        slots: view of the slots for `settings_check`.
+        slots: view of the slots for `settings_digest`.
     """
 
-    settings_check: SettingsCheck | None = None
+    settings_digest: SettingsDigest | None = None
     values: Tensor
     flags: Tensor
     slots: Tensor
@@ -94,8 +94,8 @@ class Bucket:
         self.flags.fill_(factor)
         if self._missing:
             self.flags[self._missing] = 0
-        if self.settings_check is not None:
-            self.settings_check.put(self.slots)
+        if self.settings_digest is not None:
+            self.settings_digest.put(self.slots)
         return flat
 
     @staticmethod
@@ -136,7 +136,7 @@ class Bucket:
         """The flat buffer: gradients, then flags."""
         if self.flat is None:
             first = _real(self.parameters[0].detach())
-            tail = [len(self.parameters), 0 if self.settings_check is None else SLOTS]
+            tail = [len(self.parameters), 0 if self.settings_digest is None else SLOTS]
             self.flat = torch.zeros(self.numel + sum(tail), dtype=first.dtype, device=first.device)
             self.values = self.flat[: self.numel]
             # On a CPU a pass over memory costs more than a call per parameter, unless they are tiny.

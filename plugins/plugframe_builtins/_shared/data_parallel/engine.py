@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from plugframe.utils.buffers import replicated_buffers
 from plugframe.utils.registrations import Registrations
@@ -110,7 +110,7 @@ class Engine:
             self.stale_buffers = True
         return call(*args, **kwargs)
 
-    def before_backward(self, loss: Tensor) -> None:
+    def before_backward(self) -> None:
         """Prepare averaging the gradients of trainable parameters in the coming backward."""
         if self._changed():
             self._build()

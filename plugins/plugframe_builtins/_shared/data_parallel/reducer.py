@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from plugframe.errors import UnsupportedError
 from plugframe_builtins._shared.data_parallel.buckets import Bucket, Send, make_buckets
-from plugframe_builtins._shared.data_parallel.settings_check import SettingsCheck
+from plugframe_builtins._shared.data_parallel.settings_digest import SettingsDigest
 from plugframe_builtins._shared.data_parallel.sparse import average_sparse
 
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -31,12 +31,12 @@ class Backward:
 
     Attributes:
         inside: whether the caller runs `finish` at the end; otherwise an autograd callback does.
-        settings_check: check that travels with the gradients, or None.
+        settings_digest: check that travels with the gradients, or None.
     """
 
     def __init__(self) -> None:
         self.inside = False
-        self.settings_check: SettingsCheck | None = None
+        self.settings_digest: SettingsDigest | None = None
         self._reducers: list[Reducer] = []
 
     @contextmanager
@@ -75,8 +75,8 @@ class Backward:
         finally:
             for reducer in reducers:
                 reducer.running = False
-        if self.settings_check is not None:
-            self.settings_check.settle()
+        if self.settings_digest is not None:
+            self.settings_digest.settle()
 
     def abandon(self) -> None:
         """Reset after a failed backward."""
@@ -158,14 +158,14 @@ class Reducer:
     @property
     def checks_settings(self) -> bool:
         """Whether a bucket carries the check of optimizer settings."""
-        return any(bucket.settings_check is not None for bucket in self._buckets)
+        return any(bucket.settings_digest is not None for bucket in self._buckets)
 
     def _take_along(self) -> None:
         """Choose a bucket to carry the settings check: uncompressed, with sums that the host can read."""
         for bucket in self._buckets if self._make_send is None else ():
             first = bucket.parameters[0]
             if first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64):
-                bucket.settings_check = self._backward.settings_check
+                bucket.settings_digest = self._backward.settings_digest
                 return
 
     def close(self) -> None:
@@ -256,8 +256,8 @@ class Reducer:
         for bucket in self._buckets:
             bucket.work.wait()
         for bucket in self._buckets:
-            if bucket.settings_check is not None:
-                bucket.settings_check.read(bucket.slots)
+            if bucket.settings_digest is not None:
+                bucket.settings_digest.read(bucket.slots)
             bucket.write_back(as_views=self._as_views)
             bucket.work = None
         for parameter in self._sparse:

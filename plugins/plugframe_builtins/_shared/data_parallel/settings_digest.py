@@ -21,7 +21,7 @@ MOST_RANKS = 256
 Look = Callable[[Sequence[Sequence[float]]], None]
 
 
-class SettingsCheck:
+class SettingsDigest:
     """Send a checksum of all settings with the gradients; ranks whose checksums differ gather the settings.
 
     For equal bytes b on n ranks, n * sum(b * b) == sum(b) ** 2, and for unequal ones not
