@@ -79,9 +79,11 @@ class BatchWeights:
         self._reset()
 
     def clear(self) -> None:
-        """Drop all records, after a last check for repeated samples."""
+        """Drop all records and the counter, after a last check for repeated samples."""
         self.warn_repeated()
         self._reset()
+        # It is a method of the process group, whose threads end with it: not when the garbage collector comes by.
+        self.num_collectives = None
 
     def _reset(self) -> None:
         self.active = self.uneven = self.model_called = self.trains = self.unmarked = self.communicated = False

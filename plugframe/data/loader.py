@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
@@ -74,7 +75,7 @@ def _iter(self: Any) -> Iterator[Any]:
     # Not for a class with its own __iter__, which may read anything before and after; a class with a ``state_dict``
     # begins as torch's does.
     seeds_workers = state.indexed or (state.sharded and not state.resumable)
-    begin = functools.partial(_begin_seeded, state, original) if seeds_workers else original
+    begin = functools.partial(_begin, functools.partial(_begin_seeded, state, original) if seeds_workers else original)
     loader_pass = state.begin()
     if state.position_loaded:
         state.position_loaded = False
@@ -113,6 +114,22 @@ def _resume(
             if loader_pass.next_weights:
                 loader_pass.next_weights.popleft()
     return _batches(state, loader_pass, iterator)
+
+
+def _begin(begin: Callable[[Any], Iterator[Any]], loader: Any) -> Iterator[Any]:
+    """Begin a pass; worker processes, if any, do not collect the garbage of this process."""
+    if loader.num_workers == 0:
+        return begin(loader)
+    # A forked worker has a copy of all unreachable objects. If it destroyed one that owns threads, such as a process
+    # group of an earlier job, it would wait for threads that it does not have, or crash.
+    if gc.get_freeze_count():  # by the user: `unfreeze` would undo that
+        gc.collect()
+        return begin(loader)
+    gc.freeze()
+    try:
+        return begin(loader)
+    finally:
+        gc.unfreeze()
 
 
 def _begin_seeded(state: LoaderState, original: Callable[[Any], Iterator[Any]], loader: Any) -> Iterator[Any]:

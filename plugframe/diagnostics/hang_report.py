@@ -28,6 +28,8 @@ _POLL_S = 0.01
 #: An alarm within the last seconds is reused instead of raising another one.
 _ALARM_REUSE_S = 10.0
 _FOREVER = timedelta(days=1000)
+#: How long to wait for the thread at tear-down, in seconds: on a busy machine the store's server takes its time.
+_JOIN_S = 10.0
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _INSTRUMENT = os.path.join(_PACKAGE, "diagnostics", "instrument.py")
 #: Activity of a rank, by the function of this package that calls the user's code or waits for it.
@@ -246,7 +248,7 @@ class _StatusChannel:
                 for turn in (self._turn + 1, self._turn + 2):
                     self._sender.multi_set([self._key("to", rank, turn) for rank in to], [message] * len(to))
                 self._sender.check([self._key("shut_down", self._rank)])
-        self._thread.join(1.0)
+        self._thread.join(_JOIN_S)  # what the thread refers to, process groups too, stays until it ends
 
     def _listen(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store is gone

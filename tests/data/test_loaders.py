@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import os
 import pickle
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +30,7 @@ from torch.utils.data import (
 
 from plugframe import OrderError, SettingError
 from plugframe.adopt import state_of
+from plugframe.data.batch_weights import BatchWeights
 from plugframe.data.loader import adopt_loader, release_loader
 from plugframe.data.shuffle import Shuffle
 
@@ -626,3 +630,55 @@ def test_a_pass_begun_before_set_up_is_refused() -> None:
 
     with pytest.raises(OrderError, match=r"This Endless holds in .current an iterator over its data that was"):
         adopt(Endless(DATA))
+
+
+class Unreachable:
+    """An object in a reference cycle, which notes the process that finalises it in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cycle = self
+
+    def __del__(self) -> None:
+        with open(self.path, "a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+class Collecting(Dataset[int]):
+    """A dataset that has garbage collected in the worker process."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        gc.collect()
+        return index
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("frozen", [False, True])
+def test_workers_do_not_collect_garbage_of_the_rank(tmp_path: Path, frozen: bool) -> None:
+    """Destroying a copy of an object that owns threads waits for threads that a forked worker does not have."""
+    loader = DataLoader(Collecting(), num_workers=1, multiprocessing_context="fork")
+    adopt(loader, index=0, count=1)
+    gc.unfreeze()
+    if frozen:
+        gc.freeze()  # as a script does, which is to stay so
+    gc.disable()
+    try:
+        Unreachable(tmp_path / "finalised")
+        assert len(list(loader)) == 2
+        assert (gc.get_freeze_count() > 0) is frozen
+        gc.collect()
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    assert (tmp_path / "finalised").read_text() == f"{os.getpid()}\n"
+
+
+def test_the_counter_of_collectives_is_dropped_at_tear_down() -> None:
+    """It is a method of the process group, which would live on with it."""
+    weights = BatchWeights()
+    weights.num_collectives = lambda: 0
+    weights.clear()
+    assert weights.num_collectives is None

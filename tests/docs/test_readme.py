@@ -103,7 +103,7 @@ def test_the_commands_name_what_exists(mark: str) -> None:
 def test_the_verbs_do_what_the_commands_do(verb: str, mark: str, tmp_path: Path) -> None:
     """`make demo` and `make test` on a fresh machine run the commands of the README, line by line."""
     assert f"make {verb}" in block("verbs").splitlines()
-    done = run("make", "--dry-run", f"VENV={tmp_path}/.venv", verb, cwd=ROOT)
+    done = run("make", "--no-print-directory", "--dry-run", f"VENV={tmp_path}/.venv", verb, cwd=ROOT)
     lines = [line for line in done.stdout.replace(f"{tmp_path}/", "").splitlines() if not line.startswith("touch")]
     assert lines == block(mark).splitlines(), done.stderr
 
