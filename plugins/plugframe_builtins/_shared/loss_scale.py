@@ -72,9 +72,12 @@ class LossScale:
         scale, self._scale = self._scale, None
         if scale is None:
             return
+        self._leaves.settle()
         gradients = self._leaves.gradients()
         _multiply(gradients, scale.reciprocal())
         self._largest = [] if self._known else _largest(gradients)
+        if self._versions is None:
+            self._versions = self._leaves.versions()
 
     def unscale(self, optimizer: Optimizer) -> list[Tensor]:
         """Return the optimizer's unscaled gradients.
@@ -193,6 +196,8 @@ class _Leaves:
         self._hooked: set[int] = set()
         self._looks = 0
         self._always = False
+        #: Whether the known parameters are those that the modules have outside of a forward.
+        self.settled = False
 
     def add_module(self, module: nn.Module) -> None:
         self._modules.append(weakref.ref(module))
@@ -244,9 +249,11 @@ class _Leaves:
         """Return the gradients that no hook unscales."""
         return [leaf.grad for leaf in self._all() if leaf.grad is not None and id(leaf) not in self._hooked]
 
-    def versions(self) -> list[int]:
-        """Return the version counter of each parameter."""
+    def versions(self) -> list[int] | None:
+        """Return the version counter of each parameter; None if they are not known for certain."""
         self._refresh()
+        if not self.settled:
+            return None
         return [leaf._version for leaf in self._known if not leaf.is_inference()]
 
     def _all(self) -> Iterator[Tensor]:
@@ -260,11 +267,28 @@ class _Leaves:
     def _refresh(self) -> None:
         if self._seen == self._registrations.count:  # walking the modules is slow
             return
-        self._seen = self._registrations.count
+        found = self._walk()
+        # A module that a strategy shards holds gathered parameters until its backward has ended: what was known before,
+        # the shards among it, stays until then.
+        found.update((id(p), p) for p in self._known)
+        self._keep(found)
+        self.settled = False
+
+    def settle(self) -> None:
+        """Find the parameters again, after a backward, if they may have changed since the last one."""
+        if not self.settled or self._seen != self._registrations.count:
+            self._keep(self._walk())
+            self.settled = True
+
+    def _walk(self) -> dict[int, Tensor]:
         modules = [module for module in (each() for each in self._modules) if module is not None]
         optimizers = [optimizer for optimizer in (each() for each in self._optimizers) if optimizer is not None]
         found: dict[int, Tensor] = {id(p): p for module in modules for p in module.parameters()}
         found.update((id(p), p) for optimizer in optimizers for p in _parameters(optimizer))
+        return found
+
+    def _keep(self, found: dict[int, Tensor]) -> None:
+        self._seen = self._registrations.count
         self._known, self._ids = list(found.values()), set(found)
         self._hooked &= self._ids | {id(each()) for each in self._others}
 

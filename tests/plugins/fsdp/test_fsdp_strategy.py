@@ -394,12 +394,29 @@ def overflow_in_one_part_skips_everywhere(world: World) -> None:
         lite.backward(loss_of(model, mine(lite, tokens())))
         if lite.global_rank == 0:
             model.head.weight.grad.to_local()[0, 0] = float("inf")
-        assert torch.isinf(lite.clip_gradients(model, optimizer, max_norm=1.0)) or True
+        assert not torch.isfinite(lite.clip_gradients(model, optimizer, max_norm=1.0))
         optimizer.step()
         for old, new in zip(before, model.parameters(), strict=True):
             assert torch.equal(old, whole(new.detach()))
         scales = lite._hooks.precision_state()["scale"]
         assert lite.all_gather(scales).tolist() == [32768.0] * lite.world_size
+
+
+def an_optimizer_that_was_not_set_up_steps_on_an_overflow(world: World) -> None:
+    """It steps on true gradients, and where they overflow the next backward raises."""
+    with lite_of(world, precision="16-mixed") as lite:
+        model, plain = lite.setup(build()), build()
+        unknown = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):  # accumulated: two backwards without a step are no overflow
+            lite.backward(loss_of(model, mine(lite, tokens())))
+            loss_of(plain, tokens()).backward()
+        torch.testing.assert_close(whole(model.head.weight.grad), plain.head.weight.grad, rtol=0.02, atol=1e-3)
+        model.head.weight.grad.to_local().fill_(float("inf"))
+        lite.backward(loss_of(model, mine(lite, tokens())))
+        lite.backward(loss_of(model, mine(lite, tokens())))
+        unknown.step()
+        with pytest.raises(OrderError, match="overflowed float16 at loss scale 65536, and an optimizer that was not"):
+            lite.backward(loss_of(model, mine(lite, tokens())))
 
 
 def dtypes_may_differ(world: World) -> None:
@@ -537,6 +554,7 @@ ALL = (
     evaluations_may_be_uneven,
     a_failed_forward_is_forgotten,
     overflow_in_one_part_skips_everywhere,
+    an_optimizer_that_was_not_set_up_steps_on_an_overflow,
     dtypes_may_differ,
     norms_with_statistics_work_in_mixed_precision,
     deferred_models_equal_eager_ones,
