@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,25 +38,42 @@ def named_tensors(modules: Iterable[nn.Module], optimizers: Iterable[Optimizer])
                     yield f"{key!r} of {name!r} in {type(optimizer).__name__}", value
 
 
-def check_in_sync(named: Iterable[Named], hooks: Any, when: str = "") -> None:
+def check_in_sync(named: Callable[[], Iterable[Named]], hooks: Any, when: str = "") -> None:
     """Compare tensors bitwise across ranks, by a hash of each. Every rank must call it.
 
     Args:
+        named: returns the tensors of this rank.
         when: suffix for the message: ``" after step 100"``.
 
     Raises:
         OutOfSyncError: on all ranks, with the first tensor that differs.
     """
-    named = list(named)
-    hashes = tensor_hashes([tensor for _, tensor in named])
-    pairs = [(name, each) for (name, _), each in zip(named, hashes, strict=True)]
+    lists = _compare(named, hooks)
+    if lists and not _same_names(lists):
+        # Deleted models are still there where garbage was not collected yet: ranks collect at different times.
+        gc.collect()
+        lists = _compare(named, hooks)
+    if lists:
+        raise OutOfSyncError(f"The ranks are out of sync{when}: {_difference(lists)}")
+
+
+def _compare(named: Callable[[], Iterable[Named]], hooks: Any) -> Sequence[list[tuple[str, int]]]:
+    """Return name and hash of the tensors of each rank; empty if all are equal."""
+    found = list(named())
+    hashes = tensor_hashes([tensor for _, tensor in found])
+    pairs = [(name, each) for (name, _), each in zip(found, hashes, strict=True)]
     mine = xxhash.xxh3_64_intdigest(repr(pairs).encode()) & _MASK
     # Compare one hash of everything first; the lists are gathered only if it differs.
     all_hashes = hooks.collective_all_gather(tensor=torch.tensor([mine]), group=None, sync_grads=False)
     if bool((all_hashes == all_hashes[0]).all()):
-        return
-    lists = hooks.collective_all_gather_object(obj=pairs, group=None)
-    raise OutOfSyncError(f"The ranks are out of sync{when}: {_difference(lists)}")
+        return ()
+    gathered: Sequence[list[tuple[str, int]]] = hooks.collective_all_gather_object(obj=pairs, group=None)
+    return gathered
+
+
+def _same_names(lists: Sequence[Sequence[tuple[str, int]]]) -> bool:
+    names = [[name for name, _ in each] for each in lists]
+    return all(each == names[0] for each in names)
 
 
 def check_replicated(provides: Iterable[str], call: str) -> None:
@@ -104,9 +122,8 @@ def _sum_of_bits(data: Tensor) -> Tensor:
 
 
 def _difference(lists: Sequence[Sequence[tuple[str, int]]]) -> str:
-    names = [[name for name, _ in each] for each in lists]
-    if any(each != names[0] for each in names):
-        counts = ", ".join(f"{len(each)} tensors on rank {rank}" for rank, each in enumerate(names))
+    if not _same_names(lists):
+        counts = ", ".join(f"{len(each)} tensors on rank {rank}" for rank, each in enumerate(lists))
         return f"they have different parameters or state ({counts})."
     different = [place for place, rows in enumerate(zip(*lists, strict=True)) if len({value for _, value in rows}) > 1]
     first = different[0]
@@ -115,6 +132,6 @@ def _difference(lists: Sequence[Sequence[tuple[str, int]]]) -> str:
         ranks_by_hash.setdefault(each[first][1], []).append(rank)
     most = max(ranks_by_hash.values(), key=len)
     others = sorted(rank for ranks in ranks_by_hash.values() if ranks is not most for rank in ranks)
-    more = f"; {len(different) - 1} of the other {len(names[0]) - 1} tensors differ too" if len(different) > 1 else ""
+    more = f"; {len(different) - 1} of the other {len(lists[0]) - 1} tensors differ too" if len(different) > 1 else ""
     where = f"between {ranks_text(others)} and {ranks_text(most)}"
-    return f"the first difference is in {names[0][first]}, {where}{more}."
+    return f"the first difference is in {lists[0][first][0]}, {where}{more}."

@@ -86,11 +86,11 @@ def assert_in_sync(lite: Lite, objects: Sequence[object]) -> None:
     """Check that parameters and optimizer states are bitwise equal on all ranks."""
     lite._started("assert_in_sync")
     check_replicated(lite.plan.choices["strategy"].descriptor.provides, "assert_in_sync()")
-    modules = [obj for obj in objects or lite._living() if isinstance(obj, nn.Module)]
+    modules = [obj for obj in objects if isinstance(obj, nn.Module)]
     optimizers = [obj for obj in objects if isinstance(obj, Optimizer)]
     if len(modules) + len(optimizers) < len(objects):
         raise SettingError("assert_in_sync() takes modules and optimizers.")
-    check_in_sync(named_tensors(modules, optimizers), lite._hooks)
+    check_in_sync(lambda: named_tensors(modules if objects else lite._living(), optimizers), lite._hooks)
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plugframe.base import Extension
@@ -62,8 +63,10 @@ class DriftGuard(Extension):
             self._optimizers.append(weakref.ref(optimizer))
         self._steps += 1
         if self._steps % self.every == 0:
-            named = named_tensors(_alive(self._modules), _alive(self._optimizers))
-            check_in_sync(named, self._context.hooks, f" at optimizer step {self._steps}")
+            check_in_sync(self._named, self._context.hooks, f" at optimizer step {self._steps}")
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        return named_tensors(_alive(self._modules), _alive(self._optimizers))
 
 
 def _alive(references: list[weakref.ref[Any]]) -> list[Any]:

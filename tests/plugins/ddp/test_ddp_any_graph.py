@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -305,6 +306,21 @@ def line_searches_agree(lite: Lite) -> None:
     lite.assert_in_sync()
 
 
+def deleted_models_are_not_compared(lite: Lite) -> None:
+    """A model in a reference cycle stays until garbage is collected, which ranks do at different times."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = lite.setup(network())
+        model.cycle = [model]
+        del model
+        if lite.global_rank:
+            gc.collect()
+        lite.assert_in_sync()
+    finally:
+        gc.enable()
+
+
 def learning_rates_of_a_rank_are_named(lite: Lite) -> None:
     """A rank whose learning rate or momentum goes its own way is found at the next step, on all ranks, by name."""
     for key, value in (("lr", 0.5), ("momentum", 0.3)):
@@ -348,6 +364,7 @@ CHECKS = [
     gradients_by_hand,
     two_models_at_once,
     line_searches_agree,
+    deleted_models_are_not_compared,
     learning_rates_of_a_rank_are_named,
     steps_that_a_rank_leaves_out_are_named,
 ]
