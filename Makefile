@@ -19,7 +19,7 @@ test: $(VENV)/.test  ## set up, and run the tests
 	$(BIN)/pytest
 
 quick: $(VENV)/.test  ## set up, and run the tests that start no process and compile nothing
-	$(BIN)/pytest -n auto -m 'not ranks and not compile and not slow and not kinds'
+	$(BIN)/pytest -m 'not ranks and not compile and not slow and not kinds'
 
 lint: $(VENV)/.lint  ## set up, and check types, style and layers
 	$(BIN)/mypy
@@ -29,10 +29,10 @@ lint: $(VENV)/.lint  ## set up, and check types, style and layers
 	$(BIN)/lint-imports
 
 slow: $(VENV)/.test  ## run the tests that take long too, as CI does
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n 0 -m slow
 
 kinds: $(VENV)/.test  ## hold every script of tests/kinds to docs/same-numbers.md
-	$(BIN)/pytest -m kinds
+	$(BIN)/pytest -n 0 -m kinds
 
 ci:  ## do all that CI does, in a clean checkout
 	bash .ci/run

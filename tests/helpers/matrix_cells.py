@@ -16,6 +16,9 @@ RANKS = (1, 2, 4)
 #: The precision of what goes through checkpoints: nothing is rounded, so whatever differs is wrong.
 EXACT = "32-true"
 
+#: The precisions on four ranks: what rounding does to the exchange between ranks is seen on two, in all of them.
+ON_FOUR = (EXACT, "bf16-mixed")
+
 #: The ranks that save and those that load. 4 → 1 comes from strategies for one rank, which are listed apart.
 FROM_TO = ((4, 2), (2, 4), (1, 4), (2, 1), (1, 2))
 
@@ -107,6 +110,7 @@ class Matrix:
             for strategy in self.strategies
             for precision in self.precisions
             if honours(strategy, precision) and strategy.fits(ranks) and precision.fits(ranks)
+            if ranks < 4 or precision.name in ON_FOUR
         ]
 
     def whole(self) -> set[str]:

@@ -9,7 +9,7 @@ import pytest
 import resume_cases
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_a_killed_run_ends_where_the_other_ends(seed: int, tmp_path: Path) -> None:
     """Model, sampler, precision, strategy, checkpoint and moments are drawn; every loss and weight is equal."""
     problems = resume_cases.check(seed, tmp_path / "case")
