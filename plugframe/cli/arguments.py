@@ -16,7 +16,7 @@ from plugframe.hooks.kinds import KINDS, Kind
 
 MODULE = "-m"
 HELP = ("-h", "--help")
-#: How much a word of the script must look like an option of plugframe to be told: one letter off in most.
+#: Similarity of a script's argument to an option of plugframe that causes a warning: about one letter differs.
 _CLOSE = 0.88
 
 
@@ -138,7 +138,7 @@ def _script(
         else:
             return [word]
     if model:
-        return ["model"]  # nothing came after it: then it is the script
+        return ["model"]  # nothing follows: it is the script
     raise click.UsageError("SCRIPT is missing: type 'plugframe run train.py', or 'plugframe run -m package.module'.")
 
 
@@ -149,7 +149,7 @@ def _long(
     shorthands: Mapping[str, Shorthand],
     options: Iterable[str],
 ) -> str:
-    """Return what the name of a plugin stands for; its value goes to the plugin's option."""
+    """Consume an option that is the name of a plugin; its value becomes the plugin's option."""
     name, equals, value = word.partition("=")
     short = shorthands.get(_spelling(word))
     if short is None or (equals and not short.option):

@@ -1,4 +1,4 @@
-"""Start the script of a plan: in place of this process, or through a launcher."""
+"""Start the script of a plan: replace this process by it, or start ranks with a launcher."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class Nodes:
     numa_binding: str | None = None
     debug_rank: int | None = None
 
-    def typed(self) -> list[str]:
+    def given(self) -> list[str]:
         """Return the names of the given options."""
         names = {"grace_s": "grace-period", "rdzv_timeout_s": "rdzv-timeout"}
-        given = {name: value for name, value in vars(self).items() if name != "min_nodes" and value is not None}
-        return [f"--{names.get(name, name.replace('_', '-'))}" for name in given]
+        found = [name for name, value in vars(self).items() if name != "min_nodes" and value is not None]
+        return [f"--{names.get(name, name.replace('_', '-'))}" for name in found]
 
     @property
     def says_where(self) -> bool:
-        """Whether it was typed which node this is, or where nodes meet: then the ranks are still to be started."""
+        """Whether an option names this node or the rendezvous, so that the ranks are still to be started."""
         return any(
             value is not None for value in (self.node_rank, self.main_address, self.main_port, self.rdzv_endpoint)
         )
@@ -60,10 +60,10 @@ class Start:
 
     Attributes:
         command: arguments after the Python executable.
-        variables: what is handed over in the environment.
-        why: why no launcher is needed; empty if one is.
-        launcher: who starts the ranks; None if this process becomes the script.
-        job: what the launcher is given.
+        variables: environment variables passed to the script.
+        why: the reason why no launcher is needed; empty if one is.
+        launcher: the launcher of the ranks; None if this process becomes the script.
+        job: the job passed to the launcher.
     """
 
     command: Sequence[str]
@@ -81,9 +81,9 @@ class Start:
             ranks = f"{job.num_processes} rank{'s' if job.num_processes > 1 else ''}"
             node = f", node {job.node_rank} of {job.num_nodes}, main {job.main_address}:{job.main_port}"
             if job.min_nodes is not None:
-                node = f" on {job.min_nodes} to {job.num_nodes} nodes that meet at {job.main_address}:{job.main_port}"
+                node = f" on {job.min_nodes} to {job.num_nodes} nodes, rendezvous at {job.main_address}:{job.main_port}"
             restarts = f", up to {job.max_restarts} restarts" if job.max_restarts else ""
-            restarts += f", output kept in {job.log_dir}" if job.log_dir is not None else ""
+            restarts += f", output saved in {job.log_dir}" if job.log_dir is not None else ""
             restarts += f", bound to the CPUs by {job.numa_binding}" if job.numa_binding is not None else ""
             restarts += f", rank {job.debug_rank} under pdb" if job.debug_rank is not None else ""
             what = (
@@ -94,7 +94,7 @@ class Start:
         return [f"starts: {what}", *(f"hands over: {name}={shlex.quote(text)}" for name, text in shown.items())]
 
     def go(self, catalogue: Catalogue) -> None:
-        """Start it. Returns once all ranks have ended well.
+        """Start the script, and return once all ranks have succeeded.
 
         Raises:
             RankFailedError: if a rank failed.
@@ -116,11 +116,11 @@ def decide(
     """Return the start for `plan`.
 
     Raises:
-        UsageError: if what was typed about nodes is incomplete, or no launcher can do it.
+        UsageError: if the options for nodes are incomplete, or no launcher supports them.
     """
     if plan.launched:
         who = plan.choices["environment"].name
-        _no_effect([*nodes.typed(), *_launcher_options(request)], f"{who} has started the processes already")
+        _no_effect([*nodes.given(), *_launcher_options(request)], f"{who} has started the processes already")
         return Start(command=command, variables=variables, why=f"{who} has started the processes")
     several = plan.num_nodes > 1 or nodes.min_nodes is not None
     if not several:
@@ -129,7 +129,7 @@ def decide(
         return Start(command=command, variables=variables, why="one rank needs no supervision")
     launcher = choose_launcher(request, catalogue, "script")
     if request.get("environment"):
-        # It says who started this process. The ranks are started by the launcher, and shall find that out.
+        # The setting describes this process. The ranks are started by the launcher, and detect that.
         variables = {**variables, variable("environment"): "auto"}
     _check_seconds(nodes)
     node_rank, main_address, main_port = _rendezvous(plan, nodes, launcher, several=several)
@@ -160,9 +160,9 @@ def _supervision_asked(nodes: Nodes, request: Request) -> bool:
 
 def _check_seconds(nodes: Nodes) -> None:
     if nodes.rdzv_timeout_s is not None and not 0 < nodes.rdzv_timeout_s < float("inf"):
-        raise SettingError(f"--rdzv-timeout={nodes.rdzv_timeout_s:g}: it is a number of seconds above 0.")
+        raise SettingError(f"--rdzv-timeout={nodes.rdzv_timeout_s:g}: must be a number of seconds above 0.")
     if nodes.grace_s is not None and not 0 <= nodes.grace_s < float("inf"):
-        raise SettingError(f"--grace-period={nodes.grace_s:g}: it is a number of seconds from 0.")
+        raise SettingError(f"--grace-period={nodes.grace_s:g}: must be a number of seconds from 0.")
 
 
 def _rendezvous(plan: Plan, nodes: Nodes, launcher: Choice, *, several: bool) -> tuple[int, str | None, int | None]:
@@ -173,7 +173,7 @@ def _rendezvous(plan: Plan, nodes: Nodes, launcher: Choice, *, several: bool) ->
         if nodes.node_rank is not None:
             _no_effect(["--node-rank"], f"launcher {launcher.name!r} starts every node")
         return 0, nodes.main_address, nodes.main_port
-    return _meeting(plan.num_nodes, nodes) if several else (0, None, None)
+    return _fixed_rendezvous(plan.num_nodes, nodes) if several else (0, None, None)
 
 
 def _become(command: Sequence[str], variables: Mapping[str, str]) -> NoReturn:
@@ -196,23 +196,23 @@ def _launcher_options(request: Request) -> list[str]:
 
 def _check_single(nodes: Nodes) -> None:
     if nodes.node_rank:
-        raise SettingError(f"--node-rank={nodes.node_rank}, but there is one node: add --num-nodes, or leave it out.")
-    useless = [option for option in nodes.typed() if option.startswith(("--main", "--rdzv"))]
+        raise SettingError(f"--node-rank={nodes.node_rank}, but there is one node: add --num-nodes, or remove it.")
+    useless = [option for option in nodes.given() if option.startswith(("--main", "--rdzv"))]
     _no_effect(useless, "one node needs no address; for several add --num-nodes")
 
 
 def _endpoint(nodes: Nodes) -> tuple[str, int]:
     """Return host and port of the rendezvous for an elastic number of nodes."""
-    wrong = [option for option in nodes.typed() if option in ("--node-rank", "--main-address", "--main-port")]
+    wrong = [option for option in nodes.given() if option in ("--node-rank", "--main-address", "--main-port")]
     if wrong:
         raise SettingError(
-            f"{wrong[0]} is for a fixed number of nodes; nodes that come and go are numbered as they come, and meet at "
+            f"{wrong[0]} is for a fixed number of nodes; with --num-nodes=MIN:MAX nodes are numbered as they join, at "
             "--rdzv-endpoint=HOST:PORT."
         )
     if nodes.rdzv_endpoint is None:
         raise SettingError(
-            "--num-nodes=MIN:MAX needs a place to meet, the same on every node: add --rdzv-endpoint=HOST:PORT, "
-            "where HOST is one of them that stays."
+            "--num-nodes=MIN:MAX needs a rendezvous, the same on every node: add --rdzv-endpoint=HOST:PORT, "
+            "where HOST is a node that stays."
         )
     host, separator, port = nodes.rdzv_endpoint.rpartition(":")
     if not separator:
@@ -222,11 +222,11 @@ def _endpoint(nodes: Nodes) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _meeting(num_nodes: int, nodes: Nodes) -> tuple[int, str, int]:
+def _fixed_rendezvous(num_nodes: int, nodes: Nodes) -> tuple[int, str, int]:
     """Return this node's rank, and host and port of node 0."""
     if nodes.rdzv_endpoint is not None:
         raise SettingError(
-            f"--rdzv-endpoint is for a number of nodes that may change: type --num-nodes={num_nodes}:{num_nodes}, "
+            f"--rdzv-endpoint is for a varying number of nodes: use --num-nodes={num_nodes}:{num_nodes}, "
             "or give --node-rank and --main-address."
         )
     address = nodes.main_address or os.environ.get("MASTER_ADDR")
@@ -241,7 +241,7 @@ def _meeting(num_nodes: int, nodes: Nodes) -> tuple[int, str, int]:
             f"{'--node-rank=1 on the other' if num_nodes == 2 else f'1 to {num_nodes - 1} on the others'}."
         )
     if not 0 <= node_rank < num_nodes:
-        raise SettingError(f"node_rank={node_rank}, but num_nodes={num_nodes}: it is 0 to {num_nodes - 1}.")
+        raise SettingError(f"node_rank={node_rank}, but num_nodes={num_nodes}: must be 0 to {num_nodes - 1}.")
     return node_rank, address, nodes.main_port or _read_int("MASTER_PORT", "--main-port") or MAIN_PORT
 
 

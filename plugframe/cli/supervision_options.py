@@ -18,7 +18,7 @@ from plugframe.launch.output import parse_tee
 if TYPE_CHECKING:
     from plugframe.cli.start import Nodes
 
-#: The name of an option, and of a setting, that ends a job in which ranks wait.
+#: Names of the settings that end or report a job in which ranks wait.
 _TIMEOUT, _REPORT = "timeout_s", "report_after_s"
 #: Kinds of plugins whose options are not for the ranks.
 _STARTERS = ("environment", "launcher")
@@ -33,16 +33,16 @@ def fields(plan: Plan, nodes: Nodes) -> dict[str, Any]:
     """
     if nodes.numa_binding is not None and tuple(plan.devices) != tuple(range(len(plan.devices))):
         raise UnsupportedError(
-            f"--numa-binding={nodes.numa_binding}: torch goes by the numbers of the ranks on a node, and the devices "
-            f"asked for are {', '.join(map(str, plan.devices))}: hide the others, with CUDA_VISIBLE_DEVICES, and ask "
-            f"for {len(plan.devices)}."
+            f"--numa-binding={nodes.numa_binding}: torch binds by local rank, and the devices "
+            f"requested are {', '.join(map(str, plan.devices))}: hide the others with CUDA_VISIBLE_DEVICES, and "
+            f"request {len(plan.devices)} devices."
         )
     if nodes.tee == "0" and nodes.log_dir is None:
         _no_effect("--tee=0", "without --log-dir all output goes to the terminal")
     if nodes.debug_rank is not None and nodes.max_restarts:
         _no_effect("--max-restarts", "a job with --debug-rank starts once")
     if nodes.log_dir is not None and os.path.lexists(nodes.log_dir) and not os.path.isdir(nodes.log_dir):
-        raise SettingError(f"--log-dir={nodes.log_dir} is a file: name a folder, which is made if there is none.")
+        raise SettingError(f"--log-dir={nodes.log_dir} is a file: use a folder, which is created if it does not exist.")
     num_ranks = plan.world_size if nodes.min_nodes is None else None
     return {
         "max_restarts": nodes.max_restarts or 0 if nodes.debug_rank is None else 0,
@@ -66,7 +66,7 @@ def check(job: Job) -> None:
 
 
 def patient(variables: Mapping[str, str], request: Request) -> dict[str, str]:
-    """Return the ranks' variables with a timeout that outlasts a debugger, in the place of every other."""
+    """Return the ranks' variables with a timeout that outlasts a debugger instead of any other."""
     from plugframe.launch.debug import DEBUG_TIMEOUT_S
 
     given = [each for each in request.options if each.name == _TIMEOUT and each.kind not in _STARTERS]
@@ -78,7 +78,7 @@ def patient(variables: Mapping[str, str], request: Request) -> dict[str, str]:
         _no_effect(option, "with --debug-rank nothing times out")
     names = [variable(_TIMEOUT), *(variable_of_option(each.kind, each.plugin, each.name) for each in given)]
     commanded = [*filter(None, commanded), *({_TIMEOUT, _REPORT} - set(commanded))]
-    # That the ranks wait for the one under the debugger is known.
+    # The ranks are known to wait for the one under the debugger: report nothing.
     outlasting = {**dict.fromkeys(names, str(DEBUG_TIMEOUT_S)), variable(_REPORT): "0"}
     return {**variables, **outlasting, PATIENT: "1", FROM_COMMAND_LINE: ",".join(commanded)}
 

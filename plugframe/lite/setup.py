@@ -1,4 +1,4 @@
-"""Prepare modules, optimizers and loaders: the user's own objects, adopted in place."""
+"""Set up modules, optimizers and loaders in place."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def setup(
     move_to_device: bool,
     forward_methods: Iterable[str | Callable[..., object]],
 ) -> object:
-    """Prepare a module and its optimizers, in place, and return them; see `Lite.setup`."""
+    """Set up a module and its optimizers in place, and return them; see `Lite.setup`."""
     names = _check_module(lite, module, forward_methods)
     checks.check_optimizers(optimizers)
     checks.check_ownership(module, optimizers)
@@ -78,7 +78,7 @@ def setup(
 def setup_module(
     lite: Lite, module: M, *, move_to_device: bool, forward_methods: Iterable[str | Callable[..., object]]
 ) -> M:
-    """Prepare a module alone, in place, and return it."""
+    """Set up a module without an optimizer in place, and return it."""
     names = _check_module(lite, module, forward_methods)
     module = _prepare(lite, module, move_to_device, "setup_module")
     engine = lite._hooks.strategy_setup_module(module=module)
@@ -88,7 +88,7 @@ def setup_module(
 
 
 def setup_optimizers(lite: Lite, optimizers: tuple[Optimizer, ...]) -> object:
-    """Prepare optimizers alone, after their module, and return them."""
+    """Set up optimizers after their module, and return them."""
     if not optimizers:
         raise SettingError("setup_optimizers() takes at least one optimizer, got none.")
     checks.check_optimizers(optimizers)
@@ -112,7 +112,7 @@ def setup_dataloaders(
     move_to_device: bool,
     weigh_uneven: bool,
 ) -> object:
-    """Divide the samples of loaders between the ranks, in place, and return the loaders; see `Lite`."""
+    """Shard loaders over the ranks in place, and return them; see `Lite.setup_dataloaders`."""
     checks.check_loaders(dataloaders)
     context = lite._started("setup_dataloaders")
     shard = lite._hooks.strategy_data_shard()
@@ -144,7 +144,7 @@ def setup_dataloaders(
 
 def _prepare(lite: Lite, module: M, move_to_device: bool, call: str) -> M:
     context = lite._started(call)
-    # A module that was built without values is converted and moved without them as well.
+    # A deferred module is converted and moved without values too.
     before = dict(module.named_parameters(remove_duplicate=False))
     with resuming(module, context.device):
         module = lite._hooks.precision_convert_module(module=module)
@@ -156,7 +156,7 @@ def _prepare(lite: Lite, module: M, move_to_device: bool, call: str) -> M:
 
 
 def _check_module(lite: Lite, module: nn.Module, forward_methods: Iterable[Any]) -> tuple[Any, ...]:
-    """Look at everything before anything is done, and return the forward methods."""
+    """Validate all arguments before anything is changed, and return the forward methods."""
     checks.check_module(module, [m for m in (reference() for reference in lite._modules) if m is not None])
     names = (forward_methods,) if isinstance(forward_methods, str) else tuple(forward_methods)
     for name in names:
@@ -170,7 +170,7 @@ def _check_modules(lite: Lite) -> None:
 
 
 def _check_stray(lite: Lite, optimizers: Iterable[Optimizer], known: set[int]) -> None:
-    """Say so where an optimizer updates what no module that was set up holds: ranks would update it apart."""
+    """Warn if an optimizer has parameters of no module that was set up: ranks would update them independently."""
     for optimizer in optimizers:
         held = [p for group in optimizer.param_groups for p in group["params"]]
         stray = sum(id(p) not in known for p in held)
@@ -197,7 +197,7 @@ def _adopt_optimizer(lite: Lite, optimizer: Optimizer, names: ParameterNames | N
     if lite.world_size > 1:
         mean = functools.partial(loop.mean_loss, lite)
         known = {id(p) for module in lite._living() for p in module.parameters()}
-        # What no module has is each rank's own, and so may be its settings.
+        # Parameters of no module may differ between ranks, and so may their settings.
         if all(id(p) in known for group in optimizer.param_groups for p in group["params"]):
             compare = SettingsCheck(optimizer, lite._hooks.strategy_gather_later, lite._job_state)
     adopt_optimizer(
@@ -213,7 +213,7 @@ def _adopt_optimizer(lite: Lite, optimizer: Optimizer, names: ParameterNames | N
 
 
 def _agree(lite: Lite, loaders: Sequence[DataLoader[Any]], shared: Sequence[DataLoader[Any]]) -> int:
-    """Return rank 0's seed, and give the users' own generators rank 0's state: all ranks draw alike.
+    """Return rank 0's seed, and give the user's generators rank 0's state, so that all ranks draw the same numbers.
 
     Args:
         loaders: whose generators are made alike.
@@ -225,7 +225,7 @@ def _agree(lite: Lite, loaders: Sequence[DataLoader[Any]], shared: Sequence[Data
     sources = [source for loader in loaders for source in sampling_generators(loader)]
     if lite.world_size == 1:
         return torch.initial_seed()
-    # Ranks that read the same batches must change them alike too.
+    # Ranks that read the same batches must apply the same transforms.
     held = (
         [transform_generators(loader) for loader in loaders]
         if lite._hooks.strategy_data_shard()[1] < lite.world_size
@@ -250,11 +250,11 @@ def _agree(lite: Lite, loaders: Sequence[DataLoader[Any]], shared: Sequence[Data
 
 
 def _count_exchanges(lite: Lite) -> None:
-    """Have the collectives counted, where a forward makes none: then it can be told whether the script did."""
+    """Count collectives, if a forward makes none, to detect whether the script reduces its metrics."""
     group = lite._hooks.collective_process_group()
     counter = getattr(group, "_get_sequence_number_for_group", None)  # not public; there in torch 2.4 to 2.13
     provides = lite.plan.choices["strategy"].descriptor.provides
-    with suppress(RuntimeError):  # a backend of somebody's own may not count
+    with suppress(RuntimeError):  # a third-party backend may not count
         if lite.world_size == 1 or counter is None or "sharded" in provides:
             return
         counter()
@@ -263,12 +263,12 @@ def _count_exchanges(lite: Lite) -> None:
 
 
 def _comparison(lite: Lite) -> Callable[..., None] | None:
-    """Return what compares the first windows of streams, at the store at which the ranks met; None without one."""
+    """Return a function that compares the first windows of streams through the ranks' store; None without a store."""
     group = lite._hooks.collective_process_group()
     if lite.world_size == 1 or not hasattr(group, "get_group_store"):
         return None
     store = group.get_group_store()
-    # A job may be set up more than once over one store: the user's own process group stays.
+    # One store may serve several jobs, if the user's own process group stays.
     prefix = fresh_prefix(store, "streams", lite.global_rank)
     return functools.partial(
         check_first_window, store=store, prefix=prefix, rank=lite.global_rank, num_ranks=lite.world_size
@@ -276,7 +276,7 @@ def _comparison(lite: Lite) -> Callable[..., None] | None:
 
 
 def draw_apart(lite: Lite) -> None:
-    """From the first set-up of a model on ranks may have random numbers of their own."""
+    """Start the random streams of the ranks, at the first set-up of a model."""
     if lite._streams is not None:
         return
     index, count = lite._hooks.strategy_data_shard()
@@ -295,5 +295,5 @@ def _training(lite: Lite) -> bool:
 
 
 def _if_adopted(release: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return what gives an object back unless that was done already."""
+    """Return `release`, which then has no effect on an object that was released before."""
     return lambda obj: release(obj) if state_of(obj) is not None else None

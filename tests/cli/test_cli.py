@@ -275,16 +275,16 @@ def test_every_setting_has_an_option() -> None:
         (["--num-nodes=2", "--main-address=a"], "add --node-rank=0 on a, --node-rank=1 on the other"),
         (
             ["--num-nodes=3", "--main-address=a", "--node-rank=3"],
-            "node_rank=3, but num_nodes=3: it is 0 to 2",
+            "node_rank=3, but num_nodes=3: must be 0 to 2",
         ),
         (["--num-nodes=4:2"], "--num-nodes=4:2 is neither a number nor MIN:MAX, such as 2:4."),
         (["--num-nodes=2:"], "--num-nodes=2: is neither a number nor MIN:MAX"),
         (["--num-nodes=2:4"], "add --rdzv-endpoint=HOST:PORT"),
         (["--num-nodes=2:4", "--rdzv-endpoint=a:x"], "--rdzv-endpoint='a:x' is not HOST:PORT"),
         (["--num-nodes=2:4", "--rdzv-endpoint=a", "--node-rank=1"], "--node-rank is for a fixed number of nodes"),
-        (["--num-nodes=2", "--rdzv-endpoint=a:1"], "type --num-nodes=2:2, or give --node-rank and --main-address"),
-        (["--num-nodes=2:4", "--rdzv-endpoint=a", "--rdzv-timeout=0"], "--rdzv-timeout=0: it is a number of seconds"),
-        (["--grace-period=-1"], "--grace-period=-1: it is a number of seconds from 0"),
+        (["--num-nodes=2", "--rdzv-endpoint=a:1"], "use --num-nodes=2:2, or give --node-rank and --main-address"),
+        (["--num-nodes=2:4", "--rdzv-endpoint=a", "--rdzv-timeout=0"], "--rdzv-timeout=0: must be a number of seconds"),
+        (["--grace-period=-1"], "--grace-period=-1: must be a number of seconds from 0"),
         (["--config=nowhere.toml"], "does not exist"),
         (["--plugins=guard,guard"], "extension 'guard' is given twice"),
     ],
@@ -425,7 +425,7 @@ def test_nodes_that_come_and_go(world: Ground) -> None:
     assert (job.grace_s, job.timeout_s) == (60.0, 9.0)
     assert job.environ["PLUGFRAME_NUM_NODES"] == "auto"
     result = plug(*words, "--rdzv-endpoint=10.0.0.1", "--dry-run")
-    assert "on 2 to 4 nodes that meet at 10.0.0.1:29500" in result.out
+    assert "on 2 to 4 nodes, rendezvous at 10.0.0.1:29500" in result.out
 
 
 def test_inside_another_launcher(world: Ground, monkeypatch: pytest.MonkeyPatch) -> None:

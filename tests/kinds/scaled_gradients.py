@@ -2,7 +2,6 @@
 # variants: clip twice log accumulate manual stranger
 # strategies: single ddp fsdp
 # precision: 16-mixed
-# except: manual/fsdp stranger/fsdp
 
 import sys
 

@@ -226,7 +226,7 @@ def test_what_was_typed_reaches_the_launcher(script: Write, monkeypatch: pytest.
     (job,) = jobs
     assert (job.log_dir, job.tee, job.numa_binding, job.debug_rank) == ("logs", {0: ("stdout",)}, "node", None)
     shown = CliRunner().invoke(cli, [*words, "--dry-run"]).stdout
-    assert "output kept in logs, bound to the CPUs by node" in shown
+    assert "output saved in logs, bound to the CPUs by node" in shown
     assert os.listdir() == ["train.py"]
     monkeypatch.setattr(Elastic, "launcher_launch", lambda self, job: None)
     told = CliRunner().invoke(cli, ["run", "--devices=1", "--accelerator=cpu", path, "--tee=0"]).stderr
@@ -294,5 +294,5 @@ def test_ranks_are_bound_near_their_own_devices(script: Write) -> None:
     from plugframe.core.planning.plan import Plan
 
     plan = Plan(choices={}, devices=(2, 3), devices_reason="asked for", num_nodes=1, launched=False)
-    with pytest.raises(UnsupportedError, match="the devices asked for are 2, 3: hide the others"):
+    with pytest.raises(UnsupportedError, match="the devices requested are 2, 3: hide the others"):
         fields(plan, Nodes(numa_binding="node"))
