@@ -144,6 +144,7 @@ def decide(
         main_port=main_port,
         environ=variables,
         command=tuple(command),
+        forkable="fork" in plan.choices["accelerator"].descriptor.provides,
         grace_s=Job.grace_s if nodes.grace_s is None else nodes.grace_s,
         timeout_s=Job.timeout_s if nodes.rdzv_timeout_s is None else nodes.rdzv_timeout_s,
         **supervision_options.fields(plan, nodes),

@@ -25,6 +25,8 @@ class Job:
         environ: variables that the ranks get in addition to this process's environment.
         command: arguments after the Python executable, for a script: ``("train.py", "--epochs", "3")`` or
             ``("-m", "pkg.train")``. Empty for a function.
+        forkable: for a script, whether its ranks may be forked from this process: it runs nothing of the user's, and
+            the accelerator works in copies of a process that has imported torch.
         interpreter_options: options for the Python interpreter itself, such as ``("-X", "dev")``.
         function: for a function, a picklable callable that is called with `args` on every rank.
         args: its positional arguments.
@@ -49,6 +51,7 @@ class Job:
     max_restarts: int = 0
     environ: Mapping[str, str] = field(default_factory=dict)
     command: Sequence[str] = ()
+    forkable: bool = False
     interpreter_options: Sequence[str] = ()
     function: Callable[..., Any] | None = None
     args: tuple[Any, ...] = ()

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from plugframe.launch import rank as rank_script
 from plugframe.launch.elastic import ElasticRendezvous
 from plugframe.launch.files import RankFiles, read_error_file
 from plugframe.launch.folder import temporary_folder
+from plugframe.launch.forked import make_entry_point
 from plugframe.launch.function import UNGUARDED, run_function
 from plugframe.launch.memory import out_of_memory_kills
 from plugframe.launch.monitor import Rank, RankMonitor, is_child
@@ -53,8 +54,8 @@ def supervise(job: Job, *, start_method: str | None = None) -> Any:
         stack.enter_context(output.line_buffered())
         root = stack.enter_context(temporary_folder())
         stack.enter_context(variables_of_ranks(job, {rank_script.ERROR_FILE: os.path.join(root, "start.json")}))
-        stack.enter_context(_silence_torch())
-        result, error = _Supervision(job, start_method, root, output, numa).run()
+        silence = stack.enter_context(_silence_torch())
+        result, error = _Supervision(job, start_method, root, output, numa, silence.close).run()
     if error is not None:
         raise error  # raised here, because the frames above keep the store and its port alive
     return result
@@ -103,8 +104,19 @@ def _debug_terminal(job: Job) -> contextlib.AbstractContextManager[None]:
 class _Supervision:
     """Supervise a job's ranks on this node, restarts included."""
 
-    def __init__(self, job: Job, start_method: str | None, root: str, output: Output, numa: Any) -> None:
+    def __init__(
+        self,
+        job: Job,
+        start_method: str | None,
+        root: str,
+        output: Output,
+        numa: Any,
+        unsilence: Callable[[], None],
+    ) -> None:
         self.job = job
+        self._unsilence = unsilence
+        #: Whether the ranks are processes of multiprocessing: those of a function, and forked ones of a script.
+        self._multiprocessing = job.function is not None or start_method == "fork"
         one_node = job.num_nodes == 1 and job.min_nodes is None
         self.files = RankFiles(root, self._on_attempt, output, one_node=one_node)
         self.orphan_reaper = OrphanReaper(root)
@@ -124,7 +136,7 @@ class _Supervision:
             done=self.files.done,
             error_file=self.files.error_file,
             stop_requested=lambda: self.handler.stop_requested,
-            on_success=self.survivors.kill_copies if job.function is not None else lambda rank: None,
+            on_success=self.survivors.kill_copies if self._multiprocessing else lambda rank: None,
             grace_s=job.grace_s,
         )
         self._last_ranks: list[Rank] = []
@@ -143,7 +155,7 @@ class _Supervision:
 
     def _run(self) -> tuple[Any, Exception | None]:
         try:
-            if self.job.function is None:
+            if not self._multiprocessing:
                 self.monitor.start()
             result: Any = self.agent.run()
             self.signals.check()
@@ -158,6 +170,8 @@ class _Supervision:
         except _HopelessError as error:
             self.monitor.kill_all()
             return None, self._failure(error.found)
+        except _EndedError:
+            return self._success({})
         except _VanishedError as error:
             self.monitor.kill_all()
             return None, RankFailedError(str(error), exit_code=1)
@@ -199,7 +213,10 @@ class _Supervision:
         job = self.job
         entrypoint: Any = run_function
         args: tuple[Any, ...] = (os.getpid(), job.function, job.args)
-        if job.function is None:
+        if job.function is None and start_method == "fork":
+            entrypoint, args = make_entry_point(job.command, self._unsilence), (os.getpid(),)
+        elif job.function is None:
+            start_method = None
             entrypoint = sys.executable
             script = os.path.abspath(rank_script.__file__)
             arguments = (*job.interpreter_options, script, str(os.getpid()), *job.command)
@@ -245,7 +262,7 @@ class _Supervision:
         self.monitor.beat()
         self.orphan_reaper.set_groups([rank.pid for rank in self._ranks()])
         self._beats += 1
-        if self.job.function is not None and self._beats % _VANISHED_BEATS == 0:
+        if self._multiprocessing and self._beats % _VANISHED_BEATS == 0:
             self._check_vanished()
 
     def _check_vanished(self) -> None:
@@ -254,6 +271,8 @@ class _Supervision:
         gone = [rank for rank in waiting if not is_child(rank.pid)]
         self._vanished_checks = self._vanished_checks + 1 if gone and len(gone) == len(waiting) else 0
         if self._vanished_checks == _VANISHED_CHECKS:
+            if self.job.command:
+                raise _EndedError
             raise _VanishedError(
                 f"rank {gone[0].global_rank} on {socket.gethostname()} exited before the function returned"
             )
@@ -310,16 +329,7 @@ class _Supervision:
 
     def _outcome(self, result: RunResult) -> tuple[Any, Exception | None]:
         if not result.is_failed():
-            if self.handler.stop_requested:  # while this node waited for the others to finish
-                return None, self._remote_failure("")
-            self.handler.leave()
-            self._ranks()
-            self.survivors.report(self._last_ranks)
-            if self.signals.warned:
-                text = f"{WARNING.name}: all ranks exited."
-                return None, RankFailedError(text, exit_code=128 + WARNING)
-            payload = result.return_values.get(0)
-            return pickle.loads(payload) if payload is not None else None, None
+            return self._success(result.return_values)
         self._ranks()
         self.monitor.kill_all()
         if read_error_file(self.files.start_file) is not None:
@@ -331,6 +341,18 @@ class _Supervision:
             return None, self._failure(found)
         oom = out_of_memory_kills() > self._oom_kills
         return None, self._failure(report(self._rank_exits(result), host=socket.gethostname(), out_of_memory=oom))
+
+    def _success(self, return_values: Mapping[int, Any]) -> tuple[Any, Exception | None]:
+        if self.handler.stop_requested:  # while this node waited for the others to finish
+            return None, self._remote_failure("")
+        self.handler.leave()
+        self._ranks()
+        self.survivors.report(self._last_ranks)
+        if self.signals.warned:
+            text = f"{WARNING.name}: all ranks exited."
+            return None, RankFailedError(text, exit_code=128 + WARNING)
+        payload = return_values.get(0)
+        return pickle.loads(payload) if payload is not None else None, None
 
     def _failure(self, here: Report) -> RankFailedError:
         """Return the error for a failure of this node, or of another node if that one is the cause."""
@@ -363,24 +385,24 @@ class _VanishedError(Exception):
     """Raised if a rank exited with code 0 before its function returned."""
 
 
+class _EndedError(Exception):
+    """Raised if all ranks of a script have succeeded, and some left by ``os._exit(0)``, for which torch would wait."""
+
+
 @contextlib.contextmanager
-def _silence_torch() -> Iterator[None]:
-    """Silence torch's failure messages and warnings: `report` covers them."""
+def _silence_torch() -> Iterator[contextlib.ExitStack]:
+    """Silence torch's failure messages and warnings, which `report` covers, until the stack it gives is closed."""
     names = ("torch.distributed.elastic", "torch.multiprocessing", "torch.numa")
-    loggers = [logging.getLogger(name) for name in names]
-    before = [logger.propagate for logger in loggers]
     handler = logging.NullHandler()
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.propagate = False
-    try:
-        with warnings.catch_warnings():
-            # Python warns when it forks beside the store's thread, which ranks do not use.
-            warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-            # Torch leaves closing the log files of ended ranks to the garbage collector.
-            warnings.filterwarnings("ignore", message=r"unclosed file .*\.log'", category=ResourceWarning)
-            yield
-    finally:
-        for logger, propagate in zip(loggers, before, strict=True):
-            logger.removeHandler(handler)
-            logger.propagate = propagate
+    with contextlib.ExitStack() as stack:
+        for logger in map(logging.getLogger, names):
+            stack.callback(setattr, logger, "propagate", logger.propagate)
+            stack.callback(logger.removeHandler, handler)
+            logger.addHandler(handler)
+            logger.propagate = False
+        stack.enter_context(warnings.catch_warnings())
+        # Python warns when it forks beside the store's thread, which ranks do not use.
+        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+        # Torch leaves closing the log files of ended ranks to the garbage collector.
+        warnings.filterwarnings("ignore", message=r"unclosed file .*\.log'", category=ResourceWarning)
+        yield stack

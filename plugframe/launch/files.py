@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -112,9 +113,10 @@ class RankFiles(LogsSpecs):
         head, separator, own = text.partition("Current thread ")
         if separator:  # drop the other threads, which only wait
             text = f"{head.splitlines()[0]}\n{separator}{own}"
-        lines = text.splitlines()
         launch = os.path.dirname(os.path.abspath(__file__))
-        return "\n".join(line for line in lines if launch not in line and not line.startswith("Extension modules:"))
+        # Innermost frame first: from the entry point on, all frames are the launcher's.
+        lines = itertools.takewhile(lambda line: launch not in line, text.splitlines())
+        return "\n".join(line for line in lines if not line.startswith("Extension modules:"))
 
     def done(self, local_rank: int) -> bool:
         """Return whether the function has returned on a rank of the current attempt."""

@@ -29,7 +29,7 @@ def run_function(parent: int, function: Callable[..., Any], args: tuple[Any, ...
         signal.signal(signum, signal.SIG_DFL)  # a forked rank inherits the launcher's handlers
     signal.signal(signal.SIGINT, signal.default_int_handler)
     rank.prepare(parent)
-    _limit_threads()
+    limit_threads()
     try:
         result = _call(function, args)
         payload = _pickled(result) if os.environ["RANK"] == "0" else None
@@ -61,7 +61,7 @@ def _pickled(result: Any) -> bytes:
         raise TypeError(f"The function's return value cannot be sent to the launcher: {error}") from None
 
 
-def _limit_threads() -> None:
+def limit_threads() -> None:
     """Apply OMP_NUM_THREADS in a forked rank, where torch has already read its environment."""
     import torch
 

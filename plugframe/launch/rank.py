@@ -41,6 +41,11 @@ def main() -> None:
         del sys.path[0]  # after the imports above, which must resolve to the standard library
     parent, *command = sys.argv[1:]
     prepare(int(parent))
+    sys.exit(run(command))
+
+
+def run(command: list[str]) -> int:
+    """Run ``[-m] SCRIPT ARGUMENT…`` in this process, report its error if it raises, and return the exit code."""
     debugged = _debugged()
     try:
         code, module = _load(command)
@@ -52,16 +57,22 @@ def main() -> None:
         else:
             exec(code, module.__dict__)
     except SystemExit as leave:
-        if exit_code(leave) != 0:
+        code_of_script = exit_code(leave)
+        if code_of_script != 0:
             record(leave)
-        raise
+        if isinstance(leave.code, str):
+            print(leave.code, file=sys.stderr)
+        return code_of_script
     except KeyboardInterrupt:
-        leave_interrupted()
+        # Without output: the launcher prints one line for all ranks. Ctrl-C may arrive twice.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return INTERRUPTED
     except BaseException as error:  # noqa: BLE001 - the launcher reports any error
         _call_excepthook(error)
         if not record(error):
             sys.__excepthook__(type(error), error, strip(error.__traceback__))
-        sys.exit(1)
+        return 1
+    return 0
 
 
 def _debugged() -> bool:

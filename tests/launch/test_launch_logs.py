@@ -197,7 +197,7 @@ def test_what_goes_where() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--log-dir=train.py"], "train.py is a file: name a folder"),
+        (["--log-dir=train.py"], "train.py is a file: use a folder"),
         (["--log-dir=train.py/a/b"], r"a/b cannot be created: .*train.py is a file: use a folder"),
         (["--log-dir=/proc/nothing"], "/proc/nothing is not writable .*: use another folder"),
         (["--log-dir", ""], "--log-dir needs a value"),

@@ -6,5 +6,6 @@ plugin = Plugin(
     factory="plugframe_builtins.cpu.accelerator:CPU",
     summary="The CPU; any number of processes share it.",
     devices=("cpu",),
+    provides=("fork",),
     priority=0,
 )

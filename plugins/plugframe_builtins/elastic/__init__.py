@@ -11,7 +11,15 @@ plugin = Plugin(
     summary="Starts scripts and functions, on one node or several; restarts them on request.",
     provides=("script", "function"),
     priority=100,
-    options=(Option("start_method", str, "spawn", "How the processes of a function are started.", ("spawn", "fork")),),
+    options=(
+        Option(
+            "start_method",
+            str,
+            None,
+            "How ranks are started; unset: scripts by fork where possible.",
+            ("spawn", "fork"),
+        ),
+    ),
 )
 spawn = Plugin(
     factory=_FACTORY,

@@ -1,0 +1,120 @@
+"""Entry point of a rank that is forked from the launcher to run a script.
+
+The launcher has imported torch already, so N ranks cost one import. Differences between a forked process and a fresh
+interpreter that a script could notice are removed before it runs, and at its end.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+from plugframe.launch import orphan_reaper, rank
+from plugframe.launch.function import DONE_FILE, limit_threads
+
+
+def make_entry_point(command: Sequence[str], undo: Callable[[], None]) -> Callable[[int], None]:
+    """Return the function that torch's agent calls in a forked rank.
+
+    Args:
+        command: `Job.command`.
+        undo: restores what the launcher has changed in its process for itself.
+    """
+
+    def run_script(parent: int) -> None:
+        orphan_reaper.close_inherited_pipes()
+        os.setpgid(0, 0)  # its own group, to kill its child processes with it
+        for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+            signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        undo()
+        _resemble_fresh_interpreter()
+        rank.prepare(parent)
+        limit_threads()
+        code = _finish(rank.run(list(command)))
+        if code != 0:
+            sys.exit(code)
+        done = os.path.join(os.path.dirname(os.environ[rank.ERROR_FILE]), DONE_FILE)
+        with open(done, "w", encoding="utf-8"):
+            pass
+
+    return run_script
+
+
+def preload() -> None:
+    """Import what the first optimizer of each rank would import: a second of torch's compiler (torch 2.13)."""
+    import torch
+
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+
+
+def shadowed(command: Sequence[str]) -> str | None:
+    """Return a module in the folder of the script that this process has imported from elsewhere; None without one.
+
+    A fresh interpreter would import the one of the script.
+    """
+    folder = os.getcwd() if command[0] == "-m" else os.path.dirname(os.path.realpath(command[0]))
+    try:
+        names = {name.partition(".")[0] for name in os.listdir(folder)}
+    except OSError:
+        return None
+    for name in sorted(names & sys.modules.keys()):
+        file = getattr(sys.modules[name], "__file__", None)
+        if name == "__main__" or (file is not None and os.path.realpath(file).startswith(folder + os.sep)):
+            continue
+        if os.path.isfile(os.path.join(folder, f"{name}.py")) or os.path.isdir(os.path.join(folder, name)):
+            return name
+    return None
+
+
+def _resemble_fresh_interpreter() -> None:
+    # Copies of the launcher's objects, such as the server of its store, must not be destroyed here.
+    gc.freeze()
+    # Private (Python 3.10 to 3.13): finalizers of the launcher's objects, such as its temporary folder.
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.detach()
+    multiprocessing.current_process().name = "MainProcess"
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - multiprocessing has replaced it by an empty one
+    program = os.path.dirname(os.path.abspath(sys.argv[0]))
+    if sys.path and sys.path[0] in ("", os.getcwd(), program):
+        del sys.path[0]  # of the launcher's own program
+    # Ranks have their own random numbers until they are seeded. Python's generator is seeded by itself.
+    sys.modules["torch"].default_generator.seed()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
+
+
+def _finish(code: int) -> int:
+    """Do what an interpreter does at its end, and multiprocessing does not; return the exit code."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]  # joins the script's threads
+        atexit._run_exitfuncs()
+    except SystemExit as leave:
+        code = code or rank.exit_code(leave)
+    # The objects of the script are deleted, and what is open is written. A file is flushed before it is deleted: in a
+    # reference cycle its buffer may be closed before it.
+    _flush_open_files()
+    sys.modules["__main__"] = ModuleType("__main__")
+    gc.collect()
+    _flush_open_files()
+    return code
+
+
+def _flush_open_files() -> None:
+    for opened in gc.get_objects():
+        if issubclass(type(opened), (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)) and not opened.closed:
+            with contextlib.suppress(io.UnsupportedOperation):  # opened for reading
+                opened.flush()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
