@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import subprocess
-import sys
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
@@ -15,6 +12,7 @@ from torch import nn
 
 from plugframe.errors import PlugframeError, SettingError
 from plugframe.hooks.context import Context
+from plugframe.testing.contracts.accelerator_probe import answers
 from plugframe.testing.contracts.base import PluginContract
 from plugframe.testing.contracts.placed import context_of, is_here, takes
 from plugframe.testing.contracts.running import broken, chosen, left, one_line, running, traces
@@ -31,41 +29,6 @@ SEEDED = "Seeded (the same seed, or the same state of the generator, draws the s
 MEMORY = "Memory (figures are bytes, and the peak is never below what is in use)"
 TRAINING = "Training (a run under Lite computes on the device that was asked for)"
 CLEAN = "Law 9 (nothing is left behind)"
-
-#: Asked in a process of its own, and then in a fork of it.
-_ASK = """
-import json, os, sys
-sys.path[:] = json.loads(sys.argv[3])
-from plugframe.core.registry.registry import Registry
-registry = Registry.discover()
-plugin = registry.make(registry.find("accelerator", sys.argv[1]), json.loads(sys.argv[2]))
-told = {"available": False, "type": "bool", "fork": ""}
-try:
-    available = plugin.accelerator_is_available()
-    told |= {"available": bool(available), "type": type(available).__name__}
-except Exception as error:
-    told["raised"] = f"{type(error).__name__}: {error}"
-if told["available"]:
-    import torch
-    told["count"] = plugin.accelerator_device_count()
-    told["devices"] = plugin.accelerator_parse_devices(devices=1)
-    device = plugin.accelerator_device(index=told["devices"][0])
-    sys.stdout.flush()
-    here, there = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            torch.ones(2, device=device).sum().item()
-            answer = ""
-        except BaseException as error:
-            answer = f"{type(error).__name__}: {error}".splitlines()[0]
-        os.write(there, answer.encode())
-        os._exit(0)
-    os.close(there)
-    told["fork"] = os.read(here, 1000).decode()
-    os.waitpid(pid, 0)
-print(json.dumps(told))
-"""
 
 
 class _Pair(NamedTuple):
@@ -129,19 +92,16 @@ class AcceleratorContract(PluginContract):
     def test_it_can_be_asked_anywhere(self) -> None:
         """In a fresh process it answers with a bool, and a fork of that process can still use the device."""
         self.make()
-        arguments = [self.spec, json.dumps(dict(self.options)), json.dumps(sys.path)]
-        command = [sys.executable, "-W", "ignore", "-c", _ASK, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-            broken(ASKED, f"in a process that only asks, it ended with {last}")
-        told = json.loads(done.stdout.splitlines()[-1])
-        if told["type"] != "bool":
-            broken(ASKED, f"accelerator_is_available() gave a {told['type']}, not True or False")
-        if told["available"] and (not isinstance(told["count"], int) or told["count"] < 1):
-            broken(ASKED, f"it is available, and accelerator_device_count() gave {told['count']!r}, not 1 or more")
-        if told["fork"]:
-            broken(ASKED, f"after it was asked, a forked process could not use the device: {told['fork']}")
+        try:
+            found = answers(self.spec, self.options)
+        except RuntimeError as error:
+            broken(ASKED, f"in a process that only asks, it ended with {error}")
+        if found["type"] != "bool":
+            broken(ASKED, f"accelerator_is_available() gave a {found['type']}, not True or False")
+        if found["available"] and (not isinstance(found["count"], int) or found["count"] < 1):
+            broken(ASKED, f"it is available, and accelerator_device_count() gave {found['count']!r}, not 1 or more")
+        if found["fork"]:
+            broken(ASKED, f"after it was asked, a forked process could not use the device: {found['fork']}")
 
     def test_asking_leaves_nothing(self) -> None:
         """Neither a question nor a tear-down without a set-up changes the process."""
