@@ -383,7 +383,7 @@ REFUSED: dict[str, Way] = {
     "reference:// of templates": references,
 }
 
-#: What looks like code here is data, or lies beside and is nobody's: it loads, and no more.
+#: What looks like code here is data, or a file that belongs to no checkpoint: loading ignores it.
 READ: dict[str, Way] = {
     "a shard that is a pickle, all checksums forged": partial(pickled_shard, how="forged"),
     "pickles beside": pickle_beside,

@@ -209,7 +209,7 @@ NAMED = {option.name: option for option in OPTIONS}
     ],
 )
 def test_texts_are_read_as_the_declared_type(name: str, text: str, value: Any) -> None:
-    """What is typed becomes what the constructor takes; a text that is the default is the default."""
+    """A string from the command line is converted to the declared type; the string of the default gives the default."""
     found = read(NAMED[name], Given("strategy", "", name, text, "the command line", "command"))
     assert found == value
     assert type(found) is type(value)
@@ -259,7 +259,7 @@ def test_a_wrong_text_says_what_is_allowed(name: str, text: str, said: str) -> N
     ],
 )
 def test_a_file_has_types_of_its_own(name: str, value: Any, right: Any) -> None:
-    """A number in quotes is a text, and refused where a number is due."""
+    """A quoted number in a file is a string: it is refused for an option that takes a number."""
     given = Given("strategy", "", name, value, "plugframe.toml", "file")
     if right is not None:
         assert read(NAMED[name], given) == right

@@ -44,7 +44,7 @@ def model_and_data(number: int) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the tensor of which this rank may have a part."""
+    """Return the full tensor of what may be a shard."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

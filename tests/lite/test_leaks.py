@@ -34,7 +34,7 @@ def train(lite: Lite) -> None:
 
 
 def left_by(do: Callable[[], None]) -> dict[str, float]:
-    """Return the kinds of things of which `do` leaves more and more, and how many each time.
+    """Return the kinds of objects whose number grows with each call of `do`, and by how many.
 
     A cache that fills once is no leak: what is left in two windows in a row is.
     """

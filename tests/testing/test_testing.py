@@ -171,7 +171,7 @@ def test_what_is_left_behind_is_told(tmp_path: Path) -> None:
 
 
 def test_a_thread_that_ends_while_leftovers_are_looked_for_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is listed may be gone when it is read: there is nothing to tell of it, and the others are told."""
+    """A listed file may be gone when it is read: it is skipped, and the others are reported."""
     gone = Path("/proc/self/task/0/children")
     listed = [gone, *Path("/proc/self/task").glob("*/children")]
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(listed))
