@@ -171,7 +171,7 @@ def test_the_options_of_built_ins_are_what_their_constructors_take() -> None:
 
 
 def test_disagreements_are_told() -> None:
-    """A keyword that is not there, another default, and one that is needed and that nobody gives."""
+    """Unknown keywords, other defaults, and required parameters without an option are reported."""
 
     def factory(needed: int, /, also: int, level: int = 2) -> None: ...
 
@@ -180,11 +180,11 @@ def test_disagreements_are_told() -> None:
     )
     assert disagreements(descriptor, factory) == [
         "the default of 'level' is declared as 1, and is 2",
-        "the option 'mode' is no keyword of the factory",
+        "the option 'mode' is not a keyword of the factory",
         "the factory does not take 'needed' by keyword",
-        "preset= has 'gone', which is no keyword of the factory",
-        "the factory needs 'needed', which nobody gives it",
-        "the factory needs 'also', which nobody gives it",
+        "preset= has 'gone', which is not a keyword of the factory",
+        "the factory requires 'needed', which is not an option",
+        "the factory requires 'also', which is not an option",
     ]
     assert disagreements(acme, Acme) == []  # it takes any keyword
 

@@ -57,6 +57,6 @@ def answers(spec: str, options: Mapping[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-c", _ASK, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode != 0:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no word"])[-1])
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -1,4 +1,4 @@
-"""One rank with a collective that is set up, for the checks of the contract."""
+"""A collective that is set up on one rank, for the checks of the contract."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from plugframe.testing.ranks import rank_store
 
 @dataclass
 class Settings:
-    """What is under test, sent to the ranks.
+    """The plugin under test, sent to the ranks.
 
     Attributes:
         spec: the name.
         options: constructor arguments.
-        accelerator: the name of one on whose devices it works.
-        provides: what its descriptor says.
-        dtypes: that it can exchange.
+        accelerator: name of an accelerator whose devices it supports.
+        provides: capabilities of its descriptor.
+        dtypes: those that it supports.
     """
 
     spec: str
@@ -39,7 +39,7 @@ class Settings:
 
 
 class Group:
-    """One rank with a collective that is set up: its hooks, called as the core calls them."""
+    """A collective on one rank, with its hooks called as the core calls them."""
 
     def __init__(self, world: World, settings: Settings) -> None:
         self.world, self.settings = world, settings
@@ -52,11 +52,11 @@ class Group:
         self.plugin = self.make()
 
     def make(self) -> Any:
-        """Return another object of the plugin."""
+        """Return a new plugin object."""
         return self.registry.make(self.entry, self.settings.options)
 
     def context(self, *plugins: Any, timeout_s: float = 20.0) -> Context:
-        """Return what the plugin sees of the job."""
+        """Return the context of the job."""
         context = context_of(
             self.accelerator,
             *plugins,
@@ -112,7 +112,7 @@ class Group:
 
 @contextmanager
 def connected(world: World, settings: Settings) -> Iterator[Group]:
-    """Give a group whose collective is set up."""
+    """Yield a group whose collective is set up."""
     group = Group(world, settings)
     group.accelerator.accelerator_setup(context=group.context())
     try:
@@ -124,7 +124,7 @@ def connected(world: World, settings: Settings) -> Iterator[Group]:
 
 @contextmanager
 def apart(world: World, settings: Settings) -> Iterator[Group]:
-    """Give a group whose checks set up and tear down for themselves."""
+    """Yield a group whose collective the checks set up and tear down."""
     group = Group(world, settings)
     group.accelerator.accelerator_setup(context=group.context())
     try:

@@ -67,7 +67,7 @@ __all__ = [
 
 @rule(GROUPS)
 def groups_hold_their_members(group: Group) -> None:
-    """A group has its own size, and its source ranks are those of the job."""
+    """A group has its own size; source ranks are numbered as in the job."""
     new = group.plugin.collective_new_group
     alone = [new(ranks=[rank]) for rank in range(group.size)]
     whole = new(ranks=list(range(group.size)))
@@ -95,20 +95,20 @@ def groups_hold_their_members(group: Group) -> None:
 
 @rule(BARRIERS)
 def barriers_wait(group: Group) -> None:
-    """No rank leaves a barrier before all have come to it."""
+    """No rank leaves a barrier before all have entered it."""
     store = rank_store()
     for number in range(3):
         if group.size > 1 and group.rank == number % group.size:
-            time.sleep(0.1)  # else the others may have come by luck
+            time.sleep(0.1)  # otherwise the others may have entered by chance
         store.add(f"came/{number}", 1)
         group.plugin.collective_barrier(name=f"number {number}", group=None)
         if store.add(f"came/{number}", 0) != group.size:
-            broken(BARRIERS, f"rank {group.rank} left a barrier that others had not come to")
+            broken(BARRIERS, f"rank {group.rank} left a barrier that others had not entered")
 
 
 @rule(BARRIERS)
 def who_is_missing_at_a_barrier_is_named(group: Group) -> None:
-    """A monitored barrier lets all that came pass, and names who did not."""
+    """A monitored barrier returns if all ranks enter it, and otherwise names the missing ones."""
     group.plugin.collective_monitored_barrier(name="all", timeout_s=20.0)
     if group.size == 1:
         return
@@ -117,29 +117,29 @@ def who_is_missing_at_a_barrier_is_named(group: Group) -> None:
     try:
         if group.rank != absent:
             group.plugin.collective_monitored_barrier(name="saving", timeout_s=0.2)
-            broken(BARRIERS, f"a monitored barrier returned on rank {group.rank}, and rank {absent} never came")
+            broken(BARRIERS, f"a monitored barrier returned on rank {group.rank}, and rank {absent} never entered it")
     except RuntimeError as error:
         if str(absent) not in str(error):
-            broken(BARRIERS, f"rank {absent} did not come, and the message does not say so: {error}")
+            broken(BARRIERS, f"rank {absent} did not enter it, and the message does not name it: {error}")
     finally:
-        store.set(f"named/{group.rank}", "")  # also by one that was told wrongly: the absent one waits for it
+        store.set(f"named/{group.rank}", "")  # also after a wrong message: the absent rank waits for it
     store.wait([f"named/{rank}" for rank in range(group.size)])
 
 
 @rule(CAPABLE)
 def its_process_group_is_told(group: Group) -> None:
-    """What strategies ask for by 'process-group' is there, and is torch's."""
+    """The process group exists if the capability 'process-group' is provided, and is torch's."""
     found = group.plugin.collective_process_group()
     promised = "process-group" in group.settings.provides
     if promised != (found is not None):
         broken(CAPABLE, f"provides={group.settings.provides!r}, and collective_process_group() gave {found!r}")
     if found is not None and not isinstance(found, torch.distributed.ProcessGroup):
-        broken(CAPABLE, f"collective_process_group() gave a {type(found).__name__}, which torch does not know")
+        broken(CAPABLE, f"collective_process_group() gave a {type(found).__name__}, not one of torch")
 
 
 @rule(LOOPBACK)
 def nothing_listens_beyond_loopback(group: Group) -> None:
-    """Whoever is not on this machine cannot connect."""
+    """No other machine can connect."""
     from plugframe.testing.contracts.environment import _listening
 
     if not sys.platform.startswith("linux"):
@@ -155,9 +155,9 @@ def nothing_listens_beyond_loopback(group: Group) -> None:
 
 @rule(LAW_9)
 def it_connects_again_and_again(group: Group) -> None:
-    """Objects one after the other, and one object twice, connect and leave nothing."""
+    """Several objects in turn, and one object twice, connect and leave nothing behind."""
     with group.set_up(group.make()):
-        pass  # what torch sets up once in a process is there now
+        pass  # torch creates some state once in a process
     before = traces()
     again = group.make()
     for number, plugin in enumerate((group.make(), again, again), 1):
@@ -175,7 +175,7 @@ def it_connects_again_and_again(group: Group) -> None:
 
 @rule(LAW_9)
 def tear_down_may_come_early_or_twice(group: Group) -> None:
-    """Without a set-up, after one that failed, and a second time, it does nothing."""
+    """Tear-down does nothing without a set-up, after one that failed, and the second time."""
     plugin = group.make()
     before = traces()
     store = rank_store()
@@ -205,7 +205,7 @@ def tear_down_may_come_early_or_twice(group: Group) -> None:
 
 @rule(IN_TIME)
 def who_does_not_come_is_told_in_time(group: Group) -> None:
-    """An exchange that a rank takes no part in is an error on those that wait, not a hang."""
+    """A collective that one rank does not call is an error on the others, not a hang."""
     if group.size == 1:
         return
     store = rank_store(timeout_s=60.0)
@@ -216,11 +216,11 @@ def who_does_not_come_is_told_in_time(group: Group) -> None:
             try:
                 found = plugin.collective_all_reduce(tensor=group.tensor([1.0]), op="sum", group=None)
             except CollectiveMismatchError as error:
-                broken(IN_TIME, f"a rank that did not come is told as one that came with something else: {error}")
-            except Exception:  # noqa: BLE001, S110 - of whatever class, it has been told
+                broken(IN_TIME, f"a missing rank is reported as one with another tensor: {error}")
+            except Exception:  # noqa: BLE001, S110 - an error of any class will do
                 pass
             else:
-                broken(IN_TIME, f"the others did not come, and all_reduce gave {found.tolist()}")
+                broken(IN_TIME, f"the others did not call it, and all_reduce gave {found.tolist()}")
     finally:
         store.set(f"told/{group.rank}", "")
         # Absent ranks stay until the others got their error: otherwise those would report a lost connection.

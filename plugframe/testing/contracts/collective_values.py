@@ -16,7 +16,7 @@ from plugframe.testing.contracts.running import broken, one_line
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Say whether two tensors hold the same bits."""
+    """Return whether two tensors have equal shapes, dtypes and bits."""
     one, other = one.cpu().contiguous(), other.cpu().contiguous()
     same = one.shape == other.shape and one.dtype == other.dtype
     return same and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
@@ -24,7 +24,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 @rule(LAW_5)
 def gathering_stacks(group: Group) -> None:
-    """all_gather gives (ranks, *shape) in rank order, in every dtype, for one rank too."""
+    """all_gather returns (ranks, *shape) in rank order, in every dtype, on one rank too."""
     for dtype in group.settings.dtypes:
         each = [torch.tensor([[0, 1, rank], [rank, 1, 0]]).to(dtype) for rank in range(group.size)]
         found = group.gather(each[group.rank].to(group.device))
@@ -48,7 +48,7 @@ def _shapes() -> dict[str, Tensor]:
 
 @rule(LAW_5)
 def shapes_are_kept(group: Group) -> None:
-    """Numbers, empty and strided tensors keep their shape in every call; the input stays as it is."""
+    """0-d, empty and strided tensors keep their shape in every call; the input does not change."""
     for what, made in _shapes().items():
         tensor = made.to(group.device)
         before = tensor.clone()
@@ -61,17 +61,17 @@ def shapes_are_kept(group: Group) -> None:
             if found.shape != made.shape:
                 broken(LAW_5, f"{call} of {what}, {tuple(made.shape)}, gave {tuple(found.shape)}")
             if not torch.equal(found.cpu(), made):
-                broken(REDUCED, f"{call} of {what} that is equal on all ranks gave other numbers")
+                broken(REDUCED, f"{call} of {what} that is equal on all ranks changed the values")
             if not found.is_contiguous() or found.device != tensor.device:
                 broken(INPUTS, f"{call} of {what} gave strides {found.stride()} on {found.device}")
             if found.numel() and found.data_ptr() == tensor.data_ptr():
-                broken(INPUTS, f"{call} of {what} gave the memory of its input")
+                broken(INPUTS, f"{call} of {what} returned the memory of its input")
         for op in ("sum", "mean", "max"):
             group.reduce(tensor, op).add_(1.0)
             group.gather(tensor).add_(1.0)
             group.broadcast(tensor).add_(1.0)
         if not torch.equal(tensor, before):
-            broken(INPUTS, f"{what} was changed by an exchange, or by writing to its result")
+            broken(INPUTS, f"{what} was changed by a collective, or by writing to its result")
 
 
 @rule(REDUCED)
@@ -100,7 +100,7 @@ def reductions_compute_their_names(group: Group) -> None:
 
 @rule(REDUCED)
 def bools_stay_bools(group: Group) -> None:
-    """The maximum of bools is 'any', the minimum 'all'."""
+    """Bools keep their dtype: the maximum is 'any', the minimum 'all'."""
     if torch.bool not in group.settings.dtypes:
         return
     mine = group.tensor([True, group.rank == 0, False])
@@ -112,7 +112,7 @@ def bools_stay_bools(group: Group) -> None:
 
 @rule(LAW_5)
 def a_broadcast_gives_the_sources(group: Group) -> None:
-    """Every rank gets rank src's tensor, bit for bit, and its own stays."""
+    """Every rank gets the tensor of rank src, bit for bit, and its own does not change."""
     for src in range(group.size):
         for dtype in group.settings.dtypes:
             mine = group.tensor([[1, group.rank]]).to(dtype)
@@ -125,7 +125,7 @@ def a_broadcast_gives_the_sources(group: Group) -> None:
 
 
 def _raises(group: Group, kind: type[Exception], rule: str, what: str, call: Callable[[], Any]) -> str:
-    """Check that a call raises on this rank, in one line, and return the message."""
+    """Check that a call raises an error of one line on this rank, and return its message."""
     try:
         found = call()
     except kind as error:
@@ -139,7 +139,7 @@ def _raises(group: Group, kind: type[Exception], rule: str, what: str, call: Cal
 
 @rule(MISMATCH)
 def unequal_tensors_are_an_error_on_every_rank(group: Group) -> None:
-    """Shapes, dtypes and numbers of dimensions that differ are told on all ranks alike, and the next call works."""
+    """Unequal shapes, dtypes or numbers of dimensions are the same error on all ranks; the next call works."""
     if group.size == 1:
         return
     different = {
@@ -158,16 +158,16 @@ def unequal_tensors_are_an_error_on_every_rank(group: Group) -> None:
             said = _raises(group, CollectiveMismatchError, MISMATCH, f"{name} of {what}", lambda: call(tensor))  # noqa: B023
             everyone = group.objects(said)
             if len(set(everyone)) != 1:
-                broken(MISMATCH, f"{name} of {what} is told differently: {' / '.join(everyone)}")
+                broken(MISMATCH, f"{name} of {what} has different messages on the ranks: {' / '.join(everyone)}")
             if not all(str(rank) in said for rank in range(group.size)):
                 broken(MISMATCH, f"{name} of {what}: the message does not list the ranks: {said}")
     if group.reduce(group.tensor([1.0]), "sum").tolist() != [float(group.size)]:
-        broken(MISMATCH, "after errors the next exchange gave other numbers")
+        broken(MISMATCH, "after the errors the next collective gave a wrong result")
 
 
 @rule(REFUSED)
 def wrong_reductions_are_refused(group: Group) -> None:
-    """An unknown reduction, and the mean of whole numbers, are refused on every rank."""
+    """An unknown reduction, and the mean of integers, are refused on every rank."""
     for op, tensor in (("median", torch.ones(1)), ("mean", torch.ones(1, dtype=torch.int64))):
         what = f"{op!r} of {tensor.dtype}"
         said = _raises(group, SettingError, REFUSED, what, lambda: group.reduce(tensor.to(group.device), op))  # noqa: B023
@@ -183,7 +183,7 @@ def wrong_reductions_are_refused(group: Group) -> None:
 
 @rule(GRADIENTS)
 def gradients_flow_back(group: Group) -> None:
-    """Each input gets the sum over ranks of its row's gradients; without sync_grads there are none."""
+    """With sync_grads an input gets the sum over ranks of the gradients of its row; without it, none."""
     x = group.tensor([1.0, 2.0]).requires_grad_(True)
     weights = torch.arange(1.0, 1 + 2 * group.size, device=group.device).view(group.size, 2) * (group.rank + 1)
     found = group.gather(x, sync_grads=True)
@@ -197,12 +197,12 @@ def gradients_flow_back(group: Group) -> None:
     if x.grad is None or x.grad.tolist() != expected:
         broken(GRADIENTS, f"rank {group.rank} got {None if x.grad is None else x.grad.tolist()}, not {expected}")
     if group.gather(x).requires_grad or group.reduce(x, "sum").requires_grad:
-        broken(GRADIENTS, "without sync_grads a result requires gradients, which nobody would send back")
+        broken(GRADIENTS, "without sync_grads a result requires gradients, which no rank would send back")
 
 
 @rule(OBJECTS)
 def objects_travel(group: Group) -> None:
-    """Objects of any size arrive, in rank order."""
+    """Objects of any size are gathered in rank order, and broadcast."""
     mine = {"rank": group.rank, "text": "x" * (1 + 1000 * group.rank), "t": torch.arange(group.rank)}
     everyone = group.objects(mine)
     if [each["rank"] for each in everyone] != list(range(group.size)) or len(everyone[-1]["text"]) != len(

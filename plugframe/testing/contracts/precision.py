@@ -51,14 +51,13 @@ class PrecisionContract(DtypeTests, StepTests):
     """Subclass it and set `spec`.
 
     Attributes:
-        tolerance: how far a step may be from plain torch's, in parts of its length; by default a few times what the
-            dtypes round.
+        tolerance: of a step, relative to plain torch's; by default a few times the rounding error of the dtypes.
     """
 
     # ------------------------------------------------------------------ state
 
     def test_its_state_comes_back(self, plugin: Any) -> None:
-        """A second object that takes the state goes on as the first; no state at all begins anew."""
+        """A second object that loads the state continues as the first; an empty state starts over."""
         module = plugin.precision_convert_module(module=self.model())
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         for factor in (1.0, float("inf"), 1.0):
@@ -74,7 +73,9 @@ class PrecisionContract(DtypeTests, StepTests):
             broken(STATE, f"precision_state() gave {state!r}, not a dict")
         for name, value in state.items():
             if not isinstance(value, (str, int, float, bool, Tensor, list, dict, type(None))):
-                broken(STATE, f"precision_state()[{name!r}] is a {type(value).__name__}, which no checkpoint can hold")
+                broken(
+                    STATE, f"precision_state()[{name!r}] is a {type(value).__name__}, which a checkpoint cannot hold"
+                )
         with self.within() as other:
             copied = copy.deepcopy(state)
             twin = other.precision_convert_module(module=self.model())
@@ -82,7 +83,7 @@ class PrecisionContract(DtypeTests, StepTests):
             its = torch.optim.SGD(twin.parameters(), lr=0.1)
             other.precision_load_state(state=copied)
             if repr(other.precision_state()) != repr(state):
-                broken(STATE, f"{state} was loaded, and precision_state() then gave {other.precision_state()}")
+                broken(STATE, f"{state} was loaded, and precision_state() then returned {other.precision_state()}")
             for _ in range(3):
                 for each, model, stepped in ((plugin, module, optimizer), (other, twin, its)):
                     stepped.zero_grad()
@@ -98,28 +99,28 @@ class PrecisionContract(DtypeTests, StepTests):
             try:
                 other.precision_load_state(state={})
             except Exception as error:  # noqa: BLE001 - reported as it is
-                broken(STATE, f"the state of a run without any raised {one_line(error)}")
+                broken(STATE, f"loading an empty state raised {one_line(error)}")
 
     def test_two_of_them_do_not_meddle(self, plugin: Any) -> None:
-        """An overflow under one leaves the state of the other alone, and a new set-up begins anew."""
+        """An overflow under one object does not change the other's state, and a new set-up starts over."""
         fresh = repr(plugin.precision_state())
         with self.within() as other:
             module = other.precision_convert_module(module=self.model())
             optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
             other.precision_backward(loss=self.loss(other, module, float("inf")), args=(), kwargs={})
             self._step(other, optimizer)
-            other.precision_state()  # what the step found may be taken in as late as here
+            other.precision_state()  # may update the scale as late as here
             if repr(plugin.precision_state()) != fresh:
                 broken(APART, f"an overflow under one object made the other's state {plugin.precision_state()}")
             other.precision_teardown()
             other.precision_setup(context=self.context())
             if repr(other.precision_state()) != fresh:
-                broken(CLEAN, f"set up again it begins with {other.precision_state()}, not {fresh}")
+                broken(CLEAN, f"after a second set-up its state is {other.precision_state()}, not {fresh}")
 
     # ------------------------------------------------------------------ set-up and tear-down
 
     def test_what_the_device_cannot_compute_is_refused(self) -> None:
-        """On a device that computes in no dtype at all set-up is refused, naming the precision."""
+        """Set-up raises, with the precision's name, on a device that supports no dtype."""
         plugin = self.make()
         context = self.context(accelerator_supports_dtype=lambda dtype, device: False)
         try:
@@ -132,28 +133,28 @@ class PrecisionContract(DtypeTests, StepTests):
         except Exception as error:  # noqa: BLE001 - reported as it is
             broken(REFUSED, f"set-up raised {one_line(error)}")
         else:
-            broken(REFUSED, "the device supports none of its dtypes, and set-up said nothing")
+            broken(REFUSED, "the device supports none of its dtypes, and set-up raised nothing")
         finally:
             plugin.precision_teardown()
 
     def test_set_up_and_tear_down_leave_nothing(self) -> None:
-        """After each, and after a tear-down without a set-up, everything is as it was."""
+        """Set-up and tear-down, and a tear-down alone, leave the process unchanged."""
         modes = self._modes()
         self.make().precision_teardown()
         with self.within():
-            pass  # what torch sets up once in a process is there now
+            pass  # torch creates some state once in a process
         before = traces()
         with self.within() as plugin:
             module = plugin.precision_convert_module(module=self.model())
             plugin.precision_backward(loss=self.loss(plugin, module), args=(), kwargs={})
         found = left(before, traces())
         if found or self._modes() != modes:
-            broken(CLEAN, f"after tear-down {found or f'there is {self._modes()}, and was {modes}'}")
+            broken(CLEAN, f"after tear-down {found or f'the modes are {self._modes()}, and were {modes}'}")
 
     # ------------------------------------------------------------------ a run
 
     def test_a_run_ends_near_plain_torch(self) -> None:
-        """A regression under Lite, on one rank, gets as far as in plain torch, and its losses are in float32."""
+        """A regression under Lite on one rank ends near plain torch, with losses in the default dtype."""
         with self.within() as plugin:
             allowed = self.allowed(plugin)
         plain = self.model()
@@ -172,7 +173,7 @@ class PrecisionContract(DtypeTests, StepTests):
             broken(RETURNED, f"under Lite a loss is {begun.dtype}, the default is {torch.get_default_dtype()}")
         way = float(first - last)
         if not abs(float(ended - last)) <= 16 * allowed * way + way / 10:
-            broken(TRAINING, f"in plain torch the loss fell from {first:.4g} to {last:.4g}, under it to {ended:.4g}")
+            broken(TRAINING, f"in plain torch the loss fell from {first:.4g} to {last:.4g}, under Lite to {ended:.4g}")
         if not isinstance(state, dict):
             broken(STATE, f"precision_state() gave {state!r} under Lite, not a dict")
 

@@ -1,4 +1,4 @@
-"""A precision that is set up, and the model that the tests of the contract train under it."""
+"""A precision that is set up, and the model that the contract tests train with it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from plugframe.testing.contracts.running import broken
 
 
 class PrecisionBench(PluginContract):
-    """What the tests of a precision share: see `PrecisionContract`."""
+    """The fixtures of `PrecisionContract`."""
 
     kind = "precision"
     tolerance: ClassVar[float | None] = None
 
     def context(self, **hooks: Any) -> Context:
-        """Return what the plugin sees of a job on one rank."""
+        """Return the context of a job of one rank."""
         entry, accelerator = self.accelerator
         device = accelerator.accelerator_device(index=0)
         names = {"accelerator": entry.name, self.kind: self.entry.name}
@@ -34,18 +34,18 @@ class PrecisionBench(PluginContract):
 
     @functools.cached_property
     def accelerator(self) -> tuple[Entry, Any]:
-        """Where the tests compute."""
+        """The accelerator of the tests."""
         entry = accelerator_for(self.descriptor)
         return entry, self.registry.make(entry)
 
     @contextmanager
     def within(self) -> Iterator[Any]:
-        """Give a plugin that is set up; where this device cannot compute so, the test is skipped."""
+        """Yield a plugin that is set up; the test is skipped if this device does not support it."""
         plugin, context = self.make(), self.context()
         try:
             plugin.precision_setup(context=context)
         except UnsupportedError as error:
-            pytest.skip(f"It is refused here: {error}")
+            pytest.skip(f"It is not supported here: {error}")
         try:
             yield plugin
         finally:
@@ -63,7 +63,7 @@ class PrecisionBench(PluginContract):
         return self.context().device
 
     def allowed(self, plugin: Any) -> float:
-        """Return how far a number may be from plain torch's, in parts of it."""
+        """Return the relative tolerance against plain torch."""
         if self.tolerance is not None:
             return self.tolerance
         dtypes = plugin.precision_dtypes()
@@ -71,12 +71,12 @@ class PrecisionBench(PluginContract):
         return 32 * widest
 
     def model(self) -> nn.Module:
-        """Return a module on the device of the tests, the same each time."""
+        """Return a module with fixed weights, on the device of the tests."""
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).to(self.device)
 
     def data(self) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets, the same each time."""
+        """Return fixed inputs (16, 6) and targets (16, 4)."""
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(16, 6, generator=generator)
         return x.to(self.device), torch.randn(16, 4, generator=generator).to(self.device)
@@ -91,7 +91,7 @@ class PrecisionBench(PluginContract):
         return nn.functional.mse_loss(out, y) * factor
 
     def plain_loss(self, module: nn.Module, factor: float = 1.0) -> Tensor:
-        """Return the loss in plain torch."""
+        """Return the loss in plain torch, a 0-d tensor."""
         x, y = self.data()
         return nn.functional.mse_loss(module(x), y) * factor
 
@@ -116,11 +116,11 @@ class PrecisionBench(PluginContract):
 
 
 def gradients_of(module: nn.Module) -> list[Tensor]:
-    """Return copies of the gradients that are there, in the order of the parameters."""
+    """Return copies of the gradients, in the order of the parameters."""
     return [parameter.grad.detach().clone() for parameter in module.parameters() if parameter.grad is not None]
 
 
 def moved(module: nn.Module, begun: nn.Module) -> list[Tensor]:
-    """Return how far each parameter is from where it began, in float64."""
+    """Return the change of each parameter since `begun`, in float64."""
     pairs = zip(module.parameters(), begun.parameters(), strict=True)
     return [one.detach().double() - other.detach().double() for one, other in pairs]

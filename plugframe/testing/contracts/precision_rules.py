@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-DTYPES = "Dtypes (parameters are kept, and numbers computed, in the dtypes that precision_dtypes() says)"
-IN_PLACE = "In place (a module that is converted is the user's own, and so are its parameters)"
-UNTOUCHED = "Untouched (what is no floating-point tensor goes through as it is, and containers keep their types)"
-RETURNED = "Returned (what a forward returns is in torch's default dtype, so that losses are computed in it)"
-REFUSED = "Refused (a dtype the device does not compute in is an UnsupportedError, never another dtype)"
-GRADIENTS = "Gradients (precision_unscale() leaves them true to size, however often it is called)"
-STEPS = "Steps (a step is that of plain torch, as far as the dtypes allow)"
-OVERFLOW = (
-    "Overflow (a step with gradients that are not finite is skipped if precision_unscale() says so, and only then)"
-)
-CLOSURES = "Closures (a closure is evaluated as it should be, or refused with an UnsupportedError)"
-STATE = "State (what precision_state() gives, precision_load_state() takes, and training goes on the same)"
-APART = "Apart (two objects of it do not see each other)"
+DTYPES = "Dtypes (parameters are stored, and results computed, in the dtypes of precision_dtypes())"
+IN_PLACE = "In place (a module is converted in place, with the same parameter objects)"
+UNTOUCHED = "Untouched (values other than floating-point tensors are unchanged, and containers keep their types)"
+RETURNED = "Returned (a forward returns torch's default dtype, so that losses are computed in it)"
+REFUSED = "Refused (a dtype the device does not support is an UnsupportedError, never replaced by another)"
+GRADIENTS = "Gradients (after precision_unscale() they are unscaled, also after a second call)"
+STEPS = "Steps (a step is that of plain torch, within the rounding of the dtypes)"
+OVERFLOW = "Overflow (a step with non-finite gradients is skipped if, and only if, precision_unscale() returned True)"
+CLOSURES = "Closures (a closure is evaluated once, or refused with an UnsupportedError)"
+STATE = "State (precision_load_state() restores what precision_state() returned, and training continues identically)"
+APART = "Apart (two objects are independent)"
 TRAINING = "Training (a run under Lite ends near the one in plain torch)"
 CLEAN = "Law 9 (nothing is left behind)"

@@ -16,23 +16,23 @@ from plugframe.testing.contracts.running import broken, one_line
 
 
 class StepTests(PrecisionBench):
-    """Scaling, overflow, closures and steps, compared with plain torch."""
+    """Tests of scaling, overflow, closures and steps, against plain torch."""
 
     def test_gradients_are_true_to_size(self, plugin: Any) -> None:
-        """After backward and unscaling they are plain torch's, with accumulation, and stay so when asked again."""
+        """Unscaled gradients equal plain torch's, with accumulation, and after a second unscale."""
         module, plain = plugin.precision_convert_module(module=self.model()), self.model()
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         for count in (1, 2):
             plugin.precision_backward(loss=self.loss(plugin, module), args=(), kwargs={})
             self.plain_loss(plain).backward()  # type: ignore[no-untyped-call]
-            for time in ("", ", asked a second time"):
+            for time in ("", ", unscaled a second time"):
                 plugin.precision_unscale(optimizer=optimizer)
                 self._near(
                     GRADIENTS, plugin, gradients_of(module), gradients_of(plain), f"after {count} backwards{time}"
                 )
 
     def test_backward_takes_its_arguments(self, plugin: Any) -> None:
-        """``retain_graph=True`` is handed on, so that one graph can be gone through twice."""
+        """``retain_graph=True`` reaches backward: a second backward through the graph works."""
         module, plain = plugin.precision_convert_module(module=self.model()), self.model()
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         loss, other = self.loss(plugin, module), self.plain_loss(plain)
@@ -44,12 +44,12 @@ class StepTests(PrecisionBench):
             broken(GRADIENTS, f"backward(retain_graph=True) twice raised {one_line(error)}")
         plugin.precision_unscale(optimizer=optimizer)
         self._near(
-            GRADIENTS, plugin, gradients_of(module), gradients_of(plain), "after one graph was gone through twice"
+            GRADIENTS, plugin, gradients_of(module), gradients_of(plain), "after two backwards through one graph"
         )
 
     @pytest.mark.parametrize("clip", [False, True], ids=["plain", "clipped"])
     def test_steps_are_those_of_plain_torch(self, plugin: Any, clip: bool) -> None:
-        """Some steps, with unscaling and clipping before them or without, lead where plain torch's lead."""
+        """Steps, with and without unscaling and clipping, move the parameters as plain torch does."""
         module, plain = plugin.precision_convert_module(module=self.model()), self.model()
         optimizer, other = (torch.optim.SGD(each.parameters(), lr=0.5) for each in (module, plain))
         for _ in range(3):
@@ -66,7 +66,7 @@ class StepTests(PrecisionBench):
         self._near(STEPS, plugin, moved(module, self.model()), moved(plain, self.model()), "3 steps of SGD", few=8)
 
     def test_two_optimizers_take_their_own_steps(self, plugin: Any) -> None:
-        """Two models with an optimizer each, backward and step in turns, move as in plain torch."""
+        """Two models with an optimizer each, trained in turns, move as in plain torch."""
         modules = [plugin.precision_convert_module(module=self.model()) for _ in range(2)]
         plains = [self.model() for _ in range(2)]
         optimizers, others = ([torch.optim.SGD(m.parameters(), lr=0.5) for m in each] for each in (modules, plains))
@@ -83,7 +83,7 @@ class StepTests(PrecisionBench):
             self._near(STEPS, plugin, moved(module, self.model()), moved(plain, self.model()), "two optimizers", few=8)
 
     def test_an_overflow_is_skipped_or_shown(self, plugin: Any) -> None:
-        """Where unscaling promises it, a step on gradients that are not finite changes nothing; the next one does."""
+        """If unscale returns True for non-finite gradients, the step changes nothing; the next step does."""
         module = plugin.precision_convert_module(module=self.model())
         optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
         before = copy.deepcopy(module.state_dict())
@@ -92,23 +92,25 @@ class StepTests(PrecisionBench):
         if not isinstance(skips, bool):
             broken(OVERFLOW, f"precision_unscale() gave {skips!r}, not True or False")
         if all(grad.isfinite().all() for grad in gradients_of(module)):
-            broken(OVERFLOW, "a loss that is infinite left finite gradients: nobody would know of it")
+            broken(OVERFLOW, "an infinite loss left finite gradients: the overflow would go unnoticed")
         self._step(plugin, optimizer)
         changed = [name for name, value in module.state_dict().items() if not torch.equal(value, before[name])]
         if skips and changed:
-            broken(OVERFLOW, f"precision_unscale() gave True, and the step changed {', '.join(changed)}")
+            broken(OVERFLOW, f"precision_unscale() returned True, and the step changed {', '.join(changed)}")
         if not skips:
             if not changed:
-                broken(OVERFLOW, "precision_unscale() gave False, and the step was skipped: clipping would have raised")
+                broken(
+                    OVERFLOW, "precision_unscale() returned False, and the step was skipped: clipping would have raised"
+                )
             return
         optimizer.zero_grad()
         plugin.precision_backward(loss=self.loss(plugin, module), args=(), kwargs={})
         self._step(plugin, optimizer)
         if all(torch.equal(value, before[name]) for name, value in module.state_dict().items()):
-            broken(OVERFLOW, "after a step that was skipped the next one, on finite gradients, was skipped as well")
+            broken(OVERFLOW, "after a skipped step the next one, on finite gradients, was skipped too")
 
     def test_a_closure_is_evaluated_or_refused(self, plugin: Any) -> None:
-        """What the step returns is what the closure gave; a precision that cannot do so says it."""
+        """The step returns the closure's loss, or raises an UnsupportedError."""
         module = plugin.precision_convert_module(module=self.model())
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         calls: list[float] = []
@@ -124,7 +126,7 @@ class StepTests(PrecisionBench):
             found = plugin.precision_optimizer_step(optimizer=optimizer, step=optimizer.step, closure=closure)
         except UnsupportedError:
             if calls:
-                broken(CLOSURES, "it was evaluated, and then refused")
+                broken(CLOSURES, "it was refused after it had been evaluated")
             return
         except Exception as error:  # noqa: BLE001 - reported as it is
             broken(CLOSURES, f"it raised {one_line(error)}")
@@ -132,7 +134,7 @@ class StepTests(PrecisionBench):
             broken(CLOSURES, f"it was evaluated {len(calls)} times, gave {calls}, and the step returned {found!r}")
 
     def test_a_step_without_gradients_does_nothing(self, plugin: Any) -> None:
-        """Neither unscaling nor a step minds an optimizer whose parameters have no gradients."""
+        """Unscaling and a step accept an optimizer whose parameters have no gradients."""
         module = plugin.precision_convert_module(module=self.model())
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         before = copy.deepcopy(module.state_dict())

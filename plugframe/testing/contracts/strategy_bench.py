@@ -1,4 +1,4 @@
-"""A strategy's training on every rank, beside the same training in plain torch."""
+"""Train under a strategy on every rank, to compare with the same training in plain torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Model(nn.Module):
-    """A norm, two layers and a buffer: 6 inputs and 2 outputs."""
+    """A norm, two linear layers and a buffer: (n, 6) to (n, 2)."""
 
     scale: Tensor
 
@@ -44,16 +44,16 @@ class Model(nn.Module):
 
 @dataclass
 class Settings:
-    """What is under test, sent to the ranks.
+    """The strategy under test, sent to the ranks.
 
     Attributes:
         spec: the name.
         options: constructor arguments.
-        provides: what its descriptor says.
-        lite: settings of `Lite`: accelerator, precision, and what the author adds.
-        build: makes the model.
-        tolerance: how far a weight may be from plain torch's, in parts of how far training moved it.
-        folder: where checkpoints are left for the job on another number of ranks.
+        provides: capabilities of its descriptor.
+        lite: arguments of `Lite`: accelerator, precision, and those of the suite.
+        build: returns the model.
+        tolerance: of a weight against plain torch's, relative to its change in training.
+        folder: checkpoints, which a job with another number of ranks loads.
     """
 
     spec: str
@@ -66,7 +66,7 @@ class Settings:
 
 
 class Bench:
-    """One rank of the job that the checks run in; each makes a `Lite` of its own."""
+    """One rank of the job that runs the checks; each check creates its own `Lite`."""
 
     def __init__(self, world: World, settings: Settings) -> None:
         self.world, self.settings = world, settings
@@ -74,7 +74,7 @@ class Bench:
         self.tolerance = settings.tolerance
 
     def strategy(self) -> Any:
-        """Return what selects the strategy: its name, or an object where there are options."""
+        """Return the argument of ``Lite(strategy=)``: the name, or an object if there are options."""
         if not self.settings.options:
             return self.settings.spec
         registry = Registry.discover()
@@ -90,37 +90,37 @@ class Bench:
             yield lite
 
     def model(self, seed: int = 1) -> nn.Module:
-        """Return a model, the same each time."""
+        """Return a model with the weights of `seed`."""
         torch.manual_seed(seed)
         return self.settings.build()
 
     def loader(self, lite: Lite, size: int = WINDOW) -> Any:
-        """Return a loader over the data, whose batches are of `size` samples over all ranks."""
+        """Return a loader whose batches have `size` samples over all ranks."""
         _, count = lite._hooks.strategy_data_shard()
         return lite.setup_dataloaders(DataLoader(data(), batch_size=max(1, size // count)))
 
     def window(self, lite: Lite, size: int = WINDOW) -> int:
-        """Return how many samples all ranks together read of such a loader at once."""
+        """Return the number of samples in a batch of such a loader, over all ranks."""
         count = int(lite._hooks.strategy_data_shard()[1])
         return max(1, size // count) * count
 
     def share(self, lite: Lite, batch: Batch) -> Batch:
-        """Return this rank's part of a batch, on its device."""
+        """Return this rank's shard of a batch, on its device."""
         index, count = lite._hooks.strategy_data_shard()
-        x, y = (part[index::count].to(lite.device) for part in batch)
+        x, y = (tensor[index::count].to(lite.device) for tensor in batch)
         return x, y
 
     def weights(self, lite: Lite, model: nn.Module) -> dict[str, Tensor]:
-        """Return the whole weights, on the CPU."""
+        """Return the full weights, on the CPU. Every rank must call it."""
         mine = lite._hooks.strategy_module_state(module=model, sharded=False)
-        whole = {name: tensor.detach().cpu().clone() for name, tensor in mine.items()} if lite.is_global_zero else None
-        found: dict[str, Tensor] = lite._hooks.collective_broadcast_object(obj=whole, src=0, group=None)
+        full = {name: tensor.detach().cpu().clone() for name, tensor in mine.items()} if lite.is_global_zero else None
+        found: dict[str, Tensor] = lite._hooks.collective_broadcast_object(obj=full, src=0, group=None)
         return found
 
     def compare(
         self, law: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], begun: nn.Module, what: str
     ) -> None:
-        """Check that weights moved as in plain torch."""
+        """Check that the weights moved as in plain torch."""
         if list(found) != list(expected):
             broken(STATE, f"the state has the keys {list(found)}, and the model's own are {list(expected)}")
         for name, value in begun.state_dict().items():
@@ -136,7 +136,7 @@ class Bench:
 
 @contextmanager
 def bench(world: World, settings: Settings) -> Iterator[Bench]:
-    """Give what the checks of one start share. What is refused here is found out before any of them."""
+    """Yield the bench of one job. Set up a model first: an UnsupportedError skips all checks."""
     made = Bench(world, settings)
     with made.lite() as lite:
         model = made.model()
@@ -151,7 +151,7 @@ def data(number: int = SAMPLES) -> TensorDataset:
 
 
 def batch_of(number: int, seed: int = 5) -> Batch:
-    """Return so many samples, the same on all ranks."""
+    """Return inputs (number, 6) and targets (number, 2), equal on all ranks."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(number, 6, generator=generator)
     return x, torch.stack([x.sum(1), x.prod(1)], 1)
@@ -163,7 +163,7 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def optimizer_of(model: nn.Module, *, lr: float = 0.1, momentum: float = 0.9) -> torch.optim.Optimizer:
-    """Return an optimizer whose steps are as long as the gradients are: one that is half shows."""
+    """Return an SGD optimizer, whose steps are proportional to the gradients: a wrong scale shows."""
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=momentum)
 
 
@@ -197,7 +197,7 @@ def set_up_training(bench: Bench, lite: Lite, seed: int) -> dict[str, Any]:
 
 
 def load(lite: Lite, path: str, training: dict[str, Any]) -> None:
-    """Load a checkpoint of any number of ranks, without the warning that it was another number."""
+    """Load a checkpoint, without the warning that another number of ranks saved it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"\d+ ranks? saved, \d+ load")
         lite.load(path, training)

@@ -27,7 +27,7 @@ from plugframe.testing.contracts.strategy_rules import LAW_6, LAW_7, LOCAL, STAT
 
 @rule(LAW_6)
 def gradients_are_those_of_the_whole_batch(bench: Bench) -> None:
-    """Steps over whole batches and a last one that is not end where plain torch ends."""
+    """Training with an incomplete last batch ends with the weights of plain torch."""
     plain = bench.model()
     begun, other = bench.model(), optimizer_of(plain)
     with bench.lite() as lite:
@@ -49,7 +49,7 @@ def gradients_are_those_of_the_whole_batch(bench: Bench) -> None:
 
 @rule(LAW_6)
 def accumulated_gradients_are_those_of_the_whole(bench: Bench) -> None:
-    """Micro-batches under no_backward_sync, nested in any way, add up, and afterwards each step is exchanged again."""
+    """Micro-batches under nested no_backward_sync accumulate, and later backwards synchronise again."""
     plain = bench.model()
     begun, other = bench.model(), optimizer_of(plain, momentum=0.0)
     with bench.lite() as lite:
@@ -98,7 +98,7 @@ def accumulated_gradients_are_those_of_the_whole(bench: Bench) -> None:
 
 
 class Tied(Model):
-    """Has besides a weight that is used twice, and a layer that is not trained."""
+    """A `Model` with a shared weight and a frozen layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,9 +112,9 @@ class Tied(Model):
 
 @rule(LAW_6)
 def models_train_together(bench: Bench) -> None:
-    """Two models with an optimizer each, one with a shared weight and a frozen layer, in turns: each gets its own."""
+    """Two models with an optimizer each, trained in turns: each gets its own gradients."""
     if bench.settings.build is not Model:
-        return  # the author's model says that not any will do
+        return  # the strategy does not support arbitrary models
     torch.manual_seed(2)
     plains = [Tied(), Model()]
     begun = copy.deepcopy(plains)
@@ -142,7 +142,7 @@ def models_train_together(bench: Bench) -> None:
 
 @rule(STATISTICS)
 def running_statistics_are_equal(bench: Bench) -> None:
-    """Ranks that saw other batches have one model after a step: the statistics of a norm are in no gradient."""
+    """Running statistics of a norm are equal on ranks that saw different batches."""
     torch.manual_seed(0)
     with bench.lite() as lite:
         own = Model()
@@ -163,7 +163,7 @@ def running_statistics_are_equal(bench: Bench) -> None:
 
 @rule(LOCAL)
 def a_local_backward_needs_no_other_rank(bench: Bench) -> None:
-    """Under no_backward_sync one rank goes ahead by itself; the next synchronised backward averages all of it."""
+    """One rank may run backward alone under no_backward_sync; the next synchronised backward averages all."""
     if "local-backward" not in bench.settings.provides:
         return
     plain = bench.model()
@@ -174,18 +174,18 @@ def a_local_backward_needs_no_other_rank(bench: Bench) -> None:
         extra, batch = batch_of(4, 1), batch_of(4, 2)
         if lite.is_global_zero:
             with lite.no_backward_sync(model):
-                lite.backward(loss_of(model, *(part.to(lite.device) for part in extra)))
+                lite.backward(loss_of(model, *(tensor.to(lite.device) for tensor in extra)))
         lite.backward(loss_of(model, *bench.share(lite, batch)))
         optimizer.step()
         (loss_of(plain, *extra) / lite.world_size + loss_of(plain, *batch)).backward()  # type: ignore[no-untyped-call]
         other.step()
-        what = "after a micro-batch that rank 0 alone had, and one of all"
+        what = "after a micro-batch on rank 0 only, and one on all ranks"
         bench.compare(LOCAL, bench.weights(lite, model), plain.state_dict(), begun, what)
 
 
 @rule(LAW_7)
 def clipping_is_that_of_the_whole(bench: Bench) -> None:
-    """The norm is that of the whole gradients, equal on all ranks; the step is made with clipped ones."""
+    """The norm is that of the full gradients, equal on all ranks; the step uses the clipped ones."""
     for limit in ({"max_norm": MAX_NORM}, {"max_norm": 1e3}, {"clip_val": 0.01}):
         plain = bench.model()
         begun, other = bench.model(), optimizer_of(plain, lr=1.0, momentum=0.0)
@@ -208,7 +208,7 @@ def clipping_is_that_of_the_whole(bench: Bench) -> None:
             if norm is None or norm.dim() != 0:
                 broken(LAW_7, f"clip_gradients(max_norm=…) returned {norm!r}, not a 0-d tensor")
             if len(set(everyone)) != 1:
-                broken(LAW_7, f"the ranks were given different norms: {everyone}")
+                broken(LAW_7, f"the ranks got different norms: {everyone}")
             if not abs(everyone[0] - expected) <= max(bench.tolerance, 1e-4) * expected:
                 broken(
                     LAW_7,
@@ -220,7 +220,7 @@ def clipping_is_that_of_the_whole(bench: Bench) -> None:
 
 @rule(LAW_7)
 def gradients_that_are_not_finite_are_an_error(bench: Bench) -> None:
-    """Though one rank alone has the bad sample, all raise, unless they are told not to; then training goes on."""
+    """All ranks raise though only one has the bad sample, unless error_if_nonfinite=False; training continues."""
     plain = bench.model()
     begun, other = bench.model(), optimizer_of(plain, momentum=0.0)
     with bench.lite() as lite:
@@ -242,7 +242,7 @@ def gradients_that_are_not_finite_are_an_error(bench: Bench) -> None:
                 heard = ", ".join(f"rank {rank}" for rank, each in enumerate(everyone) if each) or "no rank"
                 broken(LAW_7, f"clip_gradients(error_if_nonfinite={raises}) of such gradients raised on {heard}")
             if raises and "finite" not in said:
-                broken(LAW_7, f"the error does not say what is the matter: {said}")
+                broken(LAW_7, f"the error does not mention finite gradients: {said}")
             optimizer.zero_grad()
         batch = batch_of(4)
         lite.backward(loss_of(model, *bench.share(lite, batch)))

@@ -82,12 +82,12 @@ __all__ = [
 
 @rule(START)
 def it_begins_with_rank_zeros_weights(bench: Bench) -> None:
-    """Ranks that made different weights train those of rank 0, also those made without storage."""
+    """Ranks with different weights train those of rank 0, also in modules made without storage."""
     expected = bench.model(seed=3).state_dict()
     for empty in (False, True):
         how = f"init_module(empty_init={empty})"
         with bench.lite() as lite:
-            # What is made without storage is drawn again at set-up, by the same generator on all ranks.
+            # Modules without storage are initialised at set-up, with the same generator on all ranks.
             torch.manual_seed(3 + (0 if empty else lite.global_rank))
             with lite.init_module(empty_init=empty):
                 model = bench.settings.build()
@@ -95,13 +95,11 @@ def it_begins_with_rank_zeros_weights(bench: Bench) -> None:
             found = bench.weights(lite, model)
             for name, value in expected.items():
                 if not torch.equal(found[name], value):
-                    broken(START, f"with {how} {name} is not what rank 0 would have made")
+                    broken(START, f"with {how} {name} is not the one of rank 0")
             everyone = lite._hooks.collective_all_gather_object(obj=_outputs(bench, lite, model), group=None)
             for rank, out in enumerate(everyone):
                 if not torch.allclose(out, everyone[0], rtol=1e-4, atol=1e-5):
-                    broken(
-                        START, f"with init_module(empty_init={empty}) rank {rank} computes something else than rank 0"
-                    )
+                    broken(START, f"with init_module(empty_init={empty}) rank {rank} has other outputs than rank 0")
 
 
 def _outputs(bench: Bench, lite: Lite, model: nn.Module) -> Tensor:
@@ -112,18 +110,18 @@ def _outputs(bench: Bench, lite: Lite, model: nn.Module) -> Tensor:
 
 @rule(LAW_8)
 def evaluation_sees_every_sample_once(bench: Bench) -> None:
-    """The shards of the data are 0, 1, …; without gradients the ranks read each sample once, and compute alike."""
+    """Data shards are 0, 1, …; evaluation reads each sample once, with the outputs of plain torch."""
     plain = bench.model()
     with bench.lite() as lite:
         model = lite.setup(bench.model())
         shard = tuple(lite._hooks.strategy_data_shard())
         if shard != tuple(lite._hooks.strategy_data_shard()):
-            broken(LAW_8, f"strategy_data_shard() gave {shard}, and something else when asked again")
+            broken(LAW_8, f"strategy_data_shard() returned {shard}, and another value the second time")
         shards = lite._hooks.collective_all_gather_object(obj=shard, group=None)
         if {count for _, count in shards} != {shards[0][1]} or {i for i, _ in shards} != set(range(shards[0][1])):
-            broken(LAW_8, f"strategy_data_shard() gave the ranks {shards}: not 0, 1, … of one number")
+            broken(LAW_8, f"strategy_data_shard() returned {shards} on the ranks: not 0, 1, … of one count")
         if "sharded" not in bench.settings.provides and shard[1] != lite.world_size:
-            broken(LAW_8, f"{lite.world_size} ranks with the whole model each divide the data in {shard[1]}")
+            broken(LAW_8, f"{lite.world_size} ranks with the full model each divide the data into {shard[1]} shards")
         model.eval()
         for number, shuffle in ((SAMPLES, False), (SAMPLES, True), (1, False), (8, True)):
             torch.manual_seed(4)
@@ -143,16 +141,16 @@ def evaluation_sees_every_sample_once(bench: Bench) -> None:
 
 @rule(OWN)
 def objects_stay_the_users_own(bench: Bench) -> None:
-    """Set-up gives the very objects back, with their classes, keys and names; so does tear-down."""
+    """Set-up returns the same objects, with their classes, keys and names; tear-down restores them."""
     with bench.lite() as lite:
         model = bench.model()
         cls, keys, names = type(model), list(model.state_dict()), [name for name, _ in model.named_parameters()]
         adam = torch.optim.AdamW(model.parameters(), lr=0.1)
         made, optimizer = lite.setup(model, adam)
         if made is not model or not isinstance(made, cls):
-            broken(OWN, f"lite.setup() gave back a {type(made).__name__} for a {cls.__name__}")
+            broken(OWN, f"lite.setup() returned a {type(made).__name__} for a {cls.__name__}")
         if optimizer is not adam and not isinstance(optimizer, torch.optim.AdamW):
-            broken(OWN, f"lite.setup() gave back a {type(optimizer).__name__} for an AdamW")
+            broken(OWN, f"lite.setup() returned a {type(optimizer).__name__} for an AdamW")
         for what, found, expected in (
             ("the keys of its state", _keys(made) or list(lite.state_dict(made, all_ranks=True)), keys),
             ("its parameters", [name for name, _ in made.named_parameters()], names),
@@ -162,7 +160,7 @@ def objects_stay_the_users_own(bench: Bench) -> None:
         held = {id(p) for p in made.parameters()}
         stray = [p.shape for group in optimizer.param_groups for p in group["params"] if id(p) not in held]
         if stray:
-            broken(OWN, f"the optimizer holds {len(stray)} parameters that the model has not: a step changes nothing")
+            broken(OWN, f"the optimizer holds {len(stray)} parameters that are not in the model: a step has no effect")
     after = _keys(model)
     if type(model) is not cls or (after is not None and after != keys):
         broken(OWN, f"after tear-down the {cls.__name__} is a {type(model).__name__} with the keys {after}")
@@ -177,7 +175,7 @@ def _keys(model: Any) -> list[str] | None:
 
 
 def _counter() -> tuple[Extension, dict[str, int]]:
-    """Return an extension that wraps every hook of strategies, and what it counts."""
+    """Return an extension that wraps every strategy hook, and its call counts by hook."""
     calls: dict[str, int] = {}
 
     def wrapper(name: str) -> Any:
@@ -194,7 +192,7 @@ def _counter() -> tuple[Extension, dict[str, int]]:
 
 @rule(ONCE)
 def wrappers_see_each_call_once(bench: Bench) -> None:
-    """An extension around every hook counts what the script did: neither more nor less."""
+    """An extension around every hook counts the calls of the script exactly."""
     counter, calls = _counter()
     with bench.lite(counter) as lite:
         model = bench.model()
@@ -220,12 +218,12 @@ def wrappers_see_each_call_once(bench: Bench) -> None:
     }
     for name, count in expected.items():
         if calls.get(name, 0) != count:
-            broken(ONCE, f"the script came to {name} {count} times, and a wrapper saw {calls.get(name, 0)} calls")
+            broken(ONCE, f"the script caused {count} calls of {name}, and a wrapper saw {calls.get(name, 0)}")
 
 
 @rule(APART)
 def jobs_are_apart(bench: Bench) -> None:
-    """One object serves one job after another; a model of the first is not seen by the second."""
+    """One strategy object can run several jobs in turn; models of the first do not affect the second."""
     strategy = bench.strategy()
     if isinstance(strategy, str):
         registry = Registry.discover()
@@ -244,7 +242,7 @@ def jobs_are_apart(bench: Bench) -> None:
 
 @rule(LAW_9)
 def nothing_is_left_behind(bench: Bench) -> None:
-    """After a job, and after ones that ended with an error in the script or in a forward, everything is as before."""
+    """A job leaves nothing behind, also after an error in the script or in a forward."""
 
     def job(fails: str = "") -> None:
         with bench.lite() as lite:
@@ -255,7 +253,7 @@ def nothing_is_left_behind(bench: Bench) -> None:
             if fails:
                 raise ZeroDivisionError
 
-    job()  # what torch sets up once in a process is there now
+    job()  # torch creates some state once in a process
     before = traces()
     for fails in ("", "the script", "a forward"):
         try:
@@ -270,7 +268,7 @@ def nothing_is_left_behind(bench: Bench) -> None:
             broken(LAW_9, f"after {f'an error in {fails}' if fails else 'a job'} {what}")
 
 
-#: Of strategies that average the gradients of all ranks in each backward.
+#: Checks of strategies that average the gradients of all ranks in each backward.
 AVERAGING = (
     gradients_are_those_of_the_whole_batch,
     accumulated_gradients_are_those_of_the_whole,
@@ -280,7 +278,7 @@ AVERAGING = (
     running_statistics_are_equal,
     a_local_backward_needs_no_other_rank,
 )
-#: Of all.
+#: Checks of all strategies.
 ALWAYS = (
     it_begins_with_rank_zeros_weights,
     evaluation_sees_every_sample_once,

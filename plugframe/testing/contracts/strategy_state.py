@@ -13,7 +13,7 @@ from plugframe.testing.contracts.strategy_rules import LAW_4, STATE
 
 @rule(LAW_4)
 def a_run_goes_on_from_its_checkpoint(bench: Bench) -> None:
-    """Loaded into other weights in a new job, training ends with the same bits, schedule included."""
+    """Training resumed in a new job, from other weights, ends with the same bits, schedule included."""
     path = str(bench.folder / f"middle-{bench.world.world_size}")
     with bench.lite() as lite:
         training = set_up_training(bench, lite, seed=1)
@@ -29,9 +29,9 @@ def a_run_goes_on_from_its_checkpoint(bench: Bench) -> None:
         scheduled = [group["lr"] for group in training["optimizer"].param_groups]
     differs = states.difference(expected, found)
     if differs:
-        broken(LAW_4, f"the run that was loaded ends with other weights: {differs}")
+        broken(LAW_4, f"the resumed run ends with other weights: {differs}")
     if losses != again:
-        broken(LAW_4, f"the run that was loaded has the losses {again}, the other had {losses}")
+        broken(LAW_4, f"the resumed run has the losses {again}, the uninterrupted one {losses}")
     steps = (1 + EPOCHS) * len(losses) // EPOCHS
     if scheduled != [0.01 * 0.5 ** (steps // 4)]:
         broken(LAW_4, f"after {steps} steps of the schedule the learning rate is {scheduled}")
@@ -39,7 +39,7 @@ def a_run_goes_on_from_its_checkpoint(bench: Bench) -> None:
 
 @rule(STATE)
 def a_state_is_the_users(bench: Bench) -> None:
-    """The state of model and optimizer has the keys and shapes of plain torch's, and comes back as it was."""
+    """The saved state has the keys, shapes and values of plain torch's."""
     plain = bench.model()
     path = str(bench.folder / f"state-{bench.world.world_size}")
     with bench.lite() as lite:
@@ -49,7 +49,7 @@ def a_state_is_the_users(bench: Bench) -> None:
         kept = bench.weights(lite, training["model"])
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in kept.items()}
         if shapes != {name: (tensor.shape, tensor.dtype) for name, tensor in plain.state_dict().items()}:
-            broken(STATE, f"the whole state of the model has {shapes}")
+            broken(STATE, f"the full state of the model has {shapes}")
         held = lite.load(path)
         differs = states.difference(kept, {name: tensor.cpu() for name, tensor in held["model"].items()})
         if differs:
@@ -66,7 +66,7 @@ def a_state_is_the_users(bench: Bench) -> None:
 
 @rule(STATE)
 def a_checkpoint_is_loaded_on_other_ranks(bench: Bench) -> None:
-    """What a job of another number of ranks has saved is loaded here, with the same weights."""
+    """A checkpoint of another number of ranks loads here, with the same weights."""
     for other in (1, 2):
         path, weights = bench.folder / f"state-{other}", bench.folder / f"weights-{other}"
         if other == bench.world.world_size or not (path.exists() and weights.exists()):
@@ -77,13 +77,16 @@ def a_checkpoint_is_loaded_on_other_ranks(bench: Bench) -> None:
             found = bench.weights(lite, training["model"])
             differs = states.difference(torch.load(weights, weights_only=True), found)
             if differs:
-                broken(STATE, f"what {other} ranks saved came to {bench.world.world_size} as something else: {differs}")
+                broken(
+                    STATE,
+                    f"a checkpoint of {other} ranks loads on {bench.world.world_size} with other weights: {differs}",
+                )
             train(bench, lite, training, 1)
 
 
 @rule(STATE)
 def its_weights_are_left_for_others(bench: Bench) -> None:
-    """Keep what `a_state_is_the_users` saved, for the job of another number of ranks."""
+    """Save the weights of `a_state_is_the_users` for the job with another number of ranks."""
     with bench.lite() as lite:
         held = lite.load(str(bench.folder / f"state-{bench.world.world_size}"))
         if lite.is_global_zero:
