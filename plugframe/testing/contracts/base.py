@@ -20,13 +20,13 @@ from plugframe.testing.contracts.running import broken, one_line
 from plugframe.testing.option_check import disagreements
 from plugframe.utils.hook_check import check_hooks
 
-PUBLISHED = "Published (an entry point of the kind's group gives the name)"
+PUBLISHED = "Published (an entry point in the group of the kind has the name)"
 LIGHT = "Light (loading the descriptor imports neither torch nor anything the plugin requires)"
 DESCRIBED = "Described (the descriptor has a summary of one line, and every field has its type)"
-MADE = "Made (the factory is found, and called with the declared options alone)"
-COMPLETE = "Complete (every hook of the kind is there, marked, with the arguments of its specification)"
-OPTIONS = "Options (what the descriptor declares is what the factory takes)"
-ITSELF = "Itself (two plugins made from one name share nothing)"
+MADE = "Made (the factory is found, and can be called with the declared options only)"
+COMPLETE = "Complete (every hook of the kind is implemented and marked, with the arguments of its specification)"
+OPTIONS = "Options (the declared options are the parameters of the factory)"
+ITSELF = "Itself (two plugin objects of one name share nothing)"
 SENT = "Sent (an object that is not set up yet can be pickled: launch(function) sends it to the ranks)"
 LAW_10 = "Law 10 (nothing is silently ignored)"
 

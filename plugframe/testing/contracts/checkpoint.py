@@ -29,10 +29,10 @@ from plugframe.testing.contracts.checkpoint_ranks import (
 from plugframe.testing.contracts.running import broken, chosen, left, listing, once, one_line, running, traces
 from plugframe.testing.ranks import RanksFailed, run_ranks
 
-ROUND_TRIP = "Round trip (what was saved is loaded again to the last bit)"
-VERIFIED = "Verified (what lies there is not what was written: refused, naming the file)"
-NO_CODE = "No code (loading never runs code out of a file)"
-REFUSED = "Refused by key (what cannot be saved is a CheckpointError that names its key)"
+ROUND_TRIP = "Round trip (what was saved is loaded bit for bit)"
+VERIFIED = "Verified (a damaged file is refused, and named)"
+NO_CODE = "No code (loading never runs code from a file)"
+REFUSED = "Refused by key (a value that cannot be saved is a CheckpointError that names its key)"
 WAIT = "Waiting (with wait=True the checkpoint is complete on return; otherwise a handle reports completion)"
 TOLD = "Told (inspect() reports what was saved)"
 CLEAN = "Law 9 (nothing is left behind)"

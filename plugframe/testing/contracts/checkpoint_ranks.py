@@ -26,9 +26,9 @@ from plugframe.testing.contracts.running import chosen, one_line, running
 from plugframe.testing.ranks import rank_store
 
 ATOMIC = "Atomic (a save that fails or dies leaves the earlier checkpoint complete)"
-ALIKE = "Alike (a save or a load returns or raises alike on all ranks)"
-PATHS = "Paths (a str or a Path; what is no checkpoint is refused, and left as it is)"
-SHARDED = "Any number of ranks (what some ranks saved, any number of ranks loads)"
+ALIKE = "Alike (a save or a load returns or raises consistently on all ranks)"
+PATHS = "Paths (a str or a Path; a file that is not a checkpoint is refused, and not changed)"
+SHARDED = "Any number of ranks (a checkpoint loads on any number of ranks)"
 
 #: Audit events before file system calls, at which a process may die.
 _CALLS = ("open", "ctypes.call_function", "shutil.")

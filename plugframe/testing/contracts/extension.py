@@ -25,13 +25,13 @@ from plugframe.testing.contracts.extension_ranks import train, train_on_ranks
 from plugframe.testing.contracts.running import broken, lasting, left, one_line, traces
 from plugframe.testing.ranks import RanksFailed, run_ranks
 
-WRAPS = "Wraps (an extension wraps hooks with hookimpl(wrapper=True), or listens to on_… hooks; it provides none)"
+WRAPS = "Wraps (an extension wraps hooks with hookimpl(wrapper=True) or implements on_… hooks; it provides none)"
 ONCE = "Once (a wrapped hook is called once for each call, with the arguments of the call)"
-RESULT = "Result (a wrapper gives back what the hook gave)"
-RAISED = "Raised (what a hook raises passes through a wrapper as it is)"
+RESULT = "Result (a wrapper returns the result of the hook)"
+RAISED = "Raised (an exception of a hook passes through a wrapper unchanged)"
 TRAINING = "Training (a run ends with the same weights as without the extension)"
-BALANCED = "Balanced (what on_launch starts on_teardown ends, for one run after another)"
-STATE = "State (what state_dict() gives, load_state_dict() takes, and gives again)"
+BALANCED = "Balanced (on_teardown undoes on_launch, in every run)"
+STATE = "State (load_state_dict() restores what state_dict() returned)"
 CLEAN = "Law 9 (nothing is left behind)"
 
 

@@ -18,12 +18,12 @@ from plugframe.hooks.world import World
 from plugframe.testing.contracts.base import PluginContract
 from plugframe.testing.contracts.running import broken, lasting, left, listing, one_line, running, traces
 
-RECORDED = "Recorded (every metric that was logged, with its step and value)"
+RECORDED = "Recorded (every logged metric is recorded with its step and value)"
 COUNTED = "Counted (a call without a step is numbered, from 0 in every run)"
 APART = "Apart (two runs do not mix, in turn or at the same time)"
-RANK_ZERO = "Rank 0 (it alone writes)"
+RANK_ZERO = "Rank 0 (only rank 0 writes)"
 TOLD = "Folder (files in the configured folder, and nowhere else)"
-CLOSED = "Closed (tear-down writes what is pending; it may come early or twice)"
+CLOSED = "Closed (tear-down writes pending metrics; it works without a set-up, and twice)"
 CLEAN = "Law 9 (nothing is left behind)"
 
 #: A metric's step, name and value.
