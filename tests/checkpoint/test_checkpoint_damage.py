@@ -212,7 +212,7 @@ def cut(rng: random.Random, files: dict[str, bytes], places: list[Stretch]) -> D
 
 
 def swap(rng: random.Random, files: dict[str, bytes], places: list[Stretch], others: dict[str, bytes]) -> Damage:
-    """Exchange two files, or parts of one, within this checkpoint or with another."""
+    """Swap two files, or sections of one, within this checkpoint or with another."""
     shards = sorted(name for name in files if name != sharded_format.MANIFEST)
     how = rng.choice(["tensors", "shards", "other shard", "other manifest"] if len(files) > 1 else ["tensors", "tail"])
     if how == "tensors":

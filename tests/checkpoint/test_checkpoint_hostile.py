@@ -93,7 +93,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     manifest.write_bytes(seal(change(body) or body))
 
 
-# ---------------------------------------------------------------------- the ways: what lies there, and at which URL
+# ---------------------------------------------------------------------- the ways: files, and their URLs
 
 
 def torch_zip(path: Path, code: Payload) -> None:
@@ -522,7 +522,7 @@ def test_no_code_in_a_checkpoint_runs(lites: dict[str, Lite], tmp_path: Path, wa
 
 
 def test_trust_is_for_what_others_wrote(tmp_path: Path, lites: dict[str, Lite]) -> None:
-    """trusted=True runs code of another tool's checkpoint, and never of ours or beside it."""
+    """trusted=True runs code of another tool's checkpoint, never of a plugframe checkpoint or of files beside it."""
     for number, (way, runs) in enumerate([*dict.fromkeys(READ, False).items(), ("torch.save", True)]):
         target, code = hidden(tmp_path, way, str(number))
         lites["remote" if "://" in target else "safetensors"].load(target, trusted=True)

@@ -68,7 +68,7 @@ def step_name(step: int) -> str:
 
 @pytest.mark.parametrize("where", ["key", "folder", "layer"])
 def test_a_mismatch_with_any_words_in_it_removes_nothing(lite: Lite, tmp_path: Path, where: str) -> None:
-    """Whatever the text of a mismatch error, the checkpoints stay, and it is raised."""
+    """A mismatch error with any message is raised, and the checkpoints stay."""
     words = "is not complete"
     folder = tmp_path / (words if where == "folder" else "run")
     key = f"epoch {words}: it has no manifest.json" if where == "key" else "model"
@@ -182,7 +182,7 @@ _KINDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_a_generator_state_that_does_not_fit_changes_nothing(
     lite: Lite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """It is refused before anything is written; rng=False loads everything else."""
+    """A generator state of another kind is refused before anything is written; rng=False loads everything else."""
     pytest.importorskip("numpy.random")
     change, text = _KINDS[kind]
 
@@ -413,7 +413,7 @@ def within(seconds: float, act: Callable[[], object]) -> BaseException | None:
         try:
             act()
             ended.append(None)
-        except BaseException as error:  # noqa: BLE001 whatever it is
+        except BaseException as error:  # noqa: BLE001 any error
             ended.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -572,7 +572,7 @@ def _held_by_one(world: World, folder: str) -> list[str]:
                 except CheckpointError as error:
                     said.append(str(error))
             said.append(_unfit_on_one(lite, f"{folder}/{checkpoint}"))
-            # A list of its own length on each rank is rank 0's, as every plain value.
+            # Plain values are those of rank 0, also lists of different lengths.
             lite.save(f"{folder}/{checkpoint}", {"seen": [torch.ones(1)] * (1 + rank), "n": rank})
     return said
 
@@ -599,7 +599,7 @@ sys.stdin.read()
 
 
 def test_a_second_job_in_a_folder_is_refused_by_name(lite: Lite, tmp_path: Path) -> None:
-    """It saves, removes and renames nothing while the first one runs."""
+    """A second job saves, removes and renames nothing while the first one runs."""
     kept = lite.checkpoints(tmp_path)
     kept.save(1, {"a": torch.arange(100)})
     kept._files.lock.release()
