@@ -2,7 +2,7 @@
 
     python benchmarks/failures.py [--how "plugframe run"]
 
-The table is that of ``tests/helpers/failure_cases.py``, of which the tests run a part.
+The cases are those of ``tests/helpers/failure_cases.py``; the tests run some of them.
 """
 
 from __future__ import annotations

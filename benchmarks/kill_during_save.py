@@ -112,7 +112,7 @@ def make_state(version: int, size_mb: float, *, rank: int, num_ranks: int, shard
 
 
 def versions_in(state: Any, size_mb: float) -> set[float]:
-    """The versions of which a state holds something; -1 for anything that is of none."""
+    """Return the versions that values in a state belong to; -1 for values of no version."""
     found: set[float] = {state["version"], *state["list"]}
     wanted = values(0, size_mb)
     if set(state["model"]) != set(wanted):
@@ -328,7 +328,7 @@ def warm_up() -> None:
     make_state(0, 0, rank=0, num_ranks=1, shard=True)
     dist.destroy_process_group()
     threads = len(os.listdir("/proc/self/task"))
-    assert threads == 1, f"{threads} threads, of which a forked process has one"
+    assert threads == 1, f"{threads} threads, and a forked process has one of them"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ class Layout(NamedTuple):
             ``"stream"``. Any other value is the reason why a position holds for this layout only.
         size: samples in a rank's batch; 1 where complete batches are divided.
         ranks: ranks of the data axis.
-        workers: worker processes, each of which reads its own shard of a stream; 0 for others.
+        workers: worker processes, where each reads its own shard of a stream; 0 for others.
     """
 
     kind: str = "samples"

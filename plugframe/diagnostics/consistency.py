@@ -56,7 +56,7 @@ _FIX = "Install the same packages on every node (`plugframe list-plugins` shows 
 
 
 def differences(lists: Sequence[Sequence[Any]]) -> list[str]:
-    """Return a text for each difference between `lists`: ``"strategy a on rank 0, b on rank 1"``."""
+    """Return a string for each difference between `lists`: ``"strategy a on rank 0, b on rank 1"``."""
     by_rank = [_by_kind(uses) for uses in lists]
     found = []
     for kind in dict.fromkeys(kind for uses in by_rank for kind in uses):

@@ -141,7 +141,7 @@ class CheckpointManager:
                 self._load(self._files.at(name), state, strict=strict, rng=rng)
             except CheckpointCorruptError as error:
                 num_damaged += 1
-                done = self._on_rank_0(functools.partial(self._files.set_aside, name, exclusive))
+                done = self._on_rank_0(functools.partial(self._files.rename_damaged, name, exclusive))
                 self._warn(f"{error} It is {done}, and the checkpoint before it is loaded.")
                 continue
             self.step = step_of(name)
@@ -150,7 +150,8 @@ class CheckpointManager:
             return True
         if num_damaged:
             raise CheckpointError(
-                f"All {num_damaged} checkpoints in {self.folder} are damaged and set aside: remove them to start over."
+                f"All {num_damaged} checkpoints in {self.folder} are damaged and renamed to damaged-…: "
+                "remove them to start over."
             )
         return False
 

@@ -65,7 +65,7 @@ class RunFolder:
         warning = ""
         if not exclusive and names:
             warning = (
-                f"Another job ({self.lock.owner()}) saves into {self.path}: nothing in it is removed or set aside "
+                f"Another job ({self.lock.owner()}) saves into {self.path}: nothing in it is removed or renamed "
                 "here, and save() is refused while that job runs."
             )
         return names, exclusive, warning
@@ -157,7 +157,7 @@ class RunFolder:
         self._session.hooks.checkpoint_remove(path=self.at(name))
         return "removed", text
 
-    def set_aside(self, name: str, exclusive: bool) -> str:
+    def rename_damaged(self, name: str, exclusive: bool) -> str:
         """Rename a damaged checkpoint if this job may; return what was done."""
         if not exclusive:
             return "skipped"
@@ -165,7 +165,7 @@ class RunFolder:
         targets = (f"damaged-{name}{more}" for more in ("", *(f"-{number}" for number in range(2, len(existing) + 3))))
         target = next(target for target in targets if target not in existing)  # earlier damaged checkpoints stay
         self._session.hooks.checkpoint_move(path=self.at(name), target=self.at(target))
-        return "set aside"
+        return f"renamed to {target}"
 
 
 def name_of(step: int) -> str:

@@ -50,7 +50,7 @@ class FakeAccelerator(Accelerator):
 def cluster_variables(
     *, num_nodes: int = 1, ranks_per_node: int = 1, rank: int = 0, port: int = 29500, started_by: str = "torchrun"
 ) -> dict[str, str]:
-    """Return what `started_by` sets for one rank of a job; ranks are numbered node after node.
+    """Return the variables that `started_by` sets for one rank; ranks are numbered node after node.
 
     Args:
         started_by: ``"torchrun"``, ``"srun"`` or ``"mpirun"``.

@@ -1,4 +1,4 @@
-"""A registry for tests: built-in plugins, and those that a test adds."""
+"""A registry for tests, with the built-in plugins and those that a test adds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from plugframe.core.registry.registry import Entry, Registry
 from plugframe.hooks import Plugin
 
-#: What a message calls the package of a name that a test added.
+#: The distribution of plugins that a test adds, as messages show it.
 DISTRIBUTION = "this-test"
 
 

@@ -11,18 +11,18 @@ import threading
 from pathlib import Path
 from typing import Any
 
-#: Helper processes of Python's own multiprocessing, which outlive a test by design and end with the session.
+#: Helper processes of Python's multiprocessing, which outlive a test by design and end with the session.
 _STANDING = ("forkserver", "resource_tracker")
 
-#: Folders of pytest, and of torch itself, which makes its compiler's cache on first use.
+#: Folders of pytest, and of torch's compiler cache, created on first use.
 _KEPT = ("pytest-of-", "torchinductor_")
 
-#: Set by whatever runs the tests, and by torch when it is first used.
+#: Set by test runners, and by torch on first use.
 _OTHERS_VARIABLES = ("PYTEST_CURRENT_TEST", "KINETO_LOG_LEVEL", "TORCHINDUCTOR_CACHE_DIR")
 
 
 def of_tests() -> dict[str, Any]:
-    """Return what a test could leave on this machine, and what it could change for the tests that follow."""
+    """Return the state of the machine and the process that a test could change for later tests."""
     return {
         **_common(),
         "sockets": _sockets(),
@@ -31,7 +31,7 @@ def of_tests() -> dict[str, Any]:
 
 
 def traces(*, collect: bool = True) -> dict[str, Any]:
-    """Return what a plugin could leave behind in this process.
+    """Return the state of this process that a plugin could change.
 
     Args:
         collect: have what refers to itself go first, which takes some time where torch is loaded.
@@ -51,7 +51,7 @@ def traces(*, collect: bool = True) -> dict[str, Any]:
 
 
 def left(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Say what `after` has that `before` had not, an empty string if it is nothing."""
+    """Describe what was added or changed between `before` and `after`; empty if nothing."""
     for what, value in after.items():
         was = before[what]
         if what == "sockets":
@@ -63,9 +63,9 @@ def left(before: dict[str, Any], after: dict[str, Any]) -> str:
         elif isinstance(value, dict):
             changed = sorted(str(key) for key in {**was, **value} if was.get(key) != value.get(key))
             if changed:
-                return f"{what} are not as they were: {', '.join(changed)}"
+                return f"{what} have changed: {', '.join(changed)}"
         elif value != was:
-            return f"{what} is not as it was: {was!r} before, {value!r} after"
+            return f"{what} has changed: {was!r} before, {value!r} after"
     return ""
 
 
@@ -84,7 +84,7 @@ def _common() -> dict[str, Any]:
 
 
 def children() -> set[str]:
-    """Return this process's children, where the system lists them; helpers of multiprocessing apart."""
+    """Return this process's children, where the system lists them, without multiprocessing's helpers."""
     if not _has_children():
         return set()
     found = set()
@@ -97,7 +97,7 @@ def children() -> set[str]:
 
 
 def _has_children() -> bool:
-    """Say whether there is any child at all, which costs a system call instead of a dozen files."""
+    """Return whether there is any child: one system call, and not a dozen files."""
     if not hasattr(os, "waitid"):
         return True
     try:
@@ -111,7 +111,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text()
     except OSError:
-        return ""  # the thread or process it is about ended meanwhile
+        return ""  # the thread or process has ended meanwhile
 
 
 def _sockets() -> set[str]:
@@ -120,7 +120,7 @@ def _sockets() -> set[str]:
 
 
 def _listening(inodes: set[str]) -> set[str]:
-    """Return the addresses that sockets listen at. The system's tables are long: they are read for new sockets only."""
+    """Return the addresses of listening sockets. The system's tables are long: read them for new sockets only."""
     found: set[str] = set()
     if not inodes:
         return found

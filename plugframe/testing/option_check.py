@@ -9,13 +9,13 @@ from plugframe.hooks.descriptor import Plugin
 
 
 def disagreements(descriptor: Plugin, factory: Any) -> list[str]:
-    """Return what a descriptor's options and the factory do not have in common, a sentence each."""
+    """Return the differences between a descriptor's options and the factory's parameters."""
     taken, open_ended = parameters(factory)
     found = []
     for option in descriptor.options:
         parameter = taken.get(option.name)
         if parameter is None:
-            found += [] if open_ended else [f"the option {option.name!r} is no keyword of the factory"]
+            found += [] if open_ended else [f"the option {option.name!r} is not a keyword of the factory"]
         elif parameter.kind is parameter.POSITIONAL_ONLY:
             found.append(f"the factory does not take {option.name!r} by keyword")
         elif not _same(parameter.default, option.default):
@@ -23,15 +23,15 @@ def disagreements(descriptor: Plugin, factory: Any) -> list[str]:
             found.append(f"the default of {option.name!r} is declared as {option.default!r}, and is {default}")
     for name in descriptor.preset:
         if name not in taken and not open_ended:
-            found.append(f"preset= has {name!r}, which is no keyword of the factory")
+            found.append(f"preset= has {name!r}, which is not a keyword of the factory")
     for name, parameter in taken.items():
         if parameter.default is parameter.empty and name not in descriptor.preset:
-            found.append(f"the factory needs {name!r}, which nobody gives it")
+            found.append(f"the factory requires {name!r}, which is not an option")
     return found
 
 
 def parameters(factory: Any) -> tuple[dict[str, inspect.Parameter], bool]:
-    """Return what a factory takes, and whether it takes any keyword besides.
+    """Return the parameters of a factory, and whether it accepts any other keyword.
 
     A class that takes other keywords (``**options``) is taken to hand them on to the class it inherits from.
     """

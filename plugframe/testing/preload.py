@@ -1,6 +1,6 @@
-"""What the process from which ranks are forked imports once, so that no rank has to: seconds for each test.
+"""Imports of the fork server from which ranks start, which saves each test seconds.
 
-It starts no thread and opens nothing, which a fork would not survive.
+Importing this module starts no thread and opens no file, which a fork would not survive.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch.distributed.tensor.parallel
 import torch.nn.parallel
 import torch.utils.data
 
-import plugframe.lite.lite  # noqa: F401 - for what it imports
+import plugframe.lite.lite  # noqa: F401 - for its imports
 
-# The first optimizer has torch import its compiler.
+# Creating the first optimizer imports torch's compiler.
 torch.optim.SGD([torch.zeros(1)], lr=0.1)

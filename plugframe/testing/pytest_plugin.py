@@ -20,7 +20,7 @@ def plugframe_registry(monkeypatch: pytest.MonkeyPatch) -> IsolatedRegistry:
     """A registry with plugframe's built-in plugins only, without discovery.
 
     ``plugframe_registry.add("strategy", "acme", Plugin(factory="tests.acme:Acme"))`` makes a name selectable in
-    every ``Lite(...)`` of this test, without an entry point. Processes that the test starts know nothing of it.
+    every ``Lite(...)`` of this test, without an entry point. Processes that the test starts do not have it.
     """
     from plugframe.core.registry.registry import Registry
     from plugframe.testing.isolated import IsolatedRegistry
@@ -42,7 +42,7 @@ def run_ranks() -> Callable[..., list[Any]]:
 def fake_accelerator(plugframe_registry: IsolatedRegistry) -> str:
     """The name of an accelerator with four simulated devices on the CPU, which ``"auto"`` prefers.
 
-    Processes that the test starts do not know the name; give them `plugframe.testing.FakeAccelerator` itself.
+    Processes that the test starts do not have the name; pass them `plugframe.testing.FakeAccelerator` itself.
     """
     from plugframe import Plugin
 
@@ -92,7 +92,7 @@ def _plugframe_own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def _plugframe_torch_is_warm() -> None:
-    """The first DDP module of a process keeps its group's socket open for ever, in torch itself: here it is."""
+    """Create the first DDP module of the process now: torch never closes the socket of its group."""
     import torch
 
     if not torch.distributed.is_available() or torch.distributed.is_initialized():

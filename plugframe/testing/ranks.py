@@ -43,7 +43,7 @@ from plugframe.hooks.variables import RANK
 from plugframe.hooks.world import World
 from plugframe.utils.environment import environment
 
-#: How long the other ranks may take to end by themselves once one has failed.
+#: Time for the other ranks to end by themselves after a failure.
 GRACE_S = 5.0
 
 
@@ -122,7 +122,7 @@ def run_checks(
 
 
 def rank_store(timeout_s: float = 30.0) -> Any:
-    """Return the store at which the ranks of this job meet. Call it in a rank."""
+    """Return the store of this job. Call it in a rank."""
     timeout = _timedelta(timeout_s)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(  # type: ignore[attr-defined]
@@ -159,7 +159,7 @@ def _output() -> Iterator[Path]:
 
 
 def _keep_helpers_files_apart() -> None:
-    """Have the fork server's socket in the system's temporary folder, since it outlives the test's own."""
+    """Put the fork server's socket into the system's temporary folder: it outlives the test's own."""
     before = tempfile.tempdir
     with environment({"TMPDIR": None}):
         tempfile.tempdir = None
@@ -197,15 +197,15 @@ def _rank_main(call: bytes, variables: dict[str, str], cwd: str, output: str, ti
         os.dup2(log.fileno(), 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    # A rank ends by itself, whatever becomes of the process that started it.
+    # A rank ends by itself, even if the process that started it has died.
     faulthandler.dump_traceback_later(timeout_s, exit=True, file=sys.stderr)
-    # One that hangs and is stopped because another failed shows where it was.
+    # A rank that hangs and is stopped after a failure prints its stack.
     faulthandler.register(signal.SIGTERM, file=sys.stderr, chain=True)
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(cwd)
     torch.set_num_threads(1)
-    # As in a job: what starts processes here, such as a loader its workers, does not do it by way of a fork server.
+    # As in a job: a loader, for example, starts its workers without a fork server.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
@@ -215,14 +215,14 @@ def _rank_main(call: bytes, variables: dict[str, str], cwd: str, output: str, ti
     try:
         fn, args = pickle.loads(call)
         outcome = pickle.dumps((True, fn(world, *args)))
-    except BaseException:  # noqa: BLE001 - whatever ended the rank is what the test must show
+    except BaseException:  # noqa: BLE001 - reported to the test
         outcome = pickle.dumps((False, traceback.format_exc()))
     results.send_bytes(outcome)
     results.close()
 
 
 def _collect(pipes: Sequence[Any], timeout_s: float) -> list[tuple[bool, Any] | None]:
-    """Read each rank's outcome; None for one that died or is too late, counted from the first failure."""
+    """Read each rank's outcome; None for a rank that died, or is too late after the first failure."""
     outcomes: list[tuple[bool, Any] | None] = [None] * len(pipes)
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
     deadline = time.monotonic() + timeout_s
@@ -263,7 +263,7 @@ def _results(outcomes: list[tuple[bool, Any] | None], exits: list[int], outputs:
     failed = any(outcome is None or not outcome[0] for outcome in outcomes)
     texts = []
     for rank, (outcome, code, output) in enumerate(zip(outcomes, exits, outputs, strict=True)):
-        # Once one has failed the others are stopped: their exit codes say nothing then.
+        # After a failure the others are stopped: their exit codes mean nothing.
         if outcome is not None and outcome[0] and (failed or code == 0):
             if failed and output:
                 texts.append(f"rank {rank} gave its result; its last output:\n{output}\n")
@@ -274,7 +274,7 @@ def _results(outcomes: list[tuple[bool, Any] | None], exits: list[int], outputs:
             what = f"raised\n{outcome[1]}"
         said = f"--- last output of rank {rank} ---\n{output}\n" if output else ""
         texts.append(f"rank {rank} {what}{said}")
-    if texts:  # what raised comes first: the others were only stopped, or lost their peer
+    if texts:  # errors first: the other ranks were stopped, or lost their peer
         raise RanksFailed("\n".join(sorted(texts, key=lambda text: " raised\n" not in text)))
     return [outcome[1] for outcome in outcomes if outcome is not None]
 
@@ -283,7 +283,7 @@ def _run_checks(
     world: World, make: Callable[[World], Any], checks: list[Callable[[Any], None]], timeout_s: float
 ) -> dict[str, str]:
     report: dict[str, str] = {}
-    # Longer than a rank may take: it is the one that hangs that must say so, not those that wait for it.
+    # Longer than the timeout of the job, so that the rank that hangs is reported, and not those that wait for it.
     store = dist.PrefixStore("run_checks", rank_store(timeout_s=10 * timeout_s))  # type: ignore[attr-defined]
     failed = ""
     with make(world) as made:
@@ -297,7 +297,7 @@ def _run_checks(
                 report[name] = ""
             except BaseException:  # noqa: BLE001 - reported under the check's name
                 report[name] = traceback.format_exc()
-                print(report[name], file=sys.stderr)  # shown also where another rank hangs because of it
+                print(report[name], file=sys.stderr)  # visible even if another rank hangs because of it
             # All ranks stop at the first failure of any: the next collective would pair with another check's.
             store.set(f"{name}/{world.global_rank}", report[name] or "passed")
             if any(store.get(f"{name}/{rank}") != b"passed" for rank in range(world.world_size)):

@@ -160,7 +160,7 @@ def test_leftovers_of_dead_writers_are_cleared_and_of_live_ones_not(tmp_path: Pa
 
 
 def test_writers_of_one_path_do_not_clear_each_other(tmp_path: Path) -> None:
-    """Of two concurrent writers of one path the last one wins, and both files are intact."""
+    """With two concurrent writers of one path the last one wins, and the file is intact."""
     path = tmp_path / "last.ckpt"
     with replacing(str(path), size_bytes=6) as first:
         first.write(b"first")

@@ -212,7 +212,7 @@ def cut(rng: random.Random, files: dict[str, bytes], places: list[Stretch]) -> D
 
 
 def swap(rng: random.Random, files: dict[str, bytes], places: list[Stretch], others: dict[str, bytes]) -> Damage:
-    """Exchange two files, or parts of one, within this checkpoint or with another."""
+    """Swap two files, or sections of one, within this checkpoint or with another."""
     shards = sorted(name for name in files if name != sharded_format.MANIFEST)
     how = rng.choice(["tensors", "shards", "other shard", "other manifest"] if len(files) > 1 else ["tensors", "tail"])
     if how == "tensors":
@@ -363,8 +363,8 @@ def check_keeper(lite: Lite, target: str, mine: dict[str, Any]) -> None:
             what = "removed" if told else ""
         except CheckpointError as error:
             what = f"{error}"
-    assert re.search("^$|^removed$|are damaged and set aside", what)
-    assert all(re.search("It is (removed|set aside)", str(each.message)) for each in told)
+    assert re.search("^$|^removed$|are damaged and renamed", what)
+    assert all(re.search("It is (removed|renamed to damaged-step-)", str(each.message)) for each in told)
     assert kept.best() is None
     assert kept.latest() is None
     damaged = Place(target.replace("step-", "damaged-step-"))
@@ -373,7 +373,7 @@ def check_keeper(lite: Lite, target: str, mine: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("form_name", FORMS)
 def test_checkpoints_in_each_others_place_are_not_resumed_from(form_name: str, tmp_path: Path) -> None:
-    """An intact checkpoint under the name of another step is set aside with a warning."""
+    """An intact checkpoint under the name of another step is renamed, with a warning."""
     folder = FORMS[form_name][1].format(tmp_path / "run")
     with running(form_name) as lite:
         kept = lite.checkpoints(folder)
@@ -384,7 +384,7 @@ def test_checkpoints_in_each_others_place_are_not_resumed_from(form_name: str, t
         one.put(two.take())
         two.put(files)
         state: dict[str, Any] = {"step": None}
-        with pytest.warns(PlugframeWarning, match="wrong name: expected .* step [12], found .* step [12].* aside"):
+        with pytest.warns(PlugframeWarning, match="wrong name: expected .* step [12], found .* step [12].* renamed"):
             assert kept.resume(state)
         assert (kept.step, state) == (0, {"step": 0})
 

@@ -1,4 +1,4 @@
-"""On a full disk, a real one, the existing checkpoint stays and nothing of the new one remains, for every format."""
+"""On a full disk the existing checkpoint stays and nothing of the new one remains, for every format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from paths import HELPERS
 
-#: In a file system of its own, which is gone with the process.
+#: In its own file system, which is gone with the process.
 _ON_A_TINY_DISK = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
 _MOUNT = "mount -t tmpfs -o size=6m none {folder}"
 
@@ -104,7 +104,7 @@ def test_a_full_disk_costs_no_form_its_checkpoint(tmp_path: Path) -> None:
             assert found["lost"] == 0, where
             assert "cannot write" in found["text"], where
             assert "what was there before is untouched" in found["text"], where
-            if case.startswith("known") and form != "remote":  # how much room a store has nobody tells
+            if case.startswith("known") and form != "remote":  # the free space of a store is unknown
                 assert re.search(r"it needs 200\d{5} bytes and .* has \d+ bytes free", found["text"]), where
             else:
                 assert "No space left on device" in found["text"], where

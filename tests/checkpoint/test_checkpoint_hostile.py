@@ -93,7 +93,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     manifest.write_bytes(seal(change(body) or body))
 
 
-# ---------------------------------------------------------------------- the ways: what lies there, and at which URL
+# ---------------------------------------------------------------------- the ways: files, and their URLs
 
 
 def torch_zip(path: Path, code: Payload) -> None:
@@ -383,7 +383,7 @@ REFUSED: dict[str, Way] = {
     "reference:// of templates": references,
 }
 
-#: What looks like code here is data, or lies beside and is nobody's: it loads, and no more.
+#: What looks like code here is data, or a file that belongs to no checkpoint: loading ignores it.
 READ: dict[str, Way] = {
     "a shard that is a pickle, all checksums forged": partial(pickled_shard, how="forged"),
     "pickles beside": pickle_beside,
@@ -522,7 +522,7 @@ def test_no_code_in_a_checkpoint_runs(lites: dict[str, Lite], tmp_path: Path, wa
 
 
 def test_trust_is_for_what_others_wrote(tmp_path: Path, lites: dict[str, Lite]) -> None:
-    """trusted=True runs code of another tool's checkpoint, and never of ours or beside it."""
+    """trusted=True runs code of another tool's checkpoint, never of a plugframe checkpoint or of files beside it."""
     for number, (way, runs) in enumerate([*dict.fromkeys(READ, False).items(), ("torch.save", True)]):
         target, code = hidden(tmp_path, way, str(number))
         lites["remote" if "://" in target else "safetensors"].load(target, trusted=True)

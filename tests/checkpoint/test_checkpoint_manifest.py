@@ -26,7 +26,7 @@ def example() -> Manifest:
 
 
 def test_a_manifest_comes_back() -> None:
-    """Entries, version and info are read as they were written."""
+    """Entries, version and info survive a round trip."""
     manifest = example()
     back = Manifest.from_bytes(manifest.to_bytes(), where="f")
     assert (back.format, back.version, back.structure, back.tensors) == (

@@ -68,7 +68,7 @@ def step_name(step: int) -> str:
 
 @pytest.mark.parametrize("where", ["key", "folder", "layer"])
 def test_a_mismatch_with_any_words_in_it_removes_nothing(lite: Lite, tmp_path: Path, where: str) -> None:
-    """Whatever the text of a mismatch error, the checkpoints stay, and it is raised."""
+    """A mismatch error with any message is raised, and the checkpoints stay."""
     words = "is not complete"
     folder = tmp_path / (words if where == "folder" else "run")
     key = f"epoch {words}: it has no manifest.json" if where == "key" else "model"
@@ -89,7 +89,7 @@ def test_a_mismatch_with_any_words_in_it_removes_nothing(lite: Lite, tmp_path: P
 def test_no_error_of_any_class_removes_a_checkpoint(
     lite: Lite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
-    """A checkpoint with a manifest survives any error while loading: it is set aside at most."""
+    """A checkpoint with a manifest survives any error while loading: at most it is renamed."""
     kept = lite.checkpoints(tmp_path)
     kept.save(1, {"a": 1})
     content = {name.removeprefix("damaged-") for name in listed(tmp_path)}
@@ -99,7 +99,10 @@ def test_no_error_of_any_class_removes_a_checkpoint(
 
     monkeypatch.setattr(kept, "_load", load)
     if error is CheckpointCorruptError:
-        with pytest.warns(PlugframeWarning, match="set aside"), pytest.raises(CheckpointError, match="All 1 checkpoin"):
+        with (
+            pytest.warns(PlugframeWarning, match="is renamed to damaged-step-"),
+            pytest.raises(CheckpointError, match="All 1 checkpoin"),
+        ):
             kept.resume({"a": 0})
     else:
         with pytest.raises(error):
@@ -107,14 +110,14 @@ def test_no_error_of_any_class_removes_a_checkpoint(
     assert {name.removeprefix("damaged-") for name in listed(tmp_path)} == content
 
 
-def test_what_is_set_aside_stays_when_the_next_is(lite: Lite, tmp_path: Path) -> None:
+def test_a_renamed_checkpoint_stays_when_the_next_is_renamed(lite: Lite, tmp_path: Path) -> None:
     """A second damaged checkpoint of one step does not replace the first."""
     for _ in range(2):
         lite.checkpoints(tmp_path).save(1, {"a": torch.arange(100)})
         path = tmp_path / step_name(1)
         data = path if path.is_file() else path / sharded_format.MANIFEST
         data.write_bytes(data.read_bytes()[:-9])
-        with pytest.warns(PlugframeWarning, match="set aside"), pytest.raises(CheckpointError):
+        with pytest.warns(PlugframeWarning, match="is renamed to damaged-step-"), pytest.raises(CheckpointError):
             lite.checkpoints(tmp_path).resume({"a": None})
     assert sorted(os.listdir(tmp_path)) == [f"damaged-{step_name(1)}", f"damaged-{step_name(1)}-2"]
 
@@ -179,7 +182,7 @@ _KINDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_a_generator_state_that_does_not_fit_changes_nothing(
     lite: Lite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """It is refused before anything is written; rng=False loads everything else."""
+    """A generator state of another kind is refused before anything is written; rng=False loads everything else."""
     pytest.importorskip("numpy.random")
     change, text = _KINDS[kind]
 
@@ -410,7 +413,7 @@ def within(seconds: float, act: Callable[[], object]) -> BaseException | None:
         try:
             act()
             ended.append(None)
-        except BaseException as error:  # noqa: BLE001 whatever it is
+        except BaseException as error:  # noqa: BLE001 any error
             ended.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -471,7 +474,7 @@ def test_a_single_file_that_lies_is_refused(sharded: Lite, tmp_path: Path, how: 
 
 
 def test_metrics_and_steps_of_a_wrong_kind_are_no_raw_errors(lite: Lite, tmp_path: Path) -> None:
-    """A checkpoint with invalid `info` is set aside."""
+    """A checkpoint with invalid `info` is renamed."""
     kept = lite.checkpoints(tmp_path, keep_last=None, keep_best=("loss", "min", 1))
     kept.save(1, {"a": 1}, {"loss": math.inf})
     for step, info in enumerate(({"metrics": [1]}, {"metrics": {"loss": "low"}}, {"step": "x"}, {"step": 2.5}), 2):
@@ -480,7 +483,7 @@ def test_metrics_and_steps_of_a_wrong_kind_are_no_raw_errors(lite: Lite, tmp_pat
     checkpointing.save(lite, tmp_path / step_name(9), {"a": 9}, info=huge, wait=True)
     assert kept.best() == str(tmp_path / step_name(1))
     state = {"a": 0}
-    with pytest.warns(PlugframeWarning, match="set aside"):
+    with pytest.warns(PlugframeWarning, match="is renamed to damaged-step-"):
         assert kept.resume(state)
     assert (kept.step, state) == (1, {"a": 1})
 
@@ -569,7 +572,7 @@ def _held_by_one(world: World, folder: str) -> list[str]:
                 except CheckpointError as error:
                     said.append(str(error))
             said.append(_unfit_on_one(lite, f"{folder}/{checkpoint}"))
-            # A list of its own length on each rank is rank 0's, as every plain value.
+            # Plain values are those of rank 0, also lists of different lengths.
             lite.save(f"{folder}/{checkpoint}", {"seen": [torch.ones(1)] * (1 + rank), "n": rank})
     return said
 
@@ -596,7 +599,7 @@ sys.stdin.read()
 
 
 def test_a_second_job_in_a_folder_is_refused_by_name(lite: Lite, tmp_path: Path) -> None:
-    """It saves, removes and sets aside nothing while the first one runs."""
+    """A second job saves, removes and renames nothing while the first one runs."""
     kept = lite.checkpoints(tmp_path)
     kept.save(1, {"a": torch.arange(100)})
     kept._files.lock.release()
@@ -616,7 +619,7 @@ def test_a_second_job_in_a_folder_is_refused_by_name(lite: Lite, tmp_path: Path)
         with pytest.warns(PlugframeWarning) as told:
             assert second.resume(state)
         texts = [str(each.message) for each in told]
-        assert "nothing in it is removed or set aside" in texts[0]
+        assert "nothing in it is removed or renamed" in texts[0]
         assert "skipped" in texts[1]
         assert listed(tmp_path) == before
     finally:

@@ -37,7 +37,7 @@ OTHERS = {
     *("wandb", "mlflow", "comet"),
 }
 
-#: What a plugin may import of plugframe, and packages of which every module is public.
+#: What a plugin may import of plugframe, and packages in which every module is public.
 PUBLIC = ("plugframe", "plugframe.errors")
 PACKAGES = ("plugframe.base", "plugframe.hooks", "plugframe.utils", "plugframe.deferred", "plugframe.diagnostics")
 TOOLS = ("plugframe.launch", "plugframe.checkpoint")
@@ -255,7 +255,7 @@ FOR_OTHERS = {"accelerator_memory_stats", "collective_new_group", "precision_dty
 
 
 def test_every_hook_is_called() -> None:
-    """A hook that nobody calls would be implemented in vain (law 10); each says in words what it is for."""
+    """Every hook is called (law 10) and has a docstring."""
     read = attributes_read(CORE, PLUGINS)
     looped = {f"{kind}_{step}" for kind in KINDS for step in ("setup", "teardown")}
     hooks = {name: getattr(kind.spec, name) for kind in KINDS.values() for name in kind.hooks}

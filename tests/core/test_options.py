@@ -171,7 +171,7 @@ def test_the_options_of_built_ins_are_what_their_constructors_take() -> None:
 
 
 def test_disagreements_are_told() -> None:
-    """A keyword that is not there, another default, and one that is needed and that nobody gives."""
+    """Unknown keywords, other defaults, and required parameters without an option are reported."""
 
     def factory(needed: int, /, also: int, level: int = 2) -> None: ...
 
@@ -180,11 +180,11 @@ def test_disagreements_are_told() -> None:
     )
     assert disagreements(descriptor, factory) == [
         "the default of 'level' is declared as 1, and is 2",
-        "the option 'mode' is no keyword of the factory",
+        "the option 'mode' is not a keyword of the factory",
         "the factory does not take 'needed' by keyword",
-        "preset= has 'gone', which is no keyword of the factory",
-        "the factory needs 'needed', which nobody gives it",
-        "the factory needs 'also', which nobody gives it",
+        "preset= has 'gone', which is not a keyword of the factory",
+        "the factory requires 'needed', which is not an option",
+        "the factory requires 'also', which is not an option",
     ]
     assert disagreements(acme, Acme) == []  # it takes any keyword
 
@@ -209,7 +209,7 @@ NAMED = {option.name: option for option in OPTIONS}
     ],
 )
 def test_texts_are_read_as_the_declared_type(name: str, text: str, value: Any) -> None:
-    """What is typed becomes what the constructor takes; a text that is the default is the default."""
+    """A string from the command line is converted to the declared type; the string of the default gives the default."""
     found = read(NAMED[name], Given("strategy", "", name, text, "the command line", "command"))
     assert found == value
     assert type(found) is type(value)
@@ -259,7 +259,7 @@ def test_a_wrong_text_says_what_is_allowed(name: str, text: str, said: str) -> N
     ],
 )
 def test_a_file_has_types_of_its_own(name: str, value: Any, right: Any) -> None:
-    """A number in quotes is a text, and refused where a number is due."""
+    """A quoted number in a file is a string: it is refused for an option that takes a number."""
     given = Given("strategy", "", name, value, "plugframe.toml", "file")
     if right is not None:
         assert read(NAMED[name], given) == right

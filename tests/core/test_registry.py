@@ -291,8 +291,8 @@ def test_a_broken_factory_names_its_distribution(attribute: str, said: str) -> N
         registry.make(found)
 
 
-def test_what_the_user_can_mend_passes_through() -> None:
-    """An error of ours that a factory raises is for the user, not for its author; Ctrl-C is nobody's fault."""
+def test_errors_for_the_user_are_not_wrapped() -> None:
+    """A PlugframeError or KeyboardInterrupt raised by a factory is not wrapped in a PluginError."""
     registry, found = published("refusing")
     with pytest.raises(SettingError, match="ACME_PORT"):
         registry.make(found)

@@ -287,7 +287,7 @@ def test_every_choice_has_its_reason() -> None:
 
 
 def test_the_line_names_every_plugin_with_its_package() -> None:
-    """One line says what is in use, whose it is, and of which version."""
+    """One line lists each plugin with its package and version."""
     made = plan(SHELF.put("strategy", "acme-ddp:acme", plugin()), strategy="acme", devices=1, accelerator="host")
     assert made.line() == (
         "1 rank, accelerator host (plugframe 0.1.0), strategy acme (acme-ddp 1.2), precision full (plugframe 0.1.0), "

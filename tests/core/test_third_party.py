@@ -210,7 +210,7 @@ def test_selected_by_name_on_the_command_line(packages: Use, tmp_path: Path, dev
 
 
 def test_two_packages_with_one_name(packages: Use) -> None:
-    """The bare name is an error that lists the qualified ones, either of which works."""
+    """The bare name is an error that lists the qualified names, and both of those work."""
     packages("acme", "twin")
     said = "strategy 'acme' is published by 2 packages: write 'plugframe-acme:acme' or 'plugframe-twin:acme'"
     with pytest.raises(AmbiguousPluginError, match=said):

@@ -114,7 +114,7 @@ def test_a_wrong_policy_is_an_error(tmp_path: Path, file: str, variables: dict[s
 
 
 def test_both_keys_are_no_settings_of_a_job(tmp_path: Path) -> None:
-    """They stand beside the settings in one file, and the variables beside the others, without a word."""
+    """``allow`` and ``disable``, in a file or in variables, are read by the plugin policy and are no settings."""
     (tmp_path / "pyproject.toml").write_text("[tool.plugframe]\nallow = []\ndisable = ['x']\nstrategy = 'ddp'\n")
     request = gather({}, environ={DISABLE: "x", ALLOW: "y"}, folder=tmp_path)
     assert set(request.settings) == {"strategy"}

@@ -19,7 +19,7 @@ from plugframe.hooks.world import World
 from ranks import run_checks
 
 STRATEGIES = ("ddp", "fsdp")
-#: Samples of which the last window is uneven between two ranks that read two each; and one where rank 1 gets none.
+#: Numbers of samples whose last window is uneven on two ranks that read two each; with 9, rank 1 gets none of it.
 NUMBERS = (11, 9)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-#: A whole plugin of each of two kinds, as the source of a module; ``plugin`` is the descriptor.
+#: Complete plugins of two kinds, as module sources; ``plugin`` is the descriptor.
 EXTENSION = """
 from plugframe import Plugin
 from plugframe.base import Extension

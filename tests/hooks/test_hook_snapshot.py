@@ -149,7 +149,7 @@ def test_a_deprecated_hook_or_argument_is_warned_of_by_plugin(aged: None) -> Non
 
 
 def test_the_package_of_a_deprecated_plugin_is_named(aged: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user cannot mend somebody else's class, and upgrades its package; one that does nothing old is quiet."""
+    """The warning names the package to upgrade; a plugin that uses nothing deprecated causes none."""
     entry = Entry("strategy", "aged", f"{__name__}:plugin", "acme-kit", "1.2")
     registry = Registry([*Registry.discover().entries(), entry])
     monkeypatch.setattr(Registry, "discover", classmethod(lambda cls, **_: registry))

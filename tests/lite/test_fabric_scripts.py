@@ -13,5 +13,5 @@ from fabric_scripts import SCRIPTS
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_runs_on_one_device(script: Callable[..., float], tmp_path: Path) -> None:
-    """A script in the style of the peers trains, saves and loads on one device, without a warning."""
+    """Scripts in the style of Fabric and early Lite train, save and load on one device, without a warning."""
     assert math.isfinite(script(tmp_path, accelerator="cpu", devices=1))

@@ -14,14 +14,14 @@ from plugframe import errors
 
 
 def test_every_error_is_exported() -> None:
-    """What plugframe raises can be caught by a name of plugframe."""
+    """Every error of plugframe can be imported from it."""
     names = [n for n, v in vars(errors).items() if inspect.isclass(v) and issubclass(v, (Exception, Warning))]
     assert set(names) <= set(plugframe.__all__)
     assert all(getattr(plugframe, name) is getattr(errors, name) for name in names)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    """A lazy facade answers for its own names only, and lists them."""
+    """The lazy facade resolves and lists its own names only."""
     with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
         plugframe.Trainer  # noqa: B018
     assert dir(plugframe) == sorted(plugframe.__all__)
@@ -35,7 +35,7 @@ def test_importing_the_facade_imports_nothing() -> None:
 
 
 def test_a_lite_imports_little_beside_torch() -> None:
-    """Of torch's parts that take long to import, only those that are used."""
+    """Importing plugframe does not import the slow modules of torch that it does not use."""
     heavy = ("torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo")
     code = f"""
 import sys, torch
@@ -50,7 +50,7 @@ print(sorted(({set(heavy)} & set(sys.modules)) - before))
 
 @pytest.mark.parametrize(("module", "name"), [("context", "Context"), ("world", "World")])
 def test_former_paths_of_public_names_work(module: str, name: str) -> None:
-    """Plugins of API 1 import them; a warning names the new path."""
+    """Names that plugins of API 1 import still work, with a warning that names the new path."""
     sys.modules.pop(f"plugframe.{module}", None)
     with pytest.warns(DeprecationWarning, match=f"use 'from plugframe import {name}'"):
         found = getattr(importlib.import_module(f"plugframe.{module}"), name)

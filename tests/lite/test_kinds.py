@@ -1,4 +1,4 @@
-"""What raw loops do has the numbers of one process under every strategy, or is refused, as the docs say."""
+"""Raw loops compute the numbers of one process under every strategy, or are refused, as the docs say."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def rows() -> dict[str, list[str]]:
 
 
 def test_the_page_has_a_row_for_every_script() -> None:
-    """A script that nobody drew would be held to nothing; no cell of the table is wrong."""
+    """Every script is in the table, and no cell of it is wrong."""
     found = rows()
     assert list(found) == IDS, "type: python docs/draw_kinds.py"
     words = {word for cells in found.values() for word in cells}
@@ -49,7 +49,7 @@ def test_the_page_has_a_row_for_every_script() -> None:
 @pytest.mark.kinds
 @pytest.mark.parametrize(("kind", "variant"), CELLS, ids=IDS)
 def test_every_cell_is_what_the_page_says(kind: Kind, variant: str) -> None:
-    """Under each strategy the script is right or refused, as the table says."""
+    """Under each strategy the script is correct or refused, as in the table."""
     word = drawing().word
     said = dict(zip(STRATEGIES, rows()[f"{kind.name} {variant}".strip()], strict=True))
     outcomes = {strategy: run_cell(kind, variant, strategy) for strategy in kind.under(variant)}

@@ -1,4 +1,4 @@
-"""Law 4: a run that is stopped and goes on ends bit for bit where the uninterrupted run ends."""
+"""Law 4: a run that is stopped and resumed ends bit for bit where the uninterrupted run ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOMENTS = ("first", "middle", "last")
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
-    """Samples that come out differently each time, by the generators of Python and torch."""
+    """Samples with random noise from the generators of Python and torch."""
 
     def __len__(self) -> int:
         return SAMPLES
@@ -89,13 +89,13 @@ def train(world: World, settings: dict[str, Any], path: str, *, stop: int | None
 
 
 def moments(num_ranks: int) -> dict[str, int]:
-    """Return after which step of the second epoch a run is stopped."""
+    """Return the step of the second epoch after which a run is stopped."""
     length = LENGTH[num_ranks]
     return {"first": length + 1, "middle": length + length // 2, "last": length}
 
 
 def go_through(world: World, folder: str) -> dict[str, str]:
-    """Run every setting on this number of ranks; return what differs, by setting."""
+    """Run every setting on this number of ranks; return the differences by setting."""
     outcome = {}
     for strategy in STRATEGIES:
         for workers in (0, 2):
@@ -127,5 +127,5 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_a_resumed_run_ends_where_the_other_does(
     outcome: dict[str, str], strategy: str, workers: int, moment: str
 ) -> None:
-    """Shuffled, augmented, with dropout, accumulation, clipping and a scheduler: every loss and weight is equal."""
+    """Losses and weights are equal with shuffling, augmentation, dropout, accumulation, clipping and a scheduler."""
     assert not outcome[f"{strategy}-{workers}-{moment}"]

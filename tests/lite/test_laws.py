@@ -1,4 +1,4 @@
-"""The laws every strategy and number of ranks obeys, on real gloo ranks."""
+"""The laws, for every strategy and number of ranks, on real gloo ranks."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from ranks import run_checks
 
 #: What can run on any number of CPU ranks; "auto" is single on one and ddp on several.
 STRATEGIES = ("auto", "ddp", "fsdp")
-#: Of those, where every rank has the whole model.
+#: Those that replicate the model on every rank.
 REPLICATING = ("auto", "ddp")
 
 
 @contextmanager
 def ranks(world: World) -> Iterator[World]:
-    """A check makes its own `Lite`, as often as it likes: every one connects and disconnects."""
+    """Each check creates its own `Lite` objects; each of them connects and disconnects."""
     torch.manual_seed(0)
     yield world
 
@@ -44,7 +44,7 @@ def model_and_data(number: int) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the tensor of which this rank may have a part."""
+    """Return the full tensor of what may be a shard."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -94,7 +94,7 @@ def gathers_keep_one_shape_law(lite: Lite) -> None:
 
 @each_strategy
 def reductions_keep_shapes(lite: Lite) -> None:
-    """all_reduce keeps the shape, and the dtype where it can hold the result: then it is done in place."""
+    """all_reduce keeps the shape, and the dtype if it can represent the result: then it works in place."""
     ranks, rank = lite.world_size, lite.global_rank
     value = torch.full((2,), float(rank))
     assert lite.all_reduce(value).tolist() == [(ranks - 1) / 2] * 2
@@ -125,7 +125,7 @@ def broadcasts_give_the_sources_object(lite: Lite) -> None:
 
 @each_strategy
 def unequal_shapes_are_an_error_on_every_rank(lite: Lite) -> None:
-    """Ranks that gather unequal shapes or dtypes get an error that lists them, never a hang or rubbish."""
+    """Gathering unequal shapes or dtypes is an error that lists them, on all ranks."""
     if lite.world_size == 1:
         return
     with pytest.raises(CollectiveMismatchError, match=r"rank 0.*\(1,\).*rank 1.*\(2,\)"):
@@ -140,7 +140,7 @@ def unequal_shapes_are_an_error_on_every_rank(lite: Lite) -> None:
 
 
 def _law_6(lite: Lite, number: int) -> None:
-    """Gradients of every step equal those of one process on the whole batch, uneven last batches included."""
+    """Gradients of every step equal those of one process on the global batch, uneven last batches included."""
     size = 3
     model, x, y = model_and_data(number)
     plain = copy.deepcopy(model)
@@ -161,14 +161,14 @@ def _law_6(lite: Lite, number: int) -> None:
 
 @each_strategy
 def gradients_equal_one_process(lite: Lite) -> None:
-    """Law 6 where samples divide evenly, nearly, and leave a rank with none."""
+    """Law 6 where samples divide evenly, unevenly, and with none for one rank."""
     for number in (24, 22, 21, 19):
         _law_6(lite, number)
 
 
 @each_strategy
 def accumulated_gradients_equal_one_process(lite: Lite) -> None:
-    """Law 6 with accumulation: micro-batches without synchronisation, nested in any way, then one with it."""
+    """Law 6 with accumulation: micro-batches under nested no_backward_sync, then a synchronised one."""
     model, x, y = model_and_data(21)
     plain = copy.deepcopy(model)
     model = lite.setup(model)
@@ -186,7 +186,7 @@ def accumulated_gradients_equal_one_process(lite: Lite) -> None:
 
 @each_strategy
 def two_models_train_together(lite: Lite) -> None:
-    """A GAN: two models and optimizers, a frozen part, a shared parameter; each gets its own gradients."""
+    """A GAN: two models and optimizers, a frozen module, a shared parameter; each gets its own gradients."""
     torch.manual_seed(2)
     generator, critic = nn.Linear(2, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1))
     critic[0].weight.requires_grad_(False)
@@ -216,7 +216,7 @@ def two_models_train_together(lite: Lite) -> None:
 
 
 def _both(lite: Lite, model: nn.Module, step: Callable[[nn.Module, Tensor, Callable[[Tensor], None]], None]) -> None:
-    """Run `step` on this rank's half of a batch under `lite`, and on the whole batch in plain torch."""
+    """Run `step` on this rank's half of a batch under `lite`, and on the full batch in plain torch."""
     torch.manual_seed(5)
     whole = torch.randn(4 * lite.world_size, 5)
     plain = copy.deepcopy(model)
@@ -228,7 +228,7 @@ def _both(lite: Lite, model: nn.Module, step: Callable[[nn.Module, Tensor, Calla
 
 @each_replicating
 def backwards_in_any_order_equal_one_process(lite: Lite) -> None:
-    """Law 6 for two forwards before two backwards, one graph twice, and parts of a model called by themselves."""
+    """Law 6 for two forwards before two backwards, one graph twice, and submodules called directly."""
 
     def two(model: nn.Module, x: Tensor, backward: Callable[[Tensor], None]) -> None:
         first, second = model(x).square().mean(), model(2 * x).square().mean()
@@ -250,7 +250,7 @@ def backwards_in_any_order_equal_one_process(lite: Lite) -> None:
 
 @each_replicating
 def parameters_that_change_after_setup_equal_one_process(lite: Lite) -> None:
-    """Law 6 when parameters are thawed, frozen, converted or replaced after set-up, and when all were frozen."""
+    """Law 6 when parameters are unfrozen, frozen, converted or replaced after set-up, and when all were frozen."""
 
     def step(model: nn.Module, x: Tensor, backward: Callable[[Tensor], None]) -> None:
         backward(model(x.to(model[0].weight.dtype)).square().mean())
@@ -277,10 +277,10 @@ def parameters_that_change_after_setup_equal_one_process(lite: Lite) -> None:
 
 
 def several_losses_of_one_forward(world: World) -> None:
-    """Losses of a model with two heads, one after another, each without a part of the model: averaged."""
+    """Gradients of two heads, with a backward each that does not use the other head, are averaged."""
 
     class Heads(nn.Module):
-        """Two outputs of one body."""
+        """Two heads on one body."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -303,7 +303,7 @@ def several_losses_of_one_forward(world: World) -> None:
 
 @each_strategy
 def ranks_that_go_their_own_way_are_told(lite: Lite) -> None:
-    """Gradients that are never averaged are a warning on rank 0: of accumulation alone, or of no module at all."""
+    """Gradients that are never averaged are a warning on rank 0: accumulation only, or parameters of no module."""
     expected = PlugframeWarning if lite.world_size > 1 and lite.is_global_zero else None
     model = nn.Linear(2, 2)
     model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -330,7 +330,7 @@ def ranks_that_go_their_own_way_are_told(lite: Lite) -> None:
 
 @each_strategy
 def clipping_is_one_process_clipping(lite: Lite) -> None:
-    """clip_gradients gives one process's norm and gradients, by norm and by value, and one error for non-finite."""
+    """clip_gradients gives the norm and gradients of one process, and the same error for non-finite gradients."""
     model, x, y = model_and_data(4 * lite.world_size)
     plain = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -357,7 +357,7 @@ def clipping_is_one_process_clipping(lite: Lite) -> None:
 
 @each_strategy
 def evaluation_sees_every_sample_once(lite: Lite) -> None:
-    """Summed over ranks an evaluation counts every sample once, shuffled or not, of any number."""
+    """An evaluation over all ranks counts every sample once, shuffled or not, for any number of samples."""
     model = lite.setup(nn.Linear(1, 1))
     for number in (1, 2, 7, 12, 13):
         for shuffle in (False, True):
@@ -371,14 +371,14 @@ def evaluation_sees_every_sample_once(lite: Lite) -> None:
 
 
 class Shuffling(IterableDataset[int]):
-    """A stream in an order that is drawn at random."""
+    """A stream in random order."""
 
     def __iter__(self) -> Iterator[int]:
         yield from torch.randperm(13).tolist()
 
 
 class Unseeded:
-    """A sampler with a generator of its own that nobody has seeded."""
+    """A sampler with its own unseeded generator."""
 
     def __init__(self) -> None:
         self.random = random.Random(os.urandom(8))
@@ -392,7 +392,7 @@ class Unseeded:
 
 @each_strategy
 def random_orders_are_divided_exactly(lite: Lite) -> None:
-    """Ranks whose generators differ divide one order, drawn by a stream, or by a generator of the user's own."""
+    """Ranks with different generators divide one order, of a stream or of a user's own generator."""
     torch.manual_seed(lite.global_rank)
     model = lite.setup(nn.Linear(1, 1)).eval()
     assert not model.training
@@ -410,7 +410,7 @@ def random_orders_are_divided_exactly(lite: Lite) -> None:
 
 @each_strategy
 def nothing_is_left_behind(lite: Lite) -> None:
-    """After tear-down variables, hooks, default dtype and process groups are as they were."""
+    """Tear-down restores variables, hooks, default dtype and process groups."""
     lite.teardown()
     before = (variables(), torch.get_default_dtype(), torch.distributed.is_initialized())
     assert not before[2]
@@ -425,7 +425,7 @@ def nothing_is_left_behind(lite: Lite) -> None:
 
 
 def variables() -> dict[str, str]:
-    """Return the environment but for what torch's compiler sets for good once anything has imported it."""
+    """Return the environment without the variables that importing torch's compiler sets."""
     return {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
 
 
@@ -457,7 +457,7 @@ def precisions_train(world: World) -> None:
 
 @each_strategy
 def states_come_back(lite: Lite) -> None:
-    """What was saved on N ranks is loaded on N ranks, model, optimizer, scheduler, plain values and generators."""
+    """A checkpoint of N ranks restores model, optimizer, scheduler, plain values and generators on N ranks."""
     folder = os.environ["LAWS_TEST_FOLDER"]
     path = os.path.join(folder, f"{type(lite.strategy).__name__}-{lite.world_size}.safetensors")
     model, x, y = model_and_data(8)
@@ -487,7 +487,7 @@ def states_come_back(lite: Lite) -> None:
 
 @each_strategy
 def epochs_go_on_where_they_were(lite: Lite) -> None:
-    """A resume inside an epoch gives every rank the batches it had left, of samplers and streams; peeking is told."""
+    """A resume inside an epoch continues with each rank's remaining batches; reading ahead is a warning."""
     path = os.path.join(os.environ["LAWS_TEST_FOLDER"], f"epoch-{type(lite.strategy).__name__}-{lite.world_size}")
     model = lite.setup(nn.Linear(1, 1))
 
@@ -534,7 +534,7 @@ def scripts_of_the_peers_run(world: World) -> None:
 
 
 def single_refuses_several_ranks(world: World) -> None:
-    """A strategy for one rank is refused on several, with the names of those that fit."""
+    """A strategy for one rank is refused on several, with the names of strategies that support it."""
     if world.world_size > 1:
         with pytest.raises(UnsupportedError, match="strategy='single' works with one rank, and there are 2.*'ddp'"):
             Lite(accelerator="cpu", strategy="single")
@@ -542,7 +542,7 @@ def single_refuses_several_ranks(world: World) -> None:
 
 @each_strategy
 def rank_zero_goes_first(lite: Lite) -> None:
-    """Inside rank_zero_first rank 0 is done before the others begin; print speaks once."""
+    """rank_zero_first runs rank 0 before the others; print prints once."""
     path = os.path.join(os.environ["LAWS_TEST_FOLDER"], f"first-{lite.world_size}-{type(lite.strategy).__name__}")
     with lite.rank_zero_first():
         if lite.is_global_zero:
@@ -583,5 +583,5 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
 def test_law(outcome: dict[str, str], name: str) -> None:
-    """Each check above holds on one rank and on two."""
+    """Each check above passes on one rank and on two."""
     assert not outcome[name], outcome[name]

@@ -1,4 +1,4 @@
-"""What is set up again and again in one process leaves nothing behind: no object, no thread, no descriptor."""
+"""Repeated set-up in one process leaks no object, thread or file descriptor."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def train(lite: Lite) -> None:
 
 
 def left_by(do: Callable[[], None]) -> dict[str, float]:
-    """Return the kinds of things of which `do` leaves more and more, and how many each time.
+    """Return the kinds of objects whose number grows with each call of `do`, and by how many.
 
     A cache that fills once is no leak: what is left in two windows in a row is.
     """
@@ -42,7 +42,7 @@ def left_by(do: Callable[[], None]) -> dict[str, float]:
         do()
     gc.freeze()  # what is there already is neither collected nor counted: half a million objects in a long session
     first = left_in_window(do)
-    second = left_in_window(do)  # whatever the first shows: all ranks set up alike
+    second = left_in_window(do)  # even if the first one differs: all ranks set up equally
     return {kind: number for kind, number in second.items() if kind in first}
 
 
@@ -66,7 +66,7 @@ def counted() -> Counter[str]:
 
 
 def of_ranks(world: World) -> dict[str, Any]:
-    """Return what each strategy leaves on this rank."""
+    """Return the leaks of each strategy on this rank."""
     found = {}
     for strategy in ("ddp", "fsdp"):
         with Lite(accelerator="cpu", strategy=strategy) as lite:
@@ -75,13 +75,13 @@ def of_ranks(world: World) -> dict[str, Any]:
 
 
 def test_set_ups_leave_nothing() -> None:
-    """Hundreds of models and loaders in one Lite: a model for every fold, a loader for every evaluation."""
+    """Hundreds of models and loaders in one Lite do not leak: a model per fold, a loader per evaluation."""
     with Lite(accelerator="cpu", devices=1) as lite:
         assert left_by(lambda: train(lite)) == {}
 
 
 def test_what_is_alive_at_tear_down_is_given_back() -> None:
-    """All that is still there, the last first, although much of what came before has gone."""
+    """Tear-down restores all objects that are alive, though others are gone."""
     lite = Lite(accelerator="cpu", devices=1)
     models = [lite.setup(nn.Linear(2, 2)) for _ in range(3)]
     del models[1]
@@ -90,7 +90,7 @@ def test_what_is_alive_at_tear_down_is_given_back() -> None:
 
 
 def test_lites_leave_nothing() -> None:
-    """A Lite, what it set up and its tear-down, again and again."""
+    """Creating, using and tearing down a Lite repeatedly does not leak."""
 
     def job() -> None:
         with Lite(accelerator="cpu", devices=1) as lite:
@@ -101,5 +101,5 @@ def test_lites_leave_nothing() -> None:
 
 @pytest.mark.parametrize("num_ranks", [2])
 def test_set_ups_of_ranks_leave_nothing(num_ranks: int) -> None:
-    """Nor do engines, whose models have gone."""
+    """Repeated set-up does not leak on any rank, under ddp and fsdp."""
     assert run_ranks(num_ranks, of_ranks) == [{"ddp": {}, "fsdp": {}}] * num_ranks

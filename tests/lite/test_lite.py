@@ -1,4 +1,4 @@
-"""The user's object, on one device, and its refusals."""
+"""`Lite` on one device, and its errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Doubling(Lite):
 
 
 class Recorder(Extension):
-    """Hears every notification, and wraps backward."""
+    """Records every notification, and wraps backward."""
 
     def __init__(self) -> None:
         self.heard: list[str] = []
@@ -89,7 +89,7 @@ class Recorder(Extension):
 
 
 def test_launch_with_a_function_on_one_device_calls_it_here() -> None:
-    """On one device ``launch(fn)`` calls it in this process, and returns what it returns."""
+    """On one device ``launch(fn)`` calls the function in this process, and returns its result."""
     with cpu() as lite:
         assert lite.launch(lambda inner, a, b: (inner is lite, a + b), 1, b=2) == (True, 3)
         assert lite.launch() is None
@@ -97,14 +97,14 @@ def test_launch_with_a_function_on_one_device_calls_it_here() -> None:
 
 
 def test_run_of_a_subclass_starts_the_job() -> None:
-    """An overridden ``run`` is called on a started job, with its arguments, and its result comes back."""
+    """An overridden ``run`` is called after launch, with its arguments, and its result is returned."""
     with Doubling(accelerator="cpu", devices=1) as lite:
         assert lite.run(4, plus=1) == 9
         assert lite.run(5) == 10
 
 
 def test_several_devices_in_plain_python_say_to_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the ranks exist every call that needs them says what to do, and starts nothing."""
+    """Before launch every call that needs ranks is an error that says what to do, and starts nothing."""
     lite = cpu(devices=2)
     calls = {
         "setup": lambda: lite.setup(nn.Linear(1, 1)),
@@ -123,7 +123,7 @@ def test_several_devices_in_plain_python_say_to_launch(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("called", [True, False])
 def test_a_forgotten_backward_is_told_once(called: bool) -> None:
-    """Gradients that came past ``lite.backward`` are a warning at the first step; those by way of it are none."""
+    """Gradients computed without ``lite.backward`` are a warning at the first step."""
     with Lite(accelerator="cpu", devices=1) as lite:
         model = torch.nn.Linear(2, 1)
         model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -141,7 +141,7 @@ def test_a_forgotten_backward_is_told_once(called: bool) -> None:
 
 
 def test_construction_touches_nothing() -> None:
-    """Building a ``Lite`` starts no job and opens no group; two of them share nothing."""
+    """Creating a ``Lite`` starts no job and opens no group; two of them share nothing."""
     first, second = cpu(strategy="ddp"), cpu(precision="bf16")
     assert not torch.distributed.is_initialized()
     assert first.strategy is not second.strategy
@@ -190,7 +190,7 @@ def test_settings_travel_and_the_plan_is_made_anew() -> None:
 
 
 def test_one_line_tells_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    """Starting prints one line with every plugin, its package and version; to a configured log, through it."""
+    """Launch prints one line with every plugin, its package and version; or logs it if logging is configured."""
     logging.getLogger("plugframe").handlers.clear()
     with cpu() as lite:
         lite.launch()
@@ -202,7 +202,7 @@ def test_one_line_tells_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_notifications_and_wrappers_reach_an_extension(tmp_path: Path) -> None:
-    """An extension hears what happens, in order, and wraps the provider."""
+    """An extension gets the notifications in order, and wraps the provider."""
     recorder = Recorder()
     with cpu(plugins=[recorder]) as lite:
         model = nn.Linear(1, 1)
@@ -238,7 +238,7 @@ def test_call_reaches_the_callbacks_that_have_the_method() -> None:
 
 
 def test_state_comes_back_nested_and_in_either_order(tmp_path: Path) -> None:
-    """``save`` takes (path, state) and (state, path); nested objects come back in place, plain values in the dict."""
+    """``save`` takes (path, state) or (state, path); nested objects are restored in place, plain values in the dict."""
     path = tmp_path / "deep" / "state.safetensors"
     with cpu() as lite:
         model = lite.setup(nn.Linear(2, 2))
@@ -273,7 +273,7 @@ def test_state_comes_back_nested_and_in_either_order(tmp_path: Path) -> None:
 
 
 def test_a_load_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
-    """Every missing and unexpected key and wrong shape is named at once, and nothing is written before."""
+    """One error names every missing and unexpected key and wrong shape, and nothing is loaded."""
     path = tmp_path / "x.safetensors"
     with cpu() as lite:
         first = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
@@ -300,7 +300,7 @@ def test_a_load_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_what_a_file_of_another_tool_lacks_is_told(tmp_path: Path) -> None:
-    """A file without the state of a run restores the objects, and says what it could not."""
+    """A file without the state of a run restores the objects, and warns about the rest."""
     model = nn.Linear(2, 2)
     torch.save({"model": model.state_dict()}, tmp_path / "theirs.pt")
     with cpu() as lite:
@@ -314,7 +314,7 @@ def test_what_a_file_of_another_tool_lacks_is_told(tmp_path: Path) -> None:
 
 
 def test_a_filter_saves_part_of_an_object(tmp_path: Path) -> None:
-    """``filter`` keeps the entries of an object it says yes to."""
+    """``filter`` keeps the entries of an object for which it returns True."""
     with cpu() as lite:
         keep = {"model": lambda name, value: name.endswith("bias")}
         lite.save(tmp_path / "x", {"model": nn.Linear(1, 1)}, filter=keep)
@@ -324,7 +324,7 @@ def test_a_filter_saves_part_of_an_object(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
-    """``save`` refuses, by key, what no load could give back, and writes nothing."""
+    """``save`` refuses, by key, values that cannot be loaded, and writes nothing."""
     with cpu() as lite:
         with pytest.raises(CheckpointError, match="args"):
             lite.save(tmp_path / "x", {"args": object()})
@@ -380,7 +380,7 @@ def test_the_profiler_writes_a_trace_of_any_strategy(tmp_path: Path, monkeypatch
 
 
 def test_modules_are_built_in_place_and_dtype() -> None:
-    """``init_module`` and ``init_tensor`` make tensors in the precision's dtype; ``empty_init`` waits with values."""
+    """``init_module`` and ``init_tensor`` use the precision's dtype; ``empty_init`` defers initialisation."""
     with cpu(precision="bf16-true") as lite:
         with lite.init_module():
             assert nn.Linear(2, 2).weight.dtype is torch.bfloat16
@@ -401,7 +401,7 @@ def test_modules_are_built_in_place_and_dtype() -> None:
 
 
 def test_seeds_repeat_and_are_checked() -> None:
-    """The same seed gives the same numbers; anything else is refused."""
+    """The same seed gives the same numbers; an invalid seed is refused."""
     import random
 
     import numpy
@@ -452,7 +452,7 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
 
 
 def test_worlds_of_one_are_the_default() -> None:
-    """Outside of any job this is rank 0 of one."""
+    """Outside of a job this is rank 0 of 1."""
     with cpu() as lite:
         assert (lite.global_rank, lite.local_rank, lite.node_rank, lite.world_size) == (0, 0, 0, 1)
         assert lite.is_global_zero
@@ -461,7 +461,7 @@ def test_worlds_of_one_are_the_default() -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_run_goes_on_inside_an_epoch(tmp_path: Path, num_workers: int) -> None:
-    """What was saved between two batches goes on with the next one, shuffled, with and without workers."""
+    """A checkpoint between two batches resumes with the next one, shuffled, with and without workers."""
 
     def loader(lite: Lite) -> Any:
         data = torch.arange(10.0)
@@ -491,25 +491,25 @@ def test_a_run_goes_on_inside_an_epoch(tmp_path: Path, num_workers: int) -> None
 
 
 class Beside:
-    """A class with a ``run`` that knows nothing of ranks."""
+    """A class with a ``run`` that does not depend on plugframe."""
 
     def run(self) -> int:
         return self._session.context is not None and 7  # type: ignore[attr-defined,no-any-return]
 
 
 class Mixed(Beside, Doubling):
-    """A subclass that takes its ``run`` from another class."""
+    """A subclass that inherits ``run`` from another class."""
 
 
 class Deeper(Doubling):
-    """A subclass whose ``run`` goes on with that of its base."""
+    """A subclass whose ``run`` calls that of its base."""
 
     def run(self, number: int, *, plus: int = 0) -> int:
         return super().run(number, plus=plus) + 100
 
 
 def test_run_starts_the_job_wherever_it_comes_from() -> None:
-    """A ``run`` of a mix-in, and one that calls its base's, start the job as well."""
+    """A ``run`` of a mix-in, and one that calls that of its base, launch the job too."""
     with Mixed(accelerator="cpu", devices=1) as lite:
         assert lite.run() == 7
     with Deeper(accelerator="cpu", devices=1) as deeper:
@@ -517,7 +517,7 @@ def test_run_starts_the_job_wherever_it_comes_from() -> None:
 
 
 def test_gathered_collections_keep_their_types() -> None:
-    """Mappings of the user's own classes and dataclasses come back as such from a collective."""
+    """Collectives keep the classes of mappings and dataclasses."""
 
     @dataclasses.dataclass
     class Metrics:
@@ -542,7 +542,7 @@ def test_gathered_collections_keep_their_types() -> None:
 
 
 def test_loaders_are_freed_with_their_last_reference() -> None:
-    """``Lite`` keeps no loader and no data alive."""
+    """``Lite`` holds no reference that keeps loaders or data alive."""
     with cpu() as lite:
         data = torch.utils.data.TensorDataset(torch.zeros(4))
         loader = lite.setup_dataloaders(torch.utils.data.DataLoader(data))

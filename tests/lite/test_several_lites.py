@@ -1,4 +1,4 @@
-"""More than one `Lite`, or more than one launch, in a process: what works, and what is told."""
+"""More than one `Lite`, or more than one launch, in a process: what works, and what raises."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ranks import run_ranks
 
 
 def model_of(lite: Lite) -> Any:
-    """Return a model with an optimizer, the same wherever it is made, set up by `lite`."""
+    """Return a model with fixed weights and an optimizer, set up by `lite`."""
     torch.manual_seed(3)
     module = torch.nn.Linear(2, 1)
     return lite.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
@@ -34,7 +34,7 @@ def step(lite: Lite, model: Any, optimizer: Any) -> list[float]:
 
 
 def one_after_another() -> None:
-    """Each leaves the process as it found it, also for another strategy."""
+    """Each restores the process, also for another strategy."""
     found = []
     for strategy in ("ddp", "fsdp", "ddp"):
         with Lite(strategy=strategy) as lite:
@@ -45,7 +45,7 @@ def one_after_another() -> None:
 
 
 def one_inside_another() -> None:
-    """They train by turns, each with its own strategy and precision, and the outer one goes on afterwards."""
+    """Nested Lites train in turns, each with its own strategy and precision, and the outer one continues afterwards."""
     with Lite(strategy="ddp") as outer:
         outer.launch()
         ours = model_of(outer)
@@ -62,7 +62,7 @@ def one_inside_another() -> None:
 
 
 def the_one_that_met_first_leaves_first() -> None:
-    """The ranks met for it: what the other one cannot do any more is told, and it can be torn down."""
+    """Tear-down of the first Lite ends the group of the second: its calls raise, and it can be torn down."""
     first, second = Lite(strategy="ddp"), Lite(strategy="ddp")
     first.launch()
     second.launch()
@@ -76,7 +76,7 @@ def the_one_that_met_first_leaves_first() -> None:
 
 
 def a_module_of_another() -> None:
-    """A module belongs to one at a time."""
+    """A module is set up by one Lite at a time."""
     with Lite(strategy="ddp") as first, Lite(strategy="fsdp") as second:
         first.launch()
         second.launch()
@@ -91,7 +91,7 @@ def on_a_rank(world: World) -> None:
 
 
 def test_several_on_two_ranks() -> None:
-    """One after another, one inside another, and in an order that cannot be."""
+    """Lites in turn, nested, torn down in the wrong order, and with a shared module."""
     run_ranks(2, on_a_rank)
 
 
@@ -105,7 +105,7 @@ def ranks_of(lite: Lite, factor: int) -> int:
 
 @pytest.mark.ranks
 def test_a_process_launches_again_and_again() -> None:
-    """With the same `Lite`, another one, and from inside one that runs here on one device."""
+    """Launch again works with the same `Lite`, another one, and inside one that runs here on one device."""
     lite = Lite(accelerator="cpu", devices=2, strategy="ddp_fork")
     assert [lite.launch(ranks_of, 3), lite.launch(ranks_of, 4)] == [6, 8]
     with Lite(accelerator="cpu", devices=1) as here:
@@ -116,7 +116,7 @@ def test_a_process_launches_again_and_again() -> None:
 
 
 def test_a_process_with_a_group_is_not_forked() -> None:
-    """The copies would hold a group of one rank: they are refused before any starts, and what runs here goes on."""
+    """Forks would inherit a group of one rank: the launch is refused before any starts, and this job continues."""
     with Lite(accelerator="cpu", devices=1, strategy="ddp") as here:
         here.launch()
         mine = model_of(here)
@@ -134,7 +134,7 @@ def fail_inside(strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["single", "ddp"])
 def test_a_test_that_fails_inside_a_lite_leaves_nothing(strategy: str) -> None:
-    """Variables, hooks, threads and groups are as they were for the next test."""
+    """Variables, hooks, threads and groups are restored for the next test."""
     before = leftovers.traces(), leftovers.of_tests()
     with pytest.raises(ZeroDivisionError):
         fail_inside(strategy)

@@ -1,4 +1,4 @@
-"""What no setting of ``Lite`` may be: refused when it is made, in a line with the value and what is allowed."""
+"""Invalid settings of ``Lite`` are one-line errors of the constructor, with the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plugframe import Lite, UsageError
 
 
 class Thing:
-    """Is no plugin."""
+    """Not a plugin."""
 
 
 NO_NAMES: tuple[Any, ...] = (True, 1.5, [], "", Thing())
@@ -53,7 +53,7 @@ CELLS = [
 
 @pytest.mark.parametrize(("name", "value", "said"), CELLS, ids=[f"{c[0]}-{n}" for n, c in enumerate(CELLS)])
 def test_a_wrong_setting_is_refused(name: str, value: Any, said: str) -> None:
-    """Nothing wrong is taken for a default, or for something else."""
+    """An invalid value is an error, and not read as a default or another value."""
     with pytest.raises(UsageError) as caught:
         Lite(**{name: value})
     text = str(caught.value)
@@ -65,7 +65,7 @@ def test_a_wrong_setting_is_refused(name: str, value: Any, said: str) -> None:
 
 
 def test_every_setting_is_in_the_table() -> None:
-    """An argument that is added comes with values that it may not have."""
+    """Every argument of ``Lite`` has invalid values in this test."""
     names = Lite.__init__.__annotations__.keys() - {"return"}
     assert names == WRONG.keys()
     with pytest.raises(TypeError, match="stratgy"):

@@ -9,8 +9,7 @@ from plugframe.testing import StrategyContract
 
 PLAN = {"enter": "colwise", "leave": "rowwise"}
 
-#: What offloads to disks needs libaio besides, and is not run.
-#: Variants of one implementation, of which one goes through all: with several ranks they differ, with one hardly.
+#: Variants of one implementation, which hardly differ on one rank: these run on two ranks only.
 VARIANTS = ("stage_1", "stage_2", "stage_1_offload", "stage_2_offload", "stage_3_offload")
 
 globals().update(
@@ -18,6 +17,7 @@ globals().update(
         "strategy",
         StrategyContract,
         tensor_parallel={"options": {"plan": PLAN}},
+        # Offloading to disks needs libaio.
         deepspeed_stage_3_offload_nvme={"options": {"nvme_path": tempfile.gettempdir()}, "num_ranks": ()},
         **{f"deepspeed_{variant}": {"num_ranks": (2,)} for variant in VARIANTS},
     )

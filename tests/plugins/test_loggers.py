@@ -175,7 +175,7 @@ def test_descriptors_say_what_they_need() -> None:
 
 
 def test_a_run_logs_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``loggers="csv"`` writes below the working folder, and the file is whole after tear-down."""
+    """``loggers="csv"`` writes below the working folder, and the file is complete after tear-down."""
     monkeypatch.chdir(tmp_path)
     with Lite(accelerator="cpu", devices=1, loggers="csv") as lite:
         for step in range(3):

@@ -107,7 +107,7 @@ def run(environment: dict[str, str], *command: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def alone(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What one process tells of trainings: chosen by itself, on the CPU, and in mixed precision."""
+    """Return the reports of one process: with the chosen accelerator, on the CPU, and in mixed precision."""
     folder = tmp_path_factory.mktemp("alone")
     settings: list[dict[str, Any]] = [{"devices": 1}, {"accelerator": "cpu", "devices": 1}]
     settings += [{"devices": [1], "precision": precision} for precision in ("bf16-mixed", "16-mixed")]
@@ -118,7 +118,7 @@ def alone(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def together(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    """What two ranks, started from the command line, tell of a training under DDP and of one under FSDP."""
+    """Return the reports of two ranks of `plugframe run`, under DDP and under FSDP."""
     folder = tmp_path_factory.mktemp("together")
     (folder / "train.py").write_text(SCRIPT, encoding="utf-8")
     options = ("--accelerator=accel", "--devices=2", "--")

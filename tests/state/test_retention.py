@@ -60,7 +60,7 @@ def test_the_newest_and_the_best_are_kept(lite: Lite, tmp_path: Path, wait: bool
 
 
 def test_a_run_goes_on_from_the_newest_whole_one(lite: Lite, tmp_path: Path) -> None:
-    """A damaged checkpoint is set aside with a warning; one that does not match raises."""
+    """A damaged checkpoint is renamed with a warning; one that does not match raises."""
     kept = lite.checkpoints(tmp_path / "run", keep_last=None)
     assert not kept.resume(state())
     assert kept.step == 0
@@ -73,7 +73,8 @@ def test_a_run_goes_on_from_the_newest_whole_one(lite: Lite, tmp_path: Path) -> 
     damaged.write_bytes(content)
     again, found = lite.checkpoints(tmp_path / "run"), state()
     with pytest.warns(
-        PlugframeWarning, match=r"step-000000000003.ckpt.* It is set aside, and the checkpoint before it"
+        PlugframeWarning,
+        match=r"step-000000000003.ckpt.* It is renamed to damaged-step-.*, and the checkpoint before it",
     ):
         assert again.resume(found)
     assert again.step == 2
@@ -93,8 +94,10 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(lite: Lite,
     damaged = path if path.is_file() else path / "manifest.json"
     damaged.write_bytes(damaged.read_bytes()[:-30])
     with (
-        pytest.warns(PlugframeWarning, match="It is set aside"),
-        pytest.raises(CheckpointError, match="All 1 checkpoints in .* are damaged and set aside: remove them to"),
+        pytest.warns(PlugframeWarning, match="It is renamed to damaged-step-"),
+        pytest.raises(
+            CheckpointError, match="All 1 checkpoints in .* are damaged and renamed to damaged-…: remove them to"
+        ),
     ):
         kept.resume(state())
 

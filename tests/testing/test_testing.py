@@ -165,13 +165,13 @@ def test_what_is_left_behind_is_told(tmp_path: Path) -> None:
     environment = {**os.environ, "COLUMNS": "400"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     law = "Law 9 (nothing is left behind): after the test"
-    assert f"test_variable - Failed: {law} environment variables are not as they were: LEFT" in done.stdout, done.stdout
+    assert f"test_variable - Failed: {law} environment variables have changed: LEFT" in done.stdout, done.stdout
     assert f"test_file - Failed: {law} temporary files are left: left-by-a-test" in done.stdout, done.stdout
     assert "3 passed, 2 errors" in done.stdout, done.stdout
 
 
 def test_a_thread_that_ends_while_leftovers_are_looked_for_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is listed may be gone when it is read: there is nothing to tell of it, and the others are told."""
+    """A listed file may be gone when it is read: it is skipped, and the others are reported."""
     gone = Path("/proc/self/task/0/children")
     listed = [gone, *Path("/proc/self/task").glob("*/children")]
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(listed))

@@ -121,7 +121,7 @@ def test_inspect_as_json(saved: Path, plug: Callable[..., Result]) -> None:
 
 @pytest.mark.parametrize("form", ["folder", "file"])
 def test_verify_reads_every_byte(saved: Path, plug: Callable[..., Result], form: str) -> None:
-    """A whole checkpoint is said to be so; of a damaged one the file and the tensor are named, with exit code 1."""
+    """Verify reports an intact checkpoint, and names the file and the tensor of a damaged one, with exit code 1."""
     result = plug("verify", saved / form)
     assert result == Result(0, f"{saved / form} is intact: every byte matches what was written.\n", "")
     path = saved / "file" if form == "file" else next((saved / "folder").glob("*.safetensors"))

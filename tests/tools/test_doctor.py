@@ -62,7 +62,7 @@ def test_broken_packages_are_named_with_what_to_do(packages: Use) -> None:
 
 @pytest.mark.ranks
 def test_a_plugin_that_hangs_or_kills_is_told_of() -> None:
-    """What never comes back, or ends its process, is stopped and told of."""
+    """A plugin that hangs, or ends its process, is stopped and reported."""
 
     def hang() -> list[plugins.Answer]:
         time.sleep(3600)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import subprocess
-import sys
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
@@ -15,57 +12,23 @@ from torch import nn
 
 from plugframe.errors import PlugframeError, SettingError
 from plugframe.hooks.context import Context
+from plugframe.testing.contracts.accelerator_probe import answers
 from plugframe.testing.contracts.base import PluginContract
 from plugframe.testing.contracts.placed import context_of, is_here, takes
 from plugframe.testing.contracts.running import broken, chosen, left, one_line, running, traces
 
-ASKED = "Asked (availability and count are told in any process, quickly, and start nothing that a fork would break)"
-DEVICES = "Devices (devices= is read as everywhere: a count, -1 or 'auto', a list of indices, the same as text)"
-REFUSED = "Refused (a value of devices= that makes no sense is a SettingError with the value and what is allowed)"
-DEVICE = "Device (each index stands for one device of the type that its descriptor says)"
-DTYPES = "Dtypes (a dtype that it says it supports is computed in)"
-AUTOCAST = "Autocast (the type it names is one that torch.autocast knows, and casts on this device)"
-BACKEND = "Backend (the backend it names serves tensors on the device, and objects on the CPU)"
-MOVED = "Moved (a batch of any nesting arrives on the device, and what is no tensor stays what it is)"
+ASKED = "Asked (availability and count work in any process and start nothing that a fork would break)"
+DEVICES = "Devices (devices= is a count, -1, 'auto', a list of indices, or any of them as a string)"
+REFUSED = "Refused (an invalid value of devices= is a SettingError with the value and what is allowed)"
+DEVICE = "Device (each index is one device, of a type that its descriptor lists)"
+DTYPES = "Dtypes (a supported dtype is computed in)"
+AUTOCAST = "Autocast (torch.autocast accepts the type it returns, and casts on this device)"
+BACKEND = "Backend (the backend it returns serves tensors on the device and objects on the CPU)"
+MOVED = "Moved (a nested batch is moved to the device, and values other than tensors are unchanged)"
 SEEDED = "Seeded (the same seed, or the same state of the generator, draws the same numbers)"
 MEMORY = "Memory (figures are bytes, and the peak is never below what is in use)"
 TRAINING = "Training (a run under Lite computes on the device that was asked for)"
 CLEAN = "Law 9 (nothing is left behind)"
-
-#: Asked in a process of its own, and then in a fork of it.
-_ASK = """
-import json, os, sys
-sys.path[:] = json.loads(sys.argv[3])
-from plugframe.core.registry.registry import Registry
-registry = Registry.discover()
-plugin = registry.make(registry.find("accelerator", sys.argv[1]), json.loads(sys.argv[2]))
-told = {"available": False, "type": "bool", "fork": ""}
-try:
-    available = plugin.accelerator_is_available()
-    told |= {"available": bool(available), "type": type(available).__name__}
-except Exception as error:
-    told["raised"] = f"{type(error).__name__}: {error}"
-if told["available"]:
-    import torch
-    told["count"] = plugin.accelerator_device_count()
-    told["devices"] = plugin.accelerator_parse_devices(devices=1)
-    device = plugin.accelerator_device(index=told["devices"][0])
-    sys.stdout.flush()
-    here, there = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            torch.ones(2, device=device).sum().item()
-            answer = ""
-        except BaseException as error:
-            answer = f"{type(error).__name__}: {error}".splitlines()[0]
-        os.write(there, answer.encode())
-        os._exit(0)
-    os.close(there)
-    told["fork"] = os.read(here, 1000).decode()
-    os.waitpid(pid, 0)
-print(json.dumps(told))
-"""
 
 
 class _Pair(NamedTuple):
@@ -80,10 +43,10 @@ class _Batch:
 
 
 class AcceleratorContract(PluginContract):
-    """Subclass it and set `spec`. Where the machine has no such device, most of it is skipped.
+    """Subclass it and set `spec`. Most tests are skipped where the machine has no such device.
 
     Attributes:
-        dtypes: what is tried of the dtypes it says it supports.
+        dtypes: those to test, as far as it supports them.
     """
 
     kind = "accelerator"
@@ -91,7 +54,7 @@ class AcceleratorContract(PluginContract):
 
     @functools.cached_property
     def plugin(self) -> Any:
-        """A plugin whose devices are here; where there are none, the test is skipped."""
+        """A plugin whose devices exist here; the test is skipped where there are none."""
         plugin = self.make()
         if not is_here(plugin):
             pytest.skip(f"This machine has no device of accelerator {self.entry.name!r}.")
@@ -111,7 +74,7 @@ class AcceleratorContract(PluginContract):
 
     @property
     def count(self) -> int:
-        """How many devices there are."""
+        """The number of devices."""
         found: int = self.plugin.accelerator_device_count()
         return found
 
@@ -121,30 +84,27 @@ class AcceleratorContract(PluginContract):
         return takes(self.plugin, self.count + 1)
 
     def context(self) -> Context:
-        """Return what the plugin sees of a job on one rank."""
+        """Return the context of a job of one rank."""
         return context_of(self.plugin, device=self.device, names={self.kind: self.entry.name})
 
     # ------------------------------------------------------------------ before any process exists
 
     def test_it_can_be_asked_anywhere(self) -> None:
-        """In a fresh process it answers with a bool, and a fork of that process can still use the device."""
+        """In a fresh process availability is a bool, and a fork of that process can use the device."""
         self.make()
-        arguments = [self.spec, json.dumps(dict(self.options)), json.dumps(sys.path)]
-        command = [sys.executable, "-W", "ignore", "-c", _ASK, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-            broken(ASKED, f"in a process that only asks, it ended with {last}")
-        told = json.loads(done.stdout.splitlines()[-1])
-        if told["type"] != "bool":
-            broken(ASKED, f"accelerator_is_available() gave a {told['type']}, not True or False")
-        if told["available"] and (not isinstance(told["count"], int) or told["count"] < 1):
-            broken(ASKED, f"it is available, and accelerator_device_count() gave {told['count']!r}, not 1 or more")
-        if told["fork"]:
-            broken(ASKED, f"after it was asked, a forked process could not use the device: {told['fork']}")
+        try:
+            found = answers(self.spec, self.options)
+        except RuntimeError as error:
+            broken(ASKED, f"in a process that only asks, it ended with {error}")
+        if found["type"] != "bool":
+            broken(ASKED, f"accelerator_is_available() gave a {found['type']}, not True or False")
+        if found["available"] and (not isinstance(found["count"], int) or found["count"] < 1):
+            broken(ASKED, f"it is available, and accelerator_device_count() gave {found['count']!r}, not 1 or more")
+        if found["fork"]:
+            broken(ASKED, f"after it was asked, a forked process could not use the device: {found['fork']}")
 
     def test_asking_leaves_nothing(self) -> None:
-        """Neither a question nor a tear-down without a set-up changes the process."""
+        """Queries, and a tear-down without a set-up, do not change the process."""
         plugin = self.make()
         before = traces()
         is_here(plugin)
@@ -159,7 +119,7 @@ class AcceleratorContract(PluginContract):
     # ------------------------------------------------------------------ devices
 
     def test_devices_are_read(self) -> None:
-        """1, "1", -1, "-1", "auto" and lists mean what they mean everywhere."""
+        """1, "1", -1, "-1", "auto" and lists give the indices that they describe."""
         count = self.count
         everything = tuple(range(count))
         expected: dict[Any, tuple[int, ...] | None] = {1: None, "1": None, count: None, f"{count}": None}
@@ -191,7 +151,7 @@ class AcceleratorContract(PluginContract):
         ids=repr,
     )
     def test_wrong_devices_are_refused(self, devices: Any) -> None:
-        """What is neither a count nor a list of indices is a SettingError of one line that shows it."""
+        """A value that is neither a count nor a list of indices is a one-line SettingError that shows it."""
         self._refuses(devices)
 
     def test_more_devices_than_there_are_are_refused(self) -> None:
@@ -215,7 +175,7 @@ class AcceleratorContract(PluginContract):
             broken(REFUSED, f"devices={devices!r} was accepted, as {found!r}")
 
     def test_an_index_stands_for_a_device(self) -> None:
-        """Each gives the same device each time, of a type its descriptor lists; two indices give two devices."""
+        """An index always gives the same device, of a type its descriptor lists; two indices give two devices."""
         indices = self.plugin.accelerator_parse_devices(devices="auto")
         devices = [self.plugin.accelerator_device(index=index) for index in indices]
         if not all(isinstance(device, torch.device) for device in devices):
@@ -227,12 +187,12 @@ class AcceleratorContract(PluginContract):
             if listed and device.type not in listed:
                 broken(DEVICE, f"it gave {device}, and its descriptor says devices={listed!r}")
         if not self.shared and len(set(map(str, devices))) != len(devices):
-            broken(DEVICE, f"{len(indices)} indices stand for {sorted(set(map(str, devices)))}")
+            broken(DEVICE, f"{len(indices)} indices are the devices {sorted(set(map(str, devices)))}")
 
-    # ------------------------------------------------------------------ what it says of a device
+    # ------------------------------------------------------------------ properties of a device
 
     def test_dtypes_it_supports_are_computed_in(self) -> None:
-        """float32 is supported, every answer is a bool, and a product in a supported dtype comes out in it."""
+        """float32 is supported, every result is a bool, and a matrix product in a supported dtype keeps it."""
         for dtype in self.dtypes:
             answer = self.plugin.accelerator_supports_dtype(dtype=dtype, device=self.device)
             if not isinstance(answer, bool):
@@ -250,7 +210,7 @@ class AcceleratorContract(PluginContract):
                 broken(DTYPES, f"it supports {dtype}, and a product of ones gave {product}")
 
     def test_autocast_knows_its_type(self) -> None:
-        """torch.autocast takes the type, and a linear layer inside it computes in the lower dtype."""
+        """torch.autocast accepts the type, and a linear layer inside it computes in the lower dtype."""
         kind = self.plugin.accelerator_autocast_type()
         if not isinstance(kind, str) or not _autocasts(kind):
             broken(AUTOCAST, f"accelerator_autocast_type() gave {kind!r}, which torch.autocast does not know")
@@ -263,7 +223,7 @@ class AcceleratorContract(PluginContract):
             broken(AUTOCAST, f"inside torch.autocast({kind!r}, torch.bfloat16) a layer computed in {out.dtype}")
 
     def test_its_backend_is_one(self) -> None:
-        """It is a backend of torch.distributed, or one for each device type, its own and the CPU's among them."""
+        """The backend is one of torch.distributed, or a list of one per device type, the CPU's included."""
         backend = self.plugin.accelerator_collective_backend()
         if not isinstance(backend, str) or not backend:
             broken(BACKEND, f"accelerator_collective_backend() gave {backend!r}, not the name of a backend")
@@ -278,7 +238,7 @@ class AcceleratorContract(PluginContract):
             broken(BACKEND, f"{backend!r} names {unknown[0]!r}, which torch.distributed does not know")
 
     def test_batches_are_moved(self) -> None:
-        """Tensors in any nesting arrive; containers keep their types; what is there already is not copied."""
+        """Nested tensors are moved; containers keep their types; a tensor that is on the device is not copied."""
         move, index = self.plugin.accelerator_move_batch, torch.arange(3)
         other = object()
         batch = {
@@ -305,7 +265,7 @@ class AcceleratorContract(PluginContract):
                 broken(MOVED, f"a batch {value!r} was changed")
 
     def test_seeds_and_states_repeat_numbers(self) -> None:
-        """After a seed, and after a state was put back, the device draws what it drew."""
+        """The device draws the same numbers after the same seed, and after its generator state is restored."""
         plugin, device = self.plugin, self.device
 
         def seeded() -> list[float]:
@@ -317,7 +277,7 @@ class AcceleratorContract(PluginContract):
             broken(SEEDED, "after the same seed other numbers are drawn")
         state = plugin.accelerator_rng_state(device=device)
         if state is None:
-            return  # torch's own for the CPU is kept by itself
+            return  # the state of torch's CPU generator is saved without it
         if not isinstance(state, torch.Tensor) or state.dtype is not torch.uint8 or state.device.type != "cpu":
             broken(SEEDED, f"accelerator_rng_state() gave {type(state).__name__}, not a uint8 tensor on the CPU")
         kept = state.clone()
@@ -326,14 +286,14 @@ class AcceleratorContract(PluginContract):
             broken(SEEDED, "the state that accelerator_rng_state() gave changes while numbers are drawn: copy it")
         plugin.accelerator_set_rng_state(state=state, device=device)
         if self._drawn() != first:
-            broken(SEEDED, "after the generator's state was put back other numbers are drawn")
+            broken(SEEDED, "after the generator's state is restored other numbers are drawn")
 
     def _drawn(self) -> list[float]:
         drawn: list[float] = torch.rand(4, device=self.device).cpu().tolist()
         return drawn
 
     def test_memory_figures_are_bytes(self) -> None:
-        """Both figures are there, whole, not negative, and the peak is the larger; synchronizing them is allowed."""
+        """Both figures are non-negative integers, and the peak is not the smaller; synchronizing is allowed."""
         held = torch.ones(1 << 18, device=self.device)
         self.plugin.accelerator_synchronize(device=self.device)
         stats = self.plugin.accelerator_memory_stats(device=self.device)
@@ -347,7 +307,7 @@ class AcceleratorContract(PluginContract):
     # ------------------------------------------------------------------ set-up, tear-down, a run
 
     def test_set_up_and_tear_down_leave_nothing(self) -> None:
-        """Twice in a row, on the last device, and afterwards the current device is what it was."""
+        """Set-up and tear-down, twice on the last device, restore the current device and leave nothing."""
         index = self.plugin.accelerator_parse_devices(devices="auto")[-1]
         device = self.plugin.accelerator_device(index=index)
         torch.ones(1, device=self.device)  # what torch sets up once in a process is there now
@@ -372,7 +332,7 @@ class AcceleratorContract(PluginContract):
 
     @pytest.mark.parametrize("given", ["by name", "as an object"])
     def test_a_run_computes_on_its_device(self, given: str) -> None:
-        """Lite(accelerator=...) with one device trains there: parameters, batches and new tensors are on it."""
+        """Lite(accelerator=...) trains on its device: parameters, batches and new tensors are on it."""
         plugin = self.plugin if given == "as an object" else chosen(self.kind, self.spec, dict(self.options))
         before = (traces(), _current())
         device = self.device
@@ -400,7 +360,7 @@ class AcceleratorContract(PluginContract):
             broken(TRAINING, f"it raised {one_line(error)}")
         for what, place in places.items():
             if place != device:
-                broken(TRAINING, f"{what} is on {place}, and devices=1 stands for {device}")
+                broken(TRAINING, f"{what} is on {place}, and devices=1 is {device}")
         first, last = losses[0].item(), losses[-1].item()
         if not last < first:
             broken(TRAINING, f"the loss went from {first:.4g} to {last:.4g}")
@@ -410,7 +370,7 @@ class AcceleratorContract(PluginContract):
 
 
 def _autocasts(kind: str) -> bool:
-    """Say whether torch.autocast takes a device type; of one that it never heard of torch raises."""
+    """Return whether torch.autocast accepts a device type; torch raises for an unknown one."""
     try:
         return torch.amp.is_autocast_available(kind)
     except RuntimeError:
@@ -418,7 +378,7 @@ def _autocasts(kind: str) -> bool:
 
 
 def _current() -> torch.device | None:
-    """Return torch's current device, None where there is none but the CPU."""
+    """Return torch's current device, None where there is only the CPU."""
     kind = torch.accelerator.current_accelerator()
     if kind is None or torch.accelerator.device_count() == 0:
         return None

@@ -20,17 +20,17 @@ from plugframe.testing.contracts.running import broken, one_line
 from plugframe.testing.option_check import disagreements
 from plugframe.utils.hook_check import check_hooks
 
-PUBLISHED = "Published (an entry point of the kind's group gives the name)"
+PUBLISHED = "Published (an entry point in the group of the kind has the name)"
 LIGHT = "Light (loading the descriptor imports neither torch nor anything the plugin requires)"
-DESCRIBED = "Described (the descriptor says in one line what it is, and every field is of its type)"
-MADE = "Made (the factory is found, and called with the declared options alone)"
-COMPLETE = "Complete (every hook of the kind is there, marked, with the arguments of its specification)"
-OPTIONS = "Options (what the descriptor declares is what the factory takes)"
-ITSELF = "Itself (two plugins made from one name share nothing)"
+DESCRIBED = "Described (the descriptor has a summary of one line, and every field has its type)"
+MADE = "Made (the factory is found, and can be called with the declared options only)"
+COMPLETE = "Complete (every hook of the kind is implemented and marked, with the arguments of its specification)"
+OPTIONS = "Options (the declared options are the parameters of the factory)"
+ITSELF = "Itself (two plugin objects of one name share nothing)"
 SENT = "Sent (an object that is not set up yet can be pickled: launch(function) sends it to the ranks)"
 LAW_10 = "Law 10 (nothing is silently ignored)"
 
-#: A script that loads one descriptor and tells what came with it.
+#: A script that loads one descriptor and prints the modules that this imported.
 _LOAD = """
 import importlib, json, sys
 sys.path[:] = json.loads(sys.argv[2])
@@ -48,7 +48,7 @@ _BY_KIND = ("needs", "prefers", "implies")
 
 @pytest.mark.usefixtures("nothing_left_behind")
 class PluginContract:
-    """The part of the contract that is the same for every kind; the suites of the kinds inherit it.
+    """The tests that are the same for every kind; the suites of the kinds inherit them.
 
     Attributes:
         kind: of the plugin, set by the suite.
@@ -62,12 +62,12 @@ class PluginContract:
 
     @functools.cached_property
     def registry(self) -> Registry:
-        """What is installed here."""
+        """The registry of the installed plugins."""
         return Registry.discover()
 
     @property
     def entry(self) -> Entry:
-        """Where the plugin is published."""
+        """The entry point that publishes the plugin."""
         try:
             return self.registry.find(self.kind, self.spec)
         except PlugframeError as error:
@@ -75,7 +75,7 @@ class PluginContract:
 
     @property
     def descriptor(self) -> Plugin:
-        """What it says of itself."""
+        """The plugin's descriptor."""
         entry = self.entry
         try:
             return self.registry.describe(entry)
@@ -83,7 +83,7 @@ class PluginContract:
             broken(DESCRIBED, one_line(error))
 
     def make(self, **options: Any) -> Any:
-        """Return a plugin of its own, with `options` on top of those of the suite."""
+        """Return a new plugin object, with `options` in addition to those of the suite."""
         entry = self.entry
         try:
             return self.registry.make(entry, {**self.options, **options})
@@ -92,15 +92,15 @@ class PluginContract:
         except PlugframeError as error:
             broken(MADE, one_line(error))
 
-    # ------------------------------------------------------------------ what it is made of
+    # ------------------------------------------------------------------ descriptor and factory
 
     def test_the_descriptor_is_light(self) -> None:
-        """A listing loads it; nothing heavy comes with it."""
+        """Loading the descriptor imports neither torch nor the implementation."""
         entry, descriptor = self.entry, self.descriptor
         command = [sys.executable, "-c", _LOAD, entry.value, json.dumps(sys.path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
             broken(LIGHT, f"{entry.value} does not load by itself: {last}")
         loaded = set(json.loads(done.stdout.splitlines()[-1]))
         factory = descriptor.factory.partition(":")[0]
@@ -115,18 +115,18 @@ class PluginContract:
             broken(LIGHT, f"loading {entry.value} prints: {(done.stderr or done.stdout).strip().splitlines()[0]}")
 
     def test_the_descriptor_describes_it(self) -> None:
-        """It has a summary of one line, speaks an API that this plugframe does, and its fields have their types."""
+        """The descriptor has a summary of one line, a supported API version, and fields of their types."""
         descriptor = self.descriptor
         if not descriptor.summary.strip() or "\n" in descriptor.summary:
             broken(DESCRIBED, f"summary={descriptor.summary!r} is not one line: listings show it")
         if descriptor.api not in (API, API - 1):
-            broken(DESCRIBED, f"api={descriptor.api}, and this plugframe speaks {API}")
+            broken(DESCRIBED, f"api={descriptor.api}, and this plugframe supports {API}")
         if not descriptor.factory:
-            broken(DESCRIBED, f"{self.spec!r} stands for another name: set spec to that one")
+            broken(DESCRIBED, f"{self.spec!r} is an alias of another name: set spec to that one")
         for field in _TEXTS:
             value = getattr(descriptor, field)
             if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
-                broken(DESCRIBED, f"{field}={value!r} is not a tuple of texts: write ({value!r},) for one")
+                broken(DESCRIBED, f"{field}={value!r} is not a tuple of strings: write ({value!r},) for one")
         for field in _BY_KIND:
             unknown = [kind for kind in getattr(descriptor, field) if kind not in KINDS]
             if unknown:
@@ -134,10 +134,10 @@ class PluginContract:
         for field in ("needs", "prefers"):
             for kind, value in getattr(descriptor, field).items():
                 if isinstance(value, str):
-                    broken(DESCRIBED, f"{field}[{kind!r}]={value!r} is not a tuple of texts: write ({value!r},)")
+                    broken(DESCRIBED, f"{field}[{kind!r}]={value!r} is not a tuple of strings: write ({value!r},)")
 
     def test_every_hook_is_provided(self) -> None:
-        """Each has its implementation, with the specification's arguments; nothing else is marked as a hook."""
+        """Every hook is implemented with the arguments of its specification; no other method is marked as one."""
         entry = self.entry
         choice = Choice(kind=self.kind, name=entry.name, reason="under test", descriptor=self.descriptor, entry=entry)
         try:
@@ -148,11 +148,11 @@ class PluginContract:
             broken(COMPLETE, deprecations[0])
 
     def test_nothing_else_looks_like_a_hook(self) -> None:
-        """A method that is named like a hook of the kind and is none would never be called."""
+        """No method has the name prefix of hooks without being one: it would never be called."""
         hooks = KINDS[self.kind].hooks
         for name in dir(type(self.make())):
             if name.startswith(f"{self.kind}_") and name not in hooks:
-                broken(COMPLETE, f"{name} is no hook, and is named like one.{closest(name, hooks)}")
+                broken(COMPLETE, f"{name} is not a hook, and is named like one.{closest(name, hooks)}")
 
     def test_declared_options_are_what_it_takes(self) -> None:
         """Every declared option is a keyword of the factory, with the same default."""
@@ -163,16 +163,16 @@ class PluginContract:
             broken(OPTIONS, f"{'; '.join(found)}")
 
     def test_an_unknown_option_is_refused(self) -> None:
-        """A keyword it does not know is an error, not nothing."""
+        """An unknown keyword is an error."""
         self.make()
         try:
             self.registry.make(self.entry, {**self.options, "no_option_of_this_name": 1})
         except PlugframeError:
             return
-        broken(LAW_10, "the factory takes the keyword no_option_of_this_name, and nothing says that it has no effect")
+        broken(LAW_10, "the factory silently accepts the unknown keyword no_option_of_this_name")
 
     def test_it_can_be_sent_to_the_ranks(self) -> None:
-        """What was made in the script arrives in started processes."""
+        """A plugin object can be pickled, to be sent to started processes."""
         plugin = self.make()
         try:
             copy = pickle.loads(pickle.dumps(plugin))
@@ -182,12 +182,12 @@ class PluginContract:
             broken(SENT, f"a {type(plugin).__name__} arrives as a {type(copy).__name__}")
 
     def test_two_of_it_share_nothing(self) -> None:
-        """Nothing that can change is held by both, and they are not equal: plugins are told apart by identity."""
+        """Two plugin objects share no mutable value and are not equal: they are compared by identity."""
         first, second = self.make(), self.make()
         if first is second:
             broken(ITSELF, "the factory gives the same object each time")
         if first == second or type(first).__hash__ is None:
-            broken(ITSELF, "objects of it are compared by what they hold: give its class eq=False")
+            broken(ITSELF, "its objects are compared by value: give its class eq=False")
         given = {id(value) for value in self.options.values()}
         for name, value in getattr(first, "__dict__", {}).items():
             changeable = isinstance(value, (dict, list, set, bytearray))

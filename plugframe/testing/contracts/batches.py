@@ -1,4 +1,4 @@
-"""Run many checks in one start of ranks, with separate reports; a failed check does not stop the others."""
+"""Run many checks in one job, with a report for each; a failed check does not stop the others."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from plugframe.testing.ranks import RanksFailed, rank_store, run_ranks
 Check = Callable[[Any], None]
 _C = TypeVar("_C", bound=Check)
 
-#: After so many checks that failed the others are not run: each may have waited for its timeout.
+#: Number of failed checks after which the others are not run: each may have waited for its timeout.
 MAX_FAILURES = 5
 _SKIPPED = "skipped: "
 
 
 def rule(text: str) -> Callable[[_C], _C]:
-    """Say which rule a check is of, for what it raises besides."""
+    """Assign a check to the rule that is reported for its unexpected errors."""
 
     def mark(check: _C) -> _C:
         check.rule = text  # type: ignore[attr-defined]
@@ -35,7 +35,7 @@ def rule(text: str) -> Callable[[_C], _C]:
 
 
 def rule_of(check: Check) -> str:
-    """Return the rule a check is of."""
+    """Return the rule of a check."""
     text: str = getattr(check, "rule", check.__name__)
     return text
 
@@ -47,13 +47,13 @@ def run_batch(
     *,
     timeout_s: float = 120.0,
 ) -> dict[str, str]:
-    """Run every ``check(made)`` on every rank of one job, and return what is to be said of each, by its name.
+    """Run every ``check(made)`` on every rank of one job, and return a report for each, by its name.
 
-    After one that fails the ranks may be out of step: a new job runs the checks behind it.
+    After a failed check the ranks may be out of step: a new job runs the remaining checks.
 
     Args:
-        make: a context manager over the rank's `World`; it builds what all checks of a job get.
-        timeout_s: of one start.
+        make: a context manager over the rank's `World`; it builds the argument of the checks.
+        timeout_s: limit of one job.
     """
     found: dict[str, str] = {}
     waiting = list(checks)
@@ -76,7 +76,7 @@ def run_batch(
 
 
 def tell(report: str) -> None:
-    """Fail or skip the test as the report of its check says; an empty one passes."""
+    """Fail or skip the test according to the report of its check; an empty one passes."""
     if report.startswith(_SKIPPED):
         pytest.skip(report.removeprefix(_SKIPPED))
     if report:
@@ -96,8 +96,8 @@ def _read(folder: Path, num_ranks: int, checks: Sequence[Check], died: str) -> d
             first, newline, rest = text.partition("\n")
             found[check.__name__] = f"{first}{where}{newline}{rest}"
         elif len(texts) < num_ranks:
-            # It is the first whose reports are not all there: the ranks ended in it.
-            found[check.__name__] = f"{rule_of(check)}: the ranks did not end well.\n{died}"
+            # The first check without all reports is the one in which the ranks died.
+            found[check.__name__] = f"{rule_of(check)}: the ranks died or timed out.\n{died}"
         else:
             found[check.__name__] = ""
         if found[check.__name__] and not found[check.__name__].startswith(_SKIPPED):
@@ -106,7 +106,7 @@ def _read(folder: Path, num_ranks: int, checks: Sequence[Check], died: str) -> d
 
 
 def _on_rank(world: World, make: Callable[[World], Any], checks: Sequence[Check], folder: str) -> None:
-    # Longer than a rank may take: it is the one that hangs that must say so, not those that wait for it.
+    # Longer than the timeout of the job, so that the rank that hangs is reported, and not those that wait for it.
     store = rank_store(timeout_s=1200.0)
     skipped = ""
     try:
@@ -117,9 +117,9 @@ def _on_rank(world: World, make: Callable[[World], Any], checks: Sequence[Check]
                 passed = not report or report.startswith(_SKIPPED)
                 store.set(f"check/{number}/{world.global_rank}", "passed" if passed else "failed")
                 if any(store.get(f"check/{number}/{rank}") != b"passed" for rank in range(world.world_size)):
-                    return  # the next exchange would pair with another check's
+                    return  # the next collective would pair with one of another check
     except UnsupportedError as error:
-        skipped = f"{_SKIPPED}It is refused here: {error}"
+        skipped = f"{_SKIPPED}It is not supported here: {error}"
     if skipped:
         for check in checks:
             Path(folder, f"{check.__name__}.{world.global_rank}").write_text(skipped, encoding="utf-8")

@@ -29,12 +29,12 @@ from plugframe.testing.contracts.checkpoint_ranks import (
 from plugframe.testing.contracts.running import broken, chosen, left, listing, once, one_line, running, traces
 from plugframe.testing.ranks import RanksFailed, run_ranks
 
-ROUND_TRIP = "Round trip (what was saved is loaded again to the last bit)"
-VERIFIED = "Verified (what lies there is not what was written: refused, naming the file)"
-NO_CODE = "No code (loading never runs code out of a file)"
-REFUSED = "Refused by key (what cannot be saved is a CheckpointError that names its key)"
+ROUND_TRIP = "Round trip (what was saved is loaded bit for bit)"
+VERIFIED = "Verified (a damaged file is refused, and named)"
+NO_CODE = "No code (loading never runs code from a file)"
+REFUSED = "Refused by key (a value that cannot be saved is a CheckpointError that names its key)"
 WAIT = "Waiting (with wait=True the checkpoint is complete on return; otherwise a handle reports completion)"
-TOLD = "Told (what inspect() says is what was saved)"
+TOLD = "Told (inspect() reports what was saved)"
 CLEAN = "Law 9 (nothing is left behind)"
 
 
@@ -52,30 +52,30 @@ class CheckpointContract(PluginContract):
 
     kind = "checkpoint"
 
-    #: Keys of `Lite(...)` that the plugin needs besides its own name, such as a collective.
+    #: Further arguments of `Lite(...)` that the plugin needs, such as a collective.
     settings: ClassVar[dict[str, Any]] = {}
 
     def location(self, folder: Path) -> str:
-        """Return where the suite saves; override it for a plugin whose paths are no files."""
+        """Return where the suite saves; override it for a plugin whose paths are not files."""
         return str(folder / "checkpoint")
 
     # ------------------------------------------------------------------ one rank
 
     @pytest.fixture
     def hooks(self) -> Iterator[Any]:
-        """The hooks of a job of one rank that saves with this plugin."""
+        """The hooks of a job of one rank with this plugin."""
         with self.job() as context:
             yield context.hooks
 
     @contextmanager
     def job(self) -> Iterator[Context]:
-        """Run a job of one rank that saves with this plugin."""
+        """Run a job of one rank with this plugin."""
         plugin = chosen(self.kind, self.spec, dict(self.options))
         with running(checkpoint=plugin, **self.settings) as (_, context):
             yield context
 
     def where(self, folder: Path) -> str:
-        """Return a location in a folder of its own, which then holds nothing but the checkpoint."""
+        """Return a location in a new folder."""
         own = folder / "kept here"
         own.mkdir(exist_ok=True)
         return self.location(own)
@@ -87,24 +87,24 @@ class CheckpointContract(PluginContract):
             broken(WAIT, f"checkpoint_save(wait=True) returned {handle!r}, not None")
 
     def loaded(self, hooks: Any, path: str, *, lazy: bool = False) -> Any:
-        """Load whole; a failure breaks the round trip."""
+        """Load the full state; a failure breaks the round trip."""
         state = attempt(ROUND_TRIP, "loading", hooks.checkpoint_load, path=path, trusted=False, lazy=lazy)
         return materialize(state) if lazy else state
 
     def unchanged(self, hooks: Any, path: str, state: Any, *, rule: str, after: str) -> None:
-        """Check that `state` still lies at `path`."""
+        """Check that the checkpoint at `path` still holds `state`."""
         try:
             found = hooks.checkpoint_load(path=path, trusted=False, lazy=False)
         except CheckpointError as error:
-            broken(rule, f"after {after} the checkpoint that was there before cannot be loaded: {error}")
+            broken(rule, f"after {after} the earlier checkpoint cannot be loaded: {error}")
         differs = states.difference(state, found)
         if differs:
-            broken(rule, f"after {after} the checkpoint that was there before has changed: {differs}")
+            broken(rule, f"after {after} the earlier checkpoint has changed: {differs}")
 
     @pytest.mark.parametrize("lazy", [False, True], ids=["at once", "lazily"])
     @pytest.mark.parametrize("what", ["tensors", "values"])
     def test_what_was_saved_comes_back(self, hooks: Any, tmp_path: Path, what: str, lazy: bool) -> None:
-        """Every dtype, layout and plain value is loaded as it was saved, to the last bit."""
+        """Every dtype, layout and plain value is restored bit for bit."""
         state = getattr(states, what)()
         path = self.where(tmp_path)
         self.saved(hooks, path, state)
@@ -113,7 +113,7 @@ class CheckpointContract(PluginContract):
             broken(ROUND_TRIP, differs)
 
     def test_other_values_come_back_or_are_refused(self, hooks: Any, tmp_path: Path) -> None:
-        """Values beyond the plain ones may be refused, by key, but never come back as something else."""
+        """Other values are restored, or refused by key, but never changed."""
         for key, value in states.more_values().items():
             state, path = {"outer": {key: value}}, self.where(tmp_path)
             try:
@@ -124,10 +124,10 @@ class CheckpointContract(PluginContract):
                 continue
             differs = states.difference(state, self.loaded(hooks, path))
             if differs:
-                broken(ROUND_TRIP, f"{differs}. What a format cannot hold must be refused")
+                broken(ROUND_TRIP, f"{differs}. Values that a format cannot store must be refused")
 
     def test_a_save_takes_the_place_of_the_one_before(self, hooks: Any, tmp_path: Path) -> None:
-        """Nothing of an earlier checkpoint at the same path is left, in what is loaded or beside it."""
+        """A save replaces the earlier checkpoint at its path completely, and leaves no other files."""
         path = self.where(tmp_path)
         self.saved(hooks, path, {**states.small(1), "only before": torch.ones(1000)})
         state = states.small(2)
@@ -143,17 +143,17 @@ class CheckpointContract(PluginContract):
             broken(CLEAN, f"after 4 saves at one path there are {len(more)} files, after 2 there were {len(once)}")
         beside = sorted(name for name in os.listdir(tmp_path / "kept here") if not path.endswith(name))
         if beside:
-            broken(CLEAN, f"beside the checkpoint {path} a save left {', '.join(beside)}")
+            broken(CLEAN, f"a save left, beside the checkpoint {path}, {', '.join(beside)}")
 
     def test_a_loaded_checkpoint_is_the_callers_own(self, hooks: Any, tmp_path: Path) -> None:
-        """What was loaded can be written to, and saved over the very checkpoint it came from."""
+        """Loaded tensors can be modified, and saved over the checkpoint they were loaded from."""
         path, state = self.where(tmp_path), states.small(1)
         self.saved(hooks, path, state)
         first, second = self.loaded(hooks, path), self.loaded(hooks, path)
         first["model"]["layer.weight"].add_(1)
         differs = states.difference(state, second) or states.difference(state, self.loaded(hooks, path))
         if differs:
-            broken(ROUND_TRIP, f"writing to what was loaded changed what was loaded besides: {differs}")
+            broken(ROUND_TRIP, f"modifying a loaded tensor changed another one: {differs}")
         again = attempt(ROUND_TRIP, "loading", hooks.checkpoint_load, path=path, trusted=False, lazy=True)
         try:
             self.saved(hooks, path, again)
@@ -162,7 +162,7 @@ class CheckpointContract(PluginContract):
         self.unchanged(hooks, path, state, rule=ROUND_TRIP, after="saving over itself what was loaded lazily")
 
     def test_a_stored_tensor_fills_any_target(self, hooks: Any, tmp_path: Path) -> None:
-        """What was loaded lazily is read into targets of another dtype and layout as well."""
+        """Lazy tensors are read into targets of any dtype and layout."""
         path, state = self.where(tmp_path), states.small(1)
         self.saved(hooks, path, state)
         loaded = attempt(ROUND_TRIP, "loading", hooks.checkpoint_load, path=path, trusted=False, lazy=True)
@@ -175,7 +175,7 @@ class CheckpointContract(PluginContract):
                 broken(ROUND_TRIP, f"filling a tensor of {what} from {type(stored).__name__} gave other values")
 
     def test_a_handle_says_when_the_checkpoint_is_whole(self, hooks: Any, tmp_path: Path) -> None:
-        """With wait=False what is saved is what was there at the call; after wait() it is complete."""
+        """With wait=False the values at the call are saved; after wait() the checkpoint is complete."""
         path, state = self.where(tmp_path), states.small(1)
         handle = attempt(WAIT, "saving", hooks.checkpoint_save, path=path, state=state, info={}, wait=False)
         if handle is not None and "async" not in self.descriptor.provides:
@@ -187,13 +187,13 @@ class CheckpointContract(PluginContract):
                 broken(WAIT, "done() is not True after wait() has returned")
         differs = states.difference(states.small(1), self.loaded(hooks, path))
         if differs:
-            broken(WAIT, f"what the loop changed after checkpoint_save(wait=False) had returned was saved: {differs}")
+            broken(WAIT, f"changes made after checkpoint_save(wait=False) returned were saved: {differs}")
         if handle is not None:
             save = hooks.checkpoint_save
             self.refuses(save, rule=REFUSED, names=("culprit",), path=path, state={"culprit": len}, info={}, wait=False)
 
     def test_tear_down_finishes_a_pending_save(self, tmp_path: Path) -> None:
-        """Nobody has to wait for a save: tear-down does. It leaves neither threads nor files."""
+        """Tear-down waits for pending saves, and leaves neither threads nor files."""
         path, before = self.where(tmp_path), traces()
         with self.job() as context:
             attempt(
@@ -205,10 +205,10 @@ class CheckpointContract(PluginContract):
         with self.job() as context:
             differs = states.difference(states.small(1), self.loaded(context.hooks, path))
         if differs:
-            broken(WAIT, f"a save that was pending at tear-down is not whole: {differs}")
+            broken(WAIT, f"a save that was pending at tear-down is not complete: {differs}")
 
     def test_it_can_say_what_it_holds(self, hooks: Any, tmp_path: Path) -> None:
-        """A plugin that has `inspect` tells the keys, shapes and the information about the run."""
+        """`inspect`, if there is one, returns the keys, shapes and the information about the run."""
         path, state = self.where(tmp_path), states.small(1)
         self.saved(hooks, path, state, world_size=3, plugins={"strategy": "ours"})
         try:
@@ -217,17 +217,17 @@ class CheckpointContract(PluginContract):
             pytest.skip("It has no inspect().")
         info = {"world_size": 3, "plugins": {"strategy": "ours"}}
         if {key: contents.info.get(key) for key in info} != info:
-            broken(TOLD, f"info was {info} and is told as {dict(contents.info)}")
+            broken(TOLD, f"info was {info} and is reported as {dict(contents.info)}")
         if list(contents.state) != list(state):
-            broken(TOLD, f"the state had the keys {list(state)} and is told as {list(contents.state)}")
+            broken(TOLD, f"the state had the keys {list(state)} and is reported with {list(contents.state)}")
         weight = contents.state["model"]["layer.weight"]
         if (tuple(weight.shape), weight.dtype) != ((16, 9), torch.float32):
-            broken(TOLD, f"a float32 of shape (16, 9) is told as {weight.dtype} of shape {tuple(weight.shape)}")
+            broken(TOLD, f"a float32 of shape (16, 9) is reported as {weight.dtype} of shape {tuple(weight.shape)}")
 
-    # ------------------------------------------------------------------ what is refused
+    # ------------------------------------------------------------------ errors
 
     def refuses(self, call: Any, *, rule: str, names: tuple[str, ...], what: str = "", **arguments: Any) -> None:
-        """Check that a call raises a CheckpointError of one line that has one of `names` in it."""
+        """Check that a call raises a one-line CheckpointError that contains one of `names`."""
         what = what or f"state={arguments.get('state')!r}"
         try:
             result = call(**arguments)
@@ -247,7 +247,7 @@ class CheckpointContract(PluginContract):
         "value", [object(), {1, 2}, len, torch.empty(3, device="meta")], ids=lambda v: type(v).__name__
     )
     def test_what_cannot_be_saved_is_refused_by_key(self, hooks: Any, tmp_path: Path, value: Any) -> None:
-        """The error names the key, and the checkpoint that was there stays."""
+        """The error names the key, and the earlier checkpoint remains."""
         path, state = self.where(tmp_path), states.small(1)
         self.saved(hooks, path, state)
         before = listing(tmp_path)
@@ -258,10 +258,10 @@ class CheckpointContract(PluginContract):
         self.unchanged(hooks, path, state, rule=ATOMIC, after="a save that was refused")
         extra = listing(tmp_path) - before
         if extra:
-            broken(CLEAN, f"a save that was refused left {', '.join(sorted(extra))}")
+            broken(CLEAN, f"a refused save left {', '.join(sorted(extra))}")
 
     def test_nothing_and_something_else_are_refused(self, hooks: Any, tmp_path: Path) -> None:
-        """A path where nothing is, or what is no checkpoint, is an error that names it."""
+        """A path without a checkpoint is an error that names it."""
         if not is_file_path(self.where(tmp_path)):
             pytest.skip("Its paths are no files.")
         folder, text, empty = tmp_path / "a folder", tmp_path / "notes.txt", tmp_path / "an empty file"
@@ -279,11 +279,11 @@ class CheckpointContract(PluginContract):
                 call, rule=PATHS, names=(path.name,), what=what, path=str(path), state=state, info={}, wait=True
             )
         if (folder / "notes.txt").read_text() != "keep" or text.read_text() != "keep":
-            broken(PATHS, "a save that was refused changed a file that is no checkpoint")
+            broken(PATHS, "a refused save changed a file that is not a checkpoint")
 
     @pytest.mark.parametrize("how", ["a bit flipped", "the end cut off", "bytes added", "missing"])
     def test_damage_is_refused(self, hooks: Any, tmp_path: Path, how: str) -> None:
-        """Whatever byte of whatever file has changed, loading says so, lazily too."""
+        """Loading, lazy loading too, detects a changed byte in any file."""
         path, state = self.where(tmp_path), states.small(1)
         self.saved(hooks, path, state)
         for file in self.files(path):
@@ -303,7 +303,7 @@ class CheckpointContract(PluginContract):
         self.unchanged(hooks, path, state, rule=VERIFIED, after="damage that was repaired")
 
     def files(self, path: str) -> list[Path]:
-        """Return the files of the checkpoint at `path`; override it for a plugin whose paths are no files."""
+        """Return the files of the checkpoint at `path`; override it for a plugin whose paths are not files."""
         if not is_file_path(path):
             pytest.skip("Its paths are no files.")
         place = Path(path)
@@ -311,7 +311,7 @@ class CheckpointContract(PluginContract):
 
     @pytest.mark.parametrize("how", ["torch.save", "pickle"])
     def test_code_in_a_file_is_never_run(self, hooks: Any, tmp_path: Path, how: str) -> None:
-        """A pickle is refused, where a checkpoint should be and in place of each of its files."""
+        """A pickle is refused, in place of a checkpoint and of each of its files."""
         path, ran = self.where(tmp_path), tmp_path / "ran"
         self.saved(hooks, path, states.small(1))
         evil = tmp_path / "evil"
@@ -337,18 +337,18 @@ class CheckpointContract(PluginContract):
                 finally:
                     file.write_bytes(whole)
                 if ran.exists():
-                    broken(NO_CODE, f"a pickle at {file.name} was unpickled, and what it holds was run")
+                    broken(NO_CODE, f"a pickle at {file.name} was unpickled, and its code was run")
 
-    # ------------------------------------------------------------------ faults and ranks: one start for each
+    # ------------------------------------------------------------------ faults and ranks: one job for each
 
     @pytest.fixture
     def faults(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-        """What became of saves that fail or die, in a process of their own."""
+        """The results of saves that fail or die, in their own process."""
         return once(self, "faults", lambda: self._in_ranks(1, check_alone, tmp_path_factory))
 
     @pytest.fixture
     def pair(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-        """What became of the checks on two ranks."""
+        """The results of the checks on two ranks."""
         if self.descriptor.ranks == "one":
             pytest.skip("It works with one rank only.")
         return once(self, "pair", lambda: self._in_ranks(2, check_pair, tmp_path_factory))
@@ -364,30 +364,30 @@ class CheckpointContract(PluginContract):
         return {rule: next((each[rule] for each in reports if each[rule]), "") for rule in reports[0]}
 
     def test_a_save_that_fails_leaves_what_was_there(self, faults: dict[str, str]) -> None:
-        """Where the disk takes no more, the error says so and the earlier checkpoint is intact."""
+        """A full disk is an error that says so, and the earlier checkpoint is intact."""
         if not is_file_path(self.location(Path("/"))):
             pytest.skip("Its paths are no files.")
         if faults[ATOMIC]:
             broken(ATOMIC, faults[ATOMIC])
 
     def test_a_process_that_dies_while_saving_leaves_what_was_there(self, faults: dict[str, str]) -> None:
-        """Killed before any of its calls to the file system, it leaves the old checkpoint or the new one, whole."""
+        """A process killed before any of its file system calls leaves the old or the new checkpoint, complete."""
         if not is_file_path(self.location(Path("/"))):
             pytest.skip("Its paths are no files.")
         if faults["died"]:
             broken(ATOMIC, faults["died"])
 
     def test_all_ranks_hear_of_an_error(self, pair: dict[str, str]) -> None:
-        """What goes wrong on one rank is raised on all, and none waits for ever."""
+        """An error on one rank is raised on all, and none hangs."""
         if pair[ALIKE]:
             broken(ALIKE, pair[ALIKE])
 
     def test_a_path_may_be_a_str_or_a_path(self, pair: dict[str, str]) -> None:
-        """`lite.save` and `lite.load` take both."""
+        """`lite.save` and `lite.load` accept both."""
         if pair[PATHS]:
             broken(PATHS, pair[PATHS])
 
     def test_any_number_of_ranks_loads_it(self, pair: dict[str, str]) -> None:
-        """What two ranks saved one can load, and the other way round; parts of tensors included if it shards."""
+        """A checkpoint of two ranks loads on one and vice versa, with sharded tensors if it supports them."""
         if pair[SHARDED]:
             broken(SHARDED, pair[SHARDED])

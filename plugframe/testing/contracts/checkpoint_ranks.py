@@ -25,12 +25,12 @@ from plugframe.testing.contracts import states
 from plugframe.testing.contracts.running import chosen, one_line, running
 from plugframe.testing.ranks import rank_store
 
-ATOMIC = "Atomic (a save that fails or dies leaves what was there before whole)"
-ALIKE = "Alike (a save or a load returns or raises alike on all ranks)"
-PATHS = "Paths (a str or a Path; what is no checkpoint is refused, and left as it is)"
-SHARDED = "Any number of ranks (what some ranks saved, any number of ranks loads)"
+ATOMIC = "Atomic (a save that fails or dies leaves the earlier checkpoint complete)"
+ALIKE = "Alike (a save or a load returns or raises consistently on all ranks)"
+PATHS = "Paths (a str or a Path; a file that is not a checkpoint is refused, and not changed)"
+SHARDED = "Any number of ranks (a checkpoint loads on any number of ranks)"
 
-#: Events of the interpreter before a call to the file system, at which a process may die.
+#: Audit events before file system calls, at which a process may die.
 _CALLS = ("open", "ctypes.call_function", "shutil.")
 _LIMIT_BYTES = 256 * 1024
 _MOST_DEATHS = 24
@@ -41,20 +41,20 @@ _KEY = "plugframe.testing"
 def check_alone(
     world: World, spec: str, options: dict[str, Any], settings: dict[str, Any], path: str, sharded: bool
 ) -> dict[str, str]:
-    """Run the checks that need a process of their own. Called in a rank."""
+    """Run the checks that need their own process. Called in a rank."""
     if "://" in path:
         return {"died": "", ATOMIC: ""}
 
     def job() -> Any:
         return running(checkpoint=chosen("checkpoint", spec, options), **settings)
 
-    # First, as long as this process has no threads that its copies would lack.
+    # First, while this process has no threads, which its forks would lack.
     died = _dying(job, path)
     return {"died": died, ATOMIC: _full_disk(job, path)}
 
 
 def _full_disk(job: Callable[[], Any], path: str) -> str:
-    """Save more than the file system takes; say what was wrong about the outcome."""
+    """Save more than the file system has space for; describe what is wrong with the outcome."""
     large = {"large": torch.arange(4 * _LIMIT_BYTES, dtype=torch.float32), "epoch": 2}
     with job() as (_, context):
         hooks = context.hooks
@@ -72,7 +72,7 @@ def _full_disk(job: Callable[[], Any], path: str) -> str:
         expected = large if error is None else states.small(1)
         problem = _found(hooks, path, [expected])
         if error is None:
-            return problem and f"a save for which there was no space returned as if it were whole, but {problem}"
+            return problem and f"a save for which there was no space raised nothing, but {problem}"
         if problem:
             return f"after a save that failed with {one_line(error)}, {problem}"
         if not isinstance(error, CheckpointError) or os.path.basename(path) not in str(error):
@@ -82,7 +82,7 @@ def _full_disk(job: Callable[[], Any], path: str) -> str:
 
 
 def _found(hooks: Any, path: str, allowed: list[Any]) -> str:
-    """Say what is wrong with what lies at `path`, if it is none of `allowed`."""
+    """Describe the checkpoint at `path` if its state is none of `allowed`."""
     try:
         state = hooks.checkpoint_load(path=path, trusted=False, lazy=False)
     except Exception as error:  # noqa: BLE001 - reported as it is
@@ -92,7 +92,7 @@ def _found(hooks: Any, path: str, allowed: list[Any]) -> str:
 
 
 def _dying(job: Callable[[], Any], path: str) -> str:
-    """Have processes die in the middle of saves; say what one of them left that is not whole."""
+    """Let processes die during saves; describe an incomplete checkpoint that one of them left."""
     folder = os.path.dirname(os.path.dirname(path))
     first = _in_copy(lambda: _save_and_die(job, path, 0, folder, at=None))
     if "calls" not in first:
@@ -100,7 +100,7 @@ def _dying(job: Callable[[], Any], path: str) -> str:
     for module in first["modules"]:  # once, and not in every copy
         with suppress(ImportError):
             importlib.import_module(module)
-    # The first was saved over nothing; what replaces an earlier one may take more calls.
+    # The first save replaced nothing; replacing an earlier checkpoint may take more calls.
     calls = int(_in_copy(lambda: _save_and_die(job, path, 1, folder, at=None)).get("calls", first["calls"]))
     step = max(1, -(-calls // _MOST_DEATHS))
     for number, at in enumerate(range(1, calls + 1, step), 2):
@@ -113,14 +113,14 @@ def _dying(job: Callable[[], Any], path: str) -> str:
     if "error" in last:
         return f"after processes had died while saving, the next save failed: {last['error']}"
     beside = sorted(set(os.listdir(os.path.dirname(path))) - {os.path.basename(path)})
-    return f"what dead processes left is still there after the next save: {', '.join(beside)}" if beside else ""
+    return f"files of dead processes remain after the next save: {', '.join(beside)}" if beside else ""
 
 
 def _in_copy(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run `act` in a copy of this process and return what it told; nothing if it died."""
+    """Run `act` in a fork of this process and return its result; empty if it died."""
     reading, writing = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads the copy would lack: there are none
+        warnings.simplefilter("ignore", DeprecationWarning)  # about threads that the fork would lack: there are none
         copy = os.fork()
     if copy == 0:
         try:
@@ -138,7 +138,7 @@ def _in_copy(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _save_and_die(job: Callable[[], Any], path: str, number: int, folder: str, *, at: int | None) -> dict[str, Any]:
-    """Save state `number`, and die before the call `at` to the file system; return how many there were."""
+    """Save state `number`, and die before file system call `at`; return the number of calls."""
     armed, calls, before = False, 0, set(sys.modules)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -171,7 +171,7 @@ def _look(job: Callable[[], Any], path: str, allowed: list[int]) -> dict[str, An
 
 
 class _Pair:
-    """One of two ranks, and what it has to tell the other."""
+    """One of two ranks, with a store for their results."""
 
     def __init__(self, world: World, hooks: Any) -> None:
         self.rank, self.other = world.global_rank, 1 - world.global_rank
@@ -180,9 +180,9 @@ class _Pair:
         self.round = 0
 
     def outcomes(self, what: str, call: Callable[..., Any], **arguments: Any) -> tuple[str, str]:
-        """Call something on both ranks and return how it went on rank 0 and on rank 1.
+        """Run `call` on both ranks and return the outcomes on rank 0 and on rank 1.
 
-        They tell each other through a store and not by a collective, which a rank that hangs would not reach.
+        The outcomes go through a store and not a collective, which a rank that hangs would not reach.
         """
         try:
             result = call(**arguments)
@@ -203,7 +203,7 @@ class _Pair:
 
 
 class _Hangs(AssertionError):
-    """A rank did not come out of a call."""
+    """A rank did not return from a call."""
 
 
 def check_pair(
@@ -220,7 +220,7 @@ def check_pair(
                 found[PATHS] = _paths(lite, path)
                 found[SHARDED] = _any_number(pair, lambda: running(checkpoint=chosen_plugin, **settings), path, sharded)
         except _Hangs as error:
-            # The other rank may hang for ever in what it does now: this one ends both.
+            # The other rank may hang: this one ends both.
             sys.stderr.write(f"{ALIKE}: {error}\n")
             sys.stderr.flush()
             os._exit(1)
@@ -239,7 +239,7 @@ def _alike(pair: _Pair, path: str, sharded: bool) -> str:
             return f"a save of what cannot be saved on rank {culprit}: {_both(bad)}; both must raise a CheckpointError"
     nothing = pair.outcomes("a load", load, path=f"{path}-nothing", trusted=False, lazy=False)
     if any(not text.startswith("Checkpoint") for text in nothing):
-        return f"a load of nothing: {_both(nothing)}; both must raise a CheckpointError"
+        return f"a load of a missing checkpoint: {_both(nothing)}; both must raise a CheckpointError"
     problem = _found(pair.hooks, path, [states.small(1)])
     return problem and f"after saves that failed on one rank, {problem}"
 
@@ -264,12 +264,12 @@ def _paths(lite: Any, path: str) -> str:
 
 
 def _any_number(pair: _Pair, alone: Callable[[], Any], path: str, sharded: bool) -> str:
-    """Save on two ranks, load on one and on two; and the other way round."""
+    """Save on two ranks and load on one and on two, and vice versa."""
     wholes = {"even": torch.arange(24.0).reshape(8, 3), "uneven": torch.arange(21.0).reshape(7, 3), "epoch": 5}
     spread: dict[str, Any] = {name: _spread(value) for name, value in wholes.items()} if sharded else wholes
     both = pair.outcomes("a save", pair.hooks.checkpoint_save, path=path, state=spread, info={}, wait=True)
     if both != ("returned", "returned"):
-        return f"a save of parts of tensors: {_both(both)}"
+        return f"a save of sharded tensors: {_both(both)}"
     problem = _reads(pair.hooks, path, wholes, sharded, "two ranks saved, two loaded")
     single = f"{path}-single"
     if not problem and pair.rank == 0:
@@ -284,7 +284,7 @@ def _any_number(pair: _Pair, alone: Callable[[], Any], path: str, sharded: bool)
 
 
 def _reads(hooks: Any, path: str, wholes: dict[str, Any], sharded: bool, what: str) -> str:
-    """Load whole, and in parts where the plugin shards; say what was not as it was saved."""
+    """Load in full, and in shards where the plugin supports them; describe values that differ."""
     for lazy in (False, True):
         try:
             loaded = hooks.checkpoint_load(path=path, trusted=False, lazy=lazy)
@@ -302,7 +302,7 @@ def _reads(hooks: Any, path: str, wholes: dict[str, Any], sharded: bool, what: s
 
 
 def _spread(value: Any) -> Any:
-    """Return this rank's part of a tensor, by rows."""
+    """Return this rank's shard of a tensor, by rows."""
     if not isinstance(value, Tensor):
         return value
     from torch.distributed.device_mesh import init_device_mesh

@@ -17,17 +17,17 @@ from plugframe.testing.contracts.batches import run_batch, tell
 from plugframe.testing.contracts.placed import accelerator_for, context_of
 from plugframe.testing.contracts.running import broken, once, one_line
 
-ONE_RANK = "One rank (what works with one rank only is refused with more: each would compute by itself)"
+ONE_RANK = "One rank (a collective for one rank is refused with more: each would compute by itself)"
 
 
 class CollectiveContract(PluginContract):
-    """Subclass it and set `spec`. Two jobs are started, of one rank and of two.
+    """Subclass it and set `spec`. It starts two jobs, of one rank and of two.
 
-    What is skipped follows from the descriptor: ``ranks="one"`` leaves out the job of two ranks.
+    ``ranks="one"`` in the descriptor leaves out the job of two ranks.
 
     Attributes:
-        dtypes: that it can exchange.
-        timeout_s: of all the checks on so many ranks together.
+        dtypes: those that it supports.
+        timeout_s: limit of one job with all its checks.
     """
 
     kind = "collective"
@@ -44,7 +44,7 @@ class CollectiveContract(PluginContract):
     timeout_s: ClassVar[float] = 120.0
 
     def reports(self, num_ranks: int) -> dict[str, str]:
-        """Run all checks on that many ranks, once for the suite; return what is to be said, by the check's name."""
+        """Run all checks on that many ranks, once for the suite; return a report for each, by its name."""
         if num_ranks > 1 and self.descriptor.ranks == "one":
             pytest.skip("It works with one rank only.")
         if num_ranks > 1 and "simulated" in self.descriptor.provides:
@@ -70,11 +70,11 @@ class CollectiveContract(PluginContract):
     @pytest.mark.parametrize("num_ranks", [1, 2])
     @pytest.mark.parametrize("check", [check.__name__ for check in (*ranks.CONNECTED, *ranks.APART)])
     def test_on_ranks(self, check: str, num_ranks: int) -> None:
-        """The check of that name holds on that many ranks."""
+        """The check passes on that many ranks."""
         tell(self.reports(num_ranks)[check])
 
     def test_more_ranks_than_it_connects_are_refused(self) -> None:
-        """A collective for one rank says so at set-up, naming how many there are."""
+        """Set-up of a collective for one rank raises with more, with their number."""
         if self.descriptor.ranks != "one":
             pytest.skip("It connects any number of ranks.")
         context = self._context(World(world_size=2, local_world_size=2))
@@ -87,7 +87,7 @@ class CollectiveContract(PluginContract):
         except Exception as error:  # noqa: BLE001 - reported as it is
             broken(ONE_RANK, f"set-up on one of 2 ranks raised {one_line(error)}, not an UnsupportedError")
         else:
-            broken(ONE_RANK, "set-up on one of 2 ranks said nothing")
+            broken(ONE_RANK, "set-up on one of 2 ranks raised nothing")
         finally:
             plugin.collective_teardown()
 

@@ -19,22 +19,22 @@ from plugframe.testing.contracts.running import broken, cpu_accelerator, one_lin
 from plugframe.testing.ranks import RanksFailed, run_ranks
 from plugframe.utils.environment import preserved_environment
 
-DETECTED = "Detected (where its variables say so, and nowhere else)"
+DETECTED = "Detected (if, and only if, its variables are set)"
 WORLD = "World (ranks and sizes are those of the job, and fit together on every rank)"
-TOLD = "Told (variables that are missing or wrong are an error of one line that names the variable)"
-VALIDATED = "Validated (what was asked for must be what was started)"
-CHOSEN = "Chosen (under 'auto' it is the one for a process that it describes)"
-MET = "Met (the ranks meet at one store, new for each connection, on loopback if there is one node)"
-REQUEUED = "Requeued (without a job nothing is asked for, and the answer is no)"
+TOLD = "Told (a missing or invalid variable is a one-line error that names it)"
+VALIDATED = "Validated (the requested ranks and nodes must be those that were started)"
+CHOSEN = "Chosen ('auto' selects it for a process that it describes)"
+MET = "Met (the ranks get one store, new for each connection, on loopback if there is one node)"
+REQUEUED = "Requeued (without a job no requeue is requested, and the result is False)"
 CLEAN = "Law 9 (nothing is left behind)"
 
-#: What a process needs to run at all; a simulated job has nothing else but its own variables.
+#: Variables that a process needs to run; a simulated job has only these and its own.
 _KEPT = ("PATH", "HOME", "USER", "TMPDIR", "TEMP", "LANG", "LC_ALL", "SHELL", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 _KEPT_PREFIXES = ("PYTHON", "PYTEST", "COVERAGE", "DYLD_", "OMP_", "CONDA", "XDG_")
 
 
 class EnvironmentContract(PluginContract):
-    """Subclass it, set `spec` and give `variables`, from which jobs are simulated.
+    """Subclass it, set `spec` and define `variables`, which simulates jobs.
 
     ::
 
@@ -68,7 +68,7 @@ class EnvironmentContract(PluginContract):
 
     @contextmanager
     def within(self, given: Mapping[str, str]) -> Iterator[Any]:
-        """Give the plugin in a process with these variables and no other scheduler's; check that it sets none."""
+        """Yield the plugin in a process with these variables and no other scheduler's; check that it sets none."""
         kept = {k: v for k, v in os.environ.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)}
         with preserved_environment():
             os.environ.clear()
@@ -88,7 +88,7 @@ class EnvironmentContract(PluginContract):
             for rank in range(nodes * each)
         ]
         if not any(variables for *_, variables in given):
-            pytest.skip("It describes a process that nobody started.")
+            pytest.skip("It describes a process that no scheduler started.")
         yield from given
 
     def largest(self) -> tuple[int, int, int, Mapping[str, str]]:
@@ -98,16 +98,16 @@ class EnvironmentContract(PluginContract):
     # ------------------------------------------------------------------ detection
 
     def test_it_is_detected_by_its_variables_alone(self) -> None:
-        """Without any it is not detected, unless it describes a process that nobody started."""
+        """Without variables it is not detected, unless it describes a process that no scheduler started."""
         with self.within({}) as plugin:
             detected, launched = plugin.environment_detect(), plugin.environment_launched()
             if not (isinstance(detected, bool) and isinstance(launched, bool)):
                 broken(DETECTED, f"the answers must be True or False, got {detected!r} and {launched!r}")
             if detected and launched:
-                broken(DETECTED, "with none of its variables set it says that it started this process")
+                broken(DETECTED, "with none of its variables set it claims to have started this process")
 
     def test_it_is_detected_in_every_rank_of_its_jobs(self) -> None:
-        """In a job it is detected and says that the processes exist; its descriptor names only variables set there."""
+        """In a job it is detected as launched; its descriptor lists only variables that are set there."""
         for nodes, each, rank, variables in self.jobs():
             at = f"on rank {rank} of {nodes} nodes with {each} ranks each"
             absent = [name for name in self.descriptor.variables if name not in variables]
@@ -120,7 +120,7 @@ class EnvironmentContract(PluginContract):
                     broken(DETECTED, f"environment_launched() is not True {at}")
 
     def test_auto_chooses_it(self) -> None:
-        """Where its variables are set, "auto" takes it and not one that describes less."""
+        """Where its variables are set, "auto" selects it."""
         if self.descriptor.priority is None:
             pytest.skip("Its priority is None: it is never chosen under 'auto'.")
         for nodes, each, rank, variables in self.jobs():
@@ -139,7 +139,7 @@ class EnvironmentContract(PluginContract):
     # ------------------------------------------------------------------ the world
 
     def test_every_rank_knows_its_place(self) -> None:
-        """Ranks and sizes are the job's, and no two ranks of a node share a local rank."""
+        """Ranks and sizes are those of the job, and local ranks are unique on a node."""
         places: dict[tuple[int, int], set[tuple[int, int]]] = {}
         for nodes, each, rank, variables in self.jobs():
             at = f"on rank {rank} of {nodes} nodes with {each} ranks each"
@@ -153,7 +153,7 @@ class EnvironmentContract(PluginContract):
             expected = {"global_rank": rank, "world_size": nodes * each, "local_world_size": each, "num_nodes": nodes}
             wrong = [f"{k}={getattr(world, k)} for {v}" for k, v in expected.items() if getattr(world, k) != v]
             if wrong:
-                broken(WORLD, f"{at} it says {', '.join(wrong)}")
+                broken(WORLD, f"{at} it has {', '.join(wrong)}")
             problem = _misfit(world)
             if problem:
                 broken(WORLD, f"{at} {problem}")
@@ -173,14 +173,14 @@ class EnvironmentContract(PluginContract):
     # ------------------------------------------------------------------ variables that are missing or wrong
 
     def test_a_missing_variable_is_told(self) -> None:
-        """Without one of its variables it is not detected, needs it not, or says in one line which one is missing."""
+        """A missing variable is not needed, prevents detection, or is a one-line error that names it."""
         nodes, each, rank, variables = self.largest()
         for name in variables:
             self._changed(name, "not set", {k: v for k, v in variables.items() if k != name}, nodes, each, rank)
 
     @pytest.mark.parametrize("value", ["", "two", "-1", "999999999", "1.5"])
     def test_a_wrong_variable_is_told(self, value: str) -> None:
-        """What is no number, or none that fits, is an error that names variable and value, or has no effect."""
+        """An invalid number is an error that names variable and value, or has no effect."""
         nodes, each, rank, variables = self.largest()
         for name, right in variables.items():
             if right.lstrip("-").isdigit():
@@ -203,15 +203,15 @@ class EnvironmentContract(PluginContract):
                 broken(TOLD, f"with {what} it raised {one_line(error)}, not an EnvironmentMismatchError")
         place = (world.global_rank, world.world_size, world.local_world_size, world.num_nodes)
         other = place != (rank, nodes * each, each, nodes)
-        # Another number that fits the others cannot be told from the right one.
+        # A wrong number that is consistent with the others cannot be detected.
         if other and given.get(name, "").isdigit():
             other = bool(_misfit(world))
         if other and name not in self.optional:
             problem = _misfit(world) or f"it takes rank {rank} of {nodes} nodes with {each} ranks each for {world}"
-            broken(TOLD, f"with {what} nothing is said, and {problem}")
+            broken(TOLD, f"with {what} nothing is raised, and {problem}")
 
     def test_what_was_asked_for_must_be_what_was_started(self) -> None:
-        """The job's own figures, or none, are accepted; others are an error with both figures."""
+        """The job's own numbers, or none, are accepted; others are an error with both numbers."""
         for nodes, each, _, variables in self.jobs():
             with self.within(variables) as plugin:
                 for asked in ((each, nodes), (None, None), (each, None), (None, nodes)):
@@ -229,14 +229,14 @@ class EnvironmentContract(PluginContract):
         except EnvironmentMismatchError as error:
             want = str(asked[0] or asked[1])
             if want not in str(error) or str(have) not in str(error) or "\n" in str(error).strip():
-                broken(VALIDATED, f"{what} were asked for, {have} started; the message must say both: {error}")
+                broken(VALIDATED, f"{what} were requested, {have} started; the message must name both: {error}")
         except Exception as error:  # noqa: BLE001 - reported as it is
             broken(VALIDATED, f"{what} were asked for, {have} started; it raised {one_line(error)}")
         else:
-            broken(VALIDATED, f"{what} were asked for, {have} started, and nothing is said")
+            broken(VALIDATED, f"{what} were requested, {have} started, and nothing is raised")
 
     def test_without_a_job_nothing_is_requeued(self) -> None:
-        """Nothing is asked of a scheduler that did not start this process."""
+        """No requeue is requested from a scheduler that did not start this process."""
         with self.within({"PATH": ""}) as plugin:
             try:
                 answer = plugin.environment_requeue()
@@ -245,10 +245,10 @@ class EnvironmentContract(PluginContract):
             if answer is not False:
                 broken(REQUEUED, f"environment_requeue() answered {answer!r}, with no job there")
 
-    # ------------------------------------------------------------------ where the ranks meet
+    # ------------------------------------------------------------------ the store
 
     def test_the_ranks_meet(self) -> None:
-        """Two ranks of a job on this machine, or one, meet at a store; a second time it is as good as new."""
+        """One or two ranks on this machine share a store; the second connection gets an empty one."""
         if not self.variables(num_nodes=1, ranks_per_node=1, rank=0, port=29_500):
             given: list[dict[str, str]] = [{}]
         else:
@@ -266,7 +266,7 @@ class EnvironmentContract(PluginContract):
 
 
 def _misfit(world: World) -> str:
-    """Say which of the figures do not fit together."""
+    """Describe the numbers that contradict each other."""
     for rank, size in (("global_rank", "world_size"), ("local_rank", "local_world_size"), ("node_rank", "num_nodes")):
         if not 0 <= getattr(world, rank) < getattr(world, size):
             return f"{rank}={getattr(world, rank)} is not at least 0 and below {size}={getattr(world, size)}"
@@ -283,7 +283,7 @@ def _free_port() -> int:
 
 
 def _meet(world: World, spec: str, options: dict[str, Any], given: list[dict[str, str]]) -> str:
-    """Meet twice, and say what is wrong. Called on every rank."""
+    """Connect to the store twice, and describe what is wrong. Every rank must call it."""
     import torch
 
     from plugframe.hooks.context import Context
@@ -321,7 +321,7 @@ def _made(spec: str, options: dict[str, Any]) -> Any:
 
 
 def _listening() -> set[str]:
-    """Return the addresses this process listens on, where the system tells."""
+    """Return the addresses this process listens on, where the system lists them."""
     inodes = set()
     for link in Path("/proc/self/fd").iterdir() if Path("/proc/self/fd").exists() else ():
         try:

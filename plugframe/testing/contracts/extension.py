@@ -25,13 +25,13 @@ from plugframe.testing.contracts.extension_ranks import train, train_on_ranks
 from plugframe.testing.contracts.running import broken, lasting, left, one_line, traces
 from plugframe.testing.ranks import RanksFailed, run_ranks
 
-WRAPS = "Wraps (an extension wraps hooks with hookimpl(wrapper=True), or listens to on_… hooks; it provides none)"
+WRAPS = "Wraps (an extension wraps hooks with hookimpl(wrapper=True) or implements on_… hooks; it provides none)"
 ONCE = "Once (a wrapped hook is called once for each call, with the arguments of the call)"
-RESULT = "Result (a wrapper gives back what the hook gave)"
-RAISED = "Raised (what a hook raises passes through a wrapper as it is)"
+RESULT = "Result (a wrapper returns the result of the hook)"
+RAISED = "Raised (an exception of a hook passes through a wrapper unchanged)"
 TRAINING = "Training (a run ends with the same weights as without the extension)"
-BALANCED = "Balanced (what on_launch starts on_teardown ends, for one run after another)"
-STATE = "State (what state_dict() gives, load_state_dict() takes, and gives again)"
+BALANCED = "Balanced (on_teardown undoes on_launch, in every run)"
+STATE = "State (load_state_dict() restores what state_dict() returned)"
 CLEAN = "Law 9 (nothing is left behind)"
 
 
@@ -39,8 +39,8 @@ class ExtensionContract(PluginContract):
     """Subclass it and set `spec`.
 
     Attributes:
-        changes: hooks whose result or arguments the extension changes, as its documentation says.
-        changes_training: whether a run with it ends with other weights, as its documentation says.
+        changes: hooks whose result or arguments the extension changes, as documented.
+        changes_training: whether it changes the weights of a run, as documented.
     """
 
     kind = "extension"
@@ -58,26 +58,26 @@ class ExtensionContract(PluginContract):
         """Return the provider and logger hooks the extension wraps."""
         return [name for name, marks in _marks(plugin).items() if marks["wrapper"] and name in _all_hooks()]
 
-    # ------------------------------------------------------------------ what it is made of
+    # ------------------------------------------------------------------ methods
 
     def test_it_only_wraps_and_listens(self) -> None:
-        """Every marked method is a wrapper of a hook that exists, or listens to a notification."""
+        """Every marked method wraps an existing hook, or implements a notification."""
         marks = _marks(self.make())
         if not marks:
             broken(WRAPS, "no method of it is marked with @plugframe.hookimpl, so it would never be called")
         notifications = KINDS["extension"].hooks
         for name, marked in marks.items():
             if name not in _all_hooks():
-                broken(WRAPS, f"{name} is no hook")
+                broken(WRAPS, f"{name} is not a hook")
             if name not in notifications and marked["hookwrapper"]:
-                broken(WRAPS, f"{name} is a wrapper of the old kind: mark it with hookimpl(wrapper=True)")
+                broken(WRAPS, f"{name} is an old-style wrapper: mark it with hookimpl(wrapper=True)")
             if name not in notifications and not marked["wrapper"]:
                 broken(WRAPS, f"{name} provides the hook: mark it with hookimpl(wrapper=True) and yield once")
 
     # ------------------------------------------------------------------ wrappers
 
     def _each_wrapped(self) -> Iterator[tuple[str, _Called, Any]]:
-        """Yield each wrapped hook, what notes its calls, and the bound hook of a pipeline."""
+        """Yield each wrapped hook, the recorder of its calls, and the bound hook of a pipeline."""
         names = self.wrapped(self.make())
         if not names:
             pytest.skip("It wraps nothing.")
@@ -91,7 +91,7 @@ class ExtensionContract(PluginContract):
             _told(plugin, "on_teardown")
 
     def test_each_call_is_made_once(self) -> None:
-        """Two calls reach the provider as two calls, with the very arguments they were made with."""
+        """Two calls reach the provider as two calls, with the same argument objects."""
         for name, called, hook in self._each_wrapped():
             for number in (1, 2):
                 arguments = _arguments(name)
@@ -105,14 +105,14 @@ class ExtensionContract(PluginContract):
                     broken(ONCE, f"call {number} of {name} reached the provider {len(called.calls)} times")
                 changed = [key for key, value in called.calls[0].items() if value is not before[key]]
                 if changed and name not in self.changes:
-                    broken(ONCE, f"{name} got other arguments than it was called with: {', '.join(changed)}")
+                    broken(ONCE, f"{name} received other arguments than it was called with: {', '.join(changed)}")
                 if called.entered != called.left:
                     broken(
                         ONCE, f"the context of {name} was entered {called.entered} times and left {called.left} times"
                     )
 
     def test_the_result_is_what_the_hook_gave(self) -> None:
-        """The very object comes back; of a context, what it gives on entering."""
+        """A wrapper returns the object of the hook; for a context, the object it yields."""
         for name, called, hook in self._each_wrapped():
             if name in self.changes:
                 continue
@@ -127,21 +127,21 @@ class ExtensionContract(PluginContract):
 
     @pytest.mark.parametrize("error", [RuntimeError, StopIteration, KeyboardInterrupt, SystemExit])
     def test_what_a_hook_raises_passes_through(self, error: type[BaseException]) -> None:
-        """The very exception, also one that ends the program, from the hook and from inside a context it gave."""
+        """Exceptions of the hook, and in a context it returned, pass through, SystemExit included."""
         for name, called, hook in self._each_wrapped():
             raised = error("out of paper")
             if called.is_context:
                 self._passes(name, raised, lambda: _entered(hook(**_arguments(name)), raised))  # noqa: B023
                 if called.entered != called.left:
-                    broken(RAISED, f"the context of {name} was not left when {error.__name__} was raised in it")
+                    broken(RAISED, f"the context of {name} was not exited after a {error.__name__} in it")
             called.raises = raised
             self._passes(name, raised, lambda: hook(**_arguments(name)))  # noqa: B023
 
     def _passes(self, name: str, raised: BaseException, call: Callable[[], Any]) -> None:
         try:
             result = call()
-        except BaseException as error:  # noqa: BLE001 - the very exception is what is looked for
-            # A generator cannot let StopIteration pass: Python makes a RuntimeError of it.
+        except BaseException as error:  # noqa: BLE001 - compared with the exception raised
+            # A generator cannot re-raise StopIteration: Python converts it to a RuntimeError.
             if error is not raised and not (isinstance(raised, StopIteration) and error.__cause__ is raised):
                 broken(RAISED, f"{name} raised {one_line(raised)}, which became {one_line(error)}")
         else:
@@ -150,14 +150,14 @@ class ExtensionContract(PluginContract):
     # ------------------------------------------------------------------ runs
 
     def test_a_run_ends_with_the_same_weights(self) -> None:
-        """Training with it and without comes to the same bits, losses included."""
+        """Training with and without it gives the same weights and losses, bit for bit."""
         plain, watched = train([]), train([self.make()])
         differs = states.difference(plain, watched)
         if differs and not self.changes_training:
             broken(TRAINING, f"on one rank: {differs}")
 
     def test_on_ranks_it_leaves_the_run_as_it_is(self) -> None:
-        """Two ranks train with it and without, to the same bits, and nothing hangs."""
+        """Training on two ranks with and without it gives the same weights and losses, and does not hang."""
         if self.descriptor.ranks == "one":
             pytest.skip("It works with one rank only.")
         try:
@@ -169,10 +169,10 @@ class ExtensionContract(PluginContract):
             broken(TRAINING, f"on two ranks: {problem}")
 
     def test_one_run_after_another(self) -> None:
-        """One object serves a second run as it did the first, and a run that failed ends like any other."""
+        """One object works in several runs, and is torn down after a failed one too."""
         plugin = self.make()
         untouched = traces()
-        train([plugin])  # what its libraries do on first use is theirs
+        train([plugin])  # its libraries may change the process on first use
         before = traces()
         found = left(lasting(untouched), lasting(before))
         if found:
@@ -191,7 +191,7 @@ class ExtensionContract(PluginContract):
                 broken(CLEAN, f"after {how} {found}")
 
     def test_tear_down_gives_back_what_launch_took(self) -> None:
-        """on_teardown undoes on_launch, where nothing happened in between."""
+        """on_teardown undoes on_launch."""
         plugin = self.make()
         for time in ("first", "second"):
             before = traces()
@@ -206,14 +206,14 @@ class ExtensionContract(PluginContract):
                 broken(BALANCED, f"after the {time} launch and tear-down {found}")
 
     def test_two_objects_do_not_meddle(self) -> None:
-        """Two of them in one run, where its files allow it, leave the weights alone as one does."""
+        """Two objects in one run do not change the weights, unless they write the same files."""
         plain, watched = train([]), train([self.make(), self.make()])
         differs = states.difference(plain, watched)
         if differs and not self.changes_training:
             broken(TRAINING, f"with two objects of it: {differs}")
 
     def test_its_state_comes_back(self) -> None:
-        """An extension that has a state can be saved with the run, and goes on from it."""
+        """An extension with a state is saved and restored with the run."""
         plugin = self.make()
         if not (hasattr(plugin, "state_dict") and hasattr(plugin, "load_state_dict")):
             pytest.skip("It has no state_dict() and load_state_dict().")
@@ -223,18 +223,18 @@ class ExtensionContract(PluginContract):
         try:
             fresh.load_state_dict(state)
         except Exception as error:  # noqa: BLE001 - reported as it is
-            broken(STATE, f"load_state_dict() of what state_dict() gave raised {one_line(error)}")
+            broken(STATE, f"load_state_dict() of the result of state_dict() raised {one_line(error)}")
         differs = states.difference(state, fresh.state_dict())
         if differs:
             broken(STATE, f"a new object, after load_state_dict(): {differs}")
 
 
 class _Result:
-    """What a hook gave: an object that anything can be noted about."""
+    """The result of a hook: an object that accepts any attribute."""
 
 
 class _Called:
-    """Stands for the provider of one hook and notes its calls."""
+    """The provider of one hook, which records its calls."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -261,7 +261,7 @@ class _Called:
 
 
 def _result(returns: str) -> Any:
-    """Return what a hook of this return type may give."""
+    """Return a possible result of a hook with this return type."""
     if returns == "None":
         return None
     if returns.startswith("tuple["):
@@ -272,13 +272,13 @@ def _result(returns: str) -> Any:
 
 
 def _is_what_was_given(result: Any, given: Any) -> bool:
-    if isinstance(given, tuple) and isinstance(result, tuple):  # a wrapper may take it apart
+    if isinstance(given, tuple) and isinstance(result, tuple):  # a wrapper may unpack it
         return len(result) == len(given) and all(a is b for a, b in zip(result, given, strict=True))
     return result is given
 
 
 def _marks(plugin: Any) -> dict[str, dict[str, Any]]:
-    """Return what ``@hookimpl`` noted on each marked method."""
+    """Return the options of ``@hookimpl`` by marked method."""
     found = {name: getattr(getattr(type(plugin), name, None), f"{PROJECT}_impl", None) for name in dir(type(plugin))}
     return {name: marks for name, marks in found.items() if isinstance(marks, dict)}
 
@@ -296,7 +296,7 @@ def _parameters(name: str) -> list[str]:
 
 
 def _arguments(name: str) -> dict[str, Any]:
-    """Return arguments for a hook: plain ones where a wrapper may want to look at them."""
+    """Return arguments for a hook, of plain types where a wrapper may read them."""
     known: dict[str, Any] = {
         "loss": torch.tensor(1.0),
         "tensor": torch.arange(3.0),
@@ -326,7 +326,7 @@ def _arguments(name: str) -> dict[str, Any]:
 
 
 def _pipeline(plugin: Any, called: _Called) -> Any:
-    """Return the hooks of providers that note their calls, and of the extension."""
+    """Return the hooks of recording providers, wrapped by the extension."""
     pipeline = Pipeline()
     for kind in KINDS.values():
         if kind.name != "extension":
@@ -337,7 +337,7 @@ def _pipeline(plugin: Any, called: _Called) -> Any:
 
 
 def _provider(kind: str, called: _Called) -> Any:
-    """Return an object like a plugin of one rank, that notes the calls of one hook."""
+    """Return a plugin object that records the calls of one hook."""
     parent = getattr(base, kind.capitalize())
     marked = [name for name in KINDS[kind].hooks if hasattr(getattr(parent, name), f"{PROJECT}_impl")]
     own = [name for name in KINDS[kind].hooks if name not in marked or name == called.name]
@@ -345,7 +345,7 @@ def _provider(kind: str, called: _Called) -> Any:
 
 
 def _method(name: str, called: _Called) -> Any:
-    """Return a method with the arguments of a hook; pluggy reads them off its code."""
+    """Return a method with the arguments of a hook, which pluggy reads from its code."""
 
     def note(**arguments: Any) -> Any:
         return called.call(**arguments) if name == called.name else None
@@ -365,7 +365,7 @@ def _context(hooks: Any) -> Context:
 
 
 def _told(plugin: Any, name: str, **arguments: Any) -> None:
-    """Call a notification the way pluggy does, if the extension listens to it."""
+    """Call a notification as pluggy does, if the extension implements it."""
     method = getattr(plugin, name, None)
     if method is not None:
         wanted = inspect.signature(method).parameters
@@ -373,7 +373,7 @@ def _told(plugin: Any, name: str, **arguments: Any) -> None:
 
 
 def _entered(result: Any, raised: BaseException | None = None) -> Any:
-    """Enter a context and leave it again, by raising if so asked; return anything else."""
+    """Enter and exit a context, raising `raised` in it if given; return any other value."""
     if not isinstance(result, AbstractContextManager):
         return result
     with result as entered:

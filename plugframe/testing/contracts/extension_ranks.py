@@ -47,7 +47,7 @@ def train(plugins: list[Any], *, alone: bool = True, fails: bool = False) -> dic
 
 
 def train_on_ranks(world: World, spec: str, options: dict[str, Any], folder: str) -> str:
-    """Train with the extension and without; say what differs. Called on every rank."""
+    """Train with and without the extension; describe the differences. Every rank must call it."""
     os.chdir(folder)
     plain = train([], alone=False)
     watched = train([chosen("extension", spec, options)], alone=False)

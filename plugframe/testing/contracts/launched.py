@@ -10,25 +10,25 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-#: Variable by which the suite sees that a job's own variables reach its ranks.
+#: A variable of the job, to check that it reaches the ranks.
 MARK = "TESTING_MARK_OF_THE_JOB"
 WORDS = ("two words", "ü 漢", "", "--flag=1", "*")
 
 
 def report(folder: str, *arguments: Any) -> dict[str, Any]:
-    """Leave a file with what this rank sees, and return it."""
-    told = {
+    """Write a file with this rank's arguments and place, and return its content."""
+    found = {
         "pid": os.getpid(),
         "arguments": list(arguments),
         "mark": os.environ.get(MARK),
         **place(),
     }
-    write(folder, f"rank{told['rank']}.json", told)
-    return told
+    write(folder, f"rank{found['rank']}.json", found)
+    return found
 
 
 def place() -> dict[str, Any]:
-    """Form the job as a script would, and say where this rank stands."""
+    """Form the job as a script would, and return this rank's place in it."""
     from plugframe import Lite
     from plugframe.testing.contracts.running import cpu_accelerator
 
@@ -39,7 +39,7 @@ def place() -> dict[str, Any]:
 
 
 def fail(folder: str, num_ranks: str) -> None:
-    """Raise on the rank that comes first, once the others are there; they go on until they are ended."""
+    """Raise on the first rank once all have started; the others run until they are stopped."""
     mine = _early_rank(folder)
     write(folder, f"pid{mine}.json", {"pid": os.getpid()})
     if mine == 0:
@@ -56,7 +56,7 @@ def _wait(most_s: float, until: Callable[[], bool]) -> None:
 
 
 def _early_rank(folder: str) -> int:
-    """Number the ranks by who comes first: which variables say who they are is the launcher's affair."""
+    """Return a rank in order of arrival: the variables with the rank depend on the launcher."""
     for number in range(1000):
         try:
             os.mkdir(os.path.join(folder, f"place{number}"))
@@ -66,11 +66,11 @@ def _early_rank(folder: str) -> int:
     raise AssertionError("more than 1000 ranks")
 
 
-def write(folder: str, name: str, told: dict[str, Any]) -> None:
-    """Leave a file, whole at once."""
+def write(folder: str, name: str, content: dict[str, Any]) -> None:
+    """Write a file atomically."""
     draft = os.path.join(folder, f".{name}.{os.getpid()}")
     with open(draft, "w", encoding="utf-8") as file:
-        json.dump(told, file)
+        json.dump(content, file)
     os.replace(draft, os.path.join(folder, name))
 
 

@@ -16,14 +16,14 @@ from plugframe.testing.contracts.base import PluginContract
 from plugframe.testing.contracts.running import broken, left, once, one_line, traces
 
 STARTED = "Started (each rank once, with its arguments and variables, in one job)"
-RESULT = "Result (what the function returned on rank 0; a script has none)"
-FAILED = "Failed (a rank that fails ends the others, and the RankFailedError names it and holds its error)"
-ABLE = "Able (what its descriptor does not provide, and what cannot be sent, is a UsageError before any rank starts)"
+RESULT = "Result (the function's result on rank 0; None for a script)"
+FAILED = "Failed (a failing rank stops the others, and the RankFailedError holds its rank and error)"
+ABLE = "Able (a target that it does not provide, or that cannot be pickled, is a UsageError before any rank starts)"
 CLEAN = "Law 9 (nothing is left behind)"
 
 
 class Outcome:
-    """What came of one launch."""
+    """The outcome of one launch."""
 
     def __init__(self, launcher: Any, folder: Path, **job: Any) -> None:
         folder.mkdir()
@@ -37,17 +37,17 @@ class Outcome:
             self.error = error
         self.left = left(before, traces())
 
-    def told(self, name: str) -> list[dict[str, Any]]:
-        """Return what the ranks left, in the order of their names."""
+    def written(self, name: str) -> list[dict[str, Any]]:
+        """Return the contents of the files that the ranks wrote, by name."""
         return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob(f"{name}*.json"))]
 
 
 class LauncherContract(PluginContract):
-    """Subclass it and set `spec`. Real processes are started, twice for each thing the plugin can start.
+    """Subclass it and set `spec`. It starts processes, twice for each kind of target that the plugin provides.
 
     Attributes:
         num_processes: how many ranks to start on this node.
-        job: fields of `Job` besides, such as ``timeout_s``.
+        job: further fields of `Job`, such as ``timeout_s``.
     """
 
     kind = "launcher"
@@ -68,7 +68,7 @@ class LauncherContract(PluginContract):
 
     @pytest.fixture(params=["function", "script"])
     def what(self, request: pytest.FixtureRequest) -> str:
-        """What is launched."""
+        """The kind of target: a function or a script."""
         self._provides(request.param)
         return str(request.param)
 
@@ -83,13 +83,13 @@ class LauncherContract(PluginContract):
         return failed, self._launch(launcher, folder / "succeeded", what, "report", *launched.WORDS)
 
     def test_each_rank_is_started_once(self, outcomes: tuple[Outcome, Outcome], what: str) -> None:
-        """As many processes as asked for, with their arguments and variables, form one job."""
+        """The requested number of processes, with their arguments and variables, forms one job."""
         _, succeeded = outcomes
         if succeeded.error is not None:
             broken(STARTED, f"a {what}, launched after one had failed, raised {one_line(succeeded.error)}")
-        ranks = succeeded.told("rank")
+        ranks = succeeded.written("rank")
         if [each["rank"] for each in ranks] != list(range(self.num_processes)):
-            broken(STARTED, f"{self.num_processes} ranks were asked for; started were {[r['rank'] for r in ranks]}")
+            broken(STARTED, f"{self.num_processes} ranks were requested; started were {[r['rank'] for r in ranks]}")
         if len({each["pid"] for each in ranks} | {os.getpid()}) != self.num_processes + 1:
             broken(STARTED, f"two ranks of a {what} share a process, or one runs in the launcher's")
         for each in ranks:
@@ -98,18 +98,18 @@ class LauncherContract(PluginContract):
             if each["mark"] != "set":
                 broken(STARTED, f"a variable of Job.environ reached rank {each['rank']} as {each['mark']!r}")
             if (each["size"], each["total"]) != (self.num_processes, sum(range(self.num_processes + 1))):
-                broken(STARTED, f"rank {each['rank']} found itself in a job of {each['size']}")
+                broken(STARTED, f"rank {each['rank']} is in a job of {each['size']}")
 
     def test_it_returns_what_rank_0_returned(self, outcomes: tuple[Outcome, Outcome], what: str) -> None:
-        """The result of a function, None for a script."""
+        """A launch returns the result of a function on rank 0, and None for a script."""
         _, succeeded = outcomes
-        ranks = succeeded.told("rank")
+        ranks = succeeded.written("rank")
         expected = ranks[0] if what == "function" and ranks else None
         if succeeded.error is None and succeeded.result != expected:
             broken(RESULT, f"a {what} gave {succeeded.result!r}, rank 0 returned {expected!r}")
 
     def test_a_rank_that_fails_ends_the_job(self, outcomes: tuple[Outcome, Outcome], what: str) -> None:
-        """The others are gone, and the error holds what the rank raised and a code that is not 0."""
+        """The other ranks are stopped, and the error holds the rank's error and a non-zero exit code."""
         failed, _ = outcomes
         error = failed.error
         if error is None:
@@ -120,21 +120,21 @@ class LauncherContract(PluginContract):
             broken(FAILED, f"the report holds neither rank nor error of the {what}: {error.report!r}")
         if error.exit_code == 0:
             broken(FAILED, f"a rank of a {what} failed, and the exit code is 0")
-        living = [each["pid"] for each in failed.told("pid") if _lives(each["pid"])]
-        if living or failed.told("survived"):
-            broken(FAILED, f"a rank of a {what} failed, and the others went on")
+        living = [each["pid"] for each in failed.written("pid") if _lives(each["pid"])]
+        if living or failed.written("survived"):
+            broken(FAILED, f"a rank of a {what} failed, and the others kept running")
 
     def test_nothing_is_left_behind(self, outcomes: tuple[Outcome, Outcome], what: str) -> None:
-        """Processes, variables, signal handlers and threads are as they were, after a failure too."""
+        """A launch restores processes, variables, signal handlers and threads, after a failure too."""
         for outcome, how in zip(outcomes, ("failed", "succeeded"), strict=True):
             if outcome.left:
                 broken(CLEAN, f"after a {what} that {how} {outcome.left}")
 
     def test_what_it_cannot_launch_is_refused(self, tmp_path: Path) -> None:
-        """What cannot be sent to the ranks is said in one line before anything starts."""
+        """A function that cannot be pickled is a one-line error before any process starts."""
         provides = self.descriptor.provides
         if not {"function", "script"} & set(provides):
-            broken(ABLE, f"its descriptor says provides={provides!r}: write 'script', 'function' or both")
+            broken(ABLE, f"its descriptor has provides={provides!r}: write 'script', 'function' or both")
         self._provides("function")
         ran = tmp_path / "ran"
 
@@ -146,14 +146,14 @@ class LauncherContract(PluginContract):
             result = self.make().launcher_launch(job=Job(num_processes=1, function=closure, **self.job))
         except UsageError as error:
             if "interactive" in provides:
-                broken(ABLE, f"it provides 'interactive', and refused a function that was typed in: {error}")
+                broken(ABLE, f"it provides 'interactive', and refused an interactively defined function: {error}")
             if "\n" in str(error).strip():
-                broken(ABLE, f"a function that cannot be sent was refused in several lines: {error}")
+                broken(ABLE, f"a function that cannot be pickled was refused in several lines: {error}")
         except Exception as error:  # noqa: BLE001 - reported as it is
-            broken(ABLE, f"a function that cannot be sent raised {one_line(error)}, not a UsageError")
+            broken(ABLE, f"a function that cannot be pickled raised {one_line(error)}, not a UsageError")
         else:
             if result != "closure" or not ran.exists():
-                broken(RESULT, f"a function that was typed in gave {result!r}, not what it returned")
+                broken(RESULT, f"an interactively defined function gave {result!r}, not its result")
 
 
 def _lives(pid: int) -> bool:

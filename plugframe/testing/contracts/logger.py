@@ -18,12 +18,12 @@ from plugframe.hooks.world import World
 from plugframe.testing.contracts.base import PluginContract
 from plugframe.testing.contracts.running import broken, lasting, left, listing, one_line, running, traces
 
-RECORDED = "Recorded (every metric that was logged, with its step and value)"
+RECORDED = "Recorded (every logged metric is recorded with its step and value)"
 COUNTED = "Counted (a call without a step is numbered, from 0 in every run)"
-APART = "Apart (two runs do not mix, one after the other or at the same time)"
-RANK_ZERO = "Rank 0 (it alone writes)"
-TOLD = "Folder (files where they were told to be, and nowhere else)"
-CLOSED = "Closed (tear-down writes what is pending; it may come early or twice)"
+APART = "Apart (two runs do not mix, in turn or at the same time)"
+RANK_ZERO = "Rank 0 (only rank 0 writes)"
+TOLD = "Folder (files in the configured folder, and nowhere else)"
+CLOSED = "Closed (tear-down writes pending metrics; it works without a set-up, and twice)"
 CLEAN = "Law 9 (nothing is left behind)"
 
 #: A metric's step, name and value.
@@ -45,11 +45,11 @@ class LoggerContract(PluginContract):
     kind = "logger"
 
     def arguments(self, folder: Path) -> dict[str, Any]:
-        """Return constructor arguments that have the logger write into `folder`."""
+        """Return constructor arguments for a logger that writes into `folder`."""
         return {"folder": str(folder), **self.options}
 
     def read(self, logger: Any) -> Sequence[Record]:
-        """Return what was recorded in the run that `logger` has ended, each metric as (step, name, value)."""
+        """Return the metrics of the run that `logger` has ended, each as (step, name, value)."""
         raise NotImplementedError(f"{type(self).__name__} must give read(): what the logger recorded.")
 
     # ------------------------------------------------------------------ helpers
@@ -70,7 +70,7 @@ class LoggerContract(PluginContract):
             logger.logger_teardown()
 
     def expect(self, logger: Any, expected: Sequence[Record], *, rule: str, what: str) -> None:
-        """Check that what was recorded is what is expected, in any order."""
+        """Check that the recorded metrics are the expected ones, in any order."""
         found = sorted((int(step), str(name), float(value)) for step, name, value in self.read(logger))
         missing = [record for record in sorted(expected) if record not in found]
         more = [record for record in found if record not in expected]
@@ -78,10 +78,10 @@ class LoggerContract(PluginContract):
             texts = [f"{records[0]} is {how}" for records, how in ((missing, "missing"), (more, "there")) if records]
             broken(rule, f"{what}: (step, name, value) {', and '.join(texts)}")
 
-    # ------------------------------------------------------------------ what is recorded
+    # ------------------------------------------------------------------ metrics
 
     def test_every_metric_is_recorded(self, tmp_path: Path) -> None:
-        """Values of any size, names of any kind, steps in any order, several metrics of a step together or apart."""
+        """Values of any size, any names, steps in any order, one or several metrics per call are recorded."""
         logger = self.logger(tmp_path / "runs")
         calls: list[tuple[dict[str, float], int]] = [
             ({"loss": 0.5, "accuracy": 0.25}, 0),
@@ -101,7 +101,7 @@ class LoggerContract(PluginContract):
         self.expect(logger, expected, rule=RECORDED, what="after tear-down")
 
     def test_many_steps_are_recorded(self, tmp_path: Path) -> None:
-        """A buffer that is written every so often loses nothing at its edges."""
+        """Buffered writes lose no metric."""
         logger = self.logger(tmp_path / "runs")
         with self.run(logger):
             for step in range(1037):
@@ -109,7 +109,7 @@ class LoggerContract(PluginContract):
         self.expect(logger, [(step, "loss", float(step)) for step in range(1037)], rule=RECORDED, what="of 1037 steps")
 
     def test_what_was_logged_is_the_callers_own(self, tmp_path: Path) -> None:
-        """A mapping that the caller changes after the call is recorded as it was."""
+        """The values at the call are recorded, though the caller changes the mapping later."""
         logger, metrics = self.logger(tmp_path / "runs"), {"loss": 1.0}
         with self.run(logger):
             for step in range(3):
@@ -122,7 +122,7 @@ class LoggerContract(PluginContract):
             broken(RECORDED, f"it changed the caller's metrics to {metrics}")
 
     def test_calls_without_a_step_are_counted(self, tmp_path: Path) -> None:
-        """The first is number 0, also in the second run of one object."""
+        """The first call has step 0, also in the second run of one object."""
         logger = self.logger(tmp_path / "runs")
         for time in ("first", "second"):
             with self.run(logger):
@@ -132,7 +132,7 @@ class LoggerContract(PluginContract):
             self.expect(logger, expected, rule=COUNTED, what=f"in the {time} run of one object")
 
     def test_a_run_logs_numbers_and_tensors(self, tmp_path: Path) -> None:
-        """Through `lite.log`: numbers and tensors of one element are recorded, all else is refused by name."""
+        """`lite.log` records numbers and one-element tensors, and refuses other values by name."""
         logger = self.logger(tmp_path / "runs")
         with running(loggers=logger) as (lite, _):
             lite.log("loss", torch.tensor(0.5, requires_grad=True), step=1)
@@ -147,7 +147,7 @@ class LoggerContract(PluginContract):
     # ------------------------------------------------------------------ runs
 
     def test_runs_one_after_the_other_do_not_mix(self, tmp_path: Path) -> None:
-        """A second run, in the same folder or with the same object, leaves the first as it was."""
+        """A second run, in the same folder or with the same object, does not change the first."""
         first, second = self.logger(tmp_path / "runs"), self.logger(tmp_path / "runs")
         for logger, value in ((first, 1.0), (second, 2.0)):
             with self.run(logger):
@@ -156,7 +156,7 @@ class LoggerContract(PluginContract):
         self.expect(second, [(7, "loss", 2.0)], rule=APART, what="the second run in the same folder")
 
     def test_runs_at_the_same_time_do_not_mix(self, tmp_path: Path) -> None:
-        """Two loggers that write into one folder keep their runs apart."""
+        """Two loggers that write into one folder keep their runs separate."""
         first, second = self.logger(tmp_path / "runs"), self.logger(tmp_path / "runs")
         with self.run(first), self.run(second):
             for step in range(3):
@@ -167,32 +167,33 @@ class LoggerContract(PluginContract):
             self.expect(logger, expected, rule=APART, what="one of two runs at the same time")
 
     def test_only_rank_zero_writes(self, tmp_path: Path) -> None:
-        """On any other rank nothing is made, and nothing goes wrong."""
+        """Other ranks create no file, and log without an error."""
         with self.run(self.logger(tmp_path / "runs"), rank=1, world_size=2):
             pass
         found = listing(tmp_path)
         if found:
-            broken(RANK_ZERO, f"on rank 1 it made {', '.join(sorted(found))}")
+            broken(RANK_ZERO, f"on rank 1 it created {', '.join(sorted(found))}")
 
     # ------------------------------------------------------------------ files and ends
 
     def test_files_are_where_they_were_told_to_be(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Nothing is made before set-up, and nothing outside of the folder it was given."""
+        """Files are created after set-up only, and in the configured folder only."""
         cwd, folder = tmp_path / "cwd", tmp_path / "told"
         cwd.mkdir()
         monkeypatch.chdir(cwd)
         logger = self.logger(folder)
         if folder.exists() or listing(cwd):
-            broken(TOLD, "it makes files when it is constructed, which every rank does: make them in logger_setup")
+            broken(TOLD, "its constructor, which every rank calls, creates files: create them in logger_setup")
         with self.run(logger):
             logger.logger_log(metrics={"loss": 1.0}, step=0)
         if listing(cwd):
             broken(
-                TOLD, f"told to write into {folder}, it made {', '.join(sorted(listing(cwd)))} in the working folder"
+                TOLD,
+                f"it created {', '.join(sorted(listing(cwd)))} in the working folder, and not in {folder}",
             )
 
     def test_tear_down_may_come_early_or_twice(self, tmp_path: Path) -> None:
-        """Also where set-up never came."""
+        """Tear-down works without a set-up, and twice."""
         logger = self.logger(tmp_path / "runs")
         try:
             logger.logger_teardown()
@@ -206,7 +207,7 @@ class LoggerContract(PluginContract):
     def test_nothing_is_left_behind(self, tmp_path: Path) -> None:
         """After tear-down no file is open and no thread runs."""
         untouched = traces()
-        self._log_once(tmp_path / "first")  # what its libraries do on first use is theirs
+        self._log_once(tmp_path / "first")  # its libraries may change the process on first use
         before, files = traces(), _open_files()
         self._log_once(tmp_path / "second")
         found = left(lasting(untouched), lasting(before)) or left(before, traces())

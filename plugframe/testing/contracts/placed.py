@@ -16,9 +16,9 @@ from plugframe.hooks.world import World
 
 
 def accelerator_for(descriptor: Plugin, num_ranks: int = 1) -> Entry:
-    """Return an accelerator that is here and on whose devices a plugin works: the CPU's where that fits, else others.
+    """Return an available accelerator whose devices a plugin supports, preferably the CPU's.
 
-    Where there is none, the test is skipped.
+    The test is skipped if there is none.
     """
     registry = Registry.discover()
     usable: list[tuple[bool, Entry]] = []
@@ -28,7 +28,7 @@ def accelerator_for(descriptor: Plugin, num_ranks: int = 1) -> Entry:
             if found.factory and _fits(registry, entry, descriptor, num_ranks):
                 usable.append((found.devices != ("cpu",), entry))
         except PluginError:
-            continue  # somebody else's broken package
+            continue  # a broken package of a third party
     if not usable:
         devices = ", ".join(descriptor.devices) or "any"
         pytest.skip(f"It works on {devices}, and this machine has no {num_ranks} of them.")
@@ -44,15 +44,15 @@ def _fits(registry: Registry, entry: Entry, descriptor: Plugin, num_ranks: int) 
 
 
 def is_here(plugin: Any) -> bool:
-    """Say whether an accelerator has a device on this machine; whatever it raises counts as no."""
+    """Return whether an accelerator has a device on this machine; an error counts as no."""
     try:
         return bool(plugin.accelerator_is_available())
-    except Exception:  # noqa: BLE001 - the contract says so
+    except Exception:  # noqa: BLE001 - an error counts as no
         return False
 
 
 def takes(plugin: Any, devices: Any) -> bool:
-    """Say whether an accelerator accepts a value of ``devices``."""
+    """Return whether an accelerator accepts a value of ``devices``."""
     from plugframe.errors import SettingError
 
     try:
@@ -65,7 +65,7 @@ def takes(plugin: Any, devices: Any) -> bool:
 def context_of(
     *plugins: Any, device: torch.device, world: World | None = None, names: dict[str, str] | None = None, **hooks: Any
 ) -> Context:
-    """Return what a plugin sees of a job in which `plugins` provide the hooks, and `hooks` some of them otherwise."""
+    """Return the context of a job whose hooks are those of `plugins`, overridden by `hooks`."""
     found: dict[str, Any] = {}
     for plugin in plugins:
         for kind in KINDS.values():

@@ -37,17 +37,17 @@ __all__ = [
 
 def broken(rule: str, found: str) -> NoReturn:
     """Fail the test with a message that begins with the rule that is broken."""
-    # Without what was being handled: its traceback would come first.
+    # From None: the traceback of an exception that is being handled would come first.
     raise pytest.fail.Exception(f"{rule}: {found}", pytrace=False) from None
 
 
 def one_line(error: BaseException) -> str:
-    """Return the error as a message shows it."""
+    """Return the error's class and message."""
     return f"{type(error).__name__}: {error}"
 
 
 class Alone(Environment):
-    """One process that nobody started, whatever variables are set."""
+    """A job of one process, whatever variables are set."""
 
     @hookimpl
     def environment_detect(self) -> bool:
@@ -67,7 +67,7 @@ class Alone(Environment):
 
 
 class _Seen(Extension):
-    """Keeps the context of the job it takes part in."""
+    """Record the context of the job."""
 
     context: Context
 
@@ -78,12 +78,12 @@ class _Seen(Extension):
 
 @contextmanager
 def running(*, alone: bool = True, plugins: tuple[Any, ...] = (), **settings: Any) -> Iterator[tuple[Lite, Context]]:
-    """Run a job on the CPU and give its `Lite` and what its plugins see of it.
+    """Run a job on the CPU, and yield its `Lite` and its context.
 
     Args:
-        alone: whether it is of one rank, whatever started this process; otherwise of those that exist.
-        plugins: extensions besides.
-        settings: of the `Lite`.
+        alone: whether to run on one rank, even if this process is a rank of a larger job.
+        plugins: further extensions.
+        settings: arguments of `Lite`.
     """
     seen = _Seen()
     own: dict[str, Any] = {"environment": Alone(), "devices": 1} if alone else {}
@@ -96,28 +96,28 @@ def running(*, alone: bool = True, plugins: tuple[Any, ...] = (), **settings: An
 
 
 def cpu_accelerator() -> str:
-    """Return the name of the accelerator that needs no device but the CPU."""
+    """Return the name of the accelerator for the CPU."""
     registry = Registry.discover()
     for entry in registry.entries("accelerator"):
         try:
             if registry.describe(entry).devices == ("cpu",):
                 return entry.qualified
         except PluginError:
-            continue  # somebody else's broken package
+            continue  # a broken package of a third party
     raise LookupError("No accelerator for the CPU is installed: install plugframe again.")
 
 
 def once(suite: object, what: str, make: Callable[[], T]) -> T:
-    """Return what `make` gives, made once for all tests of a suite: starting processes takes long."""
+    """Return the result of `make`, called once for all tests of a suite: starting processes takes long."""
     kept: dict[str, T] = vars(type(suite)).get("_kept") or {}
     if what not in kept:
         kept[what] = make()
-        setattr(type(suite), "_kept", kept)  # noqa: B010 - of this very class, not of one it inherits from
+        setattr(type(suite), "_kept", kept)  # noqa: B010 - on this class, not on a base class
     return kept[what]
 
 
 def lasting(found: dict[str, Any]) -> dict[str, Any]:
-    """Return those `traces` that no library changes on its first use, so that a first run is held to them too."""
+    """Return those `traces` that no library changes on first use, to check the first run too."""
     names = ("environment variables", "the working folder", "signal handlers", "sys.excepthook")
     return {name: found[name] for name in names}
 
@@ -128,7 +128,7 @@ def listing(folder: Path) -> set[str]:
 
 
 def chosen(kind: str, spec: str, options: dict[str, Any]) -> Any:
-    """Return what selects a plugin in ``Lite(...)``: its name, or an object where it needs options."""
+    """Return the argument of ``Lite(...)`` for a plugin: its name, or an object if it has options."""
     if not options:
         return spec
     registry = Registry.discover()

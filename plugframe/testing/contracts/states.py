@@ -23,7 +23,7 @@ def every_dtype() -> list[torch.dtype]:
 
 
 def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], *, seed: int) -> Tensor:
-    """Return a tensor of any bit patterns, not-a-numbers included."""
+    """Return a tensor of random bits, NaNs included."""
     generator = torch.Generator().manual_seed(seed)
     if dtype is torch.bool:
         return torch.randint(0, 2, shape, generator=generator).bool()
@@ -54,7 +54,7 @@ def tensors() -> dict[str, Any]:
 
 
 def values() -> dict[Any, Any]:
-    """Return the plain values a state may hold, nested in every way, under keys that are easily mixed up."""
+    """Return all plain values of a state, nested, under keys that are easily confused."""
     numbers = [0, -1, 2**63, -(2**63) - 1, 10**400, True, False, None]
     floats = [0.0, -0.0, 0.1 + 0.2, 5e-324, 1.7976931348623157e308, math.inf, -math.inf, math.nan]
     return {
@@ -70,12 +70,12 @@ def values() -> dict[Any, Any]:
 
 
 def more_values() -> dict[str, Any]:
-    """Return values a format may either keep or refuse, but not change."""
+    """Return values that a format may store or refuse, but not change."""
     return {"bytes": b"\x00\xff\x80", "complex": complex(-0.0, math.inf), "dtype": torch.float32}
 
 
 def small(number: int) -> dict[str, Any]:
-    """Return a state like that of a small run, another for each number."""
+    """Return a state like that of a small run, different for each `number`."""
     weight = random_tensor(torch.float32, (16, 9), seed=number).nan_to_num()
     return {
         "model": {"layer.weight": weight, "layer.bias": torch.full((16,), float(number))},
@@ -89,7 +89,7 @@ def small(number: int) -> dict[str, Any]:
 
 
 def difference(saved: Any, loaded: Any, where: str = "state") -> str:
-    """Return where and how two trees differ, an empty string if they are the same to the last bit."""
+    """Describe where two trees differ; empty if they are equal bit for bit."""
     if isinstance(saved, Tensor) and isinstance(loaded, Tensor):
         return _tensors_differ(saved, loaded, where)
     if type(saved) is not type(loaded):

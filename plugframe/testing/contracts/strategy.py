@@ -18,12 +18,12 @@ from plugframe.testing.contracts.batches import run_batch, tell
 from plugframe.testing.contracts.placed import accelerator_for
 from plugframe.testing.contracts.running import Alone, broken, chosen, once, one_line
 
-ONE_RANK = "One rank (what works with one rank only is refused with more: each would train by itself)"
+ONE_RANK = "One rank (a strategy for one rank is refused with more: each would train by itself)"
 SUPPORTED = "Supported (a precision that the descriptor does not list is refused, with both names)"
-DESCRIBED = "Described (strategy_describe gives lines for --dry-run, before anything is set up)"
-BACKWARD = "Backward (what the script gives to lite.backward arrives)"
+DESCRIBED = "Described (strategy_describe returns lines for --dry-run, before set-up)"
+BACKWARD = "Backward (the arguments of lite.backward reach the strategy)"
 
-#: A capability: gradients stay each rank's own, by design, and something else is averaged from time to time.
+#: A capability: gradients are not averaged between ranks, by design; weights or updates are, from time to time.
 LOCAL_GRADIENTS = "local-gradients"
 
 _AVERAGING = [check.__name__ for check in ranks.AVERAGING]
@@ -31,19 +31,18 @@ _ALWAYS = [check.__name__ for check in ranks.ALWAYS]
 
 
 class StrategyContract(PluginContract):
-    """Subclass it and set `spec`. Two jobs are started, of two ranks and of one.
+    """Subclass it and set `spec`. It starts two jobs, of two ranks and of one.
 
-    What is skipped follows from the descriptor: ``ranks="one"`` leaves out the job of two ranks, and
-    ``provides=("local-gradients",)``, of a strategy that averages something else than gradients, what laws 6 and 7
-    say of more than one rank.
+    ``ranks="one"`` in the descriptor leaves out the job of two ranks, and ``provides=("local-gradients",)``, of a
+    strategy that averages something else than gradients, laws 6 and 7 on more than one rank.
 
     Attributes:
-        tolerance: how far a weight may be from plain torch's, in parts of how far training moved it.
+        tolerance: of a weight against plain torch's, relative to its change in training.
         settings: further arguments of `Lite`, such as ``{"collective": "acme"}``.
-        build: a function at the top level of a module that makes the model to train, of 6 inputs and 2 outputs,
-            for a strategy with which not any will do.
-        num_ranks: numbers of ranks to start, of 1 and 2.
-        timeout_s: of all the checks on so many ranks together.
+        build: a module-level function that returns the model to train, (n, 6) to (n, 2), for a strategy that does
+            not support arbitrary models.
+        num_ranks: numbers of ranks to test, 1 and 2 at most.
+        timeout_s: limit of one job with all its checks.
     """
 
     kind = "strategy"
@@ -55,27 +54,27 @@ class StrategyContract(PluginContract):
 
     def precision(self) -> str:
         """Return the name of a supported precision that computes in float32, as plain torch does."""
-        honoured = self.descriptor.precisions
+        supported = self.descriptor.precisions
         for entry in sorted(self.registry.entries("precision"), key=lambda entry: not entry.builtin):
             try:
-                if not self.registry.describe(entry).factory or (honoured and entry.name not in honoured):
+                if not self.registry.describe(entry).factory or (supported and entry.name not in supported):
                     continue
                 dtypes = self.registry.make(entry).precision_dtypes()
             except PluginError:
-                continue  # somebody else's broken package
+                continue  # a broken package of a third party
             if dtypes.parameter is dtypes.compute is torch.float32:
                 return entry.qualified
         pytest.skip("It supports no precision that computes as plain torch does.")
 
     @pytest.fixture
     def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Where the jobs of the suite leave checkpoints for each other."""
+        """The folder in which the jobs of the suite save checkpoints for each other."""
         return once(self, "folder", lambda: tmp_path_factory.mktemp("strategy"))
 
     def reports(self, num_ranks: int, folder: Path) -> dict[str, str]:
-        """Run all checks on that many ranks, once for the suite; return what is to be said, by the check's name."""
+        """Run all checks on that many ranks, once for the suite; return a report for each, by its name."""
         if num_ranks == 1 and 2 in self.num_ranks and self.descriptor.ranks != "one":
-            self.reports(2, folder)  # it leaves a checkpoint for one rank
+            self.reports(2, folder)  # it saves a checkpoint for the job of one rank
         self.make()
         local = LOCAL_GRADIENTS in self.descriptor.provides and num_ranks > 1
         checks = ranks.ALWAYS if local else (*ranks.AVERAGING, *ranks.ALWAYS)
@@ -98,16 +97,16 @@ class StrategyContract(PluginContract):
     @pytest.mark.parametrize("num_ranks", [2, 1])
     @pytest.mark.parametrize("check", [*_AVERAGING, *_ALWAYS])
     def test_on_ranks(self, check: str, num_ranks: int, folder: Path) -> None:
-        """The check of that name holds on that many ranks."""
+        """The check passes on that many ranks."""
         if num_ranks not in self.num_ranks:
             pytest.skip(f"num_ranks={self.num_ranks!r} leaves it out.")
         if num_ranks > 1 and self.descriptor.ranks == "one":
             pytest.skip("It works with one rank only.")
         if num_ranks > 1 and check in _AVERAGING and LOCAL_GRADIENTS in self.descriptor.provides:
-            pytest.skip("Gradients stay each rank's own, by its design.")
+            pytest.skip("It does not average gradients, by design.")
         tell(self.reports(num_ranks, folder)[check])
 
-    # ------------------------------------------------------------------ before any rank is started
+    # ------------------------------------------------------------------ in this process
 
     def _lite(self, **settings: Any) -> Lite:
         given = {"accelerator": accelerator_for(self.descriptor).qualified, "environment": Alone(), **self.settings}
@@ -120,16 +119,16 @@ class StrategyContract(PluginContract):
         self._refused(ONE_RANK, "2 ranks", [] if self.options else [self.entry.name], devices=2)
 
     def test_precisions_it_does_not_list_are_refused(self) -> None:
-        """With each other precision that is installed Lite raises, with the names of both."""
-        honoured = self.descriptor.precisions
-        if not honoured:
+        """Lite raises for every other installed precision, with the names of both."""
+        supported = self.descriptor.precisions
+        if not supported:
             pytest.skip("Its descriptor lists no precisions: any will do.")
         for entry in self.registry.entries("precision"):
             try:
                 plugin = self.registry.describe(entry)
             except PluginError:
-                continue  # somebody else's broken package
-            if plugin.factory and entry.name not in honoured and self.registry.absent(entry) is None:
+                continue  # a broken package of a third party
+            if plugin.factory and entry.name not in supported and self.registry.absent(entry) is None:
                 # An object goes by the first name its class is published under.
                 names = [entry.name] if self.options else [entry.name, self.entry.name]
                 self._refused(SUPPORTED, f"precision {entry.name!r}", names, devices=1, precision=entry.qualified)
@@ -144,17 +143,17 @@ class StrategyContract(PluginContract):
         except Exception as error:  # noqa: BLE001 - reported as it is
             broken(rule, f"with {what} Lite raised {one_line(error)}, not an UnsupportedError")
         else:
-            broken(rule, f"with {what} nothing is said")
+            broken(rule, f"with {what} nothing is raised")
 
     def test_backward_takes_what_its_caller_gives(self) -> None:
-        """An implementation that leaves out args and kwargs drops the retain_graph=True of a script in silence."""
+        """strategy_backward takes args and kwargs: without them it would drop retain_graph=True silently."""
         taken = inspect.signature(self.make().strategy_backward).parameters
         left_out = [name for name in ("args", "kwargs") if name not in taken]
         if left_out:
             broken(BACKWARD, f"strategy_backward does not take {' and '.join(left_out)}: hand them to loss.backward()")
 
     def test_it_can_be_described_before_it_is_set_up(self) -> None:
-        """strategy_describe gives texts of one line each."""
+        """strategy_describe returns strings of one line each."""
         try:
             lines = self.make().strategy_describe()
         except Exception as error:  # noqa: BLE001 - reported as it is

@@ -151,7 +151,8 @@ class LossScale:
 
     def _settle_strangers(self) -> None:
         """Raise if other code changed the weights: a manual step, or an optimizer that was not set up."""
-        if self._versions is None or self._versions == self._leaves.versions():
+        versions = self._leaves.versions()
+        if None in (self._versions, versions) or self._versions == versions:
             return
         self._known = False
         if not self._largest:

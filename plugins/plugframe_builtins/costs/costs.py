@@ -126,5 +126,5 @@ class Costs(Extension):
         seconds = self._steps[-1] - self._steps[0]
         spent = {**self._phases, "the script itself": max(seconds - sum(self._phases.values()), 0.0)}
         parts = sorted(spent.items(), key=lambda part: -part[1])
-        head = f"{1e3 * seconds / steps:.2f} ms for each of {steps} steps after the first, of which"
+        head = f"{1e3 * seconds / steps:.2f} ms for each of {steps} steps after the first:"
         return [head, *(f"{100 * part / seconds:3.0f} % {phase}" for phase, part in parts if part >= 0.005 * seconds)]

@@ -56,7 +56,7 @@ class DeepSpeed(SetUp):
         reduce_bucket_size: elements of gradients that are averaged at once; by default all of the model, up to 5e8.
         allgather_bucket_size: elements of parameters that are gathered at once; DeepSpeed's default is 5e8.
         overlap_comm: average gradients during backward (from stage 2 on); by default DeepSpeed decides.
-        param_persistence_threshold: parameters of fewer elements stay whole (stage 3).
+        param_persistence_threshold: parameters of fewer elements are not sharded (stage 3).
         prefetch_bucket_size: elements that are gathered ahead (stage 3).
         sub_group_size: elements that are updated at once (stage 3).
         zero_hpz_partition_size: ranks of a group that holds a second copy of the parameters (stage 3).

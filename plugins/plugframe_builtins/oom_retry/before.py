@@ -17,10 +17,10 @@ NONE, OLD, NEW = 0, 1, 2
 
 
 class Before:
-    """A snapshot of gradients, buffers and generators; the gradients are set aside during the step.
+    """A snapshot of gradients, buffers and generators; the parameters have none during the step.
 
     Attributes:
-        parameters: those with gradients set aside.
+        parameters: those that had gradients.
         gradients: the accumulated gradient of each parameter, None for none.
     """
 
@@ -46,7 +46,7 @@ class Before:
 
     @torch.no_grad()
     def again(self) -> None:
-        """Restore everything, with the gradients still set aside."""
+        """Restore everything except the gradients."""
         self.forget()
         for buffer, value in self._buffers:
             buffer.copy_(value)

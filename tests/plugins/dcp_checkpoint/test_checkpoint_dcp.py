@@ -379,7 +379,7 @@ def what_differs_is_rank_0s(on: Job) -> None:
 
 
 def parts_of_different_tensors_are_refused(on: Job) -> None:
-    """A tensor of which one rank has a part, and another none, is named on all ranks."""
+    """A tensor that is sharded on one rank and missing on another is an error that names it on all ranks."""
     state = numbered(on, 1)
     if on.world.global_rank == 1:
         state["other"] = state.pop("part")

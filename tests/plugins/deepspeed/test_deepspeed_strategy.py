@@ -225,7 +225,7 @@ def forgotten_gradients_are_gone(lite: Lite, strategy: DeepSpeed) -> None:
 
 
 class Heads(nn.Module):
-    """Two outputs of one body, of which one can be left out."""
+    """Two heads on one body; a forward can leave one out."""
 
     def __init__(self) -> None:
         super().__init__()

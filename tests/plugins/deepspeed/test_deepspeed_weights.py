@@ -335,7 +335,7 @@ def added_parameters_are_refused(lite: Lite, strategy: DeepSpeed) -> None:
 
 
 class Experts(nn.Module):
-    """Experts of which each call takes one."""
+    """Experts; each call uses one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -386,7 +386,7 @@ def _choose(lite: Lite, make: Callable[[], nn.Module], prepare: Callable[[nn.Mod
 
 @each_stage()
 def ranks_choose_experts(lite: Lite, strategy: DeepSpeed) -> None:
-    """Ranks that run different parts get the gradients of one process, as long as parts are whole on every rank."""
+    """Ranks that run different experts get the gradients of one process where parameters are not sharded."""
     _choose(lite, Experts)
 
 
@@ -448,7 +448,7 @@ def _penalty(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 @each_stage()
 def second_derivatives(lite: Lite, strategy: DeepSpeed) -> None:
-    """A gradient inside of forward, or a penalty on one, trains as in one process where parts are whole."""
+    """A gradient in forward, or a gradient penalty, trains as in one process where parameters are not sharded."""
     for make, loss in ((Forces, _forces), (net, _penalty)):
         pair = Pair(lite, make)
         for _ in range(2):

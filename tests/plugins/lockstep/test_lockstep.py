@@ -12,7 +12,7 @@ from ranks import run_ranks
 
 @lru_cache(maxsize=1)
 def told() -> list[dict[str, tuple[str, str, float]]]:
-    """Return what each rank was told of each mistake; all are made in one start."""
+    """Return the report of each mistake on each rank; one job makes all of them."""
     return run_ranks(2, run_all, ("lockstep",))
 
 

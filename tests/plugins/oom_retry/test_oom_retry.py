@@ -615,7 +615,7 @@ def outcome() -> dict[str, str]:
     "check", [*PLAIN, check_parameters_some_ranks_leave_out, check_a_static_graph], ids=lambda check: check.__name__[6:]
 )
 def test_on_two_ranks(outcome: dict[str, str], check: Callable[[Any], None]) -> None:
-    """What the check says holds on two ranks, of which one at most runs out of memory."""
+    """The check passes on two ranks; at most one of them runs out of memory."""
     assert not outcome[check.__name__], outcome[check.__name__]
 
 

@@ -128,7 +128,7 @@ def test_a_run_saves_and_loads_at_a_url(store: Any) -> None:
 
 @pytest.mark.parametrize("place", ["memory://runs/a", "file://{}/a"])
 def test_a_runs_checkpoints_are_kept_at_a_url(store: Any, tmp_path: Path, place: str) -> None:
-    """Retention, resuming and setting aside work at a URL as in a folder."""
+    """Retention, resuming and renaming damaged checkpoints work at a URL as in a folder."""
     folder = place.format(tmp_path)
     fs = url_to_fs(folder)[0]
     with Lite(accelerator="cpu", devices=1, checkpoint="remote") as lite:
@@ -143,7 +143,9 @@ def test_a_runs_checkpoints_are_kept_at_a_url(store: Any, tmp_path: Path, place:
         data[-1] ^= 1
         fs.pipe_file(name, bytes(data))
         found = {"weights": torch.zeros(3)}
-        with pytest.warns(PlugframeWarning, match="It is set aside, and the checkpoint before it is loaded"):
+        with pytest.warns(
+            PlugframeWarning, match="It is renamed to damaged-step-.*, and the checkpoint before it is loaded"
+        ):
             assert kept.resume(found)
         assert kept.step == 2
         assert found["weights"].tolist() == [4.0] * 3
@@ -519,7 +521,7 @@ CHECKS = [
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What failed in each check, all of which run in one start."""
+    """Return the failure of each check, by name; one job runs all of them."""
     return run_checks(2, partial(job, str(tmp_path_factory.mktemp("shared"))), CHECKS)
 
 

@@ -167,7 +167,7 @@ def test_rank_0_writes_and_all_ranks_hear_how_it_went(tmp_path: Path) -> None:
 
 
 def test_an_unforeseen_error_reaches_all_ranks_with_its_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 tells the others before it raises, whatever went wrong, so that none waits in vain."""
+    """Rank 0 broadcasts any error before it raises, so that no rank waits for it."""
     told = []
 
     def broadcast(obj: Any, src: int, group: Any) -> Any:
@@ -336,7 +336,7 @@ def test_a_forged_header_is_refused(tmp_path: Path, old: bytes, new: bytes) -> N
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    """A folder, a pipe, a text and a missing file are told apart, and the closest name is suggested."""
+    """A folder, a pipe, a plain file and a missing file have different errors, and the closest name is suggested."""
     (tmp_path / "epoch-10.ckpt").write_text("something else entirely")
     os.mkfifo(tmp_path / "pipe")
     cases = {

@@ -82,7 +82,7 @@ def test_a_strategy_runs_on_64_ranks(options: tuple[str, ...], shape: str, param
     assert said[3] == "left ['train.py']"
     assert f"simulated: rank 0 of 64 on {shape}, alone." in done.stderr
     assert f"memory of this rank: parameters {parameters}" in done.stderr
-    assert "for each of 4 steps after the first, of which" in done.stderr
+    assert "for each of 4 steps after the first:" in done.stderr
     assert "not sent by this rank: " in done.stderr
     assert "Nothing is saved: the other ranks of this job are simulated." in done.stderr
     gathers = "all_reduce 1." if not options else "reduce_scatter 1.322 MB in 5 calls"
@@ -147,7 +147,7 @@ def test_a_dry_run_shows_the_job(tmp_path: Path) -> None:
 
 @pytest.fixture
 def traffic() -> Iterator[Traffic]:
-    """Have a process group of eight ranks, of which this is the first."""
+    """Create a process group of eight ranks; this process is rank 0."""
     counted = Traffic()
     register(counted)
     store = dist.HashStore()  # type: ignore[attr-defined]

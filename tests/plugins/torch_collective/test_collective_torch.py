@@ -320,7 +320,7 @@ def groups_hold_their_members_alone(c: Any) -> None:
 
 
 def a_monitored_barrier_names_who_is_missing(c: Any) -> None:
-    """The ranks that wait learn which rank did not come, rank 0 too; the connections stay whole."""
+    """The error names the missing rank on every waiting rank, rank 0 included; the connections stay usable."""
     for _ in range(3):
         c.collective_monitored_barrier(name="all", timeout_s=20.0)
     for absent in (1, 0):

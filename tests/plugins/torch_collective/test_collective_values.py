@@ -336,7 +336,7 @@ def other_data_is_an_error_on_every_rank(lite: Lite) -> None:
 
 @check
 def what_cannot_be_sent_is_an_error_on_every_rank(lite: Lite) -> None:
-    """An object that cannot be pickled is told of on all ranks; what other ranks pass to broadcast is not looked at."""
+    """An object that cannot be pickled is an error on all ranks; broadcast ignores the objects of other ranks."""
     if lite.world_size == 1:
         return
     first = lite.global_rank == 0

@@ -28,7 +28,7 @@ class Counts(Right):
 
 
 class Adds(Right):
-    """Takes a text for a count that is one short."""
+    """Reads ``devices="1"`` as two devices."""
 
     @hookimpl
     def accelerator_parse_devices(self, devices: int | str | Sequence[int]) -> tuple[int, ...]:

@@ -56,7 +56,7 @@ class Adds(Right):
 
 
 class Terse(Right):
-    """Tells of each rank on that rank alone."""
+    """Raises a mismatch whose message differs between ranks."""
 
     @hookimpl
     def collective_all_gather(self, tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:

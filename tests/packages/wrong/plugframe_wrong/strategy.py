@@ -49,7 +49,7 @@ class Halves(Right):
 
 
 class Finite(Right):
-    """Clips what is not finite without a word (law 7)."""
+    """Clips non-finite gradients without an error (law 7)."""
 
     @hookimpl
     def strategy_clip_gradients(
