@@ -19,7 +19,8 @@ def supervise(job: Job, *, start_method: str | None = None) -> Any:
 
     Args:
         job: a script (`Job.command`) or a function (`Job.function`).
-        start_method: multiprocessing start method, for a function.
+        start_method: multiprocessing's start method. A function needs one. The ranks of a script are forked from this
+            process (``"fork"``) or started in fresh interpreters (``"spawn"``); None forks if `Job.forkable` allows it.
 
     Raises:
         RankFailedError: if a rank failed, or a signal stopped the job (exit code 128 + signal number).

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 import math
 import os
 import pickle
@@ -12,8 +11,7 @@ import signal
 import socket
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +25,7 @@ from plugframe.launch import rank as rank_script
 from plugframe.launch.elastic import ElasticRendezvous
 from plugframe.launch.files import RankFiles, read_error_file
 from plugframe.launch.folder import temporary_folder
-from plugframe.launch.forked import make_entry_point
+from plugframe.launch.forked import forks, make_entry_point
 from plugframe.launch.function import UNGUARDED, run_function
 from plugframe.launch.memory import out_of_memory_kills
 from plugframe.launch.monitor import Rank, RankMonitor, is_child
@@ -37,6 +35,7 @@ from plugframe.launch.output import PREFIX, Output
 from plugframe.launch.rendezvous import LoopbackRendezvous
 from plugframe.launch.report import RankExit, Report, failure_key, find_culprit, report, summary
 from plugframe.launch.signals import WARNING, Signals
+from plugframe.launch.silence import silence_torch
 from plugframe.launch.survivors import Survivors
 from plugframe.launch.variables import variables_of_ranks
 
@@ -48,13 +47,15 @@ _VANISHED_BEATS, _VANISHED_CHECKS = 10, 3
 def supervise(job: Job, *, start_method: str | None = None) -> Any:
     """See `plugframe.launch.supervise`."""
     _check(job, start_method)
+    if job.function is None:
+        start_method = "fork" if forks(job, start_method) else None
     output, numa = _output_and_numa(job)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_debug_terminal(job))
         stack.enter_context(output.line_buffered())
         root = stack.enter_context(temporary_folder())
         stack.enter_context(variables_of_ranks(job, {rank_script.ERROR_FILE: os.path.join(root, "start.json")}))
-        silence = stack.enter_context(_silence_torch())
+        silence = stack.enter_context(silence_torch())
         result, error = _Supervision(job, start_method, root, output, numa, silence.close).run()
     if error is not None:
         raise error  # raised here, because the frames above keep the store and its port alive
@@ -216,7 +217,6 @@ class _Supervision:
         if job.function is None and start_method == "fork":
             entrypoint, args = make_entry_point(job.command, self._unsilence), (os.getpid(),)
         elif job.function is None:
-            start_method = None
             entrypoint = sys.executable
             script = os.path.abspath(rank_script.__file__)
             arguments = (*job.interpreter_options, script, str(os.getpid()), *job.command)
@@ -387,22 +387,3 @@ class _VanishedError(Exception):
 
 class _EndedError(Exception):
     """Raised if all ranks of a script have succeeded, and some left by ``os._exit(0)``, for which torch would wait."""
-
-
-@contextlib.contextmanager
-def _silence_torch() -> Iterator[contextlib.ExitStack]:
-    """Silence torch's failure messages and warnings, which `report` covers, until the stack it gives is closed."""
-    names = ("torch.distributed.elastic", "torch.multiprocessing", "torch.numa")
-    handler = logging.NullHandler()
-    with contextlib.ExitStack() as stack:
-        for logger in map(logging.getLogger, names):
-            stack.callback(setattr, logger, "propagate", logger.propagate)
-            stack.callback(logger.removeHandler, handler)
-            logger.addHandler(handler)
-            logger.propagate = False
-        stack.enter_context(warnings.catch_warnings())
-        # Python warns when it forks beside the store's thread, which ranks do not use.
-        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-        # Torch leaves closing the log files of ended ranks to the garbage collector.
-        warnings.filterwarnings("ignore", message=r"unclosed file .*\.log'", category=ResourceWarning)
-        yield stack

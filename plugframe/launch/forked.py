@@ -19,6 +19,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
+from plugframe.errors import UnsupportedError
+from plugframe.hooks.launcher import Job
 from plugframe.launch import orphan_reaper, rank
 from plugframe.launch.function import DONE_FILE, limit_threads
 
@@ -56,6 +58,41 @@ def preload() -> None:
     import torch
 
     torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+
+
+def forks(job: Job, start_method: str | None) -> bool:
+    """Return whether the ranks of a script are forked from this process.
+
+    Args:
+        start_method: ``"fork"``, ``"spawn"``, or None to fork if possible.
+
+    Raises:
+        UnsupportedError: if ``"fork"`` is not possible.
+    """
+    if start_method == "spawn":
+        return False
+    reason = why_not_forkable(job)
+    if reason is not None and start_method == "fork":
+        raise UnsupportedError(f"start_method='fork' cannot start this script: {reason}. Use 'spawn'.")
+    return reason is None
+
+
+def why_not_forkable(job: Job) -> str | None:
+    """Return why the ranks of a script cannot be forked from this process; None if they can."""
+    if sys.platform != "linux":
+        return "it needs Linux"
+    if job.debug_rank is not None:
+        return "--debug-rank needs a process of its own"
+    if job.numa_binding is not None:
+        return "--numa-binding applies to new processes"
+    if not job.forkable:
+        return "this process has run other code, or its accelerator does not work in forked processes"
+    if job.num_processes > 1:
+        preload()
+    name = shadowed(job.command)
+    if name is not None:
+        return f"the folder of the script has a {name!r}, and this process has imported another one"
+    return None
 
 
 def shadowed(command: Sequence[str]) -> str | None:

@@ -25,8 +25,8 @@ STEPS = 20
 #: After how many of them a checkpoint is saved for others to go on from.
 SAVED_AFTER = 15
 
-#: A step sees so many samples, in micro-batches of so many: two unequal ones, the last of which 2 ranks share
-#: unevenly and of which one of 4 ranks gets nothing.
+#: Samples of a step, and the size of its micro-batches: two unequal ones; 2 ranks share the last one unevenly, and one
+#: of 4 ranks gets no sample of it.
 SAMPLES, WINDOW = 11, 8
 
 #: Some steps are clipped by it and some are not.
@@ -94,7 +94,7 @@ def build(precision: str, seed: int = 1) -> tuple[Model, torch.optim.Optimizer, 
     if precision in WITHOUT_SQUARES:
         optimizer = torch.optim.SGD([groups[0], {**groups[1], "lr": 0.1}], lr=0.2, momentum=0.9, foreach=True)
     else:
-        # eps is larger than rounding: of a gradient that is nothing but that, Adam would make a whole step.
+        # eps is larger than rounding: Adam would make a full step of a gradient that consists of rounding only.
         optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-6, foreach=True)
     return model, optimizer, CosineAnnealingLR(optimizer, STEPS)
 

@@ -13,8 +13,8 @@ import pytest
 
 from plugframe import UnsupportedError
 from plugframe.hooks.launcher import Job
-from plugframe.launch.forked import shadowed
-from plugframe_builtins.elastic.launcher import Elastic, why_not_forkable
+from plugframe.launch.forked import shadowed, why_not_forkable
+from plugframe_builtins.elastic.launcher import Elastic
 
 METHODS = ("spawn", "fork")
 PLUGFRAME = str(Path(sys.executable).with_name("plugframe"))

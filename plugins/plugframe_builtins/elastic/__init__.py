@@ -11,15 +11,7 @@ plugin = Plugin(
     summary="Starts scripts and functions, on one node or several; restarts them on request.",
     provides=("script", "function"),
     priority=100,
-    options=(
-        Option(
-            "start_method",
-            str,
-            None,
-            "How ranks are started; unset: scripts by fork where possible.",
-            ("spawn", "fork"),
-        ),
-    ),
+    options=(Option("start_method", str, None, "Start of the ranks; unset: scripts fork.", ("spawn", "fork")),),
 )
 spawn = Plugin(
     factory=_FACTORY,

@@ -19,7 +19,6 @@ from plugframe.base import Launcher
 from plugframe.errors import UnsupportedError, UsageError
 from plugframe.hooks import Job, hookimpl
 from plugframe.launch import supervise
-from plugframe.launch.forked import preload, shadowed
 
 #: Variables that keep communication libraries on loopback, for ranks on one host.
 _GLOO = "GLOO_SOCKET_IFNAME"
@@ -51,43 +50,10 @@ class Elastic(Launcher):
             else:
                 check_sendable(job.function, job.args)
                 start_method = "spawn"
-        elif start_method == "fork":
-            check_script_forkable(job)
-        elif start_method is None and why_not_forkable(job) is None:
-            start_method = "fork"
         alone = job.num_nodes == 1 and job.min_nodes is None
         environ = on_loopback() if alone else on_interface(job.main_address or "", job.main_port or 0)
         job = replace(job, environ={**environ, **job.environ})
         return supervise(job, start_method=start_method)
-
-
-def why_not_forkable(job: Job) -> str | None:
-    """Return why ranks of a script cannot be forked from this process; None if they can."""
-    if sys.platform != "linux":
-        return "it needs Linux"
-    if job.debug_rank is not None:
-        return "--debug-rank needs a process of its own"
-    if job.numa_binding is not None:
-        return "--numa-binding applies to new processes"
-    if not job.forkable:
-        return "this process has run other code, or its accelerator does not work in forked processes"
-    if job.num_processes > 1:
-        preload()
-    name = shadowed(job.command)
-    if name is not None:
-        return f"the folder of the script has a {name!r}, and this process has imported another one"
-    return None
-
-
-def check_script_forkable(job: Job) -> None:
-    """Raise if ranks of a script cannot be forked.
-
-    Raises:
-        UnsupportedError: with the reason.
-    """
-    reason = why_not_forkable(job)
-    if reason is not None:
-        raise UnsupportedError(f"launcher start_method='fork' cannot start this script: {reason}. Use 'spawn'.")
 
 
 def on_loopback() -> dict[str, str]:
