@@ -23,6 +23,7 @@ from plugframe.errors import UnsupportedError
 from plugframe.hooks.launcher import Job
 from plugframe.launch import orphan_reaper, rank
 from plugframe.launch.function import DONE_FILE, limit_threads
+from plugframe.launch.import_variables import assigned_in, warn_of_assignments
 
 
 def make_entry_point(command: Sequence[str], undo: Callable[[], None]) -> Callable[[int], None]:
@@ -43,6 +44,7 @@ def make_entry_point(command: Sequence[str], undo: Callable[[], None]) -> Callab
         _resemble_fresh_interpreter()
         rank.prepare(parent)
         limit_threads()
+        warn_of_assignments()
         code = _finish(rank.run(list(command)))
         if code != 0:
             sys.exit(code)
@@ -89,6 +91,9 @@ def why_not_forkable(job: Job) -> str | None:
         return "this process has run other code, or its accelerator does not work in forked processes"
     if job.num_processes > 1:
         preload()
+    variable = assigned_in(job.command)
+    if variable is not None:
+        return f"the script sets {variable}, which is read when torch is imported"
     name = shadowed(job.command)
     if name is not None:
         return f"the folder of the script has a {name!r}, and this process has imported another one"
@@ -109,7 +114,7 @@ def shadowed(command: Sequence[str]) -> str | None:
         file = getattr(sys.modules[name], "__file__", None)
         if name == "__main__" or (file is not None and os.path.realpath(file).startswith(folder + os.sep)):
             continue
-        if os.path.isfile(os.path.join(folder, f"{name}.py")) or os.path.isdir(os.path.join(folder, name)):
+        if any(os.path.isfile(os.path.join(folder, *parts)) for parts in ((f"{name}.py",), (name, "__init__.py"))):
             return name
     return None
 

@@ -60,7 +60,7 @@ def run(command: list[str]) -> int:
         code_of_script = exit_code(leave)
         if code_of_script != 0:
             record(leave)
-        if isinstance(leave.code, str):
+        if not isinstance(leave.code, int | None):
             print(leave.code, file=sys.stderr)
         return code_of_script
     except KeyboardInterrupt:

@@ -103,7 +103,7 @@ def test_all_that_happens_at_the_end_of_a_script(method: str, tmp_path: Path) ->
     [
         ("import os; os._exit(0)", 0, ""),
         ("import os; os._exit(0) if os.environ['RANK'] == '1' else None", 0, ""),
-        ("import sys; sys.exit('no data')", 1, "no data"),
+        ("import sys; sys.exit(['no', 'data'])", 1, "['no', 'data']"),
         (
             "import atexit, sys; atexit.register(lambda: print('at the end', file=sys.stderr)); sys.exit(3)",
             3,
@@ -130,6 +130,33 @@ def test_a_module_of_the_script_that_the_launcher_has_too(tmp_path: Path) -> Non
     assert "start_method='fork' cannot start this script: the folder of the script has a 'click'" in done.stderr
     done = run(tmp_path, "", "import click; assert click.ours")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "os.environ['OMP_NUM_THREADS'] = '3'",
+        'os.environ.setdefault("OMP_NUM_THREADS", "3")',
+        'os.putenv("OMP_NUM_THREADS", "3")',
+        'os.environ.update({"OMP_NUM_THREADS": "3"})',
+    ],
+)
+def test_a_script_that_sets_what_torch_reads_at_import_is_not_forked(line: str, tmp_path: Path) -> None:
+    """Its variables act as they do in a fresh interpreter."""
+    command = (str(tmp_path / "train.py"),)
+    (tmp_path / "train.py").write_text(f"import os\n{line}\nimport torch\n")
+    job = Job(num_processes=1, command=command, forkable=True)
+    assert why_not_forkable(job) == "the script sets OMP_NUM_THREADS, which is read when torch is imported"
+    (tmp_path / "train.py").write_text("import os\nprint(os.environ['HOME'], 'TORCH_LOGS')\n")
+    assert why_not_forkable(job) is None
+
+
+def test_a_variable_that_comes_too_late_is_told(tmp_path: Path) -> None:
+    """A module of the script that sets one gets a warning with its line; what libraries set does not."""
+    (tmp_path / "settings.py").write_text("import os\nos.environ['TORCH_LOGS'] = '+dynamo'\n")
+    done = run(tmp_path, "", "import settings\nfrom plugframe import Lite\nLite().launch()\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("settings.py:2: PlugframeWarning: TORCH_LOGS is set after torch was imported") == 2
 
 
 @pytest.mark.parametrize(
