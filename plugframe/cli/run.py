@@ -184,10 +184,8 @@ def command(words: Words, dry_run: bool, config: str | None, disabled: tuple[str
 
     nodes = Nodes(min_nodes=min_nodes, **about_nodes)
     if min_nodes is not None:
-        variables = {**variables, variable("num_nodes"): "auto"}  # the ranks are told by how many came
+        variables = {**variables, variable("num_nodes"): "auto"}  # the ranks get the number that joined
     with _told(words, config) as told:
-        for note in words.notes:
-            warnings.warn(PlugframeWarning(note), stacklevel=1)
         registry = Registry.discover(environ=environ)
         request = gather({}, environ=environ)
         request = replace(request, notes=(*request.notes, *registry.notes()))
@@ -262,7 +260,7 @@ def _variables(settings: Mapping[str, Any], config: str | None, options: Mapping
 
 @contextmanager
 def _told(words: Words, config: str | None) -> Iterator[list[str]]:
-    """Turn warnings into lines, and say in an error how an option after the script is kept for the script."""
+    """Print warnings as lines, and add to an error how to pass an option after the script to the script."""
     told: list[str] = []
     with warnings.catch_warnings():
         others = warnings.showwarning
@@ -276,6 +274,8 @@ def _told(words: Words, config: str | None) -> Iterator[list[str]]:
 
         warnings.showwarning = show
         warnings.simplefilter("always", PlugframeWarning)
+        for note in words.notes:
+            warnings.warn(PlugframeWarning(note), stacklevel=1)
         try:
             yield told
         except UsageError as error:
