@@ -89,11 +89,11 @@ def why_not_forkable(job: Job) -> str | None:
         return "--numa-binding applies to new processes"
     if not job.forkable:
         return "this process has run other code, or its accelerator does not work in forked processes"
-    if job.num_processes > 1:
-        preload()
     variable = assigned_in(job.command)
     if variable is not None:
         return f"the script sets {variable}, which is read when torch is imported"
+    if job.num_processes > 1:
+        preload()
     name = shadowed(job.command)
     if name is not None:
         return f"the folder of the script has a {name!r}, and this process has imported another one"
