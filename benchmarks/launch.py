@@ -1,12 +1,11 @@
-"""From the command to its exit: a short run on two ranks, against raw torchrun. Whole processes, wall seconds.
+"""From the command to its exit: a short run, against raw torchrun. Whole processes, wall seconds.
 
-python benchmarks/launch.py [--rounds 5]
+python benchmarks/launch.py [--rounds 5] [--ranks 2 4 8]
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -34,22 +33,27 @@ lite.teardown()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2])
+    arguments = parser.parse_args()
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "by_hand.py").write_text(BY_HAND)
         (Path(folder) / "lite.py").write_text(LITE)
-        run = ["plugframe", "run", "--devices=2", "--accelerator=cpu", "--strategy=ddp", "lite.py"]
-        candidates = {
-            "torchrun": wall_seconds(["torchrun", "--standalone", "--nproc-per-node=2", "by_hand.py"], cwd=folder),
-            "plugframe run": wall_seconds(run, cwd=folder),
-        }
-        if not shutil.which("torchrun"):
-            del candidates["torchrun"]
-        results = interleave(candidates, rounds=rounds)
-        report("A short run on two ranks", results, unit="s", base=next(iter(results)), digits=2)
+        for ranks in arguments.ranks:
+            measure(folder, ranks, arguments.rounds)
+
+
+def measure(folder: str, ranks: int, rounds: int) -> None:
+    """Print the times of both launchers with so many ranks."""
+    run = ["plugframe", "run", f"--devices={ranks}", "--accelerator=cpu", "--strategy=ddp"]
+    candidates = {
+        "torchrun": wall_seconds(["torchrun", "--standalone", f"--nproc-per-node={ranks}", "by_hand.py"], cwd=folder),
+        "plugframe run": wall_seconds([*run, "lite.py"], cwd=folder),
+        "plugframe run, spawn": wall_seconds([*run, "--launcher.start-method=spawn", "lite.py"], cwd=folder),
+    }
+    report(f"{ranks} ranks", interleave(candidates, rounds=rounds), unit="s", base="torchrun", digits=2)
 
 
 if __name__ == "__main__":
