@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from plugframe.errors import SettingError, closest
+from plugframe_builtins.tensor_parallel.checks import check_divisible, refuse_second_derivatives
 
 #: The styles by name, for plans in settings files and models.
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
@@ -54,10 +55,10 @@ def apply_plan(module: nn.Module, plan: Plan, mesh: DeviceMesh, where: str) -> N
     """Split the layers of `module` named by `plan` over the ranks of `mesh`, in place. Called on every rank.
 
     Raises:
-        SettingError: if a pattern matches no submodule.
+        SettingError: if a pattern matches no submodule, or a layer that cannot be split evenly.
     """
     parts = dict(module.named_modules())
-    exact: dict[str, ParallelStyle] = {}
+    given: dict[str, str | ParallelStyle] = {}
     for pattern, style in plan.items():
         paths = [path for path in parts if path and fnmatchcase(path, pattern)]
         if not paths:
@@ -65,11 +66,15 @@ def apply_plan(module: nn.Module, plan: Plan, mesh: DeviceMesh, where: str) -> N
                 f"{where} names {pattern!r}, which matches no submodule of this {type(module).__name__}."
                 f"{closest(pattern, [path for path in parts if path])}"
             )
-        exact.update((path, STYLES[style]() if isinstance(style, str) else style) for path in paths)
+        given.update((path, style) for path in paths)
+    check_divisible(given, module, mesh.size(), where)
+    exact = {path: STYLES[style]() if isinstance(style, str) else style for path, style in given.items()}
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     parallelize_module(module, mesh, exact)
+    if mesh.size() > 1:
+        refuse_second_derivatives({path: parts[path] for path in exact})
     now = dict(module.named_parameters(remove_duplicate=False))
     for shared in names.values():
         if len({id(now[name]) for name in shared}) > 1:

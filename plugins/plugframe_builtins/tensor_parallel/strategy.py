@@ -62,6 +62,13 @@ class TensorParallel(FullyShardedStrategy):
     def _data_mesh(self) -> DeviceMesh:
         return super()._data_mesh["data"]
 
+    def _reshards_after_forward(self) -> bool | int | None:
+        """Reshard the outermost unit too: a gathered parameter is a torch DTensor here, not a plain tensor.
+
+        Terms over parameters outside of a forward (an L2 penalty) would mix the two.
+        """
+        return True if self.reshard_after_forward is None else self.reshard_after_forward
+
     def _parallelize(self, module: nn.Module) -> None:
         mesh = super()._data_mesh["tensor"]
         if self.parallelize is not None:

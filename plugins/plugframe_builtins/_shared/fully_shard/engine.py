@@ -281,14 +281,14 @@ class Engine:
         apart: Any = torch.compiler.disable
         # Before torch's own hooks, which would take a unit called on its own for a root module.
         for unit in self._units:
-            unit.register_forward_pre_hook(_Hook(apart(self._visit)), prepend=True)
+            unit.register_forward_pre_hook(Hook(apart(self._visit)), prepend=True)
         within = {id(part) for unit in self._units for part in unit.modules()}
         for part in self.shim.module.modules():
             if id(part) not in within and next(part.parameters(recurse=False), None) is not None:
-                part.register_forward_pre_hook(_Hook(self._check_inside), prepend=True)
+                part.register_forward_pre_hook(Hook(self._check_inside), prepend=True)
         # The module itself counts as one more unit.
         for number, unit in enumerate((*self._units, self.shim)):
-            unit.register_forward_hook(_Hook(apart(functools.partial(self._attach, number))))
+            unit.register_forward_hook(Hook(apart(functools.partial(self._attach, number))))
         if self._used is None:
             return
         # By where a parameter is gathered, not where a submodule runs: a tied weight is used outside its module.
@@ -297,7 +297,7 @@ class Engine:
         for number, (owner, _) in enumerate(owners):
             by_home.setdefault(homes.get(id(owner), self.shim), []).append(number)
         for home, numbers in by_home.items():
-            home.register_forward_pre_hook(_Hook(apart(functools.partial(self._watch_gathered, numbers))))
+            home.register_forward_pre_hook(Hook(apart(functools.partial(self._watch_gathered, numbers))))
 
     def _watch_gathered(self, numbers: Sequence[int], part: nn.Module, _: Any) -> None:
         if self._used is not None and torch.is_grad_enabled():
@@ -382,7 +382,7 @@ class Engine:
         return [self._position[id(unit)] for unit in self._visited]
 
 
-class _Hook:
+class Hook:
     """A module hook that copies of the module do not inherit."""
 
     def __init__(self, call: Callable[..., Any] | None) -> None:
@@ -392,5 +392,5 @@ class _Hook:
         if self._call is not None:
             self._call(*args)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook(None)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook(None)

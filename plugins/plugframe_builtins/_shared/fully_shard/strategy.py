@@ -213,8 +213,9 @@ class FullyShardedStrategy(Strategy):
         policy = self._policy()
         offload = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
         options: dict[str, Any] = {"mesh": self._data_mesh, "mp_policy": policy, "offload_policy": offload}
-        if self.reshard_after_forward is not None:
-            options["reshard_after_forward"] = self.reshard_after_forward
+        reshards = self._reshards_after_forward()
+        if reshards is not None:
+            options["reshard_after_forward"] = reshards
         whole_dtype = {**options, "mp_policy": replace(policy, param_dtype=None, cast_forward_inputs=False)}
         norms = set(map(id, keeps_statistics(module)))
         for unit in units:
@@ -231,6 +232,10 @@ class FullyShardedStrategy(Strategy):
         for number, unit in enumerate(units):
             unit.set_modules_to_forward_prefetch(list(units[number + 1 : number + 1 + depth]))
             unit.set_modules_to_backward_prefetch(list(units[max(0, number - depth) : number][::-1]))
+
+    def _reshards_after_forward(self) -> bool | int | None:
+        """Return torch's option; None for torch's default, all units but the outermost."""
+        return self.reshard_after_forward
 
     @property
     def _data_mesh(self) -> DeviceMesh:
