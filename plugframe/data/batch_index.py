@@ -13,7 +13,7 @@ from plugframe.utils.tree import leaves
 if TYPE_CHECKING:
     from plugframe.data.iteration import LoaderPass
 
-#: Number of leaves above which freed ones are removed from the index.
+#: Number of leaves that are added before freed ones are removed from the index.
 _MIN_LIMIT = 8
 
 
@@ -45,7 +45,8 @@ class BatchIndex:
     def __init__(self) -> None:
         self._objects: dict[int, tuple[weakref.ref[Any], BatchRecord]] = {}
         self._storages: dict[int, list[tuple[weakref.ref[Any], int, int, BatchRecord]]] = {}
-        self._limit = _MIN_LIMIT
+        # Counted, since the ids of freed objects are used again: the size of a dict does not show what is in its lists.
+        self._added, self._limit = 0, _MIN_LIMIT
 
     def add(self, batch: Any, record: BatchRecord) -> None:
         """Add the objects of a batch."""
@@ -55,10 +56,11 @@ class BatchIndex:
             except TypeError:  # a number, a string
                 continue
             record.refs.append(ref)
+            self._added += 1
             self._objects[id(leaf)] = (ref, record)
             if isinstance(leaf, Tensor):
                 self._add_storage(leaf, ref, record)
-        if len(self._objects) > self._limit:
+        if self._added > self._limit:
             self._prune()
 
     def _add_storage(self, tensor: Tensor, ref: weakref.ref[Any], record: BatchRecord) -> None:
@@ -90,7 +92,7 @@ class BatchIndex:
         self._objects = {key: (ref, record) for key, (ref, record) in self._objects.items() if ref() is not None}
         alive = {key: [each for each in found if each[0]() is not None] for key, found in self._storages.items()}
         self._storages = {key: found for key, found in alive.items() if found}
-        self._limit = 2 * len(self._objects) + _MIN_LIMIT
+        self._added, self._limit = 0, len(self._objects) + _MIN_LIMIT
 
 
 def _span(tensor: Tensor) -> tuple[Any, int, int] | None:

@@ -30,6 +30,7 @@ from torch.utils.data import (
 
 from plugframe import OrderError, SettingError
 from plugframe.adopt import state_of
+from plugframe.data.batch_index import BatchIndex, BatchRecord
 from plugframe.data.batch_weights import BatchWeights
 from plugframe.data.loader import adopt_loader, release_loader
 from plugframe.data.shuffle import Shuffle
@@ -682,3 +683,12 @@ def test_the_counter_of_collectives_is_dropped_at_tear_down() -> None:
     weights.num_collectives = lambda: 0
     weights.clear()
     assert weights.num_collectives is None
+
+
+def test_the_index_of_batches_does_not_grow() -> None:
+    """Batches that are freed leave nothing in it, also where the next one gets the same addresses."""
+    index = BatchIndex()
+    for _ in range(1000):
+        index.add(torch.zeros(2), BatchRecord(1.0, loader_pass=None))  # type: ignore[arg-type]
+    assert len(index._objects) <= 10
+    assert sum(map(len, index._storages.values())) <= 10

@@ -27,8 +27,8 @@ from plugframe.hooks.world import World
 from plugframe.testing.ranks import RanksFailed, run_ranks
 
 FOLDER = TESTS / "kinds"
-STRATEGIES = ("single", "ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
-_HEADER = re.compile(r"^# (variants|strategies|precision|except): *(.*)$", re.MULTILINE)
+STRATEGIES = ("single", "ddp", "fsdp", "tensor_parallel", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+_HEADER = re.compile(r"^# (variants|strategies|precision|plan|except): *(.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Kind:
         variants: each an argument for one run; ``("",)`` for a script without arguments.
         strategies: under which it is run.
         precision: by name, empty for the default.
+        plan: layers that ``tensor_parallel`` splits, ``"0=colwise,2=rowwise"``; it is not run without.
         gaps: ``"variant/strategy"`` that are known not to be right, and listed on the page in words.
     """
 
@@ -49,11 +50,13 @@ class Kind:
     variants: tuple[str, ...]
     strategies: tuple[str, ...]
     precision: str
+    plan: str = ""
     gaps: tuple[str, ...] = ()
 
     def under(self, variant: str) -> tuple[str, ...]:
         """Return the strategies under which a variant is run."""
-        return tuple(each for each in self.strategies if f"{variant}/{each}" not in self.gaps)
+        able = (each for each in self.strategies if self.plan or each != "tensor_parallel")
+        return tuple(each for each in able if f"{variant}/{each}" not in self.gaps)
 
     @property
     def name(self) -> str:
@@ -85,12 +88,15 @@ def kinds() -> Iterator[Kind]:
         strategies = tuple(header.get("strategies", "").split()) or STRATEGIES
         variants = tuple(header.get("variants", "").split()) or ("",)
         gaps = tuple(header.get("except", "").split())
-        yield Kind(path, title, variants, strategies, header.get("precision", "").strip(), gaps)
+        plan = ",".join(header.get("plan", "").split())
+        yield Kind(path, title, variants, strategies, header.get("precision", "").strip(), plan, gaps)
 
 
 def run_cell(kind: Kind, variant: str, strategy: str, *, timeout_s: float = 90.0) -> Outcome:
     """Run one script under one strategy: on one rank under ``single``, on two under any other."""
     asked = {"STRATEGY": strategy, "ACCELERATOR": "cpu", "PRECISION": kind.precision}
+    if strategy == "tensor_parallel":
+        asked["STRATEGY__PLAN"] = kind.plan
     env = {f"PLUGFRAME_{name}": value for name, value in asked.items() if value}
     arguments = [variant] if variant else []
     try:

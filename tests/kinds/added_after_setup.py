@@ -1,5 +1,6 @@
 """A trainable layer or parameter that comes after set-up is averaged, or named at the next forward."""
 # variants: head inner parameter
+# plan: 0=colwise 2=rowwise
 
 import sys
 
@@ -12,6 +13,8 @@ KIND = sys.argv[1]
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
 lite = Lite()
+lite.launch()
+shard, shards = lite.strategy.strategy_data_shard()  # of the samples
 model = lite.setup_module(model)
 torch.manual_seed(1)
 if KIND == "head":
@@ -25,7 +28,7 @@ optimizer = lite.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1))
 x = torch.randn(lite.world_size, 6, 4, generator=torch.Generator().manual_seed(1))
 for _ in range(2):
     optimizer.zero_grad()
-    lite.backward(model(x[lite.global_rank]).pow(2).mean())
+    lite.backward(model(x[shard::shards]).pow(2).mean())
     optimizer.step()
 everywhere = lite.all_gather({name: p.detach() for name, p in model.named_parameters()})
 apart = [name for name, values in everywhere.items() if not all(torch.equal(values[0], v) for v in values)]

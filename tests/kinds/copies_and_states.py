@@ -1,5 +1,6 @@
 """Copies of a model are plain and follow it; a state that torch.save writes by hand can be loaded, or is refused."""
 # variants: average copy state pickle
+# plan: 0=colwise 2=rowwise
 
 import copy
 import io
@@ -16,7 +17,7 @@ KIND = sys.argv[1]
 
 def make():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1))
 
 
 lite = Lite()

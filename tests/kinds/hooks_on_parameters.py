@@ -1,5 +1,6 @@
 """Hooks on parameters act on the gradients of the whole batch, registered before set-up or after it."""
 # variants: before after post
+# plan: 0=colwise 1=rowwise
 
 import sys
 
@@ -29,6 +30,8 @@ def add(model):
 
 
 lite = Lite()
+lite.launch()
+shard, shards = lite.strategy.strategy_data_shard()  # of the samples
 model, plain = make(), make()
 add(plain)
 if KIND != "after":
@@ -40,7 +43,7 @@ if KIND == "after":
 x = torch.randn(lite.world_size, 6, 4, generator=torch.Generator().manual_seed(1))
 for _ in range(3):
     optimizer.zero_grad()
-    lite.backward(model(x[lite.global_rank]).pow(2).mean())
+    lite.backward(model(x[shard::shards]).pow(2).mean())
     optimizer.step()
     other.zero_grad()
     plain(x).pow(2).mean().backward()

@@ -1,6 +1,7 @@
 """An optimizer whose line search evaluates a closure several times"""
 # variants: wolfe plain float
-# strategies: single ddp fsdp deepspeed
+# strategies: single ddp fsdp tensor_parallel deepspeed_stage_1 deepspeed_stage_2 deepspeed_stage_3
+# plan: 0=colwise 2=rowwise
 
 import sys
 
@@ -33,12 +34,14 @@ def closure_of(model, optimizer, x, backward):
 
 
 lite = Lite()
+lite.launch()
+shard, shards = lite.strategy.strategy_data_shard()  # of the samples
 model, plain = make(), make()
 optimizer, other = optimizer_of(model), optimizer_of(plain)
 model, optimizer = lite.setup(model, optimizer)
 x = torch.randn(8 * lite.world_size, 3, generator=torch.Generator().manual_seed(2))
 for _ in range(2):
-    optimizer.step(closure_of(model, optimizer, x[lite.global_rank :: lite.world_size], lite.backward))
+    optimizer.step(closure_of(model, optimizer, x[shard::shards], lite.backward))
     other.step(closure_of(plain, other, x, torch.autograd.backward))
 for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
     value = mine.full_tensor() if hasattr(mine, "full_tensor") else mine

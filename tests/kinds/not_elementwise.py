@@ -1,5 +1,6 @@
 """An optimizer that does not treat every element of every parameter by itself"""
 # variants: norm factored slow list lbfgs
+# plan: 0=colwise 2=rowwise
 
 import functools
 import sys
@@ -57,6 +58,8 @@ model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
 plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
 plain.load_state_dict(model.state_dict())
 lite = Lite()
+lite.launch()
+shard, shards = lite.strategy.strategy_data_shard()  # of the samples
 model, optimizer = lite.setup(model, make(model.parameters()))
 other = make(plain.parameters())
 x = torch.randn(4 * lite.world_size, 4, generator=torch.Generator().manual_seed(3))
@@ -71,7 +74,7 @@ def closure(net, opt, x, backward):
 
 for _ in range(3):
     for net, opt, part, backward in (
-        (model, optimizer, x[lite.global_rank :: lite.world_size], lite.backward),
+        (model, optimizer, x[shard::shards], lite.backward),
         (plain, other, x, torch.Tensor.backward),
     ):
         run = functools.partial(closure, net, opt, part, backward)

@@ -1,5 +1,6 @@
 """Optimizers, lists and dicts that hold parameters of before set-up train those of after it."""
 # variants: own lbfgs list
+# plan: 0=colwise 2=rowwise
 
 import sys
 
@@ -28,12 +29,14 @@ class Own(torch.optim.Optimizer):
 
 def make():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
     makers = {"own": Own, "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3)}
     return model, makers.get(KIND, lambda p: torch.optim.SGD(p, lr=0.1))(model.parameters()), list(model.parameters())
 
 
 lite = Lite()
+lite.launch()
+shard, shards = lite.strategy.strategy_data_shard()  # of the samples
 model, optimizer, held = make()
 plain, other, plain_held = make()
 model, optimizer = lite.setup(model, optimizer)
@@ -57,7 +60,7 @@ def step(model, optimizer, backward, batch, parameters):
 
 
 for _ in range(3):
-    step(model, optimizer, lite.backward, x[lite.global_rank], held)
+    step(model, optimizer, lite.backward, x[shard::shards], held)
     step(plain, other, torch.Tensor.backward, x.flatten(0, 1), plain_held)
 got = lite.state_dict(model, all_ranks=True)
 off = max(float((got[name] - value).abs().max()) for name, value in plain.state_dict().items())

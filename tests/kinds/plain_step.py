@@ -1,4 +1,5 @@
 """A plain step: forward, backward, step."""
+# plan: 0=colwise 2=rowwise
 
 import sys
 
@@ -15,12 +16,14 @@ def make():
 
 model, alone = make(), make()
 lite = Lite()
+lite.launch()
+shard, shards = lite.strategy.strategy_data_shard()  # of the samples
 model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
 reference = torch.optim.SGD(alone.parameters(), lr=0.1)
 data = torch.randn(lite.world_size, 3, 4, generator=torch.Generator().manual_seed(1))
 for _ in range(3):
     optimizer.zero_grad()
-    loss = model(data[lite.global_rank]).pow(2).mean()
+    loss = model(data[shard::shards]).pow(2).mean()
     lite.backward(loss)
     optimizer.step()
     reference.zero_grad()

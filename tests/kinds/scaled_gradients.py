@@ -1,7 +1,8 @@
 """Gradients that a script clips, logs, accumulates or applies itself under a loss scaler"""
 # variants: clip twice log accumulate manual stranger
-# strategies: single ddp fsdp
+# strategies: single ddp fsdp tensor_parallel deepspeed_stage_1 deepspeed_stage_2 deepspeed_stage_3
 # precision: 16-mixed
+# plan: 0=colwise 2=rowwise
 
 import sys
 
@@ -44,6 +45,8 @@ def full(tensor):
 
 
 lite = Lite()
+lite.launch()
+shard, shards = lite.strategy.strategy_data_shard()  # of the samples
 model, plain = make(), make()
 optimizer, other = (torch.optim.SGD(each.parameters(), lr=10.0) for each in (model, plain))
 if KIND in ("manual", "stranger"):
@@ -52,7 +55,7 @@ if KIND in ("manual", "stranger"):
 else:
     model, optimizer = lite.setup(model, optimizer)
 x = torch.randn(8 * lite.world_size, 4, generator=torch.Generator().manual_seed(2))
-mine = x[lite.global_rank :: lite.world_size]
+mine = x[shard::shards]
 got = train(model, optimizer, mine, lite.backward, lambda limit: lite.clip_gradients(model, optimizer, max_norm=limit))
 want = train(
     plain, other, x, torch.autograd.backward, lambda limit: nn.utils.clip_grad_norm_(plain.parameters(), limit)

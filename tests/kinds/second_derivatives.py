@@ -1,5 +1,6 @@
 """Gradient penalties, double backward and terms over parameters outside of forward"""
 # variants: penalty graph outside inside
+# plan: layers.0=colwise layers.2=rowwise
 
 import sys
 
@@ -38,6 +39,8 @@ torch.manual_seed(0)
 model, plain = Energy(), Energy()
 plain.load_state_dict(model.state_dict())
 lite = Lite()
+lite.launch()
+shard, shards = lite.strategy.strategy_data_shard()  # of the samples
 model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
 other = torch.optim.SGD(plain.parameters(), lr=0.1)
 x = torch.randn(4 * lite.world_size, 3, generator=torch.Generator().manual_seed(1))
@@ -45,7 +48,7 @@ options = {"create_graph": True} if KIND == "graph" else {}
 for _ in range(2):
     optimizer.zero_grad()
     other.zero_grad()
-    lite.backward(loss_of(model, x[lite.global_rank :: lite.world_size].clone()), **options)
+    lite.backward(loss_of(model, x[shard::shards].clone()), **options)
     loss_of(plain, x.clone()).backward()
     optimizer.step()
     other.step()

@@ -1,6 +1,7 @@
 """Parameters frozen and unfrozen between a forward and its backward, as a GAN's discriminator"""
 # variants: between part both
-# strategies: single ddp
+# strategies: single ddp fsdp tensor_parallel deepspeed_stage_1 deepspeed_stage_2 deepspeed_stage_3
+# plan: 0=colwise 2=rowwise
 
 import sys
 
@@ -28,9 +29,11 @@ def step(model, rows, backward) -> None:
 
 
 lite = Lite()
+lite.launch()
+shard, shards = lite.strategy.strategy_data_shard()  # of the samples
 model, plain = lite.setup(make()), make()
 rows = torch.randn(4 * lite.world_size, 4, generator=torch.Generator().manual_seed(1))
-step(model, rows[lite.global_rank :: lite.world_size], lite.backward)
+step(model, rows[shard::shards], lite.backward)
 step(plain, rows, torch.autograd.backward)
 for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
     if not torch.allclose(mine.grad, theirs.grad, atol=1e-6):

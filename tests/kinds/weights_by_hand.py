@@ -1,6 +1,7 @@
 """Weights changed by the script after set-up hold in the next step"""
 # variants: load init clamp assign vector
-# strategies: single ddp fsdp deepspeed_stage_1 deepspeed_stage_2 deepspeed_stage_3
+# strategies: single ddp fsdp tensor_parallel deepspeed_stage_1 deepspeed_stage_2 deepspeed_stage_3
+# plan: 0=colwise 2=rowwise
 
 import sys
 
@@ -12,7 +13,7 @@ from plugframe import Lite
 
 def make() -> nn.Module:
     torch.manual_seed(2)
-    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    return nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
 
 
 @torch.no_grad()
@@ -34,6 +35,8 @@ kind = sys.argv[1]
 model, plain = make(), make()
 start = plain.state_dict()
 lite = Lite()
+lite.launch()
+shard, shards = lite.strategy.strategy_data_shard()  # of the samples
 model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
 other = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
 x = torch.randn(4 * lite.world_size, 6, generator=torch.Generator().manual_seed(3))
@@ -42,7 +45,7 @@ for step in range(3):
         change(model, kind)
         change(plain, kind)
     optimizer.zero_grad()
-    lite.backward(model(x[lite.global_rank :: lite.world_size]).square().mean())
+    lite.backward(model(x[shard::shards]).square().mean())
     optimizer.step()
     other.zero_grad()
     plain(x).square().mean().backward()

@@ -1,5 +1,6 @@
 """Weights that are written or read outside of a forward: both act."""
 # variants: load init write penalty
+# plan: 0=colwise 2=rowwise
 
 import sys
 
@@ -13,7 +14,7 @@ KIND = sys.argv[1]
 
 def make(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
 
 
 def change(model):
@@ -29,13 +30,15 @@ def change(model):
 
 
 lite = Lite()
+lite.launch()
+shard, shards = lite.strategy.strategy_data_shard()  # of the samples
 model, plain = make(), make()
 optimizer, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain))
 model, optimizer = lite.setup(model, optimizer)
 x = torch.randn(lite.world_size, 6, 4, generator=torch.Generator().manual_seed(1))
 for _ in range(2):
     for each, own, backward, batch in (
-        (model, optimizer, lite.backward, x[lite.global_rank]),
+        (model, optimizer, lite.backward, x[shard::shards]),
         (plain, other, torch.Tensor.backward, x.flatten(0, 1)),
     ):
         change(each)
