@@ -1,6 +1,6 @@
 """Copies of a model are plain and follow it; a state that torch.save writes by hand can be loaded, or is refused."""
 # variants: average copy state pickle
-# plan: 0=colwise 2=rowwise
+# plan: 0=colwise_gather
 
 import copy
 import io

@@ -41,7 +41,7 @@ def train(model, optimizer, x, backward, clip) -> list[float]:
 
 
 def full(tensor):
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().float()
 
 
 lite = Lite()

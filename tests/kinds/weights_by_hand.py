@@ -28,7 +28,7 @@ def change(model: nn.Module, kind: str) -> None:
     elif kind == "assign":
         model[0].bias.data = model[0].bias.data + 1
     else:
-        nn.utils.vector_to_parameters(torch.linspace(-1, 1, 47), model.parameters())
+        nn.utils.vector_to_parameters(torch.linspace(-1, 1, 56), model.parameters())
 
 
 kind = sys.argv[1]

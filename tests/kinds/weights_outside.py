@@ -25,7 +25,7 @@ def change(model):
         nn.init.xavier_uniform_(model[0].weight)
     if KIND == "write":
         with torch.no_grad():
-            model[0].weight.copy_(torch.full((5, 4), 0.2))
+            model[0].weight.copy_(torch.full((6, 4), 0.2))
             model[2].bias.data.clamp_(-0.01, 0.01)
 
 
