@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plugframe.base import ForwardShim
+from plugframe.base import ForwardShim, warn_caller
 from plugframe.errors import OrderError, UnsupportedError
 from plugframe.utils.buffers import replicated_buffers
 from plugframe.utils.registrations import Registrations
@@ -104,6 +104,9 @@ class Engine(Reader):
         self.pending = self.stale_buffers = False
         self._finished = self._works = self._stepped = self._mixed = False
         self._touched: dict[int, None] = {}  # in the order of accumulation
+        self._reached: set[int] = set()  # parameters with gradients since the last step
+        self._ever_reached: set[int] = set()
+        self._warned_unreached = False
         before = [{"params": list(borrowed.optimizer.param_groups[number]["params"])} for number in borrowed.used]
         # Before DeepSpeed's own hooks, which take gradients away.
         self._handles = [
@@ -118,6 +121,7 @@ class Engine(Reader):
         self.fragments = Fragments(add_up if self.zero.partitioned else _itself)
         self.zero.locate(before, self.fragments)
         trained = self.fragments.parameters()
+        self._num_trained = len(trained)
         self._has_buffers = bool(replicated_buffers(module))
         self._names, self._parameters = zip(*module.named_parameters(), strict=True)
         self._looks = tuple(map(_LOOK, self._parameters))
@@ -229,6 +233,7 @@ class Engine(Reader):
         if self.walk is not None:
             self.walk.works = False
         if self._touched:
+            self._reached.update(self._touched)
             self._check_looks()
             self._mixed = self._mixed or self._stepped
             self.pending, self._finished = True, False
@@ -285,6 +290,7 @@ class Engine(Reader):
         """Drop all gradients."""
         self.guard.forgotten.clear()
         self._stepped = self._mixed = False
+        self._reached.clear()
         if self.pending:
             self.pending = self._finished = False
             self.guard.unlock()
@@ -305,6 +311,10 @@ class Engine(Reader):
                 "gradients would add up, and strategy 'deepspeed' forgets them in a step. Call optimizer.zero_grad()."
             )
         self._check_looks()
+        if self.zero.partitioned and len(self._reached) < self._num_trained and not self._warned_unreached:
+            self._warn_unreached()
+        self._ever_reached |= self._reached
+        self._reached.clear()
         if self._trace is not None:
             self._trace.end()
         if self.walk is not None:
@@ -320,6 +330,26 @@ class Engine(Reader):
         self.guard.seen = False
         self._show()
         return bool(self.deepspeed.was_step_applied())
+
+    def _warn_unreached(self) -> None:
+        """Warn once for parameters without a gradient that the step changes all the same."""
+        optimizer = self.borrowed.optimizer
+        decayed = {id(p) for group in optimizer.param_groups if group.get("weight_decay") for p in group["params"]}
+        keeps_momentum = any(group.get("momentum") or "betas" in group for group in optimizer.param_groups)
+        moving = self._ever_reached if keeps_momentum else set()
+        found = [
+            name
+            for name, parameter in zip(self._names, self._parameters, strict=True)
+            if id(parameter) not in self._reached and id(parameter) in decayed | moving
+        ]
+        if found:
+            self._warned_unreached = True
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            warn_caller(
+                f"Parameter {found[0]!r}{more} got no gradient on this rank in a step. If that is so on all ranks, "
+                "torch would leave it as it is, and strategy 'deepspeed' steps on a gradient of zero: weight decay and "
+                "momentum change it. Freeze it before lite.setup(), or use strategy='ddp' or 'fsdp'."
+            )
 
     def _check_unseen(self) -> None:
         """Raise before a step on gradients that the script assigned.

@@ -258,6 +258,24 @@ def unused_parameters_have_no_gradient_left(lite: Lite, strategy: DeepSpeed) -> 
 
 
 @each_stage()
+def steps_without_a_gradient_warn_once(lite: Lite, strategy: DeepSpeed) -> None:
+    """Weight decay and momentum change a parameter that no rank used, which one process would leave as it is."""
+    x, _ = data(lite.world_size)
+    for settings, changes in (({"weight_decay": 0.1}, True), ({"momentum": 0.9}, True), ({}, False)):
+        model = Heads()
+        model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1, **settings))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for both in (True, False, False):
+                lite.backward(model(x[lite.global_rank :][:1], both=both).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+        told = [str(each.message) for each in caught if "got no gradient on this rank" in str(each.message)]
+        assert len(told) == (changes and strategy.stage > 0)
+        assert all("Parameter 'two.weight' and 1 more" in text for text in told)
+
+
+@each_stage()
 def backwards_in_any_order(lite: Lite, strategy: DeepSpeed) -> None:
     """Law 6 for two forwards before two backwards, one graph twice, and several losses of one forward."""
     model, plain = net(), net()
@@ -793,6 +811,7 @@ CHECKS = [
     gradients_that_are_not_finite,
     forgotten_gradients_are_gone,
     unused_parameters_have_no_gradient_left,
+    steps_without_a_gradient_warn_once,
     backwards_in_any_order,
     two_models_train_together,
     the_optimizer_stays_the_users,
