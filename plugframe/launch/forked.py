@@ -7,12 +7,10 @@ interpreter that a script could notice are removed before it runs, and at its en
 from __future__ import annotations
 
 import atexit
-import contextlib
 import gc
 import io
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import weakref
@@ -21,9 +19,9 @@ from types import ModuleType
 
 from plugframe.errors import UnsupportedError
 from plugframe.hooks.launcher import Job
-from plugframe.launch import orphan_reaper, rank
-from plugframe.launch.function import DONE_FILE, limit_threads
-from plugframe.launch.import_variables import assigned_in, warn_of_assignments
+from plugframe.launch import rank
+from plugframe.launch.function import begin, mark_done
+from plugframe.launch.import_variables import mentioned_in, warn_of_assignments
 
 
 def make_entry_point(command: Sequence[str], undo: Callable[[], None]) -> Callable[[int], None]:
@@ -35,22 +33,15 @@ def make_entry_point(command: Sequence[str], undo: Callable[[], None]) -> Callab
     """
 
     def run_script(parent: int) -> None:
-        orphan_reaper.close_inherited_pipes()
-        os.setpgid(0, 0)  # its own group, to kill its child processes with it
-        for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
-            signal.signal(signum, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.setsid()  # as torch starts a script: its own process group, and no terminal that could stop it
         undo()
-        _resemble_fresh_interpreter()
-        rank.prepare(parent)
-        limit_threads()
+        num_frozen = _reset_process_state()
+        begin(parent)
         warn_of_assignments()
-        code = _finish(rank.run(list(command)))
+        code = _finish(rank.run(list(command)), num_frozen)
         if code != 0:
             sys.exit(code)
-        done = os.path.join(os.path.dirname(os.environ[rank.ERROR_FILE]), DONE_FILE)
-        with open(done, "w", encoding="utf-8"):
-            pass
+        mark_done()
 
     return run_script
 
@@ -74,6 +65,12 @@ def forks(job: Job, start_method: str | None) -> bool:
     if start_method == "spawn":
         return False
     reason = why_not_forkable(job)
+    if reason is None:
+        if job.num_processes > 1:
+            preload()
+        name = shadowed(job.command)
+        if name is not None:
+            reason = f"the folder of the script has a {name!r}, and this process has imported another one"
     if reason is not None and start_method == "fork":
         raise UnsupportedError(f"start_method='fork' cannot start this script: {reason}. Use 'spawn'.")
     return reason is None
@@ -89,14 +86,11 @@ def why_not_forkable(job: Job) -> str | None:
         return "--numa-binding applies to new processes"
     if not job.forkable:
         return "this process has run other code, or its accelerator does not work in forked processes"
-    variable = assigned_in(job.command)
+    if job.command[0] != "-m" and rank.is_container(job.command[0]):
+        return "it is a folder or an archive"
+    variable = mentioned_in(job.command)
     if variable is not None:
-        return f"the script sets {variable}, which is read when torch is imported"
-    if job.num_processes > 1:
-        preload()
-    name = shadowed(job.command)
-    if name is not None:
-        return f"the folder of the script has a {name!r}, and this process has imported another one"
+        return f"the script uses {variable}, which is read when torch is imported"
     return None
 
 
@@ -119,7 +113,8 @@ def shadowed(command: Sequence[str]) -> str | None:
     return None
 
 
-def _resemble_fresh_interpreter() -> None:
+def _reset_process_state() -> int:
+    """Remove what a script could see of the launcher; return how many objects are hidden from the garbage collector."""
     # Copies of the launcher's objects, such as the server of its store, must not be destroyed here.
     gc.freeze()
     # Private (Python 3.10 to 3.13): finalizers of the launcher's objects, such as its temporary folder.
@@ -135,9 +130,10 @@ def _resemble_fresh_interpreter() -> None:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed()
+    return gc.get_freeze_count()
 
 
-def _finish(code: int) -> int:
+def _finish(code: int, num_frozen: int) -> int:
     """Do what an interpreter does at its end, and multiprocessing does not; return the exit code."""
     try:
         threading._shutdown()  # type: ignore[attr-defined]  # joins the script's threads
@@ -149,6 +145,9 @@ def _finish(code: int) -> int:
     _flush_open_files()
     sys.modules["__main__"] = ModuleType("__main__")
     gc.collect()
+    if gc.get_freeze_count() > num_frozen:  # the script has called gc.freeze(), which hides its files too
+        gc.disable()
+        gc.unfreeze()
     _flush_open_files()
     return code
 
@@ -156,7 +155,11 @@ def _finish(code: int) -> int:
 def _flush_open_files() -> None:
     for opened in gc.get_objects():
         if issubclass(type(opened), (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)) and not opened.closed:
-            with contextlib.suppress(io.UnsupportedOperation):  # opened for reading
+            try:
                 opened.flush()
+            except io.UnsupportedOperation:  # opened for reading
+                continue
+            except OSError as error:  # as Python does at its end
+                print(f"Exception ignored in {opened!r}: {error}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -7,6 +7,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from plugframe.errors import OrderError
@@ -23,13 +24,8 @@ def run_function(parent: int, function: Callable[..., Any], args: tuple[Any, ...
     The result is pickled here by value: a pickling error is then reported like one of the function, and tensors need no
     living process until they are received.
     """
-    orphan_reaper.close_inherited_pipes()
     os.setpgid(0, 0)  # its own group, like a script's rank, to kill its child processes with it
-    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(signum, signal.SIG_DFL)  # a forked rank inherits the launcher's handlers
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    rank.prepare(parent)
-    limit_threads()
+    begin(parent)
     try:
         result = _call(function, args)
         payload = _pickled(result) if os.environ["RANK"] == "0" else None
@@ -37,12 +33,12 @@ def run_function(parent: int, function: Callable[..., Any], args: tuple[Any, ...
         rank.record(leave)
         raise
     except KeyboardInterrupt:
-        rank.leave_interrupted()
+        sys.exit(rank.interrupted())
     except BaseException as error:  # noqa: BLE001 - the launcher reports any error
         rank.record(error)
         sys.exit(1)
-    with open(os.path.join(os.path.dirname(os.environ[rank.ERROR_FILE]), DONE_FILE), "w", encoding="utf-8"):
-        return payload
+    mark_done()
+    return payload
 
 
 def _call(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -61,7 +57,23 @@ def _pickled(result: Any) -> bytes:
         raise TypeError(f"The function's return value cannot be sent to the launcher: {error}") from None
 
 
-def limit_threads() -> None:
+def begin(parent: int) -> None:
+    """Prepare a process that multiprocessing has started to be a rank of the launcher `parent`."""
+    orphan_reaper.close_inherited_pipes()
+    # A forked rank inherits the launcher's handlers. What is ignored stays so (nohup).
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+    rank.prepare(parent)
+    _limit_threads()
+
+
+def mark_done() -> None:
+    """Tell the launcher that this rank has done its work."""
+    (Path(os.environ[rank.ERROR_FILE]).parent / DONE_FILE).touch()
+
+
+def _limit_threads() -> None:
     """Apply OMP_NUM_THREADS in a forked rank, where torch has already read its environment."""
     import torch
 

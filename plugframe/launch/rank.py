@@ -20,7 +20,6 @@ import traceback
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec
 from types import CodeType, ModuleType, TracebackType
-from typing import NoReturn
 
 #: Variable with the path of the error file that torch's agent reads after a failure.
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -64,9 +63,7 @@ def run(command: list[str]) -> int:
             print(leave.code, file=sys.stderr)
         return code_of_script
     except KeyboardInterrupt:
-        # Without output: the launcher prints one line for all ranks. Ctrl-C may arrive twice.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        return INTERRUPTED
+        return interrupted()
     except BaseException as error:  # noqa: BLE001 - the launcher reports any error
         _call_excepthook(error)
         if not record(error):
@@ -86,10 +83,10 @@ def _debugged() -> bool:
     return flag == "1"
 
 
-def leave_interrupted() -> NoReturn:
-    """Exit without output: the launcher prints one line for all ranks. Ctrl-C may arrive twice."""
+def interrupted() -> int:
+    """Return the exit code after Ctrl-C, which may arrive twice. The launcher prints one line for all ranks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.exit(INTERRUPTED)
+    return INTERRUPTED
 
 
 def prepare(parent: int) -> None:
@@ -250,7 +247,7 @@ def _load(command: list[str]) -> tuple[CodeType, ModuleType]:
         return code, module
     sys.argv = command
     path = os.path.abspath(command[0])
-    if os.path.isdir(path) or _is_archive(path):
+    if is_container(path):
         sys.path.insert(0, command[0])
         return _load_spec(PathFinder.find_spec("__main__", [path]), path)
     sys.path[:0] = [] if safe_path else [os.path.dirname(os.path.realpath(path))]
@@ -276,7 +273,10 @@ def _load_spec(spec: ModuleSpec | None, name: str) -> tuple[CodeType, ModuleType
     return code, module
 
 
-def _is_archive(path: str) -> bool:
+def is_container(path: str) -> bool:
+    """Return whether a path is a folder or an archive with a ``__main__.py``, rather than a script."""
+    if os.path.isdir(path):
+        return True
     if path.endswith(".py"):
         return False
     import zipfile

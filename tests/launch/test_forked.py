@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from plugframe import UnsupportedError
 from plugframe.hooks.launcher import Job
-from plugframe.launch.forked import shadowed, why_not_forkable
+from plugframe.launch.forked import forks, shadowed, why_not_forkable
 from plugframe_builtins.elastic.launcher import Elastic
 
 METHODS = ("spawn", "fork")
@@ -33,7 +34,9 @@ seen = {
     "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
     "logging": [logging.getLogger("torch.distributed.elastic").propagate, logging.getLogger().handlers],
     "filters": any("multi-threaded" in str(each) for each in warnings.filters),
-    "group": os.getpgid(0) == os.getpid(), "buffering": sys.stdout.line_buffering,
+    "group": [os.getpgid(0) == os.getpid(), os.getsid(0) == os.getpid()],
+    "buffering": sys.stdout.line_buffering,
+    "ignored": signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN,
     "product": (torch.ones(300, 300) @ torch.ones(300, 300)).sum().item(),
 }
 with open(f"seen-{rank}", "w") as file:
@@ -71,7 +74,11 @@ def run(folder: Path, method: str, script: str, *arguments: str, devices: int = 
     (folder / "beside.py").write_text("")
     options = [f"--devices={devices}", "--accelerator=cpu", *([f"--launcher.start-method={method}"] if method else [])]
     command = [PLUGFRAME, "run", *options, "train.py", *arguments]
-    return subprocess.run(command, cwd=folder, input="", capture_output=True, text=True, timeout=120, check=False)
+    before = signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # as nohup ignores SIGHUP: it stays so in the ranks
+    try:
+        return subprocess.run(command, cwd=folder, input="", capture_output=True, text=True, timeout=120, check=False)
+    finally:
+        signal.signal(signal.SIGQUIT, before)
 
 
 def test_a_forked_rank_finds_what_a_fresh_one_does(tmp_path: Path) -> None:
@@ -97,6 +104,22 @@ def test_all_that_happens_at_the_end_of_a_script(method: str, tmp_path: Path) ->
         assert (tmp_path / f"open-{rank}").read_text() == "written"
 
 
+FROZEN = """
+import gc, os
+left_open = open(f"open-{os.environ['RANK']}", "w")
+left_open.write("written")
+gc.freeze()
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_files_that_the_garbage_collector_does_not_see_are_written(method: str, tmp_path: Path) -> None:
+    """A script that calls gc.freeze() hides its open files from the garbage collector."""
+    done = run(tmp_path, method, FROZEN)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"open-{rank}").read_text() for rank in range(2)] == ["written"] * 2
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("script", "code", "said"),
@@ -116,6 +139,7 @@ def test_exit_codes(method: str, script: str, code: int, said: str, tmp_path: Pa
     done = run(tmp_path, method, script)
     assert done.returncode == code, done.stderr
     assert said in done.stderr
+    assert "left running" not in done.stderr
 
 
 def test_a_module_of_the_script_that_the_launcher_has_too(tmp_path: Path) -> None:
@@ -123,7 +147,8 @@ def test_a_module_of_the_script_that_the_launcher_has_too(tmp_path: Path) -> Non
     (tmp_path / "click.py").write_text("ours = True")
     command = (str(tmp_path / "train.py"),)
     assert shadowed(command) == "click"
-    assert "has a 'click'" in str(why_not_forkable(Job(num_processes=1, command=command, forkable=True)))
+    with pytest.raises(UnsupportedError, match="has a 'click'"):
+        forks(Job(num_processes=1, command=command, forkable=True), "fork")
     done = run(tmp_path, "spawn", "import click; assert click.ours")
     assert done.returncode == 0, done.stderr
     done = run(tmp_path, "fork", "import click; assert click.ours")
@@ -146,9 +171,23 @@ def test_a_script_that_sets_what_torch_reads_at_import_is_not_forked(line: str, 
     command = (str(tmp_path / "train.py"),)
     (tmp_path / "train.py").write_text(f"import os\n{line}\nimport torch\n")
     job = Job(num_processes=1, command=command, forkable=True)
-    assert why_not_forkable(job) == "the script sets OMP_NUM_THREADS, which is read when torch is imported"
-    (tmp_path / "train.py").write_text("import os\nprint(os.environ['HOME'], 'TORCH_LOGS')\n")
+    assert why_not_forkable(job) == "the script uses OMP_NUM_THREADS, which is read when torch is imported"
+    (tmp_path / "train.py").write_text("import os\nos.environ['TORCHELASTIC_RESTART_COUNT']\nprint('TORCH_LOGS')\n")
     assert why_not_forkable(job) is None
+
+
+def test_a_module_is_looked_into_wherever_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package is found without importing it; folders and archives start in fresh interpreters."""
+    (tmp_path / "site" / "package").mkdir(parents=True)
+    (tmp_path / "site" / "package" / "__init__.py").write_text("raise SystemError")
+    (tmp_path / "site" / "package" / "train.py").write_text("import os\nos.environ['MKL_NUM_THREADS'] = '1'\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    job = Job(num_processes=1, command=("-m", "package.train"), forkable=True)
+    assert why_not_forkable(job) == "the script uses MKL_NUM_THREADS, which is read when torch is imported"
+    assert (
+        why_not_forkable(Job(num_processes=1, command=(str(tmp_path),), forkable=True))
+        == "it is a folder or an archive"
+    )
 
 
 def test_a_variable_that_comes_too_late_is_told(tmp_path: Path) -> None:

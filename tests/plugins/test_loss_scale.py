@@ -146,6 +146,18 @@ def test_a_stranger_that_steps_on_an_overflow_is_found() -> None:
             lite.backward(loss_of(module))
 
 
+def test_a_stranger_is_found_beside_new_modules() -> None:
+    """Also in a loop that creates modules, after which the parameters of all have to be looked up again."""
+    with job(2.0**20) as lite:
+        module = lite.setup(network())
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        lite.backward(loss_of(module) * 1e4)
+        optimizer.step()
+        nn.Linear(1, 1)
+        with pytest.raises(OrderError, match="overflowed float16 at loss scale"):
+            lite.backward(loss_of(module))
+
+
 def test_every_leaf_has_its_true_gradient(lite: Lite) -> None:
     """Inputs (an adversarial example), weights of a loss outside of the model, and parameters of a second model."""
     module, plain = network(), network()

@@ -40,7 +40,8 @@ class LossScale:
         self._checked: list[Any] = []
         # Largest values of the last backward's gradients, where unknown code may step on them.
         self._largest: list[Tensor] = []
-        self._versions: list[int] | None = None
+        # Parameters with their version counters after the last backward.
+        self._versions: list[tuple[Tensor, int]] = []
 
     def watch(self, module: nn.Module) -> None:
         """Unscale the gradients of `module`."""
@@ -76,8 +77,7 @@ class LossScale:
         gradients = self._leaves.gradients()
         _multiply(gradients, scale.reciprocal())
         self._largest = [] if self._known else _largest(gradients)
-        if self._versions is None:
-            self._versions = self._leaves.versions()
+        self._versions = self._leaves.versions()
 
     def unscale(self, optimizer: Optimizer) -> list[Tensor]:
         """Return the optimizer's unscaled gradients.
@@ -147,12 +147,11 @@ class LossScale:
         elif self._checked:
             self._update()
         self._stepped = False
-        self._versions = self._leaves.versions()
+        self._versions = [(parameter, parameter._version) for parameter, _ in self._versions]
 
     def _settle_strangers(self) -> None:
         """Raise if other code changed the weights: a manual step, or an optimizer that was not set up."""
-        versions = self._leaves.versions()
-        if None in (self._versions, versions) or self._versions == versions:
+        if all(parameter._version == version for parameter, version in self._versions):
             return
         self._known = False
         if not self._largest:
@@ -197,8 +196,8 @@ class _Leaves:
         self._hooked: set[int] = set()
         self._looks = 0
         self._always = False
-        #: Whether the known parameters are those that the modules have outside of a forward.
-        self.settled = False
+        # Whether the known parameters are those that the modules have outside of a forward.
+        self._settled = False
 
     def add_module(self, module: nn.Module) -> None:
         self._modules.append(weakref.ref(module))
@@ -250,12 +249,10 @@ class _Leaves:
         """Return the gradients that no hook unscales."""
         return [leaf.grad for leaf in self._all() if leaf.grad is not None and id(leaf) not in self._hooked]
 
-    def versions(self) -> list[int] | None:
-        """Return the version counter of each parameter; None if they are not known for certain."""
+    def versions(self) -> list[tuple[Tensor, int]]:
+        """Return the parameters with their version counters."""
         self._refresh()
-        if not self.settled:
-            return None
-        return [leaf._version for leaf in self._known if not leaf.is_inference()]
+        return [(leaf, leaf._version) for leaf in self._known if not leaf.is_inference()]
 
     def _all(self) -> Iterator[Tensor]:
         self._refresh()
@@ -273,13 +270,13 @@ class _Leaves:
         # the shards among it, stays until then.
         found.update((id(p), p) for p in self._known)
         self._keep(found)
-        self.settled = False
+        self._settled = False
 
     def settle(self) -> None:
         """Find the parameters again, after a backward, if they may have changed since the last one."""
-        if not self.settled or self._seen != self._registrations.count:
+        if not self._settled or self._seen != self._registrations.count:
             self._keep(self._walk())
-            self.settled = True
+            self._settled = True
 
     def _walk(self) -> dict[int, Tensor]:
         modules = [module for module in (each() for each in self._modules) if module is not None]
