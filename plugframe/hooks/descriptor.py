@@ -28,7 +28,8 @@ class Plugin:
         precisions: names of the supported precisions; empty means any. For strategies.
         ranks: ``"one"`` works with a single rank only, ``"any"`` with any number.
         priority: rank among the candidates under ``"auto"``, higher first; None means never chosen.
-        provides: capabilities other plugins can require, such as ``"process-group"``. Of a checkpoint, ``"sharded"``
+        provides: capabilities other plugins can require, such as ``"process-group"``. Of an accelerator, ``"fork"`` if
+            it works in processes forked from one that has imported torch. Of a checkpoint, ``"sharded"``
             means that every rank writes its shards; of a strategy, that every rank holds only its shards of a model.
             ``"simulated"`` of an environment and a collective: the other ranks do not exist; nothing is saved, and the
             first device of this machine stands for those of the job.

@@ -143,13 +143,13 @@ class LossScale:
             OrderError: if gradients overflowed, and code outside of lite stepped on them.
         """
         if not self._stepped:
-            self._settle_strangers()
+            self._check_other_steps()
         elif self._checked:
             self._update()
         self._stepped = False
         self._versions = [(parameter, parameter._version) for parameter, _ in self._versions]
 
-    def _settle_strangers(self) -> None:
+    def _check_other_steps(self) -> None:
         """Raise if other code changed the weights: a manual step, or an optimizer that was not set up."""
         if all(parameter._version == version for parameter, version in self._versions):
             return

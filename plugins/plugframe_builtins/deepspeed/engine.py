@@ -104,8 +104,9 @@ class Engine(Reader):
         self.pending = self.stale_buffers = False
         self._finished = self._works = self._stepped = self._mixed = False
         self._touched: dict[int, None] = {}  # in the order of accumulation
-        self._reached: set[int] = set()  # parameters with gradients since the last step
-        self._ever_reached: set[int] = set()
+        # Parameters with gradients, since the last step and since set-up.
+        self._reached: frozenset[int] = frozenset()
+        self._ever_reached: frozenset[int] = frozenset()
         self._warned_unreached = False
         before = [{"params": list(borrowed.optimizer.param_groups[number]["params"])} for number in borrowed.used]
         # Before DeepSpeed's own hooks, which take gradients away.
@@ -121,7 +122,7 @@ class Engine(Reader):
         self.fragments = Fragments(add_up if self.zero.partitioned else _itself)
         self.zero.locate(before, self.fragments)
         trained = self.fragments.parameters()
-        self._num_trained = len(trained)
+        self._trained = frozenset(map(id, trained))
         self._has_buffers = bool(replicated_buffers(module))
         self._names, self._parameters = zip(*module.named_parameters(), strict=True)
         self._looks = tuple(map(_LOOK, self._parameters))
@@ -233,7 +234,9 @@ class Engine(Reader):
         if self.walk is not None:
             self.walk.works = False
         if self._touched:
-            self._reached.update(self._touched)
+            # The common case costs nothing: every parameter has a gradient.
+            full = len(self._touched) == len(self._trained)
+            self._reached = self._trained if full else self._reached | self._touched.keys()
             self._check_looks()
             self._mixed = self._mixed or self._stepped
             self.pending, self._finished = True, False
@@ -290,7 +293,7 @@ class Engine(Reader):
         """Drop all gradients."""
         self.guard.forgotten.clear()
         self._stepped = self._mixed = False
-        self._reached.clear()
+        self._reached = frozenset()
         if self.pending:
             self.pending = self._finished = False
             self.guard.unlock()
@@ -311,10 +314,11 @@ class Engine(Reader):
                 "gradients would add up, and strategy 'deepspeed' forgets them in a step. Call optimizer.zero_grad()."
             )
         self._check_looks()
-        if self.zero.partitioned and len(self._reached) < self._num_trained and not self._warned_unreached:
+        if self.zero.partitioned and len(self._reached) < len(self._trained) and not self._warned_unreached:
             self._warn_unreached()
-        self._ever_reached |= self._reached
-        self._reached.clear()
+        if self._ever_reached is not self._trained:
+            self._ever_reached = self._trained if self._reached is self._trained else self._ever_reached | self._reached
+        self._reached = frozenset()
         if self._trace is not None:
             self._trace.end()
         if self.walk is not None:

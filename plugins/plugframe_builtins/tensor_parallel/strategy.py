@@ -31,11 +31,13 @@ class TensorParallel(FullyShardedStrategy):
             default the model's own attribute ``tensor_parallel_plan``.
         parallelize: a function ``f(module, mesh)`` instead of a plan; `mesh` is that of the tensor group.
         mesh: ``{"data": 2, "tensor": 4}``; by default all ranks form one tensor group.
-        options: those of strategy ``fsdp``, for the data axis.
+        options: those of strategy ``fsdp``, for the data axis. By default `reshard_after_forward` is True for the
+            outermost unit too.
     """
 
     name = "tensor_parallel"
     axes = ("data", "tensor")
+    graph_remedy = "use strategy='fsdp' with reshard_after_forward=False, or 'ddp'"
 
     def __init__(
         self,

@@ -79,7 +79,8 @@ class Engine:
         evaluation: coordinates evaluation over ranks with uneven numbers of batches.
         channel: host-side exchange between the ranks.
         strategy: its name, for messages.
-        frees: whether parameters are resharded before the end of a backward.
+        graph_remedy: what to do for a gradient with ``create_graph=True``, if parameters are resharded before the end
+            of a backward; None if they are not.
 
     Attributes:
         local: whether accumulated gradients are not averaged yet.
@@ -94,7 +95,7 @@ class Engine:
         evaluation: UnevenEvaluation,
         channel: Channel,
         strategy: str,
-        frees: bool,
+        graph_remedy: str | None,
     ) -> None:
         self.shim = shim
         self.local = self.stale_buffers = self.added = False
@@ -107,8 +108,8 @@ class Engine:
         self._number = evaluation.join(self)
         self._averages = True
         self._inside = self._closed = self._training = self._made = self._in_backward = self._ran = False
-        self._frees = frees
-        if not frees:
+        self._graph_remedy, self._frees = graph_remedy, graph_remedy is not None
+        if not self._frees:
             sharded.set_reshard_after_backward(False)
         # In the order of the last forward.
         self._visited: list[nn.Module] = []
@@ -337,8 +338,7 @@ class Engine:
         if self._frees and not self._in_backward and torch.is_grad_enabled():
             raise UnsupportedError(
                 f"A gradient of this {type(self.shim.module).__name__} is computed with create_graph=True, and "
-                f"strategy {self._strategy!r} frees the parameters that its graph needs: set "
-                "reshard_after_forward=False, which keeps them until lite.backward() has ended."
+                f"strategy {self._strategy!r} frees the parameters that its graph needs: {self._graph_remedy}."
             )
 
     def _check_added(self) -> None:

@@ -49,10 +49,12 @@ class FullyShardedStrategy(Strategy):
     Attributes:
         name: the strategy's name, for messages.
         axes: the mesh axes, in order.
+        graph_remedy: what to do for gradients with ``create_graph=True``, where parameters are resharded before.
     """
 
     name: str
     axes: tuple[str, ...]
+    graph_remedy = "set reshard_after_forward=False, which keeps them until lite.backward() has ended"
 
     def __init__(
         self,
@@ -156,8 +158,8 @@ class FullyShardedStrategy(Strategy):
         allow_copies(module, units)
         accept_plain_states(module, self.context.hooks)
         assert self._channel is not None
-        frees = self.reshard_after_forward is not False
-        engine = Engine(shim, units[::-1], self._evaluation, self._channel, self.name, frees)
+        remedy = self.graph_remedy if self.reshard_after_forward is not False else None
+        engine = Engine(shim, units[::-1], self._evaluation, self._channel, self.name, remedy)
         self._engines = [reference for reference in self._engines if reference() is not None]
         self._engines.append(weakref.ref(engine))
         self._additions.watch(module, engine)
