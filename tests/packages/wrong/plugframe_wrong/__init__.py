@@ -12,7 +12,7 @@ _NAMES = {
     "collective": "Right Drops Writes Joins Adds Terse Rounds Cuts Reverses Everyone Passes Nameless Alone Hides Wide "
     "Leaves Single",
     "accelerator": "Right Counts Adds Settles Other Narrow Unheard Smoke Copies Draws Shrinks Indexed Leaves",
-    "precision": "Right Full Copies Halves Raw Settles Scaled Twice Steps Drops Forgets Common Stands Leaves",
+    "precision": "Right Full Copies Unlisted Halves Raw Settles Scaled Twice Steps Drops Forgets Common Stands Leaves",
     "extension": "Right Provides Repeats Forgets Swallows Nudges OnceOnly Leaves Amnesia",
 }
 _MORE = {
