@@ -8,10 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from plugframe.hooks.mesh import ORDER, Axis, Divides
 from plugframe.hooks.option import Option, validate_options
 
 #: The version of the hook contract of this release, which supports this version and the previous one.
 API = 2
+
+#: Capabilities that combined strategies have only if each of them has it.
+_GUARANTEES = ("local-backward",)
 
 #: What `Plugin.ranks` may be besides a word: from options and a number of ranks to a problem, or None.
 RanksRule = Callable[[Mapping[str, Any], int], str | None]
@@ -56,6 +60,9 @@ class Plugin:
             listed or not.
         for_options: a function from the options, defaults included, to the fields that differ for them:
             ``lambda options: {"provides": ("sharded",)} if options["stage"] == 3 else {}``.
+        divides: what a strategy divides over the ranks: ``"batch"``, or a part of the model, in the order in which
+            composed strategies are applied: ``"stages"``, ``"tensors"``, ``"experts"``, ``"sequence"``, ``"blocks"``.
+        axes: the axes of the device mesh that a strategy uses. One without axes cannot be composed.
         tags: groups it belongs to, such as ``"gpu"``; see `best_of`.
         requires: modules that must be importable before the factory is imported.
         extra: the requirement that installs its dependencies: ``"plugframe[deepspeed]"``.
@@ -83,6 +90,8 @@ class Plugin:
     prefers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     conflicts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     for_options: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    divides: Divides = "batch"
+    axes: tuple[Axis, ...] = ()
     tags: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     extra: str = ""
@@ -123,6 +132,10 @@ class Plugin:
             raise ValueError(f"Plugin(priority={self.priority!r}): write a number, or None for never under 'auto'.")
         if self.ranks not in ("one", "any") and not callable(self.ranks):
             raise ValueError(f"Plugin(ranks={self.ranks!r}): write 'one', 'any', or a function of options and ranks.")
+        if self.divides not in ORDER:
+            raise ValueError(f"Plugin(divides={self.divides!r}): write one of {', '.join(map(repr, ORDER))}.")
+        if not isinstance(self.axes, tuple) or not all(isinstance(axis, Axis) for axis in self.axes):
+            raise ValueError(f"Plugin(axes={self.axes!r}): write a tuple of Axis(…).")
         if self.for_options is not None and not callable(self.for_options):
             raise ValueError(f"Plugin(for_options={self.for_options!r}): write a function from options to fields.")
 
@@ -170,12 +183,38 @@ class Plugin:
             found = replace(found, ranks=functools.partial(_bound, found.ranks, options))
         return found
 
+    def beside(self, other: Plugin) -> Plugin:
+        """Return the descriptor of this strategy combined with another one: what either needs, does and cannot take.
+
+        Raises:
+            ValueError: if there is no device for both.
+        """
+        devices = tuple(device for device in self.devices if not other.devices or device in other.devices)
+        if self.devices and other.devices and not devices:
+            raise ValueError(f"one works on {', '.join(self.devices)}, the other on {', '.join(other.devices)}.")
+        either, both = (*self.provides, *other.provides), {*self.provides} & {*other.provides}
+        return replace(
+            self,
+            devices=devices or other.devices,
+            provides=tuple(name for name in dict.fromkeys(either) if name not in _GUARANTEES or name in both),
+            needs=_merged(self.needs, other.needs),
+            prefers=_merged(self.prefers, other.prefers),
+            conflicts=_merged(self.conflicts, other.conflicts),
+        )
+
     def made(self, plugin: Any) -> bool:
         """Return whether the factory is the class of an object, without importing anything."""
         cls = type(plugin)
         module, _, name = self.factory.partition(":")
         same = self.factory == f"{cls.__module__}:{cls.__qualname__}"
         return same or getattr(sys.modules.get(module), name, None) is cls
+
+
+def _merged(
+    first: Mapping[str, tuple[str, ...]], second: Mapping[str, tuple[str, ...]]
+) -> Mapping[str, tuple[str, ...]]:
+    kinds = dict.fromkeys((*first, *second))
+    return {kind: tuple(dict.fromkeys((*first.get(kind, ()), *second.get(kind, ())))) for kind in kinds}
 
 
 def _bound(rule: RanksRule, options: Mapping[str, Any], _: Mapping[str, Any], num_ranks: int) -> str | None:

@@ -25,11 +25,11 @@ from plugframe import (
 )
 from plugframe.base import parse_devices
 from plugframe.cli.plan_table import plan_rows
-from plugframe.core.config.options import Given
 from plugframe.core.config.request import Request, Setting
 from plugframe.core.planning.plan import Plan
 from plugframe.core.planning.resolve import resolve
 from plugframe.core.registry.registry import Entry, Registry
+from plugframe.hooks.spelling import Given
 from plugframe.hooks.world import World
 from plugframe.launch.choose import choose_launcher
 
@@ -442,7 +442,7 @@ def test_extensions_of_code_and_command_line(code: tuple[Any, ...], typed: tuple
             "accelerator='far' is not available on this machine: no such device. Available here: chip, host",
         ),
         ({"accelerator": "chip", "devices": 9}, SettingError, "devices=9 does not fit accelerator 'chip'"),
-        ({"strategy": ["many"]}, SettingError, "is neither the name of a plugin nor a strategy object"),
+        ({"precision": ["full"]}, SettingError, "is neither the name of a plugin nor a precision object"),
         ({"strategy": Chip}, SettingError, r"neither the name .* Pass an instance: Chip\(\)"),
         ({"strategy": Chip("x", 1)}, SettingError, "neither the name of a plugin nor a strategy object"),
         ({"strategy": "mny"}, UnknownPluginError, r"Did you mean 'many'\?"),

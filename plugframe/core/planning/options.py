@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from plugframe.core.config.options import Given, plain, read
 from plugframe.core.config.request import Request, Setting
 from plugframe.core.planning.installed import Installed
 from plugframe.core.planning.plan import Choice, OptionValue
 from plugframe.errors import PluginLoadError, SettingError, UsageError, closest
 from plugframe.hooks.kinds import KINDS
+from plugframe.hooks.spelling import Given, plain, read
 
 Note = Callable[[str], object]
 
@@ -22,6 +22,9 @@ def configured(choice: Choice, request: Request, installed: Installed) -> Choice
         SettingError: for an option the plugin does not have, a wrong value, or options of an object in the code.
     """
     given = [each for each in request.options if each.kind == choice.kind]
+    for each in given:
+        if KINDS[choice.kind].composes and each.by != "file" and each.plugin and not _is_for(each, choice):
+            raise SettingError(_not_in_use(each, [choice]))
 
     def of_another(each: Given) -> bool:
         """Return whether a settings file sets the option for another plugin, which that file selects."""
@@ -58,6 +61,28 @@ def all_configured(kind: str, choices: Sequence[Choice], request: Request, insta
             # A file may hold options of plugins that are not in use.
             _refuse(_not_in_use(each, choices), installed.note if each.by != "command" else None)
     return tuple(found)
+
+
+def configured_together(choices: Sequence[Choice], request: Request, installed: Installed) -> list[Choice]:
+    """Return composed plugins with their options: those of one are typed with its name, or are no other's.
+
+    Raises:
+        SettingError: as `configured`, for an option that several have, and for options of a plugin that is not in use.
+    """
+    given = [each for each in request.options if each.kind == choices[0].kind]
+    mine: dict[str, list[Given]] = {choice.qualified: [] for choice in choices}
+    for each in given:
+        named = [choice for choice in choices if _is_for(each, choice)]
+        having = [choice for choice in choices if any(option.name == each.name for option in choice.descriptor.options)]
+        owners = named if each.plugin else having
+        if not owners and each.plugin:
+            _refuse(_not_in_use(each, choices), installed.note if each.by == "file" else None)
+            continue
+        if len(owners) > 1:
+            words = " or ".join(replace(each, plugin=choice.name).spelled(each.name) for choice in owners)
+            raise SettingError(f"{each.shown}: {' and '.join(c.name for c in owners)} have this option: write {words}.")
+        mine[(owners or choices)[-1].qualified].append(each)
+    return [_settled(_configured(choice, mine[choice.qualified], installed.note)) for choice in choices]
 
 
 def _configured(choice: Choice, given: Sequence[Given], note: Note) -> Choice:

@@ -25,9 +25,10 @@ from plugframe.core.planning.compatibility import (
     names_of,
     wanted,
 )
+from plugframe.core.planning.composition import combined, mesh_layout
 from plugframe.core.planning.installed import Installed
 from plugframe.core.planning.machine import check_world, count_of, find_accelerator, find_devices, find_environment
-from plugframe.core.planning.options import all_configured, configured
+from plugframe.core.planning.options import all_configured, configured, configured_together
 from plugframe.core.planning.plan import Choice, Plan
 from plugframe.core.planning.requested import Requested, requested
 from plugframe.core.registry.catalogue import Catalogue
@@ -75,10 +76,14 @@ def warn_of(notes: Iterable[str]) -> None:
 
 
 def _plan(request: Request, asked: Requested, installed: Installed, environment: Choice, world: World | None) -> Plan:
-    single = {
-        kind: configured(choice, request, installed) if kind in _SELECTED else choice
-        for kind, choice in asked.single.items()
-    }
+    single = dict(asked.single)
+    composed = list(asked.composed)
+    if composed:
+        *composed, single["strategy"] = configured_together([*composed, single["strategy"]], request, installed)
+        single["strategy"] = combined(single["strategy"], composed)
+    for kind in _SELECTED[bool(composed) :]:
+        if kind in single:
+            single[kind] = configured(single[kind], request, installed)
     strategy = single.get("strategy")
     accelerator = find_accelerator(single.get("accelerator"), strategy, request, installed)
     devices, why = find_devices(accelerator, environment, strategy, world, request)
@@ -94,6 +99,7 @@ def _plan(request: Request, asked: Requested, installed: Installed, environment:
     extensions = all_configured("extension", asked.extensions, request, installed)
     loggers = all_configured("logger", asked.loggers, request, installed)
     check_needs(choices, [*choices.values(), *extensions, *loggers])
+    mesh = mesh_layout([*composed, choices["strategy"]], request.get("mesh"), world_size)
     return Plan(
         choices=choices,
         devices=devices,
@@ -101,6 +107,8 @@ def _plan(request: Request, asked: Requested, installed: Installed, environment:
         num_nodes=num_nodes,
         launched=world is not None,
         world=world,
+        composed=tuple(composed),
+        mesh=mesh,
         extensions=extensions,
         loggers=loggers,
         timeout_s=request.value("timeout_s"),
