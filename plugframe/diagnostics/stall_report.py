@@ -110,6 +110,8 @@ def _running(status: RankStatus | None) -> Call | None:
 def _waits_longer(status: RankStatus | None, call: Call, waited_s: float) -> bool:
     """Return whether a rank has waited longer in another call, and therefore reports it."""
     other = _running(status)
-    if status is None or other is None or other.number == call.number or other.hook in _LOCAL_WORK:
+    if status is None or other is None or other.hook in _LOCAL_WORK:
+        return False
+    if other.number == call.number and other.peer is None and call.peer is None:  # the same call
         return False
     return status.waited_s > waited_s

@@ -44,10 +44,14 @@ class Routing(CheckedGroup):
         peers = self._peers(group, message.peer, name)
         if message.peer == dist.get_rank():
             raise SettingError(f"{name}={message.peer} is this rank: a message is for another one.")
-        carry = self._small_payload(message.tensor)
-        received = message.agree(self._check_group(peers), self._wire_device(), carry=carry)
+        received = self._compare(message, peers, self._small_payload(message.tensor))
         check_dense(message.role, message.tensor)
-        return peers, None if carry is None else received
+        return peers, received
+
+    def _compare(self, message: Message, peers: dist.ProcessGroup, carry: Tensor | None) -> Tensor | None:
+        """Compare a message's two calls, and return what the other rank sends along."""
+        received = message.agree(self._check_group(peers), self._wire_device(), carry=carry)
+        return None if carry is None else received
 
     @hookimpl
     def collective_all_to_all(
