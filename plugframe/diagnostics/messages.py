@@ -38,14 +38,12 @@ def hint(calls: Calls) -> str:
             text = "Both ranks are in the message: check the network and the devices."
         elif last is not None:
             missing = getattr(calls[chain[-2]], "counterpart", "")
-            return (
-                f"Rank {chain[-1]} calls {last.name} and no {missing} for rank {chain[-2]}: every send needs its recv."
-            )
+            return f"Rank {chain[-1]} calls {last.name} and no {missing} for rank {chain[-2]}: each send needs a recv."
     return text
 
 
 def _chain(calls: Calls, rank: int) -> list[int]:
-    """Return the ranks of which each waits for the next in a message; a circle ends with a rank that is in it before."""
+    """Return ranks of which each waits for the next in a message; a circle ends with the rank it begins with."""
     chain = [rank]
     while (call := calls.get(chain[-1])) is not None and call.peer is not None:
         chain.append(call.peer)
