@@ -85,8 +85,7 @@ class CollectiveSpec(Protocol):
             tag: names the message, such as the number of a micro-batch: the recv must have the same.
 
         Raises:
-            CollectiveMismatchError: on both ranks, if shape, dtype or tag differ from those of the recv, or if both
-                ranks send.
+            CollectiveMismatchError: on both ranks, if shape, dtype or tag differ from those of the recv.
             SettingError: if `dst` is this rank, or not in the group.
 
         Example:

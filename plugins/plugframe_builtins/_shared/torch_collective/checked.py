@@ -80,7 +80,8 @@ class CheckedGroup(Collective):
 
 def flat(tensor: Tensor) -> Tensor:
     """Return the values as a contiguous tensor of one dimension, without gradients; it may share memory."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+    found = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+    return found if found.numel() else found.new_empty(0)  # an empty tensor may have strides that bytes cannot have
 
 
 def check_dense(call: str, tensor: Tensor) -> None:
