@@ -34,7 +34,9 @@ def hint(calls: Calls) -> str:
         if chain[-1] in chain[:-1]:
             circle = _circle(chain)
             if not _in_one_message(calls, circle):
-                return f"{ranks_text(sorted(circle))} wait for each other: let one receive first, or use all_to_all."
+                hooks = {each.hook for rank in circle if (each := calls[rank]) is not None}
+                fix = "send first" if hooks == {"collective_recv"} else "receive first, or use all_to_all"
+                return f"{ranks_text(sorted(circle)).capitalize()} wait for each other: let one {fix}."
             text = "Both ranks are in the message: check the network and the devices."
         elif last is not None:
             missing = getattr(calls[chain[-2]], "counterpart", "")
