@@ -59,8 +59,11 @@ class Costs(Extension):
     collective_recv = _timed(_COLLECTIVES)
     collective_all_to_all = _timed(_COLLECTIVES)
     collective_scatter = _timed(_COLLECTIVES)
+    collective_all_gather_object = _timed(_COLLECTIVES)
     collective_gather_object = _timed(_COLLECTIVES)
+    collective_broadcast_object = _timed(_COLLECTIVES)
     collective_barrier = _timed(_COLLECTIVES)
+    collective_monitored_barrier = _timed(_COLLECTIVES)
     checkpoint_save = _timed(_SAVING)
     checkpoint_load = _timed(_SAVING)
 
