@@ -98,7 +98,7 @@ class CallLog:
         """Record the start of a call, from the hook's wrapper only. Set ``entry[END]`` once the call has ended.
 
         Args:
-            tensor: has a shape, which may be a text, and a dtype; None without a tensor.
+            tensor: has a shape, which may be a string, and a dtype; None without a tensor.
             detail: what else describes the operation; an int is the source rank.
             everyone: whether all ranks make this call.
             peer: the other rank of a message.

@@ -38,7 +38,7 @@ Description = tuple[Any, Any, bool, int | None]
 
 
 class _Shaped(NamedTuple):
-    """A tensor of which a part of the shape may differ between ranks, for display."""
+    """The dtype of a tensor, and the part of its shape that is equal on all ranks, for display."""
 
     shape: str
     dtype: Any

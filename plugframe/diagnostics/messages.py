@@ -45,7 +45,7 @@ def hint(calls: Calls) -> str:
 
 
 def _chain(calls: Calls, rank: int) -> list[int]:
-    """Return ranks of which each waits for the next in a message; a circle ends with the rank it begins with."""
+    """Return ranks that each wait for the next in a message; a circle ends with the rank it begins with."""
     chain = [rank]
     while (call := calls.get(chain[-1])) is not None and call.peer is not None:
         chain.append(call.peer)

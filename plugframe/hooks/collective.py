@@ -140,14 +140,9 @@ class CollectiveSpec(Protocol):
             SettingError: if the sizes do not fit `tensor`, or its number of rows is not the group's size.
 
         Example:
-            Tokens, sorted by the rank of their expert. First the numbers of rows, then the rows::
-
-                counts = hooks.collective_all_to_all(
-                    tensor=torch.tensor(sent), output_sizes=None, input_sizes=None, group=group, sync_grads=False
-                ).tolist()
-                tokens = hooks.collective_all_to_all(
-                    tensor=tokens, output_sizes=counts, input_sizes=sent, group=group, sync_grads=True
-                )
+            Of tokens that are sorted by the rank of their expert, first the numbers of rows, then the rows:
+            ``counts = hooks.collective_all_to_all(tensor=torch.tensor(sent), output_sizes=None, input_sizes=None, …)``
+            ``x = hooks.collective_all_to_all(tensor=x, output_sizes=counts.tolist(), input_sizes=sent, …)``
         """
         ...
 

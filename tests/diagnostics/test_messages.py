@@ -37,7 +37,7 @@ def statuses(*calls: Call | None, **more: Any) -> dict[int, RankStatus | None]:
     }
 
 
-# ---------------------------------------------------------------------- who waits for whom
+# ---------------------------------------------------------------------- which rank is waited for
 
 
 @pytest.mark.parametrize(
