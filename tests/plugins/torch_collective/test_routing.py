@@ -14,6 +14,7 @@ from plugframe.errors import CollectiveMismatchError, SettingError, UnsupportedE
 from plugframe.hooks.world import World
 from plugframe_builtins._shared.torch_collective.splits import Split, check_sizes
 from plugframe_builtins.single.one_rank import OneRank
+from plugframe_builtins.torch_collective.collective import TorchCollective
 from ranks import hooks_of, run_checks
 from test_collective_torch import context_of, ranks_with_collective
 
@@ -281,6 +282,18 @@ def reports() -> dict[str, str]:
 def test_on_ranks(reports: dict[str, str], check: str) -> None:
     """The check holds on every rank."""
     assert not reports[check], reports[check]
+
+
+def test_what_gloo_does_not_send_from_a_device_is_copied_to_the_host() -> None:
+    """Gloo would read a GPU's address as one of the host; NCCL sends from the GPU."""
+    collective = TorchCollective()
+    device = torch.device("meta")  # stands for a GPU
+    for backend, found in (("gloo", "cpu"), ("nccl", "meta")):
+        collective._use({"cpu": "gloo", "meta": backend})
+        assert collective._zero_bytes(3, device).device.type == found
+        assert collective._zero_bytes(3, torch.device("cpu")).device.type == "cpu"
+    x = torch.empty(3, device=device)
+    assert collective._route(x) is x
 
 
 # ---------------------------------------------------------------------- one rank, and contract 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,14 @@ class CheckedGroup(Collective):
     def __init__(self) -> None:
         self._words: dist.ProcessGroup | None = None
         self._types: frozenset[str] = frozenset()
+        self._routes: frozenset[str] = frozenset()
         self._token = b""
+
+    def _use(self, by_device: Mapping[str, str]) -> None:
+        """Set the backend of each device type."""
+        self._types = frozenset(by_device)
+        # Gloo reduces and gathers the memory of a GPU, but sends, scatters and exchanges that of the host only.
+        self._routes = frozenset(kind for kind, name in by_device.items() if kind == "cpu" or name != "gloo")
 
     def _peers(self, group: Any, member: int | None = None, name: str = "src") -> dist.ProcessGroup:
         """Return the process group of `group`; this rank and global rank `member` must be in it."""

@@ -73,7 +73,7 @@ class ProcessGroupCollective(Routing):
             else:
                 backend = self.backend or context.hooks.accelerator_collective_backend()
                 stack.enter_context(connected(context, backend=backend, timeout_s=timeout_s))
-            self._types = frozenset(backends(dist.get_backend_config()))
+            self._use(backends(dist.get_backend_config()))
             self._token = job_token(_store(), context.world.global_rank) if context.world.world_size > 1 else b""
             if context.device.type == "cpu" and context.world.world_size > 1:
                 # A strategy's collectives in forward and backward must not interleave with the call checks:
@@ -99,7 +99,7 @@ class ProcessGroupCollective(Routing):
 
     @hookimpl
     def collective_teardown(self) -> None:
-        self._types = frozenset()
+        self._use({})
         self._undo.close()
 
     @hookimpl

@@ -27,7 +27,7 @@ class Routing(CheckedGroup):
     def collective_send(self, tensor: Tensor, dst: int, tag: int, group: Any) -> None:
         peers, sent = self._meet(Message(role="send", peer=dst, tag=tag, tensor=tensor), group)
         if sent is None and tensor.nbytes:
-            dist.send(self._wire(flat(tensor)).view(torch.uint8), dst, group=peers)
+            dist.send(self._route(flat(tensor)).view(torch.uint8), dst, group=peers)
 
     @hookimpl
     def collective_recv(self, tensor: Tensor, src: int, tag: int, group: Any) -> Tensor:
@@ -94,7 +94,7 @@ class Routing(CheckedGroup):
         row = tensor.shape[1:].numel() * tensor.element_size()
         received = self._zero_bytes(sum(split.output) * row, tensor.device)
         if row:
-            sent = self._wire(flat(tensor)).view(torch.uint8)
+            sent = self._route(flat(tensor)).view(torch.uint8)
             sizes = [row * size for size in split.output], [row * size for size in split.input]
             dist.all_to_all_single(received, sent, *sizes, group=peers)
         return received.view(tensor.dtype).view(sum(split.output), *tensor.shape[1:]).to(tensor.device)
@@ -118,7 +118,7 @@ class Routing(CheckedGroup):
         else:
             mine = self._zero_bytes(row.nbytes, tensor.device)
             if row.nbytes:
-                rows = self._wire(flat(tensor)).view(torch.uint8).view(size, -1).unbind() if here else ()
+                rows = self._route(flat(tensor)).view(torch.uint8).view(size, -1).unbind() if here else ()
                 dist.scatter(mine, list(rows) or None, src, group=peers)
         return mine.view(tensor.dtype).view(row.shape).to(tensor.device)
 
@@ -137,8 +137,11 @@ class Routing(CheckedGroup):
         rows = self._agree(f"gather_object(dst={dst})", None, peers, carry=parcel.carry)
         return parcel.gathered_on(rows, dst, group=peers, device=self._wire_device())
 
+    def _route(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` on a device that the calls of this class support."""
+        return tensor if tensor.device.type in self._routes else tensor.to(self._wire_device())
+
     def _zero_bytes(self, length: int, device: torch.device) -> Tensor:
-        """Return bytes on a device that this backend supports, and that is `device` if it does."""
-        return torch.zeros(
-            length, dtype=torch.uint8, device=device if device.type in self._types else self._wire_device()
-        )
+        """Return bytes on `device`, or on one that the calls of this class support."""
+        device = device if device.type in self._routes else self._wire_device()
+        return torch.zeros(length, dtype=torch.uint8, device=device)
