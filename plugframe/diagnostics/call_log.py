@@ -20,6 +20,8 @@ END = 9
 BEGAN = 8
 #: What the other rank of a message calls.
 COUNTERPARTS = {"collective_send": "recv", "collective_recv": "send"}
+#: End of the description of a message in a group.
+GROUP = " in a group"
 
 _getframe, _now = sys._getframe, time.monotonic
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from plugframe.diagnostics.call_log import END, CallLog
+from plugframe.diagnostics.call_log import END, GROUP, CallLog
 
 #: Hooks that are recorded, and the argument that describes the operation.
 RECORDED_HOOKS: dict[str, str | None] = {
@@ -47,7 +47,8 @@ class _Shaped(NamedTuple):
 def _message(arguments: dict[str, Any]) -> Description:
     # Ranks send different messages, so that these do not count as calls of all ranks.
     name = "dst" if "dst" in arguments else "src"
-    return arguments["tensor"], f"{name}={arguments[name]} tag={arguments['tag']}", False, arguments[name]
+    group = "" if arguments["group"] is None else GROUP
+    return arguments["tensor"], f"{name}={arguments[name]} tag={arguments['tag']}{group}", False, arguments[name]
 
 
 def _all_to_all(arguments: dict[str, Any]) -> Description:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from plugframe.diagnostics.call_log import COUNTERPARTS, Call
+from plugframe.diagnostics.call_log import COUNTERPARTS, GROUP, Call
 from plugframe.utils.rank_text import ranks_text
 
 #: The running call of each rank, None for a rank outside of calls.
@@ -34,9 +34,7 @@ def hint(calls: Calls) -> str:
         if chain[-1] in chain[:-1]:
             circle = _circle(chain)
             if not _in_one_message(calls, circle):
-                hooks = {each.hook for rank in circle if (each := calls[rank]) is not None}
-                fix = "send first" if hooks == {"collective_recv"} else "receive first, or use all_to_all"
-                return f"{ranks_text(sorted(circle)).capitalize()} wait for each other: let one {fix}."
+                return f"{ranks_text(sorted(circle)).capitalize()} wait for each other: {_fix(calls, circle)}."
             text = "Both ranks are in the message: check the network and the devices."
         elif last is not None:
             missing = getattr(calls[chain[-2]], "counterpart", "")
@@ -60,5 +58,19 @@ def _circle(chain: list[int]) -> list[int]:
 
 def _in_one_message(calls: Calls, circle: list[int]) -> bool:
     """Return whether two ranks that wait for each other make a send and its recv."""
-    hooks = {call.hook for rank in circle if (call := calls[rank]) is not None}
-    return len(circle) == 2 and hooks == set(COUNTERPARTS)
+    return _hooks(calls, circle) == set(COUNTERPARTS) and len(_groups(calls, circle)) == 1 and len(circle) == 2
+
+
+def _fix(calls: Calls, circle: list[int]) -> str:
+    hooks = _hooks(calls, circle)
+    if hooks == set(COUNTERPARTS) and len(circle) == 2:
+        return "give the send and its recv one group"
+    return "let one send first" if hooks == {"collective_recv"} else "let one receive first, or use all_to_all"
+
+
+def _hooks(calls: Calls, circle: list[int]) -> set[str]:
+    return {call.hook for rank in circle if (call := calls[rank]) is not None}
+
+
+def _groups(calls: Calls, circle: list[int]) -> set[bool]:
+    return {call.what.endswith(GROUP) for rank in circle if (call := calls[rank]) is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,11 @@ def statuses(*calls: Call | None, **more: Any) -> dict[int, RankStatus | None]:
         ([call("send", 2), None, None], 2, "rank 0 waits in send of dst=2 tag=0 (train.py:57, call 4)"),
         ([call("recv", 1), call("recv", 2), None], 2, "rank 2 is in forward (model.py:31)"),
         ([call("send", 1), call("recv", 0), None], None, "Both ranks are in the message: check the network"),
+        (
+            [call("send", 1), replace(call("recv", 0), what="src=0 tag=0 in a group")],
+            1,
+            "Ranks 0 and 1 wait for each other: give the send and its recv one group.",
+        ),
         ([call("send", 1), call("send", 0), None], 1, "Ranks 0 and 1 wait for each other: let one receive first"),
         (
             [call("send", 1), call("send", 2), call("send", 0)],
@@ -118,6 +124,13 @@ def recorded(name: str, **arguments: Any) -> tuple[CallLog, Call]:
     [
         ("send", {"tensor": torch.ones(3), "dst": 1, "tag": 7}, "(3,) float32 dst=1 tag=7", 0, 1),
         ("recv", {"tensor": torch.ones(3), "src": 2, "tag": 0}, "(3,) float32 src=2 tag=0", 0, 2),
+        (
+            "recv",
+            {"tensor": torch.ones(3), "src": 2, "tag": 0, "group": 1},
+            "(3,) float32 src=2 tag=0 in a group",
+            0,
+            2,
+        ),
         ("all_to_all", {"tensor": torch.ones(2, 3), "input_sizes": None}, "(2, 3) float32", 1, None),
         ("all_to_all", {"tensor": torch.ones(5, 3), "input_sizes": [2, 3]}, "(*, 3) float32", 1, None),
         ("all_to_all", {"tensor": torch.ones(2), "input_sizes": None, "group": "half"}, "(2,) float32", 0, None),
