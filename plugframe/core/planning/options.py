@@ -9,7 +9,7 @@ from plugframe.core.config.options import Given, plain, read
 from plugframe.core.config.request import Request, Setting
 from plugframe.core.planning.installed import Installed
 from plugframe.core.planning.plan import Choice, OptionValue
-from plugframe.errors import SettingError, UsageError, closest
+from plugframe.errors import PluginLoadError, SettingError, UsageError, closest
 from plugframe.hooks.kinds import KINDS
 
 Note = Callable[[str], object]
@@ -35,7 +35,7 @@ def configured(choice: Choice, request: Request, installed: Installed) -> Choice
     elsewhere = [each for each in given if of_another(each)]
     if elsewhere:
         installed.note(_of_another(elsewhere, choice))
-    return _configured(choice, [each for each in given if each not in elsewhere], installed.note)
+    return _settled(_configured(choice, [each for each in given if each not in elsewhere], installed.note))
 
 
 def all_configured(kind: str, choices: Sequence[Choice], request: Request, installed: Installed) -> tuple[Choice, ...]:
@@ -50,7 +50,9 @@ def all_configured(kind: str, choices: Sequence[Choice], request: Request, insta
         mine = [each for each in given if _is_for(each, choice)]
         named = any(other.instance is None and other.qualified == choice.qualified for other in choices)
         # Beside a named one, an object of the same class has options of its own.
-        found.append(choice if choice.instance is not None and named else _configured(choice, mine, installed.note))
+        found.append(
+            _settled(choice if choice.instance is not None and named else _configured(choice, mine, installed.note))
+        )
     for each in given:
         if not any(_is_for(each, choice) for choice in choices):
             # A file may hold options of plugins that are not in use.
@@ -84,6 +86,18 @@ def _configured(choice: Choice, given: Sequence[Given], note: Note) -> Choice:
             )
         found.append(OptionValue(each.name, value, each.key, each.source))
     return replace(choice, options=tuple(found))
+
+
+def _settled(choice: Choice) -> Choice:
+    """Return the choice with the descriptor for its options; those of an object are its attributes."""
+    given = choice.arguments
+    if choice.instance is not None:
+        names = [option.name for option in choice.descriptor.options if hasattr(choice.instance, option.name)]
+        given = {name: getattr(choice.instance, name) for name in names}
+    try:
+        return replace(choice, descriptor=choice.descriptor.with_options(given))
+    except Exception as error:
+        raise PluginLoadError(f"{choice.kind} {choice.origin} is broken: {error}") from error
 
 
 def _refuse(message: str, note: Note | None) -> None:

@@ -13,7 +13,7 @@ plugin = Plugin(
     ),
     needs={"collective": ("process-group",)},
     prefers={"checkpoint": ("sharded",)},
-    precisions=("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true"),
+    conflicts={"precision": ("tensor-subclasses",)},
     retired=dict.fromkeys(
         ("fsdp_native", "fsdp2", "fsdp_cpu_offload"), "use strategy='fsdp'; its options are arguments of FSDP(…)."
     ),

@@ -16,5 +16,5 @@ plugin = Plugin(
     ),
     needs={"collective": ("process-group",)},
     prefers={"checkpoint": ("sharded",)},
-    precisions=("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true"),
+    conflicts={"precision": ("tensor-subclasses",)},
 )

@@ -13,7 +13,7 @@ _NAMES = {
     "Leaves Single Swaps Sums Widens Turns Indexes Positions Converts Invents Pretends Shuffles Keeps Fits Detaches "
     "Anonymous First Spreads",
     "accelerator": "Right Counts Adds Settles Other Narrow Unheard Smoke Copies Draws Shrinks Indexed Leaves",
-    "precision": "Right Full Copies Halves Raw Settles Scaled Twice Steps Drops Forgets Common Stands Leaves",
+    "precision": "Right Full Copies Unlisted Halves Raw Settles Scaled Twice Steps Drops Forgets Common Stands Leaves",
     "extension": "Right Provides Repeats Forgets Swallows Nudges OnceOnly Leaves Amnesia",
 }
 _MORE = {
