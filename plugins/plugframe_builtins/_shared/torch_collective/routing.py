@@ -44,7 +44,10 @@ class Routing(CheckedGroup):
         peers = self._peers(group, message.peer, name)
         if message.peer == dist.get_rank():
             raise SettingError(f"{name}={message.peer} is this rank: a message is for another one.")
-        received = self._compare(message, peers, self._small_payload(message.tensor))
+        carry = self._small_payload(message.tensor)
+        if carry is not None and message.role == "recv":
+            carry = torch.zeros_like(carry)  # the tensor gives a shape, and may be uninitialised
+        received = self._compare(message, peers, carry)
         check_dense(message.role, message.tensor)
         return peers, received
 
