@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from plugframe.hooks.markers import provider
+from plugframe.hooks.markers import per_plugin, provider
 
 if TYPE_CHECKING:
     import torch
@@ -161,6 +161,17 @@ class StrategySpec(Protocol):
         ...
 
     @provider
+    def strategy_skip_step(self, optimizer: Optimizer) -> None:
+        """Do what `strategy_optimizer_step` does besides updating parameters: an extension skips this step.
+
+        Called on every rank in place of `strategy_optimizer_step`, if `skip_optimizer_step` of an extension returned
+        True on any rank. The default is `strategy_optimizer_step` with a step that does nothing, which is right for a
+        strategy that updates parameters with that step alone: buffers are synchronised, and a loss scaler learns of an
+        overflow. Any other strategy must implement this hook.
+        """
+        ...
+
+    @provider
     def strategy_zero_grad(self, owner: torch.nn.Module | Optimizer) -> None:
         """Clear gradients that are stored outside of the parameters' ``grad``.
 
@@ -219,3 +230,18 @@ class StrategySpec(Protocol):
     def strategy_load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Load the result of `strategy_optimizer_state`. Called on every rank while loading."""
         ...
+
+    @per_plugin
+    def strategy_state(self) -> dict[str, Any]:
+        """Return the state of the strategy itself for checkpoints. Optional, with `strategy_load_state`.
+
+        Called on every rank by ``lite.save`` and ``lite.load``, as `extension_state`, which describes the values and
+        the name they are saved under. State that belongs to a module or an optimizer is part of
+        `strategy_module_state` and `strategy_optimizer_state`.
+        """
+        return {}
+
+    @per_plugin
+    def strategy_load_state(self, state: dict[str, Any]) -> None:
+        """Restore the result of `strategy_state`. Called on every rank by ``lite.load``, as `extension_load_state`."""
+        return None

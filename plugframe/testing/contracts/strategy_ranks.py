@@ -12,6 +12,7 @@ from plugframe.base import Extension
 from plugframe.core.registry.registry import Registry
 from plugframe.errors import PlugframeError
 from plugframe.hooks import KINDS, hookimpl
+from plugframe.hooks.markers import is_per_plugin
 from plugframe.lite import Lite
 from plugframe.testing.contracts import states
 from plugframe.testing.contracts.batches import rule
@@ -186,8 +187,14 @@ def _counter() -> tuple[Extension, dict[str, int]]:
         hook.__name__ = name
         return hookimpl(wrapper=True)(hook)
 
-    wrapped = {name: wrapper(name) for name in KINDS["strategy"].hooks if name != "strategy_describe"}
+    wrapped = {name: wrapper(name) for name in _wrappable()}
     return type("Counter", (Extension,), wrapped)(), calls
+
+
+def _wrappable() -> list[str]:
+    spec = KINDS["strategy"].spec
+    hooks = [name for name in KINDS["strategy"].hooks if not is_per_plugin(getattr(spec, name))]
+    return [name for name in hooks if name != "strategy_describe"]
 
 
 @rule(ONCE)

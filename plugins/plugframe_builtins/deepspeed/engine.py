@@ -335,6 +335,21 @@ class Engine(Reader):
         self._show()
         return bool(self.deepspeed.was_step_applied())
 
+    def skip(self) -> None:
+        """Drop the gradients as `step` does, without an update."""
+        self.borrowed.check()
+        self._settle()
+        if not self.pending:
+            return
+        if self._trace is not None:
+            self._trace.end()
+        if self.walk is not None:
+            self.walk.end()
+        self.clear()
+        self._stepped = self.zero.partitioned
+        self.guard.seen = False
+        self._show()
+
     def _warn_unreached(self) -> None:
         """Warn once for parameters without a gradient that the step changes all the same."""
         optimizer = self.borrowed.optimizer

@@ -150,6 +150,15 @@ class DeepSpeed(SetUp):
         self._sync_buffers(engine)
         return None
 
+    @hookimpl
+    def strategy_skip_step(self, optimizer: Optimizer) -> None:
+        engine = self._engine_of(optimizer)
+        if engine is None:
+            super().strategy_skip_step(optimizer)
+        else:
+            engine.skip()
+            self._sync_buffers(engine)
+
     def _sync_buffers(self, engine: Engine) -> None:
         """Broadcast rank 0's buffers (running statistics), so that all ranks evaluate the same model."""
         if engine.stale_buffers and self.context.world.world_size > 1:
