@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from plugframe.adopt.job_state import JobState
 from plugframe.base.strategy import Strategy
+from plugframe.hooks.strategy import no_step
 from plugframe.utils.logging import warn_caller
 from plugframe.utils.swap import KEY, State, adopt, release
 
@@ -182,7 +183,11 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
 def _skip(state: OptimizerState, optimizer: Optimizer) -> None:
     state.skipping = True
     try:
-        state.hooks.strategy_skip_step(optimizer=optimizer)
+        skip = state.hooks.strategy_skip_step
+        if skip is not None:
+            skip(optimizer=optimizer)
+        else:  # a strategy that has neither the hook nor the default of its specification
+            state.hooks.strategy_optimizer_step(optimizer=optimizer, step=no_step, closure=None)
     finally:
         state.skipping = False
 

@@ -37,10 +37,6 @@ class ForwardShim(nn.Module):
         return self
 
 
-def _no_step(closure: Callable[[], Any] | None = None) -> None:
-    """Take the place of an optimizer's step that is skipped."""
-
-
 class Strategy(StrategySpec):
     """Base class of strategies: override hooks and mark them with ``@hookimpl``."""
 
@@ -112,10 +108,6 @@ class Strategy(StrategySpec):
         self, optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any] | None
     ) -> Any:
         return self.context.hooks.precision_optimizer_step(optimizer=optimizer, step=step, closure=closure)
-
-    @hookimpl
-    def strategy_skip_step(self, optimizer: Optimizer) -> None:
-        self.strategy_optimizer_step(optimizer, _no_step, None)
 
     @hookimpl
     def strategy_zero_grad(self, owner: nn.Module | Optimizer) -> None:

@@ -69,7 +69,10 @@ def _mark(function: Any, firstresult: bool, hook: str, arguments: Mapping[str, s
 
 
 def per_plugin(function: _F, /) -> _F:
-    """Mark an optional hook that is called on each plugin of its kind by itself, and that nothing wraps."""
+    """Mark an optional hook that is called on each plugin of its kind by itself, and that nothing wraps.
+
+    A plugin that subclasses the Protocol of its kind inherits the body of the specification as the default.
+    """
     setattr(function, _PER_PLUGIN, True)
     return _specify(function)
 

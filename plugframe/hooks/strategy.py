@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 Engine = Any
 
 
+def no_step(closure: Callable[[], Any] | None = None) -> None:
+    """Do nothing: the `step` of a skipped optimizer step, see `StrategySpec.strategy_skip_step`."""
+
+
 class StrategySpec(Protocol):
     """Hooks of the kind ``strategy``. Communicate through ``context.hooks.collective_…``."""
 
@@ -160,16 +164,16 @@ class StrategySpec(Protocol):
         """
         ...
 
-    @provider
+    @per_plugin
     def strategy_skip_step(self, optimizer: Optimizer) -> None:
-        """Do what `strategy_optimizer_step` does besides updating parameters: an extension skips this step.
+        """Do what `strategy_optimizer_step` does besides updating parameters: an extension skips this step. Optional.
 
         Called on every rank in place of `strategy_optimizer_step`, if `skip_optimizer_step` of an extension returned
-        True on any rank. The default is `strategy_optimizer_step` with a step that does nothing, which is right for a
-        strategy that updates parameters with that step alone: buffers are synchronised, and a loss scaler learns of an
-        overflow. Any other strategy must implement this hook.
+        True on any rank. The default is `strategy_optimizer_step` with a step that does nothing (`no_step` of
+        `plugframe.hooks`), which is right for a strategy that updates parameters with that step alone: buffers are
+        synchronised, and a loss scaler learns of an overflow. Any other strategy must implement this hook.
         """
-        ...
+        self.strategy_optimizer_step(optimizer=optimizer, step=no_step, closure=None)
 
     @provider
     def strategy_zero_grad(self, owner: torch.nn.Module | Optimizer) -> None:

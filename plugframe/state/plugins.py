@@ -41,7 +41,7 @@ class PluginStates:
     """Saves and restores the states of the plugins of a job.
 
     Raises:
-        PluginContractError: if a plugin implements one hook of a pair, wraps one, or implements one of another kind.
+        PluginContractError: if a plugin implements one hook of a pair, or hooks of another kind.
         SettingError: if two objects of one class have state and no `state_key` that distinguishes them.
     """
 
@@ -154,13 +154,8 @@ def _check_hooks(choice: Choice, plugin: Any) -> None:
     origin = f"{choice.kind} {choice.origin}"
     for kind, pair in HOOKS.items():
         for name, other in (pair, pair[::-1]):
-            marks = marks_of(plugin, name)
-            if marks is None:
+            if marks_of(plugin, name) is None:
                 continue
-            if marks["wrapper"] or marks["hookwrapper"]:
-                raise PluginContractError(
-                    f"{origin} wraps {name}, which is called on each plugin by itself: leave the wrapper out."
-                )
             if kind != choice.kind:
                 own = f": implement {choice.kind}{name.removeprefix(kind)}" if choice.kind in HOOKS else ""
                 raise PluginContractError(f"{origin} implements {name}, a hook of the kind {kind}{own}.")

@@ -183,7 +183,7 @@ class Confused(Extension):
     ("plugin", "text"),
     [
         (Half(), "implements extension_state and not extension_load_state: implement both"),
-        (Around(), "wraps strategy_state, which is called on each plugin by itself"),
+        (Around(), "wraps strategy_state, which nothing wraps"),
     ],
 )
 def test_hooks_that_would_never_be_called_are_refused(plugin: Any, text: str) -> None:

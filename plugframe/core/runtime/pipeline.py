@@ -12,7 +12,7 @@ import pluggy
 from plugframe.core.planning.plan import Choice
 from plugframe.errors import PluginContractError, SettingError, closest
 from plugframe.hooks.kinds import KINDS, Kind
-from plugframe.hooks.markers import PROJECT, deprecated_uses, is_per_plugin, unmarked_of
+from plugframe.hooks.markers import PROJECT, deprecated_uses, is_per_plugin, marks_of, unmarked_of
 
 
 class BoundHooks:
@@ -88,6 +88,13 @@ class Pipeline:
                         f"{origin} breaks the plugin contract: {caller.name} takes {parameter.name} by keyword only, "
                         "which would never be filled: leave out the '*' before it."
                     )
+            marks = marks_of(plugin, caller.name) or {}
+            if is_per_plugin(getattr(caller.spec, "function", None)) and (
+                marks.get("wrapper") or marks.get("hookwrapper")
+            ):
+                raise PluginContractError(
+                    f"{origin} wraps {caller.name}, which nothing wraps, as it is called on its plugin: leave it out."
+                )
             uses = deprecated_uses(caller, plugin)
             self.deprecations += [f"{origin} {use} To avoid this, {fix}." for use in uses]
 
