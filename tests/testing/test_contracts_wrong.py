@@ -142,7 +142,13 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("extension", "Nudges", extension.TRAINING, "a_run_ends_with_the_same_weights"),
     ("extension", "OnceOnly", extension.BALANCED, "tear_down_gives_back_what_launch_took"),
     ("extension", "Leaves", extension.CLEAN, "one_run_after_another"),
-    ("extension", "Amnesia", extension.STATE, "its_state_comes_back"),
+    ("extension", "Amnesia", extension.OBJECT, "a_script_may_save_the_object"),
+    ("extension", "Counts", "", ""),
+    ("extension", "Unloaded", extension.STATE, "its_state_comes_back_from_a_checkpoint"),
+    ("extension", "Grows", extension.STATE, "its_state_comes_back_from_a_checkpoint"),
+    ("extension", "Objects", extension.STATE, "its_state_comes_back_from_a_checkpoint"),
+    ("extension", "Differs", extension.EQUAL, "on_ranks_its_state_comes_back"),
+    ("extension", "Skips", extension.TRAINING, "a_run_ends_with_the_same_weights"),
 ]
 
 if not sys.platform.startswith("linux"):
@@ -156,6 +162,7 @@ LONG = (
     "str_or_a_path",
     "any_number_of_ranks",
     "on_ranks_it_leaves",
+    "on_ranks_its_state",
     "can_be_asked_anywhere",
 )
 

@@ -13,7 +13,8 @@ _NAMES = {
     "Leaves Single",
     "accelerator": "Right Counts Adds Settles Other Narrow Unheard Smoke Copies Draws Shrinks Indexed Leaves",
     "precision": "Right Full Copies Halves Raw Settles Scaled Twice Steps Drops Forgets Common Stands Leaves",
-    "extension": "Right Provides Repeats Forgets Swallows Nudges OnceOnly Leaves Amnesia",
+    "extension": "Right Provides Repeats Forgets Swallows Nudges OnceOnly Leaves Amnesia Counts "
+    "Unloaded Grows Objects Differs Skips",
 }
 _MORE = {
     "environment": {"priority": 70},
