@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,18 +80,23 @@ class PluginStates:
         found = {}
         for key in self.names:
             problem, error = None, None
+            shards: list[str] = []
             try:
                 found[key] = self._state_of(key)
+                shards = list(_shards(found[key], ""))
             except Exception as raised:  # noqa: BLE001 the other ranks wait for the outcome
                 problem, error = f"{type(raised).__name__}: {raised}", raised
             # After each: the next plugin may communicate.
-            everyone = self._session.hooks.collective_all_gather_object(obj=problem, group=None)
-            rank, first = next(((rank, each) for rank, each in enumerate(everyone) if each), (0, None))
-            if first is not None:
-                where = f" on rank {rank}" if len(everyone) > 1 else ""
-                raise CheckpointError(
-                    f"cannot save {path}, nothing was written: the state of {key} cannot be saved{where}: {first}"
-                ) from error
+            outcome = (problem, _digest(shards))
+            everyone = self._session.hooks.collective_all_gather_object(obj=outcome, group=None)
+            for rank, (text, digest) in enumerate(everyone):
+                if text is None and digest != everyone[0][1]:
+                    text = "its DTensors are not those of rank 0"
+                if text is not None:
+                    where = f" on rank {rank}" if len(everyone) > 1 else ""
+                    raise CheckpointError(
+                        f"cannot save {path}, nothing was written: the state of {key} cannot be saved{where}: {text}"
+                    ) from error
         if found:
             check_rank_keys({f"state of {key}": state for key, state in found.items()}, self._session, path)
         first_rank = self._session.world.global_rank == 0
@@ -143,7 +149,9 @@ class PluginStates:
 def _key(choice: Choice, plugin: Any) -> str:
     """Return the key of a plugin's state: its kind and its qualified name, or the path of an unpublished class."""
     cls = type(plugin)
-    name = choice.qualified if choice.entry is not None else f"{cls.__module__}:{cls.__qualname__}"
+    # Ranks started by multiprocessing import the script under another name.
+    module = "__main__" if cls.__module__ == "__mp_main__" else cls.__module__
+    name = choice.qualified if choice.entry is not None else f"{module}:{cls.__qualname__}"
     own = getattr(plugin, "state_key", None)
     if own is not None and (not isinstance(own, str) or not own):
         raise SettingError(f"{choice.kind} {choice.name}: state_key={own!r} must be a string.")
@@ -164,6 +172,20 @@ def _check_hooks(choice: Choice, plugin: Any) -> None:
                     f"{origin} implements {name} and not {other}: implement both and mark them with "
                     "@plugframe.hookimpl."
                 )
+
+
+def _shards(value: Any, where: str, depth: int = 0) -> Iterator[str]:
+    """Yield the place, dtype and shape of each ``DTensor`` in a state."""
+    if is_shard(value):
+        yield f"{where}: {value.dtype} {tuple(value.shape)}"
+    elif isinstance(value, (Mapping, list, tuple)) and depth <= MAX_DEPTH:
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, item in items:
+            yield from _shards(item, f"{where}[{key!r}]", depth + 1)
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _gathered(state: Any, *, keep: bool) -> Any:

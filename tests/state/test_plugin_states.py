@@ -263,6 +263,14 @@ def refused_by_ranks(world: World, folder: str) -> None:
             CheckpointError, match="extension stateful_plugins:Counter cannot be saved on rank 1: OSErr"
         ):
             lite.save(f"{folder}/z", {"model": model})
+    odd = Average()
+    with lite_on(world, "fsdp", "safetensors", odd) as lite:
+        model = model_of(lite)
+        if world.global_rank == 1:
+            odd.values = {}
+        text = "Average cannot be saved on rank 1: its DTensors are not those of rank 0"
+        with pytest.raises(CheckpointError, match=text):
+            lite.save(f"{folder}/z", {"model": model})
     callbacks = [Counter()] if world.global_rank == 1 else []
     with Lite(accelerator="cpu", strategy="ddp", callbacks=callbacks) as lite:
         model = model_of(lite)

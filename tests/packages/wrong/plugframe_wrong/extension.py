@@ -169,7 +169,7 @@ class Objects(Counts):
 
 
 class Differs(Counts):
-    """Saves a tensor of its rank, of which one is kept."""
+    """Saves a tensor that differs between ranks."""
 
     @hookimpl
     def extension_state(self) -> dict[str, Any]:
