@@ -51,6 +51,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("strategy", "Prefixes", strategy_ranks.STATE, "on_ranks[a_state_is_the_users-2]"),
     ("strategy", "Adds", strategy_ranks.OWN, "on_ranks[objects_stay_the_users_own-2]"),
     ("strategy", "Again", strategy_ranks.ONCE, "on_ranks[wrappers_see_each_call_once-2]"),
+    ("strategy", "Insists", strategy_ranks.SKIPPED, "on_ranks[a_skipped_step_is_no_step-2]"),
     ("strategy", "Remembers", strategy_ranks.APART, "on_ranks[jobs_are_apart-2]"),
     ("strategy", "Loses", strategy_ranks.LOCAL, "on_ranks[a_local_backward_needs_no_other_rank-2]"),
     ("strategy", "Talks", strategy.DESCRIBED, "it_can_be_described_before_it_is_set_up"),

@@ -8,7 +8,7 @@ _NAMES = {
     "launcher": "Right OnlyOne NoResult Swallows Leaves Stumbles",
     "logger": "Right Drops FromOne EveryRank Early OneFile Twice Open",
     "strategy": "Right Alone Halves Finite Repeats Leaves Ignores Common Misnamed Mute Raises Unsent Unmarked Renamed "
-    "Lacks Drifts Restarts Unequal Prefixes Adds Again Remembers Loses Talks Curt",
+    "Lacks Drifts Restarts Unequal Prefixes Adds Again Remembers Loses Talks Curt Insists",
     "collective": "Right Drops Writes Joins Adds Terse Rounds Cuts Reverses Everyone Passes Nameless Alone Hides Wide "
     "Leaves Single",
     "accelerator": "Right Counts Adds Settles Other Narrow Unheard Smoke Copies Draws Shrinks Indexed Leaves",
