@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from plugframe import Lite, PlugframeWarning, PluginContractError, hookimpl
-from plugframe.adopt import state_of
+from plugframe.adopt import adopt_optimizer, release_optimizer, state_of
 from plugframe.base import Extension
 from plugframe.hooks.world import World
 from plugframe.utils.shards import local_of
@@ -185,6 +186,22 @@ def test_an_extension_may_replace_a_step() -> None:
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(halves[name], (before[name] + full[name]) / 2, rtol=1e-6, atol=1e-7)
         assert parameter.shape == full[name].shape
+
+
+def test_a_strategy_without_the_hook_skips_too() -> None:
+    """One that was written before the hook, on no base class, gets a step that does nothing."""
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    hooks = SimpleNamespace(
+        strategy_optimizer_step=lambda optimizer, step, closure: step(),
+        strategy_skip_step=None,
+        on_optimizer_step=None,
+    )
+    adopt_optimizer(optimizer, hooks=hooks, skip=lambda optimizer: True)
+    optimizer.step()
+    assert parameter.tolist() == [1, 1]
+    release_optimizer(optimizer)
 
 
 class Wraps(Extension):
