@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
-    from plugframe.hooks import Context, Option, Plugin, SaveHandle, World, hookimpl
+    from plugframe.hooks import Axis, Context, Option, Plugin, SaveHandle, World, hookimpl
     from plugframe.lite import Lite
     from plugframe.state.manager import CheckpointManager
 
@@ -46,6 +46,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AmbiguousPluginError",
+    "Axis",
     "CheckpointCorruptError",
     "CheckpointError",
     "CheckpointManager",
@@ -84,6 +85,7 @@ __all__ = [
 
 #: Where a name comes from, if not from `plugframe.errors`.
 _MODULES = {
+    "Axis": "hooks",
     "CheckpointManager": "state.manager",
     "Context": "hooks",
     "Lite": "lite",

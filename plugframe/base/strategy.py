@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from plugframe.checkpoint.stored import materialize
 from plugframe.deferred.module import deferring, materialize_module
+from plugframe.errors import UnsupportedError
 from plugframe.hooks import Engine, StrategySpec, hookimpl
 from plugframe.hooks.context import Context
 from plugframe.utils.expanded import load_expanded
@@ -53,6 +54,14 @@ class Strategy(StrategySpec):
     @hookimpl
     def strategy_teardown(self) -> None:
         pass
+
+    @hookimpl
+    def strategy_compose(self) -> Any:
+        return self
+
+    @hookimpl
+    def strategy_parallelize(self, module: nn.Module) -> None:
+        raise UnsupportedError(f"{type(self).__name__} does not work beside another strategy.")
 
     @hookimpl
     def strategy_init_context(self, empty_init: bool | None) -> AbstractContextManager[Any]:

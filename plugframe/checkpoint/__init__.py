@@ -5,7 +5,6 @@
 contents with checksums. `replacing` replaces a file atomically: a crash leaves the old or the new one.
 """
 
-from plugframe._printable import names_text, printable, printable_cause
 from plugframe.checkpoint.atomic import (
     check_space,
     draft_name,
@@ -40,6 +39,7 @@ from plugframe.checkpoint.pieces import pieces
 from plugframe.checkpoint.stored import Source, StoredTensor, fill, materialize
 from plugframe.checkpoint.tree import dump_structure, join, parse_structure, split, split_stored
 from plugframe.checkpoint.values import dtype_name, dtype_of
+from plugframe.errors import names_text, printable, printable_cause
 from plugframe.utils.shards import is_shard, local_of, view_locally
 from plugframe.utils.tensor_bytes import as_bytes
 

@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from plugframe._printable import printable_cause
 from plugframe.checkpoint.tree import join, parse_structure, split
-from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe.errors import CheckpointCorruptError, CheckpointError, printable_cause
 
 _T = TypeVar("_T")
 _HEXADECIMAL = frozenset("0123456789abcdef")

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugframe._printable import printable_cause
 from plugframe.checkpoint import strict_json
 from plugframe.checkpoint.stored import StoredTensor, Viewed, viewed
 from plugframe.checkpoint.unsupported import describe, refuse, refuse_tensor
@@ -30,7 +29,7 @@ from plugframe.checkpoint.values import (
     large_int,
     special_float,
 )
-from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe.errors import CheckpointCorruptError, CheckpointError, printable_cause
 from plugframe.utils.shards import is_shard, local_of, view_locally
 
 #: Deeper trees are refused: the recursion limit of the JSON parser is only slightly larger.

@@ -10,9 +10,9 @@ from difflib import get_close_matches
 
 import click
 
-from plugframe.core.config.options import parts, typed
 from plugframe.errors import SettingError, closest
 from plugframe.hooks.kinds import KINDS, Kind
+from plugframe.hooks.spelling import parts, typed
 
 MODULE = "-m"
 HELP = ("-h", "--help")
@@ -58,18 +58,20 @@ def split(
     words: Iterable[str],
     options: Mapping[str, click.Option],
     shorthands: Callable[[], Mapping[str, Shorthand]] = dict,
+    takes_value: Callable[[str], bool] = lambda _: False,
 ) -> Words:
     """Separate plugframe's options from the script and its arguments.
 
     Before the script every option must be one of plugframe's. After it, long options that plugframe has are
     plugframe's, up to a bare ``--``; everything else is the script's, in its order. Options of plugins are
-    plugframe's too: ``--strategy.timeout-s=60``, with its value after ``=`` as nobody knows yet whether it has one.
-    Before the script the names of some plugins are options.
+    plugframe's too: ``--strategy.timeout-s=60``, or with a space in between where the option is no switch. Before the
+    script the names of some plugins are options.
 
     Args:
         words: what follows ``plugframe run``.
         options: plugframe's long options by spelling, with dashes.
         shorthands: asked for the options that are names of plugins, with dashes.
+        takes_value: asked whether the option of a plugin, as typed, is no switch.
 
     Raises:
         click.UsageError: for an unknown option before the script, an option without its value, one given twice
@@ -77,7 +79,7 @@ def split(
     """
     queue = deque(words)
     own: dict[str, str] = {}
-    command = _script(queue, options, own, shorthands)
+    command = _script(queue, options, own, shorthands, takes_value)
     if not command:
         return Words(own=("--help",))
     late: list[str] = []
@@ -90,7 +92,7 @@ def split(
             command += queue
             break
         if _is_of_plugin(word):
-            late.append(_take_of_plugin(word, own))
+            late.append(_take_of_plugin(_with_value(word, queue, takes_value), own))
         elif word.startswith("--") and _spelling(word) in options:
             late.append(_take(word, queue, options, own))
         else:
@@ -115,6 +117,7 @@ def _script(
     options: Mapping[str, click.Option],
     own: dict[str, str],
     shorthands: Callable[[], Mapping[str, Shorthand]],
+    takes_value: Callable[[str], bool],
 ) -> list[str]:
     """Consume everything up to the script; return the script, or nothing if help was requested."""
     model = False
@@ -128,7 +131,7 @@ def _script(
             return [MODULE, word[len(MODULE) :] or _module(queue)]
         if word.startswith("-") and len(word) > 1:
             if _is_of_plugin(word):
-                _take_of_plugin(word, own)
+                _take_of_plugin(_with_value(word, queue, takes_value), own)
                 continue
             if _spelling(word) not in options:
                 word = _long(word, queue, own, shorthands(), options)
@@ -196,6 +199,12 @@ def _is_of_plugin(word: str) -> bool:
 def _other_words(kind: Kind) -> tuple[str, ...]:
     """Return what may be typed for the name of a kind: ``plugins`` or ``plugin`` for ``extension``, ``loggers``."""
     return (kind.setting, kind.setting.removesuffix("s"), f"{kind.name}s")
+
+
+def _with_value(word: str, queue: deque[str], takes_value: Callable[[str], bool]) -> str:
+    """Return an option of a plugin with the next word as its value, if it is typed without one and is no switch."""
+    alone = "=" in word or not queue or (queue[0].startswith("-") and not re.match(r"-\d", queue[0]))
+    return word if alone or not takes_value(word) else f"{word}={queue.popleft()}"
 
 
 def _take_of_plugin(word: str, own: dict[str, str]) -> str:

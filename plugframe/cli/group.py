@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from plugframe._printable import printable
 from plugframe.core.registry.entry_points import COMMAND, Entry, published
 from plugframe.core.registry.policy import read_policy
 from plugframe.errors import (
@@ -22,6 +21,7 @@ from plugframe.errors import (
     SettingError,
     UsageError,
     closest,
+    printable,
 )
 
 #: What a shell reports for a program ended by Ctrl-C: 128 + SIGINT.

@@ -17,6 +17,11 @@ def plan_rows(plan: Plan, request: Request | None = None) -> list[Row]:
     rows = [(kind, choice.origin, choice.reason) for kind, choice in plan.choices.items()]
     rows.insert(1, ("devices", f"{len(plan.devices)} on each node: {devices}", plan.devices_reason))
     rows.insert(2, ("nodes", str(plan.num_nodes), f"{plan.world_size} ranks in all"))
+    asked = request.get("mesh") if request is not None else None
+    rows += [("strategy", choice.origin, choice.reason) for choice in plan.composed]
+    if plan.mesh is not None:
+        why = f"asked for in {asked.source}" if asked is not None else "of the strategies"
+        rows.append(("mesh", str(plan.mesh), why))
     rows += [("extension", choice.origin, choice.reason) for choice in plan.extensions]
     rows += [("logger", choice.origin, choice.reason) for choice in plan.loggers]
     callbacks = request.get("callbacks") if request is not None else None

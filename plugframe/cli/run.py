@@ -33,7 +33,7 @@ class RunCommand(click.Command):
     """A command whose options may also stand after the script."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        words = Words(own=()) if ctx.resilient_parsing else split(args, self._long_options(), _shorthands)
+        words = Words(own=()) if ctx.resilient_parsing else split(args, self._long_options(), _shorthands, _takes_value)
         rest = super().parse_args(ctx, list(words.own))
         ctx.params["words"] = words
         return rest
@@ -59,6 +59,23 @@ def _shorthands() -> dict[str, Shorthand]:
                 typed = f"--environment.{option.name.replace('_', '-')}"
                 found[_dashed(entry.name)] = Shorthand(f"--environment={entry.name}", typed)
     return found | {_dashed(name): Shorthand(f"--plugins={name}") for name in registry.names("extension")}
+
+
+def _takes_value(word: str) -> bool:
+    """Return whether every installed plugin that has an option, as typed, takes a value for it: it is no switch."""
+    from plugframe.core.registry.registry import Registry
+    from plugframe.errors import PluginError
+    from plugframe.hooks.spelling import parts
+
+    try:
+        kind, _, name = parts(word)
+    except SettingError:
+        return False  # it is no option at all
+    registry, found = Registry.discover(), []
+    for entry in registry.entries(kind):
+        with suppress(PluginError):  # a broken one has no options
+            found += [option.type for option in registry.describe(entry).options if option.name == name]
+    return bool(found) and bool not in found
 
 
 def _dashed(name: str) -> str:
@@ -89,6 +106,7 @@ _OF_NODES = (
 @click.command("run", cls=RunCommand, short_help="Run a script on every rank.")
 @click.option("--devices", metavar="N|LIST", help="Devices on each node: 8, -1 or auto for all, 0,2 for these two.")
 @_options_of_kinds
+@click.option("--mesh", metavar="AXIS=N,…", help="Ranks along each axis: data=2,tensor=4; -1 for those left.")
 @click.option("--callbacks", "--callback", metavar="CLASSES", multiple=True, help="As package.module:Class.")
 @click.option("--timeout", "timeout_s", metavar="SECONDS", help="How long one collective may take.")
 @click.option(
@@ -206,7 +224,8 @@ def _show(plan: Plan, start: Start, request: Request, registry: Registry, told: 
 
     launcher = [start.launcher] if start.launcher is not None else []
     show(("what", "value", "why"), plan_rows(plan, request) + option_rows(launcher))
-    described = plan.choices["strategy"].make(registry).strategy_describe()
+    strategies = [*plan.composed, plan.choices["strategy"]]
+    described = [line for choice in strategies for line in choice.make(registry).strategy_describe()]
     for line in [
         *(f"note: {note}" for note in plan.notes if note not in told),
         *(f"strategy: {line}" for line in described),
@@ -245,8 +264,8 @@ def _try(registry: Registry, choices: Iterable[Choice]) -> None:
 
 def _variables(settings: Mapping[str, Any], config: str | None, options: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that pass the command line's settings, and only those, to the ranks."""
-    from plugframe.core.config.options import variable_of
     from plugframe.core.config.request import LISTS, variable
+    from plugframe.hooks.spelling import variable_of
 
     typed = {field: value for field, value in settings.items() if value not in (None, ())}
     texts = {field: ",".join(value) if field in LISTS else str(value) for field, value in typed.items()}

@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from plugframe.core.config.options import variable as variable_of_option
 from plugframe.core.config.request import Request, variable
 from plugframe.core.planning.plan import Plan
 from plugframe.errors import PlugframeWarning, SettingError, UnsupportedError
 from plugframe.hooks.launcher import Job
+from plugframe.hooks.spelling import variable as variable_of_option
 from plugframe.hooks.variables import FROM_COMMAND_LINE, PATIENT
 from plugframe.launch.output import parse_tee
 

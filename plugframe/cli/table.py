@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from plugframe._printable import printable
+from plugframe.errors import printable
 
 
 def show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

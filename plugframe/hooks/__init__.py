@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from plugframe.hooks.launcher import Job, LauncherSpec
     from plugframe.hooks.logger import LoggerSpec
     from plugframe.hooks.markers import PROJECT, hookimpl, hookspec
+    from plugframe.hooks.mesh import Axis, MeshLayout
     from plugframe.hooks.notify import NotifySpec
     from plugframe.hooks.option import Option
     from plugframe.hooks.precision import Dtypes, PrecisionSpec
@@ -30,6 +31,7 @@ __all__ = [
     "KINDS",
     "PROJECT",
     "AcceleratorSpec",
+    "Axis",
     "CheckpointSpec",
     "CollectiveSpec",
     "Context",
@@ -40,6 +42,7 @@ __all__ = [
     "Kind",
     "LauncherSpec",
     "LoggerSpec",
+    "MeshLayout",
     "NotifySpec",
     "Option",
     "Plugin",
@@ -60,6 +63,7 @@ def __getattr__(name: str) -> Any:
         "KINDS": "kinds",
         "PROJECT": "markers",
         "AcceleratorSpec": "accelerator",
+        "Axis": "mesh",
         "CheckpointSpec": "checkpoint",
         "CollectiveSpec": "collective",
         "Context": "context",
@@ -70,6 +74,7 @@ def __getattr__(name: str) -> Any:
         "Kind": "kinds",
         "LauncherSpec": "launcher",
         "LoggerSpec": "logger",
+        "MeshLayout": "mesh",
         "NotifySpec": "notify",
         "Option": "option",
         "Plugin": "descriptor",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from plugframe.hooks.world import World
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
 #: Seconds after which ranks that wait for others are reported.
 REPORT_AFTER_S = 30.0
@@ -25,6 +26,12 @@ class Context:
         hooks: every hook by name, bound: ``context.hooks.collective_barrier(name="x")`` runs the selected
             collective's implementation, with extensions applied. Arguments are passed by keyword.
         names: the resolved plugin name of each kind: ``{"strategy": "ddp", "precision": "32-true", …}``.
+        mesh: the device mesh of the job, with named dimensions: ``context.mesh["tensor"]``. None for one strategy
+            without ``mesh=``, which uses all ranks as it sees fit.
+        axes: the names of those axes of `mesh` that belong to the strategy which is given this context.
+        parallelize: for the strategy that divides the batch: ``context.parallelize(module)`` applies the other
+            strategies of the job to a module, in place. It calls this on every rank, once the values of all ranks are
+            equal, and before it distributes the module. None if there are no others.
         provides: the capabilities of the selected plugin of each kind, as its descriptor lists them.
         timeout_s: seconds after which a collective raises an error, from ``--timeout``; None when not set.
         report_after_s: seconds after which one line reports the ranks that wait and those they wait for, from
@@ -36,6 +43,9 @@ class Context:
     device: torch.device
     hooks: Any
     names: dict[str, str]
+    mesh: DeviceMesh | None = None
+    axes: tuple[str, ...] = ()
+    parallelize: Callable[[torch.nn.Module], None] | None = None
     provides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     timeout_s: float | None = None
     report_after_s: float = REPORT_AFTER_S

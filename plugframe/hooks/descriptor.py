@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from plugframe.hooks.mesh import ORDER, Axis, Divides
 from plugframe.hooks.option import Option, validate_options
 
 #: The version of the hook contract of this release, which supports this version and the previous one.
-API = 1
+API = 2
+
+#: Capabilities that combined strategies have only if each of them has it.
+_GUARANTEES = ("local-backward",)
+
+#: What `Plugin.ranks` may be besides a word: from options and a number of ranks to a problem, or None.
+RanksRule = Callable[[Mapping[str, Any], int], str | None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,8 +33,10 @@ class Plugin:
             imported only once the plugin is selected. Empty for an alias.
         summary: one line for listings.
         devices: device types (``torch.device.type``) it works on; empty means any.
-        precisions: names of the supported precisions; empty means any. For strategies.
-        ranks: ``"one"`` works with a single rank only, ``"any"`` with any number.
+        precisions: deprecated since version 2 of the contract: names of the supported precisions. A strategy says what
+            it cannot take with `conflicts`, so that precisions of other packages work with it.
+        ranks: ``"one"`` works with a single rank only, ``"any"`` with any number. A function
+            ``f(options, num_ranks)`` returns None or the problem: ``"needs a multiple of stages=4 ranks"``.
         priority: rank among the candidates under ``"auto"``, higher first; None means never chosen.
         provides: capabilities other plugins can require, such as ``"process-group"``. Of an accelerator, ``"fork"`` if
             it works in processes forked from one that has imported torch. Of a checkpoint, ``"sharded"``
@@ -37,10 +47,22 @@ class Plugin:
             so it is ignored when ``plugframe run`` gets a node rank.
             ``"local-backward"`` of a strategy: under ``strategy_no_sync`` neither forward nor backward communicates,
             and a later backward averages the accumulated gradients.
+            Of a precision: ``"autocast"`` runs forwards under ``torch.autocast``; ``"loss-scaling"`` scales losses;
+            ``"float16-parameters"``, ``"bfloat16-parameters"``, ``"float64-parameters"`` convert parameters to that
+            dtype; ``"replaces-modules"`` replaces submodules by others; ``"tensor-subclasses"`` makes parameters
+            subclasses of ``Tensor``.
         needs: for each kind, the capabilities the plugin of that kind must provide, such as
             ``{"collective": ("process-group",)}``.
         prefers: for each kind, the capabilities the plugin of that kind should provide if ``"auto"`` picks it:
             ``{"checkpoint": ("sharded",)}``.
+        conflicts: for each kind, the capabilities the plugin of that kind must not provide:
+            ``{"precision": ("tensor-subclasses",)}``. What a precision converts a module to is checked against it too,
+            listed or not.
+        for_options: a function from the options, defaults included, to the fields that differ for them:
+            ``lambda options: {"provides": ("sharded",)} if options["stage"] == 3 else {}``.
+        divides: what a strategy divides over the ranks: ``"batch"``, or a part of the model, in the order in which
+            composed strategies are applied: ``"stages"``, ``"tensors"``, ``"experts"``, ``"sequence"``, ``"blocks"``.
+        axes: the axes of the device mesh that a strategy uses. One without axes cannot be composed.
         tags: groups it belongs to, such as ``"gpu"``; see `best_of`.
         requires: modules that must be importable before the factory is imported.
         extra: the requirement that installs its dependencies: ``"plugframe[deepspeed]"``.
@@ -61,11 +83,15 @@ class Plugin:
     summary: str = ""
     devices: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
-    ranks: Literal["one", "any"] = "any"
+    ranks: Literal["one", "any"] | RanksRule = "any"
     priority: int | None = None
     provides: tuple[str, ...] = ()
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prefers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    conflicts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    for_options: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    divides: Divides = "batch"
+    axes: tuple[Axis, ...] = ()
     tags: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     extra: str = ""
@@ -99,13 +125,19 @@ class Plugin:
             words = getattr(self, name)
             if not isinstance(words, (tuple, list)) or not all(isinstance(word, str) for word in words):
                 raise ValueError(f"Plugin({name}={words!r}): write a tuple of strings, such as ('a',).")
-        for name in ("needs", "prefers", "implies", "retired", "preset"):
+        for name in ("needs", "prefers", "conflicts", "implies", "retired", "preset"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"Plugin({name}={getattr(self, name)!r}): write a dict.")
         if not isinstance(self.priority, (int, float, type(None))):
             raise ValueError(f"Plugin(priority={self.priority!r}): write a number, or None for never under 'auto'.")
-        if self.ranks not in ("one", "any"):
-            raise ValueError(f"Plugin(ranks={self.ranks!r}): write 'one' or 'any'.")
+        if self.ranks not in ("one", "any") and not callable(self.ranks):
+            raise ValueError(f"Plugin(ranks={self.ranks!r}): write 'one', 'any', or a function of options and ranks.")
+        if self.divides not in ORDER:
+            raise ValueError(f"Plugin(divides={self.divides!r}): write one of {', '.join(map(repr, ORDER))}.")
+        if not isinstance(self.axes, tuple) or not all(isinstance(axis, Axis) for axis in self.axes):
+            raise ValueError(f"Plugin(axes={self.axes!r}): write a tuple of Axis(…).")
+        if self.for_options is not None and not callable(self.for_options):
+            raise ValueError(f"Plugin(for_options={self.for_options!r}): write a function from options to fields.")
 
     def _check_options(self) -> None:
         if not isinstance(self.options, tuple) or not all(isinstance(option, Option) for option in self.options):
@@ -131,9 +163,59 @@ class Plugin:
         """
         validate_options(owner, self.options, **values)
 
+    def with_options(self, given: Mapping[str, Any]) -> Plugin:
+        """Return the descriptor for given options, which may change its fields; see `for_options`.
+
+        Args:
+            given: by name; defaults and `preset` are added.
+
+        Raises:
+            ValueError: if `for_options` returns something else than fields.
+        """
+        if self.for_options is None and not callable(self.ranks):
+            return self
+        options = {option.name: option.default for option in self.options} | dict(self.preset) | dict(given)
+        fields = self.for_options(options) if self.for_options is not None else {}
+        if not isinstance(fields, Mapping) or not all(hasattr(self, name) for name in fields):
+            raise ValueError(f"for_options() returned {fields!r}: return a dict of fields of Plugin.")
+        found = replace(self, **fields, for_options=None)
+        if callable(found.ranks):
+            found = replace(found, ranks=functools.partial(_bound, found.ranks, options))
+        return found
+
+    def beside(self, other: Plugin) -> Plugin:
+        """Return the descriptor of this strategy combined with another one: what either needs, does and cannot take.
+
+        Raises:
+            ValueError: if there is no device for both.
+        """
+        devices = tuple(device for device in self.devices if not other.devices or device in other.devices)
+        if self.devices and other.devices and not devices:
+            raise ValueError(f"one works on {', '.join(self.devices)}, the other on {', '.join(other.devices)}.")
+        either, both = (*self.provides, *other.provides), {*self.provides} & {*other.provides}
+        return replace(
+            self,
+            devices=devices or other.devices,
+            provides=tuple(name for name in dict.fromkeys(either) if name not in _GUARANTEES or name in both),
+            needs=_merged(self.needs, other.needs),
+            prefers=_merged(self.prefers, other.prefers),
+            conflicts=_merged(self.conflicts, other.conflicts),
+        )
+
     def made(self, plugin: Any) -> bool:
         """Return whether the factory is the class of an object, without importing anything."""
         cls = type(plugin)
         module, _, name = self.factory.partition(":")
         same = self.factory == f"{cls.__module__}:{cls.__qualname__}"
         return same or getattr(sys.modules.get(module), name, None) is cls
+
+
+def _merged(
+    first: Mapping[str, tuple[str, ...]], second: Mapping[str, tuple[str, ...]]
+) -> Mapping[str, tuple[str, ...]]:
+    kinds = dict.fromkeys((*first, *second))
+    return {kind: tuple(dict.fromkeys((*first.get(kind, ()), *second.get(kind, ())))) for kind in kinds}
+
+
+def _bound(rule: RanksRule, options: Mapping[str, Any], _: Mapping[str, Any], num_ranks: int) -> str | None:
+    return rule(options, num_ranks)

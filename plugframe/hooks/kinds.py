@@ -17,6 +17,7 @@ class Kind:
         help: one line for ``plugframe run --help``.
         plural: the `Lite` keyword and the setting of a kind with any number of active plugins: ``"loggers"``. Options
             of such plugins are spelled with the plugin's name: ``--logger.csv.folder``.
+        composes: whether several of its plugins can be combined, as in ``"a+b"``.
         setup_order: position in which its plugins are set up; None for a kind without set-up in the ranks.
     """
 
@@ -24,6 +25,7 @@ class Kind:
     path: str
     help: str
     plural: str = ""
+    composes: bool = False
     setup_order: int | None = None
 
     @property
@@ -67,7 +69,13 @@ class Kind:
 _TABLE = (
     # The accelerator is set up first, so that tensors can exist.
     Kind("accelerator", "accelerator:AcceleratorSpec", help="Kind of device: auto, cpu, cuda, …", setup_order=1),
-    Kind("strategy", "strategy:StrategySpec", help="How the ranks work together: auto, ddp, …", setup_order=4),
+    Kind(
+        "strategy",
+        "strategy:StrategySpec",
+        help="How the ranks work together: auto, ddp, …; several as a+b.",
+        composes=True,
+        setup_order=4,
+    ),
     Kind("precision", "precision:PrecisionSpec", help="Precision of the arithmetic: 32, bf16, 16, …", setup_order=3),
     Kind("collective", "collective:CollectiveSpec", help="Communication between the ranks.", setup_order=2),
     Kind("checkpoint", "checkpoint:CheckpointSpec", help="Format of checkpoints.", setup_order=5),

@@ -55,6 +55,30 @@ class StrategySpec(Protocol):
         ...
 
     @provider
+    def strategy_compose(self) -> Any:
+        """Return the plugin object that takes this one's place where it is combined with other strategies.
+
+        Called once on every rank, before `strategy_setup`. The default returns the object itself.
+
+        Raises:
+            SettingError: for an option that has no effect there.
+        """
+        return self
+
+    @provider
+    def strategy_parallelize(self, module: torch.nn.Module) -> None:
+        """Apply a strategy that does not divide the batch to a module, in place, over its axes of ``context.mesh``.
+
+        Called on every rank, by the strategy that divides the batch, with values that are equal on all ranks. Of a
+        strategy like this one only `strategy_compose`, `strategy_setup`, this hook, `strategy_teardown`, and
+        `strategy_state` and `strategy_load_state` are called.
+
+        Example:
+            ``parallelize_module(module, self.context.mesh["tensor"], plan)``
+        """
+        raise NotImplementedError
+
+    @provider
     def strategy_init_context(self, empty_init: bool | None) -> AbstractContextManager[Any]:
         """Return the context in which users build a module under ``lite.init_module()``.
 

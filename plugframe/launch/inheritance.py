@@ -16,10 +16,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from plugframe.core.config.options import variable_of
 from plugframe.core.config.request import FIELDS, variable
 from plugframe.core.registry.registry import Registry
 from plugframe.errors import OrderError, PluginError
+from plugframe.hooks.spelling import variable_of
 from plugframe.hooks.variables import FROM_COMMAND_LINE, JOB_SEED, LAUNCHED, MEETING, PATIENT, RANK, TOKEN
 
 

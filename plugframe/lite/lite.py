@@ -17,17 +17,20 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 from plugframe.adopt.job_state import JobState, track_no_sync
 from plugframe.adopt.replaced import ReplacedParameters
 from plugframe.core.config.request import gather
+from plugframe.core.planning.composition import COMPOSED
 from plugframe.core.planning.resolve import resolve
 from plugframe.core.registry.registry import Registry
 from plugframe.core.runtime.session import Session
 from plugframe.data.loaders import Loaders
 from plugframe.data.shared_seed import SharedSeed
 from plugframe.diagnostics.diagnostics import Diagnostics
+from plugframe.errors import UnsupportedError
 from plugframe.hooks.variables import FROM_COMMAND_LINE
 from plugframe.launch import start
 from plugframe.launch.inheritance import RankEnvironment, own_variables
 from plugframe.launch.preemption import PreemptionHandler
 from plugframe.lite import checkpointing, launch, logging, loop, plugins, ranks, seeding, setup
+from plugframe.lite.composed import Composed
 from plugframe.lite.plugins import as_tuple, callback_object
 from plugframe.state.plugins import PluginStates
 from plugframe.utils.logging import tell, warn_caller
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
     from torch.utils.data import DataLoader
     from typing_extensions import Self, Unpack
@@ -68,9 +72,11 @@ class Lite:
 
     Args:
         accelerator: type of device.
-        strategy: how model, optimizer and data are distributed over the ranks.
+        strategy: how model, optimizer and data are distributed over the ranks. Several are combined as in
+            ``"fsdp+tensor_parallel"``, or as a list.
         devices: a count, a list of indices, ``"0,2"``, or ``-1`` or ``"auto"`` for all; on each node.
         num_nodes: nodes of the job.
+        mesh: number of ranks along each axis of the strategies: ``{"data": 2, "tensor": 4}``, with -1 for those left.
         precision: ``"32-true"``, ``"16-mixed"``, ``"bf16"``, …; None means ``"auto"``.
         collective: how ranks communicate.
         checkpoint: format of saved states.
@@ -93,9 +99,10 @@ class Lite:
         self,
         *,
         accelerator: names.AcceleratorName | str | AcceleratorSpec = "auto",
-        strategy: names.StrategyName | str | StrategySpec = "auto",
+        strategy: names.StrategyName | str | StrategySpec | Sequence[names.StrategyName | str | StrategySpec] = "auto",
         devices: t.Devices = "auto",
         num_nodes: int = 1,
+        mesh: Mapping[str, int] | None = None,
         precision: names.PrecisionName | str | int | PrecisionSpec | None = None,
         collective: names.CollectiveName | str | CollectiveSpec = "auto",
         checkpoint: names.CheckpointName | str | CheckpointSpec = "auto",
@@ -113,6 +120,7 @@ class Lite:
             "strategy": strategy,
             "devices": devices,
             "num_nodes": None if num_nodes == 1 and not isinstance(num_nodes, bool) else num_nodes,
+            "mesh": None if mesh is None else dict(mesh),
             "precision": precision,
             "collective": collective,
             "checkpoint": checkpoint,
@@ -139,9 +147,12 @@ class Lite:
         self._callbacks = [callback_object(c) for c in self._request.value("callbacks", ())]
         self._diagnostics = Diagnostics(self.plan) if self.plan.diagnostics else None
         observers = [SharedSeed(), *([self._diagnostics] if self._diagnostics is not None else [])]
-        self._session = Session(self.plan, self._registry, [*self._callbacks, *observers])
+        composed = Composed(self.plan, self._registry)
+        self.plan = composed.plan
+        before = {} if self.plan.mesh is None else {COMPOSED: composed.start}
+        self._session = Session(self.plan, self._registry, [*self._callbacks, *observers], before)
         self._hooks = self._session.hooks
-        self._plugin_states = PluginStates(self._session)
+        self._plugin_states = PluginStates([*self._session.members, *composed.others], self._session)
         for message in self._session.deprecations if self.global_rank == 0 else ():
             warn_caller(message)
         self._modules: list[weakref.ref[nn.Module]] = []
@@ -254,6 +265,21 @@ class Lite:
     def device(self) -> torch.device:
         """This rank's device."""
         return cast("torch.device", self._session.device)
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The mesh of all ranks, with named dimensions: ``lite.mesh["tensor"].get_group()``.
+
+        Raises:
+            UnsupportedError: if the job has none: it is there with ``mesh=`` or several strategies.
+        """
+        mesh = self._started("mesh").mesh
+        if mesh is None:
+            raise UnsupportedError(
+                "This job has no mesh: pass mesh= to Lite, or combine strategies, as in "
+                f"strategy='{self.plan.choices['strategy'].name}+NAME'."
+            )
+        return mesh
 
     @property
     def global_rank(self) -> int:

@@ -38,6 +38,7 @@ from plugframe.data.stream_check import check_first_window
 from plugframe.deferred.module import check_values, resuming
 from plugframe.errors import OrderError, SettingError
 from plugframe.lite import checks, loop
+from plugframe.lite.conversion import Before, check_conversion
 from plugframe.state.parameter_names import ParameterNames, names_of
 from plugframe.utils.logging import warn_caller
 from plugframe.utils.rng import get_state, set_state
@@ -145,9 +146,10 @@ def setup_dataloaders(
 def _prepare(lite: Lite, module: M, move_to_device: bool, call: str) -> M:
     context = lite._started(call)
     # A deferred module is converted and moved without values too.
-    before = dict(module.named_parameters(remove_duplicate=False))
+    before, layout = dict(module.named_parameters(remove_duplicate=False)), Before.of(module)
     with resuming(module, context.device):
         module = lite._hooks.precision_convert_module(module=module)
+        check_conversion(lite, layout, module)
         if move_to_device:
             check_values(module)
             module = module.to(context.device)

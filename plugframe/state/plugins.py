@@ -41,15 +41,19 @@ class _Member:
 class PluginStates:
     """Saves and restores the states of the plugins of a job.
 
+    Args:
+        plugins: every plugin in use with its choice.
+        session: of the job.
+
     Raises:
         PluginContractError: if a plugin implements one hook of a pair, or hooks of another kind.
         SettingError: if two objects of one class have state and no `state_key` that distinguishes them.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, plugins: Sequence[tuple[Choice, Any]], session: Session) -> None:
         self._session = session
         self._members: dict[str, _Member] = {}
-        for choice, plugin in session.members:
+        for choice, plugin in plugins:
             _check_hooks(choice, plugin)
             state, load = HOOKS.get(choice.kind, ("", ""))
             if not state or marks_of(plugin, state) is None:

@@ -157,7 +157,8 @@ class RunState:
         # Where all ranks drew the same numbers, they continue to, whatever their data shards.
         if others or ("common" in saved[0] and len(shards) != count):
             what = " An epoch that had begun starts from its beginning." if self._restarts_epoch else ""
-            self._warning = _other_ranks(len(saved), world.world_size, new=count - len(shards)) + what
+            generators = _other_ranks(len(saved), world.world_size, new=count - len(shards)) if self._rng else ""
+            self._warning = (generators + what).strip()
 
     def _device_problem(self, mine: Mapping[str, Any]) -> str | None:
         """Try to load the state of the device's generator, and restore the current one."""

@@ -13,13 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plugframe._printable import names_text, printable_cause
 from plugframe.adopt.module import COMPILED, compiled_from
 from plugframe.checkpoint.stored import StoredTensor, fill, materialize
 from plugframe.checkpoint.tree import MAX_DEPTH
 from plugframe.checkpoint.values import is_numpy
 from plugframe.data.stateful import is_stateful
-from plugframe.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from plugframe.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMismatchError,
+    names_text,
+    printable_cause,
+)
 from plugframe.state.key_matching import contradictions, fill_tied, match
 from plugframe.state.optimizer import is_optimizer_state, match_setting_types, shape_mismatches
 from plugframe.state.parameter_names import ParameterNamer, differences, renamed, to_names, to_numbers

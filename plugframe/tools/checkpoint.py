@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from plugframe import __version__
-from plugframe._printable import names_text, printable
 from plugframe.cli.shared_options import disabling
 from plugframe.core.registry.registry import Entry, Registry
 from plugframe.errors import (
@@ -20,6 +19,8 @@ from plugframe.errors import (
     SettingError,
     UnsupportedError,
     closest,
+    names_text,
+    printable,
 )
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from plugframe.core.config.options import typed
 from plugframe.core.registry.registry import Entry, Registry
 from plugframe.hooks.descriptor import Plugin
 from plugframe.hooks.kinds import KINDS
 from plugframe.hooks.option import Option
+from plugframe.hooks.spelling import typed
 
 
 def show_plugins(registry: Registry, entries: list[Entry], *, as_json: bool) -> None:
@@ -57,7 +57,13 @@ def _show_options(entry: Entry, real: Entry, descriptor: Plugin) -> None:
     from plugframe.cli.table import show
 
     rows = [
-        [typed(entry.kind, real.name, option.name), _default(option), option.allowed, option.help] for option in options
+        [
+            typed(entry.kind, real.name if KINDS[entry.kind].many else "", option.name),
+            _default(option),
+            option.allowed,
+            option.help,
+        ]
+        for option in options
     ]
     show(("option", "default", "value", "help"), rows)
     section = f"{entry.kind}.{real.name}" if KINDS[entry.kind].many else entry.kind
@@ -92,7 +98,7 @@ def _as_object(registry: Registry, entry: Entry, own: Plugin, real: Entry, descr
         "options": [
             {
                 "name": option.name,
-                "typed": typed(entry.kind, real.name, option.name),
+                "typed": typed(entry.kind, real.name if KINDS[entry.kind].many else "", option.name),
                 "type": _type_name(option),
                 "default": option.default,
                 "help": option.help,

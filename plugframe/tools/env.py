@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from plugframe import __version__
+from plugframe._compat import metadata
 from plugframe.cli.shared_options import disabling
-from plugframe.core._compat import metadata
 from plugframe.core.registry.registry import Registry
 from plugframe.errors import PluginError
 

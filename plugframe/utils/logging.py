@@ -6,8 +6,7 @@ import logging
 import sys
 import warnings
 
-from plugframe._printable import printable
-from plugframe.errors import PlugframeWarning
+from plugframe.errors import PlugframeWarning, printable
 from plugframe.utils.own_packages import own_packages
 
 #: Third-party packages whose frames are skipped to find the user's line for a warning.

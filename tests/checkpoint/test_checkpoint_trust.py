@@ -730,8 +730,7 @@ def test_text_from_a_file_is_escaped(lite: Lite, tmp_path: Path, capsys: pytest.
 
 def test_errors_of_every_kind_are_escaped_once() -> None:
     """The message of an error, also from another rank, has no control characters, and is escaped once."""
-    from plugframe._printable import printable, printable_cause
-    from plugframe.errors import RankFailedError, RankLostError
+    from plugframe.errors import RankFailedError, RankLostError, printable, printable_cause
 
     for cls in (CheckpointError, RankFailedError, RankLostError):
         text = str(cls(f"a\n\tb{_EVIL}"))

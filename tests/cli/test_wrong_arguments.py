@@ -31,6 +31,7 @@ WRONG: dict[str, tuple[str | tuple[str, str], ...]] = {
     ),
     "--timeout": (("0", "above 0"), "-1", "soon", "nan", "inf"),
     "--report-after": ("-1", "soon", "nan", "inf"),
+    "--mesh": ("2", "data", "data=0", "data=x", "data=2,data=2", ("data=2", "has no axes of a mesh")),
     "--num-nodes": (("0", "from 1"), "-1", "x", "1.5", ("4:2", "MIN:MAX, such as 2:4"), "1:", "0:2", "a:b", ":3"),
     "--rdzv-endpoint": ((":29500", "such as node0:29500"), "host:0", "host:x", "host:99999"),
     "--node-rank": ("-1", "x", ("1", "there is one node: add --num-nodes"), "1.0"),

@@ -18,7 +18,7 @@ import pytest
 from fake_distributions import STRATEGY, in_folder, publish, shelf  # noqa: F401  a fixture
 from plugframe import Lite, PlugframeError, PlugframeWarning, PluginError
 from plugframe.core.registry.registry import Registry
-from plugframe.hooks import KINDS
+from plugframe.hooks import API, KINDS
 
 Put = Callable[..., None]
 #: How long one descriptor may take in these tests. Only the one that never ends takes it.
@@ -234,6 +234,6 @@ def test_each_installed_name_broken_in_turn_leaves_all_others(tmp_path: Path, mo
         for other in registry.entries():
             if other is not bad:
                 assert registry.find(other.kind, other.qualified) == other
-                assert registry.describe(other).api == 1
+                assert registry.describe(other).api == API
     for number in range(len(ways)):
         sys.modules.pop(f"way{number}", None)

@@ -13,7 +13,7 @@ CORE = PACKAGE / "core"
 MOST_LINES = 2_500
 MOST_MODULES = 4
 #: What the core may import of the project, besides itself.
-ALLOWED = ("plugframe.core", "plugframe.hooks", "plugframe.errors", "plugframe._printable")
+ALLOWED = ("plugframe.core", "plugframe.hooks", "plugframe.errors", "plugframe._compat")
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -21,7 +21,7 @@ def imported(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} imports relatively"
-            # ``from plugframe.core import _compat`` may import a module of that name.
+            # ``from plugframe import _compat`` may import a module of that name.
             names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "plugframe" else []
             yield from names or [str(node.module)]
         elif isinstance(node, ast.Import):

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from fake_distributions import publish
 from plugframe import Lite
+from plugframe._compat import metadata
 from plugframe.cli import cli
-from plugframe.core._compat import metadata
 from plugframe.core.registry.registry import Registry
 from plugframe.hooks import KINDS
 

@@ -20,12 +20,12 @@ from plugframe import Lite, Option, PlugframeWarning, Plugin, SettingError
 from plugframe.base import Accelerator, Environment, Extension, Logger, Strategy
 from plugframe.cli import cli
 from plugframe.cli.plan_table import plan_rows
-from plugframe.core.config.options import Given, from_variable, read, variable_of
 from plugframe.core.config.request import gather
 from plugframe.core.planning.plan import Plan
 from plugframe.core.planning.resolve import resolve
 from plugframe.core.registry.registry import Entry, Registry
 from plugframe.hooks import hookimpl
+from plugframe.hooks.spelling import Given, from_variable, read, variable_of
 from plugframe.hooks.variables import FROM_COMMAND_LINE, LAUNCHED
 from plugframe.launch.choose import choose_launcher
 from plugframe.testing.option_check import disagreements, parameters
@@ -497,7 +497,9 @@ def test_a_dry_run_shows_the_options_and_what_is_handed_over(registry: Registry)
         ("--strategy.level=2", "level=2 of strategy 'acme' needs timeout_s"),
         ("--strategy.level=", "--strategy.level needs a value after the '='"),
         ("--strategy.level=1 --strategy.level=3", "--strategy.level is given twice"),
-        ("--strategy.acme.level=2", "'--strategy.acme.level' is not an option.*--strategy.OPTION=VALUE"),
+        ("--strategy.acme.level=2", "level=2 of strategy 'acme' needs timeout_s"),
+        ("--strategy.acne.level=2", "strategy 'acne' is not in use. Did you mean 'acme'.* In use: acme"),
+        ("--launcher.acme.level=2", "'--launcher.acme.level' is not an option.*--launcher.OPTION=VALUE"),
         ("--logger.folder=x", "'--logger.folder' is not an option.*--logger.NAME.OPTION=VALUE"),
         ("--launcher.start-method=frok", "launcher.start_method='frok' .*Did you mean 'fork'"),
     ],
@@ -509,12 +511,23 @@ def test_a_wrong_option_is_one_line_and_starts_nothing(registry: Registry, words
     assert re.search(said, err), err
 
 
+def test_a_value_may_follow_a_blank(registry: Registry) -> None:
+    """Before the script and after it; a switch takes none."""
+    code, out, err = run(*"--strategy=acme --strategy.timeout-s 60 --strategy.fused --strategy.level 3".split())
+    assert (code, err) == (0, "")
+    assert "hands over: PLUGFRAME_STRATEGY__TIMEOUT_S=60" in out
+    assert "hands over: PLUGFRAME_STRATEGY__FUSED=true" in out
+    assert "hands over: PLUGFRAME_STRATEGY__LEVEL=3" in out
+    before = "--strategy=acme --strategy.timeout-s 60 --strategy.fused train.py --accelerator=cpu --devices=2 --dry-run"
+    assert "hands over: PLUGFRAME_STRATEGY__TIMEOUT_S=60" in plug("run", *before.split())[1]
+
+
 def test_words_that_miss(registry: Registry) -> None:
-    """A value after a blank, a misspelt kind before the script, and an option kept for the script."""
+    """A value of a switch after a blank, a misspelt kind before the script, and an option kept for the script."""
     Path("train.py").write_text("", encoding="utf-8")
     assert (
-        "'3' does not exist. For the value of the option before it, type --strategy.level=3."
-        in plug("run", "--strategy.level", "3", "train.py")[2]
+        "'3' does not exist. For the value of the option before it, type --strategy.fused=3."
+        in plug("run", "--strategy.fused", "3", "train.py")[2]
     )
     assert "Did you mean '--strategy.level'?" in plug("run", "--stratgy.level=3", "train.py")[2]
     assert "train.py --strategy.level=3" in run("--", "--strategy.level=3")[1]

@@ -217,7 +217,7 @@ HERE = __name__
 counted = Plugin(factory=f"{HERE}:Counted", preset={"stage": 2})
 previous = Plugin(factory=f"{HERE}:Counted", api=API)
 newer = Plugin(factory=f"{HERE}:Counted", api=API + 1)
-older = Plugin(factory=f"{HERE}:Counted", api=API - 1)
+older = Plugin(factory=f"{HERE}:Counted", api=API - 2)
 text = "text"
 failing = Plugin(factory=f"{HERE}:fail")
 leaving = Plugin(factory=f"{HERE}:leave")
@@ -254,8 +254,8 @@ def test_a_descriptor_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ("attribute", "said"),
     [
         ("text", r"strategy 'text' \(acme 1.2\) is broken: .*:text is a str, not a plugframe.Plugin. .*uninstall acme"),
-        ("newer", r"speaks version 2 .* this plugframe speaks 1: type 'pip install --upgrade plugframe'"),
-        ("older", r"speaks version 0 .* this plugframe speaks 1: type 'pip install --upgrade acme'"),
+        ("newer", r"speaks version 3 .* this plugframe speaks 2 and 1: type 'pip install --upgrade plugframe'"),
+        ("older", r"speaks version 0 .* this plugframe speaks 2 and 1: type 'pip install --upgrade acme'"),
         ("absent", r"its descriptor .*:absent failed to import with AttributeError.* uninstall acme"),
     ],
 )
@@ -272,7 +272,7 @@ def test_the_contract_before_this_one_is_still_spoken(monkeypatch: pytest.Monkey
     registry, found = published("previous")
     assert isinstance(registry.make(found), Counted)
     registry, found = published("older")
-    with pytest.raises(PluginLoadError, match=r"version 0 .* plugframe speaks 2 and 1: type .*--upgrade acme'"):
+    with pytest.raises(PluginLoadError, match=r"version 0 .* plugframe speaks 3 and 2: type .*--upgrade acme'"):
         registry.describe(found)
 
 

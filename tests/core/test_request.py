@@ -98,7 +98,7 @@ def test_variables_are_read_as_what_they_mean(empty: Path) -> None:
 
 def test_every_field_has_its_variable(empty: Path) -> None:
     """What can be said in the code can be said in a variable."""
-    values = {variable(field): "true" if field in SWITCHES else "2" for field in FIELDS}
+    values = {variable(field): "true" if field in SWITCHES else "2" for field in FIELDS} | {variable("mesh"): "a=2"}
     assert set(gather({}, environ=values, folder=empty).settings) == set(FIELDS)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from plugframe import (
     EnvironmentMismatchError,
+    Option,
     PlugframeWarning,
     Plugin,
     PluginContractError,
@@ -28,6 +29,7 @@ from plugframe.core.config.request import Request, Setting
 from plugframe.core.planning.plan import Plan
 from plugframe.core.planning.resolve import resolve
 from plugframe.core.registry.registry import Entry, Registry
+from plugframe.hooks.spelling import Given
 from plugframe.hooks.world import World
 from plugframe.launch.choose import choose_launcher
 
@@ -161,9 +163,9 @@ SHELF = (
     .put("accelerator", "big", plugin(best_of="big"))
     .put("strategy", "one", plugin(ranks="one", priority=100))
     .put("strategy", "many", plugin(priority=10, needs={"collective": ("group",)}))
-    .put("strategy", "only", plugin(devices=("chip",), precisions=("half",)))
+    .put("strategy", "only", plugin(devices=("chip",), conflicts={"precision": ("wide",)}))
     .put("strategy", "many_forked", plugin(alias_of="many", implies={"launcher": "functions"}))
-    .put("precision", "full", plugin(priority=10))
+    .put("precision", "full", plugin(priority=10, provides=("wide",)))
     .put("precision", "half", plugin(priority=5))
     .put("precision", "h", plugin(alias_of="half"))
     .put("precision", "tiny", plugin(devices=("chip",)))
@@ -417,7 +419,7 @@ def test_extensions_of_code_and_command_line(code: tuple[Any, ...], typed: tuple
         (
             {"strategy": "only", "precision": "full"},
             UnsupportedError,
-            "precision='full' is not supported by strategy 'only': choose one of 'half'",
+            "precision='full' has 'wide', which strategy 'only' does not support: choose 'half' or 'tiny'",
         ),
         (
             {"precision": "tiny", "accelerator": "host"},
@@ -440,7 +442,7 @@ def test_extensions_of_code_and_command_line(code: tuple[Any, ...], typed: tuple
             "accelerator='far' is not available on this machine: no such device. Available here: chip, host",
         ),
         ({"accelerator": "chip", "devices": 9}, SettingError, "devices=9 does not fit accelerator 'chip'"),
-        ({"strategy": ["many"]}, SettingError, "is neither the name of a plugin nor a strategy object"),
+        ({"precision": ["full"]}, SettingError, "is neither the name of a plugin nor a precision object"),
         ({"strategy": Chip}, SettingError, r"neither the name .* Pass an instance: Chip\(\)"),
         ({"strategy": Chip("x", 1)}, SettingError, "neither the name of a plugin nor a strategy object"),
         ({"strategy": "mny"}, UnknownPluginError, r"Did you mean 'many'\?"),
@@ -523,6 +525,60 @@ def test_auto_finds_what_provides_what_is_needed() -> None:
     )
     assert names(plan(shelf, strategy="fully"))["checkpoint"] == "shards"
     assert names(plan(shelf))["checkpoint"] == "file"
+
+
+def test_what_conflicts_is_refused() -> None:
+    """A strategy refuses what a precision does, not its name."""
+    shelf = SHELF.put("precision", "acme:odd", plugin(provides=("autocast",)))
+    assert names(plan(shelf, strategy="only", accelerator="chip", precision="odd"))["precision"] == "odd"
+    assert names(plan(shelf, strategy="only", accelerator="chip"))["precision"] == "half"
+    wide = SHELF.put("precision", "acme:odd", plugin(provides=("wide",)))
+    with pytest.raises(
+        UnsupportedError, match="'odd' has 'wide', which strategy 'only' does not support: choose 'half'"
+    ):
+        plan(wide, strategy="only", accelerator="chip", precision="odd")
+    picky = SHELF.put("checkpoint", "picky", plugin(conflicts={"accelerator": ("big",)}, priority=1))
+    shelf = picky.put("accelerator", "chip", plugin(devices=("chip",), priority=90, provides=("big",)), Chip("chip", 4))
+    with pytest.raises(UnsupportedError, match="accelerator 'chip' has 'big', which checkpoint 'picky' does not supp"):
+        plan(shelf, checkpoint="picky")
+
+
+def test_names_of_precisions_are_deprecated() -> None:
+    """A strategy of contract 1 lists names: they count, with a warning that says what replaces them."""
+    shelf = SHELF.put("strategy", "acme:old", plugin(precisions=("half",)))
+    with pytest.warns(
+        PlugframeWarning, match=r"old \(acme 1.2\) lists the names .* replace precisions= .* by conflicts="
+    ):
+        assert names(plan(shelf, strategy="old"))["precision"] == "half"
+    with (
+        pytest.warns(PlugframeWarning, match="deprecated"),
+        pytest.raises(UnsupportedError, match="'full' is not supported by strategy 'old': choose 'half'"),
+    ):
+        plan(shelf, strategy="old", precision="full")
+
+
+def test_a_descriptor_depends_on_options() -> None:
+    """What a plugin provides and needs, and how many ranks it takes, can follow from its options."""
+
+    def ranks(options: Mapping[str, Any], num_ranks: int) -> str | None:
+        return f"needs a multiple of stages={options['stages']} ranks" if num_ranks % options["stages"] else None
+
+    staged = plugin(
+        options=(Option("stages", int, 2), Option("shards", bool, False)),
+        ranks=ranks,
+        for_options=lambda options: {"needs": {"collective": ("group",)}} if options["shards"] else {},
+    )
+    shelf = SHELF.put("strategy", "staged", staged)
+    assert names(plan(shelf, strategy="staged", devices=2))["collective"] == "wire"
+    with pytest.raises(UnsupportedError, match="'staged' needs a multiple of stages=2 ranks, and there are 3: use"):
+        plan(shelf, strategy="staged", devices=3)
+    given = Given("strategy", "", "shards", "true", "the command line", "command")
+    asked = replace(ask(strategy="staged", devices=2, collective="string"), options=(given,))
+    with pytest.raises(UnsupportedError, match="'string' does not provide 'group', which strategy 'staged' needs"):
+        resolve(asked, shelf, {})
+    broken = SHELF.put("strategy", "acme:odd", plugin(for_options=lambda options: {"wings": 2}))
+    with pytest.raises(PluginLoadError, match=r"odd \(acme 1.2\) is broken: for_options\(\) returned .*'wings': 2"):
+        plan(broken, strategy="odd")
 
 
 # ---------------------------------------------------------------------- launchers

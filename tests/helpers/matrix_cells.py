@@ -118,7 +118,7 @@ class Matrix:
         return {strategy.name for strategy in self.strategies if "sharded" not in strategy.plugin.provides}
 
     def unhonoured(self) -> list[tuple[Installed, Installed]]:
-        """Return the strategies with the precisions that they do not list."""
+        """Return the strategies with the precisions that do what they cannot take."""
         return [(s, p) for s in self.strategies for p in self.precisions if s.fits(1) and not honours(s, p)]
 
     def misfits(self, kind: str) -> list[tuple[Installed, int]]:
@@ -133,7 +133,11 @@ class Matrix:
         """
         families: dict[str, list[Installed]] = {}
         for strategy in self.strategies:
-            if strategy.absent is None and strategy.fits(1) and honours_name(strategy, EXACT):
+            if (
+                strategy.absent is None
+                and strategy.fits(1)
+                and any(honours(strategy, each) for each in self.precisions if each.name == EXACT)
+            ):
                 families.setdefault(strategy.plugin.factory, []).append(strategy)
         sources, targets = ({factory: itertools.cycle(names) for factory, names in families.items()} for _ in "st")
         pairs: list[tuple[Installed, Installed]] = []
@@ -155,12 +159,9 @@ class Matrix:
 
 
 def honours(strategy: Installed, precision: Installed) -> bool:
-    """Say whether the strategy's descriptor allows the precision."""
-    return honours_name(strategy, precision.name)
-
-
-def honours_name(strategy: Installed, precision: str) -> bool:
-    return not strategy.plugin.precisions or precision in strategy.plugin.precisions
+    """Say whether the precision does nothing that the strategy's descriptor refuses."""
+    refused = strategy.plugin.conflicts.get("precision", ())
+    return not set(refused) & set(precision.plugin.provides)
 
 
 def in_order(cells: Iterable[Cell]) -> list[tuple[int, list[Cell]]]:

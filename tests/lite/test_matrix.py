@@ -300,9 +300,11 @@ def test_checkpoints_pass_between_strategies(cell: Passing, outcome: dict[str, A
     ("strategy", "precision"), [pytest.param(s, p, id=f"{s.name}-{p.name}") for s, p in MATRIX.unhonoured()]
 )
 def test_precisions_that_are_not_honoured_are_refused(strategy: Installed, precision: Installed) -> None:
-    """A precision that a strategy does not list is refused, with both names and those that it lists."""
-    instead = ", ".join(repr(name) for name in strategy.plugin.precisions)
-    expected = f"precision={precision.name!r} is not supported by strategy {strategy.name!r}: choose one of {instead}"
+    """A precision that does what a strategy cannot take is refused, with both names and what that is."""
+    refused = next(each for each in strategy.plugin.conflicts["precision"] if each in precision.plugin.provides)
+    expected = (
+        f"precision={precision.name!r} has {refused!r}, which strategy {strategy.name!r} does not support: choose "
+    )
     with pytest.raises(UnsupportedError, match=re.escape(expected)):
         Lite(accelerator="cpu", devices=1, strategy=strategy.name, precision=precision.name)
 

@@ -89,6 +89,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("precision", "Right", "", ""),
     ("precision", "Full", precision.DTYPES, "a_forward_computes_in_the_dtype"),
     ("precision", "Copies", precision.IN_PLACE, "a_module_is_converted_in_place"),
+    ("precision", "Unlisted", precision.LISTED, "a_module_is_converted_in_place"),
     ("precision", "Halves", precision.UNTOUCHED, "what_is_no_float_tensor_is_untouched"),
     ("precision", "Raw", precision.RETURNED, "a_forward_computes_in_the_dtype"),
     ("precision", "Settles", precision.REFUSED, "what_the_device_cannot_compute_is_refused"),

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from plugframe._compat import metadata
 from plugframe.cli import cli
-from plugframe.core._compat import metadata
 from plugframe.core.registry.registry import Entry, Registry
 from plugframe.tools.diagnosis import machine, plugins, selftest
 from plugframe.tools.diagnosis.finding import Finding

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from plugframe.core import _compat
+from plugframe import _compat
 from plugframe.errors import SettingError
 from plugframe.hooks.variables import CONFIG
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from plugframe.core.config.files import POLICY_KEYS, find_file, read_file
-from plugframe.core.config.options import MANY, PREFIX, SEPARATOR, Given, from_section, from_variable, variable_of
 from plugframe.errors import SettingError, closest, shown
 from plugframe.hooks.kinds import KINDS
+from plugframe.hooks.mesh import is_mesh, mesh_text, parse_mesh
+from plugframe.hooks.spelling import MANY, PREFIX, SEPARATOR, Given, from_section, from_variable, variable_of
 from plugframe.hooks.variables import ALL, FROM_COMMAND_LINE, LAUNCHED, PATIENT
 
 #: Settings that name one plugin, or "auto".
@@ -21,7 +23,7 @@ NAMES = tuple(kind.name for kind in KINDS.values() if not kind.many)
 LISTS = (*(kind.setting for kind in KINDS.values() if kind.many), "callbacks")
 NUMBERS = ("num_nodes", "timeout_s", "report_after_s")
 SWITCHES = ("diagnostics",)
-FIELDS = (*NAMES, "devices", *NUMBERS, *SWITCHES, *LISTS)
+FIELDS = (*NAMES, "devices", "mesh", *NUMBERS, *SWITCHES, *LISTS)
 
 CODE = "the code"
 
@@ -92,7 +94,7 @@ def gather(code: Mapping[str, Any], *, environ: Mapping[str, str] | None = None,
     for name, setting in [*given.items(), *typed.items(), *filed.items()]:
         _check(name, setting)
     overridden = {f: typed[f] for f in typed if f in given}
-    for name in (*NUMBERS, *SWITCHES, "devices", "callbacks"):
+    for name in (*NUMBERS, *SWITCHES, "devices", "mesh", "callbacks"):
         if name in overridden and _canonical(given[name].value) != _canonical(overridden[name].value):
             raise contradiction(name, given[name], overridden[name])
     return Request({**filed, **typed, **given}, overridden, tuple(notes), tuple(options), path)
@@ -121,6 +123,8 @@ def _canonical(value: Any) -> Any:
     """Return a canonical form of a value: equal for ``2`` and ``"2"``, different for ``[2]`` and ``"2,"``."""
     if isinstance(value, (list, tuple)):
         return tuple(map(_canonical, value))
+    if isinstance(value, Mapping):
+        return tuple(sorted(value.items()))
     if not isinstance(value, (str, int, float)):
         cls = value if isinstance(value, type) else type(value)
         return f"{cls.__module__}:{cls.__qualname__}"
@@ -161,6 +165,9 @@ def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Setting], list[
             value = tuple(part.strip() for part in text.split(",") if part.strip())
         elif field in NUMBERS and text != "auto":
             value = _number(field, text, source)
+        elif field == "mesh":
+            with suppress(ValueError):
+                value = parse_mesh(text)
         elif field in SWITCHES:
             value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
         found[field] = Setting(value, source)
@@ -207,6 +214,11 @@ def _check(field: str, setting: Setting) -> None:
     if field in SWITCHES:
         if not isinstance(value, bool):
             raise SettingError(f"{field}={value!r} in {source}: it is true or false.")
+        return
+    if field == "mesh":
+        if not is_mesh(value):
+            text = mesh_text(value) if isinstance(value, Mapping) else repr(value)
+            raise SettingError(f"mesh={text} in {source}: it is a number of ranks for each axis, such as a=2,b=-1.")
         return
     wrong = isinstance(value, bool) or (value == [] and field not in LISTS)
     if wrong or (field in NAMES and isinstance(value, float)):

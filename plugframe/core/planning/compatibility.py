@@ -24,15 +24,19 @@ class Target:
 
     def incompatibility(self, descriptor: Plugin) -> str | None:
         """Return why a plugin does not support this target; None if it does."""
-        if descriptor.ranks == "one" and self.world_size > 1:
+        if callable(descriptor.ranks):
+            problem = descriptor.ranks({}, self.world_size)
+            if problem:
+                return f"{problem}, and there {'are' if self.world_size > 1 else 'is'} {self.world_size}"
+        elif descriptor.ranks == "one" and self.world_size > 1:
             return f"works with one rank, and there are {self.world_size}"
         if descriptor.devices and self.device_type not in descriptor.devices:
             return f"works on {', '.join(descriptor.devices)}, and the device is {self.device_type}"
         return None
 
 
-def wanted(kind: str, users: Iterable[Choice], field: Literal["needs", "prefers"]) -> dict[str, Choice]:
-    """Return the capabilities that `users` request from a plugin of `kind`, each with the first that requests it."""
+def wanted(kind: str, users: Iterable[Choice], field: Literal["needs", "prefers", "conflicts"]) -> dict[str, Choice]:
+    """Return what `users` need, prefer or refuse of a plugin of `kind`, each capability with its first user."""
     found: dict[str, Choice] = {}
     for user in users:
         for capability in getattr(user.descriptor, field).get(kind, ()):
@@ -40,13 +44,17 @@ def wanted(kind: str, users: Iterable[Choice], field: Literal["needs", "prefers"
     return found
 
 
-def compatible(candidates: Iterable[Choice], target: Target, needs: Iterable[str] = ()) -> list[Choice]:
-    """Return the candidates that support the target and provide all needed capabilities."""
-    required = set(needs)
+def compatible(
+    candidates: Iterable[Choice], target: Target, needs: Iterable[str] = (), conflicts: Iterable[str] = ()
+) -> list[Choice]:
+    """Return the candidates that support the target, with all needed capabilities and none that conflicts."""
+    required, refused = set(needs), set(conflicts)
     return [
         choice
         for choice in candidates
-        if required <= set(choice.descriptor.provides) and target.incompatibility(choice.descriptor) is None
+        if required <= set(choice.descriptor.provides)
+        and not refused & set(choice.descriptor.provides)
+        and target.incompatibility(choice.descriptor) is None
     ]
 
 
@@ -65,7 +73,8 @@ def best(kind: str, target: Target, users: Sequence[Choice], installed: Installe
         UnsupportedError: if there is none.
     """
     needs, prefers = wanted(kind, users, "needs"), wanted(kind, users, "prefers")
-    found = ranked(compatible(installed.candidates(kind), target, needs), prefers)
+    conflicts = wanted(kind, users, "conflicts")
+    found = ranked(compatible(installed.candidates(kind), target, needs, conflicts), prefers)
     if not found:
         wants = f" providing {_by_user(needs)}" if needs else ""
         names = ", ".join(installed.catalogue.names(kind)) or "none"
@@ -88,30 +97,31 @@ def asked_or_best(
     """
     if asked is None:
         return best(kind, target, users, installed)
-    needs = wanted(kind, users, "needs")
-    problem = _lack(asked, needs) or target.incompatibility(asked.descriptor)
+    needs, conflicts = wanted(kind, users, "needs"), wanted(kind, users, "conflicts")
+    problem = misfit(asked, needs, conflicts) or target.incompatibility(asked.descriptor)
     if problem:
-        able = names_of(compatible(installed.candidates(kind), target, needs)) or "another"
+        able = names_of(compatible(installed.candidates(kind), target, needs, conflicts)) or "another"
         raise UnsupportedError(f"{kind}={asked.name!r} {problem}: choose {able}.")
     return asked
 
 
 def check_needs(choices: Mapping[str, Choice], users: Sequence[Choice]) -> None:
-    """Check that the plugins of a plan provide all capabilities that they need from each other.
+    """Check that the plugins of a plan provide what they need from each other, and nothing that conflicts.
 
     Raises:
-        UnsupportedError: if a plugin lacks what another one needs.
-        PluginContractError: if something is needed of a kind that is not part of a plan.
+        UnsupportedError: if a plugin lacks what another one needs, or does what another one cannot take.
+        PluginContractError: if `needs` or `conflicts` names a kind that is not part of a plan.
     """
     for user in users:
-        for kind in user.descriptor.needs:
-            if kind not in choices:
-                known = ", ".join(choices)
-                raise PluginContractError(
-                    f"{user.kind} {user.origin} has needs={{{kind!r}: …}}: a need is of one of {known}."
-                )
+        for field in ("needs", "conflicts"):
+            for kind in getattr(user.descriptor, field):
+                if kind not in choices:
+                    known = ", ".join(choices)
+                    raise PluginContractError(
+                        f"{user.kind} {user.origin} has {field}={{{kind!r}: …}}: the kind is one of {known}."
+                    )
     for kind, choice in choices.items():
-        problem = _lack(choice, wanted(kind, users, "needs"))
+        problem = misfit(choice, wanted(kind, users, "needs"), wanted(kind, users, "conflicts"))
         if problem:
             raise UnsupportedError(f"{kind} {choice.name!r} {problem}: choose another.")
 
@@ -121,10 +131,14 @@ def names_of(choices: Iterable[Choice]) -> str:
     return " or ".join(repr(choice.name) for choice in choices)
 
 
-def _lack(choice: Choice, needs: Mapping[str, Choice]) -> str | None:
+def misfit(choice: Choice, needs: Mapping[str, Choice], conflicts: Mapping[str, Choice]) -> str | None:
+    """Return why a plugin does not fit the others; None if it does."""
     for capability, user in needs.items():
         if capability not in choice.descriptor.provides:
             return f"does not provide {capability!r}, which {user.kind} {user.name!r} needs"
+    for capability, user in conflicts.items():
+        if capability in choice.descriptor.provides:
+            return f"has {capability!r}, which {user.kind} {user.name!r} does not support"
     return None
 
 

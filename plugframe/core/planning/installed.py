@@ -76,18 +76,23 @@ class Installed:
                 break
         return Choice(kind=kind, name=name, reason=reason, descriptor=descriptor, entry=entry, instance=instance)
 
-    def candidates(self, kind: str) -> list[Choice]:
-        """Return the candidates for ``"auto"``, by priority; note broken plugins and missing dependencies."""
+    def candidates(self, kind: str, *, by_name: bool = False) -> list[Choice]:
+        """Return the candidates for ``"auto"``, by priority; note broken plugins and missing dependencies.
+
+        Args:
+            by_name: include those that are selected by name only.
+        """
         found: list[Choice] = []
         for entry in self.catalogue.entries(kind):
             if self.catalogue.shadowed(entry):
                 continue
             try:
                 descriptor = self.catalogue.describe(entry)
-                if descriptor.priority is None or not descriptor.factory:
+                if (descriptor.priority is None and not by_name) or not descriptor.factory:
                     continue
+                descriptor = descriptor.with_options({})
                 absent = self.catalogue.absent(entry)
-            except PluginError as error:
+            except (PluginError, ValueError) as error:
                 self.note(str(error))
                 continue
             if absent:

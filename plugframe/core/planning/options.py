@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from plugframe.core.config.options import Given, plain, read
 from plugframe.core.config.request import Request, Setting
 from plugframe.core.planning.installed import Installed
 from plugframe.core.planning.plan import Choice, OptionValue
-from plugframe.errors import SettingError, UsageError, closest
+from plugframe.errors import PluginLoadError, SettingError, UsageError, closest
 from plugframe.hooks.kinds import KINDS
+from plugframe.hooks.spelling import Given, plain, read
 
 Note = Callable[[str], object]
 
@@ -22,6 +22,9 @@ def configured(choice: Choice, request: Request, installed: Installed) -> Choice
         SettingError: for an option the plugin does not have, a wrong value, or options of an object in the code.
     """
     given = [each for each in request.options if each.kind == choice.kind]
+    for each in given:
+        if KINDS[choice.kind].composes and each.by != "file" and each.plugin and not _is_for(each, choice):
+            raise SettingError(_not_in_use(each, [choice]))
 
     def of_another(each: Given) -> bool:
         """Return whether a settings file sets the option for another plugin, which that file selects."""
@@ -35,7 +38,7 @@ def configured(choice: Choice, request: Request, installed: Installed) -> Choice
     elsewhere = [each for each in given if of_another(each)]
     if elsewhere:
         installed.note(_of_another(elsewhere, choice))
-    return _configured(choice, [each for each in given if each not in elsewhere], installed.note)
+    return _settled(_configured(choice, [each for each in given if each not in elsewhere], installed.note))
 
 
 def all_configured(kind: str, choices: Sequence[Choice], request: Request, installed: Installed) -> tuple[Choice, ...]:
@@ -50,12 +53,36 @@ def all_configured(kind: str, choices: Sequence[Choice], request: Request, insta
         mine = [each for each in given if _is_for(each, choice)]
         named = any(other.instance is None and other.qualified == choice.qualified for other in choices)
         # Beside a named one, an object of the same class has options of its own.
-        found.append(choice if choice.instance is not None and named else _configured(choice, mine, installed.note))
+        found.append(
+            _settled(choice if choice.instance is not None and named else _configured(choice, mine, installed.note))
+        )
     for each in given:
         if not any(_is_for(each, choice) for choice in choices):
             # A file may hold options of plugins that are not in use.
             _refuse(_not_in_use(each, choices), installed.note if each.by != "command" else None)
     return tuple(found)
+
+
+def configured_together(choices: Sequence[Choice], request: Request, installed: Installed) -> list[Choice]:
+    """Return composed plugins with their options: those of one are typed with its name, or are no other's.
+
+    Raises:
+        SettingError: as `configured`, for an option that several have, and for options of a plugin that is not in use.
+    """
+    given = [each for each in request.options if each.kind == choices[0].kind]
+    mine: dict[str, list[Given]] = {choice.qualified: [] for choice in choices}
+    for each in given:
+        named = [choice for choice in choices if _is_for(each, choice)]
+        having = [choice for choice in choices if any(option.name == each.name for option in choice.descriptor.options)]
+        owners = named if each.plugin else having
+        if not owners and each.plugin:
+            _refuse(_not_in_use(each, choices), installed.note if each.by == "file" else None)
+            continue
+        if len(owners) > 1:
+            words = " or ".join(replace(each, plugin=choice.name).spelled(each.name) for choice in owners)
+            raise SettingError(f"{each.shown}: {' and '.join(c.name for c in owners)} have this option: write {words}.")
+        mine[(owners or choices)[-1].qualified].append(each)
+    return [_settled(_configured(choice, mine[choice.qualified], installed.note)) for choice in choices]
 
 
 def _configured(choice: Choice, given: Sequence[Given], note: Note) -> Choice:
@@ -84,6 +111,18 @@ def _configured(choice: Choice, given: Sequence[Given], note: Note) -> Choice:
             )
         found.append(OptionValue(each.name, value, each.key, each.source))
     return replace(choice, options=tuple(found))
+
+
+def _settled(choice: Choice) -> Choice:
+    """Return the choice with the descriptor for its options; those of an object are its attributes."""
+    given = choice.arguments
+    if choice.instance is not None:
+        names = [option.name for option in choice.descriptor.options if hasattr(choice.instance, option.name)]
+        given = {name: getattr(choice.instance, name) for name in names}
+    try:
+        return replace(choice, descriptor=choice.descriptor.with_options(given))
+    except Exception as error:
+        raise PluginLoadError(f"{choice.kind} {choice.origin} is broken: {error}") from error
 
 
 def _refuse(message: str, note: Note | None) -> None:

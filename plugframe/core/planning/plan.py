@@ -10,6 +10,7 @@ from plugframe.core.registry.catalogue import Catalogue
 from plugframe.core.registry.entry_points import Entry
 from plugframe.hooks.context import REPORT_AFTER_S
 from plugframe.hooks.descriptor import Plugin
+from plugframe.hooks.mesh import MeshLayout
 from plugframe.hooks.world import World
 
 
@@ -88,6 +89,8 @@ class Plan:
 
     Attributes:
         choices: the selected plugin of each kind that has one.
+        composed: the strategies besides that of `choices`, in the order in which they are applied to a module.
+        mesh: the axes of the device mesh; None for one strategy without ``mesh=``.
         extensions: in the order asked for; the first wraps outermost.
         loggers: in the order asked for.
         devices: device index of each local rank.
@@ -107,6 +110,8 @@ class Plan:
     num_nodes: int
     launched: bool
     world: World | None = None
+    composed: tuple[Choice, ...] = ()
+    mesh: MeshLayout | None = None
     extensions: tuple[Choice, ...] = ()
     loggers: tuple[Choice, ...] = ()
     timeout_s: float | None = None
@@ -126,9 +131,11 @@ class Plan:
 
     def all_choices(self) -> list[Choice]:
         """Return all plugins in use."""
-        return [*self.choices.values(), *self.extensions, *self.loggers]
+        return [*self.choices.values(), *self.composed, *self.extensions, *self.loggers]
 
     def line(self) -> str:
         """Return the plan in one line: every plugin in use with its package and version."""
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        if self.mesh is not None:
+            ranks += f" ({self.mesh})"
         return f"{ranks}, " + ", ".join(f"{c.kind} {c.origin}" for c in self.all_choices())

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from plugframe.core.config.request import CODE, NAMES, Request, Setting, contradiction
+from plugframe.core.planning.composition import COMPOSED, in_order
 from plugframe.core.planning.installed import Installed, is_name
 from plugframe.core.planning.plan import Choice
 from plugframe.errors import PluginLoadError, SettingError, shown
 from plugframe.hooks.kinds import KINDS, kind_of
+from plugframe.hooks.spelling import is_composed, parts_of
 
 #: Settings of the plugin objects in ``plugins=``, by kind; extensions are left out.
 Objects = Mapping[str, list[Setting]]
@@ -21,12 +23,15 @@ class Requested:
     """The requested plugins.
 
     Attributes:
-        single: by kind, for kinds of one plugin; a kind that is ``"auto"`` is absent.
+        single: by kind, for kinds of one plugin; a kind that is ``"auto"`` is absent. Of composed strategies it is the
+            one that divides the batch.
+        composed: the other strategies, in the order in which they are applied.
         extensions: in the order asked for, those that another plugin implies at the end.
         loggers: in the order asked for.
     """
 
     single: Mapping[str, Choice]
+    composed: tuple[Choice, ...]
     extensions: tuple[Choice, ...]
     loggers: tuple[Choice, ...]
 
@@ -40,9 +45,12 @@ def requested(request: Request, installed: Installed) -> Requested:
     """
     objects = _objects(request.value("plugins", ()))
     implied, added = _implied(request, objects, installed)
-    single = {kind: _single(kind, request, objects, implied, installed) for kind in NAMES}
+    single = {kind: _single(kind, request, objects, implied, installed) for kind in NAMES if kind != COMPOSED}
+    strategies = composed(COMPOSED, request, objects, implied, installed)
+    single[COMPOSED] = strategies[-1] if strategies else None
     return Requested(
         single={kind: choice for kind, choice in single.items() if choice is not None},
+        composed=tuple(strategies[:-1]),
         extensions=_listed("extension", request, [], added, installed),
         loggers=_listed("logger", request, objects.get("logger", []), [], installed),
     )
@@ -67,7 +75,7 @@ def _implied(request: Request, objects: Objects, installed: Installed) -> tuple[
     added: list[Setting] = []
     for kind in NAMES:
         for setting in (request.get(kind), request.overridden.get(kind), *objects.get(kind, ())):
-            if setting is None:
+            if setting is None or (kind == COMPOSED and is_composed(setting.value)):
                 continue
             asked, (origin, implies) = f"{kind}={shown(setting.value)}", _implications(kind, setting, installed)
             for other, value in implies.items():
@@ -118,6 +126,25 @@ def _single(
     if choice.descriptor.best_of in rival.descriptor.tags:
         return rival
     raise contradiction(kind, setting, other)
+
+
+def composed(
+    kind: str, request: Request, objects: Objects, implied: Mapping[str, Setting], installed: Installed
+) -> list[Choice]:
+    """Return the strategies in the order in which they are applied: the one that divides the batch is the last."""
+    setting, other = request.get(kind), request.overridden.get(kind)
+    if not any(each is not None and is_composed(each.value) for each in (setting, other)):
+        found = _single(kind, request, objects, implied, installed)
+        return [] if found is None else [found]
+    if objects.get(kind):
+        raise SettingError(f"{kind} is given twice, the second time in plugins=. Put the object into the list {kind}=.")
+    assert setting is not None
+    choices = [installed.choose(kind, Setting(each, setting.source)) for each in parts_of(setting.value)]
+    if other is not None:
+        rivals = [installed.choose(kind, Setting(each, other.source)) for each in parts_of(other.value)]
+        if sorted(each.qualified for each in choices) != sorted(each.qualified for each in rivals):
+            raise contradiction(kind, setting, other)
+    return in_order(choices, setting, installed)
 
 
 def _listed(

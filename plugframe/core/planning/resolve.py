@@ -15,16 +15,29 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from plugframe.core.config.request import Request
-from plugframe.core.planning.compatibility import Target, asked_or_best, best, check_needs, compatible, names_of
+from plugframe.core.planning.compatibility import (
+    Target,
+    asked_or_best,
+    best,
+    check_needs,
+    compatible,
+    misfit,
+    names_of,
+    wanted,
+)
+from plugframe.core.planning.composition import combined, mesh_layout
 from plugframe.core.planning.installed import Installed
 from plugframe.core.planning.machine import check_world, count_of, find_accelerator, find_devices, find_environment
-from plugframe.core.planning.options import all_configured, configured
+from plugframe.core.planning.options import all_configured, configured, configured_together
 from plugframe.core.planning.plan import Choice, Plan
 from plugframe.core.planning.requested import Requested, requested
 from plugframe.core.registry.catalogue import Catalogue
 from plugframe.errors import PlugframeWarning, UnsupportedError
 from plugframe.hooks.context import REPORT_AFTER_S
 from plugframe.hooks.world import World
+
+#: Kinds that are selected and configured here; the others are where this machine is asked about them.
+_SELECTED = ("strategy", "precision", "collective", "checkpoint")
 
 
 def resolve(request: Request, catalogue: Catalogue, environ: Mapping[str, str], *, launching: bool = False) -> Plan:
@@ -63,17 +76,30 @@ def warn_of(notes: Iterable[str]) -> None:
 
 
 def _plan(request: Request, asked: Requested, installed: Installed, environment: Choice, world: World | None) -> Plan:
-    strategy = asked.single.get("strategy")
-    accelerator = find_accelerator(asked.single.get("accelerator"), strategy, request, installed)
+    single = dict(asked.single)
+    composed = list(asked.composed)
+    if composed:
+        *composed, single["strategy"] = configured_together([*composed, single["strategy"]], request, installed)
+        single["strategy"] = combined(single["strategy"], composed)
+    for kind in _SELECTED[bool(composed) :]:
+        if kind in single:
+            single[kind] = configured(single[kind], request, installed)
+    strategy = single.get("strategy")
+    accelerator = find_accelerator(single.get("accelerator"), strategy, request, installed)
     devices, why = find_devices(accelerator, environment, strategy, world, request)
     num_nodes = world.num_nodes if world else int(request.value("num_nodes", 1))
     world_size = world.world_size if world else len(devices) * num_nodes
     target = Target(accelerator.instance.accelerator_device(devices[0]).type, world_size)
-    selected = [configured(each, request, installed) for each in _selected(asked, accelerator, target, installed)]
+    asked = replace(asked, single=single)
+    selected = [
+        each if each.kind in single else configured(each, request, installed)
+        for each in _selected(asked, accelerator, target, installed)
+    ]
     choices = {choice.kind: choice for choice in (accelerator, *selected, environment)}
     extensions = all_configured("extension", asked.extensions, request, installed)
     loggers = all_configured("logger", asked.loggers, request, installed)
     check_needs(choices, [*choices.values(), *extensions, *loggers])
+    mesh = mesh_layout([*composed, choices["strategy"]], request.get("mesh"), world_size)
     return Plan(
         choices=choices,
         devices=devices,
@@ -81,6 +107,8 @@ def _plan(request: Request, asked: Requested, installed: Installed, environment:
         num_nodes=num_nodes,
         launched=world is not None,
         world=world,
+        composed=tuple(composed),
+        mesh=mesh,
         extensions=extensions,
         loggers=loggers,
         timeout_s=request.value("timeout_s"),
@@ -115,18 +143,29 @@ def _strategy(asked: Choice | None, target: Target, installed: Installed) -> Cho
 
 
 def _precision(asked: Choice | None, strategy: Choice, target: Target, installed: Installed) -> Choice:
-    supported = strategy.descriptor.precisions
+    conflicts = wanted("precision", [strategy], "conflicts")
+    listed = strategy.descriptor.precisions
+    if listed:
+        installed.note(
+            f"strategy {strategy.origin} lists the names of precisions, which is deprecated since version 2 of the "
+            "plugin contract: replace precisions= of its descriptor by conflicts={'precision': (…)}."
+        )
+
+    def able(*, by_name: bool) -> list[Choice]:
+        found = compatible(installed.candidates("precision", by_name=by_name), target, (), conflicts)
+        return [choice for choice in found if not listed or choice.name in listed]
+
     if asked is None:
-        for candidate in compatible(installed.candidates("precision"), target):
-            if not supported or candidate.name in supported:
-                return replace(candidate, reason="auto: the first that strategy and device support")
+        for choice in able(by_name=False):
+            return replace(choice, reason="auto: the first that strategy and device support")
         refused = installed.refused("precision")
         raise UnsupportedError(f"No installed precision fits strategy {strategy.name!r} and {target}.{refused}")
-    if supported and asked.name not in supported:
-        raise UnsupportedError(
-            f"precision={asked.name!r} is not supported by strategy {strategy.name!r}: "
-            f"choose one of {', '.join(map(repr, supported))}."
-        )
+    problem = misfit(asked, {}, conflicts)
+    if listed and asked.name not in listed:
+        problem = f"is not supported by strategy {strategy.name!r}"
+    if problem:
+        use = names_of(able(by_name=True)) or "another strategy"
+        raise UnsupportedError(f"precision={asked.name!r} {problem}: choose {use}.")
     problem = target.incompatibility(asked.descriptor)
     if problem:
         raise UnsupportedError(f"precision={asked.name!r} {problem}: choose another precision or accelerator.")

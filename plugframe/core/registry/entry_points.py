@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from plugframe.core._compat import metadata
+from plugframe._compat import metadata
 
 PREFIX = "plugframe."
 OWN_DISTRIBUTION = "plugframe"

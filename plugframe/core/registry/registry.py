@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from plugframe.core._compat import metadata
+from plugframe._compat import metadata
 from plugframe.core.registry.entry_points import COMMAND, Entry, normalize, published
 from plugframe.core.registry.policy import Policy, read_policy
 from plugframe.errors import (

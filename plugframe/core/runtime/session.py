@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,9 +19,15 @@ from plugframe.hooks.kinds import KINDS, SETUP_ORDER
 from plugframe.hooks.variables import TRACE
 from plugframe.hooks.world import World
 
+#: Prepares a rank before the plugin of a kind is set up, and returns the context for it and those after it.
+Prepare = Callable[[Context, BoundHooks, ExitStack], Context]
+
 
 class Session:
     """The plugins of one `Lite`, from construction to tear-down.
+
+    Args:
+        before: called before the plugin of a kind is set up.
 
     Attributes:
         plan: the resolved plan.
@@ -33,8 +39,11 @@ class Session:
         deprecations: one sentence for each deprecated feature that a plugin uses.
     """
 
-    def __init__(self, plan: Plan, catalogue: Catalogue, callbacks: list[Any]) -> None:
+    def __init__(
+        self, plan: Plan, catalogue: Catalogue, callbacks: list[Any], before: Mapping[str, Prepare] | None = None
+    ) -> None:
         self.plan = plan
+        self._before = before or {}
         self.plugins: dict[str, Any] = {}
         self.members: list[tuple[Choice, Any]] = []
         self.context: Context | None = None
@@ -86,6 +95,8 @@ class Session:
                 setup = getattr(self.hooks, f"{kind}_setup")
                 if setup is None:  # of a kind of many, none is in use
                     continue
+                if kind in self._before:
+                    context = self._before[kind](context, self.hooks, self._undo)
                 # Undone even if the set-up itself fails half-way.
                 self._undo.callback(getattr(self.hooks, f"{kind}_teardown"))
                 setup(context=context)

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from plugframe.hooks import Dtypes
+from plugframe.lite.conversion import Before
 from plugframe.testing.contracts.precision_bench import PrecisionBench
-from plugframe.testing.contracts.precision_rules import CLEAN, DTYPES, IN_PLACE, RETURNED, UNTOUCHED
+from plugframe.testing.contracts.precision_rules import CLEAN, DTYPES, IN_PLACE, LISTED, RETURNED, UNTOUCHED
 from plugframe.testing.contracts.running import broken
 
 
@@ -44,12 +45,17 @@ class DtypeTests(PrecisionBench):
         module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).to(self.device)
         phase = nn.Parameter(torch.tensor([1 + 2j], device=self.device))
         module.register_parameter("phase", phase)
-        before = dict(module.named_parameters())
+        before, layout = dict(module.named_parameters()), Before.of(module)
         found = plugin.precision_convert_module(module=module)
         if found is not module:
             broken(IN_PLACE, f"precision_convert_module() returned another {type(found).__name__} object")
+        provides = self.descriptor.provides
+        for capability, what in layout.changes(module):
+            if capability not in provides:
+                broken(LISTED, f"{what} after a conversion, and the descriptor does not provide {capability!r}")
+        replaces = bool({"replaces-modules", "tensor-subclasses"} & set(provides))
         for name, parameter in module.named_parameters():
-            if parameter is not before[name]:
+            if not replaces and parameter is not before[name]:
                 broken(IN_PLACE, f"{name} was replaced: an optimizer created before would update the old one")
             if parameter.is_floating_point() and parameter.dtype is not plugin.precision_dtypes().parameter:
                 wanted = plugin.precision_dtypes().parameter

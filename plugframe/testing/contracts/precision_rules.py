@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 DTYPES = "Dtypes (parameters are stored, and results computed, in the dtypes of precision_dtypes())"
-IN_PLACE = "In place (a module is converted in place, with the same parameter objects)"
+IN_PLACE = (
+    'In place (a module is converted in place; its parameter objects stay, unless "replaces-modules" or '
+    '"tensor-subclasses" is provided)'
+)
+LISTED = "Listed (the descriptor provides the names of what a conversion does to a module)"
 UNTOUCHED = "Untouched (values other than floating-point tensors are unchanged, and containers keep their types)"
 RETURNED = "Returned (a forward returns torch's default dtype, so that losses are computed in it)"
 REFUSED = "Refused (a dtype the device does not support is an UnsupportedError, never replaced by another)"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from plugframe.errors import PluginError, UnsupportedError
+from plugframe.hooks import Plugin
 from plugframe.lite import Lite
 from plugframe.testing.contracts import strategy_ranks as ranks
 from plugframe.testing.contracts.base import PluginContract
@@ -19,7 +20,7 @@ from plugframe.testing.contracts.placed import accelerator_for
 from plugframe.testing.contracts.running import Alone, broken, chosen, once, one_line
 
 ONE_RANK = "One rank (a strategy for one rank is refused with more: each would train by itself)"
-SUPPORTED = "Supported (a precision that the descriptor does not list is refused, with both names)"
+SUPPORTED = "Supported (a precision that does what the descriptor refuses is refused, with both names)"
 DESCRIBED = "Described (strategy_describe returns lines for --dry-run, before set-up)"
 BACKWARD = "Backward (the arguments of lite.backward reach the strategy)"
 
@@ -54,10 +55,10 @@ class StrategyContract(PluginContract):
 
     def precision(self) -> str:
         """Return the name of a supported precision that computes in float32, as plain torch does."""
-        supported = self.descriptor.precisions
         for entry in sorted(self.registry.entries("precision"), key=lambda entry: not entry.builtin):
             try:
-                if not self.registry.describe(entry).factory or (supported and entry.name not in supported):
+                descriptor = self.registry.describe(entry)
+                if not descriptor.factory or not self._supports(entry.name, descriptor):
                     continue
                 dtypes = self.registry.make(entry).precision_dtypes()
             except PluginError:
@@ -118,20 +119,22 @@ class StrategyContract(PluginContract):
             pytest.skip("It works with any number of ranks.")
         self._refused(ONE_RANK, "2 ranks", [] if self.options else [self.entry.name], devices=2)
 
-    def test_precisions_it_does_not_list_are_refused(self) -> None:
-        """Lite raises for every other installed precision, with the names of both."""
-        supported = self.descriptor.precisions
-        if not supported:
-            pytest.skip("Its descriptor lists no precisions: any will do.")
+    def test_precisions_it_cannot_take_are_refused(self) -> None:
+        """Lite raises for every installed precision with a capability that conflicts, with the names of both."""
         for entry in self.registry.entries("precision"):
             try:
                 plugin = self.registry.describe(entry)
             except PluginError:
                 continue  # a broken package of a third party
-            if plugin.factory and entry.name not in supported and self.registry.absent(entry) is None:
+            if plugin.factory and not self._supports(entry.name, plugin) and self.registry.absent(entry) is None:
                 # An object goes by the first name its class is published under.
                 names = [entry.name] if self.options else [entry.name, self.entry.name]
                 self._refused(SUPPORTED, f"precision {entry.name!r}", names, devices=1, precision=entry.qualified)
+
+    def _supports(self, name: str, precision: Plugin) -> bool:
+        listed = self.descriptor.precisions
+        conflicts = self.descriptor.conflicts.get("precision", ())
+        return (not listed or name in listed) and not set(conflicts) & set(precision.provides)
 
     def _refused(self, rule: str, what: str, names: list[str], **settings: Any) -> None:
         try:

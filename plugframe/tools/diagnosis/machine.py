@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from plugframe import __version__
-from plugframe.core._compat import metadata
+from plugframe._compat import metadata
 from plugframe.core.registry.entry_points import OWN_DISTRIBUTION
 from plugframe.tools.diagnosis.finding import Finding
 

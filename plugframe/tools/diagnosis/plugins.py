@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from plugframe.core._compat import metadata, tomllib
+from plugframe._compat import metadata, tomllib
 from plugframe.core.planning.plan import Choice
 from plugframe.core.registry.entry_points import Entry, name_and_version, normalize
 from plugframe.core.registry.registry import Registry

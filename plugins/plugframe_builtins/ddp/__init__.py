@@ -1,6 +1,6 @@
 """Data parallelism: replicated models, averaged gradients."""
 
-from plugframe import Plugin
+from plugframe import Axis, Plugin
 from plugframe_builtins.ddp.options import OPTIONS
 
 _SHARDED = "torch has retired it; use strategy='fsdp', or 'ddp' where the model fits."
@@ -11,6 +11,8 @@ plugin = Plugin(
     priority=10,
     provides=("local-backward",),
     needs={"collective": ("process-group",)},
+    # The second is for `fully_shard`, which averages for it beside other strategies.
+    axes=(Axis("data", samples=True), Axis("shard", size=1)),
     options=OPTIONS,
     retired={
         "dp": "its ranks were threads of one process; use strategy='ddp'.",

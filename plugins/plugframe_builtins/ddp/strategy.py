@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from plugframe.base import Strategy
 from plugframe.deferred.module import is_deferred, materialize_module
-from plugframe.errors import OrderError, UnsupportedError
+from plugframe.errors import OrderError, SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
@@ -82,6 +82,14 @@ class DDP(Strategy):
             sync_batchnorm=sync_batchnorm,
         )
         check_compression(gradient_compression, powersgd)
+        self._of_buckets = {
+            "gradient_as_bucket_view": gradient_as_bucket_view or None,
+            "bucket_cap_mb": bucket_cap_mb,
+            "broadcast_buffers": None if broadcast_buffers else False,
+            "timeout_s": timeout_s,
+            "gradient_compression": gradient_compression,
+            "sync_batchnorm": sync_batchnorm or None,
+        }
         self.broadcast_buffers = broadcast_buffers
         self.timeout_s = timeout_s
         self.gradient_compression = gradient_compression
@@ -120,6 +128,19 @@ class DDP(Strategy):
         if self.timeout_s is not None:
             self._group = dist.new_group(timeout=timedelta(seconds=self.timeout_s))
             self._undo.callback(_destroy, self._group)
+
+    @hookimpl
+    def strategy_compose(self) -> Strategy:
+        for name, value in self._of_buckets.items():
+            if value is not None:
+                raise SettingError(
+                    f"{name}={value!r} of strategy 'ddp' has no effect beside another strategy, where torch's "
+                    "fully_shard averages the gradients: leave it out."
+                )
+        # Imported late: ddp alone needs nothing of it.
+        from plugframe_builtins._shared.fully_shard.replicated import Replicated
+
+        return Replicated("ddp")
 
     @hookimpl
     def strategy_teardown(self) -> None:

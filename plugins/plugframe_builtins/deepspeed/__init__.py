@@ -8,7 +8,7 @@ def _named(what: str, **preset: object) -> Plugin:
     return Plugin(
         factory="plugframe_builtins.deepspeed.strategy:DeepSpeed",
         summary=f"DeepSpeed ZeRO {what}.",
-        precisions=("32-true", "bf16-mixed", "bf16-true", "16-mixed"),
+        conflicts={"precision": ("float64-parameters", "float16-parameters", "tensor-subclasses")},
         provides=("sharded",),
         needs={"collective": ("process-group",)},
         prefers={"checkpoint": ("sharded",)},

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from plugframe.errors import SettingError, UnsupportedError
+from plugframe.hooks import Dtypes
 
 Config = dict[str, Any]
 
@@ -34,8 +37,8 @@ _ELSEWHERE = {
     "curriculum_learning": "set it in the DataLoader",
     "dump_state": "use --dry-run",
 }
-#: DeepSpeed's section for each precision.
-_SECTION = {"bf16-mixed": "bf16", "bf16-true": "bf16", "16-mixed": "fp16"}
+#: DeepSpeed's section for each dtype of the arithmetic.
+_SECTION = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,19 +142,21 @@ def _walk(raw: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def final_config(options: Options, raw: Config, precision: str | None) -> Config:
+def final_config(options: Options, raw: Config, dtypes: Dtypes | None, precision: str = "") -> Config:
     """Return DeepSpeed's configuration: the named options, overridden by `raw`.
 
     Args:
-        precision: its name; None if not resolved yet.
+        dtypes: of the precision; None if not resolved yet.
+        precision: its name, for messages.
 
     Raises:
         SettingError: if `raw` contradicts the precision, or lacks settings for offloading.
         UnsupportedError: for a precision that this stage does not support.
     """
-    config = merged(_from_options(options), _from_precision(precision))
-    if precision is not None:
-        _check_precision(raw, precision)
+    config = _from_options(options)
+    if dtypes is not None:
+        config = merged(config, _from_precision(dtypes, precision))
+        _check_precision(raw, dtypes, precision)
     config = merged(config, raw)
     zero = config["zero_optimization"]
     if zero["stage"] not in (0, 1, 2, 3):
@@ -160,7 +165,7 @@ def final_config(options: Options, raw: Config, precision: str | None) -> Config
         raise SettingError(
             f"config['zero_optimization.overlap_comm']=True has no effect in stage {zero['stage']}: leave it out."
         )
-    if zero["stage"] == 0 and precision is not None and precision in _SECTION:
+    if zero["stage"] == 0 and dtypes is not None and dtypes.compute in _SECTION:
         raise UnsupportedError(
             f"stage=0 of strategy 'deepspeed' trains in float32, and precision={precision!r} was asked for: use "
             "stage=1, or strategy='ddp'."
@@ -211,18 +216,24 @@ def _from_options(options: Options) -> Config:
     }
 
 
-def _from_precision(precision: str | None) -> Config:
-    section = _SECTION.get(precision or "")
-    if section is None:
+def _from_precision(dtypes: Dtypes, precision: str) -> Config:
+    pair = (dtypes.parameter, dtypes.compute)
+    if pair == (torch.float32, torch.float32):
         return {}
-    if precision == "bf16-true":
+    if pair == (torch.bfloat16, torch.bfloat16):
         return {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+    section = _SECTION.get(dtypes.compute)
+    if section is None or dtypes.parameter is not torch.float32:
+        raise UnsupportedError(
+            f"precision={precision!r} has parameters in {dtypes.parameter} and computes in {dtypes.compute}, which "
+            "strategy 'deepspeed' does not: use precision='bf16-mixed' or '32-true', or strategy='fsdp'."
+        )
     # Micro-batches are accumulated in full precision.
     return {section: {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
 
-def _check_precision(raw: Config, precision: str) -> None:
-    wanted = _SECTION.get(precision)
+def _check_precision(raw: Config, dtypes: Dtypes, precision: str) -> None:
+    wanted = _SECTION.get(dtypes.compute)
     for section, names in (("bf16", "'bf16-mixed'"), ("fp16", "'16-mixed'")):
         asked = raw.get(section)
         enabled = asked.get("enabled", False) if isinstance(asked, Mapping) else bool(asked)

@@ -64,7 +64,8 @@ class SetUp(Strategy):
     @hookimpl
     def strategy_setup(self, context: Context) -> None:
         super().strategy_setup(context)
-        self._config = configs.final_config(self.options, self._raw, context.names["precision"])
+        dtypes = context.hooks.precision_dtypes()
+        self._config = configs.final_config(self.options, self._raw, dtypes, context.names["precision"])
         if context.hooks.collective_process_group() is None:
             raise UnsupportedError(
                 f"strategy 'deepspeed' needs a process group, and collective {context.names.get('collective')!r} has "
@@ -234,7 +235,7 @@ class SetUp(Strategy):
         check_optimizer(optimizer, self.stage, self.context.world.world_size)
         if self._is_fp16 and self._engines:
             raise UnsupportedError(
-                "Two models train, and under precision='16-mixed' DeepSpeed gives each a loss scale of its own, while "
+                "Two models train, and in float16 DeepSpeed gives each a loss scale of its own, while "
                 "a loss has one: use precision='bf16-mixed'."
             )
 

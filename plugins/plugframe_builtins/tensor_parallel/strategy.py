@@ -13,10 +13,10 @@ from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe_builtins._shared.fully_shard.strategy import FullyShardedStrategy
 from plugframe_builtins._shared.sharding.mesh import make_mesh
-from plugframe_builtins.tensor_parallel.plan import Plan, apply_plan, check_plan
+from plugframe_builtins.tensor_parallel.plan import Plan, check_plan
+from plugframe_builtins.tensor_parallel.split import ATTRIBUTE, Split, split
 
-#: The attribute of a model's own plan.
-ATTRIBUTE = "tensor_parallel_plan"
+__all__ = ["ATTRIBUTE", "TensorParallel"]
 
 
 class TensorParallel(FullyShardedStrategy):
@@ -48,6 +48,7 @@ class TensorParallel(FullyShardedStrategy):
         **options: Any,
     ) -> None:
         super().__init__(mesh=mesh, **options)
+        self._options = {"mesh": mesh, **options} if mesh is not None else options
         if plan is not None and parallelize is not None:
             raise SettingError("strategy 'tensor_parallel' takes one of plan= and parallelize=, got both.")
         if plan is not None:
@@ -56,6 +57,10 @@ class TensorParallel(FullyShardedStrategy):
             raise SettingError(f"parallelize={parallelize!r} of strategy 'tensor_parallel' must be f(module, mesh).")
         self.plan = plan
         self.parallelize = parallelize
+
+    def _own_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
+        super()._own_mesh(mesh)  # for its check
+        return mesh
 
     def _make_mesh(self, context: Context) -> DeviceMesh:
         return make_mesh(self.name, self.mesh or {"tensor": -1}, self.axes, context)
@@ -72,21 +77,17 @@ class TensorParallel(FullyShardedStrategy):
         return True if self.reshard_after_forward is None else self.reshard_after_forward
 
     def _parallelize(self, module: nn.Module) -> None:
-        mesh = super()._data_mesh["tensor"]
-        if self.parallelize is not None:
-            self.parallelize(module, mesh)
-            return
-        plan, where = self.plan, "plan= of strategy 'tensor_parallel'"
-        if plan is None:
-            plan, where = getattr(module, ATTRIBUTE, None), f"{type(module).__name__}.{ATTRIBUTE}"
-            if plan is None:
-                raise SettingError(
-                    f"strategy 'tensor_parallel' has no plan to split this {type(module).__name__}: pass "
-                    f'TensorParallel(plan={{"blocks.*.up": "colwise", …}}), or give the model such an attribute '
-                    f"{ATTRIBUTE}."
-                )
-            check_plan(plan, where)
-        apply_plan(module, plan, mesh, where)
+        split(module, super()._data_mesh["tensor"], self.plan, self.parallelize)
+
+    @hookimpl
+    def strategy_compose(self) -> Split:
+        if self._options:
+            name, value = next(iter(self._options.items()))
+            raise SettingError(
+                f"{name}={value!r} of strategy 'tensor_parallel' has no effect beside another strategy: give it to "
+                "that one."
+            )
+        return Split(self.plan, self.parallelize)
 
     @hookimpl
     def strategy_data_shard(self) -> tuple[int, int]:

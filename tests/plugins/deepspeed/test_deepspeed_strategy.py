@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from plugframe import Lite, PlugframeWarning, SettingError, UnsupportedError
 from plugframe.errors import OrderError
+from plugframe.hooks import Dtypes
 from plugframe.hooks.world import World
 from plugframe_builtins.deepspeed import build, config
 from plugframe_builtins.deepspeed.strategy import DeepSpeed
@@ -867,6 +868,13 @@ def test_strategy(check: Any, number: int, reports: dict[int, dict[str, str]]) -
 
 # ---------------------------------------------------------------- settings
 
+DTYPES = {
+    "32-true": Dtypes(parameter=torch.float32, compute=torch.float32),
+    "16-mixed": Dtypes(parameter=torch.float32, compute=torch.float16),
+    "bf16-mixed": Dtypes(parameter=torch.float32, compute=torch.bfloat16),
+    "strange": Dtypes(parameter=torch.float64, compute=torch.bfloat16),
+}
+
 
 @pytest.mark.parametrize(
     ("options", "match"),
@@ -910,6 +918,12 @@ def test_options_are_checked_at_once(options: dict[str, Any], match: str) -> Non
             UnsupportedError,
             "stage=0 .* trains in float32, .* use stage=1, or strategy='ddp'",
         ),
+        (
+            {"stage": 1},
+            "strange",
+            UnsupportedError,
+            "parameters in torch.float64 .* which strategy 'deepspeed' does not",
+        ),
         ({"stage": 3, "offload_params": "nvme"}, "32-true", SettingError, "offload_param to NVMe needs a folder"),
         ({"config": {"zero_optimization": {"stage": 7}}}, "32-true", SettingError, "=7 must be 0, 1, 2 or 3"),
         (
@@ -926,7 +940,7 @@ def test_configuration_and_precision_must_agree(
     """What contradicts the precision is refused when that is known."""
     strategy = DeepSpeed(**options)
     with pytest.raises(error, match=match):
-        config.final_config(strategy.options, strategy._raw, precision)
+        config.final_config(strategy.options, strategy._raw, DTYPES[precision], precision)
 
 
 def test_raw_configuration_lies_over_the_options(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from plugframe.base import Strategy, overwrite, stored
 from plugframe.deferred.module import deferring, is_deferred, records
-from plugframe.errors import OrderError, UnsupportedError
+from plugframe.errors import OrderError, SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
@@ -106,7 +106,7 @@ class FullyShardedStrategy(Strategy):
                 f"cpu_offload=True of strategy {self.name!r} moves a model from an accelerator to the host, and the "
                 "device is the CPU already: leave it out."
             )
-        self._mesh = self._make_mesh(context)
+        self._mesh = self._make_mesh(context) if context.mesh is None else self._own_mesh(context.mesh)
         self._evaluation = UnevenEvaluation(context.hooks, context.world.world_size)
         self._channel = Channel(context)
 
@@ -114,6 +114,17 @@ class FullyShardedStrategy(Strategy):
         mesh = self.mesh or {"shard": -1}
         axes = tuple(axis for axis in self.axes if axis in mesh)
         return make_mesh(self.name, mesh, axes, context)
+
+    def _own_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
+        """Return the part of the job's mesh over which parameters are replicated and sharded."""
+        if self.mesh is not None:
+            raise SettingError(
+                f"mesh={self.mesh!r} of strategy {self.name!r}, and mesh= of the job: leave the strategy's out."
+            )
+        # torch averages over the outer dimension and shards along the inner one.
+        sizes = dict(zip(mesh.mesh_dim_names or (), mesh.mesh.shape, strict=True))
+        axes = tuple(axis for axis in self.context.axes if sizes[axis] > 1) or self.context.axes[-1:]
+        return mesh[axes]
 
     @hookimpl
     def strategy_teardown(self) -> None:
@@ -179,6 +190,8 @@ class FullyShardedStrategy(Strategy):
 
     def _parallelize(self, module: nn.Module) -> None:
         """Apply parallelism over further mesh axes before the module is sharded over the data axis."""
+        if self.context.parallelize is not None:
+            self.context.parallelize(module)
 
     def _find_units(self, module: nn.Module) -> list[nn.Module]:
         units = find_units(module, self.units, min_numel=self.unit_min_numel)
@@ -236,7 +249,13 @@ class FullyShardedStrategy(Strategy):
             unit.set_modules_to_backward_prefetch(list(units[max(0, number - depth) : number][::-1]))
 
     def _reshards_after_forward(self) -> bool | int | None:
-        """Return torch's option; None for torch's default, all units but the outermost."""
+        """Return torch's option; None for torch's default, all units but the outermost.
+
+        Beside another strategy the outermost unit is resharded too: a gathered parameter is a torch DTensor then, not a
+        plain tensor, and terms over parameters outside of a forward (an L2 penalty) would mix the two.
+        """
+        if self.reshard_after_forward is None and self.context.parallelize is not None:
+            return True
         return self.reshard_after_forward
 
     @property
@@ -352,7 +371,7 @@ class FullyShardedStrategy(Strategy):
             clip_by_value(parameters, clip_value)
             return None
         assert max_norm is not None
-        return clip_by_norm(parameters, max_norm, norm_type, error_if_nonfinite)
+        return clip_by_norm(parameters, max_norm, norm_type, error_if_nonfinite, self.context)
 
     # ------------------------------------------------------------------ state
 

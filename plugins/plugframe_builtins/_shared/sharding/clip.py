@@ -1,15 +1,17 @@
-"""Clip sharded gradients: limits apply to the gradients of the full model."""
+"""Clip sharded gradients: limits apply to the gradients of the full model, over all axes of the mesh."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.utils import get_total_norm
+
+from plugframe.hooks.context import Context
 
 
 def clip_by_value(parameters: Sequence[Tensor], limit: float) -> None:
@@ -18,16 +20,18 @@ def clip_by_value(parameters: Sequence[Tensor], limit: float) -> None:
         _local(gradient).clamp_(-limit, limit)
 
 
-def clip_by_norm(parameters: Sequence[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+def clip_by_norm(
+    parameters: Sequence[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool, context: Context
+) -> Tensor:
     """Scale the gradients so that their total norm is at most `max_norm`; return the norm before, a 0-d tensor.
 
-    Every rank must call it. Gradients on different meshes, or on none, count once each.
+    Every rank must call it. An element counts once, on however many ranks it is.
 
     Raises:
         RuntimeError: if the norm is not finite and `error_if_nonfinite`.
     """
     gradients = _gradients(parameters)
-    total = _total_norm(gradients, norm_type)
+    total = _total_norm(gradients, norm_type, context)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise RuntimeError(
             f"The total norm of order {norm_type:g} of the gradients is non-finite ({total.item()}), so they cannot be "
@@ -40,31 +44,43 @@ def clip_by_norm(parameters: Sequence[Tensor], max_norm: float, norm_type: float
     return total
 
 
-def _total_norm(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
-    groups: dict[object, list[Tensor]] = {}
+def _total_norm(gradients: Sequence[Tensor], norm_type: float, context: Context) -> Tensor:
+    """Return the norm of all gradients on all ranks, with one reduction.
+
+    torch's own total norm of DTensors reduces each dimension of the mesh by itself, with a warning (torch 2.13).
+    """
+    groups: dict[int, list[Tensor]] = {}
     for gradient in gradients:
-        groups.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
-    norms = [_group_norm(group, norm_type) for group in groups.values()]
-    if not norms:
-        return torch.tensor(0.0)
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
+        groups.setdefault(_num_copies(gradient, context), []).append(_local(gradient))
+    dtype = gradients[0].dtype if gradients else torch.get_default_dtype()
+    # In float64: the norm is raised to a power.
+    total = torch.zeros((), dtype=torch.float64, device=context.device)
+    for copies, parts in groups.items():
+        parts = [part for part in parts if part.numel()]  # torch fails on the largest of no elements
+        norm = get_total_norm(parts, norm_type).to(context.device, torch.float64) if parts else torch.zeros_like(total)
+        total = torch.maximum(total, norm) if math.isinf(norm_type) else total + norm**norm_type / copies
+    op: Any = "max" if math.isinf(norm_type) else "sum"
+    found: Tensor = context.hooks.collective_all_reduce(tensor=total, op=op, group=None)
+    return (found if math.isinf(norm_type) else torch.pow(found, 1 / norm_type)).to(dtype)
 
 
-def _group_norm(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
-    if math.isinf(norm_type) and isinstance(gradients[0], DTensor):
-        return _largest(gradients, gradients[0].device_mesh)
-    norm = get_total_norm(gradients, norm_type)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def _largest(gradients: Sequence[Tensor], mesh: DeviceMesh) -> Tensor:
-    """Return the largest magnitude; an empty local shard counts as 0, since torch has no maximum of no elements."""
-    parts = [part.abs().amax() for part in map(_local, gradients) if part.numel()]
-    mine = torch.stack(parts).amax() if parts else torch.zeros((), device=_local(gradients[0]).device)
-    return DTensor.from_local(mine, mesh, [Partial("max")] * mesh.ndim, run_check=False).full_tensor()
+def _num_copies(gradient: Tensor, context: Context) -> int:
+    """Return how many ranks of the job hold each element of a gradient's local part."""
+    ranks = context.world.world_size
+    if not isinstance(gradient, DTensor):
+        return ranks
+    mesh = gradient.device_mesh
+    placed = zip(gradient.placements, range(mesh.ndim), strict=True)
+    copies = math.prod(mesh.size(dim) for placement, dim in placed if isinstance(placement, Replicate))
+    return copies * (ranks // mesh.size())
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    for parameter in parameters:
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor) and any(isinstance(placement, Partial) for placement in gradient.placements):
+            # What a norm of sums is cannot be seen from the summands.
+            parameter.grad = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 

@@ -22,6 +22,7 @@ from plugframe.hooks.context import Context
 from plugframe.hooks.world import World
 from plugframe.utils.rank_text import ranks_text
 from plugframe.utils.stores import fresh_store
+from plugframe_builtins._shared.torch_collective.compat import forget_meshes
 
 #: Shortest timeout in seconds for all ranks to start: on a busy machine or file system some
 #: import torch a minute after the others, which a short timeout of collectives is not meant for.
@@ -53,6 +54,7 @@ def connected(context: Context, *, backend: str, timeout_s: float) -> Iterator[N
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        forget_meshes()
         if sys.excepthook is torch_hook:  # torch does not restore it
             sys.excepthook = outer_hook
 

@@ -12,9 +12,9 @@ _NAMES = {
     "collective": "Right Drops Writes Joins Adds Terse Rounds Cuts Reverses Everyone Passes Nameless Alone Hides Wide "
     "Leaves Single",
     "accelerator": "Right Counts Adds Settles Other Narrow Unheard Smoke Copies Draws Shrinks Indexed Leaves",
-    "precision": "Right Full Copies Halves Raw Settles Scaled Twice Steps Drops Forgets Common Stands Leaves",
-    "extension": "Right Provides Repeats Forgets Swallows Nudges OnceOnly Leaves Amnesia Counts "
-    "Unloaded Grows Objects Differs Skips",
+    "precision": "Right Full Copies Unlisted Halves Raw Settles Scaled Twice Steps Drops Forgets Common Stands Leaves",
+    "extension": "Right Provides Repeats Forgets Swallows Nudges OnceOnly Leaves Amnesia Counts Unloaded Grows Objects "
+    "Differs Skips",
 }
 _MORE = {
     "environment": {"priority": 70},

@@ -44,6 +44,21 @@ class Copies(Right):
         return super().precision_convert_module(copy.deepcopy(module))
 
 
+class Unlisted(Right):
+    """Replaces linear layers, which its descriptor does not list."""
+
+    @hookimpl
+    def precision_convert_module(self, module: nn.Module) -> nn.Module:
+        for part in module.modules():
+            if type(part) is nn.Linear:
+                part.__class__ = _Other
+        return super().precision_convert_module(module)
+
+
+class _Other(nn.Linear):
+    pass
+
+
 class Halves(Right):
     """Converts whole numbers as well."""
 

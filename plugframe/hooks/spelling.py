@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,8 @@ from plugframe.hooks.option import Option
 MANY = frozenset(kind.name for kind in KINDS.values() if kind.many)
 PREFIX = "PLUGFRAME_"
 SEPARATOR = "__"
+#: What joins the names of composed plugins.
+JOINT = "+"
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,12 @@ class Given:
 
     Attributes:
         kind: of the plugin.
-        plugin: which plugin: of a kind of many, or what a settings file names beside it. Empty otherwise.
+        plugin: which plugin: of a kind of many or that composes, or what a settings file names beside it. Else empty.
         name: of the option, with underscores.
         value: text, but from a settings file, which has types.
         source: where, in words for a message.
         by: who said it.
+        named: whether the plugin's name is a part of its spelling.
     """
 
     kind: str
@@ -37,11 +40,12 @@ class Given:
     value: Any
     source: str
     by: Literal["command", "variable", "file"]
+    named: bool = True
 
     @property
     def key(self) -> str:
         """``strategy.timeout_s``, or ``logger.csv.folder``."""
-        return typed(self.kind, self.plugin, "")[2:] + self.name
+        return typed(self.kind, self.plugin if self.named else "", "")[2:] + self.name
 
     @property
     def shown(self) -> str:
@@ -57,12 +61,13 @@ class Given:
 
 def typed(kind: str, plugin: str, name: str) -> str:
     """Return how an option is typed: ``--strategy.timeout-s``, or ``--logger.csv.folder``."""
-    return "--" + ".".join([kind, *([plugin] if kind in MANY else []), name.replace("_", "-")])
+    named = plugin and (kind in MANY or KINDS[kind].composes)
+    return "--" + ".".join([kind, *([plugin] if named else []), name.replace("_", "-")])
 
 
 def variable(kind: str, plugin: str, name: str) -> str:
     """Return the variable that carries an option to the ranks: ``PLUGFRAME_STRATEGY__TIMEOUT_S``."""
-    middle = [plain(plugin)] if kind in MANY else []
+    middle = [plain(plugin)] if plugin and (kind in MANY or KINDS[kind].composes) else []
     return PREFIX + SEPARATOR.join([kind, *middle, name]).upper()
 
 
@@ -79,9 +84,9 @@ def parts(word: str) -> tuple[str, str, str]:
     """
     typed_ = word.partition("=")[0]
     kind, _, rest = typed_.removeprefix("--").partition(".")
-    plugin, _, name = rest.rpartition(".") if kind in MANY else ("", "", rest)
-    if bool(plugin) != (kind in MANY) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
-        right = typed(kind, "NAME", "OPTION")
+    plugin, _, name = rest.rpartition(".") if kind in MANY or KINDS[kind].composes else ("", "", rest)
+    if (not plugin and kind in MANY) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+        right = typed(kind, "NAME" if kind in MANY else "", "OPTION")
         raise SettingError(
             f"{typed_!r} is not an option: those of a plugin of the kind {kind} are typed {right}=VALUE."
         )
@@ -102,8 +107,9 @@ def from_variable(name: str, text: str, commanded: Mapping[str, str]) -> Given |
         commanded: the variables a command line has set, each with the option that was typed.
     """
     kind, _, rest = name.removeprefix(PREFIX).lower().partition(SEPARATOR)
-    plugin, _, option = rest.rpartition(SEPARATOR) if kind in MANY else ("", "", rest)
-    if not option or bool(plugin) != (kind in MANY) or name != variable(kind, plugin, option):
+    composes = kind in KINDS and KINDS[kind].composes
+    plugin, _, option = rest.rpartition(SEPARATOR) if kind in MANY or composes else ("", "", rest)
+    if not option or (not plugin and kind in MANY) or name != variable(kind, plugin, option):
         return None
     if name in commanded:
         plugin = commanded[name].removeprefix(f"--{kind}.").rpartition(".")[0]
@@ -122,7 +128,14 @@ def from_section(kind: str, section: Mapping[str, Any], path: Path) -> tuple[Any
         if "name" in section and not isinstance(named, (str, int)):
             raise SettingError(f"{path}: {kind}.name={named!r} is not the name of a plugin: write a string.")
         options = {option: value for option, value in section.items() if option != "name"}
-        return named, _options(kind, "" if named in (None, "auto") else str(named), options, path)
+        plugins = [part.strip() for part in str(named).split(JOINT)] if KINDS[kind].composes else []
+        if len(plugins) > 1:
+            # Options of one of several are written under its name: [strategy.NAME].
+            own = {name: options.pop(name) for name in plugins if name in options}
+            of_one = [given for name, values in own.items() for given in _options(kind, name, values, path)]
+            return named, [*of_one, *_options(kind, "", options, path)]
+        found = _options(kind, "" if named in (None, "auto") else str(named), options, path)
+        return named, [replace(given, named=False) for given in found]
     given: list[Given] = []
     for plugin, options in section.items():
         if not isinstance(options, dict):
@@ -151,6 +164,24 @@ def read(option: Option, given: Given) -> Any:
     try:
         return option.validate(given.value) if given.by == "file" else option.parse(given.value)
     except ValueError as error:
-        word = typed(given.kind, given.plugin, option.name)
+        word = typed(given.kind, given.plugin if given.named else "", option.name)
         how = f" Type {word}={option.form}." if given.by == "command" else ""
         raise SettingError(f"{given.shown}: {error}{how}") from None
+
+
+def is_composed(value: Any) -> bool:
+    """Return whether a setting names several plugins: ``"a+b"``, or a list."""
+    return isinstance(value, (list, tuple)) or (isinstance(value, str) and JOINT in value)
+
+
+def parts_of(value: Any) -> list[Any]:
+    """Return the names and objects in a setting.
+
+    Raises:
+        SettingError: if one is empty.
+    """
+    parts = value.split(JOINT) if isinstance(value, str) else list(value) if is_composed(value) else [value]
+    parts = [part.strip() if isinstance(part, str) else part for part in parts]
+    if not parts or any(part is None or part == "" for part in parts):
+        raise SettingError(f"{value!r} has an empty name: write names with a {JOINT} in between, as in 'a{JOINT}b'.")
+    return parts

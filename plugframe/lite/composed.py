@@ -1,0 +1,71 @@
+"""Composed strategies in a running job: one mesh, and each strategy on its own axes of it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from plugframe.core.planning.composition import COMPOSED
+from plugframe.core.planning.plan import Choice, Plan
+from plugframe.core.registry.catalogue import Catalogue
+from plugframe.core.runtime.pipeline import BoundHooks
+from plugframe.errors import UnsupportedError
+from plugframe.hooks.context import Context
+
+
+class Composed:
+    """The strategies of a plan that divide a model rather than the batch.
+
+    Attributes:
+        plan: the plan, with the object of the strategy that divides the batch.
+        others: the other strategies, in the order in which they are applied to a module.
+    """
+
+    def __init__(self, plan: Plan, catalogue: Catalogue) -> None:
+        base = plan.choices[COMPOSED]
+        self.others: list[tuple[Choice, Any]] = []
+        if plan.composed:
+            base = replace(base, instance=base.make(catalogue).strategy_compose())
+            self.others = [(choice, choice.make(catalogue).strategy_compose()) for choice in plan.composed]
+        self.plan = replace(plan, choices={**plan.choices, COMPOSED: base})
+
+    def start(self, context: Context, hooks: BoundHooks, undo: ExitStack) -> Context:
+        """Make the mesh and set up the other strategies; return the context of the one that divides the batch.
+
+        Called on every rank, once the collective is set up.
+        """
+        layout, base = self.plan.mesh, self.plan.choices[COMPOSED]
+        assert layout is not None
+        context = replace(context, mesh=_device_mesh(context, layout.names, layout.sizes))
+        for choice, plugin in self.others:
+            undo.callback(plugin.strategy_teardown)
+            plugin.strategy_setup(context=replace(context, axes=layout.owned_by(choice.name)))
+        shard = layout.data_shard(context.world.global_rank)
+        undo.callback(setattr, hooks, "strategy_data_shard", hooks.strategy_data_shard)
+        vars(hooks)["strategy_data_shard"] = lambda: shard
+        parallelize = self._parallelize if self.others else None
+        return replace(context, axes=layout.owned_by(base.name), parallelize=parallelize)
+
+    def _parallelize(self, module: Any) -> None:
+        for _, plugin in self.others:
+            plugin.strategy_parallelize(module=module)
+
+
+def _device_mesh(context: Context, names: tuple[str, ...], sizes: tuple[int, ...]) -> Any:
+    group = context.hooks.collective_process_group()
+    if group is None:
+        raise UnsupportedError(
+            f"mesh= needs a process group, and collective {context.names.get('collective')!r} has none: use another "
+            "collective, or leave mesh= and the further strategies out."
+        )
+    # Imported late: a job without a mesh does not need it.
+    from torch.distributed import group as groups
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if group is not groups.WORLD:
+        raise UnsupportedError(
+            f"mesh= needs torch's default process group, and collective {context.names.get('collective')!r} uses "
+            "another one: use another collective, or leave mesh= and the further strategies out."
+        )
+    return init_device_mesh(context.device.type, sizes, mesh_dim_names=names)

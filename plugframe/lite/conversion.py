@@ -1,0 +1,74 @@
+"""What a precision changed in a module, compared with what the strategy supports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from plugframe.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from plugframe.lite.lite import Lite
+
+
+@dataclass(frozen=True)
+class Before:
+    """A module before its conversion.
+
+    Attributes:
+        modules: class of each submodule by path.
+        parameters: class and dtype of each parameter by name.
+    """
+
+    modules: Mapping[str, type]
+    parameters: Mapping[str, tuple[type, torch.dtype]]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Before:
+        """Record a module."""
+        return cls(
+            {path: type(part) for path, part in module.named_modules()},
+            {name: (_class(p), p.dtype) for name, p in module.named_parameters(remove_duplicate=False)},
+        )
+
+    def changes(self, module: nn.Module) -> Iterator[tuple[str, str]]:
+        """Yield the capabilities that a conversion took, each with the submodule or parameter that shows it."""
+        for path, part in module.named_modules():
+            if self.modules.get(path) is not type(part):
+                yield "replaces-modules", f"submodule {path!r} is a {type(part).__name__}"
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            old_class, old_dtype = self.parameters.get(name, (None, None))
+            if old_class is not _class(parameter) and _class(parameter) is not Tensor:
+                yield "tensor-subclasses", f"parameter {name!r} is a {_class(parameter).__name__}"
+            if old_dtype is not parameter.dtype and parameter.is_floating_point():
+                yield (
+                    f"{str(parameter.dtype).removeprefix('torch.')}-parameters",
+                    f"parameter {name!r} is {parameter.dtype}",
+                )
+
+
+def check_conversion(lite: Lite, before: Before, module: nn.Module) -> None:
+    """Raise if a precision did to a module what the strategy cannot take, and does not list.
+
+    Raises:
+        UnsupportedError: naming both, and the submodule or parameter.
+    """
+    strategy, precision = lite.plan.choices["strategy"], lite.plan.choices["precision"]
+    conflicts = strategy.descriptor.conflicts.get("precision", ())
+    if not conflicts:
+        return
+    for capability, found in before.changes(module):
+        if capability in conflicts:
+            raise UnsupportedError(
+                f"strategy={strategy.name!r} does not support {capability!r}, and precision={precision.name!r} has "
+                f"converted this {type(module).__name__} so: its {found}. Use another precision, or another strategy."
+            )
+
+
+def _class(parameter: Tensor) -> type:
+    """Return the class of a parameter's data: `nn.Parameter` wraps plain tensors, and passes subclasses through."""
+    return Tensor if type(parameter) in (Tensor, nn.Parameter) else type(parameter)
