@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from plugframe import hookimpl
+from plugframe import Plugin, hookimpl
 from plugframe.base import Extension, Logger, Strategy
+from plugframe.hooks import Axis
 
 
 class Average(Extension):
@@ -104,3 +105,13 @@ class Rounds(Strategy):
     @hookimpl
     def strategy_load_state(self, state: dict[str, Any]) -> None:
         self.num_steps = int(state["num_steps"])
+
+
+class Beside(Rounds):
+    """A strategy beside the one that divides the batch."""
+
+    plugin = Plugin(factory=f"{__name__}:Beside", divides="blocks", axes=(Axis("twin"),))
+
+    @hookimpl
+    def strategy_parallelize(self, module: nn.Module) -> None:
+        self.num_steps += 1

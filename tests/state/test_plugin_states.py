@@ -16,7 +16,7 @@ from plugframe.base import Extension
 from plugframe.errors import SettingError
 from plugframe.hooks.world import World
 from ranks import run_ranks
-from stateful_plugins import Average, Counter, Named, Rounds
+from stateful_plugins import Average, Beside, Counter, Named, Rounds
 
 
 def job(*plugins: Any, **settings: Any) -> Lite:
@@ -277,6 +277,33 @@ def refused_by_ranks(world: World, folder: str) -> None:
         with pytest.raises(CheckpointError, match="stateful_plugins:Counter is in use on rank 1 and not on rank 0"):
             lite.save(f"{folder}/z", {"model": model})
     assert not Path(folder, "z").exists()
+
+
+def composed_by_ranks(world: World, folder: str) -> None:
+    for num_steps in (5, 0):
+        average, beside = Average(), Beside()
+        strategies = ["fsdp", beside]
+        with Lite(accelerator="cpu", strategy=strategies, mesh={"data": 2, "twin": 1}, plugins=[average]) as lite:
+            model = model_of(lite)
+            assert beside.num_steps == 1
+            beside.num_steps = average.num_updates = num_steps
+            if num_steps:
+                lite.save(f"{folder}/c", {"model": model})
+            lite.load(f"{folder}/c", {"model": model})
+            assert (beside.num_steps, average.num_updates) == (5, 5)
+    with lite_on(world, "fsdp", "dcp") as lite:
+        model = model_of(lite)
+        told = "has state of extension stateful_plugins:Average, strategy stateful_plugins:Beside, not in use here"
+        if world.global_rank:
+            lite.load(f"{folder}/c", {"model": model})
+        else:
+            with pytest.warns(PlugframeWarning, match=told):
+                lite.load(f"{folder}/c", {"model": model})
+
+
+def test_composed_strategies_have_state(tmp_path: Path) -> None:
+    """Each of several strategies of a job gets its own back."""
+    run_ranks(2, composed_by_ranks, str(tmp_path))
 
 
 def test_sharded_states_load_on_any_number_of_ranks(tmp_path: Path) -> None:
