@@ -861,6 +861,8 @@ class Lite:
     ) -> SaveHandle | None:
         """Write `state` at `path`; a crash at any time leaves the previous checkpoint intact. Every rank must call it.
 
+        The state of the run is added: random generators, loss scale, positions of loaders, and the state of plugins.
+
         Args:
             path: where; a mapping here and a path second (``torch.save``'s order) is understood too.
             state: objects with a ``state_dict``, tensors, plain values, and dicts and lists of those.
