@@ -5,7 +5,7 @@ These import torch; a descriptor's module does not import them.
 
 from plugframe.base.accelerator import Accelerator
 from plugframe.base.checkpoint import Checkpoint
-from plugframe.base.collective import Collective, check_reduction
+from plugframe.base.collective import Collective, check_reduction, check_split
 from plugframe.base.environment import Environment, fresh, private_store
 from plugframe.base.extension import Extension
 from plugframe.base.launcher import Launcher
@@ -34,6 +34,7 @@ __all__ = [
     "Strategy",
     "cast_floating",
     "check_reduction",
+    "check_split",
     "default_dtype",
     "failing",
     "fresh",

@@ -18,6 +18,10 @@ SIZE = 64
 END = 9
 #: Index of the field with the start time.
 BEGAN = 8
+#: What the other rank of a message calls.
+COUNTERPARTS = {"collective_send": "recv", "collective_recv": "send"}
+#: End of the description of a message in a group.
+GROUP = " in a group"
 
 _getframe, _now = sys._getframe, time.monotonic
 
@@ -31,7 +35,7 @@ Entry = list[Any]
 
 @dataclass(frozen=True)
 class Call:
-    """A call that all ranks, or all ranks of a group, must make.
+    """A call that all ranks, all ranks of a group, or the two ranks of a message must make.
 
     Attributes:
         number: number of calls of all ranks that this rank has made, this one included.
@@ -41,6 +45,7 @@ class Call:
         file: path of the user's source file.
         line: line in that file.
         done: whether the call has ended.
+        peer: the other global rank of a message; None for other calls.
     """
 
     number: int
@@ -50,6 +55,12 @@ class Call:
     file: str
     line: int
     done: bool
+    peer: int | None = None
+
+    @property
+    def counterpart(self) -> str:
+        """What the other rank of a message calls, ``"recv"`` or ``"send"``; empty for other calls."""
+        return "" if self.peer is None else COUNTERPARTS.get(self.hook, "")
 
     @property
     def site(self) -> str:
@@ -85,8 +96,15 @@ class CallLog:
         self._files: dict[str, int] = {}
         self._kind_of, self._append = self._files.get, self._entries.append
 
-    def begin(self, hook: str, tensor: Any, detail: Any, everyone: bool) -> Entry:
-        """Record the start of a call, from the hook's wrapper only. Set ``entry[END]`` once the call has ended."""
+    def begin(self, hook: str, tensor: Any, detail: Any, everyone: bool, peer: int | None = None) -> Entry:
+        """Record the start of a call, from the hook's wrapper only. Set ``entry[END]`` once the call has ended.
+
+        Args:
+            tensor: has a shape, which may be a string, and a dtype; None without a tensor.
+            detail: what else describes the operation; an int is the source rank.
+            everyone: whether all ranks make this call.
+            peer: the other rank of a message.
+        """
         if everyone:
             self.count += 1
         frame: FrameType | None = _getframe(2)
@@ -104,7 +122,7 @@ class CallLog:
         frame = frame or fallback or _getframe(2)
         of, dtype = (None, None) if tensor is None else (tensor.shape, tensor.dtype)
         # Store the instruction: finding its line takes longer the longer the user's function is.
-        entry = [self.count, hook, called, of, dtype, detail, frame.f_code, frame.f_lasti, _now(), False]
+        entry = [self.count, hook, called, of, dtype, detail, frame.f_code, frame.f_lasti, _now(), False, peer]
         self._append(entry)
         return entry
 
@@ -155,9 +173,9 @@ def site(file: str, line: int) -> str:
 
 
 def _call(entry: Entry) -> Call:
-    number, hook, called, shape, dtype, detail, code, instruction, _, done = entry
+    number, hook, called, shape, dtype, detail, code, instruction, _, done, peer = entry
     line = _line(code, instruction)
-    return Call(number, hook, _name(hook, called), _what(shape, dtype, detail), code.co_filename, line, done)
+    return Call(number, hook, _name(hook, called), _what(shape, dtype, detail), code.co_filename, line, done, peer)
 
 
 def _line(code: CodeType, instruction: int) -> int:
@@ -171,7 +189,8 @@ def _name(hook: str, called: CodeType | None) -> str:
 
 
 def _what(shape: Any, dtype: Any, detail: Any) -> str:
-    words = [] if shape is None else [str(tuple(shape)), str(dtype).removeprefix("torch.")]
+    text = shape if isinstance(shape, str) else str(tuple(shape or ()))
+    words = [] if shape is None else [text, str(dtype).removeprefix("torch.")]
     if detail is not None:
         words.append(f"src={detail}" if isinstance(detail, int) else str(detail))
-    return " ".join(words)
+    return " ".join(filter(None, words))

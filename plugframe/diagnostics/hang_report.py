@@ -135,6 +135,8 @@ def _head(mine: RankStatus, culprit: int | None, waited_s: float, *, late: bool)
     if mine.running is None:
         return f"A collective {mine.activity} timed out"
     call = mine.running.text
+    if late and mine.running.peer is not None:
+        return f"{call} got no {mine.running.counterpart} on rank {mine.running.peer} within {waited_s:.3g} s"
     if culprit == mine.rank:
         return f"The ranks make different calls ({call} has waited for {waited_s:.3g} s)"
     if culprit is None:

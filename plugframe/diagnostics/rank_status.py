@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from plugframe.diagnostics import likely_causes
+from plugframe.diagnostics import likely_causes, messages
 from plugframe.diagnostics.call_log import Call
 from plugframe.utils.rank_text import ranks_text
 
@@ -84,6 +84,10 @@ def diagnose(statuses: Mapping[int, RankStatus | None], rank: int, *, seconds: f
 
 
 def _culprit(statuses: Mapping[int, RankStatus | None], rank: int) -> int | None:
+    calls = _calls(statuses)
+    mine = calls.get(rank)
+    if mine is not None and mine.peer is not None:
+        return messages.awaited(calls, rank)
     others = {number: status for number, status in statuses.items() if number != rank}
     for suspicious in (
         lambda status: status is not None and status.shut_down,
@@ -103,6 +107,10 @@ def _culprit(statuses: Mapping[int, RankStatus | None], rank: int) -> int | None
         return None
     # A minority has diverged; of two groups of one size, the one that is behind.
     return min(places.items(), key=lambda place: (len(place[1]), place[0][0], -place[1][0]))[1][0]
+
+
+def _calls(statuses: Mapping[int, RankStatus | None]) -> dict[int, Call | None]:
+    return {number: None if status is None else status.running for number, status in statuses.items()}
 
 
 def _clause(status: RankStatus | None, seconds: float) -> str:
@@ -126,10 +134,15 @@ def _sentence(ranks: Sequence[int], clause: str) -> str:
 
 
 def _hint(statuses: Mapping[int, RankStatus | None], culprit: int | None, here: Call | None) -> str:
+    status = None if culprit is None else statuses[culprit]
+    if status is not None and status.error:
+        return ""
+    calls = _calls(statuses)
+    if any(call is not None and call.peer is not None for call in calls.values()):
+        return messages.hint(calls)
     if culprit is None:
         return "All ranks are in the same call: check the network and the devices."
-    status = statuses[culprit]
-    if here is None or status is None or status.error:
+    if here is None or status is None:
         return ""
     where = likely_causes.under_rank_condition(here)
     if where:

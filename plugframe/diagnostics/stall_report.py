@@ -98,8 +98,11 @@ def report(statuses: Mapping[int, RankStatus | None], rank: int, waited_s: float
         return ""
     waited_for = "" if found.culprit == rank else f" for {ranks_text([found.culprit])}"
     sites = {(call.file, call.line) for call in map(_running, statuses.values()) if call is not None}
-    # Ranks that make one call at one line are correct: one of them has more to do there, such as writing.
-    diverged = len(sites) > 1 or _running(statuses[found.culprit]) is None
+    # Ranks that make one call at one line are correct: one of them has more to do there, such as writing. Not so
+    # ranks that all send at one line.
+    mine = _running(statuses[rank])
+    in_messages = mine is not None and mine.peer is not None
+    diverged = len(sites) > 1 or in_messages or _running(statuses[found.culprit]) is None
     return f"plugframe: still waiting{waited_for} after {waited_s:.3g} s: {found.text if diverged else found.places}"
 
 
@@ -110,6 +113,8 @@ def _running(status: RankStatus | None) -> Call | None:
 def _waits_longer(status: RankStatus | None, call: Call, waited_s: float) -> bool:
     """Return whether a rank has waited longer in another call, and therefore reports it."""
     other = _running(status)
-    if status is None or other is None or other.number == call.number or other.hook in _LOCAL_WORK:
+    if status is None or other is None or other.hook in _LOCAL_WORK:
+        return False
+    if other.number == call.number and other.peer is None and call.peer is None:  # the same call
         return False
     return status.waited_s > waited_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, TypeVar, overload
 
 import pluggy
@@ -14,6 +15,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 _F = TypeVar("_F", bound=Callable[..., Any])
 _MARK = f"{PROJECT}_deprecated"
 _PER_PLUGIN = f"{PROJECT}_per_plugin"
+_SINCE = f"{PROJECT}_since"
 _specify = pluggy.HookspecMarker(PROJECT)
 
 
@@ -48,13 +50,25 @@ def hookspec(function: Any = None, /, *, deprecated: str = "", deprecated_argume
 @overload
 def provider(function: _F, /) -> _F: ...
 @overload
-def provider(*, deprecated: str = ..., deprecated_arguments: Mapping[str, str] = ...) -> Callable[[_F], _F]: ...
-def provider(function: Any = None, /, *, deprecated: str = "", deprecated_arguments: Any = None) -> Any:
+def provider(
+    *, since: int = ..., deprecated: str = ..., deprecated_arguments: Mapping[str, str] = ...
+) -> Callable[[_F], _F]: ...
+def provider(function: Any = None, /, *, since: int = 1, deprecated: str = "", deprecated_arguments: Any = None) -> Any:
     """Mark a hook that only the selected plugin of its kind implements.
 
-    The arguments are those of `hookspec`.
+    Args:
+        since: the version of the contract in which the hook is new. For a plugin without it, the body of the
+            specification is run instead.
+        deprecated: see `hookspec`.
+        deprecated_arguments: see `hookspec`.
     """
-    return _mark(function, True, deprecated, deprecated_arguments)
+
+    def mark(function: _F) -> _F:
+        setattr(function, _SINCE, since)
+        marked: _F = _mark(function, True, deprecated, deprecated_arguments)
+        return marked
+
+    return mark if function is None else mark(function)
 
 
 def _mark(function: Any, firstresult: bool, hook: str, arguments: Mapping[str, str] | None) -> Any:
@@ -86,6 +100,22 @@ def deprecated_of(function: Any) -> Deprecated:
     """Return the deprecations of a hook, empty for most."""
     found = getattr(function, _MARK, None)
     return found if isinstance(found, Deprecated) else Deprecated()
+
+
+def since_of(function: Any) -> int:
+    """Return the version of the contract in which a hook is new."""
+    return int(getattr(function, _SINCE, 1))
+
+
+def substitute(spec: type, names: Iterable[str]) -> Any:
+    """Return an object that implements hooks by the bodies of their specifications."""
+    # Copies: the marks of an implementation must not be those of the specification.
+    copies = {name: _copied(getattr(spec, name)) for name in names}
+    return type(spec.__name__, (), {name: hookimpl(function) for name, function in copies.items()})()
+
+
+def _copied(function: Any) -> Any:
+    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
 
 
 def marks_of(plugin: Any, name: str) -> dict[str, Any] | None:

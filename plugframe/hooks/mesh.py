@@ -126,7 +126,7 @@ def mesh_text(mesh: Mapping[Any, Any]) -> str:
 
 
 def is_mesh(value: Any) -> bool:
-    """Return whether a value maps names to sizes, of which one may be -1."""
+    """Return whether a value maps names to sizes, one of them may be -1."""
     if not isinstance(value, Mapping) or not value:
         return False
     sizes = [size for size in value.values() if isinstance(size, int) and not isinstance(size, bool)]

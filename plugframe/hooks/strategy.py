@@ -54,7 +54,7 @@ class StrategySpec(Protocol):
         """Undo `strategy_setup`. Called once on every rank, also after an exception."""
         ...
 
-    @provider
+    @provider(since=2)
     def strategy_compose(self) -> Any:
         """Return the plugin object that takes this one's place where it is combined with other strategies.
 
@@ -65,7 +65,7 @@ class StrategySpec(Protocol):
         """
         return self
 
-    @provider
+    @provider(since=2)
     def strategy_parallelize(self, module: torch.nn.Module) -> None:
         """Apply a strategy that does not divide the batch to a module, in place, over its axes of ``context.mesh``.
 

@@ -25,12 +25,14 @@ from plugframe.data.loaders import Loaders
 from plugframe.data.shared_seed import SharedSeed
 from plugframe.diagnostics.diagnostics import Diagnostics
 from plugframe.errors import UnsupportedError
+from plugframe.hooks.kinds import SETUP_ORDER
 from plugframe.hooks.variables import FROM_COMMAND_LINE
 from plugframe.launch import start
 from plugframe.launch.inheritance import RankEnvironment, own_variables
 from plugframe.launch.preemption import PreemptionHandler
 from plugframe.lite import checkpointing, launch, logging, loop, plugins, ranks, seeding, setup
 from plugframe.lite.composed import Composed
+from plugframe.lite.inner import with_make
 from plugframe.lite.plugins import as_tuple, callback_object
 from plugframe.state.plugins import PluginStates
 from plugframe.utils.logging import tell, warn_caller
@@ -149,7 +151,9 @@ class Lite:
         observers = [SharedSeed(), *([self._diagnostics] if self._diagnostics is not None else [])]
         composed = Composed(self.plan, self._registry)
         self.plan = composed.plan
-        before = {} if self.plan.mesh is None else {COMPOSED: composed.start}
+        before = {SETUP_ORDER[0]: with_make(self._registry)}
+        if self.plan.mesh is not None:
+            before[COMPOSED] = composed.start
         self._session = Session(self.plan, self._registry, [*self._callbacks, *observers], before)
         self._hooks = self._session.hooks
         self._plugin_states = PluginStates([*self._session.members, *composed.others], self._session)

@@ -27,6 +27,8 @@ HOOKS = {
     "logger": ("logger_state", "logger_load_state"),
     "strategy": ("strategy_state", "strategy_load_state"),
 }
+#: The hooks that are marked `per_plugin`.
+_NEVER_WRAPPED = ("strategy_skip_step", *(name for pair in HOOKS.values() for name in pair))
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class PluginStates:
         session: of the job.
 
     Raises:
-        PluginContractError: if a plugin implements one hook of a pair, or hooks of another kind.
+        PluginContractError: if a plugin implements one hook of a pair, wraps one, or implements one of another kind.
         SettingError: if two objects of one class have state and no `state_key` that distinguishes them.
     """
 
@@ -164,6 +166,12 @@ def _key(choice: Choice, plugin: Any) -> str:
 
 def _check_hooks(choice: Choice, plugin: Any) -> None:
     origin = f"{choice.kind} {choice.origin}"
+    for name in _NEVER_WRAPPED:
+        marks = marks_of(plugin, name)
+        if marks is not None and (marks["wrapper"] or marks["hookwrapper"]):
+            raise PluginContractError(
+                f"{origin} wraps {name}, which nothing wraps, as it is called on its plugin: leave it out."
+            )
     for kind, pair in HOOKS.items():
         for name, other in (pair, pair[::-1]):
             if marks_of(plugin, name) is None:

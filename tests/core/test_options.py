@@ -513,7 +513,8 @@ def test_a_wrong_option_is_one_line_and_starts_nothing(registry: Registry, words
 
 def test_a_value_may_follow_a_blank(registry: Registry) -> None:
     """Before the script and after it; a switch takes none."""
-    code, out, err = run(*"--strategy=acme --strategy.timeout-s 60 --strategy.fused --strategy.level 3".split())
+    words = "--strategy=acme --strategy.timeout-s 60 --strategy.fused --strategy.level 3"
+    code, out, err = run(*words.split())
     assert (code, err) == (0, "")
     assert "hands over: PLUGFRAME_STRATEGY__TIMEOUT_S=60" in out
     assert "hands over: PLUGFRAME_STRATEGY__FUSED=true" in out

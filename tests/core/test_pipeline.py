@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from types import FunctionType
@@ -11,12 +12,13 @@ import pluggy
 import pytest
 import torch
 
-from plugframe import Lite, Plugin, PluginContractError, SettingError, hookimpl
+from plugframe import Lite, Plugin, PluginContractError, SettingError, UnsupportedError, hookimpl
 from plugframe.base import Accelerator, Collective, Extension, Logger, Strategy
 from plugframe.core.planning.plan import Choice
 from plugframe.core.registry.registry import Entry
 from plugframe.core.runtime.pipeline import BoundHooks, Pipeline
-from plugframe.hooks import KINDS
+from plugframe.hooks import KINDS, Kind
+from plugframe.hooks.markers import since_of
 
 
 def add(pipeline: Pipeline, kind: str, plugin: Any, *, published: bool = False) -> Any:
@@ -350,6 +352,51 @@ def test_a_hook_the_base_has_no_default_for_must_be_provided() -> None:
         match=r"accelerator 'half' \(acme-plugins 1.2\) does not provide the hook accelerator_is_available: implement",
     ):
         pipeline.bind()
+
+
+def _first_contract(kind: Kind) -> Any:
+    """Return a plugin without base class, with those hooks of a kind that version 1 of the contract had."""
+    hooks: dict[str, Any] = {}
+    for name in kind.hooks:
+        if since_of(getattr(kind.spec, name)) == 1:
+            arguments = ", ".join(inspect.signature(getattr(kind.spec, name)).parameters)
+            exec(f"def {name}({arguments}): return 'own'", hooks)
+            hooks[name] = hookimpl(hooks[name])
+    hooks.pop("__builtins__", None)
+    return type("First", (), hooks)()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if not kind.many], ids=lambda kind: kind.name)
+def test_a_plugin_of_the_first_contract_lacks_no_hook(kind: Kind) -> None:
+    """Hooks that are newer have their defaults, also for a plugin that inherits from nothing, and can be wrapped."""
+    pipeline = Pipeline()
+    add(pipeline, kind.name, _first_contract(kind))
+    hooks = pipeline.bind()
+    newer = [name for name in kind.hooks if since_of(getattr(kind.spec, name)) > 1]
+    assert all(callable(getattr(hooks, name)) for name in kind.hooks)
+    if kind.name == "collective":
+        assert newer
+        with pytest.raises(UnsupportedError, match="written for version 1 .* has no collective_send"):
+            hooks.collective_send(tensor=torch.ones(1), dst=1, tag=0, group=None)
+
+
+class Watching(Extension):
+    """Wraps a hook that the provider does not have."""
+
+    @hookimpl(wrapper=True)
+    def collective_send(self, dst: int) -> Generator[None, Any, Any]:
+        try:
+            return (yield)
+        except UnsupportedError:
+            return dst
+
+
+def test_a_default_can_be_wrapped() -> None:
+    """A wrapper meets the default of a hook that the provider lacks."""
+    pipeline = Pipeline()
+    add(pipeline, "collective", _first_contract(KINDS["collective"]))
+    add(pipeline, "extension", Watching())
+    assert pipeline.bind().collective_send(tensor=torch.ones(1), dst=3, tag=0, group=None) == 3
 
 
 def test_one_object_cannot_be_in_use_twice() -> None:

@@ -14,7 +14,10 @@ from torch.distributed.tensor import DTensor
 from plugframe import CheckpointError, CheckpointMismatchError, Lite, PlugframeWarning, PluginContractError, hookimpl
 from plugframe.base import Extension
 from plugframe.errors import SettingError
+from plugframe.hooks import KINDS
+from plugframe.hooks.markers import is_per_plugin
 from plugframe.hooks.world import World
+from plugframe.state.plugins import _NEVER_WRAPPED
 from ranks import run_ranks
 from stateful_plugins import Average, Beside, Counter, Named, Rounds
 
@@ -190,6 +193,12 @@ def test_hooks_that_would_never_be_called_are_refused(plugin: Any, text: str) ->
     """A lone half of a pair, or a wrapper, is an error when the job is made."""
     with pytest.raises(PluginContractError, match=text):
         job(plugin)
+
+
+def test_no_hook_that_is_called_on_its_plugin_can_be_wrapped() -> None:
+    """The hooks whose wrappers are refused are those that are marked."""
+    marked = {n for kind in KINDS.values() for n in kind.hooks if is_per_plugin(getattr(kind.spec, n))}
+    assert marked == set(_NEVER_WRAPPED)
 
 
 def test_a_hook_of_another_kind_is_refused() -> None:

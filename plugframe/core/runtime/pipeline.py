@@ -12,7 +12,7 @@ import pluggy
 from plugframe.core.planning.plan import Choice
 from plugframe.errors import PluginContractError, SettingError, closest
 from plugframe.hooks.kinds import KINDS, Kind
-from plugframe.hooks.markers import PROJECT, deprecated_uses, is_per_plugin, marks_of, unmarked_of
+from plugframe.hooks.markers import PROJECT, deprecated_uses, is_per_plugin, marks_of, since_of, substitute, unmarked_of
 
 
 class BoundHooks:
@@ -39,6 +39,7 @@ class Pipeline:
         self._trace = trace
         self._providers: dict[str, tuple[Choice, Any]] = {}
         self._choices: dict[str, Choice] = {}
+        self._defaults: dict[str, Any] = {}
         for kind in KINDS.values():
             self._manager.add_hookspecs(kind.spec)
         if trace:
@@ -72,6 +73,15 @@ class Pipeline:
         self._choices[label] = choice
         if not KINDS[choice.kind].many:
             self._providers[choice.kind] = (choice, plugin)
+            self._add_newer_hooks(KINDS[choice.kind], plugin, label)
+
+    def _add_newer_hooks(self, kind: Kind, plugin: Any, label: str) -> None:
+        """Register the defaults of hooks that are newer than a plugin."""
+        lacking = [
+            name for name in kind.hooks if since_of(getattr(kind.spec, name)) > 1 and marks_of(plugin, name) is None
+        ]
+        self._defaults[kind.name] = substitute(kind.spec, lacking)
+        self._manager.register(self._defaults[kind.name], name=f"{label} defaults")
 
     def _check_implementations(self, choice: Choice, plugin: Any) -> None:
         origin = _origin(choice)
@@ -88,13 +98,6 @@ class Pipeline:
                         f"{origin} breaks the plugin contract: {caller.name} takes {parameter.name} by keyword only, "
                         "which would never be filled: leave out the '*' before it."
                     )
-            marks = marks_of(plugin, caller.name) or {}
-            if is_per_plugin(getattr(caller.spec, "function", None)) and (
-                marks.get("wrapper") or marks.get("hookwrapper")
-            ):
-                raise PluginContractError(
-                    f"{origin} wraps {caller.name}, which nothing wraps, as it is called on its plugin: leave it out."
-                )
             uses = deprecated_uses(caller, plugin)
             self.deprecations += [f"{origin} {use} To avoid this, {fix}." for use in uses]
 
@@ -125,7 +128,7 @@ class Pipeline:
         impls = caller.get_hookimpls()
         plain = [impl for impl in impls if not (impl.wrapper or impl.hookwrapper)]
         for impl in plain:
-            if impl.plugin is not plugin:
+            if impl.plugin is not plugin and impl.plugin is not self._defaults[kind.name]:
                 raise PluginContractError(
                     f"{_origin(self._choices[impl.plugin_name])} implements {name}, which {_origin(choice)} provides: "
                     f"mark it with {_MARK}(wrapper=True) to wrap the provider."
@@ -137,7 +140,7 @@ class Pipeline:
         # An implementation that omits arguments is called through pluggy, which passes only those it takes.
         whole = set(plain[0].argnames + plain[0].kwargnames) == set(caller.spec.argnames + caller.spec.kwargnames)
         alone = whole and len(impls) == 1 and not self._trace
-        setattr(bound, name, getattr(plugin, name) if alone else caller)
+        setattr(bound, name, getattr(plain[0].plugin, name) if alone else caller)
 
     def _check_unused(self, kind: Kind, name: str) -> None:
         for impl in getattr(self._manager.hook, name).get_hookimpls():

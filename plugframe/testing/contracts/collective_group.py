@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,6 +98,36 @@ class Group:
 
     def objects(self, obj: Any, *, group: Any = None) -> list[Any]:
         found: list[Any] = self.plugin.collective_all_gather_object(obj=obj, group=group)
+        return found
+
+    def send(self, tensor: Tensor, dst: int, tag: int = 0, *, group: Any = None) -> None:
+        self.plugin.collective_send(tensor=tensor, dst=dst, tag=tag, group=group)
+
+    def recv(self, like: Tensor, src: int, tag: int = 0, *, group: Any = None) -> Tensor:
+        found: Tensor = self.plugin.collective_recv(tensor=like, src=src, tag=tag, group=group)
+        return found
+
+    def all_to_all(
+        self,
+        tensor: Tensor,
+        output_sizes: Sequence[int] | None = None,
+        input_sizes: Sequence[int] | None = None,
+        *,
+        group: Any = None,
+        sync_grads: bool = False,
+    ) -> Tensor:
+        found: Tensor = self.plugin.collective_all_to_all(
+            tensor=tensor, output_sizes=output_sizes, input_sizes=input_sizes, group=group, sync_grads=sync_grads
+        )
+        return found
+
+    def row(self, tensor: Tensor, src: int, *, group: Any = None) -> Tensor:
+        """Call `collective_scatter`; `scatter` is the reduce-scatter."""
+        found: Tensor = self.plugin.collective_scatter(tensor=tensor, src=src, group=group)
+        return found
+
+    def gathered(self, obj: Any, dst: int, *, group: Any = None) -> list[Any] | None:
+        found: list[Any] | None = self.plugin.collective_gather_object(obj=obj, dst=dst, group=group)
         return found
 
     @contextmanager

@@ -13,9 +13,23 @@ import torch
 from plugframe.errors import CollectiveMismatchError
 from plugframe.testing.contracts.batches import rule
 from plugframe.testing.contracts.collective_group import Group, Settings, apart, connected
+from plugframe.testing.contracts.collective_routing import (
+    a_message_without_its_other_end_is_told_in_time,
+    any_number_of_rows_goes_to_a_rank,
+    gradients_return_with_their_rows,
+    messages_arrive,
+    messages_have_two_equal_ends,
+    objects_are_gathered_by_one_rank,
+    rows_are_scattered,
+    rows_go_to_their_ranks,
+    rows_that_do_not_fit_are_an_error_on_every_rank,
+    sources_in_a_group_are_ranks_of_the_job,
+)
 from plugframe.testing.contracts.collective_rules import (
+    ALL_TO_ALL,
     BARRIERS,
     CAPABLE,
+    GATHERED,
     GRADIENTS,
     GROUPS,
     IN_TIME,
@@ -25,8 +39,12 @@ from plugframe.testing.contracts.collective_rules import (
     LOOPBACK,
     MISMATCH,
     OBJECTS,
+    RECEIVED,
     REDUCED,
     REFUSED,
+    SCATTERED,
+    SENT,
+    UNSUPPORTED,
 )
 from plugframe.testing.contracts.collective_values import (
     a_broadcast_gives_the_sources,
@@ -43,10 +61,12 @@ from plugframe.testing.contracts.running import broken, left, one_line, traces
 from plugframe.testing.ranks import rank_store
 
 __all__ = [
+    "ALL_TO_ALL",
     "APART",
     "BARRIERS",
     "CAPABLE",
     "CONNECTED",
+    "GATHERED",
     "GRADIENTS",
     "GROUPS",
     "INPUTS",
@@ -56,8 +76,12 @@ __all__ = [
     "LOOPBACK",
     "MISMATCH",
     "OBJECTS",
+    "RECEIVED",
     "REDUCED",
     "REFUSED",
+    "SCATTERED",
+    "SENT",
+    "UNSUPPORTED",
     "Group",
     "Settings",
     "apart",
@@ -236,11 +260,20 @@ CONNECTED: Sequence[Callable[[Group], None]] = (
     a_broadcast_gives_the_sources,
     gradients_flow_back,
     objects_travel,
+    messages_arrive,
+    rows_go_to_their_ranks,
+    any_number_of_rows_goes_to_a_rank,
+    gradients_return_with_their_rows,
+    rows_are_scattered,
+    objects_are_gathered_by_one_rank,
     groups_hold_their_members,
+    sources_in_a_group_are_ranks_of_the_job,
     its_process_group_is_told,
     wrong_reductions_are_refused,
     nothing_listens_beyond_loopback,
     unequal_tensors_are_an_error_on_every_rank,
+    messages_have_two_equal_ends,
+    rows_that_do_not_fit_are_an_error_on_every_rank,
     barriers_wait,
     who_is_missing_at_a_barrier_is_named,
 )
@@ -248,4 +281,5 @@ APART: Sequence[Callable[[Group], None]] = (
     it_connects_again_and_again,
     tear_down_may_come_early_or_twice,
     who_does_not_come_is_told_in_time,
+    a_message_without_its_other_end_is_told_in_time,
 )

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugframe.errors import CollectiveMismatchError, SettingError
+from plugframe.errors import CollectiveMismatchError, SettingError, UnsupportedError
 from plugframe.testing.contracts.batches import rule
 from plugframe.testing.contracts.collective_group import Group
 from plugframe.testing.contracts.collective_rules import GRADIENTS, INPUTS, LAW_5, MISMATCH, OBJECTS, REDUCED, REFUSED
 from plugframe.testing.contracts.running import broken, one_line
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors have equal shapes, dtypes and bits."""
-    one, other = one.cpu().contiguous(), other.cpu().contiguous()
-    same = one.shape == other.shape and one.dtype == other.dtype
-    return same and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    flat = [each.detach().cpu().contiguous().view(-1) for each in (one, other)]
+    return not one.numel() or torch.equal(flat[0].view(torch.uint8), flat[1].view(torch.uint8))
 
 
 @rule(LAW_5)
@@ -30,7 +31,7 @@ def gathering_stacks(group: Group) -> None:
         found = group.gather(each[group.rank].to(group.device))
         if found.shape != (group.size, 2, 3):
             broken(LAW_5, f"all_gather of (2, 3) on {group.size} ranks gave {tuple(found.shape)}")
-        if not _same(found, torch.stack(each)):
+        if not same(found, torch.stack(each)):
             broken(LAW_5, f"all_gather of {dtype} gave {found.dtype} {found.tolist()}, not the ranks' in their order")
 
 
@@ -86,7 +87,7 @@ def reductions_compute_their_names(group: Group) -> None:
         mine = each[group.rank].to(group.device)
         for op, expected in want.items():
             found = group.reduce(mine, op)
-            if not _same(found, expected.to(dtype)):
+            if not same(found, expected.to(dtype)):
                 wanted = expected.to(dtype)
                 broken(REDUCED, f"{op} of {dtype} gave {found.dtype} {found.tolist()}, not {wanted.tolist()}")
             rows = torch.stack([mine + row for row in range(group.size)])
@@ -94,7 +95,7 @@ def reductions_compute_their_names(group: Group) -> None:
             if row.shape != mine.shape:
                 broken(LAW_5, f"reduce_scatter of {tuple(rows.shape)} gave {tuple(row.shape)}")
             whole = torch.stack([group.reduce(mine + row, op) for row in range(group.size)])
-            if not _same(row, whole[group.rank]):
+            if not same(row, whole[group.rank]):
                 broken(REDUCED, f"reduce_scatter({op}) of {dtype} gave rank {group.rank} {row.tolist()}")
 
 
@@ -118,16 +119,18 @@ def a_broadcast_gives_the_sources(group: Group) -> None:
             mine = group.tensor([[1, group.rank]]).to(dtype)
             before = mine.clone()
             found, expected = group.broadcast(mine, src), torch.tensor([[1, src]]).to(dtype)
-            if not _same(found, expected):
+            if not same(found, expected):
                 broken(LAW_5, f"broadcast of {dtype} from rank {src} gave {found.dtype} {found.float().tolist()}")
-            if not _same(mine, before):
+            if not same(mine, before):
                 broken(INPUTS, f"broadcast from rank {src} wrote into the tensor of rank {group.rank}")
 
 
-def _raises(group: Group, kind: type[Exception], rule: str, what: str, call: Callable[[], Any]) -> str:
+def raises(group: Group, kind: type[Exception], rule: str, what: str, call: Callable[[], Any]) -> str:
     """Check that a call raises an error of one line on this rank, and return its message."""
     try:
         found = call()
+    except UnsupportedError:
+        raise  # reported by who calls the check
     except kind as error:
         if "\n" in str(error).strip():
             broken(rule, f"{what}: the message has several lines: {error}")
@@ -155,7 +158,7 @@ def unequal_tensors_are_an_error_on_every_rank(group: Group) -> None:
     for what, made in different.items():
         for name, call in calls.items():
             tensor = made.to(group.device)
-            said = _raises(group, CollectiveMismatchError, MISMATCH, f"{name} of {what}", lambda: call(tensor))  # noqa: B023
+            said = raises(group, CollectiveMismatchError, MISMATCH, f"{name} of {what}", lambda: call(tensor))  # noqa: B023
             everyone = group.objects(said)
             if len(set(everyone)) != 1:
                 broken(MISMATCH, f"{name} of {what} has different messages on the ranks: {' / '.join(everyone)}")
@@ -170,11 +173,11 @@ def wrong_reductions_are_refused(group: Group) -> None:
     """An unknown reduction, and the mean of integers, are refused on every rank."""
     for op, tensor in (("median", torch.ones(1)), ("mean", torch.ones(1, dtype=torch.int64))):
         what = f"{op!r} of {tensor.dtype}"
-        said = _raises(group, SettingError, REFUSED, what, lambda: group.reduce(tensor.to(group.device), op))  # noqa: B023
+        said = raises(group, SettingError, REFUSED, what, lambda: group.reduce(tensor.to(group.device), op))  # noqa: B023
         if op not in said:
             broken(REFUSED, f"{what}: the message does not name it: {said}")
     rows = torch.ones(group.size + 1, device=group.device)
-    said = _raises(
+    said = raises(
         group, SettingError, REFUSED, f"reduce_scatter of {group.size + 1} rows", lambda: group.scatter(rows, "sum")
     )
     if str(group.size) not in said:

@@ -48,6 +48,10 @@ class Lockstep(Extension):
     Compared are the operation, shape, dtype, source line, the number of such calls so far,
     and the numbers of batches read and forwards started with gradients enabled. See docs/divergence.md.
 
+    Messages between two ranks (`collective_send`, `collective_recv`) are neither compared nor counted here: ranks send
+    different ones by design, and the collective compares the two calls of each. Not compared either is what may differ
+    in a call of all ranks: the number of rows of an all-to-all with sizes, and the shape of what `src` scatters.
+
     Args:
         sites: whether calls that differ only in their source line are an error too.
     """
@@ -66,7 +70,10 @@ class Lockstep(Extension):
     collective_all_reduce = _compared_in_group()
     collective_reduce_scatter = _compared_in_group()
     collective_broadcast = _compared_in_group()
+    collective_all_to_all = _compared_in_group()
+    collective_scatter = _compared_in_group()
     collective_all_gather_object = _compared_in_group()
+    collective_gather_object = _compared_in_group()
     collective_broadcast_object = _compared_in_group()
     collective_barrier = _compared_in_group()
     strategy_setup_module = _compared()

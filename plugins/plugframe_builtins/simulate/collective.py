@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
+from torch import Tensor
+
 from plugframe.base import failing, tell
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe_builtins._shared.torch_collective.collective import ProcessGroupCollective
+from plugframe_builtins._shared.torch_collective.point_to_point import Message
 from plugframe_builtins.simulate.group import BACKEND, register
 from plugframe_builtins.simulate.traffic import Traffic
 
@@ -39,6 +43,12 @@ class SimulatedCollective(ProcessGroupCollective):
         super().collective_teardown()
         if traffic.lines() and not failing():
             tell(f"not sent by this rank: {', '.join(traffic.lines())}")
+
+    def _compare(self, message: Message, peers: dist.ProcessGroup, carry: Tensor | None) -> Tensor | None:
+        return None  # there is no other rank: what it would send is zeros
+
+    def _check_sizes(self, rows: Tensor, peers: dist.ProcessGroup) -> None:
+        pass  # the others' sizes are taken to be this rank's, and need not fit them
 
     @hookimpl
     def collective_broadcast_object(self, obj: Any, src: int, group: Any) -> Any:

@@ -135,7 +135,9 @@ class SimulatedGroup(dist.ProcessGroup):
         return Done(outputs)
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Done:  # type: ignore[override]
-        self._count("scatter", outputs)
+        self._count("scatter", inputs[0] if inputs else ())
+        for output in () if inputs else outputs:
+            output.zero_()  # another rank's row is not known
         for output, rows in zip(outputs, inputs, strict=False):
             output.copy_(rows[self._rank].view(output.shape))
         return Done(outputs)
@@ -165,7 +167,7 @@ class SimulatedGroup(dist.ProcessGroup):
         return Done(tensors)
 
     def recv(self, tensors: list[Tensor], src: int, tag: int) -> Done:
-        """Leave the tensor unchanged, with initialised values."""
+        """Write zeros: what another rank would send is not known."""
         for tensor in tensors:
             tensor.zero_()
         return Done(tensors)

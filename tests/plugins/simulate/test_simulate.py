@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from click.testing import CliRunner
 from plugframe import Lite
 from plugframe.cli import cli
 from plugframe.errors import SettingError
+from plugframe.hooks.context import Context
+from plugframe.hooks.world import World
 from plugframe_builtins.simulate.collective import SimulatedCollective
 from plugframe_builtins.simulate.environment import Simulated
 from plugframe_builtins.simulate.group import BACKEND, register
@@ -182,3 +185,57 @@ def test_others_are_taken_to_have_what_this_rank_has(traffic: Traffic) -> None:
     assert objects == [{"a": 1}] * SIZE
     assert "all_reduce 32 B in 4 calls" in traffic.lines()
     assert "all_to_all 64 B in 1 calls" in traffic.lines()
+
+
+@pytest.fixture
+def collective() -> Iterator[SimulatedCollective]:
+    """Set up the collective of rank 0 of eight."""
+    hooks = SimpleNamespace(
+        environment_store=lambda context, timeout_s: dist.HashStore(),  # type: ignore[attr-defined]
+        accelerator_collective_backend=lambda: "gloo",
+    )
+    context = Context(
+        world=World(world_size=SIZE, local_world_size=SIZE),
+        device=torch.device("cpu"),
+        hooks=hooks,
+        names={"collective": "simulate"},
+        provides={"collective": ("simulated",)},
+    )
+    made = SimulatedCollective()
+    made.collective_setup(context=context)
+    yield made
+    made.collective_teardown()
+
+
+@pytest.mark.parametrize("many", [1, 1000])
+def test_what_another_rank_would_send_is_zeros_or_what_this_one_has(collective: SimulatedCollective, many: int) -> None:
+    """Every call returns initialised values of the right shape and dtype, however large, and is counted."""
+    c, x = collective, torch.arange(1.0, 1.0 + many)
+    c.collective_send(tensor=x, dst=3, tag=0, group=None)
+    received = c.collective_recv(tensor=torch.full_like(x, torch.nan), src=3, tag=0, group=None)
+    assert torch.equal(received, torch.zeros(many))
+    stack = torch.arange(float(SIZE)).unsqueeze(1).expand(SIZE, many) + 5
+    assert torch.equal(c.collective_scatter(tensor=stack, src=0, group=None), torch.full((many,), 5.0))
+    assert torch.equal(c.collective_scatter(tensor=x * torch.nan, src=3, group=None), torch.zeros(many))
+    rows = c.collective_all_to_all(tensor=stack, output_sizes=None, input_sizes=None, group=None, sync_grads=False)
+    assert torch.equal(rows, torch.full((SIZE, many), 5.0))
+    assert c.collective_gather_object(obj="x" * many, dst=0, group=None) == ["x" * many] * SIZE
+    assert c.collective_gather_object(obj="x" * many, dst=3, group=None) is None
+    with pytest.raises(SettingError, match="dst=0 is this rank"):
+        c.collective_send(tensor=x, dst=0, tag=0, group=None)
+
+
+def test_rows_of_other_ranks_have_the_sizes_that_are_expected(collective: SimulatedCollective) -> None:
+    """Sizes of an all-to-all are not compared with ranks that do not exist; missing rows are zeros."""
+    sent, output = [1, 2, 0, 0, 0, 0, 0, 0], [1, 3, 0, 0, 0, 0, 0, 0]
+    x = torch.arange(1.0, 301.0).view(3, 100).requires_grad_()
+    found = collective.collective_all_to_all(
+        tensor=x, output_sizes=output, input_sizes=sent, group=None, sync_grads=True
+    )
+    assert found.shape == (4, 100)
+    assert torch.equal(found[:2], x.detach()[:1].expand(2, 100))
+    assert torch.equal(found[2:], torch.zeros(2, 100))
+    found.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    assert any(line.startswith("all_to_all") for line in collective._traffic.lines())

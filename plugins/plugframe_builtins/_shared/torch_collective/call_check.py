@@ -19,7 +19,13 @@ ROOM = 256
 
 
 def agree(
-    call: str, tensor: Tensor | None, group: dist.ProcessGroup, device: torch.device, *, carry: Tensor | None = None
+    call: str,
+    tensor: Tensor | None,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    *,
+    carry: Tensor | None = None,
+    shape: str = "",
 ) -> Tensor:
     """Check that all ranks of `group` make the same call, with equal shape, dtype and device type.
 
@@ -28,6 +34,7 @@ def agree(
 
     Args:
         carry: payload sent along, of dtype uint8 and shape (n,) with n of at most `ROOM`.
+        shape: what is compared instead of the tensor's shape, where that may differ between ranks.
 
     Returns:
         The payloads of all ranks, of dtype uint8 and shape (ranks, n), on `device`.
@@ -35,7 +42,7 @@ def agree(
     Raises:
         CollectiveMismatchError: on all ranks, with the call of each.
     """
-    mine = _encode(call if tensor is None else _describe(call, tensor)).to(device)
+    mine = encode(call if tensor is None else describe(call, tensor, shape)).to(device)
     size = 0 if carry is None else carry.numel()
     if carry is not None:
         mine[WIDTH : WIDTH + size] = carry
@@ -46,7 +53,7 @@ def agree(
         return rows[:, WIDTH : WIDTH + size].contiguous()
     ranks: dict[str, list[int]] = {}
     for rank, row in zip(dist.get_process_group_ranks(group), rows[:, :WIDTH].tolist(), strict=True):
-        ranks.setdefault(bytes(row).rstrip(b"\0").decode(errors="replace"), []).append(rank)
+        ranks.setdefault(_text(row), []).append(rank)
     calls = "; ".join(f"{ranks_text(members)}: {text}" for text, members in ranks.items())
     raise CollectiveMismatchError(
         f"The ranks do not agree on a collective: {calls}. Make the same call on every rank, "
@@ -54,14 +61,25 @@ def agree(
     )
 
 
-def _describe(call: str, tensor: Tensor) -> str:
+def describe(call: str, tensor: Tensor, shape: str = "") -> str:
+    """Return a call with its tensor: ``all_reduce(sum) of (3, 4) float32 on cpu``."""
     dtype, layout = (str(each).removeprefix("torch.") for each in (tensor.dtype, tensor.layout))
     kind = dtype if tensor.layout is torch.strided else f"{dtype} {layout}"
-    return f"{call} of {tuple(tensor.shape)} {kind} on {tensor.device.type}"
+    return f"{call} of {shape or tuple(tensor.shape)} {kind} on {tensor.device.type}"
 
 
-def _encode(text: str) -> Tensor:
+def encode(text: str) -> Tensor:
+    """Return a description as `WIDTH` bytes and room for a payload: dtype uint8, shape (`WIDTH` + `ROOM`,)."""
     data = text.encode()
     if len(data) > WIDTH:
         data = data[: WIDTH - 9] + b"#%08x" % zlib.crc32(data)
     return torch.frombuffer(bytearray(data.ljust(WIDTH + ROOM, b"\0")), dtype=torch.uint8)
+
+
+def decode(row: Tensor) -> str:
+    """Return the description in the bytes of `encode`."""
+    return _text(row[:WIDTH].tolist())
+
+
+def _text(data: list[int]) -> str:
+    return bytes(data).rstrip(b"\0").decode(errors="replace")

@@ -12,25 +12,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from plugframe.base import Collective, job_token
-from plugframe.errors import CollectiveMismatchError, OrderError, SettingError
+from plugframe.base import job_token
+from plugframe.errors import CollectiveMismatchError, SettingError
 from plugframe.hooks import ReduceOp, hookimpl
 from plugframe.hooks.context import Context
 from plugframe.hooks.option import validate_options
 from plugframe.utils.logging import warn_caller
 from plugframe.utils.rank_text import ranks_text
-from plugframe_builtins._shared.torch_collective.call_check import ROOM, agree
+from plugframe_builtins._shared.torch_collective.checked import flat
 from plugframe_builtins._shared.torch_collective.compat import all_gather_single, reduce_scatter_single
 from plugframe_builtins._shared.torch_collective.connection import backends, check_existing, connected, loopback_only
 from plugframe_builtins._shared.torch_collective.fork import keep_groups_of_the_parent
+from plugframe_builtins._shared.torch_collective.gradients import linear
 from plugframe_builtins._shared.torch_collective.objects import ObjectMessage
 from plugframe_builtins._shared.torch_collective.options import OPTIONS
 from plugframe_builtins._shared.torch_collective.reduction import Reduction
+from plugframe_builtins._shared.torch_collective.routing import Routing
 
 DEFAULT_TIMEOUT_S = 1800.0
 
 
-class ProcessGroupCollective(Collective):
+class ProcessGroupCollective(Routing):
     """Send tensors and objects through a ``torch.distributed`` process group.
 
     An existing process group is used unchanged, and survives tear-down. Every collective on
@@ -43,16 +45,14 @@ class ProcessGroupCollective(Collective):
     """
 
     def __init__(self, *, backend: str | None = None, timeout_s: float | None = None) -> None:
+        super().__init__()
         validate_options(self, OPTIONS, backend=backend, timeout_s=timeout_s)
         self.backend = backend
         self.timeout_s = timeout_s
         self._undo = ExitStack()
-        self._words: dist.ProcessGroup | None = None
         self._side: Any = None
         self._timeout = timedelta(seconds=DEFAULT_TIMEOUT_S)
-        self._types: frozenset[str] = frozenset()
         self._barriers = 0
-        self._token = b""
 
     @hookimpl
     def collective_setup(self, context: Context) -> None:
@@ -73,7 +73,7 @@ class ProcessGroupCollective(Collective):
             else:
                 backend = self.backend or context.hooks.accelerator_collective_backend()
                 stack.enter_context(connected(context, backend=backend, timeout_s=timeout_s))
-            self._types = frozenset(backends(dist.get_backend_config()))
+            self._use(backends(dist.get_backend_config()))
             self._token = job_token(_store(), context.world.global_rank) if context.world.world_size > 1 else b""
             if context.device.type == "cpu" and context.world.world_size > 1:
                 # A strategy's collectives in forward and backward must not interleave with the call checks:
@@ -99,7 +99,7 @@ class ProcessGroupCollective(Collective):
 
     @hookimpl
     def collective_teardown(self) -> None:
-        self._types = frozenset()
+        self._use({})
         self._undo.close()
 
     @hookimpl
@@ -107,20 +107,16 @@ class ProcessGroupCollective(Collective):
         peers = self._peers(group)
         if sync_grads:
             self._agree("all_gather with gradients", tensor, peers)
-            return _gather_with_grads(tensor, self, peers)
+            return linear(
+                tensor,
+                lambda mine: self._gather_bytes(mine, peers),
+                lambda rows: self.collective_reduce_scatter(tensor=rows, op="sum", group=peers),
+            )
         rows = self._agree("all_gather", tensor, peers, carry=self._small_payload(tensor))
         if rows is not None:
             everyone: Tensor = rows.view(tensor.dtype).view(peers.size(), *tensor.shape)
             return everyone.to(tensor.device)
-        return self._gather(tensor, peers)
-
-    def _gather(self, tensor: Tensor, peers: dist.ProcessGroup) -> Tensor:
-        mine = self._wire(_flat(tensor))
-        everyone = mine.new_empty(peers.size() * mine.numel())
-        if mine.numel():
-            # As bytes: a gather computes nothing, so that any dtype works with any backend.
-            all_gather_single(everyone.view(torch.uint8), mine.view(torch.uint8), group=peers)
-        return everyone.view(peers.size(), *tensor.shape).to(tensor.device)
+        return self._gather_bytes(tensor, peers)
 
     @hookimpl
     def collective_all_reduce(self, tensor: Tensor, op: ReduceOp, group: Any) -> Tensor:
@@ -160,7 +156,7 @@ class ProcessGroupCollective(Collective):
         if rows is not None:
             row: Tensor = rows[dist.get_process_group_ranks(peers).index(src)].clone()
             return row.view(tensor.dtype).view(tensor.shape).to(tensor.device)
-        result = self._wire(_flat(tensor).clone())
+        result = self._wire(flat(tensor).clone())
         if result.numel():
             dist.broadcast(result.view(torch.uint8), src, group=peers)
         return result.view(tensor.shape).to(tensor.device)
@@ -245,84 +241,7 @@ class ProcessGroupCollective(Collective):
     def collective_process_group(self) -> Any:
         return dist.group.WORLD if self._types else None
 
-    def _peers(self, group: Any, src: int | None = None) -> dist.ProcessGroup:
-        """Return the process group of `group`; this rank and `src` must be members."""
-        peers = dist.group.WORLD if group is None else group
-        if peers is None and self._types:
-            raise OrderError(
-                "The process group of this job is gone: another Lite, or the script, made it and has destroyed it "
-                "before this Lite was torn down. Tear down the one that made it last."
-            )
-        if peers is None:
-            raise OrderError("The torch collective is not set up: call lite.launch() first.")
-        if dist.get_rank(peers) < 0:
-            raise SettingError(f"Rank {dist.get_rank()} is not in this group: let only its members call.")
-        if src is not None and src not in dist.get_process_group_ranks(peers):
-            members = ", ".join(map(str, dist.get_process_group_ranks(peers)))
-            raise SettingError(f"src={src} is not in this group, which has the ranks {members} of the job.")
-        return peers
-
-    def _agree(self, call: str, tensor: Tensor | None, peers: dist.ProcessGroup, carry: Any = None) -> Any:
-        """Compare the ranks' calls; return every rank's payload, None if this rank sends none."""
-        group = self._words if self._words is not None and peers is dist.group.WORLD else peers
-        # On the CPU if the group supports it: reading the result does not wait for the accelerator's stream.
-        rows = agree(call, tensor, group, self._wire_device(), carry=carry)
-        if tensor is not None and tensor.layout is not torch.strided:
-            raise SettingError(f"{call} takes dense tensors, got {tensor.layout}: use tensor.to_dense() first.")
-        return None if carry is None else rows
-
-    def _small_payload(self, tensor: Tensor) -> Tensor | None:
-        """Return the bytes of a small tensor on the device of the call check, None for others."""
-        if tensor.layout is not torch.strided or not 0 < tensor.nbytes <= ROOM:
-            return None
-        return _flat(tensor).view(torch.uint8) if tensor.device.type == self._wire_device().type else None
-
-    def _wire(self, tensor: Tensor) -> Tensor:
-        """Return `tensor` on a device that this backend supports."""
-        if tensor.device.type in self._types:
-            return tensor
-        return tensor.to(self._wire_device())
-
-    def _wire_device(self) -> torch.device:
-        """Return the CPU if this backend supports it, else this rank's device."""
-        return torch.device("cpu") if "cpu" in self._types else self.context.device
-
 
 def _store() -> Any:
     group: Any = dist.group.WORLD
     return group.get_group_store() if hasattr(group, "get_group_store") else None
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
-
-
-class _Gather(torch.autograd.Function):
-    """All-gather; its backward returns the sum of the gradients of this rank's row."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, collective: ProcessGroupCollective, peers: dist.ProcessGroup) -> Tensor:
-        ctx.rest = collective, peers
-        return collective._gather(tensor, peers)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, None, None]:
-        return _Scatter.apply(grads[0], *ctx.rest), None, None  # type: ignore[no-untyped-call]
-
-
-class _Scatter(torch.autograd.Function):
-    """Reduce-scatter by sum, the transpose of all-gather, so that second derivatives are correct."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, collective: ProcessGroupCollective, peers: dist.ProcessGroup) -> Tensor:
-        ctx.rest = collective, peers
-        return collective.collective_reduce_scatter(tensor=rows, op="sum", group=peers)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, None, None]:
-        return _gather_with_grads(grads[0], *ctx.rest), None, None
-
-
-def _gather_with_grads(tensor: Tensor, collective: ProcessGroupCollective, peers: dist.ProcessGroup) -> Tensor:
-    result: Tensor = _Gather.apply(tensor, collective, peers)  # type: ignore[no-untyped-call]
-    return result

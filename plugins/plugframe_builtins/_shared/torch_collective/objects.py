@@ -56,6 +56,22 @@ class ObjectMessage:
             rows = rows[:, _HEAD:]
         return [self._unpacked(row[:size]) for row, size in zip(rows, sizes, strict=True)]
 
+    def gathered_on(
+        self, rows: Tensor, dst: int, *, group: dist.ProcessGroup, device: torch.device
+    ) -> list[Any] | None:
+        """Return every rank's object on global rank `dst`, None elsewhere; all members of `group` must call it."""
+        here = dist.get_rank() == dst
+        rows, sizes = self._opened(rows, group)
+        length = max(sizes)
+        if length > ROOM - _HEAD:
+            padded = self._tensor(length, device)
+            everyone = padded.new_zeros(group.size() if here else 0, length)
+            dist.gather(padded, list(everyone.unbind()) or None, dst, group=group)
+            rows = everyone.cpu()
+        else:
+            rows = rows[:, _HEAD:]
+        return [self._unpacked(row[:size]) for row, size in zip(rows, sizes, strict=True)] if here else None
+
     def broadcast(self, rows: Tensor, src: int, *, group: dist.ProcessGroup, device: torch.device) -> Any:
         """Return the object of global rank `src`; all members of `group` must call it."""
         rows, sizes = self._opened(rows, group)

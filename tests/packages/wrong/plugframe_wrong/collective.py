@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from plugframe.base import Collective
-from plugframe.errors import CollectiveMismatchError
+from plugframe.errors import CollectiveMismatchError, UnsupportedError
 from plugframe.hooks import ReduceOp, hookimpl
 from plugframe.hooks.context import Context
 from plugframe_builtins.torch_collective.collective import TorchCollective
@@ -53,6 +54,158 @@ class Adds(Right):
     @hookimpl
     def collective_all_reduce(self, tensor: Tensor, op: ReduceOp, group: Any) -> Tensor:
         return super().collective_all_reduce(tensor, "sum" if op == "mean" else op, group)
+
+
+class Swaps(Right):
+    """Takes the minimum for the maximum."""
+
+    @hookimpl
+    def collective_all_reduce(self, tensor: Tensor, op: ReduceOp, group: Any) -> Tensor:
+        return super().collective_all_reduce(tensor, "min" if op == "max" else op, group)
+
+
+class Sums(Right):
+    """Sums where each rank is to get the mean of its rows."""
+
+    @hookimpl
+    def collective_reduce_scatter(self, tensor: Tensor, op: ReduceOp, group: Any) -> Tensor:
+        return super().collective_reduce_scatter(tensor, "sum" if op in ("mean", "avg") else op, group)
+
+
+class Widens(Right):
+    """Loses the dtype of what it reduces."""
+
+    @hookimpl
+    def collective_all_reduce(self, tensor: Tensor, op: ReduceOp, group: Any) -> Tensor:
+        found = super().collective_all_reduce(tensor, op, group)
+        return found.float() if tensor.dtype in (torch.float16, torch.bfloat16) else found
+
+
+class Turns(Right):
+    """Gathers the tensor of the last rank first."""
+
+    @hookimpl
+    def collective_all_gather(self, tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
+        return super().collective_all_gather(tensor, group, sync_grads).flip(0)
+
+
+class Indexes(Right):
+    """Takes `src` for the position in the group."""
+
+    @hookimpl
+    def collective_broadcast(self, tensor: Tensor, src: int, group: Any) -> Tensor:
+        return super().collective_broadcast(tensor, _member(group, src), group)
+
+
+class Positions(Right):
+    """Takes the `src` of a scatter for the position in the group."""
+
+    @hookimpl
+    def collective_scatter(self, tensor: Tensor, src: int, group: Any) -> Tensor:
+        return super().collective_scatter(tensor, _member(group, src), group)
+
+
+def _member(group: Any, position: int) -> int:
+    return dist.get_process_group_ranks(group or dist.group.WORLD)[position]
+
+
+class Converts(Right):
+    """Loses the dtype of what it receives."""
+
+    @hookimpl
+    def collective_recv(self, tensor: Tensor, src: int, tag: int, group: Any) -> Tensor:
+        return super().collective_recv(tensor, src, tag, group).float()
+
+
+class Invents(Right):
+    """Receives zeros where the other rank sends something else."""
+
+    @hookimpl
+    def collective_recv(self, tensor: Tensor, src: int, tag: int, group: Any) -> Tensor:
+        try:
+            return super().collective_recv(tensor, src, tag, group)
+        except CollectiveMismatchError:
+            return torch.zeros_like(tensor)
+
+
+class Pretends(Right):
+    """Returns from a send that nobody has received."""
+
+    @hookimpl
+    def collective_send(self, tensor: Tensor, dst: int, tag: int, group: Any) -> None:
+        pass
+
+
+class Shuffles(Right):
+    """Gives the rows of the last rank first."""
+
+    @hookimpl
+    def collective_all_to_all(
+        self, tensor: Tensor, output_sizes: Any, input_sizes: Any, group: Any, sync_grads: bool
+    ) -> Tensor:
+        return super().collective_all_to_all(tensor, output_sizes, input_sizes, group, sync_grads).flip(0)
+
+
+class Keeps(Right):
+    """Sends every rank the rows of the first one, where there are sizes."""
+
+    @hookimpl
+    def collective_all_to_all(
+        self, tensor: Tensor, output_sizes: Any, input_sizes: Any, group: Any, sync_grads: bool
+    ) -> Tensor:
+        found = super().collective_all_to_all(tensor, output_sizes, input_sizes, group, sync_grads)
+        return found if output_sizes is None else found[:1].expand_as(found).contiguous()
+
+
+class Fits(Right):
+    """Sends what fits, where the ranks' shapes differ."""
+
+    @hookimpl
+    def collective_all_to_all(
+        self, tensor: Tensor, output_sizes: Any, input_sizes: Any, group: Any, sync_grads: bool
+    ) -> Tensor:
+        try:
+            return super().collective_all_to_all(tensor, output_sizes, input_sizes, group, sync_grads)
+        except CollectiveMismatchError:
+            return tensor.clone()
+
+
+class Detaches(Right):
+    """Sends rows, and no gradients back."""
+
+    @hookimpl
+    def collective_all_to_all(
+        self, tensor: Tensor, output_sizes: Any, input_sizes: Any, group: Any, sync_grads: bool
+    ) -> Tensor:
+        found = super().collective_all_to_all(tensor, output_sizes, input_sizes, group, False)
+        return found.requires_grad_(sync_grads and tensor.requires_grad)
+
+
+class Anonymous(Right):
+    """Does not say which hook it lacks."""
+
+    @hookimpl
+    def collective_all_to_all(
+        self, tensor: Tensor, output_sizes: Any, input_sizes: Any, group: Any, sync_grads: bool
+    ) -> Tensor:
+        raise UnsupportedError("This collective cannot do this.")
+
+
+class First(Right):
+    """Gives every rank the first row."""
+
+    @hookimpl
+    def collective_scatter(self, tensor: Tensor, src: int, group: Any) -> Tensor:
+        rows = tensor[:1].expand_as(tensor) if dist.get_rank() == src else tensor
+        return super().collective_scatter(rows, src, group)
+
+
+class Spreads(Right):
+    """Gives the objects to every rank."""
+
+    @hookimpl
+    def collective_gather_object(self, obj: Any, dst: int, group: Any) -> list[Any] | None:
+        return super().collective_all_gather_object(obj, group)
 
 
 class Terse(Right):
