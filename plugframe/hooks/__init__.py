@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from plugframe.hooks.notify import NotifySpec
     from plugframe.hooks.option import Option
     from plugframe.hooks.precision import Dtypes, PrecisionSpec
-    from plugframe.hooks.strategy import Engine, StrategySpec
+    from plugframe.hooks.strategy import Engine, StrategySpec, no_step
     from plugframe.hooks.world import World
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "World",
     "hookimpl",
     "hookspec",
+    "no_step",
 ]
 
 
@@ -84,6 +85,7 @@ def __getattr__(name: str) -> Any:
         "World": "world",
         "hookimpl": "markers",
         "hookspec": "markers",
+        "no_step": "strategy",
     }.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

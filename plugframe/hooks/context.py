@@ -65,6 +65,7 @@ class Context:
         timeout_s: seconds after which a collective raises an error, from ``--timeout``; None when not set.
         report_after_s: seconds after which one line reports the ranks that wait and those they wait for, from
             ``--report-after``; 0 for never.
+        stop_requests: the reasons passed to `request_stop` on this rank.
     """
 
     world: World
@@ -78,3 +79,15 @@ class Context:
     provides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     timeout_s: float | None = None
     report_after_s: float = REPORT_AFTER_S
+    stop_requests: list[str] = field(default_factory=list)
+
+    def request_stop(self, reason: str) -> None:
+        """Request the end of the training loop: ``lite.should_stop`` is True on all ranks from its next read on.
+
+        May be called on one rank, any or all, at any time after set-up, any number of times. It ends nothing by itself:
+        the script leaves its loop where it reads ``lite.should_stop``, saves and ends.
+
+        Args:
+            reason: why, reported on rank 0 together with the rank.
+        """
+        self.stop_requests.append(str(reason))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from plugframe.hooks.markers import hookspec
+from plugframe.hooks.markers import hookspec, per_plugin
 
 if TYPE_CHECKING:
     from plugframe.hooks.context import Context
@@ -31,3 +31,20 @@ class LoggerSpec(Protocol):
     def logger_teardown(self) -> None:
         """Flush and close. Called once on every rank, also after an exception."""
         ...
+
+    @per_plugin
+    def logger_state(self) -> dict[str, Any]:
+        """Return the state of this logger for checkpoints. Optional, with `logger_load_state`.
+
+        Called on every rank by ``lite.save`` and ``lite.load``, as `extension_state`, which describes the values and
+        the name they are saved under.
+
+        Example:
+            ``return {"run_id": self.run_id}``
+        """
+        return {}
+
+    @per_plugin
+    def logger_load_state(self, state: dict[str, Any]) -> None:
+        """Restore the result of `logger_state`. Called on every rank by ``lite.load``, as `extension_load_state`."""
+        return None

@@ -34,6 +34,7 @@ from plugframe.lite import checkpointing, launch, logging, loop, plugins, ranks,
 from plugframe.lite.composed import Composed
 from plugframe.lite.inner import with_make
 from plugframe.lite.plugins import as_tuple, callback_object
+from plugframe.state.plugins import PluginStates
 from plugframe.utils.logging import tell, warn_caller
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ class Lite:
             before[COMPOSED] = composed.start
         self._session = Session(self.plan, self._registry, [*self._callbacks, *observers], before)
         self._hooks = self._session.hooks
+        self._plugin_states = PluginStates([*self._session.members, *composed.others], self._session)
         for message in self._session.deprecations if self.global_rank == 0 else ():
             warn_caller(message)
         self._modules: list[weakref.ref[nn.Module]] = []
@@ -181,6 +183,7 @@ class Lite:
             "_session",
             "_diagnostics",
             "_hooks",
+            "_plugin_states",
             "_modules",
             "_loaders",
             "_job_state",
@@ -258,6 +261,7 @@ class Lite:
                 hooks: Any = self._hooks
                 session.on_close(setattr, hooks, "strategy_no_sync", hooks.strategy_no_sync)
                 hooks.strategy_no_sync = track_no_sync(self._job_state, hooks.strategy_no_sync)
+            session.on_close(checkpointing.warn_of_unread_requests, self._preemption, context)
             atexit.register(session.close)
         return session.started()
 
@@ -861,6 +865,8 @@ class Lite:
     ) -> SaveHandle | None:
         """Write `state` at `path`; a crash at any time leaves the previous checkpoint intact. Every rank must call it.
 
+        The state of the run is added: random generators, loss scale, positions of loaders, and the state of plugins.
+
         Args:
             path: where; a mapping here and a path second (``torch.save``'s order) is understood too.
             state: objects with a ``state_dict``, tensors, plain values, and dicts and lists of those.
@@ -965,10 +971,10 @@ class Lite:
 
     @property
     def should_stop(self) -> bool:
-        """Whether any rank received SIGTERM or SIGUSR1: leave the loop, save and end. Every rank must read it.
+        """Whether to leave the loop, save and end: a rank received SIGTERM or SIGUSR1, or a plugin requests a stop.
 
-        All ranks get the same value for the same read, so that all leave the loop at the same batch. From the first
-        read on these signals no longer end the process; SIGINT and SIGKILL do.
+        Every rank must read it. All ranks get the same value for the same read, so that all leave the loop at the same
+        batch. From the first read on these signals no longer end the process; SIGINT and SIGKILL do.
         """
         return checkpointing.should_stop(self)
 

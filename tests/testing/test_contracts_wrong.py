@@ -51,6 +51,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("strategy", "Prefixes", strategy_ranks.STATE, "on_ranks[a_state_is_the_users-2]"),
     ("strategy", "Adds", strategy_ranks.OWN, "on_ranks[objects_stay_the_users_own-2]"),
     ("strategy", "Again", strategy_ranks.ONCE, "on_ranks[wrappers_see_each_call_once-2]"),
+    ("strategy", "Insists", strategy_ranks.SKIPPED, "on_ranks[a_skipped_step_is_no_step-2]"),
     ("strategy", "Remembers", strategy_ranks.APART, "on_ranks[jobs_are_apart-2]"),
     ("strategy", "Loses", strategy_ranks.LOCAL, "on_ranks[a_local_backward_needs_no_other_rank-2]"),
     ("strategy", "Talks", strategy.DESCRIBED, "it_can_be_described_before_it_is_set_up"),
@@ -159,7 +160,13 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("extension", "Nudges", extension.TRAINING, "a_run_ends_with_the_same_weights"),
     ("extension", "OnceOnly", extension.BALANCED, "tear_down_gives_back_what_launch_took"),
     ("extension", "Leaves", extension.CLEAN, "one_run_after_another"),
-    ("extension", "Amnesia", extension.STATE, "its_state_comes_back"),
+    ("extension", "Amnesia", extension.OBJECT, "a_script_may_save_the_object"),
+    ("extension", "Counts", "", ""),
+    ("extension", "Unloaded", extension.STATE, "its_state_comes_back_from_a_checkpoint"),
+    ("extension", "Grows", extension.STATE, "its_state_comes_back_from_a_checkpoint"),
+    ("extension", "Objects", extension.STATE, "its_state_comes_back_from_a_checkpoint"),
+    ("extension", "Differs", extension.EQUAL, "on_ranks_its_state_comes_back"),
+    ("extension", "Skips", extension.TRAINING, "a_run_ends_with_the_same_weights"),
 ]
 
 if not sys.platform.startswith("linux"):
@@ -173,6 +180,7 @@ LONG = (
     "str_or_a_path",
     "any_number_of_ranks",
     "on_ranks_it_leaves",
+    "on_ranks_its_state",
     "can_be_asked_anywhere",
 )
 

@@ -12,7 +12,7 @@ import pluggy
 from plugframe.core.planning.plan import Choice
 from plugframe.errors import PluginContractError, SettingError, closest
 from plugframe.hooks.kinds import KINDS, Kind
-from plugframe.hooks.markers import PROJECT, deprecated_uses, marks_of, since_of, substitute, unmarked_of
+from plugframe.hooks.markers import PROJECT, deprecated_uses, is_per_plugin, marks_of, since_of, substitute, unmarked_of
 
 
 class BoundHooks:
@@ -110,7 +110,10 @@ class Pipeline:
         bound = BoundHooks()
         for kind in KINDS.values():
             for name in kind.hooks:
-                if kind.many:
+                if is_per_plugin(getattr(kind.spec, name)):
+                    _, plugin = self._providers.get(kind.name, (None, None))
+                    setattr(bound, name, getattr(plugin, name, None))
+                elif kind.many:
                     caller = getattr(self._manager.hook, name)
                     setattr(bound, name, caller if caller.get_hookimpls() else None)
                 elif kind.name in self._providers:

@@ -33,6 +33,7 @@ class Session:
         plan: the resolved plan.
         hooks: all hooks, bound.
         plugins: the plugin object of each singular kind.
+        members: every plugin in use with its choice, loggers, extensions and callbacks included.
         extensions: the extensions by name, bare and qualified; the first of those with equal names.
         context: the context passed to plugins; None until `start`.
         deprecations: one sentence for each deprecated feature that a plugin uses.
@@ -44,6 +45,7 @@ class Session:
         self.plan = plan
         self._before = before or {}
         self.plugins: dict[str, Any] = {}
+        self.members: list[tuple[Choice, Any]] = []
         self.context: Context | None = None
         self._process = os.getpid()
         self._undo = ExitStack()
@@ -58,14 +60,18 @@ class Session:
         self.extensions = {name: plugin for choice, plugin in added for name in (choice.name, choice.qualified)}
         for callback in callbacks:
             if KINDS["extension"].provided_by(callback):
-                self._pipeline.add(_as_choice(callback), callback)
+                self._join(_as_choice(callback), callback)
         self.hooks: BoundHooks = self._pipeline.bind()
         self.deprecations = tuple(dict.fromkeys(self._pipeline.deprecations))
 
     def _add(self, choice: Choice, catalogue: Catalogue) -> Any:
         plugin = choice.make(catalogue)
-        self._pipeline.add(choice, plugin)
+        self._join(choice, plugin)
         return plugin
+
+    def _join(self, choice: Choice, plugin: Any) -> None:
+        self._pipeline.add(choice, plugin)
+        self.members.append((choice, plugin))
 
     @property
     def world(self) -> World:
