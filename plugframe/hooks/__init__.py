@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from plugframe.hooks.environment import EnvironmentSpec
     from plugframe.hooks.kinds import KINDS, Kind
     from plugframe.hooks.launcher import Job, LauncherSpec
-    from plugframe.hooks.logger import LoggerSpec
+    from plugframe.hooks.logger import Artifact, HyperParameter, LoggerSpec, artifact_kind
     from plugframe.hooks.markers import PROJECT, hookimpl, hookspec
     from plugframe.hooks.notify import NotifySpec
     from plugframe.hooks.option import Option
@@ -30,12 +30,14 @@ __all__ = [
     "KINDS",
     "PROJECT",
     "AcceleratorSpec",
+    "Artifact",
     "CheckpointSpec",
     "CollectiveSpec",
     "Context",
     "Dtypes",
     "Engine",
     "EnvironmentSpec",
+    "HyperParameter",
     "Job",
     "Kind",
     "LauncherSpec",
@@ -48,6 +50,7 @@ __all__ = [
     "SaveHandle",
     "StrategySpec",
     "World",
+    "artifact_kind",
     "hookimpl",
     "hookspec",
 ]
@@ -59,12 +62,14 @@ def __getattr__(name: str) -> Any:
         "KINDS": "kinds",
         "PROJECT": "markers",
         "AcceleratorSpec": "accelerator",
+        "Artifact": "logger",
         "CheckpointSpec": "checkpoint",
         "CollectiveSpec": "collective",
         "Context": "context",
         "Dtypes": "precision",
         "Engine": "strategy",
         "EnvironmentSpec": "environment",
+        "HyperParameter": "logger",
         "Job": "launcher",
         "Kind": "kinds",
         "LauncherSpec": "launcher",
@@ -77,6 +82,7 @@ def __getattr__(name: str) -> Any:
         "SaveHandle": "checkpoint",
         "StrategySpec": "strategy",
         "World": "world",
+        "artifact_kind": "logger",
         "hookimpl": "markers",
         "hookspec": "markers",
     }.get(name)

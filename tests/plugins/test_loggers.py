@@ -84,7 +84,7 @@ def test_csv_is_written_every_few_rows(tmp_path: Path) -> None:
     logger.logger_log({"loss": 9.0}, 4)
     logger.logger_teardown()
     assert [row["loss"] for row in rows_of(logger)] == ["0.0", "1.0", "2.0", "3.0", "9.0"]
-    assert [path.name for path in logger.path.parent.iterdir()] == ["metrics.csv"]
+    assert sorted(path.name for path in logger.path.parent.iterdir()) == ["metrics.csv", "run.json"]
 
 
 def test_csv_takes_more_of_a_step_that_is_written(tmp_path: Path) -> None:
