@@ -30,7 +30,7 @@ class FolderLogger(Logger):
         self._has_metrics = False
 
     def open_run(self, run: RunFolder) -> None:
-        """Open the files of a run; those of a continued run exist."""
+        """Open the files of a run; a continued run has those of the jobs before."""
         raise NotImplementedError
 
     def close_run(self) -> None:
@@ -44,10 +44,10 @@ class FolderLogger(Logger):
         if run is None or begun is None or run is begun:
             return begun
         self.close_run()
-        run.take_over(begun)
         run.begin()
         self._open = run
         self.open_run(run)
+        run.take_over(begun)
         # Another load cannot take it elsewhere: it is not only this job's.
         self._has_metrics = True
         return run

@@ -71,11 +71,14 @@ class RunFolder:
         reason = None if error is None else f"{type(error).__name__}: {error}"
         write_json(self.path / RUN, {"run_id": self.run_id, "status": status, "error": reason})
 
+    def hyperparams(self) -> dict[str, Any]:
+        """Return the hyperparameters of the run."""
+        return _read(self.path / HYPERPARAMS)
+
     def add_hyperparams(self, params: Mapping[str, HyperParameter]) -> dict[str, Any]:
         """Add hyperparameters to those of the run, and return all."""
-        file = self.path / HYPERPARAMS
-        found = {**_read(file), **params}
-        write_json(file, found)
+        found = {**self.hyperparams(), **params}
+        write_json(self.path / HYPERPARAMS, found)
         return found
 
     def add_artifact(self, name: str, value: Artifact, step: int | None) -> Path:
@@ -99,7 +102,7 @@ class RunFolder:
     def take_over(self, other: RunFolder) -> None:
         """Move hyperparameters and artifacts of another run here, and remove its folder."""
         if (other.path / HYPERPARAMS).exists():
-            self.add_hyperparams(_read(other.path / HYPERPARAMS))
+            self.add_hyperparams(other.hyperparams())
         for file in sorted(path for path in other.path.rglob("*") if path.is_file()):
             if file.name not in (RUN, HYPERPARAMS):
                 target = self.path / file.relative_to(other.path)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plugframe.base import warn_caller
 from plugframe.errors import MissingDependencyError
 from plugframe.hooks import Artifact, HyperParameter, artifact_kind, hookimpl
 from plugframe_builtins._shared.folder_logger import FolderLogger
@@ -45,6 +46,7 @@ class TensorBoardLogger(FolderLogger):
         plugin.validate(self, resume=resume)
         super().__init__(folder, resume)
         self._writer: SummaryWriter | None = None
+        self._shown = False
 
     @property
     def path(self) -> Path | None:
@@ -55,8 +57,11 @@ class TensorBoardLogger(FolderLogger):
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run.path))
+        self._shown = bool(run.hyperparams())  # by the job that is continued
 
     def close_run(self) -> None:
+        if self.run is self._open:
+            self._show_hyperparams()
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
@@ -65,6 +70,7 @@ class TensorBoardLogger(FolderLogger):
     def logger_log(self, metrics: Mapping[str, float], step: int | None) -> None:
         if self.recording is None or self._writer is None:
             return
+        self._show_hyperparams()
         number = self.next_step(step)
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, number)
@@ -72,14 +78,29 @@ class TensorBoardLogger(FolderLogger):
     @hookimpl
     def logger_log_hyperparams(self, params: Mapping[str, HyperParameter]) -> None:
         run = self.recording
-        if run is None or self._writer is None or self._writer.file_writer is None:
+        if run is None:
+            return
+        before = run.hyperparams()
+        if run.add_hyperparams(params) == before:
+            return
+        if self._shown:
+            # TensorBoard reads the first summary of a run only.
+            warn_caller(
+                f"TensorBoard shows the hyperparameters from before the first metric: {', '.join(params)} "
+                f"{'is' if len(params) == 1 else 'are'} in {str(run.path / 'hparams.json')!r} alone."
+            )
+
+    def _show_hyperparams(self) -> None:
+        """Write the hyperparameters of the run, once."""
+        values = self._open.hyperparams() if self._open is not None else {}
+        if self._shown or not values or self._writer is None or self._writer.file_writer is None:
             return
         from torch.utils.tensorboard.summary import hparams
 
         # Not add_hparams, which writes a run of its own into a folder of its own.
-        values = {name: _cell(value) for name, value in run.add_hyperparams(params).items()}
-        for summary in hparams(values, {}):
+        for summary in hparams({name: _cell(value) for name, value in values.items()}, {}):
             self._writer.file_writer.add_summary(summary)
+        self._shown = True
 
     @hookimpl
     def logger_log_artifact(self, name: str, value: Artifact, step: int | None) -> None:
