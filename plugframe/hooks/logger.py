@@ -78,7 +78,8 @@ class LoggerSpec(Protocol):
     def logger_run_id(self) -> str | None:
         """Return the id of the run that is recorded; None on other ranks, before set-up, or without ids.
 
-        A run resumed from a checkpoint has the id of the run that saved it, see `logger_load_state`.
+        A store that assigns ids itself has none before the first record. A run resumed from a checkpoint has the id of
+        the run that saved it, see `logger_load_state`.
         """
         ...
 

@@ -28,10 +28,15 @@ class LoggerBench(PluginContract):
 
     Attributes:
         float_dtype: the format in which the logger stores metrics; ``"float32"`` is a loss that its users should know.
+        infinity: what it stores for infinity; the largest number in a store that has no infinities.
+        metric_name: a name with characters that files and databases treat specially; with others in a store that
+            refuses these.
     """
 
     kind = "logger"
     float_dtype: ClassVar[Literal["float64", "float32"]] = "float64"
+    infinity: ClassVar[float] = math.inf
+    metric_name: ClassVar[str] = "läng,e \"q'"
 
     def arguments(self, folder: Path) -> dict[str, Any]:
         """Return constructor arguments for a logger that writes into `folder`."""
@@ -94,6 +99,8 @@ class LoggerBench(PluginContract):
 
     def stored(self, value: float) -> float:
         """Return a value as the logger stores it."""
+        if math.isinf(value):
+            return math.copysign(self.infinity, value)
         return torch.tensor(value, dtype=getattr(torch, self.float_dtype)).item()
 
     def expect(self, logger: Any, expected: Sequence[Record], *, rule: str, what: str) -> None:

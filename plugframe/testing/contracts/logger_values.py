@@ -37,7 +37,7 @@ class LoggerValues(LoggerBench):
             ({"loss": 0.5, "accuracy": 0.25}, 0),
             ({"validation/loss": -3.0}, 0),
             ({"loss": 1.25}, 3),
-            ({"loss": 2.0**100, "läng,e \"q'": 2.0**-100}, 10_000_000),
+            ({"loss": 2.0**100, self.metric_name: 2.0**-100}, 10_000_000),
             ({"loss": 0.0}, 10_000_001),
             ({f"metric{number}": float(number) for number in range(200)}, 10_000_002),
         ]
