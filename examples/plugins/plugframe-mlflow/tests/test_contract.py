@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import pytest
@@ -23,9 +25,24 @@ class TestMlflow(LoggerContract):
     infinity: ClassVar[float] = 1.7976931348623157e308
     metric_name: ClassVar[str] = "läng e:q"
 
+    _databases: ClassVar[TemporaryDirectory[str]]
+
+    @classmethod
+    def setup_class(cls) -> None:
+        """Create one empty database: its tables take MLflow seconds."""
+        cls._databases = TemporaryDirectory()
+        MlflowClient(f"sqlite:///{cls._databases.name}/empty.db").search_experiments()
+
+    @classmethod
+    def teardown_class(cls) -> None:
+        cls._databases.cleanup()
+
     def arguments(self, folder: Path) -> dict[str, Any]:
-        # MLflow creates no folders for a database; it is beside the folder, which does not exist yet.
-        return {"uri": f"sqlite:///{folder.parent}/mlflow.db", "artifacts": str(folder / "artifacts")}
+        # One for each test: MLflow keeps a connection to every database it has used.
+        database = Path(self._databases.name, f"{abs(hash(str(folder.parent)))}.db")
+        if not database.exists():
+            shutil.copyfile(database.with_name("empty.db"), database)
+        return {"uri": f"sqlite:///{database}", "artifacts": str(folder / "artifacts")}
 
     def read(self, logger: Any) -> list[tuple[int, str, float]]:
         """Return the metrics of the run."""
