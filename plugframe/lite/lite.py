@@ -23,7 +23,7 @@ from plugframe.core.runtime.session import Session
 from plugframe.data.loaders import Loaders
 from plugframe.data.shared_seed import SharedSeed
 from plugframe.diagnostics.diagnostics import Diagnostics
-from plugframe.hooks.variables import FROM_COMMAND_LINE
+from plugframe.hooks.variables import FROM_COMMAND_LINE, LAUNCHED
 from plugframe.launch import start
 from plugframe.launch.inheritance import RankEnvironment, own_variables
 from plugframe.launch.preemption import PreemptionHandler
@@ -253,7 +253,9 @@ class Lite:
             if not self._alone():
                 raise start.not_launched(self.plan, call)
             self._rank_environment.check(call, launched=self.plan.launched)
-            self._process_error = ProcessError(session.close, watch_exit=bool(session.loggers))
+            # A rank that plugframe has started is told of its exit code.
+            watch_exit = bool(session.loggers) and not os.environ.get(LAUNCHED)
+            self._process_error = ProcessError(session.close, watch_exit=watch_exit)
             context = session.start()
             if context.world.global_rank == 0:
                 tell(self.plan.line())
