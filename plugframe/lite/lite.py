@@ -27,6 +27,7 @@ from plugframe.hooks.variables import FROM_COMMAND_LINE, LAUNCHED
 from plugframe.launch import start
 from plugframe.launch.inheritance import RankEnvironment, own_variables
 from plugframe.launch.preemption import PreemptionHandler
+from plugframe.launch.termination import TerminationHandler
 from plugframe.lite import checkpointing, launch, logging, loop, plugins, ranks, seeding, setup
 from plugframe.lite.plugins import as_tuple, callback_object
 from plugframe.utils.logging import tell, warn_caller
@@ -149,6 +150,7 @@ class Lite:
         self._loaders = Loaders(self._job_state.weights)
         self._preemption = PreemptionHandler()
         self._process_error: ProcessError | None = None
+        self._termination: TerminationHandler | None = None
         #: Loggers, by id, and what was warned that they do not store.
         self._not_stored: set[tuple[int, str]] = set()
         self._streams: RankStreams | None = None
@@ -179,6 +181,7 @@ class Lite:
             "_process_error",
             "_rank_environment",
             "_streams",
+            "_termination",
             "_replaced_parameters",
         )
         return {key: value for key, value in self.__dict__.items() if key not in own}
@@ -233,6 +236,9 @@ class Lite:
         self._modules.clear()
         self._loaders.clear()
         self._preemption.close()
+        if self._termination is not None:
+            self._termination.close()
+            self._termination = None
         self._rank_environment.close()
         if self._process_error is not None:
             atexit.unregister(self._process_error.close)
@@ -253,7 +259,7 @@ class Lite:
             if not self._alone():
                 raise start.not_launched(self.plan, call)
             self._rank_environment.check(call, launched=self.plan.launched)
-            # A rank that plugframe has started is told of its exit code.
+            # Not in a rank that plugframe has started, which notes its exit code itself.
             watch_exit = bool(session.loggers) and not os.environ.get(LAUNCHED)
             self._process_error = ProcessError(session.close, watch_exit=watch_exit)
             context = session.start()
@@ -265,6 +271,9 @@ class Lite:
                 session.on_close(setattr, hooks, "strategy_no_sync", hooks.strategy_no_sync)
                 hooks.strategy_no_sync = track_no_sync(self._job_state, hooks.strategy_no_sync)
             atexit.register(self._process_error.close)
+            if session.loggers and context.world.global_rank == 0:
+                self._termination = TerminationHandler(lambda error: session.hooks.logger_teardown(error=error))
+                session.on_close(self._termination.close)
         return session.started()
 
     @property

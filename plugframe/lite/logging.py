@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -24,7 +25,9 @@ def log_dict(lite: Lite, metrics: Mapping[str, Any], step: int | None) -> None:
     """Hand metrics to every logger, on global rank 0."""
     if _records(lite, "log"):
         number = _step("log", step)
-        lite._hooks.logger_log(metrics={k: _number(k, v) for k, v in metrics.items()}, step=number)
+        values = {k: _number(k, v) for k, v in metrics.items()}
+        with _uninterrupted(lite):
+            lite._hooks.logger_log(metrics=values, step=number)
 
 
 def log_hyperparams(lite: Lite, params: Any) -> None:
@@ -33,7 +36,8 @@ def log_hyperparams(lite: Lite, params: Any) -> None:
         flat = flattened(params)
         _warn_of_old(lite, "logger_log_hyperparams", "hyperparameters")
         if lite._hooks.logger_log_hyperparams is not None:
-            lite._hooks.logger_log_hyperparams(params=flat)
+            with _uninterrupted(lite):
+                lite._hooks.logger_log_hyperparams(params=flat)
 
 
 def log_artifact(lite: Lite, name: str, value: Any, step: int | None) -> None:
@@ -42,7 +46,8 @@ def log_artifact(lite: Lite, name: str, value: Any, step: int | None) -> None:
         artifact, number = as_artifact(as_name(name), value), _step("log_artifact", step)
         _warn_of_old(lite, "logger_log_artifact", f"{artifact_kind(artifact)}s")
         if lite._hooks.logger_log_artifact is not None:
-            lite._hooks.logger_log_artifact(name=name, value=artifact, step=number)
+            with _uninterrupted(lite):
+                lite._hooks.logger_log_artifact(name=name, value=artifact, step=number)
 
 
 def first_logger(lite: Lite) -> LoggerSpec:
@@ -62,6 +67,10 @@ def _records(lite: Lite, call: str) -> bool:
     if lite.is_global_zero and not lite.loggers:
         warn_caller(f"{call}() has no effect. {_no_logger(lite)}")
     return lite.is_global_zero and bool(lite.loggers)
+
+
+def _uninterrupted(lite: Lite) -> AbstractContextManager[None]:
+    return lite._termination.blocked() if lite._termination is not None else nullcontext()
 
 
 def _warn_of_old(lite: Lite, hook: str, what: str) -> None:

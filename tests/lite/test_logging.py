@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from plugframe import Lite, PlugframeWarning, SettingError, hookimpl
 from plugframe.base import Extension, Logger
 from plugframe.hooks import Artifact, HyperParameter
 from plugframe.hooks.context import Context
+
+EXIT = sys.exit
 
 
 class Notes(Logger):
@@ -89,7 +92,7 @@ class Settings:
 
 
 def test_hyperparameters_are_flat_json() -> None:
-    """Nested names are joined, numbers of torch and NumPy are numbers, and of anything else there is a text."""
+    """Nested names are joined, numbers of torch and NumPy are numbers, and anything else is its str."""
     notes = Notes()
     with cpu(notes) as lite:
         lite.log_hyperparams(
@@ -392,13 +395,59 @@ def test_a_job_of_two_ranks_is_recorded(
     assert recorded(tmp_path) == (status, error, "step,loss\n0,1.0\n")
 
 
+STOPPED = """
+import os, signal, sys, time
+from plugframe import Lite
+
+lite = Lite(accelerator="cpu", loggers="csv")
+lite.launch()
+lite.log("loss", 1.0)
+if "term" in sys.argv:
+    os.kill(os.getpid(), signal.SIGTERM)
+if lite.global_rank == 1:
+    raise ValueError("the boiler has burst")
+if "busy" in sys.argv:
+    time.sleep(60)
+lite.barrier()
+"""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("word", ["busy", "waits"])
+def test_a_job_is_recorded_as_failed_if_another_rank_fails(tmp_path: Path, run_script: Any, word: str) -> None:
+    """Rank 0 is stopped with SIGTERM, or loses the connection: its metrics are written either way."""
+    command = [sys.executable, "-m", "plugframe", "run", "train.py", "--devices=2", "--accelerator=cpu", word]
+    run_script(tmp_path, STOPPED, command)
+    status, error, metrics = recorded(tmp_path)
+    assert (status, metrics) == ("failed", "step,loss\n0,1.0\n")
+    assert str(error).startswith(("SystemExit: terminated by SIGTERM", "RankLostError: "))
+
+
+@pytest.mark.ranks
+def test_a_terminated_script_dies_of_the_signal(tmp_path: Path, run_script: Any) -> None:
+    """What it has logged is written, and its exit code is that of the signal."""
+    done = run_script(tmp_path, STOPPED, [sys.executable, "train.py", "term"])
+    assert done.returncode == -15
+    assert recorded(tmp_path) == ("failed", "SystemExit: terminated by SIGTERM", "step,loss\n0,1.0\n")
+
+
+def test_the_default_of_the_signal_is_restored() -> None:
+    """Also if the job has handled the signal by itself meanwhile."""
+    before = signal.getsignal(signal.SIGTERM)
+    with cpu(Notes()) as lite:
+        assert not lite.should_stop
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert sys.exit is EXIT
+
+
 @pytest.fixture
 def run_script() -> Any:
     """Run a script in a folder."""
     import subprocess
 
-    def run(folder: Path, code: str, command: list[str]) -> None:
+    def run(folder: Path, code: str, command: list[str]) -> Any:
         (folder / "train.py").write_text(code)
-        subprocess.run(command, cwd=folder, capture_output=True, timeout=120, check=False)
+        return subprocess.run(command, cwd=folder, capture_output=True, timeout=120, check=False)
 
     return run

@@ -82,7 +82,7 @@ class RunFolder:
         return found
 
     def add_artifact(self, name: str, value: Artifact, step: int | None) -> Path:
-        """Write an artifact: a PNG, a CSV or a text file, or a copy of a file."""
+        """Write an artifact: a PNG, CSV or text file, or a copy of a file."""
         kind, at = artifact_kind(value), "" if step is None else f"@{step}"
         suffix = {"image": ".png", "table": ".csv", "text": ".txt"}.get(kind, Path(str(value)).suffix)
         target = self.path / ARTIFACTS / f"{name.removesuffix(suffix)}{at}{suffix}"
