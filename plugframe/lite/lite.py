@@ -231,7 +231,13 @@ class Lite:
             error: the exception that ends the run; by default the one that is being handled, if any.
         """
         found = self._process_error.find() if self._process_error is not None else None
-        self._session.close(failure(error) or found)
+        try:
+            self._session.close(failure(error) or found)
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        """Forget the user's objects, and restore the state of the process, once the plugins are torn down."""
         self._streams = self._job_state.random_check = None
         self._modules.clear()
         self._loaders.clear()
@@ -271,7 +277,7 @@ class Lite:
                 session.on_close(setattr, hooks, "strategy_no_sync", hooks.strategy_no_sync)
                 hooks.strategy_no_sync = track_no_sync(self._job_state, hooks.strategy_no_sync)
             atexit.register(self._process_error.close)
-            if session.loggers and context.world.global_rank == 0:
+            if session.hooks.logger_teardown is not None and context.world.global_rank == 0:
                 self._termination = TerminationHandler(lambda error: session.hooks.logger_teardown(error=error))
                 session.on_close(self._termination.close)
         return session.started()

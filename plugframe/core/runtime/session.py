@@ -99,6 +99,8 @@ class Session:
     def _tear_down(self, kind: str) -> None:
         """Call the tear-down hook of a kind; with the error that ends the job for loggers, which record it."""
         hook = getattr(self.hooks, f"{kind}_teardown")
+        if hook is None:  # no plugin of a kind of many has one
+            return
         if kind != "logger":
             hook()
             return
