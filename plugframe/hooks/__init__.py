@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from plugframe.hooks.environment import EnvironmentSpec
     from plugframe.hooks.kinds import KINDS, Kind
     from plugframe.hooks.launcher import Job, LauncherSpec
-    from plugframe.hooks.logger import LoggerSpec
+    from plugframe.hooks.logger import Artifact, HyperParameter, LoggerSpec, artifact_kind
     from plugframe.hooks.markers import PROJECT, hookimpl, hookspec
     from plugframe.hooks.mesh import Axis, MeshLayout
     from plugframe.hooks.notify import NotifySpec
@@ -31,6 +31,7 @@ __all__ = [
     "KINDS",
     "PROJECT",
     "AcceleratorSpec",
+    "Artifact",
     "Axis",
     "CheckpointSpec",
     "CollectiveSpec",
@@ -38,6 +39,7 @@ __all__ = [
     "Dtypes",
     "Engine",
     "EnvironmentSpec",
+    "HyperParameter",
     "Job",
     "Kind",
     "LauncherSpec",
@@ -51,6 +53,7 @@ __all__ = [
     "SaveHandle",
     "StrategySpec",
     "World",
+    "artifact_kind",
     "hookimpl",
     "hookspec",
     "no_step",
@@ -64,12 +67,14 @@ def __getattr__(name: str) -> Any:
         "PROJECT": "markers",
         "AcceleratorSpec": "accelerator",
         "Axis": "mesh",
+        "Artifact": "logger",
         "CheckpointSpec": "checkpoint",
         "CollectiveSpec": "collective",
         "Context": "context",
         "Dtypes": "precision",
         "Engine": "strategy",
         "EnvironmentSpec": "environment",
+        "HyperParameter": "logger",
         "Job": "launcher",
         "Kind": "kinds",
         "LauncherSpec": "launcher",
@@ -83,6 +88,7 @@ def __getattr__(name: str) -> Any:
         "SaveHandle": "checkpoint",
         "StrategySpec": "strategy",
         "World": "world",
+        "artifact_kind": "logger",
         "hookimpl": "markers",
         "hookspec": "markers",
         "no_step": "strategy",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -208,6 +208,28 @@ class Plugin:
         module, _, name = self.factory.partition(":")
         same = self.factory == f"{cls.__module__}:{cls.__qualname__}"
         return same or getattr(sys.modules.get(module), name, None) is cls
+
+
+def check_composable(strategies: Sequence[tuple[str, Plugin]], others: Iterable[Any]) -> None:
+    """Check that strategies can be combined: each once, and exactly one divides the batch.
+
+    Args:
+        strategies: names with descriptors.
+        others: choices of strategies that can be combined, for the message; read if none divides the batch.
+
+    Raises:
+        ValueError: naming them, with what to do.
+    """
+    names = [name for name, _ in strategies]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} is named twice: keep one.")
+    batch = [name for name, descriptor in strategies if descriptor.divides == ORDER[-1]]
+    if len(names) > 1 and len(batch) > 1:
+        raise ValueError(f"{batch[0]!r} and {batch[1]!r} both divide the batch: keep one of them.")
+    if len(names) > 1 and not batch:
+        able = [repr(other.name) for other in others if other.descriptor.divides == ORDER[-1]]
+        raise ValueError(f"none of them divides the batch: add {' or '.join(able) or 'one that does'}.")
 
 
 def _merged(

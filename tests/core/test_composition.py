@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plugframe import Axis, Option, Plugin, SettingError, UnsupportedError
+from plugframe import Axis, Option, Plugin, SettingError
 from plugframe.core.config.request import gather
 from plugframe.core.planning.resolve import resolve
 from plugframe.hooks.mesh import MeshLayout
@@ -89,9 +89,14 @@ def test_one_strategy_with_a_mesh() -> None:
 @pytest.mark.parametrize(
     ("strategy", "mesh", "error", "said"),
     [
-        ("rows+whole", None, UnsupportedError, "'rows+whole': 'rows' and 'whole' both divide the batch: keep one"),
-        ("cuts+steps", None, UnsupportedError, "none of them divides the batch: add 'rows' or 'whole'"),
-        ("rows+rows", None, SettingError, "'rows+rows' in the code names 'rows' twice: keep one"),
+        (
+            "rows+whole",
+            None,
+            SettingError,
+            "'rows+whole' in the code: 'rows' and 'whole' both divide the batch: keep one",
+        ),
+        ("cuts+steps", None, SettingError, "none of them divides the batch: add 'rows' or 'whole'"),
+        ("rows+rows", None, SettingError, "'rows+rows' in the code: 'rows' is named twice: keep one"),
         ("rows++cuts", None, SettingError, "has an empty name: write names with a + in between"),
         (
             "rows+cuts",

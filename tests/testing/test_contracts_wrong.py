@@ -141,15 +141,37 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("launcher", "Right", "", ""),
     ("launcher", "OnlyOne", launcher.STARTED, "each_rank_is_started_once"),
     ("launcher", "NoResult", launcher.RESULT, "it_returns_what_rank_0_returned"),
+    ("launcher", "Loses", launcher.VARIABLES, "variables_reach_the_ranks"),
+    ("launcher", "Strips", launcher.VARIABLES, "variables_reach_the_ranks"),
+    ("launcher", "Miscounts", launcher.RANKS, "ranks_are_numbered"),
     ("launcher", "Swallows", launcher.FAILED, "a_rank_that_fails_ends_the_job"),
+    ("launcher", "One", launcher.CODE, "an_exit_code_is_kept"),
+    ("launcher", "Nameless", launcher.CODE, "an_exit_code_is_kept"),
+    ("launcher", "Abandons", launcher.ENDED, "every_rank_has_ended"),
+    ("launcher", "Deaf", launcher.LOGGED, "output_is_logged_or_refused"),
     ("launcher", "Leaves", launcher.CLEAN, "nothing_is_left_behind"),
     ("launcher", "Stumbles", launcher.ABLE, "what_it_cannot_launch_is_refused"),
     ("logger", "Right", "", ""),
+    ("logger", "Old", "", ""),
     ("logger", "Drops", logger.RECORDED, "many_steps_are_recorded"),
+    ("logger", "LosesOne", logger.RECORDED, "every_metric_is_recorded"),
+    ("logger", "Swaps", logger.STEPS, "steps_are_kept"),
+    ("logger", "Backwards", logger.STEPS, "order_is_kept"),
+    ("logger", "Rounds", logger.EXACT, "values_are_exact"),
+    ("logger", "Prints", logger.EXACT, "values_are_exact"),
+    ("logger", "Finite", logger.EXACT, "values_are_exact"),
     ("logger", "FromOne", logger.COUNTED, "calls_without_a_step_are_counted"),
     ("logger", "EveryRank", logger.RANK_ZERO, "only_rank_zero_writes"),
     ("logger", "Early", logger.TOLD, "files_are_where_they_were_told_to_be"),
     ("logger", "OneFile", logger.APART, "runs_one_after_the_other_do_not_mix"),
+    ("logger", "Waits", logger.FLUSHED, "the_last_metrics_are_written"),
+    ("logger", "Gives", logger.FLUSHED, "the_last_metrics_are_written"),
+    ("logger", "Cheerful", logger.FAILED, "a_failed_run_is_recorded_as_failed"),
+    ("logger", "Mute", logger.HYPERPARAMS, "hyperparameters_are_recorded"),
+    ("logger", "Discards", logger.ARTIFACTS, "artifacts_are_recorded"),
+    ("logger", "Nags", logger.ARTIFACTS, "artifacts_are_recorded"),
+    ("logger", "Overwrites", logger.RESUMED, "a_resumed_run_goes_on"),
+    ("logger", "Renames", logger.RESUMED, "a_resumed_run_goes_on"),
     ("logger", "Twice", logger.CLOSED, "tear_down_may_come_early_or_twice"),
     ("logger", "Open", logger.CLEAN, "nothing_is_left_behind"),
     ("extension", "Right", "", ""),
@@ -200,6 +222,9 @@ kept = {}
 def records(self, logger):
     return [tuple(json.loads(line)) for line in Path(logger.path).read_text(encoding="utf-8").splitlines()]
 
+def failed(self, logger):
+    return Path(f"{logger.path}.failed").exists()
+
 def report(self, num_ranks, *more):
     if (self.kind, num_ranks) not in kept:
         alike = [cls for cls in globals().values() if getattr(cls, "job", None) == (self.kind, num_ranks)]
@@ -249,6 +274,7 @@ def reports(installed: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
         suite = "PluginContract" if rule in vars(base).values() else f"{kind.capitalize()}Contract"
         text += f"class Test_{kind}_{name}({suite}):\n    kind = '{kind}'\n    spec = 'wrong-{name.lower()}'\n"
         own_methods = {"logger": "read = records", "environment": "variables = variables"}
+        own_methods["logger"] += "; has_failed = failed" if name != "Old" else ""
         text += f"    {own_methods.get(kind, '')}\n"
         if on_ranks := re.fullmatch(r"on_ranks\[(\w+)-(\d)\]", test):
             text += f"    only, job, reports = '{on_ranks[1]}', ('{kind}', {on_ranks[2]}), report\n"

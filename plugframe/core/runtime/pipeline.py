@@ -122,6 +122,11 @@ class Pipeline:
                     self._check_unused(kind, name)
         return bound
 
+    def only(self, plugin: Any, name: str) -> Any:
+        """Return a hook with the implementation of one plugin."""
+        others = [other for _, other in self._manager.list_name_plugin() if other is not plugin]
+        return self._manager.subset_hook_caller(name, remove_plugins=others)
+
     def _bind_provider(self, bound: BoundHooks, kind: Kind, name: str) -> None:
         choice, plugin = self._providers[kind.name]
         caller = getattr(self._manager.hook, name)

@@ -5,8 +5,9 @@ from plugframe import Option, Plugin
 _NAMES = {
     "checkpoint": "Right Narrows Unverified Unpickles InPlace Silent Litters Mumbles Lazy Overwrites Fibs Sticks",
     "environment": "Right Everywhere Swapped Crashes Agrees Stale Requeues Sets Timid",
-    "launcher": "Right OnlyOne NoResult Swallows Leaves Stumbles",
-    "logger": "Right Drops FromOne EveryRank Early OneFile Twice Open",
+    "launcher": "Right OnlyOne NoResult Swallows Leaves Stumbles Loses Strips Miscounts One Nameless Abandons Deaf",
+    "logger": "Right Old Drops LosesOne Swaps Backwards Rounds Prints Finite FromOne EveryRank Early OneFile Waits "
+    "Gives Cheerful Mute Discards Nags Overwrites Renames Twice Open",
     "strategy": "Right Alone Halves Finite Repeats Leaves Ignores Common Misnamed Mute Raises Unsent Unmarked Renamed "
     "Lacks Drifts Restarts Unequal Prefixes Adds Again Remembers Loses Talks Curt Insists",
     "collective": "Right Drops Writes Joins Adds Terse Rounds Cuts Reverses Everyone Passes Nameless Alone Hides Wide "
