@@ -17,6 +17,7 @@ globals().update(
         "strategy",
         StrategyContract,
         tensor_parallel={"options": {"plan": PLAN}},
+        pipeline={"options": {"split": ["leave"]}},
         # Offloading to disks needs libaio.
         deepspeed_stage_3_offload_nvme={"options": {"nvme_path": tempfile.gettempdir()}, "num_ranks": ()},
         **{f"deepspeed_{variant}": {"num_ranks": (2,)} for variant in VARIANTS},

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from plugframe.base import map_tensors
 from plugframe.errors import UnsupportedError
 from plugframe_builtins.pipeline.axis import Axis
+from plugframe_builtins.pipeline.batch_check import BatchCheck
 from plugframe_builtins.pipeline.chain import Chain, Meta
+from plugframe_builtins.pipeline.checks import check_added, check_statistics, keeping_buffers
 from plugframe_builtins.pipeline.cut import Cut
 from plugframe_builtins.pipeline.deliver import deliver
 from plugframe_builtins.pipeline.loss_check import LossCheck
@@ -23,8 +25,7 @@ from plugframe_builtins.pipeline.parameters import Aliases, Aside, total
 from plugframe_builtins.pipeline.random_streams import shared_seed, stage_random
 from plugframe_builtins.pipeline.schedules import make_schedule
 from plugframe_builtins.pipeline.stage import Boundaries, StageModule
-from plugframe_builtins.pipeline.stand_in import tensors_of
-from plugframe_builtins.pipeline.statistics import check_statistics, keeping_buffers
+from plugframe_builtins.pipeline.stand_in import Backwards, tensors_of
 
 #: Calls of other shapes that are remembered.
 _MOST_REMEMBERED = 256
@@ -59,6 +60,7 @@ class Engine:
         places: the modules with parameters of this rank's stages; see `Aliases`.
         schedule: the schedule's name; None for 1f1b if the model returns its loss, else gpipe.
         micro_batches: number of micro-batches of a batch.
+        backwards: counts those of this model.
     """
 
     def __init__(
@@ -69,9 +71,14 @@ class Engine:
         places: Sequence[tuple[nn.Module, str, int]],
         schedule: str | None,
         micro_batches: int,
+        backwards: Backwards,
     ) -> None:
         self.cut, self.axis = cut, axis
-        self._module = module
+        #: Whether a parameter or a module was added; see `AddedParameters`.
+        self.added = False
+        self._backwards = backwards
+        self._batch_check = BatchCheck(axis)
+        self.module = module
         self._parts = list(module.modules())
         self._places = places
         self._schedule = schedule
@@ -86,6 +93,10 @@ class Engine:
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return what ``call(*args, **kwargs)`` returns in one process, on every rank."""
+        if self.added:
+            check_added(self.module, self.cut, self._places)
+            self.added = False
+        self._batch_check.compare((args, kwargs))
         micro = cut_batch(args, kwargs, self._micro_batches)
         for tensor in tensors_of((args, kwargs)) if torch.is_grad_enabled() else ():
             if tensor.requires_grad:
@@ -95,7 +106,7 @@ class Engine:
                     "detach it."
                 )
         if len(micro.calls) > 1 and torch.is_grad_enabled():
-            check_statistics(self._module)
+            check_statistics(self.module)
         plan = self._plan(call, micro)
         random = stage_random(self.axis, shared_seed()) if plan.random else nullcontext()
         with self._micro(call, micro.calls), random:
@@ -133,6 +144,7 @@ class Engine:
         value = self._shared(plan, [torch.stack([each.detach() for each in losses]).sum()] if losses else [])
 
         def scaled(outer: Sequence[Tensor | None]) -> list[Tensor | None]:
+            self._backwards.count += 1
             return gradients if outer[0] is None else _multiplied(gradients, outer[0])
 
         return deliver([value], aliases.parameters, scaled)[0]
@@ -151,6 +163,7 @@ class Engine:
             outputs = self._shared_tensors(plan, merged(results) if results else [])
 
         def backward(outer: Sequence[Tensor | None]) -> list[Tensor | None]:
+            self._backwards.count += 1
             parts = _parts(outer, count, micro.size)
             with aliases:
                 self._chain.backward(tape, plan.boundaries, count, parts)
@@ -215,7 +228,7 @@ class Engine:
     def _look(self, module: StageModule, metas: Sequence[Meta], micro: Micro) -> Any:
         device = self.axis.device
         module.sends = None
-        with keeping_buffers(self._module), stage_random(self.axis, 0) as stream:
+        with keeping_buffers(self.module), stage_random(self.axis, 0) as stream:
             inputs = [torch.zeros(m.shape, dtype=m.dtype, device=device, requires_grad=m.requires_grad) for m in metas]
             try:
                 ended, result = module.compute(0, inputs)
@@ -229,9 +242,9 @@ class Engine:
 
     def _check_loss(self, plan: Plan, call: Callable[..., Any], micro: Micro, whole: Any) -> None:
         """Compare the loss of the whole batch with those of the micro-batches, without dropout."""
-        modes = {part: part.training for part in self._module.modules()} if plan.random else {}
+        modes = {part: part.training for part in self.module.modules()} if plan.random else {}
         values: list[float] = []
-        with torch.no_grad(), keeping_buffers(self._module):
+        with torch.no_grad(), keeping_buffers(self.module):
             for part in modes:
                 part.training = False
             try:

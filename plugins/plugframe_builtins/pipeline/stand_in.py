@@ -7,7 +7,7 @@ takes the place of the stand-in. Values that are still missing at the end are an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,8 +84,22 @@ class StandIn(OtherStage):
     value: Tensor | None
 
 
+class Backwards:
+    """Counts the backwards of a model: other stages' parameters have gradients after one."""
+
+    count = 0
+
+
 class OtherParameter(OtherStage, nn.Parameter):
-    """A parameter of another stage: still the user's object, in the optimizers too, without storage."""
+    """A parameter of another stage: still the user's object, in the optimizers too, without storage.
+
+    Attributes:
+        backwards: those of its model.
+        cleared: how many of them had run when the gradient was set to None.
+    """
+
+    backwards: Backwards
+    cleared: int
 
 
 def stand_in(like: Tensor, origin: str, home: torch.device) -> StandIn:
@@ -97,14 +111,14 @@ def stand_in(like: Tensor, origin: str, home: torch.device) -> StandIn:
 
 
 @torch.no_grad()
-def give_up(parameter: nn.Parameter, origin: str) -> None:
+def give_up(parameter: nn.Parameter, origin: str, backwards: Backwards) -> None:
     """Free the values of a parameter; the object stays, and computing with it gives stand-ins."""
     home = parameter.device
     parameter.grad = None
     parameter.data = parameter.data.new_empty((1,) * parameter.dim()).expand(parameter.shape)
     parameter.__class__ = OtherParameter
     other: Any = parameter
-    other.origin, other.home = origin, home
+    other.origin, other.home, other.backwards, other.cleared = origin, home, backwards, 0
 
 
 def is_missing(value: Any) -> bool:
@@ -149,24 +163,93 @@ def _apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         missing = first_missing((args, kwargs))
         if missing is None:
             return func(*args, **kwargs)
-        if name == "to":
-            args, kwargs = _without_devices(args), {k: v for k, v in kwargs.items() if k != "device"}
-            if len(args) + len(kwargs) == 1:
-                return missing
-        if name in ("cpu", "cuda", "xpu"):
-            return missing
+        if name in _MOVES:
+            return _moved(func, args, kwargs)
+        if name.startswith("_foreach_") and name.endswith("_"):
+            return _one_by_one(func, missing, args, kwargs)
+        if (_writes(name) and first_present(args[:1])) or first_present(kwargs.get("out")):
+            raise UnsupportedError(_needs(name, missing))
         return _without_values(name, func, missing, args, kwargs)
 
 
 def _about(func: Callable[..., Any], subject: OtherStage, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    result = func(*args, **kwargs)
-    if func == Tensor.device.__get__:
+    """Act on the object itself: read or set an attribute, add a hook."""
+    if func == _DEVICE:
         return subject.home
-    if func == Tensor.is_meta.__get__:  # type: ignore[attr-defined]
+    if func == _IS_META:
         return False
+    if func == _SET_DATA:
+        return None  # its own rank sets it
+    if isinstance(subject, OtherParameter) and func == _GRAD:
+        if not subject.requires_grad or subject.backwards.count <= subject.cleared:
+            return None
+        return stand_in(subject, f"the gradient of {subject.origin}", subject.home)
+    if isinstance(subject, OtherParameter) and func == _SET_GRAD:
+        subject.cleared = subject.backwards.count if args[1] is None else -1
+        return None
+    result = func(*args, **kwargs)
     if not isinstance(result, Tensor) or result is subject:
         return result
     return stand_in(result, subject.origin, subject.home)
+
+
+_DEVICE: Any = Tensor.device.__get__
+_IS_META: Any = Tensor.is_meta.__get__  # type: ignore[attr-defined]
+_SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
+_GRAD: Any = Tensor.grad.__get__  # type: ignore[union-attr]
+_SET_GRAD: Any = Tensor.grad.__set__  # type: ignore[union-attr]
+_MOVES = ("to", "cpu", "cuda", "xpu")
+
+
+def first_present(data: Any) -> bool:
+    """Return whether `data` has a tensor with values."""
+    return any(not is_missing(tensor) for tensor in tensors_of(data))
+
+
+def _writes(name: str) -> bool:
+    """Return whether a function changes its first argument."""
+    if name.startswith("__"):
+        return name in ("__set__", "__setitem__") or (name[:3] == "__i" and name not in _READS)
+    return name.endswith("_")
+
+
+_READS = ("__index__", "__int__", "__invert__", "__init__", "__iter__")
+
+
+def _needs(name: str, missing: OtherStage) -> str:
+    return (
+        f"{name}() needs values that this rank does not have: {missing.origin}. In a forward, pass what one stage "
+        "computes to the next through the module that starts it; for norms use lite.clip_gradients(), and for values "
+        "lite.state_dict(model), which gathers all stages."
+    )
+
+
+def _moved(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    subject = args[0]
+    if not isinstance(subject, OtherStage):  # to(other): to the dtype and device of a tensor of another stage
+        other = args[1]
+        return subject.to(device=other.home, dtype=other.dtype)
+    rest = [each for each in args[1:] if not isinstance(each, (torch.device, str))]
+    others = [each for each in rest if isinstance(each, torch.dtype)]
+    others += [each.dtype for each in rest if isinstance(each, Tensor)]
+    dtype = kwargs.get("dtype") or next(iter(others), subject.dtype)
+    like = torch.empty_strided(subject.shape, subject.stride(), dtype=dtype, device="meta")
+    return subject if dtype == subject.dtype else stand_in(like, subject.origin, subject.home)
+
+
+def _one_by_one(func: Callable[..., Any], missing: OtherStage, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run a function in place over lists of tensors, for those that this rank has."""
+    lists = [each for each in args if isinstance(each, (list, tuple))]
+    scalars = [each for each in args if not isinstance(each, (list, tuple))]
+    if not lists or first_missing((scalars, kwargs)) is not None:
+        raise UnsupportedError(_needs(func.__name__, missing))
+    rows = list(zip(*lists, strict=True))
+    here = [row for row in rows if first_missing(row) is None]
+    if any(first_present(row[0]) for row in rows if first_missing(row) is not None):
+        raise UnsupportedError(_needs(func.__name__, missing))
+    if here:
+        columns = iter([list(column) for column in zip(*here, strict=True)])
+        func(*(next(columns) if isinstance(each, (list, tuple)) else each for each in args), **kwargs)
 
 
 def _without_values(
@@ -178,10 +261,7 @@ def _without_values(
     except PlugframeError:
         raise
     except Exception as error:
-        raise UnsupportedError(
-            f"{name}() needs values that this rank does not have: {missing.origin}. A model's forward must pass what "
-            "one stage computes to the next only through the modules that start it."
-        ) from error
+        raise UnsupportedError(_needs(name, missing)) from error
     return map_tensors(lambda tensor: stand_in(tensor, missing.origin, missing.home), result)
 
 
@@ -195,7 +275,3 @@ def _on_meta(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {
         key: torch.device("meta") if key == "device" and value is not None else value for key, value in kwargs.items()
     }
-
-
-def _without_devices(args: Iterable[Any]) -> tuple[Any, ...]:
-    return tuple(each for each in args if not isinstance(each, (torch.device, str)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from plugframe.base import map_tensors
 from plugframe.checkpoint import fill, materialize
 from plugframe_builtins.pipeline.axis import Axis
-from plugframe_builtins.pipeline.stand_in import OtherParameter
+from plugframe_builtins.pipeline.optimizers import is_other, own_state
 
 #: Puts a tensor in place of one that the rank at a position of the axis has.
 Place = Callable[[Tensor, int], Any]
@@ -104,8 +104,8 @@ def load_module_state(
 
 def optimizer_state(optimizer: Optimizer, axis: Axis, place: Place) -> dict[str, Any]:
     """Return the optimizer's state with the entries of all ranks."""
-    state = optimizer.state_dict()
-    mine = {key: entry for key, entry in state["state"].items() if key not in _others(optimizer)}
+    state = own_state(optimizer)
+    mine = state["state"]
     shapes = [map_tensors(_shape, mine)] if axis.size == 1 else axis.gather_objects(map_tensors(_shape, mine))
     entries: dict[Any, Any] = {}
     for owner, held in enumerate(shapes):
@@ -125,17 +125,9 @@ def optimizer_state(optimizer: Optimizer, axis: Axis, place: Place) -> dict[str,
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Load the entries of this rank's parameters."""
     numbers = [number for group in state["param_groups"] for number in group["params"]]
-    others = {number for number, other in zip(numbers, _is_other(optimizer), strict=True) if other}
+    others = {number for number, other in zip(numbers, is_other(optimizer), strict=True) if other}
     entries = {key: materialize(entry) for key, entry in state["state"].items() if key not in others}
     optimizer.load_state_dict({**state, "state": entries, "param_groups": materialize(state["param_groups"])})
-
-
-def _others(optimizer: Optimizer) -> set[int]:
-    return {number for number, other in enumerate(_is_other(optimizer)) if other}
-
-
-def _is_other(optimizer: Optimizer) -> Iterable[bool]:
-    return [isinstance(each, OtherParameter) for group in optimizer.param_groups for each in group["params"]]
 
 
 def _held(tensor: Tensor, mine: bool, axis: Axis) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,19 +13,22 @@ from torch.optim import Optimizer
 
 from plugframe.base import Strategy
 from plugframe.deferred.module import deferring, materialize_module
-from plugframe.errors import OrderError, SettingError, UnsupportedError
+from plugframe.errors import SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe_builtins._shared.broadcast import broadcast_from_first
+from plugframe_builtins._shared.fully_shard.added_parameters import AddedParameters
 from plugframe_builtins._shared.model_check import check_same_model
 from plugframe_builtins.pipeline import plugin
 from plugframe_builtins.pipeline.axis import Axis, whole_world
+from plugframe_builtins.pipeline.checks import check_module
 from plugframe_builtins.pipeline.clip import clip_by_norm
 from plugframe_builtins.pipeline.cut import ATTRIBUTE, Cut, Split, buffers_of, check_split, make_cut
 from plugframe_builtins.pipeline.engine import Engine
+from plugframe_builtins.pipeline.optimizers import own_parameters, split_optimizer
 from plugframe_builtins.pipeline.schedules import misfit
-from plugframe_builtins.pipeline.stand_in import OtherParameter, OtherStage, give_up, stand_in
+from plugframe_builtins.pipeline.stand_in import Backwards, OtherParameter, OtherStage, give_up, stand_in
 from plugframe_builtins.pipeline.state import (
     Layout,
     Place,
@@ -71,7 +74,8 @@ class Pipeline(Strategy):
         self.micro_batches = micro_batches
         self._axis: Axis | None = None
         self._layout: Layout | None = None
-        self._engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
+        self._engines: list[weakref.ref[Engine]] = []
+        self._additions = AddedParameters()
 
     @hookimpl
     def strategy_setup(self, context: Context) -> None:
@@ -100,6 +104,7 @@ class Pipeline(Strategy):
     def strategy_teardown(self) -> None:
         self._axis = self._layout = None
         self._engines.clear()
+        self._additions.close()
 
     @hookimpl
     def strategy_init_context(self, empty_init: bool | None) -> AbstractContextManager[Any]:
@@ -113,7 +118,7 @@ class Pipeline(Strategy):
         if axis.size == 1 or next(module.parameters(), None) is None:
             materialize_module(module, self.context.device)
             return None
-        _check_module(module)
+        check_module(module)
         check_same_model(module, self.context.hooks)
         stages = self.stages or axis.size
         split, where = self.split, "split= of strategy 'pipeline'"
@@ -121,10 +126,19 @@ class Pipeline(Strategy):
             split, where = getattr(module, ATTRIBUTE), f"{type(module).__name__}.{ATTRIBUTE}"
             check_split(split, where)
         cut = make_cut(module, split, stages, where if split is not None else "the balanced cut")
-        self._distribute(module, cut)
-        engine = Engine(module, cut, axis, _places(module, cut, axis), self.schedule, self.micro_batches or stages)
-        self._engines[module] = engine
+        backwards = Backwards()
+        self._distribute(module, cut, backwards)
+        places = _places(module, cut, axis)
+        engine = Engine(module, cut, axis, places, self.schedule, self.micro_batches or stages, backwards)
+        self._additions.watch(module, engine)
+        self._engines = [weakref.ref(each) for each in (*self._alive(), engine)]
         return engine
+
+    def _alive(self) -> Iterator[Engine]:
+        return (engine for engine in (reference() for reference in self._engines) if engine is not None)
+
+    def _engine_of(self, module: nn.Module) -> Engine | None:
+        return next((engine for engine in self._alive() if engine.module is module), None)
 
     @property
     def _on(self) -> Axis:
@@ -132,7 +146,7 @@ class Pipeline(Strategy):
         return self._axis
 
     @torch.no_grad()
-    def _distribute(self, module: nn.Module, cut: Cut) -> None:
+    def _distribute(self, module: nn.Module, cut: Cut, backwards: Backwards) -> None:
         """Give every rank the first rank's values of its stages, and free the others, unit by unit."""
         done: set[int] = set()
         for path in (*cut.units, ""):
@@ -145,7 +159,7 @@ class Pipeline(Strategy):
             done.update(id(p) for _, p in named)
             for name, parameter in named:
                 if not self._owns(cut, name):
-                    give_up(parameter, f"parameter {name!r} of stage {cut.owners[name]}")
+                    give_up(parameter, f"parameter {name!r} of stage {cut.owners[name]}", backwards)
             for name, (holder, leaf, buffer) in buffers.items():
                 if not self._owns(cut, name):
                     origin = f"buffer {name!r} of stage {cut.owners[name]}"
@@ -161,9 +175,15 @@ class Pipeline(Strategy):
         self, module: nn.Module | None, optimizers: Sequence[Optimizer]
     ) -> Sequence[Optimizer]:
         for optimizer in optimizers:
-            for parameter in [key for key in optimizer.state if isinstance(key, OtherParameter)]:
-                del optimizer.state[parameter]
+            split_optimizer(optimizer)
         return optimizers
+
+    @hookimpl
+    def strategy_optimizer_step(
+        self, optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any] | None
+    ) -> Any:
+        with own_parameters(optimizer):
+            return super().strategy_optimizer_step(optimizer, step, closure)
 
     @hookimpl
     def strategy_data_shard(self) -> tuple[int, int]:
@@ -197,14 +217,14 @@ class Pipeline(Strategy):
             nn.utils.clip_grad_value_(own, clip_value)
             return None
         assert max_norm is not None
-        staged = {id(p) for engine in self._engines.values() for p in engine.parameters()}
+        staged = {id(p) for engine in self._alive() for p in engine.parameters()}
         return clip_by_norm(own, staged, self._on, max_norm, norm_type, error_if_nonfinite)
 
     # ------------------------------------------------------------------ state
 
     @hookimpl
     def strategy_module_state(self, module: nn.Module, sharded: bool) -> dict[str, Any]:
-        engine = self._engines.get(module)
+        engine = self._engine_of(module)
         if engine is None:
             return module.state_dict()
         return module_state(module, engine.cut.owners, self._on, self._place(sharded))
@@ -213,7 +233,7 @@ class Pipeline(Strategy):
     def strategy_load_module_state(
         self, module: nn.Module, state: dict[str, Any], strict: bool
     ) -> tuple[list[str], list[str]]:
-        engine = self._engines.get(module)
+        engine = self._engine_of(module)
         if engine is None:
             missing: tuple[list[str], list[str]] = super().strategy_load_module_state(module, state, strict)
             return missing
@@ -243,23 +263,3 @@ def _places(module: nn.Module, cut: Cut, axis: Axis) -> list[tuple[nn.Module, st
             if stage is not None and stage % axis.size == axis.rank:
                 places.append((part, name, stage))
     return places
-
-
-def _check_module(module: nn.Module) -> None:
-    """Raise for what cannot be cut.
-
-    Raises:
-        OrderError: if a module was compiled.
-        UnsupportedError: for sparse gradients.
-    """
-    for path, part in module.named_modules():
-        if part._compiled_call_impl is not None or type(part).__name__ == "OptimizedModule":
-            raise OrderError(
-                f"{path or type(module).__name__!r} is compiled, and strategy 'pipeline' replaces what its stages run: "
-                "leave torch.compile out."
-            )
-        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
-            raise UnsupportedError(
-                f"{type(part).__name__} {path!r} has sparse=True, and strategy 'pipeline' sends dense gradients only: "
-                "leave sparse=True out."
-            )
