@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from plugframe_builtins.pipeline.cut import Cut
 from plugframe_builtins.pipeline.deliver import deliver
 from plugframe_builtins.pipeline.loss_check import LossCheck
 from plugframe_builtins.pipeline.micro_batches import Micro, cut_batch, merged, refilled, signature, skeleton
-from plugframe_builtins.pipeline.parameters import Aliases, Aside, total
+from plugframe_builtins.pipeline.parameters import Aliases
 from plugframe_builtins.pipeline.random_streams import shared_seed, stage_random
-from plugframe_builtins.pipeline.schedules import make_schedule
 from plugframe_builtins.pipeline.stage import Boundaries, StageModule
 from plugframe_builtins.pipeline.stand_in import Backwards, tensors_of
+from plugframe_builtins.pipeline.training import Schedules
 
 #: Calls of other shapes that are remembered.
 _MOST_REMEMBERED = 256
@@ -40,14 +40,12 @@ class Plan:
         output: the result for the whole batch, with tensors on the meta device.
         is_loss: whether the result is a single number.
         random: whether a stage draws random numbers.
-        schedule: torch's schedule, once it was needed.
     """
 
     boundaries: list[list[Meta]]
     output: Any
     is_loss: bool
     random: bool
-    schedule: Any = field(default=None, repr=False)
 
 
 class Engine:
@@ -79,7 +77,7 @@ class Engine:
         self._backwards = backwards
         self._batch_check = BatchCheck(axis)
         self.module = module
-        self._parts = list(module.modules())
+        self._parts, self._every = list(module.modules()), list(module.parameters())
         self._places = places
         self._schedule = schedule
         self._micro_batches = micro_batches
@@ -88,6 +86,9 @@ class Engine:
         own = range(axis.rank, cut.num_stages, axis.size)
         self._stages = [StageModule(self._boundaries, n, functools.partial(self._parameters, n)) for n in own]
         self._chain = Chain(axis, self._stages, cut.num_stages)
+        self._schedules = Schedules(
+            schedule or "1f1b", module, self._stages, axis, self._new_aliases, self._computing_with
+        )
         self._plans: dict[Any, Plan] = {}
         self._loss_check = LossCheck(type(module).__name__)
 
@@ -95,6 +96,7 @@ class Engine:
         """Return what ``call(*args, **kwargs)`` returns in one process, on every rank."""
         if self.added:
             check_added(self.module, self.cut, self._places)
+            self._parts, self._every = list(self.module.modules()), list(self.module.parameters())
             self.added = False
         self._batch_check.compare((args, kwargs))
         micro = cut_batch(args, kwargs, self._micro_batches)
@@ -111,14 +113,16 @@ class Engine:
         random = stage_random(self.axis, shared_seed()) if plan.random else nullcontext()
         with self._micro(call, micro.calls), random:
             if not torch.is_grad_enabled():
-                return self._evaluate(plan, micro)
+                return self._evaluate(plan, call, micro, (args, kwargs))
             if plan.is_loss:
                 return self._train(plan, call, micro, (args, kwargs))
             return self._forward(plan, micro)
 
     # ------------------------------------------------------------------ the three ways to run
 
-    def _evaluate(self, plan: Plan, micro: Micro) -> Any:
+    def _evaluate(self, plan: Plan, call: Callable[..., Any], micro: Micro, whole: Any) -> Any:
+        if plan.is_loss:
+            self._check_loss(plan, call, micro, whole)
         results, _ = self._chain.forward(plan.boundaries, len(micro.calls))
         if plan.is_loss:
             weight = self._loss_check.weight(len(micro.calls))
@@ -127,27 +131,16 @@ class Engine:
 
     def _train(self, plan: Plan, call: Callable[..., Any], micro: Micro, whole: Any) -> Any:
         count = len(micro.calls)
-        if self._loss_check.due(count):
-            self._check_loss(plan, call, micro, whole)
-        if plan.schedule is None:
-            name = self._schedule or "1f1b"
-            loss = torch.empty((), dtype=plan.output.dtype, device="meta", requires_grad=True)
-            plan.schedule = make_schedule(name, self._stages, plan.boundaries, loss, count, self.axis)
-        losses: list[Tensor] = []
-        weights = torch.full((count,), self._loss_check.weight(count), dtype=torch.float64, device=self.axis.device)
-        if weights.device.type == "mps":
-            weights = weights.float()
-        with Aliases(self._places) as aliases, self._computing_with(aliases), Aside(aliases.parameters) as aside:
-            self._step(plan.schedule, torch.arange(count), weights, losses)
-            gradients = aliases.take_gradients()
-        gradients = [total(a, b) for a, b in zip(gradients, aside.added, strict=True)]
-        value = self._shared(plan, [torch.stack([each.detach() for each in losses]).sum()] if losses else [])
+        self._check_loss(plan, call, micro, whole)
+        weights = [self._loss_check.weight(count)] * count
+        losses, parameters, gradients = self._schedules.run(plan, plan.boundaries, plan.output.dtype, weights)
+        value = self._shared(plan, [torch.stack(losses).sum()] if losses else [])
 
         def scaled(outer: Sequence[Tensor | None]) -> list[Tensor | None]:
             self._backwards.count += 1
             return gradients if outer[0] is None else _multiplied(gradients, outer[0])
 
-        return deliver([value], aliases.parameters, scaled)[0]
+        return deliver([value], parameters, scaled)[0]
 
     def _forward(self, plan: Plan, micro: Micro) -> Any:
         if self._schedule not in (None, "gpipe"):
@@ -157,7 +150,8 @@ class Engine:
                 "returns other outputs)."
             )
         count = len(micro.calls)
-        with Aliases(self._places) as aliases, self._computing_with(aliases):
+        aliases = self._new_aliases()
+        with aliases, self._computing_with(aliases):
             results, tape = self._chain.forward(plan.boundaries, count)
         with torch.no_grad():
             outputs = self._shared_tensors(plan, merged(results) if results else [])
@@ -172,17 +166,6 @@ class Engine:
         wanted = [each.requires_grad for each in tensors_of(plan.output)]
         return refilled(plan.output, deliver(outputs, aliases.parameters, backward, wanted))
 
-    def _step(self, schedule: Any, index: Tensor, weights: Tensor, losses: list[Tensor]) -> None:
-        for module in self._stages:
-            module.failure = None
-        try:
-            schedule.step(index=index, target=weights, losses=losses, return_outputs=False)
-        except Exception as error:
-            failure = next((module.failure for module in self._stages if module.failure is not None), None)
-            if failure is None:
-                raise
-            raise failure from error  # torch shows the schedule and the shapes
-
     # ------------------------------------------------------------------ what is known of a call
 
     def _plan(self, call: Callable[..., Any], micro: Micro) -> Plan:
@@ -190,7 +173,10 @@ class Engine:
         name = getattr(getattr(call, "func", call), "__qualname__", "")
         autocast = torch.is_autocast_enabled(self.axis.device.type)
         training = tuple([part.training for part in self._parts])
-        key = (name, grad, training, autocast, len(micro.calls), signature(micro.calls[0]))
+        with torch._C.DisableTorchFunctionSubclass():
+            # Gradients are sent back only as far as a stage that needs them.
+            trained = tuple([parameter.requires_grad for parameter in self._every]) if grad else ()
+        key = (name, grad, training, trained, autocast, len(micro.calls), signature(micro.calls[0]))
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _MOST_REMEMBERED:
@@ -241,7 +227,9 @@ class Engine:
                 raise
 
     def _check_loss(self, plan: Plan, call: Callable[..., Any], micro: Micro, whole: Any) -> None:
-        """Compare the loss of the whole batch with those of the micro-batches, without dropout."""
+        """Compare the loss of the whole batch with those of the micro-batches, without dropout, if it is time to."""
+        if not self._loss_check.due(len(micro.calls)):
+            return
         modes = {part: part.training for part in self.module.modules()} if plan.random else {}
         values: list[float] = []
         with torch.no_grad(), keeping_buffers(self.module):
@@ -269,6 +257,9 @@ class Engine:
     def parameters(self) -> list[Tensor]:
         """Return the parameters of this rank's stages."""
         return [module._parameters[name] for module, name, _ in self._places]  # type: ignore[misc]
+
+    def _new_aliases(self) -> Aliases:
+        return Aliases(self._places)
 
     def _parameters(self, stage: int) -> Sequence[Tensor]:
         return self._aliases.of_stage(stage)

@@ -24,7 +24,7 @@ class LossCheck:
         self._sums = False
 
     def due(self, count: int) -> bool:
-        """Return whether to compare in this call; called once for each call that trains."""
+        """Return whether to compare in this call; called once for each call that returns a loss."""
         if count == 1:
             return False
         self._calls += 1

@@ -78,8 +78,10 @@ def make_schedule(
     ]
     options: dict[str, Any] = {"n_microbatches": count, "loss_fn": _weighed, "scale_grads": False}
     fits = misfit(name, stages=num_stages, ranks=axis.size, micro_batches=count) is None
-    if name in _SEVERAL:
-        return (_SEVERAL[name] if fits else ScheduleLoopedBFS)(stages, **options)
+    if name in _SEVERAL and fits:
+        return _SEVERAL[name](stages, **options)
+    if len(stages) > 1:
+        return ScheduleLoopedBFS(stages, **options)
     return (Schedule1F1B if name == "1f1b" and fits else ScheduleGPipe)(stages[0], **options)
 
 

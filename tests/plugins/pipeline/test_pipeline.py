@@ -151,28 +151,27 @@ def _split(world: World) -> list[str]:
 
 
 def frozen_parts_and_groups_train_like_one_process(world: World) -> None:
-    """Several parameter groups; the first stage frozen, then the last; parameters toggled between steps."""
-    for frozen in (0, 7, None):
+    """Several parameter groups; the first stage frozen, then the last; parameters frozen and thawed between steps."""
+    for frozen in ((0, 1, 2, 3), (7,), ()):
 
-        def groups(model: Any, frozen: int | None = frozen) -> Any:
-            if frozen is not None:
-                model.layers[frozen].requires_grad_(False)
-                if not frozen:
-                    model.layers[1].requires_grad_(False)
-            held = [p for p in model.parameters() if p.requires_grad]
+        def groups(model: Any, frozen: tuple[int, ...] = frozen) -> Any:
+            for number in frozen:
+                model.layers[number].requires_grad_(False)
+            held = list(model.parameters())
             return [{"params": held[::2], "lr": 0.02}, {"params": held[1::2], "weight_decay": 0.1}]
 
-        for strategy in (Pipeline(schedule="1f1b"), Pipeline(schedule="zero_bubble"), Pipeline(schedule="gpipe")):
-            with lite_of(world, strategy) as lite:
+        for schedule in ("1f1b", "interleaved", "gpipe", *(["zero_bubble"] if not frozen else [])):
+            with lite_of(world, Pipeline(schedule=schedule)) as lite:
                 both = twins(lite, groups=groups)
-                x, y = numbers()
-                both.step(lambda model, x=x, y=y: model(x, y))
-                if strategy.schedule == "gpipe":
-                    both.step(lambda model, x=x, y=y: mse_loss(model(x), y))
-                if frozen is None:
+                for thawed in (False, True):
                     for model in (both.model, both.plain):
-                        model.layers[3].requires_grad_(False)
-                    both.step(lambda model, x=x, y=y: model(x, y))
+                        model.layers[3].requires_grad_(thawed)
+                        model.layers[0].requires_grad_(thawed)
+                    if not (schedule == "zero_bubble" and not thawed):
+                        x, y = numbers()
+                        both.step(lambda model, x=x, y=y: model(x, y))
+                    if schedule == "gpipe":
+                        both.step(lambda model, x=x, y=y: mse_loss(model(x), y))
                 both.compare()
 
 
