@@ -103,6 +103,13 @@ def _by_starts(paths: Sequence[str], split: Sequence[str], where: str, what: str
 
 def _by_patterns(module: nn.Module, split: Sequence[Sequence[str]], where: str) -> dict[str, int]:
     """Return the stage of every module: that of the pattern for it, or for the nearest module around it."""
+    paths = [path for path, _ in module.named_modules() if path]
+    for name in (name for names in split for name in names):
+        if not any(fnmatchcase(path, name) for path in paths):
+            raise SettingError(
+                f"{where} names {name!r}, which matches no submodule of this {type(module).__name__}."
+                f"{closest(name, paths)}"
+            )
     stages: dict[str, int] = {}
     for path, part in module.named_modules():
         own = [stage for stage, names in enumerate(split) if any(fnmatchcase(path, name) for name in names)]
@@ -113,13 +120,6 @@ def _by_patterns(module: nn.Module, split: Sequence[Sequence[str]], where: str) 
         holds = next(part.parameters(recurse=False), None) is not None
         if path and holds and stages[path] < 0:
             raise SettingError(f"{where} puts {path!r} into no stage: name it, or a module around it.")
-    for names in split:
-        for name in names:
-            if not any(path and fnmatchcase(path, name) for path in stages):
-                raise SettingError(
-                    f"{where} names {name!r}, which matches no submodule of this {type(module).__name__}."
-                    f"{closest(name, [path for path in stages if path])}"
-                )
     return {path: max(stage, 0) for path, stage in stages.items()}
 
 

@@ -21,7 +21,8 @@ class LossCheck:
     def __init__(self, what: str) -> None:
         self._what = what
         self._calls = 0
-        self._sums = False
+        #: What the losses so far may be.
+        self._kinds = {"mean", "sum"}
 
     def due(self, count: int) -> bool:
         """Return whether to compare in this call; called once for each call that returns a loss."""
@@ -32,7 +33,7 @@ class LossCheck:
 
     def weight(self, count: int) -> float:
         """Return the weight of a micro-batch's loss, of `count`."""
-        return 1.0 if self._sums else 1.0 / count
+        return 1.0 / count if "mean" in self._kinds else 1.0
 
     def compare(self, whole: float, parts: Sequence[float], *, low: bool) -> None:
         """Compare; every rank calls it with the same values.
@@ -43,18 +44,17 @@ class LossCheck:
         Raises:
             UnsupportedError: if the loss is neither the mean nor the sum.
         """
-        if not all(map(math.isfinite, (whole, *parts))):
+        if not math.isfinite(whole):
             return
         tolerance = (2e-2 if low else 1e-4) * max(abs(whole), max(map(abs, parts)), 1e-6)
         total = sum(parts)
         mean = total / len(parts)
-        fits = {False: abs(whole - mean) <= tolerance, True: abs(whole - total) <= tolerance}
-        if not any(fits.values()) or (self._calls > 1 and not fits[self._sums]):
+        found = {kind for kind, value in (("mean", mean), ("sum", total)) if abs(whole - value) <= tolerance}
+        if not found & self._kinds:
             raise UnsupportedError(
                 f"The loss that this {self._what} returns for a batch is {whole:.6g}, and for its {len(parts)} "
                 f"micro-batches {mean:.6g} on average and {total:.6g} in sum: it is no mean or sum over the samples, "
                 "so strategy 'pipeline' cannot compute it from micro-batches. Have the model return its outputs and "
                 "compute the loss in the loop, or use micro_batches=1."
             )
-        if self._calls <= 1:
-            self._sums = not fits[False]
+        self._kinds &= found

@@ -1,4 +1,4 @@
-"""Optimizers of which every rank steps the parameters of its own stages."""
+"""Optimizers under a pipeline: every rank steps the parameters of its own stages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_other(optimizer: Optimizer) -> list[bool]:
 
 
 def split_optimizer(optimizer: Optimizer) -> None:
-    """Drop the state of other stages' parameters; keep the optimizer's ``state_dict()`` from being saved as a whole.
+    """Drop the state of other stages' parameters; make ``state_dict()`` raise where it is saved or copied.
 
     Raises:
         UnsupportedError: for LBFGS, which computes with all parameters together.

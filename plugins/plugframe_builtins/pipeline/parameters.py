@@ -81,7 +81,7 @@ class Aside:
 
 @torch.no_grad()
 def total(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """Return the sum of two gradients, either of which may be missing."""
+    """Return the sum of two gradients; each may be missing."""
     if first is None or second is None:
         return second if first is None else first
     return first + second

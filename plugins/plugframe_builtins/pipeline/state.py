@@ -1,4 +1,4 @@
-"""The state of a model and of optimizers of which every rank has its own stages."""
+"""The state of a model and its optimizers under a pipeline: gathered from the stages, and loaded into them."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _held(tensor: Tensor, mine: bool, axis: Axis) -> Tensor:
 
 
 def _shape(tensor: Tensor) -> Tensor:
-    """Return what the other ranks are told of a tensor: its value if that is a single number, such as Adam's step."""
+    """Return what is gathered first: a shape, or the value of a single number, such as Adam's step."""
     if not tensor.dim():
         return tensor.detach().cpu()
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

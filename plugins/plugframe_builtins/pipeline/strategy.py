@@ -43,7 +43,7 @@ class Pipeline(Strategy):
     """Cut the model into stages, one rank (or several stages a rank) each, and send micro-batches through them.
 
     The model stays the user's object with all its names; the parameters of other stages hold no values on this rank.
-    Every rank reads the same batches and gets the same loss or outputs. A model that returns its loss runs a whole
+    Every rank reads the same batches and gets the same loss or outputs. A model that returns its loss runs the complete
     schedule, forward and backward, in the call; ``lite.backward(loss)`` scales the gradients and adds them.
 
     Args:
