@@ -53,7 +53,8 @@ def check_module(module: nn.Module) -> None:
         UnsupportedError: for sparse gradients.
     """
     for path, part in module.named_modules():
-        if part._compiled_call_impl is not None or type(part).__name__ == "OptimizedModule":
+        # ``module.compile()``, and what ``torch.compile(module)`` returns.
+        if part._compiled_call_impl is not None or "_orig_mod" in dict(part.named_children()):
             raise OrderError(
                 f"{path or type(module).__name__!r} is compiled, and strategy 'pipeline' replaces what its stages run: "
                 "leave torch.compile out."

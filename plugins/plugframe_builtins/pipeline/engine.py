@@ -18,9 +18,10 @@ from plugframe_builtins.pipeline.batch_check import BatchCheck
 from plugframe_builtins.pipeline.chain import Chain, Meta
 from plugframe_builtins.pipeline.checks import check_added, check_statistics, keeping_buffers
 from plugframe_builtins.pipeline.cut import Cut
+from plugframe_builtins.pipeline.cut_check import CutCheck, same_outputs
 from plugframe_builtins.pipeline.deliver import deliver
-from plugframe_builtins.pipeline.loss_check import LossCheck
 from plugframe_builtins.pipeline.micro_batches import Micro, cut_batch, merged, refilled, signature, skeleton
+from plugframe_builtins.pipeline.outputs import Outputs
 from plugframe_builtins.pipeline.parameters import Aliases
 from plugframe_builtins.pipeline.random_streams import shared_seed, stage_random
 from plugframe_builtins.pipeline.stage import Boundaries, StageModule
@@ -90,7 +91,8 @@ class Engine:
             schedule or "1f1b", module, self._stages, axis, self._new_aliases, self._computing_with
         )
         self._plans: dict[Any, Plan] = {}
-        self._loss_check = LossCheck(type(module).__name__)
+        self._cut_check = CutCheck(type(module).__name__)
+        self._outputs = Outputs(axis, (cut.num_stages - 1) % axis.size)
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return what ``call(*args, **kwargs)`` returns in one process, on every rank."""
@@ -107,34 +109,32 @@ class Engine:
                     "'pipeline' does not send back to the inputs: make what computes it a part of the model, or "
                     "detach it."
                 )
-        if len(micro.calls) > 1 and torch.is_grad_enabled():
+        if len(micro.calls) > 1:
             check_statistics(self.module)
         plan = self._plan(call, micro)
         random = stage_random(self.axis, shared_seed()) if plan.random else nullcontext()
         with self._micro(call, micro.calls), random:
+            if self._cut_check.due(len(micro.calls), is_loss=plan.is_loss):
+                self._check_cut(plan, call, micro, (args, kwargs))
             if not torch.is_grad_enabled():
-                return self._evaluate(plan, call, micro, (args, kwargs))
-            if plan.is_loss:
-                return self._train(plan, call, micro, (args, kwargs))
-            return self._forward(plan, micro)
+                return self._evaluate(plan, len(micro.calls))
+            return self._train(plan, len(micro.calls)) if plan.is_loss else self._forward(plan, micro)
 
     # ------------------------------------------------------------------ the three ways to run
 
-    def _evaluate(self, plan: Plan, call: Callable[..., Any], micro: Micro, whole: Any) -> Any:
+    def _evaluate(self, plan: Plan, count: int) -> Any:
+        results, _ = self._chain.forward(plan.boundaries, count)
         if plan.is_loss:
-            self._check_loss(plan, call, micro, whole)
-        results, _ = self._chain.forward(plan.boundaries, len(micro.calls))
-        if plan.is_loss:
-            weight = self._loss_check.weight(len(micro.calls))
-            return self._shared(plan, [torch.stack([r * weight for r in results]).sum()] if results else [])
-        return self._shared(plan, merged(results) if results else [])
+            weight = self._cut_check.weight(count)
+            return self._outputs.value(
+                plan.output, torch.stack([r * weight for r in results]).sum() if results else None
+            )
+        return refilled(*self._outputs.share(plan.output, results))
 
-    def _train(self, plan: Plan, call: Callable[..., Any], micro: Micro, whole: Any) -> Any:
-        count = len(micro.calls)
-        self._check_loss(plan, call, micro, whole)
-        weights = [self._loss_check.weight(count)] * count
+    def _train(self, plan: Plan, count: int) -> Any:
+        weights = [self._cut_check.weight(count)] * count
         losses, parameters, gradients = self._schedules.run(plan, plan.boundaries, plan.output.dtype, weights)
-        value = self._shared(plan, [torch.stack(losses).sum()] if losses else [])
+        value = self._outputs.value(plan.output, torch.stack(losses).sum() if losses else None)
 
         def scaled(outer: Sequence[Tensor | None]) -> list[Tensor | None]:
             self._backwards.count += 1
@@ -154,7 +154,7 @@ class Engine:
         with aliases, self._computing_with(aliases):
             results, tape = self._chain.forward(plan.boundaries, count)
         with torch.no_grad():
-            outputs = self._shared_tensors(plan, merged(results) if results else [])
+            structure, outputs = self._outputs.share(plan.output, results)
 
         def backward(outer: Sequence[Tensor | None]) -> list[Tensor | None]:
             self._backwards.count += 1
@@ -164,7 +164,7 @@ class Engine:
             return aliases.take_gradients()
 
         wanted = [each.requires_grad for each in tensors_of(plan.output)]
-        return refilled(plan.output, deliver(outputs, aliases.parameters, backward, wanted))
+        return refilled(structure, deliver(outputs, aliases.parameters, backward, wanted))
 
     # ------------------------------------------------------------------ what is known of a call
 
@@ -226,12 +226,10 @@ class Engine:
                 self.axis.broadcast_object(f"{type(error).__name__}: {error}", self.axis.rank)
                 raise
 
-    def _check_loss(self, plan: Plan, call: Callable[..., Any], micro: Micro, whole: Any) -> None:
-        """Compare the loss of the whole batch with those of the micro-batches, without dropout, if it is time to."""
-        if not self._loss_check.due(len(micro.calls)):
-            return
-        modes = {part: part.training for part in self.module.modules()} if plan.random else {}
-        values: list[float] = []
+    def _check_cut(self, plan: Plan, call: Callable[..., Any], micro: Micro, whole: Any) -> None:
+        """Compare the result of the whole batch with those of the micro-batches, without dropout."""
+        modes = {part: part.training for part in self._parts} if plan.random else {}
+        found: list[list[Any]] = []
         with torch.no_grad(), keeping_buffers(self.module):
             for part in modes:
                 part.training = False
@@ -239,13 +237,18 @@ class Engine:
                 for calls in ([whole], micro.calls):
                     each = self._plan(call, Micro(list(calls), micro.size))
                     with self._micro(call, calls):
-                        results, _ = self._chain.forward(each.boundaries, len(calls))
-                    values += [float(result) for result in results]
+                        found.append(self._chain.forward(each.boundaries, len(calls))[0])
             finally:
                 for part, mode in modes.items():
                     part.training = mode
-        values = self.axis.broadcast_object(values, (self.cut.num_stages - 1) % self.axis.size)
-        self._loss_check.compare(values[0], values[1:], low=self._low_precision(plan))
+        low, last = self._low_precision(plan), (self.cut.num_stages - 1) % self.axis.size
+        if plan.is_loss:
+            values = self.axis.broadcast_object([float(value) for results in found for value in results], last)
+            self._cut_check.compare_losses(values[0], values[1:], low=low)
+        else:
+            same = not found[0] or same_outputs(*map(merged, found), low=low)
+            if not self.axis.broadcast_object(same, last):
+                self._cut_check.refuse(len(micro.calls))
         self._plan(call, micro)
 
     def _low_precision(self, plan: Plan) -> bool:
@@ -282,21 +285,6 @@ class Engine:
         finally:
             for module, (held, others) in zip(self._stages, before, strict=True):
                 module.call, module.calls = held, others
-
-    def _shared(self, plan: Plan, tensors: Sequence[Tensor]) -> Any:
-        return refilled(plan.output, self._shared_tensors(plan, tensors))
-
-    def _shared_tensors(self, plan: Plan, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the last stage's tensors on all ranks."""
-        last = (self.cut.num_stages - 1) % self.axis.size
-        found = []
-        for number, meta in enumerate(tensors_of(plan.output)):
-            if self.axis.rank == last:
-                sent = tensors[number].detach()
-            else:
-                sent = torch.empty(meta.shape, dtype=meta.dtype, device=self.axis.device)
-            found.append(self.axis.broadcast(sent, last) if sent.numel() else sent)
-        return found
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

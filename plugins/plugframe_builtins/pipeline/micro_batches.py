@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from plugframe.base import map_tensors
 from plugframe.errors import UnsupportedError
 from plugframe_builtins.pipeline.stand_in import tensors_of
+
+#: Arguments and results beside tensors.
+PLAIN = (str, int, float, complex, bool, type(None), torch.dtype, torch.device)
 
 
 class Micro(NamedTuple):
@@ -46,6 +50,7 @@ def cut_batch(args: tuple[Any, ...], kwargs: dict[str, Any], most: int) -> Micro
     if count == 1:
         return Micro([(args, kwargs)], batch)
     size = batch // count
+    _check_plain((list(args), kwargs), batch)
 
     def part(number: int) -> Any:
         return map_tensors(
@@ -56,24 +61,66 @@ def cut_batch(args: tuple[Any, ...], kwargs: dict[str, Any], most: int) -> Micro
 
 
 def signature(data: Any) -> Any:
-    """Return a hashable description of arguments: containers, shapes, dtypes, and plain values."""
+    """Return a hashable description of arguments: containers, shapes, dtypes, and plain values but floats."""
     if isinstance(data, Tensor):
         return (tuple(data.shape), data.dtype)
     if isinstance(data, dict):
         return tuple((key, signature(value)) for key, value in data.items())
     if isinstance(data, (list, tuple)):
         return (type(data), *map(signature, data))
-    if isinstance(data, (str, int, float, bool, type(None))):
+    if isinstance(data, (str, int, bool, type(None))):
         return data
     inner = tensors_of(data)
     return (type(data), *map(signature, inner))
+
+
+def plain_leaves(data: Any) -> list[Any]:
+    """Return what `data` holds beside tensors, in order."""
+    if isinstance(data, Tensor):
+        return []
+    if isinstance(data, Mapping):
+        return [leaf for value in data.values() for leaf in plain_leaves(value)]
+    if isinstance(data, (list, tuple)):
+        return [leaf for value in data for leaf in plain_leaves(value)]
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        return [leaf for field in dataclasses.fields(data) for leaf in plain_leaves(getattr(data, field.name))]
+    return [data]
+
+
+def _check_plain(data: Any, batch: int) -> None:
+    """Raise for arguments that may have a part for every sample and cannot be cut.
+
+    Raises:
+        UnsupportedError: naming their type.
+    """
+    for leaf in plain_leaves(data):
+        if not isinstance(leaf, PLAIN):
+            raise UnsupportedError(
+                f"The model is called with a {type(leaf).__name__}, which strategy 'pipeline' cannot cut into "
+                "micro-batches: pass tensors, or containers of tensors, or use micro_batches=1."
+            )
+    for values in _sequences(data):
+        if len(values) == batch and not tensors_of(values):
+            raise UnsupportedError(
+                f"The model is called with a batch of {batch} samples and a {type(values).__name__} of as many values "
+                "that are not tensors, which strategy 'pipeline' does not cut into micro-batches: make it a tensor "
+                "with one row per sample, or use micro_batches=1."
+            )
+
+
+def _sequences(data: Any) -> Iterator[Sequence[Any]]:
+    values = list(data.values()) if isinstance(data, Mapping) else data if isinstance(data, (list, tuple)) else []
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield value
+        yield from _sequences(value)
 
 
 def skeleton(output: Any, size: int, count: int) -> Any:
     """Return `output` of one micro-batch with tensors of the batch's shape on the meta device.
 
     Raises:
-        UnsupportedError: if a tensor has no row per sample, so that the micro-batches cannot be put together.
+        UnsupportedError: if the outputs of the micro-batches cannot be put together.
     """
 
     def grown(tensor: Tensor) -> Tensor:
@@ -86,6 +133,12 @@ def skeleton(output: Any, size: int, count: int) -> Any:
         shape = (tensor.shape[0] * count, *tensor.shape[1:]) if count > 1 else tensor.shape
         return torch.empty(shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
 
+    for leaf in plain_leaves(output):
+        if not isinstance(leaf, PLAIN):
+            raise UnsupportedError(
+                f"The model returns a {type(leaf).__name__}, which strategy 'pipeline' cannot send to the other ranks: "
+                "return tensors, or containers of tensors."
+            )
     return map_tensors(grown, output)
 
 

@@ -19,7 +19,7 @@ from plugframe import SettingError, UnsupportedError
 from plugframe.errors import OrderError, OutOfSyncError, UsageError
 from plugframe.hooks.world import World
 from plugframe_builtins.pipeline.cut import balanced_split, check_split, make_cut
-from plugframe_builtins.pipeline.loss_check import LossCheck
+from plugframe_builtins.pipeline.cut_check import CutCheck
 from plugframe_builtins.pipeline.micro_batches import cut_batch
 from plugframe_builtins.pipeline.strategy import Pipeline
 from ranks import run_checks
@@ -74,6 +74,14 @@ class Normed(Layers):
         self.layers.insert(1, nn.BatchNorm1d(6))
 
 
+class Mixing(Layers):
+    """Its outputs depend on other samples."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out - out.mean(0)
+
+
 class Scored(Layers):
     """Returns its loss beside its outputs."""
 
@@ -99,6 +107,7 @@ def models_that_cannot_be_cut_are_named(world: World) -> None:
     _raises(world, Late, UnsupportedError, "depends on parameter 'layers.0.0.weight' of stage 0")
     _raises(world, Backwards, UnsupportedError, "calls 'layers.7', of stage 1, before the modules of stage 0")
     _raises(world, Normed, UnsupportedError, "BatchNorm1d 'layers.1' normalises over the samples of a batch")
+    _raises(world, Mixing, UnsupportedError, "outputs of this Mixing for a batch differ from those for its 4 micro")
     _raises(world, Scored, UnsupportedError, r"returns a tensor of shape \(\) for a micro-batch of 2 samples")
 
 
@@ -117,6 +126,10 @@ def calls_that_cannot_be_cut_are_named(world: World) -> None:
             model(x, y[:3])
         with torch.no_grad():
             model(x)
+        with pytest.raises(UnsupportedError, match="called with a batch of 8 samples and a list of as many values"):
+            model(x, [0] * 8)
+        with pytest.raises(UnsupportedError, match="is called with a set, which strategy 'pipeline' cannot cut into"):
+            model(x, {1})
     with lite_of(world, Pipeline()) as lite:
         model = lite.setup(build())
         with pytest.raises(OutOfSyncError, match="Ranks 0 and 1 call the model with different batches"):
@@ -192,7 +205,7 @@ def wrong_settings_are_named(world: World) -> None:
         with pytest.raises(SettingError, match="finds no nn.Sequential or nn.ModuleList with 2 blocks in this Linear"):
             lite.setup(nn.Linear(2, 2))
         compiled = build()
-        compiled.layers[0].compile()
+        compiled.layers[0].compile(backend="eager")
         with pytest.raises(OrderError, match="'layers.0' is compiled"):
             lite.setup(compiled)
 
@@ -266,17 +279,17 @@ def test_batches_are_cut_evenly() -> None:
 
 def test_a_loss_is_compared_ever_more_rarely() -> None:
     """A mean and a sum are told apart at the first call; a loss that changes its kind is refused later."""
-    check = LossCheck("Net")
-    due = [check.due(4) for _ in range(9)]
+    check = CutCheck("Net")
+    due = [check.due(4, is_loss=True) for _ in range(9)]
     assert due == [True, True, False, True, False, False, False, True, False]
     for whole, weight in ((2.5, 0.25), (10.0, 1.0)):
-        check = LossCheck("Net")
-        check.due(4)
-        check.compare(whole, [1.0, 2.0, 3.0, 4.0], low=False)
+        check = CutCheck("Net")
+        check.due(4, is_loss=True)
+        check.compare_losses(whole, [1.0, 2.0, 3.0, 4.0], low=False)
         assert check.weight(4) == weight
-        check.due(4)
+        check.due(4, is_loss=True)
         with pytest.raises(UnsupportedError, match="no mean or sum"):
-            check.compare(12.5 - whole, [1.0, 2.0, 3.0, 4.0], low=False)
-        check.compare(float("nan"), [1.0], low=False)
+            check.compare_losses(12.5 - whole, [1.0, 2.0, 3.0, 4.0], low=False)
+        check.compare_losses(float("nan"), [1.0], low=False)
         with pytest.raises(UnsupportedError, match="no mean or sum"):
-            check.compare(1.0, [1.0, float("nan")], low=False)
+            check.compare_losses(1.0, [1.0, float("nan")], low=False)
