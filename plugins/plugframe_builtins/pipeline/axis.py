@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from plugframe.hooks.context import Context
+
+#: The name of the axis in a mesh.
+NAME = "pipeline"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +58,29 @@ class Axis:
         return everyone
 
 
-def whole_world(context: Context, group: Any) -> Axis:
-    """Return the axis of a pipeline over all ranks of the job."""
-    ranks = tuple(dist.get_process_group_ranks(group))
+def make_axis(context: Context, mesh: DeviceMesh, name: str, data_shard: tuple[int, int] = (0, 1)) -> Axis:
+    """Return the axis `name` of a mesh of all ranks, seen from this rank. Called on every rank.
+
+    Ranks along the other axes hold the same stages: what averages their gradients is not the pipeline's affair.
+
+    Args:
+        data_shard: index and count of the data shards along the other axes.
+    """
+    group = mesh.get_group(name)
+    names = mesh.mesh_dim_names or (name,)
+    rows = mesh.mesh.movedim(names.index(name), 0).reshape(mesh.size(names.index(name)), -1)
     return Axis(
         group=group,
-        ranks=ranks,
+        ranks=tuple(dist.get_process_group_ranks(group)),
         rank=dist.get_rank(group),
         device=context.device,
         hooks=context.hooks,
-        replicas=tuple((rank,) for rank in ranks),
+        data_shard=data_shard,
+        replicas=tuple(tuple(row) for row in rows.tolist()),
     )
+
+
+def whole_world(context: Context) -> Axis:
+    """Return the axis of one pipeline over all ranks of the job."""
+    mesh = init_device_mesh(context.device.type, (context.world.world_size,), mesh_dim_names=(NAME,))
+    return make_axis(context, mesh, NAME)

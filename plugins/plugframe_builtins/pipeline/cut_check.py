@@ -73,8 +73,8 @@ class CutCheck:
         """
         raise UnsupportedError(
             f"The outputs of this {self._what} for a batch differ from those for its {count} micro-batches: some "
-            "depend on other samples (a norm over the batch, a first dimension that is not that of the samples), so strategy "
-            f"'pipeline' cannot compute them from micro-batches: {_REMEDY}."
+            "depend on other samples (a norm over the batch, a first dimension that is not that of the samples), so "
+            f"strategy 'pipeline' cannot compute them from micro-batches: {_REMEDY}."
         )
 
 

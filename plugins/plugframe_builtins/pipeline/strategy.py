@@ -86,10 +86,13 @@ class Pipeline(Strategy):
                 f"strategy 'pipeline' needs a process group, and collective {context.names.get('collective')!r} has "
                 "none: use collective='torch'."
             )
-        self._use(whole_world(context, group))
+        self._use(self._make_axis(context))
+
+    def _make_axis(self, context: Context) -> Axis:
+        """Return the ranks of this rank's pipeline, which are not all ranks of the job where there are replicas."""
+        return whole_world(context)
 
     def _use(self, axis: Axis) -> None:
-        """Set the ranks of the pipeline, which are not all ranks of the job where replicas of it exist."""
         self._axis, self._layout = axis, Layout(axis)
         if axis.size == 1:
             return
@@ -155,7 +158,9 @@ class Pipeline(Strategy):
             prefix = f"{path}." * bool(path)
             named = [(prefix + name, p) for name, p in part.named_parameters() if id(p) not in done]
             buffers = {prefix + name: held for name, held in buffers_of(part).items() if id(held[2]) not in done}
-            broadcast_from_first([*(p for _, p in named), *(b for _, _, b in buffers.values())], self._on.group)
+            # From the first rank of the job, to all replicas of the pipeline.
+            everyone = self.context.hooks.collective_process_group()
+            broadcast_from_first([*(p for _, p in named), *(b for _, _, b in buffers.values())], everyone)
             done.update(id(p) for _, p in named)
             for name, parameter in named:
                 if not self._owns(cut, name):

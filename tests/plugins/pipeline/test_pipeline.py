@@ -11,13 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy, dropout, mse_loss
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from pipeline_models import GPT, Block, Layers, build, lite_of, numbers, pipelines, text, twins
 from plugframe.hooks.world import World
+from plugframe_builtins.pipeline.axis import make_axis
+from plugframe_builtins.pipeline.stand_in import OtherParameter
 from plugframe_builtins.pipeline.strategy import Pipeline
 from ranks import run_checks
 
@@ -295,6 +299,51 @@ def _blocks(model: nn.Module) -> list[Any]:
         return [p for part in model.modules() if isinstance(part, Block) for p in part.parameters()]
 
 
+class Replicated(Pipeline):
+    """Two pipelines, on the halves of the data."""
+
+    def _make_axis(self, context: Any) -> Any:
+        mesh = init_device_mesh("cpu", (2, context.world.world_size // 2), mesh_dim_names=("data", "pipeline"))
+        self.data = mesh.get_group("data")
+        return make_axis(context, mesh, "pipeline", (mesh.get_local_rank("data"), 2))
+
+
+def pipelines_may_be_replicated(world: World) -> None:
+    """On an axis of a mesh, with gradients averaged over the other one by somebody else, and one checkpoint."""
+    if world.world_size == 2:
+        return
+    path = os.path.join(os.environ["PIPELINE_TEST_FOLDER"], "replicated")
+    strategy = Replicated(micro_batches=2)
+    with lite_of(world, strategy) as lite:
+        both = twins(lite)
+        index, count = strategy.strategy_data_shard()
+        x, y = numbers(seed=4)
+        for _ in range(2):
+            for optimizer in both.optimizers:
+                optimizer.zero_grad()
+            lite.backward(both.model(x[index::count], y[index::count]))
+            both.plain(x, y).backward()
+            for parameter in _own(both.model):
+                dist.all_reduce(parameter.grad, dist.ReduceOp.AVG, group=strategy.data)
+            norm = lite.clip_gradients(both.model, both.optimizers[0], max_norm=0.1)
+            assert norm is not None
+            both.close(norm, nn.utils.clip_grad_norm_(both.plain.parameters(), 0.1))
+            for optimizer in both.optimizers:
+                optimizer.step()
+        both.compare()
+        lite.save(path, {"model": both.model, "optimizer": both.optimizers[0]})
+    with lite_of(world, Pipeline()) as lite:
+        again = twins(lite)
+        lite.load(path, {"model": again.model, "optimizer": again.optimizers[0]})
+        again.plain.load_state_dict(both.plain.state_dict())
+        again.optimizers[1].load_state_dict(both.optimizers[1].state_dict())
+        again.compare()
+
+
+def _own(model: nn.Module) -> list[Any]:
+    return [p for p in model.parameters() if not isinstance(p, OtherParameter)]
+
+
 ALL = (
     every_schedule_trains_like_one_process,
     outputs_train_like_one_process,
@@ -307,6 +356,7 @@ ALL = (
     random_numbers_are_resumed_and_keep_ranks_in_step,
     two_models_train_in_turns,
     a_model_without_storage_gets_the_first_ranks_values,
+    pipelines_may_be_replicated,
 )
 
 
