@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,14 +14,19 @@ from plugframe_builtins.pipeline.cut import Cut, buffers_of
 from plugframe_builtins.pipeline.stand_in import OtherParameter, OtherStage
 
 
-def check_statistics(module: nn.Module) -> None:
-    """Raise if a layer normalises over the samples of a batch in training.
+def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that normalise over the samples of a batch in training, by path."""
+    return {path: part for path, part in module.named_modules() if isinstance(part, _BatchNorm)}
+
+
+def check_statistics(norms: Mapping[str, nn.Module]) -> None:
+    """Raise if one of the layers is in training.
 
     Raises:
         UnsupportedError: naming it.
     """
-    for path, part in module.named_modules():
-        if isinstance(part, _BatchNorm) and part.training:
+    for path, part in norms.items():
+        if part.training:
             raise UnsupportedError(
                 f"{type(part).__name__} {path!r} normalises over the samples of a batch, and strategy 'pipeline' would "
                 "normalise over those of a micro-batch: use micro_batches=1, another norm, or "

@@ -16,7 +16,7 @@ from plugframe.errors import UnsupportedError
 from plugframe_builtins.pipeline.axis import Axis
 from plugframe_builtins.pipeline.batch_check import BatchCheck
 from plugframe_builtins.pipeline.chain import Chain, Meta
-from plugframe_builtins.pipeline.checks import check_added, check_statistics, keeping_buffers
+from plugframe_builtins.pipeline.checks import batch_norms, check_added, check_statistics, keeping_buffers
 from plugframe_builtins.pipeline.cut import Cut
 from plugframe_builtins.pipeline.cut_check import CutCheck, same_outputs
 from plugframe_builtins.pipeline.deliver import deliver
@@ -78,6 +78,7 @@ class Engine:
         self._backwards = backwards
         self._batch_check = BatchCheck(axis)
         self.module = module
+        self._norms = batch_norms(module)
         self._parts, self._every = list(module.modules()), list(module.parameters())
         self._places = places
         self._schedule = schedule
@@ -110,7 +111,7 @@ class Engine:
                     "detach it."
                 )
         if len(micro.calls) > 1:
-            check_statistics(self.module)
+            check_statistics(self._norms)
         plan = self._plan(call, micro)
         random = stage_random(self.axis, shared_seed()) if plan.random else nullcontext()
         with self._micro(call, micro.calls), random:

@@ -148,7 +148,15 @@ class Boundaries:
                 f"{missing.origin}, which stage {running.stage} does not have: only what the first module of a stage "
                 "is called with is sent on."
             )
-        raise _StageEnd(tuple(tensor.contiguous() for tensor in tensors_of((args, kwargs))))
+        outputs = tensors_of((args, kwargs))
+        odd = next((tensor for tensor in outputs if tensor.is_nested or tensor.layout is not torch.strided), None)
+        if odd is not None:
+            raise UnsupportedError(
+                f"{path!r}, the first module of stage {stage}, is called with a nested or sparse tensor ({odd.layout}), "
+                "which cannot be sent: cut the model elsewhere, or pass dense tensors (enable_nested_tensor=False of "
+                "nn.TransformerEncoder)."
+            )
+        raise _StageEnd(tuple(tensor.contiguous() for tensor in outputs))
 
     def _skipped(self, path: str, stage: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Return stand-ins for the result of an earlier stage's module."""

@@ -86,6 +86,11 @@ class Pipeline(Strategy):
                 f"strategy 'pipeline' needs a process group, and collective {context.names.get('collective')!r} has "
                 "none: use collective='torch'."
             )
+        if "simulated" in context.provides.get("collective", ()):
+            raise UnsupportedError(
+                "strategy 'pipeline' cannot be simulated: a stage computes with what the ranks of other stages send. "
+                "Run it on real ranks, on the CPU if need be."
+            )
         self._use(self._make_axis(context))
 
     def _make_axis(self, context: Context) -> Axis:

@@ -14,6 +14,7 @@ from plugframe_builtins.pipeline.axis import Axis
 from plugframe_builtins.pipeline.chain import Meta
 from plugframe_builtins.pipeline.checks import keeping_buffers
 from plugframe_builtins.pipeline.parameters import Aliases, Aside, total
+from plugframe_builtins.pipeline.random_streams import stage_random
 from plugframe_builtins.pipeline.schedules import make_schedule
 from plugframe_builtins.pipeline.stage import StageModule
 
@@ -121,12 +122,9 @@ class Schedules:
             UnsupportedError: on all ranks, with a parameter that it lost.
         """
         tried = []
-        with torch.random.fork_rng(devices=[] if self._axis.device.type == "cpu" else [self._axis.device]):
-            state = torch.get_rng_state()
-            for name in ("gpipe", self._name):
-                torch.set_rng_state(state)
-                with keeping_buffers(self._module):
-                    tried.append(self._run(self._make(name, boundaries, dtype, len(weights)), weights))
+        for name in ("gpipe", self._name):
+            with keeping_buffers(self._module), stage_random(self._axis, 0):
+                tried.append(self._run(self._make(name, boundaries, dtype, len(weights)), weights))
         plain, other = tried
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         rows = zip(plain.parameters, plain.gradients, other.gradients, strict=True)
