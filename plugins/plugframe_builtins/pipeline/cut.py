@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,7 +24,8 @@ class Cut:
 
     Attributes:
         num_stages: number of stages.
-        units: the largest modules with parameters or buffers that lie in one stage, by path, with their stage.
+        units: the largest modules with parameters that lie in one stage, by path, with their stage. A module with
+            buffers only (rotary positions) runs on every rank, unless the cut names it.
         owners: stage of every parameter and buffer by name; None for buffers that every rank keeps.
     """
 
@@ -67,7 +68,9 @@ def make_cut(module: nn.Module, split: Split | None, num_stages: int, where: str
     if split and not isinstance(split[0], str):
         stages = _by_patterns(module, split, where)
         found = len(split)
+        named = {path for path in stages if any(fnmatchcase(path, name) for names in split for name in names)}
     else:
+        named = set(split)  # type: ignore[arg-type]
         stages = _by_starts(paths, split, where, type(module).__name__)  # type: ignore[arg-type]
         found = len(split) + 1
     if found != num_stages:
@@ -75,7 +78,7 @@ def make_cut(module: nn.Module, split: Split | None, num_stages: int, where: str
             f"{where} cuts this {type(module).__name__} into {found} stages, and there are to be {num_stages}: name "
             "as many starts of stages as there are stages after the first, or set stages=."
         )
-    units = _units(module, stages)
+    units = _units(module, stages, named)
     owners = _owners(module, stages, units)
     _check_shared(module, owners)
     empty = sorted(set(range(num_stages)) - set(units.values()))
@@ -123,14 +126,14 @@ def _by_patterns(module: nn.Module, split: Sequence[Sequence[str]], where: str) 
     return {path: max(stage, 0) for path, stage in stages.items()}
 
 
-def _units(module: nn.Module, stages: Mapping[str, int]) -> dict[str, int]:
+def _units(module: nn.Module, stages: Mapping[str, int], named: Collection[str]) -> dict[str, int]:
     units: dict[str, int] = {}
 
     def visit(path: str, part: nn.Module) -> None:
         prefix = f"{path}." if path else ""
         # A module at a second path has the stage of what is around it.
         inside = {stages.get(f"{prefix}{name}" if name else path, stages[path]) for name, _ in part.named_modules()}
-        holds = any(True for _ in part.parameters()) or any(True for _ in part.buffers())
+        holds = next(part.parameters(), None) is not None or path in named
         if path and holds and len(inside) == 1:
             units[path] = inside.pop()
         elif holds:

@@ -303,4 +303,10 @@ def _parts(outer: Sequence[Tensor | None], count: int, size: int) -> list[list[T
     """Return the gradients of the outputs for each micro-batch."""
     if count == 1:
         return [list(outer)]
-    return [[None if g is None else g[n * size : (n + 1) * size] for g in outer] for n in range(count)]
+
+    def part(gradient: Tensor | None, number: int) -> Tensor | None:
+        if gradient is None:
+            return None
+        return gradient[number * size : (number + 1) * size] if gradient.dim() else gradient / count
+
+    return [[part(gradient, number) for gradient in outer] for number in range(count)]

@@ -124,6 +124,8 @@ def skeleton(output: Any, size: int, count: int) -> Any:
     """
 
     def grown(tensor: Tensor) -> Tensor:
+        if not tensor.dim() and tensor.is_floating_point():
+            return torch.empty((), dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
         if count > 1 and (not tensor.dim() or tensor.shape[0] != size):
             raise UnsupportedError(
                 f"The model returns a tensor of shape {tuple(tensor.shape)} for a micro-batch of {size} samples, and "
@@ -143,9 +145,18 @@ def skeleton(output: Any, size: int, count: int) -> Any:
 
 
 def merged(outputs: Sequence[Any]) -> list[Tensor]:
-    """Return the tensors of the outputs of all micro-batches, each put together along the first dimension."""
+    """Return the tensors of the outputs of all micro-batches, each put together along the first dimension.
+
+    Single numbers, such as a loss beside outputs, are averaged; `CutCheck` finds out whether that is right.
+    """
     columns = zip(*map(tensors_of, outputs), strict=True)
-    return [column[0] if len(column) == 1 else torch.cat(column) for column in columns]
+    return [_joined(column) for column in columns]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(list(parts)) if parts[0].dim() else torch.stack(list(parts)).mean()
 
 
 def refilled(structure: Any, tensors: Sequence[Tensor]) -> Any:

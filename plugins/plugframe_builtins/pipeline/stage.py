@@ -152,9 +152,9 @@ class Boundaries:
         odd = next((tensor for tensor in outputs if tensor.is_nested or tensor.layout is not torch.strided), None)
         if odd is not None:
             raise UnsupportedError(
-                f"{path!r}, the first module of stage {stage}, is called with a nested or sparse tensor ({odd.layout}), "
-                "which cannot be sent: cut the model elsewhere, or pass dense tensors (enable_nested_tensor=False of "
-                "nn.TransformerEncoder)."
+                f"{path!r}, the first module of stage {stage}, is called with a nested or sparse tensor "
+                f"({odd.layout}), which cannot be sent: cut the model elsewhere, or pass dense tensors (for "
+                "nn.TransformerEncoder enable_nested_tensor=False)."
             )
         raise _StageEnd(tuple(tensor.contiguous() for tensor in outputs))
 

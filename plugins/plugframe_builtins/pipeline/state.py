@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from plugframe.base import map_tensors
-from plugframe.checkpoint import fill, materialize
+from plugframe.checkpoint import as_bytes, fill, materialize
+from plugframe.errors import OutOfSyncError
 from plugframe_builtins.pipeline.axis import Axis
 from plugframe_builtins.pipeline.optimizers import is_other, own_state
 
@@ -72,13 +74,33 @@ def module_state(module: nn.Module, owners: Mapping[str, int | None], axis: Axis
         owners: stage of every parameter and buffer, by name.
     """
     state: dict[str, Any] = {}
-    for key, value in module.state_dict(keep_vars=True).items():
+    own = module.state_dict(keep_vars=True)
+    _check_equal({key: value for key, value in own.items() if owners.get(key) is None}, axis)
+    for key, value in own.items():
         owner = owners.get(key)
         if not isinstance(value, Tensor) or owner is None:
             state[key] = value.detach() if isinstance(value, Tensor) else value
         else:
             state[key] = place(_held(value, owner % axis.size == axis.rank, axis), owner % axis.size)
     return state
+
+
+def _check_equal(buffers: Mapping[str, Any], axis: Axis) -> None:
+    """Raise if buffers that every rank keeps differ: no stage owns them.
+
+    Raises:
+        OutOfSyncError: on all ranks, naming one.
+    """
+    held = {key: tensor.detach().cpu().contiguous() for key, tensor in buffers.items() if isinstance(tensor, Tensor)}
+    if not held or axis.size == 1:
+        return
+    everyone = axis.gather_objects([xxhash.xxh3_64_intdigest(as_bytes(tensor)) for tensor in held.values()])
+    for key, digests in zip(held, zip(*everyone, strict=True), strict=True):
+        if len(set(digests)) > 1:
+            raise OutOfSyncError(
+                f"Buffer {key!r} differs between ranks: it belongs to no stage, and a forward changes it on some. Name "
+                "its module in a stage (pipeline_plan, or split= with patterns)."
+            )
 
 
 def load_module_state(

@@ -204,6 +204,18 @@ class Recurrent(nn.Module):
         return mse_loss(x[:, -1], y)
 
 
+class Encoder(nn.Module):
+    """Torch's own encoder reads parameters of its layers before it runs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return mse_loss(self.layers(x.unsqueeze(1).expand(-1, 3, -1)).mean(1), y)
+
+
 class Summed(Layers):
     """Its loss is a sum over samples."""
 
@@ -212,9 +224,9 @@ class Summed(Layers):
 
 
 def unusual_models_train_like_one_process(world: World) -> None:
-    """Activation checkpointing, recurrent layers, and a loss that is a sum over samples."""
-    for cls in (Checkpointed, Recurrent, Summed):
-        for schedule in ("gpipe", "1f1b"):
+    """Activation checkpointing, recurrent layers, torch's encoder, and a loss that is a sum over samples."""
+    for cls in (Checkpointed, Recurrent, Encoder, Summed):
+        for schedule in ("gpipe", "1f1b") if cls is Checkpointed else ("1f1b",):
             with lite_of(world, Pipeline(schedule=schedule, micro_batches=4)) as lite:
                 both = twins(lite, cls)
                 for seed in range(3):
@@ -223,6 +235,30 @@ def unusual_models_train_like_one_process(world: World) -> None:
                 if cls is Checkpointed and schedule == "gpipe":
                     both.step(lambda model, x=x, y=y: mse_loss(model(x), y))
                 both.compare()
+
+
+class Scored(Layers):
+    """Returns its loss beside its outputs, and numbers that are no tensors."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        out = self.layers(x)
+        return {"loss": mse_loss(out, y), "out": out, "width": out.shape[1], "positive": bool(x.sum() > -1e9)}
+
+
+def losses_beside_outputs_train_like_one_process(world: World) -> None:
+    """A loss within a dict is averaged over the micro-batches; plain values are those of the batch."""
+    with lite_of(world, Pipeline(micro_batches=4)) as lite:
+        both = twins(lite, Scored)
+        for seed in range(3):
+            x, y = numbers(seed=seed)
+            both.step(lambda model, x=x, y=y: model(x, y)["loss"])
+            both.step(lambda model, x=x, y=y: model(x, y)["loss"] + model(x, y)["out"].square().sum())
+        both.compare()
+        with torch.no_grad():
+            ours, theirs = both.model(x, y), both.plain(x, y)
+        assert list(ours) == list(theirs)
+        assert (ours["width"], ours["positive"]) == (6, True)
+        both.close(ours["loss"], theirs["loss"])
 
 
 class Noisy(Layers):
@@ -353,6 +389,7 @@ ALL = (
     checkpoints_go_everywhere,
     frozen_parts_and_groups_train_like_one_process,
     unusual_models_train_like_one_process,
+    losses_beside_outputs_train_like_one_process,
     random_numbers_are_resumed_and_keep_ranks_in_step,
     two_models_train_in_turns,
     a_model_without_storage_gets_the_first_ranks_values,

@@ -83,11 +83,26 @@ class Mixing(Layers):
 
 
 class Scored(Layers):
-    """Returns its loss beside its outputs."""
+    """Returns a sum over samples beside its outputs."""
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
         out = self.layers(x)
-        return {"loss": mse_loss(out, y), "out": out}
+        return {"loss": (out - y).square().sum(), "out": out}
+
+
+class Transposed(Layers):
+    """Returns outputs without a row per sample."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out.T
+
+
+class Held(Layers):
+    """Returns an object."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        return self.layers(x), object()
 
 
 def _raises(world: World, cls: Callable[[], nn.Module], kind: type[Exception], message: str, **options: Any) -> None:
@@ -108,7 +123,9 @@ def models_that_cannot_be_cut_are_named(world: World) -> None:
     _raises(world, Backwards, UnsupportedError, "calls 'layers.7', of stage 1, before the modules of stage 0")
     _raises(world, Normed, UnsupportedError, "BatchNorm1d 'layers.1' normalises over the samples of a batch")
     _raises(world, Mixing, UnsupportedError, "outputs of this Mixing for a batch differ from those for its 4 micro")
-    _raises(world, Scored, UnsupportedError, r"returns a tensor of shape \(\) for a micro-batch of 2 samples")
+    _raises(world, Scored, UnsupportedError, "outputs of this Scored for a batch differ")
+    _raises(world, Transposed, UnsupportedError, r"returns a tensor of shape \(6, 2\) for a micro-batch of 2 samples")
+    _raises(world, Held, UnsupportedError, "returns a object, which strategy 'pipeline' cannot send")
 
 
 def calls_that_cannot_be_cut_are_named(world: World) -> None:
