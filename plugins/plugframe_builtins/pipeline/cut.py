@@ -70,7 +70,7 @@ def make_cut(module: nn.Module, split: Split | None, num_stages: int, where: str
         found = len(split)
         named = {path for path in stages if any(fnmatchcase(path, name) for names in split for name in names)}
     else:
-        named = set(split)  # type: ignore[arg-type]
+        named = {path for path in split if isinstance(path, str)}
         stages = _by_starts(paths, split, where, type(module).__name__)  # type: ignore[arg-type]
         found = len(split) + 1
     if found != num_stages:

@@ -46,8 +46,10 @@ class _Result(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:
+    @once_differentiable  # it takes ctx by position only
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *outer: Tensor | None
+    ) -> tuple[Any, ...]:
         return None, None, *ctx.pending.backward(outer)
 
 
