@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from plugframe_builtins.pipeline.axis import Axis
-from plugframe_builtins.pipeline.stage import StageModule
+from plugframe_builtins.pipeline.stage import Meta, StageModule
 from plugframe_builtins.pipeline.stand_in import tensors_of
-
-
-class Meta(NamedTuple):
-    """A tensor that one stage sends to the next, for every micro-batch."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    requires_grad: bool
-
 
 #: Inputs and outputs of a stage for one micro-batch.
 Tape = dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]]

@@ -15,7 +15,7 @@ from plugframe.base import map_tensors
 from plugframe.errors import UnsupportedError
 from plugframe_builtins.pipeline.axis import Axis
 from plugframe_builtins.pipeline.batch_check import BatchCheck
-from plugframe_builtins.pipeline.chain import Chain, Meta
+from plugframe_builtins.pipeline.chain import Chain
 from plugframe_builtins.pipeline.checks import batch_norms, check_added, check_statistics, keeping_buffers
 from plugframe_builtins.pipeline.cut import Cut
 from plugframe_builtins.pipeline.cut_check import CutCheck, same_outputs
@@ -24,7 +24,7 @@ from plugframe_builtins.pipeline.micro_batches import Micro, cut_batch, merged, 
 from plugframe_builtins.pipeline.outputs import Outputs
 from plugframe_builtins.pipeline.parameters import Aliases
 from plugframe_builtins.pipeline.random_streams import shared_seed, stage_random
-from plugframe_builtins.pipeline.stage import Boundaries, StageModule
+from plugframe_builtins.pipeline.stage import Boundaries, Meta, StageModule
 from plugframe_builtins.pipeline.stand_in import Backwards, tensors_of
 from plugframe_builtins.pipeline.training import Schedules
 
@@ -185,11 +185,7 @@ class Engine:
             with self._micro(call, micro.calls):
                 plan = self._plans[key] = self._make_plan(micro)
         for module in self._stages:
-            module.sends = (
-                [(m.shape, m.dtype) for m in plan.boundaries[module.stage]]
-                if module.stage < len(plan.boundaries)
-                else None
-            )
+            module.sends = plan.boundaries[module.stage] if module.stage < len(plan.boundaries) else None
         return plan
 
     def _make_plan(self, micro: Micro) -> Plan:
@@ -221,7 +217,7 @@ class Engine:
                 ended, result = module.compute(0, inputs)
                 if ended:
                     return [], map_tensors(_on_meta, result), stream.drew()
-                return [Meta(t.shape, t.dtype, t.requires_grad) for t in result], None, stream.drew()
+                return [Meta.of(tensor) for tensor in result], None, stream.drew()
             except Exception as error:
                 # The other ranks wait for this stage.
                 self.axis.broadcast_object(f"{type(error).__name__}: {error}", self.axis.rank)

@@ -71,6 +71,11 @@ def _unmark(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "state": entries}
 
 
+def _steps_as_torch(optimizer: Optimizer) -> bool:
+    steps: type = next(cls for cls in plain_class(optimizer).__mro__ if "step" in vars(cls))
+    return steps.__module__.startswith("torch.optim.")
+
+
 @contextmanager
 def own_parameters(optimizer: Optimizer) -> Iterator[None]:
     """Hide other stages' parameters from a step of torch's own optimizers, which treat each parameter by itself.
@@ -78,7 +83,7 @@ def own_parameters(optimizer: Optimizer) -> Iterator[None]:
     Any other optimizer sees all parameters. What it computes for those of other stages has no effect; a norm over all
     of them raises.
     """
-    if not plain_class(optimizer).__module__.startswith("torch.optim") or not any(is_other(optimizer)):
+    if not _steps_as_torch(optimizer) or not any(is_other(optimizer)):
         yield
         return
     held = [list(group["params"]) for group in optimizer.param_groups]

@@ -17,8 +17,7 @@ from torch.distributed.pipelining import (
 )
 
 from plugframe_builtins.pipeline.axis import Axis
-from plugframe_builtins.pipeline.chain import Meta
-from plugframe_builtins.pipeline.stage import StageModule
+from plugframe_builtins.pipeline.stage import Meta, StageModule
 
 #: Schedules that run several stages on a rank.
 _SEVERAL: dict[str, Callable[..., Any]] = {

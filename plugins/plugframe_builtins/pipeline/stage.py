@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,19 @@ from plugframe_builtins.pipeline.stand_in import StandIn, first_missing, resolve
 
 #: Results of other stages' modules that are remembered by the shapes of the arguments.
 _MOST_REMEMBERED = 1000
+
+
+class Meta(NamedTuple):
+    """A tensor that one stage sends to the next, for every micro-batch."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Meta:
+        """Return that of a tensor."""
+        return cls(tensor.shape, tensor.dtype, tensor.requires_grad)
 
 
 class _StageEnd(BaseException):
@@ -213,8 +226,8 @@ class StageModule(nn.Module):
         self.own_parameters = parameters
         self.call: Callable[..., Any] | None = None
         self.calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] = ()
-        #: Shape and dtype of each tensor for the next stage; None until they are known.
-        self.sends: Sequence[tuple[torch.Size, torch.dtype]] | None = None
+        #: The tensors for the next stage; None until they are known.
+        self.sends: Sequence[Meta] | None = None
         #: The exception of the last forward: torch's schedules wrap it.
         self.failure: BaseException | None = None
 
@@ -239,14 +252,15 @@ class StageModule(nn.Module):
         assert self.call is not None
         ended, result = self.boundaries.run(self.stage, functools.partial(self.call, *args, **kwargs), received)
         if not ended and self.sends is not None:
-            found = [(tensor.shape, tensor.dtype) for tensor in result]
+            found = [Meta.of(tensor) for tensor in result]
             if found != list(self.sends):
                 raise UnsupportedError(
                     f"Stage {self.stage} passes on tensors of {_spell(found)} for micro-batch {number}, and of "
-                    f"{_spell(self.sends)} for the first one: all micro-batches of a batch must have equal shapes."
+                    f"{_spell(self.sends)} for the first one: all micro-batches must pass through the model alike."
                 )
         return ended, result
 
 
-def _spell(metas: Sequence[tuple[torch.Size, torch.dtype]]) -> str:
-    return ", ".join(f"shape {tuple(shape)} and {dtype}" for shape, dtype in metas) or "nothing"
+def _spell(metas: Sequence[Meta]) -> str:
+    words = {True: ", with a gradient", False: ""}
+    return "; ".join(f"shape {tuple(m.shape)} and {m.dtype}{words[m.requires_grad]}" for m in metas) or "nothing"

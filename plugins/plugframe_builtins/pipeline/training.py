@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from plugframe.errors import UnsupportedError
 from plugframe_builtins.pipeline.axis import Axis
-from plugframe_builtins.pipeline.chain import Meta
 from plugframe_builtins.pipeline.checks import keeping_buffers
 from plugframe_builtins.pipeline.parameters import Aliases, Aside, total
 from plugframe_builtins.pipeline.random_streams import stage_random
 from plugframe_builtins.pipeline.schedules import make_schedule
-from plugframe_builtins.pipeline.stage import StageModule
+from plugframe_builtins.pipeline.stage import Meta, StageModule
 
 #: Schedules that are kept, each with the buffers it receives into.
 _MOST_SCHEDULES = 8

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, dropout, mse_loss
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from pipeline_models import GPT, Block, Layers, build, lite_of, numbers, pipelines, text, twins
+from pipeline_models import GPT, Block, Layers, Twins, build, lite_of, numbers, pipelines, text, twins
 from plugframe.hooks.world import World
 from plugframe_builtins.pipeline.axis import make_axis
 from plugframe_builtins.pipeline.stand_in import OtherParameter
@@ -302,6 +302,37 @@ def random_numbers_are_resumed_and_keep_ranks_in_step(world: World) -> None:
     assert all(torch.equal(value, ends[1][1][name]) for name, value in ends[0][1].items())
 
 
+class Derived(torch.optim.SGD):
+    """Steps as torch's own."""
+
+
+class Sign(torch.optim.Optimizer):
+    """Steps parameters one by one, those of other stages too."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                held = self.state[parameter]
+                held.setdefault("mean", torch.zeros_like(parameter)).lerp_(parameter.grad, 0.5)
+                parameter.add_(held["mean"].sign(), alpha=-group["lr"])
+
+
+def other_optimizers_train_like_one_process(world: World) -> None:
+    """Optimizers derived from torch's, of a user's own, and made after set-up; their state is saved complete."""
+    x, y = numbers()
+    for make in (lambda p: Derived(p, lr=0.1, momentum=0.9), lambda p: Sign(p, {"lr": 0.01})):
+        with lite_of(world, Pipeline()) as lite:
+            model = build()
+            plain = copy.deepcopy(model)
+            model = lite.setup_module(model)
+            both = Twins(lite, model, plain, [make(each.parameters()) for each in (model, plain)])
+            lite.setup_optimizers(both.optimizers[0])
+            for _ in range(3):
+                both.step(lambda model: model(x, y))
+            both.compare()
+
+
 def two_models_train_in_turns(world: World) -> None:
     """Each model has its own stages; gradients do not mix."""
     with lite_of(world, Pipeline(micro_batches=4)) as lite:
@@ -391,6 +422,7 @@ ALL = (
     unusual_models_train_like_one_process,
     losses_beside_outputs_train_like_one_process,
     random_numbers_are_resumed_and_keep_ranks_in_step,
+    other_optimizers_train_like_one_process,
     two_models_train_in_turns,
     a_model_without_storage_gets_the_first_ranks_values,
     pipelines_may_be_replicated,
