@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy, dropout, mse_loss
+from torch.utils.checkpoint import checkpoint
 
 from plugframe import Lite
 from plugframe.hooks.world import World
@@ -66,6 +67,83 @@ class GPT(nn.Module):
         if targets is None:
             return {"logits": logits, "last": logits[:, -1].argmax(-1), "name": "gpt"}
         return cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class Checkpointed(Layers):
+    """Recomputes its layers in backward."""
+
+    reentrant = False
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=self.reentrant)
+        return x if y is None else mse_loss(x, y)
+
+
+class Recurrent(nn.Module):
+    """Recurrent layers keep weak references to their parameters, and a list of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.GRU(6, 6, batch_first=True) for _ in range(8))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x.unsqueeze(1).expand(-1, 3, -1)
+        for layer in self.layers:
+            x, _ = layer(x)
+        return mse_loss(x[:, -1], y)
+
+
+class Encoder(nn.Module):
+    """Torch's own encoder reads parameters of its layers before it runs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return mse_loss(self.layers(x.unsqueeze(1).expand(-1, 3, -1)).mean(1), y)
+
+
+class Summed(Layers):
+    """Its loss is a sum over samples."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return (self.layers(x) - y).square().sum()
+
+
+class Scored(Layers):
+    """Returns its loss beside its outputs, and numbers that are no tensors."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        out = self.layers(x)
+        return {"loss": mse_loss(out, y), "out": out, "width": out.shape[1], "positive": bool(x.sum() > -1e9)}
+
+
+class Noisy(Layers):
+    """Draws random numbers in every layer."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = layer(dropout(x, 0.3, training=self.training))
+        return x if y is None else mse_loss(x, y)
+
+
+class Derived(torch.optim.SGD):
+    """Steps as torch's own."""
+
+
+class Sign(torch.optim.Optimizer):
+    """Steps parameters one by one, those of other stages too."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                held = self.state[parameter]
+                held.setdefault("mean", torch.zeros_like(parameter)).lerp_(parameter.grad, 0.5)
+                parameter.add_(held["mean"].sign(), alpha=-group["lr"])
 
 
 def build(cls: Callable[[], nn.Module] = Layers, seed: int = 1) -> Any:

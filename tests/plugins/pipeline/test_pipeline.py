@@ -12,13 +12,31 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.functional import cross_entropy, dropout, mse_loss
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
-from pipeline_models import GPT, Block, Layers, Twins, build, lite_of, numbers, pipelines, text, twins
+from pipeline_models import (
+    GPT,
+    Block,
+    Checkpointed,
+    Derived,
+    Encoder,
+    Layers,
+    Noisy,
+    Recurrent,
+    Scored,
+    Sign,
+    Summed,
+    Twins,
+    build,
+    lite_of,
+    numbers,
+    pipelines,
+    text,
+    twins,
+)
 from plugframe.hooks.world import World
 from plugframe_builtins.pipeline.axis import make_axis
 from plugframe_builtins.pipeline.stand_in import OtherParameter
@@ -179,50 +197,6 @@ def frozen_parts_and_groups_train_like_one_process(world: World) -> None:
                 both.compare()
 
 
-class Checkpointed(Layers):
-    """Recomputes its layers in backward."""
-
-    reentrant = False
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=self.reentrant)
-        return x if y is None else mse_loss(x, y)
-
-
-class Recurrent(nn.Module):
-    """Recurrent layers keep weak references to their parameters, and a list of their own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.GRU(6, 6, batch_first=True) for _ in range(8))
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        x = x.unsqueeze(1).expand(-1, 3, -1)
-        for layer in self.layers:
-            x, _ = layer(x)
-        return mse_loss(x[:, -1], y)
-
-
-class Encoder(nn.Module):
-    """Torch's own encoder reads parameters of its layers before it runs them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
-        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return mse_loss(self.layers(x.unsqueeze(1).expand(-1, 3, -1)).mean(1), y)
-
-
-class Summed(Layers):
-    """Its loss is a sum over samples."""
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        return (self.layers(x) - y).square().sum()
-
-
 def unusual_models_train_like_one_process(world: World) -> None:
     """Activation checkpointing, recurrent layers, torch's encoder, and a loss that is a sum over samples."""
     for cls in (Checkpointed, Recurrent, Encoder, Summed):
@@ -235,14 +209,6 @@ def unusual_models_train_like_one_process(world: World) -> None:
                 if cls is Checkpointed and schedule == "gpipe":
                     both.step(lambda model, x=x, y=y: mse_loss(model(x), y))
                 both.compare()
-
-
-class Scored(Layers):
-    """Returns its loss beside its outputs, and numbers that are no tensors."""
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
-        out = self.layers(x)
-        return {"loss": mse_loss(out, y), "out": out, "width": out.shape[1], "positive": bool(x.sum() > -1e9)}
 
 
 def losses_beside_outputs_train_like_one_process(world: World) -> None:
@@ -259,15 +225,6 @@ def losses_beside_outputs_train_like_one_process(world: World) -> None:
         assert list(ours) == list(theirs)
         assert (ours["width"], ours["positive"]) == (6, True)
         both.close(ours["loss"], theirs["loss"])
-
-
-class Noisy(Layers):
-    """Draws random numbers in every layer."""
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        for layer in self.layers:
-            x = layer(dropout(x, 0.3, training=self.training))
-        return x if y is None else mse_loss(x, y)
 
 
 def random_numbers_are_resumed_and_keep_ranks_in_step(world: World) -> None:
@@ -300,22 +257,6 @@ def random_numbers_are_resumed_and_keep_ranks_in_step(world: World) -> None:
             ends.append((losses[-2:], lite.state_dict(model, all_ranks=True)))
     assert ends[0][0] == ends[1][0]
     assert all(torch.equal(value, ends[1][1][name]) for name, value in ends[0][1].items())
-
-
-class Derived(torch.optim.SGD):
-    """Steps as torch's own."""
-
-
-class Sign(torch.optim.Optimizer):
-    """Steps parameters one by one, those of other stages too."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                held = self.state[parameter]
-                held.setdefault("mean", torch.zeros_like(parameter)).lerp_(parameter.grad, 0.5)
-                parameter.add_(held["mean"].sign(), alpha=-group["lr"])
 
 
 def other_optimizers_train_like_one_process(world: World) -> None:
