@@ -6,6 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from contract_classes import of_builtins
 from plugframe.testing import StrategyContract
 
@@ -41,3 +44,36 @@ globals().update(
         **{f"deepspeed_{variant}": {"num_ranks": (2,)} for variant in VARIANTS},
     )
 )
+
+
+class Sequences(nn.Module):
+    """Sums over a sequence: (n, 3, 6) to (n, 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.leave(torch.tanh(self.enter(x)).sum(1))
+        return out
+
+
+def distance(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Return a loss that is not the suite's."""
+    return nn.functional.smooth_l1_loss(model(x), y)
+
+
+def sequences(number: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return inputs of another shape than the suite's."""
+    x = torch.randn(number, 3, 6, generator=torch.Generator().manual_seed(seed))
+    return x, x.sum((1, 2), keepdim=True).squeeze(2).expand(-1, 2).contiguous()
+
+
+class TestOwnLossModelAndData(StrategyContract):
+    """The suite takes a model, a loss and data that fit a strategy."""
+
+    spec = "ddp"
+    num_ranks = (2,)
+    build = Sequences
+    loss = staticmethod(distance)
+    batch = staticmethod(sequences)
