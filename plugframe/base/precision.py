@@ -71,6 +71,10 @@ class Precision(PrecisionSpec):
         return module
 
     @hookimpl
+    def precision_finalize(self, module: nn.Module) -> nn.Module:
+        return module
+
+    @hookimpl
     def precision_convert_input(self, data: Any) -> Any:
         return data
 

@@ -60,6 +60,15 @@ class PrecisionSpec(Protocol):
         """Convert a module's parameters in place and return it. Called on every rank at ``lite.setup``."""
         ...
 
+    @provider(since=2)
+    def precision_finalize(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Convert a trained module to its final form and return it: quantization-aware training ends in integers.
+
+        Called on every rank by ``lite.finalize(module)``, with a plain module that holds all its values. The default
+        returns the module as it is.
+        """
+        return module
+
     @provider
     def precision_convert_input(self, data: Any) -> Any:
         """Convert the floating-point tensors in `data` (any nesting) that go into a forward.

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from plugframe.errors import UnsupportedError
+from plugframe.adopt import release_module, state_of
+from plugframe.errors import OrderError, UnsupportedError
 
 if TYPE_CHECKING:
     from plugframe.lite.lite import Lite
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -72,3 +76,19 @@ def check_conversion(lite: Lite, before: Before, module: nn.Module) -> None:
 def _class(parameter: Tensor) -> type:
     """Return the class of a parameter's data: `nn.Parameter` wraps plain tensors, and passes subclasses through."""
     return Tensor if type(parameter) in (Tensor, nn.Parameter) else type(parameter)
+
+
+def finalize(lite: Lite, module: M) -> M:
+    """Return a trained module in the final form of the precision; see `Lite.finalize`."""
+    if state_of(module) is None or module not in lite._living():
+        raise OrderError(f"finalize() takes a module that was set up, and this {type(module).__name__} was not.")
+    strategy = lite.plan.choices["strategy"]
+    if "sharded" in strategy.descriptor.provides:
+        raise UnsupportedError(
+            f"finalize() needs all values of a module, and strategy {strategy.name!r} holds shards of it: save it, "
+            "load it in a job of one rank, and finalize it there."
+        )
+    lite._modules[:] = [reference for reference in lite._modules if reference() is not module]
+    release_module(module)
+    final: M = lite._hooks.precision_finalize(module=module)
+    return final

@@ -31,7 +31,7 @@ from plugframe.launch import start
 from plugframe.launch.inheritance import RankEnvironment, own_variables
 from plugframe.launch.preemption import PreemptionHandler
 from plugframe.launch.termination import TerminationHandler
-from plugframe.lite import checkpointing, launch, logging, loop, plugins, ranks, seeding, setup
+from plugframe.lite import checkpointing, conversion, launch, logging, loop, plugins, ranks, seeding, setup
 from plugframe.lite.composed import Composed
 from plugframe.lite.inner import with_make
 from plugframe.lite.plugins import as_tuple, callback_object
@@ -620,6 +620,17 @@ class Lite:
             norm_type=norm_type,
             error_if_nonfinite=error_if_nonfinite,
         )
+
+    def finalize(self, module: t.M) -> t.M:
+        """Return a trained module in the final form of the precision: quantized, after quantization-aware training.
+
+        Every rank must call it. The module is released: it is a plain one afterwards. Most precisions change nothing.
+
+        Raises:
+            OrderError: if the module was not set up.
+            UnsupportedError: if the strategy holds shards of it.
+        """
+        return conversion.finalize(self, module)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context the precision runs a forward in, for code outside of a module."""

@@ -61,3 +61,9 @@ def test_little_lies_at_the_top_of_the_package() -> None:
     """A module that is not in a package of its kind has to be one that everything stands on."""
     modules = sorted(path.name for path in PACKAGE.glob("*.py"))
     assert len(modules) <= MOST_MODULES, modules
+
+
+def test_modules_of_tests_have_names_of_their_own() -> None:
+    """pytest imports them by name: of two that share one, the ranks of the second would import the first."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from plugframe import Lite, Plugin, UnsupportedError, hookimpl
+from plugframe import Lite, OrderError, Plugin, UnsupportedError, hookimpl
 from plugframe.base import Precision, Strategy
 
 
@@ -59,6 +59,34 @@ def test_an_unlisted_conversion_is_refused(how: str, shown: str) -> None:
         model = nn.Sequential(nn.Linear(2, 2))
         with pytest.raises(UnsupportedError, match=f"'Picky' does not support '{how}', .*'Converts'.* its {shown}"):
             lite.setup(model)
+
+
+class Rounds(Precision):
+    """Trains on rounded weights, and ends in integers."""
+
+    @hookimpl
+    def precision_finalize(self, module: nn.Module) -> nn.Module:
+        layer = module.get_submodule("0")
+        layer.weight.data.round_()  # type: ignore[operator, union-attr]
+        return module
+
+
+def test_a_trained_module_is_finalized() -> None:
+    """The precision gets a plain module; one that was not set up, or is sharded, is refused."""
+    with Lite(accelerator="cpu", devices=1, precision=Rounds()) as lite:
+        model = nn.Sequential(nn.Linear(2, 2))
+        with pytest.raises(OrderError, match="takes a module that was set up"):
+            lite.finalize(model)
+        lite.setup(model)
+        assert type(model) is not nn.Sequential
+        final = lite.finalize(model)
+        assert final is model
+        assert type(final) is nn.Sequential
+        assert torch.equal(model[0].weight, model[0].weight.round())
+    with Lite(accelerator="cpu", devices=1, strategy="fsdp", precision=Rounds()) as lite:
+        model = lite.setup(nn.Sequential(nn.Linear(2, 2)))
+        with pytest.raises(UnsupportedError, match="strategy 'fsdp' holds shards of it: save it"):
+            lite.finalize(model)
 
 
 def test_what_the_user_did_is_no_conversion() -> None:
