@@ -68,6 +68,12 @@ def combined(base: Choice, others: Sequence[Choice]) -> Choice:
     """
     descriptor = base.descriptor
     for other in others:
+        parted = [axis.name for axis in other.descriptor.axes if axis.averages]
+        if parted and "averages-axes" not in base.descriptor.provides:
+            raise UnsupportedError(
+                f"strategy {base.name!r} does not average gradients over the axis {parted[0]!r} of strategy "
+                f"{other.name!r}: use ddp or fsdp, or another one that provides 'averages-axes'."
+            )
         try:
             descriptor = descriptor.beside(other.descriptor)
         except ValueError as error:

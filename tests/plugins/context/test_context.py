@@ -1,0 +1,363 @@
+"""Sequence parallelism on gloo ranks: numbers of one process, and what cannot be divided is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from context_models import Encoder, Masked, Model, Rotary, data, loss_of
+from plugframe import Lite, SettingError, UnsupportedError
+from plugframe.hooks.world import World
+from plugframe_builtins.context.strategy import ContextParallel
+from plugframe_builtins.fsdp.strategy import FSDP
+from ranks import run_checks
+
+#: What trains as one process does: model, attention.
+MODELS: tuple[tuple[Callable[[], Model], str], ...] = (
+    (Model, "all_to_all"),
+    (Model, "gather"),
+    (Masked, "all_to_all"),
+    (Masked, "gather"),
+    (Rotary, "all_to_all"),
+    (lambda: Rotary(key_heads=1), "all_to_all"),
+    (Encoder, "all_to_all"),
+    (lambda: Encoder(causal=True), "all_to_all"),
+)
+
+
+def build(make: Callable[[], Model] = Model, seed: int = 1) -> Model:
+    torch.manual_seed(seed)
+    return make()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def ranks(world: World) -> Iterator[World]:
+    torch.manual_seed(0)
+    yield world
+
+
+def lite_of(strategy: Any, mesh: Any, devices: int, **settings: Any) -> Lite:
+    return Lite(accelerator="cpu", devices=devices, strategy=strategy, mesh=mesh, **settings)
+
+
+def shard_of(lite: Lite) -> tuple[int, int]:
+    index, count = lite._hooks.strategy_data_shard()
+    return index, count
+
+
+def trains_alike(lite: Lite, make: Callable[[], Model], tolerance: float) -> Model:
+    """Two steps with accumulation and clipping, and one process's; compare losses, norms, gradients and weights."""
+    model, plain = build(make), build(make)
+    optimizer, its = (torch.optim.AdamW(each.parameters(), lr=0.01) for each in (model, plain))
+    lite.setup(model, optimizer)
+    index, count = shard_of(lite)
+    for part in (slice(0, 4), slice(4, 8)):
+        optimizer.zero_grad()
+        its.zero_grad()
+        batch = data()[part]
+        with lite.no_backward_sync(model):
+            lite.backward(loss_of(model, batch[index::count]) * 0.5)
+        loss = loss_of(model, batch[index::count])
+        lite.backward(loss)
+        expected = loss_of(plain, batch)
+        (0.5 * loss_of(plain, batch) + expected).backward()
+        torch.testing.assert_close(lite.all_reduce(loss.detach()), expected.detach(), rtol=tolerance, atol=tolerance)
+        for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert ours.grad is not None
+            assert theirs.grad is not None
+            torch.testing.assert_close(
+                whole(ours.grad),
+                theirs.grad,
+                rtol=tolerance,
+                atol=tolerance,
+                msg=lambda text, name=name: f"{name} {text}",
+            )
+        norm = lite.clip_gradients(model, optimizer, max_norm=0.3)
+        true = nn.utils.clip_grad_norm_(plain.parameters(), 0.3)
+        torch.testing.assert_close(norm, true, rtol=tolerance, atol=tolerance)
+        optimizer.step()
+        its.step()
+    model.eval()
+    plain.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(model, data()), loss_of(plain, data()), rtol=tolerance, atol=tolerance)
+    return model
+
+
+def models_train_like_one_process(world: World) -> None:
+    """Learned and rotary positions, grouped keys, masks, torch's encoder: fp32 within 1e-5."""
+    for make, attention in MODELS:
+        strategy = ["fsdp", ContextParallel(attention=attention)]
+        with lite_of(strategy, {"data": 1, "context": 2}, 2) as lite:
+            trains_alike(lite, make, 1e-5)
+
+
+class LocalPositions(Block):
+    """Makes its positions from the number of tokens it gets."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x)
+        q, k = (turned(each, *angles(x.shape[1], 4)) for each in (q, k))
+        return self.rest(x, F.scaled_dot_product_attention(q, k, v))
+
+
+class LocalMask(Block):
+    """Makes its mask from the number of tokens it gets."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        return self.rest(x, F.scaled_dot_product_attention(*self.qkv(x), attn_mask=mask))
+
+
+class ByHand(Block):
+    """Attends with a softmax of its own."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x)
+        return self.rest(x, (q @ k.transpose(-2, -1) * 0.5).softmax(-1) @ v)
+
+
+class Silent(LocalPositions):
+    """Hides its attention at first: the output projection begins with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.out.weight)
+
+
+class Pooling(Block):
+    """Adds the mean of the tokens it gets."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x) + x.mean(1, keepdim=True)
+
+
+class NoAttention(Block):
+    """Treats each token by itself."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x + self.down(self.up(x))
+
+
+class Norming(Block):
+    """Has statistics over all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics = nn.BatchNorm1d(WIDTH)
+
+
+class Weights(nn.Module):
+    """Asks for the weights of attention, as ``nn.MultiheadAttention`` gives them by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.attention(x, x, x)[0]
+        return out
+
+
+class Early(Model):
+    """Leaves after the second block."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.words(tokens) + self.places
+        for block in self.blocks[:2]:
+            x = block(x)
+        out: Tensor = self.head(x.mean(1, keepdim=True).expand(-1, 8, -1))
+        return out
+
+
+class Deep(Model):
+    """Predicts from the hidden states between blocks too."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, logits = self.words(tokens) + self.places, 0
+        for block in self.blocks:
+            x = block(x)
+            logits = logits + self.head(x)
+        out: Tensor = torch.as_tensor(logits)
+        return out
+
+
+class Skipping(Model):
+    """Leaves the first block out."""
+
+    def apply_block(self, block: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
+        return x if block is self.blocks[0] else super().apply_block(block, x, tokens)
+
+
+class Between(Model):
+    """Scales and adds hidden states between blocks, token by token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.blocks[0](self.words(tokens) + self.places)
+        x = self.blocks[1](x) * self.scale + 0.5 * x
+        out: Tensor = self.head(self.norm(self.blocks[2](x)))
+        return out
+
+
+class Odd(Model):
+    """A sequence that two ranks cannot share."""
+
+    def apply_block(self, block: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
+        return super().apply_block(block, x[:, :7], tokens)
+
+
+#: What would be wrong: model, and the message.
+WRONG: tuple[tuple[Callable[[], nn.Module], str], ...] = (
+    (
+        lambda: Model(block=LocalPositions),
+        "'blocks.0' .LocalPositions. is not the same .*queries of its attention call 0",
+    ),
+    (lambda: Model(block=Silent), "'blocks.0' .Silent. is not the same .*queries of its attention call 0"),
+    (lambda: Model(block=LocalMask), r"'blocks.0' got a mask of shape .4, 4., for 8 queries"),
+    (lambda: Model(block=ByHand), "'blocks.0' .ByHand. is not the same on a part .*its output 0 is"),
+    (lambda: Model(block=Pooling), "'blocks.0' .Pooling. is not the same on a part .*its output 0 is"),
+    (lambda: Model(block=NoAttention), "No block called torch.nn.functional.scaled_dot_product_attention"),
+    (lambda: Model(block=Norming), "BatchNorm1d 'blocks.0.statistics' computes statistics"),
+    (lambda: Model(block=Weights), "'blocks.0' is called with need_weights=True"),
+    (Early, r"mean.. of the hidden states after block 'blocks.1'"),
+    (Deep, r"of the hidden states after block 'blocks.0'"),
+    (Skipping, "'blocks.1' got hidden states of all tokens, .* needs the blocks from 'blocks.0' to 'blocks.2'"),
+    (Odd, "'blocks.0' got 7 tokens along dim=1, .* pad the sequences to a multiple of 2"),
+    (lambda: nn.Linear(3, 3), "cannot tell which blocks of this Linear .*it has no list of repeated blocks"),
+)
+
+
+def wrong_models_are_refused(world: World) -> None:
+    """Positions, masks and pools of a part, other attention, and hidden states used between blocks, by name."""
+    for make, message in WRONG:
+        with lite_of("fsdp+context", {"data": 1, "context": 2}, 2) as lite:
+            model: Any = make()
+            with pytest.raises((UnsupportedError, SettingError), match=message):
+                lite.setup(model)
+                lite.backward(loss_of(model, data()))
+
+
+def tokenwise_code_between_blocks_is_right(world: World) -> None:
+    """Scaling and residuals between blocks, of hidden states and of numbers for all tokens, are those of one process."""
+    with lite_of("fsdp+context", {"data": 1, "context": 2}, 2) as lite:
+        trains_alike(lite, Between, 1e-5)
+
+
+def recomputed_blocks_are_right(world: World) -> None:
+    """Activation checkpointing, the strategy's and the script's own, with dropout: as without."""
+    for strategy in (FSDP(), FSDP(activation_checkpointing=True)):
+        with lite_of([strategy, "context"], {"data": 1, "context": 2}, 2) as lite:
+            trains_alike(lite, Rotary, 1e-5)
+            model = build(lambda: Model(dropout=0.5))
+            lite.setup(model)
+            torch.manual_seed(3)
+            lite.backward(loss_of(model, data()))
+            found = torch.cat([whole(p.grad).flatten() for p in model.parameters() if p.grad is not None])
+            everyone = lite.all_gather(found)
+            assert torch.equal(everyone[0], everyone[1])
+            assert torch.equal(*lite.all_gather(torch.rand(4)))
+            if strategy.activation_checkpointing:
+                torch.testing.assert_close(found, kept)  # noqa: F821
+            kept = found
+
+
+def tokens_draw_different_numbers(world: World) -> None:
+    """Dropout of a rank's tokens is not that of the other rank's, nor that of the step or block before."""
+    seen: list[Tensor] = []
+    with lite_of("ddp+context", {"data": 1, "context": 2}, 2) as lite:
+        model = build(lambda: Model(number=2, dropout=0.5))
+        for block in model.blocks:
+            cast(Any, block).up.register_forward_hook(lambda *_: seen.append(torch.rand(8)))
+        lite.setup(model)
+        for _ in range(2):
+            seen.clear()
+            model(data())
+        drawn = lite.all_gather(torch.stack(seen[-2:]))
+        assert len({tuple(each.tolist()) for each in drawn.flatten(0, 1)}) == 4
+        assert torch.equal(*lite.all_gather(torch.get_rng_state()))
+        # Nothing is drawn where nothing is random.
+        model = build()
+        lite.setup(model)
+        before = torch.get_rng_state()
+        model(data())
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def nothing_is_left_behind(world: World) -> None:
+    """Classes, torch's function and copies of a model are plain after the job; copies in the job run undivided."""
+    original = F.scaled_dot_product_attention
+    model = build()
+    with lite_of("ddp+context", {"data": 1, "context": 2}, 2) as lite:
+        lite.setup(model)
+        assert isinstance(model.blocks[0], Block)
+        model(data())
+        copied = copy.deepcopy(model)
+        copied.eval()
+        expected = model.eval()(data())
+        torch.testing.assert_close(copied(data()), expected)
+        state = lite.state_dict(model)
+    assert F.scaled_dot_product_attention is original
+    plain = build(seed=5)
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain.eval()(data()), expected)
+
+
+def options_are_told(world: World) -> None:
+    """Blocks by path, the check turned off, a list that is not unique, a compiled block, context alone."""
+    mesh = {"data": 1, "context": 2}
+    for option, message in (
+        ({"blocks": ["layers.*"]}, r"blocks= of strategy 'context' names 'layers.\*', and Model has no such submodule"),
+        ({"attention": "ring"}, "attention"),
+        ({"arguments": {"x": "part"}}, "arguments"),
+    ):
+        with pytest.raises(SettingError, match=message), lite_of(["ddp", ContextParallel(**option)], mesh, 2) as lite:
+            lite.setup(build())
+    with lite_of(["ddp", ContextParallel(blocks=["blocks.1", "blocks.2"], check=False)], mesh, 2) as lite:
+        trains_alike(lite, Model, 1e-5)
+    with lite_of([FSDP(compile=True), "context"], mesh, 2) as lite:
+        model = build()
+        lite.setup(model)
+        with pytest.raises(UnsupportedError, match="Block 'blocks.0' is compiled by itself"):
+            model(data())
+    with (
+        lite_of("context", None, 2) as lite,
+        pytest.raises(UnsupportedError, match="none of the strategies divides the"),
+    ):
+        lite.setup(build())
+
+
+TWO = (
+    models_train_like_one_process,
+    wrong_models_are_refused,
+    tokenwise_code_between_blocks_is_right,
+    recomputed_blocks_are_right,
+    tokens_draw_different_numbers,
+    nothing_is_left_behind,
+    options_are_told,
+)
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_checks(2, ranks, TWO, timeout_s=240.0, env={"CONTEXT_FOLDER": str(tmp_path_factory.mktemp("context"))})
+
+
+@pytest.mark.parametrize("name", [check.__name__ for check in TWO])
+def test_context_on_two_ranks(of_two: dict[str, str], name: str) -> None:
+    """Every check passes on two ranks."""
+    assert of_two[name] == "", of_two[name]
