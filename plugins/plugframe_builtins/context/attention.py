@@ -197,7 +197,7 @@ class Attention:
     def _wrong(self, what: str) -> UnsupportedError:
         return UnsupportedError(
             f"Attention of block {self._block!r} got {what}: strategy 'context' needs tokens of this rank in the order "
-            "of the sequence, and masks of the complete one. Compute masks outside of the blocks, or leave 'context' out."
+            "of the sequence, and masks of the complete one. Compute masks outside of the blocks."
         )
 
 

@@ -32,7 +32,12 @@ _LAST_DIM = {"layer_norm", "rms_norm", "linear"}
 
 
 class Part(Tensor):
-    """Hidden states of this rank's tokens; subclasses set the sequence dimension and the block they come from."""
+    """Hidden states of this rank's tokens; each region has a subclass, since torch does not mix several.
+
+    Attributes:
+        seq_dim: the sequence dimension.
+        block: path of the block that ran last, for messages.
+    """
 
     seq_dim: int
     block: str
@@ -63,9 +68,9 @@ class Part(Tensor):
         return one and (isinstance(shape, Tensor) or (shape is not None and len(shape) == 1))
 
 
-def part_class(seq_dim: int, block: str) -> type[Part]:
-    """Return the class of the hidden states after a block."""
-    return type("Part", (Part,), {"seq_dim": seq_dim, "block": block})
+def part_class(seq_dim: int) -> type[Part]:
+    """Return the class of the hidden states of a region."""
+    return type("Part", (Part,), {"seq_dim": seq_dim, "block": ""})
 
 
 def plain(tensor: Tensor) -> Tensor:

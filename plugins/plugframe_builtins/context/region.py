@@ -56,13 +56,18 @@ class Region:
         self.dim = dim
         self._attention = Attention(axis, all_to_all=attention == "all_to_all", say=say)
         self._check = check
+        self._part = part_class(dim)
         self._streams = Streams(axis.device, axis.index)
         self._num_attended = 0
         paths = list(blocks)
+        # One class for the blocks of one class: strategies find units by what repeats.
+        classes = {own: _divided(own, self) for own in dict.fromkeys(map(type, blocks.values()))}
         self._blocks = {
-            id(block): _Block(self, path, block, Arguments(block.forward, dim, arguments, path), paths)
+            id(block): _Block(path, block, Arguments(block.forward, dim, arguments, path), paths)
             for path, block in blocks.items()
         }
+        for block in blocks.values():
+            block.__class__ = classes[type(block)]
 
     def close(self) -> None:
         """Give the blocks their class back; where another change of the class is left, they run undivided."""
@@ -77,11 +82,6 @@ class Region:
 
     def run(self, block: _Block, forward: Call, args: Any, kwargs: Any) -> Any:
         """Run a block's own forward on this rank's tokens."""
-        if block.module._compiled_call_impl is not None:
-            raise UnsupportedError(
-                f"Block {block.path!r} is compiled by itself, and strategy 'context' runs collectives within it: leave "
-                "compile= and block.compile() out; the code outside of the blocks can be compiled."
-            )
         key, hidden = block.arguments.hidden(args, kwargs)
         local, length = self._lengths(block, hidden)
         recomputed = torch._C._current_graph_task_id() != -1
@@ -177,6 +177,7 @@ class Region:
 
     def take(self, block: _Block, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Return a block's arguments with the hidden states of the block before as a plain tensor."""
+        _refuse_compiled(block)
         key, hidden = block.arguments.hidden(args, kwargs)
         if isinstance(hidden, Part) is block.first:
             raise UnsupportedError(
@@ -204,7 +205,10 @@ class Region:
 
     def give(self, block: _Block, output: Any) -> Any:
         """Return a block's output, marked as this rank's tokens until the last block has run."""
-        return output if block.last else self._first(output, block, lambda part: part.as_subclass(block.part))
+        if block.last:
+            return output
+        self._part.block = block.path
+        return self._first(output, block, lambda part: part.as_subclass(self._part))
 
 
 class _Block:
@@ -218,19 +222,16 @@ class _Block:
         first: whether it splits the sequence.
         last: whether it gathers the sequence.
         ends: paths of the first and the last block.
-        part: the class of its output.
         split: names of the arguments that were split in the last compared call.
     """
 
-    def __init__(self, region: Region, path: str, module: nn.Module, arguments: Arguments, paths: list[str]) -> None:
+    def __init__(self, path: str, module: nn.Module, arguments: Arguments, paths: list[str]) -> None:
         self.path, self.module, self.plain = path, module, type(module)
         self.arguments = arguments
         self.ends = paths[0], paths[-1]
         self.first, self.last = path == paths[0], path == paths[-1]
-        self.part = part_class(region.dim, path)
         self.split: set[str] = set()
-        self._calls: Counter[Any] = Counter()
-        module.__class__ = _divided(type(module), region)
+        self._num_calls: Counter[Any] = Counter()
 
     def counts(self, args: Any, kwargs: Any, local: int, length: int) -> bool:
         """Count a call, and return whether it is compared: by which dimensions of its arguments have which tokens."""
@@ -244,8 +245,18 @@ class _Block:
             return tensor
 
         self.arguments.apply(args, kwargs, note)
-        self._calls[tuple(kind)] += 1
-        return self._calls[tuple(kind)] in _COMPARED
+        self._num_calls[tuple(kind)] += 1
+        return self._num_calls[tuple(kind)] in _COMPARED
+
+
+def _refuse_compiled(block: _Block) -> None:
+    for part in block.module.modules():
+        if part._compiled_call_impl is not None:
+            raise UnsupportedError(
+                f"{type(part).__name__} in block {block.path!r} is compiled, and strategy 'context' runs collectives "
+                "within its attention: leave compile= and .compile() of blocks out; the rest of the model can be "
+                "compiled."
+            )
 
 
 def _divided(own: Any, region: Region) -> type[nn.Module]:
