@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -15,12 +16,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from context_models import WIDTH, Block, Encoder, Masked, Model, Rotary, angles, data, loss_of, turned
-from plugframe import Lite, SettingError, UnsupportedError
+from plugframe import Axis, Lite, Plugin, SettingError, UnsupportedError
+from plugframe.base import Strategy
 from plugframe.hooks.world import World
 from plugframe_builtins.context.strategy import ContextParallel
 from plugframe_builtins.fsdp.strategy import FSDP
+from plugframe_builtins.tensor_parallel.strategy import TensorParallel
 from ranks import run_checks
 
+PLAN = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
 #: What trains as one process does: model, attention.
 MODELS: tuple[tuple[Callable[[], Model], str], ...] = (
     (Model, "all_to_all"),
@@ -349,6 +353,71 @@ def options_are_told(world: World) -> None:
         lite.setup(build())
 
 
+#: What trains as one process does: strategy, mesh, model. With four ranks two heads of keys are gathered.
+MIXES: tuple[tuple[Any, Any, Callable[[], Model]], ...] = (
+    ("fsdp+context", {"data": 2, "context": 2}, Model),
+    ("ddp+context", {"data": 2, "context": 2}, Model),
+    ("context+fsdp", {"context": 4, "data": -1}, Rotary),
+    ("ddp+context", {"context": 4, "data": 1}, Encoder),
+    ("fsdp+context", {"replicate": 2, "data": 1, "context": 2}, Masked),
+    (["fsdp", "context", TensorParallel(plan=PLAN)], {"data": 1, "context": 2, "tensor": 2}, Model),
+    (["ddp", "context", TensorParallel(plan=PLAN)], {"data": 1, "context": 2, "tensor": 2}, Rotary),
+)
+
+
+def mixes_train_like_one_process(world: World) -> None:
+    """Two axes of four ranks, beside every strategy that divides the batch: fp32 within 1e-5, bf16 within rounding."""
+    for precision, tolerance in (("32-true", 1e-5), ("bf16-mixed", 3e-2)):
+        for strategy, mesh, make in MIXES if precision == "32-true" else MIXES[:3]:
+            with lite_of(strategy, mesh, 4, precision=precision) as lite:
+                trains_alike(lite, make, tolerance)
+
+
+#: Saved under one, loaded under the next.
+WAYS: tuple[tuple[Any, Any], ...] = (
+    ("fsdp+context", {"data": 2, "context": 2}),
+    ("fsdp", None),
+    ("ddp+context", {"data": 2, "context": 2}),
+    ("ddp", None),
+    ("fsdp+context", {"data": 1, "context": 4}),
+)
+
+
+def checkpoints_go_from_mesh_to_mesh(world: World) -> None:
+    """What was saved on a mesh is loaded on the next one, in both formats, and in one process."""
+    expected: list[Tensor] = []
+    for checkpoint in ("safetensors", "dcp"):
+        path = os.path.join(os.environ["CONTEXT_FOLDER"], checkpoint)
+        for number, (strategy, mesh) in enumerate(WAYS):
+            with lite_of(strategy, mesh, 4, checkpoint=checkpoint) as lite:
+                model = build(seed=1 if number == 0 else 7)
+                optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+                lite.setup(model, optimizer)
+                if number:
+                    lite.load(path, {"model": model, "optimizer": optimizer}, rng=False)
+                else:
+                    index, count = shard_of(lite)
+                    lite.backward(loss_of(model, data()[index::count]))
+                    optimizer.step()
+                    optimizer.zero_grad()
+                lite.save(path, {"model": model, "optimizer": optimizer})
+                with torch.no_grad():
+                    expected.append(loss_of(model, data()))
+    torch.testing.assert_close(torch.stack(expected), expected[0].expand(len(expected)), rtol=1e-5, atol=1e-5)
+
+
+class Foreign(Strategy):
+    """Divides the batch, and averages over its own axis only."""
+
+    plugin = Plugin(factory=f"{__name__}:Foreign", axes=(Axis("data", samples=True),))
+
+
+def who_averages_is_told(world: World) -> None:
+    """A strategy that does not know the axis is refused by name."""
+    with pytest.raises(UnsupportedError, match="does not average gradients over the axis 'context'"):
+        lite_of([Foreign(), "context"], {"data": 2, "context": 2}, 4)
+
+
 TWO = (
     models_train_like_one_process,
     wrong_models_are_refused,
@@ -360,6 +429,21 @@ TWO = (
 )
 
 
+def three_axes_train_like_one_process(world: World) -> None:
+    """Data, context and tensor axes of two ranks each; three axes to average over are refused."""
+    mesh = {"data": 2, "context": 2, "tensor": 2}
+    with lite_of(["fsdp", "context", TensorParallel(plan=PLAN)], mesh, 8) as lite:
+        trains_alike(lite, Model, 1e-5)
+    three = {"replicate": 2, "data": 2, "context": 2}
+    message = "averages gradients over two axes at most, and context, replicate and data of mesh= have several ranks"
+    with lite_of("fsdp+context", three, 8) as lite, pytest.raises(UnsupportedError, match=message):
+        lite.setup(build())
+
+
+FOUR = (mixes_train_like_one_process, checkpoints_go_from_mesh_to_mesh, who_averages_is_told)
+EIGHT = (three_axes_train_like_one_process,)
+
+
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return run_checks(2, ranks, TWO, timeout_s=240.0, env={"CONTEXT_FOLDER": str(tmp_path_factory.mktemp("context"))})
@@ -369,3 +453,21 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_context_on_two_ranks(of_two: dict[str, str], name: str) -> None:
     """Every check passes on two ranks."""
     assert of_two[name] == "", of_two[name]
+
+
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_checks(4, ranks, FOUR, timeout_s=240.0, env={"CONTEXT_FOLDER": str(tmp_path_factory.mktemp("context"))})
+
+
+@pytest.mark.parametrize("name", [check.__name__ for check in FOUR])
+def test_context_on_four_ranks(of_four: dict[str, str], name: str) -> None:
+    """Every check passes on four ranks."""
+    assert of_four[name] == "", of_four[name]
+
+
+@pytest.mark.slow
+def test_context_on_eight_ranks() -> None:
+    """Three axes at once."""
+    for name, error in run_checks(8, ranks, EIGHT, timeout_s=240.0).items():
+        assert error == "", f"{name}: {error}"
