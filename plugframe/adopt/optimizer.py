@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from plugframe.adopt.job_state import JobState
 from plugframe.base.strategy import Strategy
+from plugframe.hooks.strategy import no_step
 from plugframe.utils.logging import warn_caller
 from plugframe.utils.swap import KEY, State, adopt, release
 
@@ -31,6 +32,8 @@ class OptimizerState(State):
         num_steps_here: number of steps in this process.
         mean: returns the mean over ranks of the loss of a closure; None on one rank.
         compare: compares settings between ranks, given the number of steps; None on one rank.
+        skip: returns whether an extension skips this step, the same on all ranks; None without such an extension.
+        skipping: whether the running step is skipped.
     """
 
     #: Those in use. At class level, since `plugframe.launch.rank` reads it after an error and holds no optimizer.
@@ -55,6 +58,8 @@ class OptimizerState(State):
         self.check_backward = check_backward
         self.mean: Callable[[Any], Any] | None = None
         self.compare: Callable[[int], None] | None = None
+        self.skip: Callable[[Optimizer], bool] | None = None
+        self.skipping = False
         self.alive.add(self)
 
     def plain_dict(self, obj: Any) -> dict[str, Any]:
@@ -71,10 +76,11 @@ def adopt_optimizer(
     check_backward: bool = False,
     mean: Callable[[Any], Any] | None = None,
     compare: Callable[[int], None] | None = None,
+    skip: Callable[[Optimizer], bool] | None = None,
 ) -> None:
     """Adopt `optimizer` in place."""
     state = OptimizerState(optimizer, hooks, names, job, check_backward=check_backward)
-    state.mean, state.compare = mean, compare
+    state.mean, state.compare, state.skip = mean, compare, skip
     namespace: dict[str, Any] = {"step": _make_step(type(optimizer).step, state.patched)}
     if owns_gradients(hooks):
         namespace["zero_grad"] = make_zero_grad(type(optimizer).zero_grad)
@@ -134,7 +140,8 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
         # A scheduler's `step` references the optimizer weakly; a bound method stored here would not.
         inner = patched or functools.partial(original, self)
         if state is None or state.inside:  # released, but a scheduler still holds this function
-            return inner(*args, **kwargs)
+            # A loss scaler may call this method instead of the step it was given.
+            return None if state is not None and state.skipping else inner(*args, **kwargs)
         closure = None
         if args or kwargs:
             inner, closure = _split_closure(inner, args, kwargs)
@@ -144,7 +151,12 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
             state.compare(state.num_steps_here)
         state.inside = True
         try:
-            result = state.hooks.strategy_optimizer_step(optimizer=self, step=inner, closure=closure)
+            skipped = state.skip is not None and state.skip(self)
+            if skipped:
+                result = None
+                _skip(state, self)
+            else:
+                result = state.hooks.strategy_optimizer_step(optimizer=self, step=inner, closure=closure)
         finally:
             state.inside = False
         state.num_steps += 1
@@ -156,7 +168,7 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
                 state.check_backward = False
             if job.random_check is not None and job.random_check.after_step():
                 job.random_check = None
-        if state.hooks.on_optimizer_step is not None:
+        if state.hooks.on_optimizer_step is not None and not skipped:
             state.hooks.on_optimizer_step(optimizer=self)
         return result
 
@@ -166,6 +178,18 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
     if hasattr(patched, "_wrapped_by_lr_sched"):
         marked._wrapped_by_lr_sched = True
     return step
+
+
+def _skip(state: OptimizerState, optimizer: Optimizer) -> None:
+    state.skipping = True
+    try:
+        skip = state.hooks.strategy_skip_step
+        if skip is not None:
+            skip(optimizer=optimizer)
+        else:  # a strategy that has neither the hook nor the default of its specification
+            state.hooks.strategy_optimizer_step(optimizer=optimizer, step=no_step, closure=None)
+    finally:
+        state.skipping = False
 
 
 def _averaged(closure: Callable[[], Any], mean: Callable[[Any], Any]) -> Callable[[], Any]:

@@ -20,6 +20,7 @@ from plugframe.checkpoint.atomic import (
 from plugframe.checkpoint.background_checksum import Checksums
 from plugframe.checkpoint.contents import Contents
 from plugframe.checkpoint.error_codes import Packed, first_error, pack_error, unpack_error
+from plugframe.checkpoint.lock import FolderLock
 from plugframe.checkpoint.manifest import (
     DIGEST_CHARS,
     MAX_MANIFEST_BYTES,
@@ -51,6 +52,7 @@ __all__ = [
     "Checksums",
     "Contents",
     "Entry",
+    "FolderLock",
     "Manifest",
     "Packed",
     "Source",

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from plugframe.hooks.environment import EnvironmentSpec
     from plugframe.hooks.kinds import KINDS, Kind
     from plugframe.hooks.launcher import Job, LauncherSpec
-    from plugframe.hooks.logger import LoggerSpec
+    from plugframe.hooks.logger import Artifact, HyperParameter, LoggerSpec, artifact_kind
     from plugframe.hooks.markers import PROJECT, hookimpl, hookspec
     from plugframe.hooks.mesh import Axis, MeshLayout
     from plugframe.hooks.notify import NotifySpec
     from plugframe.hooks.option import Option
     from plugframe.hooks.precision import Dtypes, PrecisionSpec
-    from plugframe.hooks.strategy import Engine, StrategySpec
+    from plugframe.hooks.strategy import Engine, StrategySpec, no_step
     from plugframe.hooks.world import World
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "KINDS",
     "PROJECT",
     "AcceleratorSpec",
+    "Artifact",
     "Axis",
     "CheckpointSpec",
     "CollectiveSpec",
@@ -38,6 +39,7 @@ __all__ = [
     "Dtypes",
     "Engine",
     "EnvironmentSpec",
+    "HyperParameter",
     "Job",
     "Kind",
     "LauncherSpec",
@@ -51,8 +53,10 @@ __all__ = [
     "SaveHandle",
     "StrategySpec",
     "World",
+    "artifact_kind",
     "hookimpl",
     "hookspec",
+    "no_step",
 ]
 
 
@@ -63,12 +67,14 @@ def __getattr__(name: str) -> Any:
         "PROJECT": "markers",
         "AcceleratorSpec": "accelerator",
         "Axis": "mesh",
+        "Artifact": "logger",
         "CheckpointSpec": "checkpoint",
         "CollectiveSpec": "collective",
         "Context": "context",
         "Dtypes": "precision",
         "Engine": "strategy",
         "EnvironmentSpec": "environment",
+        "HyperParameter": "logger",
         "Job": "launcher",
         "Kind": "kinds",
         "LauncherSpec": "launcher",
@@ -82,8 +88,10 @@ def __getattr__(name: str) -> Any:
         "SaveHandle": "checkpoint",
         "StrategySpec": "strategy",
         "World": "world",
+        "artifact_kind": "logger",
         "hookimpl": "markers",
         "hookspec": "markers",
+        "no_step": "strategy",
     }.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

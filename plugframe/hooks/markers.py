@@ -14,6 +14,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _MARK = f"{PROJECT}_deprecated"
+_PER_PLUGIN = f"{PROJECT}_per_plugin"
 _SINCE = f"{PROJECT}_since"
 _specify = pluggy.HookspecMarker(PROJECT)
 
@@ -79,6 +80,20 @@ def _mark(function: Any, firstresult: bool, hook: str, arguments: Mapping[str, s
         return _specify(function, firstresult=firstresult)
 
     return mark if function is None else mark(function)
+
+
+def per_plugin(function: _F, /) -> _F:
+    """Mark an optional hook that is called on each plugin of its kind by itself, and that nothing wraps.
+
+    A plugin that subclasses the Protocol of its kind inherits the body of the specification as the default.
+    """
+    setattr(function, _PER_PLUGIN, True)
+    return _specify(function)
+
+
+def is_per_plugin(function: Any) -> bool:
+    """Return whether a hook is called on each plugin of its kind by itself."""
+    return hasattr(function, _PER_PLUGIN)
 
 
 def deprecated_of(function: Any) -> Deprecated:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from plugframe.hooks.markers import provider
+from plugframe.hooks.markers import per_plugin, provider
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 #: The object that runs a module's forward under a strategy: ``engine(call, *args, **kwargs)`` must run
 #: ``call(*args, **kwargs)``, the user's own forward. None: the forward runs unchanged.
 Engine = Any
+
+
+def no_step(closure: Callable[[], Any] | None = None) -> None:
+    """Do nothing: the `step` of a skipped optimizer step, see `StrategySpec.strategy_skip_step`."""
 
 
 class StrategySpec(Protocol):
@@ -66,7 +70,8 @@ class StrategySpec(Protocol):
         """Apply a strategy that does not divide the batch to a module, in place, over its axes of ``context.mesh``.
 
         Called on every rank, by the strategy that divides the batch, with values that are equal on all ranks. Of a
-        strategy like this one only `strategy_compose`, `strategy_setup`, this hook and `strategy_teardown` are called.
+        strategy like this one only `strategy_compose`, `strategy_setup`, this hook, `strategy_teardown`, and
+        `strategy_state` and `strategy_load_state` are called.
 
         Example:
             ``parallelize_module(module, self.context.mesh["tensor"], plan)``
@@ -183,6 +188,17 @@ class StrategySpec(Protocol):
         """
         ...
 
+    @per_plugin
+    def strategy_skip_step(self, optimizer: Optimizer) -> None:
+        """Do what `strategy_optimizer_step` does besides updating parameters: an extension skips this step. Optional.
+
+        Called on every rank in place of `strategy_optimizer_step`, if `skip_optimizer_step` of an extension returned
+        True on any rank. The default is `strategy_optimizer_step` with a step that does nothing (`no_step` of
+        `plugframe.hooks`), which is right for a strategy that updates parameters with that step alone: buffers are
+        synchronised, and a loss scaler learns of an overflow. Any other strategy must implement this hook.
+        """
+        self.strategy_optimizer_step(optimizer=optimizer, step=no_step, closure=None)
+
     @provider
     def strategy_zero_grad(self, owner: torch.nn.Module | Optimizer) -> None:
         """Clear gradients that are stored outside of the parameters' ``grad``.
@@ -242,3 +258,18 @@ class StrategySpec(Protocol):
     def strategy_load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Load the result of `strategy_optimizer_state`. Called on every rank while loading."""
         ...
+
+    @per_plugin
+    def strategy_state(self) -> dict[str, Any]:
+        """Return the state of the strategy itself for checkpoints. Optional, with `strategy_load_state`.
+
+        Called on every rank by ``lite.save`` and ``lite.load``, as `extension_state`, which describes the values and
+        the name they are saved under. State that belongs to a module or an optimizer is part of
+        `strategy_module_state` and `strategy_optimizer_state`.
+        """
+        return {}
+
+    @per_plugin
+    def strategy_load_state(self, state: dict[str, Any]) -> None:
+        """Restore the result of `strategy_state`. Called on every rank by ``lite.load``, as `extension_load_state`."""
+        return None

@@ -10,8 +10,9 @@ from typing import Any
 from plugframe.hooks.launcher import Job
 from plugframe.launch.command import script_command
 from plugframe.launch.function import refuse_while_importing
+from plugframe.launch.inline import Rendezvous, run_as_rank
 
-__all__ = ["Job", "script_command", "supervise"]
+__all__ = ["Job", "Rendezvous", "run_as_rank", "script_command", "supervise"]
 
 
 def supervise(job: Job, *, start_method: str | None = None) -> Any:

@@ -86,6 +86,7 @@ def _debugged() -> bool:
 def interrupted() -> int:
     """Return the exit code after Ctrl-C, which may arrive twice. The launcher prints one line for all ranks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.last_value = sys.exc_info()[1]
     return INTERRUPTED
 
 
@@ -127,9 +128,12 @@ def _watch_parent(parent: int) -> None:
 def record(error: BaseException) -> bool:
     """Write `error` to the rank's error file, in torch's format with additional fields.
 
+    Exit handlers find it in ``sys.last_value``, as after an error that the interpreter handles.
+
     Returns:
         False if the rank has no error file, because it was started manually.
     """
+    sys.last_value = error
     path = os.environ.get(ERROR_FILE)
     if not path:
         return False

@@ -66,6 +66,15 @@ class Array(Protocol):
     def __array__(self, /) -> Any: ...
 
 
+class Image(Protocol):
+    """An image of PIL."""
+
+    @property
+    def __array_interface__(self, /) -> Any: ...
+
+
+#: Rows of a table.
+Rows: TypeAlias = Sequence[Mapping[str, object]]
 T_co = TypeVar("T_co", covariant=True)
 
 

@@ -11,11 +11,14 @@ from torch.optim import Optimizer
 
 from plugframe.adopt import state_of
 from plugframe.hooks.checkpoint import SaveHandle
+from plugframe.hooks.context import Context
+from plugframe.launch.preemption import PreemptionHandler
 from plugframe.state import saving
 from plugframe.state.full import full_state_dict
 from plugframe.state.manager import CheckpointManager
 from plugframe.state.parameter_names import ParameterNamer, ParameterNames, names_of
 from plugframe.state.tree import Filter
+from plugframe.utils.logging import failing, tell, warn_caller
 
 if TYPE_CHECKING:
     from plugframe.lite.lite import Lite
@@ -36,6 +39,7 @@ def save(
         state,
         filters=filter,
         loaders=lite._loaders,
+        plugins=lite._plugin_states,
         namer=_naming(lite),
         wait=wait,
         info=info,
@@ -51,6 +55,7 @@ def load(lite: Lite, path: Any, state: Any, *, strict: bool, trusted: bool, rng:
         state,
         strict=strict,
         loaders=lite._loaders,
+        plugins=lite._plugin_states,
         namer=_naming(lite),
         trusted=trusted,
         rng=rng,
@@ -91,9 +96,22 @@ def checkpoints(
 
 
 def should_stop(lite: Lite) -> bool:
-    """Return whether any rank received a stop signal, the same on all ranks."""
-    lite._started("should_stop")
-    return lite._preemption.should_stop(lite._hooks)
+    """Return whether any rank received a stop signal, or a plugin requests a stop, the same on all ranks."""
+    context, handler = lite._started("should_stop"), lite._preemption
+    reported = handler.reason
+    stop = handler.should_stop(lite._hooks, context.stop_requests)
+    if handler.reason and not reported and lite.is_global_zero:
+        tell(f"A plugin requests to stop, on {handler.reason.rstrip('.')}.")
+    return stop
+
+
+def warn_of_unread_requests(handler: PreemptionHandler, context: Context) -> None:
+    """Warn at tear-down of requests to stop that had no effect, since the script never read ``lite.should_stop``."""
+    if context.stop_requests and not handler.was_read and not failing():
+        warn_caller(
+            f"A plugin requested to stop ({context.stop_requests[0].rstrip('.')}), and the script never read "
+            "lite.should_stop: leave the loop when it is True."
+        )
 
 
 def requeue(lite: Lite) -> bool:

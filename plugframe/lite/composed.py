@@ -19,14 +19,15 @@ class Composed:
 
     Attributes:
         plan: the plan, with the object of the strategy that divides the batch.
+        others: the other strategies, in the order in which they are applied to a module.
     """
 
     def __init__(self, plan: Plan, catalogue: Catalogue) -> None:
         base = plan.choices[COMPOSED]
-        self._others: list[tuple[Choice, Any]] = []
+        self.others: list[tuple[Choice, Any]] = []
         if plan.composed:
             base = replace(base, instance=base.make(catalogue).strategy_compose())
-            self._others = [(choice, choice.make(catalogue).strategy_compose()) for choice in plan.composed]
+            self.others = [(choice, choice.make(catalogue).strategy_compose()) for choice in plan.composed]
         self.plan = replace(plan, choices={**plan.choices, COMPOSED: base})
 
     def start(self, context: Context, hooks: BoundHooks, undo: ExitStack) -> Context:
@@ -38,17 +39,17 @@ class Composed:
         assert layout is not None
         mesh = _device_mesh(context, layout.names, layout.sizes)
         context = replace(context, mesh=mesh, averaged=layout.averaged(base.name))
-        for choice, plugin in self._others:
+        for choice, plugin in self.others:
             undo.callback(plugin.strategy_teardown)
             plugin.strategy_setup(context=replace(context, axes=layout.owned_by(choice.name)))
         shard = layout.data_shard(context.world.global_rank)
         undo.callback(setattr, hooks, "strategy_data_shard", hooks.strategy_data_shard)
         vars(hooks)["strategy_data_shard"] = lambda: shard
-        parallelize = self._parallelize if self._others else None
+        parallelize = self._parallelize if self.others else None
         return replace(context, axes=layout.owned_by(base.name), parallelize=parallelize)
 
     def _parallelize(self, module: Any) -> None:
-        for _, plugin in self._others:
+        for _, plugin in self.others:
             plugin.strategy_parallelize(module=module)
 
 

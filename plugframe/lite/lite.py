@@ -25,16 +25,22 @@ from plugframe.data.loaders import Loaders
 from plugframe.data.shared_seed import SharedSeed
 from plugframe.diagnostics.diagnostics import Diagnostics
 from plugframe.errors import UnsupportedError
-from plugframe.hooks.variables import FROM_COMMAND_LINE
+from plugframe.hooks.kinds import SETUP_ORDER
+from plugframe.hooks.variables import FROM_COMMAND_LINE, LAUNCHED
 from plugframe.launch import start
 from plugframe.launch.inheritance import RankEnvironment, own_variables
 from plugframe.launch.preemption import PreemptionHandler
+from plugframe.launch.termination import TerminationHandler
 from plugframe.lite import checkpointing, launch, logging, loop, plugins, ranks, seeding, setup
 from plugframe.lite.composed import Composed
+from plugframe.lite.inner import with_make
 from plugframe.lite.plugins import as_tuple, callback_object
+from plugframe.state.plugins import PluginStates
 from plugframe.utils.logging import tell, warn_caller
+from plugframe.utils.process_error import ProcessError, failure
 
 if TYPE_CHECKING:
+    import argparse
     from typing import Concatenate, SupportsFloat
 
     import torch
@@ -148,15 +154,22 @@ class Lite:
         observers = [SharedSeed(), *([self._diagnostics] if self._diagnostics is not None else [])]
         composed = Composed(self.plan, self._registry)
         self.plan = composed.plan
-        before = {} if self.plan.mesh is None else {COMPOSED: composed.start}
+        before = {SETUP_ORDER[0]: with_make(self._registry)}
+        if self.plan.mesh is not None:
+            before[COMPOSED] = composed.start
         self._session = Session(self.plan, self._registry, [*self._callbacks, *observers], before)
         self._hooks = self._session.hooks
+        self._plugin_states = PluginStates([*self._session.members, *composed.others], self._session)
         for message in self._session.deprecations if self.global_rank == 0 else ():
             warn_caller(message)
         self._modules: list[weakref.ref[nn.Module]] = []
         self._job_state = JobState()
         self._loaders = Loaders(self._job_state.weights)
         self._preemption = PreemptionHandler()
+        self._process_error: ProcessError | None = None
+        self._termination: TerminationHandler | None = None
+        #: Loggers, by id, and what was warned that they do not store.
+        self._not_stored: set[tuple[int, str]] = set()
         self._streams: RankStreams | None = None
         self._replaced_parameters = ReplacedParameters()
 
@@ -177,12 +190,16 @@ class Lite:
             "_session",
             "_diagnostics",
             "_hooks",
+            "_plugin_states",
             "_modules",
             "_loaders",
             "_job_state",
+            "_not_stored",
             "_preemption",
+            "_process_error",
             "_rank_environment",
             "_streams",
+            "_termination",
             "_replaced_parameters",
         )
         return {key: value for key, value in self.__dict__.items() if key not in own}
@@ -220,17 +237,37 @@ class Lite:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.teardown()
+        self.teardown()  # finds the exception by itself: a subclass may override it
 
-    def teardown(self) -> None:
-        """End the job on this rank and restore all objects that were set up. It may be called twice."""
-        self._session.close()
+    def teardown(self, error: BaseException | None = None) -> None:
+        """End the job on this rank and restore all objects that were set up. It may be called twice.
+
+        Loggers record a run that failed as failed: one whose ``with`` block, or whose process without one, ends with
+        an exception or with ``sys.exit`` and a code other than 0.
+
+        Args:
+            error: the exception that ends the run; by default the one that is being handled, if any.
+        """
+        found = self._process_error.find() if self._process_error is not None else None
+        try:
+            self._session.close(failure(error) or found)
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        """Forget the user's objects, and restore the state of the process, once the plugins are torn down."""
         self._streams = self._job_state.random_check = None
         self._modules.clear()
         self._loaders.clear()
         self._preemption.close()
+        if self._termination is not None:
+            self._termination.close()
+            self._termination = None
         self._rank_environment.close()
-        atexit.unregister(self._session.close)
+        if self._process_error is not None:
+            atexit.unregister(self._process_error.close)
+            self._process_error.release()
+            self._process_error = None
 
     def _alone(self) -> bool:
         return self._session.context is not None or self.plan.launched or self.plan.world_size == 1
@@ -246,6 +283,9 @@ class Lite:
             if not self._alone():
                 raise start.not_launched(self.plan, call)
             self._rank_environment.check(call, launched=self.plan.launched)
+            # Not in a rank that plugframe has started, which notes its exit code itself.
+            watch_exit = bool(session.loggers) and not os.environ.get(LAUNCHED)
+            self._process_error = ProcessError(session.close, watch_exit=watch_exit)
             context = session.start()
             if context.world.global_rank == 0:
                 tell(self.plan.line())
@@ -254,7 +294,11 @@ class Lite:
                 hooks: Any = self._hooks
                 session.on_close(setattr, hooks, "strategy_no_sync", hooks.strategy_no_sync)
                 hooks.strategy_no_sync = track_no_sync(self._job_state, hooks.strategy_no_sync)
-            atexit.register(session.close)
+            session.on_close(checkpointing.warn_of_unread_requests, self._preemption, context)
+            atexit.register(self._process_error.close)
+            if session.hooks.logger_teardown is not None and context.world.global_rank == 0:
+                self._termination = TerminationHandler(lambda error: session.hooks.logger_teardown(error=error))
+                session.on_close(self._termination.close)
         return session.started()
 
     @property
@@ -857,6 +901,8 @@ class Lite:
     ) -> SaveHandle | None:
         """Write `state` at `path`; a crash at any time leaves the previous checkpoint intact. Every rank must call it.
 
+        The state of the run is added: random generators, loss scale, positions of loaders, and the state of plugins.
+
         Args:
             path: where; a mapping here and a path second (``torch.save``'s order) is understood too.
             state: objects with a ``state_dict``, tensors, plain values, and dicts and lists of those.
@@ -961,10 +1007,10 @@ class Lite:
 
     @property
     def should_stop(self) -> bool:
-        """Whether any rank received SIGTERM or SIGUSR1: leave the loop, save and end. Every rank must read it.
+        """Whether to leave the loop, save and end: a rank received SIGTERM or SIGUSR1, or a plugin requests a stop.
 
-        All ranks get the same value for the same read, so that all leave the loop at the same batch. From the first
-        read on these signals no longer end the process; SIGINT and SIGKILL do.
+        Every rank must read it. All ranks get the same value for the same read, so that all leave the loop at the same
+        batch. From the first read on these signals no longer end the process; SIGINT and SIGKILL do.
         """
         return checkpointing.should_stop(self)
 
@@ -992,5 +1038,50 @@ class Lite:
     def log_dict(self, metrics: Mapping[str, SupportsFloat], step: int | None = None) -> None:
         """Log metrics (numbers, or tensors of one element) to every logger, on global rank 0."""
         logging.log_dict(self, metrics, step)
+
+    def log_hyperparams(self, params: Mapping[str, object] | t.Dataclass | argparse.Namespace) -> None:
+        """Record hyperparameters in every logger, on global rank 0. Other ranks may call it, and do nothing.
+
+        ::
+
+            lite.log_hyperparams({"lr": 0.1, "model": {"layers": 2}})  # recorded as lr and model/layers
+
+        Of a name that is recorded twice, the later value counts.
+
+        Args:
+            params: a mapping, a dataclass object or a namespace, nested to any depth; nested names are joined with
+                ``/``. Values are JSON: str, int, float (NaN and infinities included), bool, None, and lists and tuples
+                of them; tensors and arrays of one number count as numbers. Of other values, ``str`` is recorded.
+
+        Raises:
+            SettingError: for another type, for two values of one name, or for a container that holds itself.
+        """
+        logging.log_hyperparams(self, params)
+
+    def log_artifact(
+        self, name: str, value: str | os.PathLike[str] | t.Rows | Tensor | t.Array | t.Image, step: int | None = None
+    ) -> None:
+        """Record an image, a table, text or a file in every logger, on global rank 0.
+
+        Other ranks may call it, and do nothing. A logger that cannot store one of the kinds warns once. An artifact of
+        the same name and step is replaced.
+
+        Args:
+            name: such as ``"samples/first"``: letters, digits, spaces and ``.-_+=()`` in parts separated by ``/``.
+            value: by its type,
+
+                - an image: a tensor of shape ``(H, W)`` or ``(C, H, W)``, or an array or PIL image of shape ``(H, W)``
+                  or ``(H, W, C)``, where C is 1 (gray), 3 (RGB) or 4 (RGBA). Dtype uint8, bool, or floating from
+                  0 to 1.
+                - a table: a list of dicts, one for each row. A missing cell is None; cells that are no str, int,
+                  float, bool or None are recorded by their ``str``.
+                - text: a str
+                - a file: a ``Path``; it is copied at the call
+            step: the training step it belongs to; None for none.
+
+        Raises:
+            SettingError: for another type, shape, dtype or range, a file that does not exist, or an invalid name.
+        """
+        logging.log_artifact(self, name, value, step)
 
     seed_everything = seeding.Seeding()

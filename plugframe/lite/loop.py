@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -76,6 +76,22 @@ def mean_loss(lite: Lite, loss: Any) -> Any:
         value = torch.tensor(loss * lite.batch_weight, dtype=torch.float64)
         return lite._hooks.collective_all_reduce(tensor=value, op="mean", group=None).item()
     return loss
+
+
+def skip_vote(lite: Lite) -> Callable[[Optimizer], bool] | None:
+    """Return a function that asks all extensions on all ranks whether to skip a step; None if none would answer."""
+    hooks = lite._hooks
+    if hooks.skip_optimizer_step is None:
+        return None
+
+    def vote(optimizer: Optimizer) -> bool:
+        skips = any(hooks.skip_optimizer_step(optimizer=optimizer))
+        if lite.world_size > 1:
+            mine = torch.tensor(int(skips))
+            skips = bool(hooks.collective_all_reduce(tensor=mine, op="max", group=None))
+        return skips
+
+    return vote
 
 
 def no_backward_sync(lite: Lite, module: nn.Module, *, enabled: bool) -> AbstractContextManager[object]:

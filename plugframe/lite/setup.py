@@ -210,6 +210,7 @@ def _adopt_optimizer(lite: Lite, optimizer: Optimizer, names: ParameterNames | N
         check_backward=lite.is_global_zero,
         mean=mean,
         compare=compare,
+        skip=loop.skip_vote(lite),
     )
     lite._session.release_on_close(optimizer, _if_adopted(release_optimizer))
 

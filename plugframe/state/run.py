@@ -1,4 +1,4 @@
-"""State of a run besides the user's objects: loss scaler, random generators, positions of loaders."""
+"""State of a run besides the user's objects: loss scaler, random generators, positions of loaders, plugins."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from plugframe.core.runtime.session import Session
 from plugframe.data.loaders import Loaders
 from plugframe.data.random_streams import RankStreams, on_restore
 from plugframe.data.seed import PROCESS, mix
+from plugframe.errors import CheckpointError
+from plugframe.state.plugins import PluginStates
 from plugframe.state.tree import Restore
 from plugframe.utils.logging import warn_caller
 from plugframe.utils.rng import load_rng_state, rng_state, rng_state_problem
 
 
-def run_state(session: Session, loaders: Loaders) -> dict[str, Any]:
-    """Return the state of the run, of all ranks. Every rank must call it."""
+def run_state(session: Session, loaders: Loaders, plugins: PluginStates, path: str, *, sharded: bool) -> dict[str, Any]:
+    """Return the state of the run, of all ranks. Every rank must call it.
+
+    Args:
+        path: of the checkpoint, for messages.
+        sharded: whether tensors may be a ``DTensor``.
+    """
     hooks = session.hooks
     common, own = loaders.capture()
     mine = {**rng_state(), "loaders": own, "index": hooks.strategy_data_shard()[0]}
@@ -27,13 +34,30 @@ def run_state(session: Session, loaders: Loaders) -> dict[str, Any]:
     if device is not None:
         mine["device"] = device
     epochs = [saved["epoch"] for saved in common["known"]]
-    ranks = hooks.collective_all_gather_object(obj=(mine, epochs), group=None)
-    if session.world.global_rank == 0 and any(others != epochs for _, others in ranks):
+    ranks = hooks.collective_all_gather_object(obj=(mine, epochs, plugins.names), group=None)
+    _check_same_plugins([names for _, _, names in ranks], path)
+    begun = [each for _, each, _ in ranks]
+    if session.world.global_rank == 0 and any(others != epochs for others in begun):
         warn_caller(
-            f"The ranks have begun different numbers of epochs of their loaders ({[each for _, each in ranks]}), and "
+            f"The ranks have begun different numbers of epochs of their loaders ({begun}), and "
             "now read the data in different orders: iterate a loader on all ranks or on none."
         )
-    return {"precision": hooks.precision_state(), "rng": [each for each, _ in ranks], "loaders": common}
+    return {
+        "precision": hooks.precision_state(),
+        "rng": [each for each, _, _ in ranks],
+        "loaders": common,
+        "plugins": plugins.collect(path, sharded=sharded),
+    }
+
+
+def _check_same_plugins(names: Sequence[Sequence[str]], path: str) -> None:
+    for rank, each in enumerate(names):
+        odd = sorted(set(each) ^ set(names[0]))
+        if odd:
+            raise CheckpointError(
+                f"cannot save {path}, nothing was written: {odd[0]} is in use on rank {rank if odd[0] in each else 0} "
+                f"and not on rank {0 if odd[0] in each else rank}: use plugins with state on all ranks."
+            )
 
 
 class RunState:
@@ -41,13 +65,17 @@ class RunState:
 
     Args:
         run: result of `run_state`, unvalidated.
+        plugins: the plugins with state in use.
         rng: whether to restore the states of the random generators.
     """
 
-    def __init__(self, session: Session, run: Any, loaders: Loaders, *, rng: bool) -> None:
+    def __init__(self, session: Session, run: Any, loaders: Loaders, plugins: PluginStates, *, rng: bool) -> None:
         self._session = session
         self._run = run
         self._loaders = loaders
+        self._plugins = plugins
+        # Apart from the rest, which is read completely. Absent from checkpoints of older versions.
+        self._saved_plugins = self._run.pop("plugins", {}) if isinstance(self._run, dict) else {}
         self._rng = rng
         # Saved by the rank with this rank's data shard, or by rank 0 if there was none.
         self._own: dict[str, Any] = {}
@@ -67,6 +95,7 @@ class RunState:
             apply=lambda: hooks.precision_load_state(state=self._run["precision"]),
         )
         restore.add_action("the loaders", snapshot=self._loaders.snapshot, apply=self._resume_loaders)
+        self._plugins.plan(self._saved_plugins, restore)
 
     def finish(self) -> None:
         """Restore the random generators, last: loading other objects may have drawn from them."""
@@ -77,8 +106,10 @@ class RunState:
             load_rng_state(self._own)
             on_restore(self._own.get("common"))
             self._seed_new_rank()
-        if self._warning and self._session.world.global_rank == 0:
-            warn_caller(self._warning)
+        warnings = [self._warning, self._plugins.unmatched(self._saved_plugins)]
+        for warning in warnings if self._session.world.global_rank == 0 else ():
+            if warning:
+                warn_caller(warning)
 
     def _seed_new_rank(self) -> None:
         """Seed a rank whose data shard no rank saved, if random numbers differed between ranks."""

@@ -13,6 +13,7 @@ from plugframe.data.loaders import Loaders
 from plugframe.errors import CheckpointError, SettingError
 from plugframe.hooks.checkpoint import SaveHandle
 from plugframe.state.parameter_names import ParameterNamer
+from plugframe.state.plugins import PluginStates
 from plugframe.state.run import RunState, run_state
 from plugframe.state.tree import Filter, Restore, check_rank_keys, collect
 from plugframe.utils.logging import warn_caller
@@ -50,6 +51,7 @@ def save(
     *,
     filters: Mapping[str, Filter] | None,
     loaders: Loaders,
+    plugins: PluginStates,
     namer: ParameterNamer,
     wait: bool,
     info: Mapping[str, Any] | None = None,
@@ -70,7 +72,7 @@ def save(
     hooks = session.hooks
     tree = collect(state, hooks, sharded="sharded" in provides, namer=namer, filters=filters)
     check_rank_keys(tree, session, target)
-    tree[RUN] = run_state(session, loaders)
+    tree[RUN] = run_state(session, loaders, plugins, target, sharded="sharded" in provides)
     if session.plan.simulated:
         # The shards of the other ranks do not exist.
         warn_caller("Nothing is saved: the other ranks of this job are simulated.")
@@ -90,6 +92,7 @@ def load(
     *,
     strict: bool,
     loaders: Loaders,
+    plugins: PluginStates,
     namer: ParameterNamer,
     trusted: bool,
     rng: bool = True,
@@ -108,7 +111,7 @@ def load(
     restore = Restore(session.hooks, path=target, strict=strict, namer=namer)
     rest = restore.into(state, loaded)
     # Validated before anything is written.
-    run_to_restore = RunState(session, run, loaders, rng=rng) if run is not None else None
+    run_to_restore = RunState(session, run, loaders, plugins, rng=rng) if run is not None else None
     if run_to_restore is not None:
         run_to_restore.plan(restore)
     restore.apply()
@@ -119,7 +122,7 @@ def load(
         _warn(
             session,
             f"{target} holds no state of a run: random generators, the loss scaler and the loaders' positions were not "
-            "restored.",
+            f"restored{', nor ' * bool(plugins.names)}{', '.join(plugins.names)}.",
         )
     if session.hooks.on_load is not None:
         session.hooks.on_load(path=target)

@@ -7,7 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,15 @@ def _without_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(COMPILED): value for key, value in state.items()}
 
 
+class _Action(NamedTuple):
+    """An action of `Restore.add_action`."""
+
+    where: str
+    snapshot: Callable[[], Callable[[], object]]
+    apply: Callable[[], object]
+    communicates: bool
+
+
 class Restore:
     """Restores the user's objects from a loaded tree, all or nothing: everything is validated before it is written.
 
@@ -138,7 +147,7 @@ class Restore:
         #: Problems that only `strict` refuses.
         self.ignored: list[str] = []
         self._objects: list[tuple[str, Any, Any]] = []
-        self._actions: list[tuple[str, Callable[[], Callable[[], object]], Callable[[], object]]] = []
+        self._actions: list[_Action] = []
         self._writes: dict[str, list[Callable[[], object]]] = {
             kind: [] for kind in ("optimizer", "module", "tensor", "value")
         }
@@ -161,7 +170,12 @@ class Restore:
         return {key: materialize(value) for key, value in loaded.items() if key not in state}
 
     def add_action(
-        self, where: str, *, snapshot: Callable[[], Callable[[], object]], apply: Callable[[], object]
+        self,
+        where: str,
+        *,
+        snapshot: Callable[[], Callable[[], object]],
+        apply: Callable[[], object],
+        communicates: bool = False,
     ) -> None:
         """Plan an action that runs after ``load_state_dict`` of the user's objects and before anything is written.
 
@@ -169,8 +183,9 @@ class Restore:
             where: what it restores, for messages.
             snapshot: called before `apply`; returns a function that undoes it.
             apply: runs the action. If it raises on any rank, everything is undone on all ranks.
+            communicates: whether it may communicate: it then runs only if no rank has failed before.
         """
-        self._actions.append((where, snapshot, apply))
+        self._actions.append(_Action(where, snapshot, apply, communicates))
 
     def _strictly(self, text: str) -> None:
         (self.problems if self.strict else self.ignored).append(text)
@@ -307,17 +322,20 @@ class Restore:
                 error, failure = problem, f"{where}: {type(problem).__name__}: {problem}"
                 break
         undo: list[Callable[[], object]] = []
-        for where, snapshot, apply in self._actions if error is None else ():
+        found: tuple[int, Any] | None = None
+        for action in self._actions:
+            if action.communicates and (found := self._first_rank_with(failure)) is not None:
+                break
+            if failure is not None:
+                continue
             try:
-                undo.append(snapshot())
-                apply()
+                undo.append(action.snapshot())
+                action.apply()
             except Exception as problem:  # noqa: BLE001 as above
-                failure = f"{where}: {type(problem).__name__}: {problem}"
+                failure = f"{action.where}: {type(problem).__name__}: {problem}"
                 error = CheckpointMismatchError(f"{self.path} does not fit; nothing was changed. {failure}")
                 error.__cause__ = problem
-                break
-        found = self._first_rank_with(failure)
-        if found is None:
+        if found is None and (found := self._first_rank_with(failure)) is None:
             return
         for undo_action in reversed(undo):
             with suppress(Exception):

@@ -27,7 +27,21 @@ CORE = ROOT / "plugframe"
 PLUGINS = ROOT / "plugins" / "plugframe_builtins"
 
 #: Built-in names that are words of the language, of Python or of torch as well, so that the core may say them.
-COMMON = {"16", "32", "64", "context", "cpu", "torch", "single", "local", "manual", "fork", "spawn", "elastic", "remote"}
+COMMON = {
+    "16",
+    "32",
+    "64",
+    "context",
+    "cpu",
+    "torch",
+    "single",
+    "local",
+    "manual",
+    "fork",
+    "spawn",
+    "elastic",
+    "remote",
+}
 
 #: What only a plugin may know: makers, kinds of devices, libraries of communication and of training.
 OTHERS = {
@@ -258,7 +272,7 @@ FOR_OTHERS = {"accelerator_memory_stats", "collective_new_group", "precision_dty
 def test_every_hook_is_called() -> None:
     """Every hook is called (law 10) and has a docstring."""
     read = attributes_read(CORE, PLUGINS)
-    looped = {f"{kind}_{step}" for kind in KINDS for step in ("setup", "teardown")}
+    looped = {f"{kind}_{step}" for kind in KINDS for step in ("setup", "teardown", "state", "load_state")}
     hooks = {name: getattr(kind.spec, name) for kind in KINDS.values() for name in kind.hooks}
     assert {name for name in hooks if name not in read | looped} <= FOR_OTHERS
     assert [name for name, hook in hooks.items() if not (hook.__doc__ or "").strip()] == []

@@ -159,6 +159,36 @@ def test_the_first_listed_extension_is_outermost() -> None:
     assert notes == ["first in", "second in", "second out", "first out"]
 
 
+class First(Listed):
+    """A wrapper that asks to be outermost, wherever it is listed."""
+
+    @hookimpl(wrapper=True, tryfirst=True)
+    def strategy_setup(self) -> Generator[None, Any, Any]:
+        return (yield from Listed.strategy_setup(self))
+
+
+class Last(Listed):
+    """A wrapper that asks to be innermost, wherever it is listed."""
+
+    @hookimpl(wrapper=True, trylast=True)
+    def strategy_setup(self) -> Generator[None, Any, Any]:
+        return (yield from Listed.strategy_setup(self))
+
+
+def test_a_wrapper_may_ask_for_its_place() -> None:
+    """``tryfirst`` is around all others, callbacks included, and ``trylast`` next to the provider.
+
+    Of several that ask for the same place the first listed is nearest to it; callbacks count before extensions.
+    """
+    notes: list[str] = []
+    extensions = (Last("5", notes), Listed("2", notes), Last("4", notes), Listed("3", notes), First("b", notes))
+    callbacks = (Listed("1", notes), First("a", notes))
+    with Lite(accelerator="cpu", devices=1, plugins=extensions, callbacks=callbacks) as lite:
+        lite.launch()
+    assert notes[:7] == [f"{name} in" for name in "ab12345"]
+    assert notes[7:] == [f"{name} out" for name in "54321ba"]
+
+
 def test_a_wrapper_sees_and_may_handle_what_the_provider_raises() -> None:
     """An exception of the provider goes through the wrappers to the caller."""
 

@@ -17,7 +17,7 @@ from plugframe import Lite, PlugframeWarning, hookimpl
 from plugframe.base import Extension, Strategy
 from plugframe.core.registry.registry import Entry, Registry
 from plugframe.hooks import API, KINDS, Job, Kind, Option, Plugin, StrategySpec, hookspec
-from plugframe.hooks.markers import Deprecated, deprecated_of, provider
+from plugframe.hooks.markers import Deprecated, deprecated_of, is_per_plugin, provider
 
 SNAPSHOT = Path(__file__).parent / "hooks.json"
 
@@ -52,6 +52,7 @@ def _hook(kind: Kind, name: str) -> str:
     deprecated = deprecated_of(function)
     gone = [*(["deprecated"] if deprecated.hook else []), *(f"{name} deprecated" for name in deprecated.arguments)]
     call = "one provider" if function.plugframe_spec["firstresult"] else "every implementation"
+    call = "each plugin by itself, optional" if is_per_plugin(function) else call
     return f"({', '.join(parameters)}) -> {signature.return_annotation}; {', '.join([call, *gone])}"
 
 

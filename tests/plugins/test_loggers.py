@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from plugframe import Lite, MissingDependencyError, SettingError
+from plugframe import Lite, MissingDependencyError, PlugframeWarning, SettingError
 from plugframe.hooks.context import Context
 from plugframe.hooks.world import World
 from plugframe_builtins import csv_logger, tensorboard_logger
@@ -84,7 +87,7 @@ def test_csv_is_written_every_few_rows(tmp_path: Path) -> None:
     logger.logger_log({"loss": 9.0}, 4)
     logger.logger_teardown()
     assert [row["loss"] for row in rows_of(logger)] == ["0.0", "1.0", "2.0", "3.0", "9.0"]
-    assert [path.name for path in logger.path.parent.iterdir()] == ["metrics.csv"]
+    assert sorted(path.name for path in logger.path.parent.iterdir()) == ["metrics.csv", "run.json"]
 
 
 def test_csv_takes_more_of_a_step_that_is_written(tmp_path: Path) -> None:
@@ -186,3 +189,129 @@ def test_a_run_logs_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "1,0.5",
         "2,1.0",
     ]
+
+
+# ---------------------------------------------------------------------- runs that are continued
+
+
+def metadata(run: Path) -> dict[str, str | None]:
+    found: dict[str, str | None] = json.loads((run / "run.json").read_text())
+    return found
+
+
+def test_a_run_has_an_id_and_a_status(tmp_path: Path) -> None:
+    """It is running from set-up on, and finished or failed in the end, with the error."""
+    logger = ready(tmp_path)
+    assert metadata(tmp_path / "version_0") == {"run_id": logger.logger_run_id(), "status": "running", "error": None}
+    logger.logger_teardown(ValueError("the boiler has burst"))
+    found = metadata(tmp_path / "version_0")
+    assert (found["status"], found["error"]) == ("failed", "ValueError: the boiler has burst")
+
+
+@pytest.mark.parametrize("make", [CSVLogger, TensorBoardLogger])
+def test_a_continued_run_has_one_folder(make: type[CSVLogger] | type[TensorBoardLogger], tmp_path: Path) -> None:
+    """The folder of the resuming job is gone; what it recorded before the load is in that of the run."""
+    first, second = make(tmp_path), make(tmp_path)
+    first.logger_setup(context_of())
+    first.logger_log_hyperparams({"lr": 0.5, "seed": 1})
+    first.logger_log({"loss": 1.0}, 0)
+    state = first.logger_state()
+    first.logger_teardown()
+    second.logger_setup(context_of())
+    second.logger_log_hyperparams({"lr": 0.5, "more": 2})
+    second.logger_log_artifact("note", Path(__file__), None)
+    second.logger_load_state(state)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["version_0", "version_1"]
+    second.logger_log({"loss": 0.5}, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["version_0"]
+    assert metadata(tmp_path / "version_0")["status"] == "running"
+    second.logger_teardown()
+    assert json.loads((tmp_path / "version_0/hparams.json").read_text()) == {"lr": 0.5, "seed": 1, "more": 2}
+    assert (tmp_path / "version_0/artifacts/note.py").read_bytes() == Path(__file__).read_bytes()
+    assert metadata(tmp_path / "version_0") == {"run_id": state["run_id"], "status": "finished", "error": None}
+
+
+def test_a_run_is_not_continued_into_another(tmp_path: Path) -> None:
+    """Not after metrics, or where it does not exist: the job's own run goes on, with a warning."""
+    other = ready(tmp_path)
+    state = other.logger_state()
+    logger = ready(tmp_path)
+    logger.logger_log({"loss": 1.0}, 0)
+    with pytest.warns(PlugframeWarning, match="does not continue run .*: this job has logged metrics before the load"):
+        logger.logger_load_state(state)
+    logger.logger_teardown()
+    other.logger_teardown()
+    logger = ready(tmp_path)
+    with pytest.warns(PlugframeWarning, match="CSVLogger records version_2, and does not continue.*it is not in"):
+        logger.logger_load_state({"run_id": "unknown", "calls": 3})
+    logger.logger_log({"loss": 2.0}, None)
+    logger.logger_teardown()
+    assert rows_of(logger) == [{"step": "0", "loss": "2.0"}]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["version_0", "version_1", "version_2"]
+
+
+def test_a_run_that_another_process_records_is_left_alone(tmp_path: Path) -> None:
+    """The lock of a living process counts, whatever the status is."""
+    code = (
+        "import sys; from plugframe_builtins.csv_logger.logger import CSVLogger; "
+        "from plugframe_builtins._shared.run_folder import RunFolder; from pathlib import Path; "
+        "run = RunFolder.create(Path(sys.argv[1])); print(run.run_id, flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        run_id = process.stdout.readline().strip()
+        logger = ready(tmp_path)
+        with pytest.warns(PlugframeWarning, match="another process records it"):
+            logger.logger_load_state({"run_id": run_id, "calls": 1})
+        process.communicate("\n")
+    logger.logger_load_state({"run_id": run_id, "calls": 1})
+    logger.logger_log({"loss": 1.0}, None)
+    logger.logger_teardown()
+    assert (logger.path, rows_of(logger)) == (tmp_path / "version_0/metrics.csv", [{"step": "1", "loss": "1.0"}])
+
+
+def test_csv_goes_on_after_half_a_row(tmp_path: Path) -> None:
+    """A job that is killed while it writes leaves half a row, which the resumed run replaces."""
+    first = ready(tmp_path)
+    for step in range(3):
+        first.logger_log({"loss": step + 0.5}, step)
+    state = first.logger_state()
+    first.logger_teardown()
+    assert first.path is not None
+    first.path.write_bytes(first.path.read_bytes()[:-3])
+    second = ready(tmp_path)
+    second.logger_load_state(state)
+    second.logger_log({"loss": 7.0, "rate": 1.0}, 3)
+    second.logger_log({"loss": 8.0}, 1)
+    second.logger_teardown()
+    assert [(row["step"], row["loss"], row["rate"]) for row in rows_of(second)] == [
+        ("0", "0.5", ""),
+        ("1", "8.0", ""),
+        ("3", "7.0", "1.0"),
+    ]
+
+
+def test_a_new_run_can_be_asked_for(tmp_path: Path) -> None:
+    """With ``resume=False`` a job that loads a checkpoint records a run of its own."""
+    first = ready(tmp_path)
+    state = first.logger_state()
+    first.logger_teardown()
+    second = CSVLogger(tmp_path, resume=False)
+    second.logger_setup(context_of())
+    second.logger_load_state(state)
+    second.logger_teardown()
+    assert second.path == tmp_path / "version_1" / "metrics.csv"
+
+
+def test_tensorboard_shows_the_hyperparameters_from_before_the_first_metric(tmp_path: Path) -> None:
+    """TensorBoard reads one summary of a run: later ones are in the file beside it, with a warning."""
+    logger = TensorBoardLogger(tmp_path)
+    logger.logger_setup(context_of())
+    logger.logger_log_hyperparams({"lr": 0.5})
+    logger.logger_log({"loss": 1.0}, 0)
+    logger.logger_log_hyperparams({"lr": 0.5})
+    with pytest.warns(PlugframeWarning, match="hyperparameters from before the first metric: lr is in .*hparams.json"):
+        logger.logger_log_hyperparams({"lr": 0.25})
+    logger.logger_teardown()
+    assert json.loads((tmp_path / "version_0/hparams.json").read_text()) == {"lr": 0.25}

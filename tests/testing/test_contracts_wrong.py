@@ -51,6 +51,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("strategy", "Prefixes", strategy_ranks.STATE, "on_ranks[a_state_is_the_users-2]"),
     ("strategy", "Adds", strategy_ranks.OWN, "on_ranks[objects_stay_the_users_own-2]"),
     ("strategy", "Again", strategy_ranks.ONCE, "on_ranks[wrappers_see_each_call_once-2]"),
+    ("strategy", "Insists", strategy_ranks.SKIPPED, "on_ranks[a_skipped_step_is_no_step-2]"),
     ("strategy", "Remembers", strategy_ranks.APART, "on_ranks[jobs_are_apart-2]"),
     ("strategy", "Loses", strategy_ranks.LOCAL, "on_ranks[a_local_backward_needs_no_other_rank-2]"),
     ("strategy", "Talks", strategy.DESCRIBED, "it_can_be_described_before_it_is_set_up"),
@@ -140,15 +141,37 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("launcher", "Right", "", ""),
     ("launcher", "OnlyOne", launcher.STARTED, "each_rank_is_started_once"),
     ("launcher", "NoResult", launcher.RESULT, "it_returns_what_rank_0_returned"),
+    ("launcher", "Loses", launcher.VARIABLES, "variables_reach_the_ranks"),
+    ("launcher", "Strips", launcher.VARIABLES, "variables_reach_the_ranks"),
+    ("launcher", "Miscounts", launcher.RANKS, "ranks_are_numbered"),
     ("launcher", "Swallows", launcher.FAILED, "a_rank_that_fails_ends_the_job"),
+    ("launcher", "One", launcher.CODE, "an_exit_code_is_kept"),
+    ("launcher", "Nameless", launcher.CODE, "an_exit_code_is_kept"),
+    ("launcher", "Abandons", launcher.ENDED, "every_rank_has_ended"),
+    ("launcher", "Deaf", launcher.LOGGED, "output_is_logged_or_refused"),
     ("launcher", "Leaves", launcher.CLEAN, "nothing_is_left_behind"),
     ("launcher", "Stumbles", launcher.ABLE, "what_it_cannot_launch_is_refused"),
     ("logger", "Right", "", ""),
+    ("logger", "Old", "", ""),
     ("logger", "Drops", logger.RECORDED, "many_steps_are_recorded"),
+    ("logger", "LosesOne", logger.RECORDED, "every_metric_is_recorded"),
+    ("logger", "Swaps", logger.STEPS, "steps_are_kept"),
+    ("logger", "Backwards", logger.STEPS, "order_is_kept"),
+    ("logger", "Rounds", logger.EXACT, "values_are_exact"),
+    ("logger", "Prints", logger.EXACT, "values_are_exact"),
+    ("logger", "Finite", logger.EXACT, "values_are_exact"),
     ("logger", "FromOne", logger.COUNTED, "calls_without_a_step_are_counted"),
     ("logger", "EveryRank", logger.RANK_ZERO, "only_rank_zero_writes"),
     ("logger", "Early", logger.TOLD, "files_are_where_they_were_told_to_be"),
     ("logger", "OneFile", logger.APART, "runs_one_after_the_other_do_not_mix"),
+    ("logger", "Waits", logger.FLUSHED, "the_last_metrics_are_written"),
+    ("logger", "Gives", logger.FLUSHED, "the_last_metrics_are_written"),
+    ("logger", "Cheerful", logger.FAILED, "a_failed_run_is_recorded_as_failed"),
+    ("logger", "Mute", logger.HYPERPARAMS, "hyperparameters_are_recorded"),
+    ("logger", "Discards", logger.ARTIFACTS, "artifacts_are_recorded"),
+    ("logger", "Nags", logger.ARTIFACTS, "artifacts_are_recorded"),
+    ("logger", "Overwrites", logger.RESUMED, "a_resumed_run_goes_on"),
+    ("logger", "Renames", logger.RESUMED, "a_resumed_run_goes_on"),
     ("logger", "Twice", logger.CLOSED, "tear_down_may_come_early_or_twice"),
     ("logger", "Open", logger.CLEAN, "nothing_is_left_behind"),
     ("extension", "Right", "", ""),
@@ -159,7 +182,13 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("extension", "Nudges", extension.TRAINING, "a_run_ends_with_the_same_weights"),
     ("extension", "OnceOnly", extension.BALANCED, "tear_down_gives_back_what_launch_took"),
     ("extension", "Leaves", extension.CLEAN, "one_run_after_another"),
-    ("extension", "Amnesia", extension.STATE, "its_state_comes_back"),
+    ("extension", "Amnesia", extension.OBJECT, "a_script_may_save_the_object"),
+    ("extension", "Counts", "", ""),
+    ("extension", "Unloaded", extension.STATE, "its_state_comes_back_from_a_checkpoint"),
+    ("extension", "Grows", extension.STATE, "its_state_comes_back_from_a_checkpoint"),
+    ("extension", "Objects", extension.STATE, "its_state_comes_back_from_a_checkpoint"),
+    ("extension", "Differs", extension.EQUAL, "on_ranks_its_state_comes_back"),
+    ("extension", "Skips", extension.TRAINING, "a_run_ends_with_the_same_weights"),
 ]
 
 if not sys.platform.startswith("linux"):
@@ -173,6 +202,7 @@ LONG = (
     "str_or_a_path",
     "any_number_of_ranks",
     "on_ranks_it_leaves",
+    "on_ranks_its_state",
     "can_be_asked_anywhere",
 )
 
@@ -191,6 +221,9 @@ kept = {}
 
 def records(self, logger):
     return [tuple(json.loads(line)) for line in Path(logger.path).read_text(encoding="utf-8").splitlines()]
+
+def failed(self, logger):
+    return Path(f"{logger.path}.failed").exists()
 
 def report(self, num_ranks, *more):
     if (self.kind, num_ranks) not in kept:
@@ -241,6 +274,7 @@ def reports(installed: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
         suite = "PluginContract" if rule in vars(base).values() else f"{kind.capitalize()}Contract"
         text += f"class Test_{kind}_{name}({suite}):\n    kind = '{kind}'\n    spec = 'wrong-{name.lower()}'\n"
         own_methods = {"logger": "read = records", "environment": "variables = variables"}
+        own_methods["logger"] += "; has_failed = failed" if name != "Old" else ""
         text += f"    {own_methods.get(kind, '')}\n"
         if on_ranks := re.fullmatch(r"on_ranks\[(\w+)-(\d)\]", test):
             text += f"    only, job, reports = '{on_ranks[1]}', ('{kind}', {on_ranks[2]}), report\n"

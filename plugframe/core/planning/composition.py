@@ -9,6 +9,7 @@ from plugframe.core.config.request import Setting
 from plugframe.core.planning.installed import Installed
 from plugframe.core.planning.plan import Choice
 from plugframe.errors import SettingError, UnsupportedError, shown
+from plugframe.hooks.descriptor import check_composable
 from plugframe.hooks.mesh import ORDER, PLACES, MeshLayout, mesh_text
 
 #: The kind whose plugins can be composed.
@@ -19,27 +20,13 @@ def in_order(choices: Sequence[Choice], setting: Setting, installed: Installed) 
     """Return composed strategies in the order in which they are applied to a module.
 
     Raises:
-        SettingError: if one is there twice.
-        UnsupportedError: if not exactly one of them divides the batch.
+        SettingError: if one is there twice, or not exactly one of them divides the batch.
     """
-    asked = f"strategy={shown(setting.value)}"
-    names = [choice.qualified for choice in choices]
-    twice = next((choice.name for choice in choices if names.count(choice.qualified) > 1), None)
-    if twice is not None:
-        raise SettingError(f"{asked} in {setting.source} names {twice!r} twice: keep one.")
-    if len(choices) == 1:
-        return list(choices)
-    batch = [choice for choice in choices if choice.descriptor.divides == ORDER[-1]]
-    if len(batch) > 1:
-        first, second = (choice.name for choice in batch[:2])
-        raise UnsupportedError(f"{asked}: {first!r} and {second!r} both divide the batch: keep one of them.")
-    if not batch:
-        able = [
-            choice.name
-            for choice in installed.candidates(COMPOSED, by_name=True)
-            if choice.descriptor.divides == ORDER[-1] and choice.descriptor.axes
-        ]
-        raise UnsupportedError(f"{asked}: none of them divides the batch: add {' or '.join(map(repr, able)) or 'one'}.")
+    able = (choice for choice in installed.candidates(COMPOSED, by_name=True) if choice.descriptor.axes)
+    try:
+        check_composable([(choice.name, choice.descriptor) for choice in choices], able)
+    except ValueError as error:
+        raise SettingError(f"strategy={shown(setting.value)} in {setting.source}: {error}") from None
     return sorted(choices, key=lambda choice: ORDER.index(choice.descriptor.divides))
 
 
@@ -68,12 +55,6 @@ def combined(base: Choice, others: Sequence[Choice]) -> Choice:
     """
     descriptor = base.descriptor
     for other in others:
-        parted = [axis.name for axis in other.descriptor.axes if axis.averages]
-        if parted and "averages-axes" not in base.descriptor.provides:
-            raise UnsupportedError(
-                f"strategy {base.name!r} does not average gradients over the axis {parted[0]!r} of strategy "
-                f"{other.name!r}: use ddp or fsdp, or another one that provides 'averages-axes'."
-            )
         try:
             descriptor = descriptor.beside(other.descriptor)
         except ValueError as error:

@@ -7,11 +7,10 @@ import importlib.machinery
 import importlib.util
 import os
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from plugframe._compat import metadata
+from plugframe._compat import importable, installed, is_submodule, metadata
 from plugframe.core.registry.entry_points import COMMAND, Entry, normalize, published
 from plugframe.core.registry.policy import Policy, read_policy
 from plugframe.errors import (
@@ -139,7 +138,7 @@ class Registry:
     def _load(self, entry: Entry) -> Plugin:
         descriptor = _import(entry.value, entry, "descriptor")
         module, _, name = entry.value.partition(":")
-        if _is_submodule(module, name):
+        if is_submodule(module, name):
             # Python sets a submodule as attribute of its package, so a second lookup would find the module.
             raise PluginLoadError(
                 f"{entry.origin} is broken: {entry.value} has the name of the module {module}.{name}, which takes its "
@@ -176,12 +175,12 @@ class Registry:
 
     def missing(self, entry: Entry) -> list[str]:
         """Return those of `needs` that are not installed."""
-        return [name for name in self.needs(entry) if not _installed(name)]
+        return [name for name in self.needs(entry) if not installed(name)]
 
     def absent(self, entry: Entry) -> str | None:
         """Return the missing dependencies of `entry` and how to install them; None if there are none."""
         descriptor = self.describe(entry)
-        modules = [name for name in descriptor.requires if not _importable(name)]
+        modules = [name for name in descriptor.requires if not importable(name)]
         absent = list(dict.fromkeys([*modules, *self.missing(entry)]))
         if not absent:
             return None
@@ -256,25 +255,3 @@ def _import(reference: str, entry: Entry, what: str) -> Any:
 def _words(error: BaseException) -> str:
     """Return an exception as one line without a final full stop, to be embedded in a sentence."""
     return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
-
-
-def _is_submodule(package: str, name: str) -> bool:
-    """Return whether an imported package has a module of that name, by searching its folders only."""
-    folders = getattr(sys.modules.get(package), "__path__", ())
-    path, suffixes = name.replace(".", os.sep), ("", *importlib.machinery.all_suffixes())
-    return any(os.path.exists(os.path.join(folder, path + suffix)) for folder in folders for suffix in suffixes)
-
-
-def _importable(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except Exception:  # noqa: BLE001 - to find "a.b", a is imported, which may raise anything
-        return False
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

@@ -12,7 +12,7 @@ import pluggy
 from plugframe.core.planning.plan import Choice
 from plugframe.errors import PluginContractError, SettingError, closest
 from plugframe.hooks.kinds import KINDS, Kind
-from plugframe.hooks.markers import PROJECT, deprecated_uses, marks_of, since_of, substitute, unmarked_of
+from plugframe.hooks.markers import PROJECT, deprecated_uses, is_per_plugin, marks_of, since_of, substitute, unmarked_of
 
 
 class BoundHooks:
@@ -110,7 +110,10 @@ class Pipeline:
         bound = BoundHooks()
         for kind in KINDS.values():
             for name in kind.hooks:
-                if kind.many:
+                if is_per_plugin(getattr(kind.spec, name)):
+                    _, plugin = self._providers.get(kind.name, (None, None))
+                    setattr(bound, name, getattr(plugin, name, None))
+                elif kind.many:
                     caller = getattr(self._manager.hook, name)
                     setattr(bound, name, caller if caller.get_hookimpls() else None)
                 elif kind.name in self._providers:
@@ -118,6 +121,11 @@ class Pipeline:
                 else:
                     self._check_unused(kind, name)
         return bound
+
+    def only(self, plugin: Any, name: str) -> Any:
+        """Return a hook with the implementation of one plugin."""
+        others = [other for _, other in self._manager.list_name_plugin() if other is not plugin]
+        return self._manager.subset_hook_caller(name, remove_plugins=others)
 
     def _bind_provider(self, bound: BoundHooks, kind: Kind, name: str) -> None:
         choice, plugin = self._providers[kind.name]

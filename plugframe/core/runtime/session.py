@@ -33,6 +33,7 @@ class Session:
         plan: the resolved plan.
         hooks: all hooks, bound.
         plugins: the plugin object of each singular kind.
+        members: every plugin in use with its choice, loggers, extensions and callbacks included.
         extensions: the extensions by name, bare and qualified; the first of those with equal names.
         context: the context passed to plugins; None until `start`.
         deprecations: one sentence for each deprecated feature that a plugin uses.
@@ -44,8 +45,10 @@ class Session:
         self.plan = plan
         self._before = before or {}
         self.plugins: dict[str, Any] = {}
+        self.members: list[tuple[Choice, Any]] = []
         self.context: Context | None = None
         self._process = os.getpid()
+        self._error: BaseException | None = None
         self._undo = ExitStack()
         self._adopted: dict[int, tuple[weakref.ref[Any], Callable[[Any], Any]]] = {}
         self._numbers = itertools.count()
@@ -58,14 +61,18 @@ class Session:
         self.extensions = {name: plugin for choice, plugin in added for name in (choice.name, choice.qualified)}
         for callback in callbacks:
             if KINDS["extension"].provided_by(callback):
-                self._pipeline.add(_as_choice(callback), callback)
+                self._join(_as_choice(callback), callback)
         self.hooks: BoundHooks = self._pipeline.bind()
         self.deprecations = tuple(dict.fromkeys(self._pipeline.deprecations))
 
     def _add(self, choice: Choice, catalogue: Catalogue) -> Any:
         plugin = choice.make(catalogue)
-        self._pipeline.add(choice, plugin)
+        self._join(choice, plugin)
         return plugin
+
+    def _join(self, choice: Choice, plugin: Any) -> None:
+        self._pipeline.add(choice, plugin)
+        self.members.append((choice, plugin))
 
     @property
     def world(self) -> World:
@@ -92,18 +99,36 @@ class Session:
                 if kind in self._before:
                     context = self._before[kind](context, self.hooks, self._undo)
                 # Undone even if the set-up itself fails half-way.
-                self._undo.callback(getattr(self.hooks, f"{kind}_teardown"))
+                self._undo.callback(self._tear_down, kind)
                 setup(context=context)
                 if kind == "collective":
                     self._connect(context)
             self.context = context
             if self.hooks.on_launch is not None:
                 self.hooks.on_launch(context=context)
-        except BaseException:
-            self.context = None
+        except BaseException as error:
+            self.context, self._error = None, error
             self._undo.close()
+            self._error = None
             raise
         return context
+
+    def _tear_down(self, kind: str) -> None:
+        """Call the tear-down hook of a kind; with the error that ends the job for loggers, which record it."""
+        hook = getattr(self.hooks, f"{kind}_teardown")
+        if hook is None:  # no plugin of a kind of many has one
+            return
+        if kind != "logger":
+            hook()
+            return
+        try:
+            hook(error=self._error)
+        except BaseException:
+            # pluggy stops at the first that raises. Tear-down may come twice: call each, so that all write their rows.
+            with ExitStack() as each:
+                for logger in self.loggers:
+                    each.callback(self._pipeline.only(logger, "logger_teardown"), error=self._error)
+            raise
 
     def _context(self) -> Context:
         return Context(
@@ -134,10 +159,11 @@ class Session:
         adopted, number = self._adopted, next(self._numbers)
         adopted[number] = (weakref.ref(obj, lambda _: adopted.pop(number, None)), release)
 
-    def close(self) -> None:
-        """Tear down in reverse order; continue after a failure."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Tear down in reverse order; continue after a failure. `error` is the exception that ends the job."""
         if self.context is None or os.getpid() != self._process:
             return  # a process that the script has forked must not end the job
+        self._error = error
         try:
             if self.hooks.on_teardown is not None:
                 self.hooks.on_teardown()
@@ -147,6 +173,7 @@ class Session:
                 self._undo.callback(_release, reference, release)
             self._adopted.clear()
             self._undo.close()
+            self._error = None  # its frames hold the user's objects
 
     def started(self) -> Context:
         """Return the context.

@@ -20,8 +20,8 @@ from plugframe.hooks.context import Context
 from plugframe.hooks.markers import PROJECT
 from plugframe.hooks.world import World
 from plugframe.testing.contracts import states
-from plugframe.testing.contracts.base import PluginContract
 from plugframe.testing.contracts.extension_ranks import train, train_on_ranks
+from plugframe.testing.contracts.extension_state import EQUAL, STATE, ExtensionStateContract, distinguish
 from plugframe.testing.contracts.running import broken, lasting, left, one_line, traces
 from plugframe.testing.ranks import RanksFailed, run_ranks
 
@@ -31,11 +31,25 @@ RESULT = "Result (a wrapper returns the result of the hook)"
 RAISED = "Raised (an exception of a hook passes through a wrapper unchanged)"
 TRAINING = "Training (a run ends with the same weights as without the extension)"
 BALANCED = "Balanced (on_teardown undoes on_launch, in every run)"
-STATE = "State (load_state_dict() restores what state_dict() returned)"
+OBJECT = "Object (load_state_dict() restores what state_dict() returned)"
 CLEAN = "Law 9 (nothing is left behind)"
 
+__all__ = [
+    "BALANCED",
+    "CLEAN",
+    "EQUAL",
+    "OBJECT",
+    "ONCE",
+    "RAISED",
+    "RESULT",
+    "STATE",
+    "TRAINING",
+    "WRAPS",
+    "ExtensionContract",
+]
 
-class ExtensionContract(PluginContract):
+
+class ExtensionContract(ExtensionStateContract):
     """Subclass it and set `spec`.
 
     Attributes:
@@ -207,13 +221,15 @@ class ExtensionContract(PluginContract):
 
     def test_two_objects_do_not_meddle(self) -> None:
         """Two objects in one run do not change the weights, unless they write the same files."""
-        plain, watched = train([]), train([self.make(), self.make()])
+        pair = [self.make(), self.make()]
+        distinguish(pair)
+        plain, watched = train([]), train(pair)
         differs = states.difference(plain, watched)
         if differs and not self.changes_training:
             broken(TRAINING, f"with two objects of it: {differs}")
 
-    def test_its_state_comes_back(self) -> None:
-        """An extension with a state is saved and restored with the run."""
+    def test_a_script_may_save_the_object(self) -> None:
+        """An object with a state_dict() can be part of the state that a script saves."""
         plugin = self.make()
         if not (hasattr(plugin, "state_dict") and hasattr(plugin, "load_state_dict")):
             pytest.skip("It has no state_dict() and load_state_dict().")
@@ -223,10 +239,10 @@ class ExtensionContract(PluginContract):
         try:
             fresh.load_state_dict(state)
         except Exception as error:  # noqa: BLE001 - reported as it is
-            broken(STATE, f"load_state_dict() of the result of state_dict() raised {one_line(error)}")
+            broken(OBJECT, f"load_state_dict() of the result of state_dict() raised {one_line(error)}")
         differs = states.difference(state, fresh.state_dict())
         if differs:
-            broken(STATE, f"a new object, after load_state_dict(): {differs}")
+            broken(OBJECT, f"a new object, after load_state_dict(): {differs}")
 
 
 class _Result:

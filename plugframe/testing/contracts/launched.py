@@ -10,20 +10,26 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-#: A variable of the job, to check that it reaches the ranks.
-MARK = "TESTING_MARK_OF_THE_JOB"
+#: Variables of the job, and one of the launching process, to check that they reach the ranks.
+VARIABLES = {"TESTING_MARK_OF_THE_JOB": "set", "TESTING_EMPTY": "", "TESTING_TEXT": "two words, 'ü' = \"漢\"\nline"}
+INHERITED = {"TESTING_MARK_OF_THE_LAUNCHER": "inherited"}
+EXIT_CODE = 7
 WORDS = ("two words", "ü 漢", "", "--flag=1", "*")
 
 
 def report(folder: str, *arguments: Any) -> dict[str, Any]:
-    """Write a file with this rank's arguments and place, and return its content."""
+    """Write a file with this rank's arguments and place, and return its content; all but rank 0 end a little later."""
     found = {
         "pid": os.getpid(),
         "arguments": list(arguments),
-        "mark": os.environ.get(MARK),
+        "variables": {name: os.environ.get(name) for name in (*VARIABLES, *INHERITED)},
         **place(),
     }
-    write(folder, f"rank{found['rank']}.json", found)
+    # By process: two ranks may have one number.
+    write(folder, f"rank{found['rank']}-{os.getpid()}.json", found)
+    if found["rank"] > 0:
+        _wait(0.3, lambda: False)
+    write(folder, f"ended{os.getpid()}.json", {"pid": os.getpid()})
     return found
 
 
@@ -35,7 +41,28 @@ def place() -> dict[str, Any]:
     with Lite(accelerator=cpu_accelerator()) as lite:
         lite.launch()
         total = lite.all_reduce(1 + lite.global_rank, reduce_op="sum")
-        return {"rank": lite.global_rank, "size": lite.world_size, "total": int(total)}
+        return {
+            "rank": lite.global_rank,
+            "local_rank": lite.local_rank,
+            "node_rank": lite.node_rank,
+            "size": lite.world_size,
+            "total": int(total),
+        }
+
+
+def leave(folder: str) -> None:
+    """Leave with `EXIT_CODE` on the last rank, after the ranks have formed a job; the others wait for it."""
+    mine = place()
+    write(folder, f"pid{mine['rank']}.json", {"pid": os.getpid()})
+    if mine["rank"] == mine["size"] - 1:
+        sys.exit(EXIT_CODE)
+    _wait(30, lambda: False)
+    write(folder, f"survived{mine['rank']}.json", {"pid": os.getpid()})
+
+
+def speak(word: str) -> None:
+    """Print a word."""
+    print(word, flush=True)
 
 
 def fail(folder: str, num_ranks: str) -> None:
@@ -76,7 +103,5 @@ def write(folder: str, name: str, content: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     kind, where, *words = sys.argv[1:]
-    if kind == "report":
-        report(where, *words)
-    else:
-        fail(where, *words)
+    calls: dict[str, Callable[..., Any]] = {"report": report, "fail": fail, "leave": leave, "speak": speak}
+    calls[kind](where, *words)

@@ -1,37 +1,55 @@
-"""The logger contract suite: every metric of a run is recorded when it ends, and runs do not mix."""
+"""The logger contract suite: everything logged is recorded when a run ends, and runs do not mix."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from plugframe.errors import SettingError
-from plugframe.hooks.context import Context
-from plugframe.hooks.world import World
-from plugframe.testing.contracts.base import PluginContract
+from plugframe.testing.contracts.logger_bench import Record, call, tear_down
+from plugframe.testing.contracts.logger_rules import (
+    APART,
+    ARTIFACTS,
+    CLEAN,
+    CLOSED,
+    COUNTED,
+    EXACT,
+    FAILED,
+    FLUSHED,
+    HYPERPARAMS,
+    RANK_ZERO,
+    RECORDED,
+    RESUMED,
+    STEPS,
+    TOLD,
+)
+from plugframe.testing.contracts.logger_values import LoggerValues
 from plugframe.testing.contracts.running import broken, lasting, left, listing, one_line, running, traces
 
-RECORDED = "Recorded (every logged metric is recorded with its step and value)"
-COUNTED = "Counted (a call without a step is numbered, from 0 in every run)"
-APART = "Apart (two runs do not mix, in turn or at the same time)"
-RANK_ZERO = "Rank 0 (only rank 0 writes)"
-TOLD = "Folder (files in the configured folder, and nowhere else)"
-CLOSED = "Closed (tear-down writes pending metrics; it works without a set-up, and twice)"
-CLEAN = "Law 9 (nothing is left behind)"
+__all__ = [
+    "APART",
+    "ARTIFACTS",
+    "CLEAN",
+    "CLOSED",
+    "COUNTED",
+    "EXACT",
+    "FAILED",
+    "FLUSHED",
+    "HYPERPARAMS",
+    "RANK_ZERO",
+    "RECORDED",
+    "RESUMED",
+    "STEPS",
+    "TOLD",
+    "LoggerContract",
+    "Record",
+]
 
-#: A metric's step, name and value.
-Record = tuple[int, str, float]
 
-
-class LoggerContract(PluginContract):
-    """Subclass it, set `spec` and give `read`.
+class LoggerContract(LoggerValues):
+    """Subclass it, set `spec` and give `read`; and the other ``read_…`` methods for what the logger stores.
 
     ::
 
@@ -42,108 +60,6 @@ class LoggerContract(PluginContract):
                 return [(row["step"], row["name"], row["value"]) for row in rows_of(logger.path)]
     """
 
-    kind = "logger"
-
-    def arguments(self, folder: Path) -> dict[str, Any]:
-        """Return constructor arguments for a logger that writes into `folder`."""
-        return {"folder": str(folder), **self.options}
-
-    def read(self, logger: Any) -> Sequence[Record]:
-        """Return the metrics of the run that `logger` has ended, each as (step, name, value)."""
-        raise NotImplementedError(f"{type(self).__name__} must give read(): what the logger recorded.")
-
-    # ------------------------------------------------------------------ helpers
-
-    def logger(self, folder: Path) -> Any:
-        """Return a new logger that writes into `folder`."""
-        return self.make(**self.arguments(folder))
-
-    @contextmanager
-    def run(self, logger: Any, *, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
-        """Set the logger up on one rank, and tear it down."""
-        world = World(global_rank=rank, local_rank=rank, world_size=world_size, local_world_size=world_size)
-        context = Context(world=world, device=torch.device("cpu"), hooks=SimpleNamespace(), names={})
-        logger.logger_setup(context=context)
-        try:
-            yield logger
-        finally:
-            logger.logger_teardown()
-
-    def expect(self, logger: Any, expected: Sequence[Record], *, rule: str, what: str) -> None:
-        """Check that the recorded metrics are the expected ones, in any order."""
-        found = sorted((int(step), str(name), float(value)) for step, name, value in self.read(logger))
-        missing = [record for record in sorted(expected) if record not in found]
-        more = [record for record in found if record not in expected]
-        if missing or more:
-            texts = [f"{records[0]} is {how}" for records, how in ((missing, "missing"), (more, "there")) if records]
-            broken(rule, f"{what}: (step, name, value) {', and '.join(texts)}")
-
-    # ------------------------------------------------------------------ metrics
-
-    def test_every_metric_is_recorded(self, tmp_path: Path) -> None:
-        """Values of any size, any names, steps in any order, one or several metrics per call are recorded."""
-        logger = self.logger(tmp_path / "runs")
-        calls: list[tuple[dict[str, float], int]] = [
-            ({"loss": 0.5, "accuracy": 0.25}, 0),
-            ({"validation/loss": -3.0}, 0),
-            ({"loss": 1.25}, 3),
-            ({"loss": 2.0**100, "läng,e \"q'": 2.0**-100}, 10_000_000),
-            ({"loss": 0.0}, 4),
-            ({f"metric{number}": float(number) for number in range(200)}, 5),
-        ]
-        with self.run(logger):
-            for metrics, step in calls:
-                try:
-                    logger.logger_log(metrics=metrics, step=step)
-                except Exception as error:  # noqa: BLE001 - reported as it is
-                    broken(RECORDED, f"logger_log({metrics}, step={step}) raised {one_line(error)}")
-        expected = [(step, name, value) for metrics, step in calls for name, value in metrics.items()]
-        self.expect(logger, expected, rule=RECORDED, what="after tear-down")
-
-    def test_many_steps_are_recorded(self, tmp_path: Path) -> None:
-        """Buffered writes lose no metric."""
-        logger = self.logger(tmp_path / "runs")
-        with self.run(logger):
-            for step in range(1037):
-                logger.logger_log(metrics={"loss": float(step)}, step=step)
-        self.expect(logger, [(step, "loss", float(step)) for step in range(1037)], rule=RECORDED, what="of 1037 steps")
-
-    def test_what_was_logged_is_the_callers_own(self, tmp_path: Path) -> None:
-        """The values at the call are recorded, though the caller changes the mapping later."""
-        logger, metrics = self.logger(tmp_path / "runs"), {"loss": 1.0}
-        with self.run(logger):
-            for step in range(3):
-                metrics["loss"] = float(step)
-                logger.logger_log(metrics=metrics, step=step)
-            metrics["loss"] = 99.0
-        expected = [(step, "loss", float(step)) for step in range(3)]
-        self.expect(logger, expected, rule=RECORDED, what="from one dict that changes")
-        if metrics != {"loss": 99.0}:
-            broken(RECORDED, f"it changed the caller's metrics to {metrics}")
-
-    def test_calls_without_a_step_are_counted(self, tmp_path: Path) -> None:
-        """The first call has step 0, also in the second run of one object."""
-        logger = self.logger(tmp_path / "runs")
-        for time in ("first", "second"):
-            with self.run(logger):
-                for value in (4.0, 5.0, 6.0):
-                    logger.logger_log(metrics={"loss": value}, step=None)
-            expected = [(0, "loss", 4.0), (1, "loss", 5.0), (2, "loss", 6.0)]
-            self.expect(logger, expected, rule=COUNTED, what=f"in the {time} run of one object")
-
-    def test_a_run_logs_numbers_and_tensors(self, tmp_path: Path) -> None:
-        """`lite.log` records numbers and one-element tensors, and refuses other values by name."""
-        logger = self.logger(tmp_path / "runs")
-        with running(loggers=logger) as (lite, _):
-            lite.log("loss", torch.tensor(0.5, requires_grad=True), step=1)
-            lite.log_dict({"a": 2, "b": torch.tensor([0.25])}, step=2)
-            mistakes: tuple[Any, ...] = ("high", torch.ones(2), None, [1.0])
-            for wrong in mistakes:
-                with pytest.raises(SettingError, match="culprit"):
-                    lite.log("culprit", wrong, step=3)
-        expected = [(1, "loss", 0.5), (2, "a", 2.0), (2, "b", 0.25)]
-        self.expect(logger, expected, rule=RECORDED, what="through lite.log")
-
     # ------------------------------------------------------------------ runs
 
     def test_runs_one_after_the_other_do_not_mix(self, tmp_path: Path) -> None:
@@ -151,7 +67,7 @@ class LoggerContract(PluginContract):
         first, second = self.logger(tmp_path / "runs"), self.logger(tmp_path / "runs")
         for logger, value in ((first, 1.0), (second, 2.0)):
             with self.run(logger):
-                logger.logger_log(metrics={"loss": value}, step=7)
+                self.log(logger, {"loss": value}, 7, rule=APART)
         self.expect(first, [(7, "loss", 1.0)], rule=APART, what="the first run, after a second in the same folder")
         self.expect(second, [(7, "loss", 2.0)], rule=APART, what="the second run in the same folder")
 
@@ -160,17 +76,74 @@ class LoggerContract(PluginContract):
         first, second = self.logger(tmp_path / "runs"), self.logger(tmp_path / "runs")
         with self.run(first), self.run(second):
             for step in range(3):
-                first.logger_log(metrics={"loss": 1.0}, step=step)
-                second.logger_log(metrics={"loss": 2.0}, step=step)
+                self.log(first, {"loss": 1.0}, step, rule=APART)
+                self.log(second, {"loss": 2.0}, step, rule=APART)
         for logger, value in ((first, 1.0), (second, 2.0)):
             expected = [(step, "loss", value) for step in range(3)]
             self.expect(logger, expected, rule=APART, what="one of two runs at the same time")
 
+    def test_several_loggers_of_a_job_record_everything(self, tmp_path: Path) -> None:
+        """Each of two loggers of one job records every call."""
+        loggers = [self.logger(tmp_path / name) for name in ("first", "second")]
+        with running(loggers=loggers) as (lite, _):
+            for step in range(3):
+                lite.log("loss", float(step), step=step)
+        for logger in loggers:
+            expected = [(step, "loss", float(step)) for step in range(3)]
+            self.expect(logger, expected, rule=APART, what="one of two loggers of a job")
+
+    def test_a_resumed_run_goes_on(self, tmp_path: Path) -> None:
+        """A new object that gets the state of a run records under its id, and keeps what is there."""
+        first, second = self.logger(tmp_path / "runs"), self.logger(tmp_path / "runs")
+        with self.run(first):
+            for step in range(3):
+                self.log(first, {"loss": float(step)}, step, rule=RESUMED)
+            run_id, state = self._id(first), first.logger_state()
+        with self.run(second):
+            own = second.logger_state()
+            call(second.logger_load_state, state=state)
+            # A load that fails on another rank is undone.
+            call(second.logger_load_state, state=own)
+            if second.logger_run_id() == run_id:
+                broken(RESUMED, "a load that was undone left the id of the checkpoint's run")
+            call(second.logger_load_state, state=state)
+            for step in (3, 4):
+                self.log(second, {"loss": float(step), "more": 1.0}, step, rule=RESUMED)
+            if second.logger_run_id() != run_id:
+                broken(RESUMED, f"the run has the id {second.logger_run_id()!r}, and is to continue {run_id!r}")
+        expected = [(step, "loss", float(step)) for step in range(5)] + [(3, "more", 1.0), (4, "more", 1.0)]
+        self.expect(second, expected, rule=RESUMED, what="of a run that was continued after 3 steps")
+
+    def test_a_resumed_run_goes_on_counting(self, tmp_path: Path) -> None:
+        """Calls without a step are numbered on from those of the checkpoint, and replace what came after it."""
+        first, second = self.logger(tmp_path / "runs"), self.logger(tmp_path / "runs")
+        with self.run(first):
+            for value in (0.0, 1.0):
+                self.log(first, {"loss": value}, None, rule=RESUMED)
+            self._id(first)
+            state = first.logger_state()
+        with self.run(second):
+            call(second.logger_load_state, state=state)
+            self.log(second, {"loss": 2.0}, None, rule=RESUMED)
+        expected = [(step, "loss", float(step)) for step in range(3)]
+        self.expect(second, expected, rule=RESUMED, what="of calls without a step, continued after 2 of them")
+
+    def _id(self, logger: Any) -> str:
+        run_id = logger.logger_run_id() if hasattr(logger, "logger_run_id") else None
+        if run_id is None:
+            pytest.skip("It gives its runs no ids.")
+        return str(run_id)
+
     def test_only_rank_zero_writes(self, tmp_path: Path) -> None:
-        """Other ranks create no file, and log without an error."""
-        with self.run(self.logger(tmp_path / "runs"), rank=1, world_size=2):
-            pass
-        found = listing(tmp_path)
+        """Other ranks create no file, and take the state of a run without an error."""
+        first, second = self.logger(tmp_path / "first"), self.logger(tmp_path / "second")
+        with self.run(first):
+            state = first.logger_state() if hasattr(first, "logger_state") else None
+        with self.run(second, rank=1, world_size=2):
+            if state is not None:
+                second.logger_state()
+                call(second.logger_load_state, state=state)
+        found = {name for name in listing(tmp_path) if not name.startswith("first")}
         if found:
             broken(RANK_ZERO, f"on rank 1 it created {', '.join(sorted(found))}")
 
@@ -185,21 +158,56 @@ class LoggerContract(PluginContract):
         if folder.exists() or listing(cwd):
             broken(TOLD, "its constructor, which every rank calls, creates files: create them in logger_setup")
         with self.run(logger):
-            logger.logger_log(metrics={"loss": 1.0}, step=0)
+            self.log(logger, {"loss": 1.0}, 0, rule=TOLD)
         if listing(cwd):
-            broken(
-                TOLD,
-                f"it created {', '.join(sorted(listing(cwd)))} in the working folder, and not in {folder}",
-            )
+            broken(TOLD, f"it created {', '.join(sorted(listing(cwd)))} in the working folder, and not in {folder}")
+
+    @pytest.mark.parametrize("rows", [1, 2, 7])
+    def test_the_last_metrics_are_written(self, tmp_path: Path, rows: int) -> None:
+        """Nothing stays in a buffer when a run ends, with an error or without."""
+        for error in (None, ValueError("the boiler has burst")):
+            logger = self.logger(tmp_path / f"runs{error is None}")
+            try:
+                with self.run(logger):
+                    for step in range(rows):
+                        self.log(logger, {"loss": float(step), "rate": 0.5}, step, rule=FLUSHED)
+                    if error is not None:
+                        raise error
+            except ValueError:
+                pass
+            expected = [(step, name, float(step) if name == "loss" else 0.5) for step in range(rows) for name in _BOTH]
+            how = "ends well" if error is None else "raises"
+            self.expect(logger, expected, rule=FLUSHED, what=f"of {rows} steps of a run that {how}")
+
+    def test_a_failed_run_is_recorded_as_failed(self, tmp_path: Path) -> None:
+        """A run that raises is recorded as failed, with its metrics; one that ends well is not."""
+        for fails in (True, False):
+            logger = self.logger(tmp_path / f"runs{fails}")
+            try:
+                with running(loggers=logger) as (lite, _):
+                    lite.log("loss", 1.0, step=0)
+                    if fails:
+                        raise ValueError("the boiler has burst")
+            except ValueError as error:
+                if "boiler" not in str(error):
+                    broken(FAILED, f"the tear-down of a run that raised raised {one_line(error)}")
+            self.expect(logger, [(0, "loss", 1.0)], rule=FAILED, what=f"of a run that {'raised' if fails else 'ended'}")
+            try:
+                recorded = self.has_failed(logger)
+            except NotImplementedError:
+                pytest.skip("has_failed() is not given: it does not record how a run ended.")
+            if recorded != fails:
+                ended, how = ("raised", "not failed") if fails else ("ended well", "failed")
+                broken(FAILED, f"a run that {ended} is recorded as {how}")
 
     def test_tear_down_may_come_early_or_twice(self, tmp_path: Path) -> None:
         """Tear-down works without a set-up, and twice."""
         logger = self.logger(tmp_path / "runs")
         try:
-            logger.logger_teardown()
+            tear_down(logger)
             with self.run(logger):
-                logger.logger_log(metrics={"loss": 1.0}, step=3)
-            logger.logger_teardown()
+                self.log(logger, {"loss": 1.0}, 3, rule=CLOSED)
+            tear_down(logger)
         except Exception as error:  # noqa: BLE001 - reported as it is
             broken(CLOSED, f"tear-down before set-up, or for a second time, raised {one_line(error)}")
         self.expect(logger, [(3, "loss", 1.0)], rule=CLOSED, what="of a run that was torn down twice")
@@ -218,7 +226,10 @@ class LoggerContract(PluginContract):
     def _log_once(self, folder: Path) -> None:
         logger = self.logger(folder)
         with self.run(logger):
-            logger.logger_log(metrics={"loss": 1.0}, step=0)
+            self.log(logger, {"loss": 1.0}, 0, rule=CLEAN)
+
+
+_BOTH = ("loss", "rate")
 
 
 def _open_files() -> set[str]:

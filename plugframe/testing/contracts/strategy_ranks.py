@@ -12,6 +12,8 @@ from plugframe.base import Extension
 from plugframe.core.registry.registry import Registry
 from plugframe.errors import PlugframeError
 from plugframe.hooks import KINDS, hookimpl
+from plugframe.hooks.context import Context
+from plugframe.hooks.markers import is_per_plugin
 from plugframe.lite import Lite
 from plugframe.testing.contracts import states
 from plugframe.testing.contracts.batches import rule
@@ -47,6 +49,7 @@ from plugframe.testing.contracts.strategy_rules import (
     LOCAL,
     ONCE,
     OWN,
+    SKIPPED,
     START,
     STATE,
     STATISTICS,
@@ -70,6 +73,7 @@ __all__ = [
     "LOCAL",
     "ONCE",
     "OWN",
+    "SKIPPED",
     "START",
     "STATE",
     "STATISTICS",
@@ -186,8 +190,14 @@ def _counter() -> tuple[Extension, dict[str, int]]:
         hook.__name__ = name
         return hookimpl(wrapper=True)(hook)
 
-    wrapped = {name: wrapper(name) for name in KINDS["strategy"].hooks if name != "strategy_describe"}
+    wrapped = {name: wrapper(name) for name in _wrappable()}
     return type("Counter", (Extension,), wrapped)(), calls
+
+
+def _wrappable() -> list[str]:
+    spec = KINDS["strategy"].spec
+    hooks = [name for name in KINDS["strategy"].hooks if not is_per_plugin(getattr(spec, name))]
+    return [name for name in hooks if name != "strategy_describe"]
 
 
 @rule(ONCE)
@@ -219,6 +229,42 @@ def wrappers_see_each_call_once(bench: Bench) -> None:
     for name, count in expected.items():
         if calls.get(name, 0) != count:
             broken(ONCE, f"the script caused {count} calls of {name}, and a wrapper saw {calls.get(name, 0)}")
+
+
+class _Skips(Extension):
+    """Skip the second step, on the last rank's request."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.is_last = False
+
+    @hookimpl
+    def on_launch(self, context: Context) -> None:
+        self.is_last = context.world.global_rank == context.world.world_size - 1
+
+    @hookimpl
+    def skip_optimizer_step(self) -> bool:
+        self.num_steps += 1
+        return self.is_last and self.num_steps == 2
+
+
+@rule(SKIPPED)
+def a_skipped_step_is_no_step(bench: Bench) -> None:
+    """Training in which an extension skips a step ends as one in which the script leaves it out."""
+    ends = []
+    for skips in (True, False):
+        with bench.lite(*[_Skips()] * skips) as lite:
+            model = bench.model()
+            model, optimizer = lite.setup(model, optimizer_of(model))
+            for number in range(3):
+                optimizer.zero_grad()
+                lite.backward(loss_of(model, *bench.share(lite, batch_of(4, seed=number))))
+                if skips or number != 1:
+                    optimizer.step()
+            ends.append(bench.weights(lite, model))
+    differs = states.difference(ends[1], ends[0])
+    if differs:
+        broken(SKIPPED, f"after a skipped step and one more: {differs} (strategy_skip_step makes no update)")
 
 
 @rule(APART)
@@ -288,6 +334,7 @@ ALWAYS = (
     a_checkpoint_is_loaded_on_other_ranks,
     objects_stay_the_users_own,
     wrappers_see_each_call_once,
+    a_skipped_step_is_no_step,
     jobs_are_apart,
     nothing_is_left_behind,
 )

@@ -12,5 +12,6 @@ STATE = "State (a checkpoint has the user's keys and full tensors, and loads on 
 STATISTICS = "Statistics (running statistics, which have no gradients, are equal on all ranks after a step)"
 OWN = "Own objects (set-up keeps the user's own model and optimizer objects, and tear-down restores them)"
 ONCE = "Once (a wrapper sees each call of the script once)"
+SKIPPED = "Skipped (a step that an extension skips on one rank is made on no rank)"
 APART = "Apart (two jobs are independent)"
 LOCAL = "Local backward (with 'local-backward' strategy_no_sync calls no collective, and a later backward averages)"

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from plugframe.base import is_gathered
 from plugframe.errors import OrderError
+from plugframe.hooks import no_step
 from plugframe.utils.registrations import Registrations
 
 
@@ -102,14 +103,18 @@ class LossScale:
         self._stepped = True
         # Steps that unscale on the device (fused optimizers), and sharded gradients, which torch checks over all
         # ranks, take torch's own path.
-        if getattr(optimizer, "_step_supports_amp_scaling", False) or any(map(_is_shard, gradients)):
+        fused, skipped = getattr(optimizer, "_step_supports_amp_scaling", False), step is no_step
+        if (fused and not skipped) or any(map(_is_shard, gradients)):
             if any(each is optimizer for each in self._checked):
                 self._update()  # a second step between two losses, which torch's scaler refuses
             self._checked.append(optimizer)
             _multiply(gradients, self._scaler.scale(torch.ones((), device=gradients[0].device)))
             # The scaler calls optimizer.step(), which runs the user's own; what that was given is bound to `step`.
             keywords = step.keywords if isinstance(step, functools.partial) else {}
-            return self._scaler.step(optimizer, **keywords)
+            result = self._scaler.step(optimizer, **keywords)
+            if fused and skipped:  # no kernel has unscaled them
+                _multiply(gradients, self._scaler.scale(torch.ones((), device=gradients[0].device)).reciprocal())
+            return result
         return self._scaler.step(self._look_at(_largest(gradients), step))
 
     def state(self) -> dict[str, Any]:

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from plugframe.base import Strategy, tell
-from plugframe.errors import UnsupportedError
 from plugframe.hooks import hookimpl
-from plugframe.hooks.context import Context
 from plugframe_builtins.context import plugin
 from plugframe_builtins.context.axis import SequenceAxis
 from plugframe_builtins.context.blocks import find_blocks, refuse_batch_norms
@@ -53,22 +51,7 @@ class ContextParallel(Strategy):
         self.attention = attention
         self.arguments = dict(arguments or {})
         self.check = check
-        self._composed = False
         self._regions: list[Region] = []
-
-    @hookimpl
-    def strategy_compose(self) -> ContextParallel:
-        self._composed = True
-        return self
-
-    @hookimpl
-    def strategy_setup(self, context: Context) -> None:
-        super().strategy_setup(context)
-        if not self._composed:
-            raise UnsupportedError(
-                "strategy='context' divides the sequence, and none of the strategies divides the batch: add one, "
-                "strategy='fsdp+context' or 'ddp+context'."
-            )
 
     @hookimpl
     def strategy_parallelize(self, module: nn.Module) -> None:

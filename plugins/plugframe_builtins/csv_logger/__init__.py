@@ -8,5 +8,6 @@ plugin = Plugin(
     options=(
         Option("folder", str, "runs", "Parent folder of the runs."),
         Option("flush_rows", int, 100, "Rows kept in memory before they are written.", minimum=1),
+        Option("resume", bool, True, "Continue the run of a loaded checkpoint; False records a new run."),
     ),
 )

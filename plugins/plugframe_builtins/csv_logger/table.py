@@ -12,7 +12,7 @@ STEP = "step"
 
 
 class Table:
-    """Rows by step, buffered until `flush`.
+    """Rows by step, buffered until `flush`; the rows of an existing file are kept.
 
     Rows are appended. Only for a new column, or for more values of a step that is in the file
     already, is the file rewritten, atomically.
@@ -27,6 +27,24 @@ class Table:
         self._columns = [STEP]
         self._written: set[int] = set()
         self._in_file: list[str] = []
+        if path.exists():
+            self._open()
+
+    def _open(self) -> None:
+        """Continue the file of an earlier job, which may have died while it wrote a row."""
+        content = self.path.read_bytes()
+        if not content.endswith(b"\n"):
+            beside = self._beside()
+            beside.write_bytes(content[: content.rfind(b"\n") + 1])
+            os.replace(beside, self.path)
+        with open(self.path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            self._in_file = list(reader.fieldnames or ())
+            self._columns = list(self._in_file) or [STEP]
+            self._written = {int(row[STEP]) for row in reader}
+
+    def _beside(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.part")
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Add values to the row of a step."""
@@ -42,7 +60,7 @@ class Table:
         if self._in_file == self._columns and self._written.isdisjoint(rows):
             self._write(self.path, "a", _as_rows(rows))
         else:
-            beside = self.path.with_name(f"{self.path.name}.part")
+            beside = self._beside()
             self._write(beside, "w", self._merged(dict(rows)))
             os.replace(beside, self.path)
         self._written |= rows.keys()

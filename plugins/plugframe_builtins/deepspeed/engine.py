@@ -301,8 +301,12 @@ class Engine(Reader):
                 self.zero.clear()
         self._show()
 
-    def step(self) -> bool:
-        """Update the parameters unless gradients are not finite; return whether it did."""
+    def step(self, *, skips: bool = False) -> bool:
+        """Update the parameters unless gradients are not finite; return whether it did.
+
+        Args:
+            skips: whether to drop the gradients instead of updating parameters.
+        """
         self.borrowed.check()
         self._settle()
         if not self.pending:
@@ -328,12 +332,15 @@ class Engine(Reader):
         self.relink()
         self.zero.follow()
         with self.borrowed.lent():
-            self.deepspeed.step()
+            if skips:
+                self.zero.clear()
+            else:
+                self.deepspeed.step()
         self.pending = self._finished = False
         self._stepped = self.zero.partitioned
         self.guard.seen = False
         self._show()
-        return bool(self.deepspeed.was_step_applied())
+        return not skips and bool(self.deepspeed.was_step_applied())
 
     def _warn_unreached(self) -> None:
         """Warn once for parameters without a gradient that the step changes all the same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
@@ -149,6 +150,25 @@ class DeepSpeed(SetUp):
             warn_caller(f"Gradients were not finite, and DeepSpeed left this step of {type(optimizer).__name__} out.")
         self._sync_buffers(engine)
         return None
+
+    @hookimpl
+    def strategy_skip_step(self, optimizer: Optimizer) -> None:
+        engine = self._engine_of(optimizer)
+        if engine is None:
+            super().strategy_skip_step(optimizer)
+        else:
+            self._update_scale(engine)
+            engine.step(skips=True)
+            self._sync_buffers(engine)
+
+    def _update_scale(self, engine: Engine) -> None:
+        """Let the loss scale learn of an overflow in a step that is not made."""
+        if self._is_fp16 and not getattr(engine.zero, "swaps", False):
+            engine.finish()
+            if engine.pending:
+                largest = self.strategy_clip_gradients(engine.module, (), None, math.inf, math.inf, False)
+                scaled: Any = engine.zero
+                scaled.zero.loss_scaler.update_scale(largest is None or not bool(largest.isfinite()))
 
     def _sync_buffers(self, engine: Engine) -> None:
         """Broadcast rank 0's buffers (running statistics), so that all ranks evaluate the same model."""

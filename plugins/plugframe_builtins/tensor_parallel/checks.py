@@ -14,7 +14,10 @@ from plugframe.errors import SettingError, UnsupportedError
 from plugframe_builtins._shared.fully_shard.engine import Hook
 
 #: The dimension of a linear layer's weight that a style splits, and what it is called.
-_SPLIT = {"colwise": (0, "out_features"), "colwise_gather": (0, "out_features"), "rowwise": (1, "in_features")}
+_SPLIT = {
+    **dict.fromkeys(("colwise", "colwise_gather", "colwise_rep", "colwise_gather_output"), (0, "out_features")),
+    **dict.fromkeys(("rowwise", "rowwise_rep"), (1, "in_features")),
+}
 
 
 def check_divisible(styles: Mapping[str, Any], module: nn.Module, num_ranks: int, where: str) -> None:

@@ -20,12 +20,25 @@ from torch.distributed.tensor.parallel import (
 from plugframe.errors import SettingError, closest
 from plugframe_builtins.tensor_parallel.checks import check_divisible, refuse_second_derivatives
 
+
+def _gathering() -> ParallelStyle:
+    return ColwiseParallel(output_layouts=Replicate())
+
+
 #: The styles by name, for plans in settings files and models.
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "colwise": ColwiseParallel,
-    "colwise_gather": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "colwise_gather": _gathering,
     "rowwise": RowwiseParallel,
     "sequence": SequenceParallel,
+}
+#: Those of Hugging Face's plans (``tp_plan``) that are styles of torch; None leaves a layer as it is.
+_HUGGING_FACE: dict[str, Callable[[], ParallelStyle] | None] = {
+    "colwise_rep": _gathering,
+    "colwise_gather_output": _gathering,
+    "rowwise_rep": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "sequence_parallel": SequenceParallel,
+    "replicate": None,
 }
 
 #: Module paths, with ``*`` for one component: ``{"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}``.
@@ -43,12 +56,19 @@ def check_plan(plan: Any, where: str) -> None:
     for pattern, style in plan.items():
         if isinstance(style, ParallelStyle):
             continue
-        if style not in STYLES:
+        if style not in (*STYLES, *_HUGGING_FACE):
             hint = closest(style, STYLES) if isinstance(style, str) else ""
             raise SettingError(
                 f"{where} has {style!r} for {pattern!r}: write one of {', '.join(map(repr, STYLES))}, or a "
                 f"ParallelStyle of torch.{hint}"
             )
+
+
+def _made(style: str | ParallelStyle) -> ParallelStyle | None:
+    if not isinstance(style, str):
+        return style
+    make = STYLES[style] if style in STYLES else _HUGGING_FACE[style]
+    return None if make is None else make()
 
 
 def apply_plan(module: nn.Module, plan: Plan, mesh: DeviceMesh, where: str) -> None:
@@ -68,7 +88,7 @@ def apply_plan(module: nn.Module, plan: Plan, mesh: DeviceMesh, where: str) -> N
             )
         given.update((path, style) for path in paths)
     check_divisible(given, module, mesh.size(), where)
-    exact = {path: STYLES[style]() if isinstance(style, str) else style for path, style in given.items()}
+    exact = {path: made for path, style in given.items() if (made := _made(style)) is not None}
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

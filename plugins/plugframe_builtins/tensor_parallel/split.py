@@ -13,8 +13,8 @@ from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
 from plugframe_builtins.tensor_parallel.plan import Plan, apply_plan, check_plan
 
-#: The attribute of a model's own plan.
-ATTRIBUTE = "tensor_parallel_plan"
+#: The attribute of a model's own plan, and those of Hugging Face's models.
+ATTRIBUTE, _HUGGING_FACE = "tensor_parallel_plan", ("tp_plan", "_tp_plan")
 
 Parallelize = Callable[[nn.Module, DeviceMesh], Any]
 
@@ -48,7 +48,8 @@ def split(module: nn.Module, mesh: DeviceMesh, plan: Plan | None, parallelize: P
         return
     where = "plan= of strategy 'tensor_parallel'"
     if plan is None:
-        plan, where = getattr(module, ATTRIBUTE, None), f"{type(module).__name__}.{ATTRIBUTE}"
+        name = next((name for name in (ATTRIBUTE, *_HUGGING_FACE) if getattr(module, name, None)), ATTRIBUTE)
+        plan, where = getattr(module, name, None), f"{type(module).__name__}.{name}"
         if plan is None:
             raise SettingError(
                 f"strategy 'tensor_parallel' has no plan to split this {type(module).__name__}: pass "

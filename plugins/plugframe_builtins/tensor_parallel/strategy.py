@@ -28,7 +28,7 @@ class TensorParallel(FullyShardedStrategy):
     Args:
         plan: how each layer is split: module paths (``*`` for one component) to ``"colwise"``, ``"rowwise"``,
             ``"sequence"``, ``"colwise_gather"`` (full outputs on every rank) or a ``ParallelStyle`` of torch. By
-            default the model's own attribute ``tensor_parallel_plan``.
+            default the model's own attribute ``tensor_parallel_plan``, or the ``tp_plan`` of a Hugging Face model.
         parallelize: a function ``f(module, mesh)`` instead of a plan; `mesh` is that of the tensor group.
         mesh: ``{"data": 2, "tensor": 4}``; by default all ranks form one tensor group.
         options: those of strategy ``fsdp``, for the data axis. By default `reshard_after_forward` is True for the

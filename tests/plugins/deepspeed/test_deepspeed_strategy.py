@@ -640,8 +640,14 @@ def loss_scales(world: World) -> None:
             state["loss_scale"]["cur_scale"] = 64.0
             lite._hooks.strategy_load_optimizer_state(optimizer=optimizer, state=state)
             assert strategy._loss_scale == 64.0
+            for factor, scale in ((1.0, 64.0), (1e9, 32.0)):  # as an extension skips a step
+                optimizer.zero_grad()
+                lite.backward(factor * loss_of(model, x, y))
+                lite._hooks.strategy_skip_step(optimizer=optimizer)
+                assert strategy._loss_scale == scale
+                assert_close(weights(lite, model), before)
             critic = nn.Linear(2, 2)
-            with pytest.raises(UnsupportedError, match="Two models train, and under precision='16-mixed'"):
+            with pytest.raises(UnsupportedError, match="Two models train, and in float16 DeepSpeed gives each a loss"):
                 lite.setup(critic, torch.optim.SGD(critic.parameters(), lr=0.1))
 
 

@@ -92,6 +92,16 @@ def test_a_strategy_runs_on_64_ranks(options: tuple[str, ...], shape: str, param
     assert gathers in done.stderr
 
 
+def test_a_mesh_runs_on_64_ranks(tmp_path: Path) -> None:
+    """Composed strategies and their mesh are those of the job, and what this rank holds is its part of both axes."""
+    split = ("--strategy=fsdp+tensor_parallel", "--mesh", "data=16,tensor=4", "--strategy.plan=0=colwise,2=rowwise")
+    done = simulate(tmp_path, *split)
+    assert done.returncode == 0, done.stderr
+    assert "64 ranks (data=16, tensor=4)" in done.stderr
+    assert "world 0 0 0 64 20" in done.stdout
+    assert "memory of this rank: parameters 4.144 kB" in done.stderr
+
+
 @pytest.mark.parametrize("keyword", ["environment", "plugins"])
 def test_an_object_implies_what_its_name_does(keyword: str) -> None:
     """The collective that sends nothing and the costs; given beside it once more, or contradicted, as with the name."""

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -60,6 +60,19 @@ class Planned(Model):
     tensor_parallel_plan = PLAN
 
 
+class HuggingFace(Model):
+    """Has a plan in the words of Hugging Face's models."""
+
+    _tp_plan: ClassVar[dict[str, str]] = {
+        "blocks.*.up": "colwise",
+        "blocks.0.down": "rowwise",
+        "blocks.1.up": "colwise_rep",
+        "blocks.1.down": "rowwise_rep",
+        "enter": "colwise_gather_output",
+        "leave": "replicate",
+    }
+
+
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -97,8 +110,9 @@ def plans_train_like_plain_torch(world: World) -> None:
     meshes = [None, {"tensor": 2, "data": -1}, {"tensor": -1}, {"data": world.world_size}]
     ways = [TensorParallel(plan=PLAN, mesh=mesh) for mesh in meshes]
     ways += [TensorParallel(parallelize=_split), TensorParallel(units={Block}, mesh={"tensor": 2, "data": -1})]
+    ways.append(TensorParallel(mesh={"tensor": 2, "data": -1}))
     for strategy in ways:
-        cls = Model if strategy.plan or strategy.parallelize else Planned
+        cls = Model if strategy.plan or strategy.parallelize else Planned if strategy.units != "auto" else HuggingFace
         model, plain = build(cls), build()
         optimizers = [torch.optim.AdamW(each.parameters(), lr=0.05) for each in (model, plain)]
         with lite_of(world, strategy) as lite:
@@ -167,6 +181,13 @@ def mistakes_are_told(world: World) -> None:
     no_plan = r"has no plan to split this Model: pass TensorParallel\(plan="
     with lite_of(world, "tensor_parallel") as lite, pytest.raises(SettingError, match=no_plan):
         lite.setup(build())
+    odd_style = build()
+    odd_style._tp_plan = {"enter": "local_colwise"}
+    with (
+        lite_of(world, "tensor_parallel") as lite,
+        pytest.raises(SettingError, match="_tp_plan has 'local_colwise' for"),
+    ):
+        lite.setup(odd_style)
     unknown = TensorParallel(plan={"blocks.*.upp": "colwise"})
     fits_nothing = r"names 'blocks.\*.upp', which matches no submodule of this Model. Did you"
     with lite_of(world, unknown) as lite, pytest.raises(SettingError, match=fits_nothing):

@@ -5,16 +5,18 @@ from plugframe import Option, Plugin
 _NAMES = {
     "checkpoint": "Right Narrows Unverified Unpickles InPlace Silent Litters Mumbles Lazy Overwrites Fibs Sticks",
     "environment": "Right Everywhere Swapped Crashes Agrees Stale Requeues Sets Timid",
-    "launcher": "Right OnlyOne NoResult Swallows Leaves Stumbles",
-    "logger": "Right Drops FromOne EveryRank Early OneFile Twice Open",
+    "launcher": "Right OnlyOne NoResult Swallows Leaves Stumbles Loses Strips Miscounts One Nameless Abandons Deaf",
+    "logger": "Right Old Drops LosesOne Swaps Backwards Rounds Prints Finite FromOne EveryRank Early OneFile Waits "
+    "Gives Cheerful Mute Discards Nags Overwrites Renames Twice Open",
     "strategy": "Right Alone Halves Finite Repeats Leaves Ignores Common Misnamed Mute Raises Unsent Unmarked Renamed "
-    "Lacks Drifts Restarts Unequal Prefixes Adds Again Remembers Loses Talks Curt",
+    "Lacks Drifts Restarts Unequal Prefixes Adds Again Remembers Loses Talks Curt Insists",
     "collective": "Right Drops Writes Joins Adds Terse Rounds Cuts Reverses Everyone Passes Nameless Alone Hides Wide "
     "Leaves Single Swaps Sums Widens Turns Indexes Positions Converts Invents Pretends Shuffles Keeps Fits Detaches "
     "Anonymous First Spreads",
     "accelerator": "Right Counts Adds Settles Other Narrow Unheard Smoke Copies Draws Shrinks Indexed Leaves",
     "precision": "Right Full Copies Unlisted Halves Raw Settles Scaled Twice Steps Drops Forgets Common Stands Leaves",
-    "extension": "Right Provides Repeats Forgets Swallows Nudges OnceOnly Leaves Amnesia",
+    "extension": "Right Provides Repeats Forgets Swallows Nudges OnceOnly Leaves Amnesia Counts Unloaded Grows Objects "
+    "Differs Skips",
 }
 _MORE = {
     "environment": {"priority": 70},

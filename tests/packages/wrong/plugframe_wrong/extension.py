@@ -115,3 +115,70 @@ class Amnesia(Right):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
+
+
+class Counts(Extension):
+    """Counts backwards, and keeps the count in checkpoints; breaks no rule."""
+
+    count = 0
+    rank = 0
+
+    @hookimpl
+    def on_launch(self, context: Context) -> None:
+        self.rank = context.world.global_rank
+
+    @hookimpl
+    def on_backward(self) -> None:
+        self.count += 1
+
+    @hookimpl
+    def skip_optimizer_step(self) -> bool:
+        return False
+
+    @hookimpl
+    def extension_state(self) -> dict[str, Any]:
+        return {"count": self.count, "tensor": torch.full((2,), float(self.count))}
+
+    @hookimpl
+    def extension_load_state(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+class Unloaded(Counts):
+    """Takes no state back."""
+
+    @hookimpl
+    def extension_load_state(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class Grows(Counts):
+    """Never counts back."""
+
+    @hookimpl
+    def extension_load_state(self, state: dict[str, Any]) -> None:
+        self.count = max(self.count, state["count"])
+
+
+class Objects(Counts):
+    """Saves an object."""
+
+    @hookimpl
+    def extension_state(self) -> dict[str, Any]:
+        return {"count": self.count, "self": self}
+
+
+class Differs(Counts):
+    """Saves a tensor that differs between ranks."""
+
+    @hookimpl
+    def extension_state(self) -> dict[str, Any]:
+        return {"count": self.count, "rank": torch.tensor(self.rank)}
+
+
+class Skips(Counts):
+    """Leaves out healthy steps."""
+
+    @hookimpl
+    def skip_optimizer_step(self) -> bool:
+        return self.count % 3 == 0

@@ -255,3 +255,15 @@ class Lacks:
     @hookimpl
     def strategy_data_shard(self) -> tuple[int, int]:
         return 0, 1
+
+
+class Insists(Right):
+    """Makes a step of its own, whatever step it is given, and does not skip it."""
+
+    @hookimpl
+    @torch.no_grad()
+    def strategy_optimizer_step(self, optimizer: Optimizer, step: Any, closure: Any) -> Any:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=group["lr"])

@@ -5,6 +5,7 @@ from plugframe import Option, Plugin
 plugin = Plugin(
     factory="plugframe_fp8.precision:Fp8Mixed",
     summary="Linear layers in scaled fp8 (emulated), everything else as in bf16-mixed; parameters in float32.",
+    provides=("autocast",),
     options=(
         Option(
             "gradients",

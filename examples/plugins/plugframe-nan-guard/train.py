@@ -1,0 +1,26 @@
+"""Train on data with a bad batch: plugframe run train.py --plugins=nan-guard"""
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from plugframe import Lite
+
+with Lite() as lite:
+    lite.seed_everything(0)
+    x = torch.randn(256, 8)
+    x[100] = float("inf")
+    data = TensorDataset(x, x.nan_to_num(0, 0, 0).sum(1, keepdim=True))
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+    model, optimizer = lite.setup(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    loader = lite.setup_dataloaders(DataLoader(data, batch_size=32, shuffle=True))
+    guard = lite.extension("nan-guard")
+    for epoch in range(5):
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(inputs), targets)
+            lite.backward(loss)
+            optimizer.step()
+            if lite.should_stop:
+                break
+        lite.print(f"epoch {epoch}: {guard.num_skipped} steps skipped so far")
