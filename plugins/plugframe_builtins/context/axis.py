@@ -37,7 +37,8 @@ class SequenceAxis:
         """Return this rank's chunk along `dim`. The gradient is gathered and divided by the size of the axis."""
 
         def chunk(whole: Tensor) -> Tensor:
-            return whole.chunk(self.size, dim)[self.index].contiguous()
+            # A copy, which a block can change in place.
+            return whole.chunk(self.size, dim)[self.index].clone(memory_format=torch.contiguous_format)
 
         def join(part: Tensor) -> Tensor:
             return self.gather(part, dim) / self.size
@@ -51,7 +52,7 @@ class SequenceAxis:
             mean: Tensor = self.hooks.collective_all_reduce(tensor=gradient.contiguous(), op="mean", group=self.group)
             return mean
 
-        return linear(tensor, lambda whole: whole.view_as(whole), average) if tensor.requires_grad else tensor
+        return linear(tensor, Tensor.detach, average) if tensor.requires_grad else tensor
 
     def gather(self, tensor: Tensor, dim: int) -> Tensor:
         """Return the chunks of all ranks, joined along `dim`. The gradient is the sum over the ranks."""

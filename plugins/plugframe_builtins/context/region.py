@@ -139,7 +139,9 @@ class Region:
         part, full = Run(local, divided=True, compared=True), Run(local, divided=False, compared=True)
         with self._streams.unchanged(), evaluating(block.module):
             whole = hidden if block.first else self.axis.gather(hidden, self.dim)
-            swap = block.arguments.apply(args, kwargs, lambda at, _, tensor: whole if at == key else tensor)
+            # Copies: a block may change its arguments in place.
+            swap = block.arguments.apply(args, kwargs, lambda at, _, each: (whole if at == key else each).clone())
+            args, kwargs = block.arguments.apply(args, kwargs, lambda at, _, tensor: tensor.clone())
             with self._attention.catching(full, block.path):
                 expected = forward(*swap[0], **swap[1])
             mine = self._divided(block, key, args, kwargs, length)

@@ -15,7 +15,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from context_models import WIDTH, Block, Encoder, Masked, Model, Rotary, data, loss_of
+from context_models import (
+    LENGTH,
+    WIDTH,
+    Block,
+    Encoder,
+    Masked,
+    Model,
+    Rotary,
+    RotaryBlock,
+    angles,
+    data,
+    loss_of,
+)
 from context_wrong_models import WRONG
 from plugframe import Axis, Lite, Plugin, SettingError, UnsupportedError
 from plugframe.base import Strategy
@@ -141,6 +153,32 @@ def tokenwise_code_between_blocks_is_right(world: World) -> None:
     """Scaling and residuals between blocks are those of one process."""
     with lite_of("fsdp+context", {"data": 1, "context": 2}, 2) as lite:
         trains_alike(lite, Between, 1e-5)
+
+
+class Guided(Model):
+    """Hidden states and a conditioning that are given, with their gradients."""
+
+    def forward(self, hidden: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+        for block in self.blocks:
+            hidden = block(hidden, position_embeddings=angles(LENGTH, WIDTH // 4), shift=shift)[0]
+        return hidden
+
+
+def gradients_of_inputs_are_those_of_one_process(world: World) -> None:
+    """What the script passes into the blocks has the complete gradient on every rank."""
+    generator = torch.Generator().manual_seed(4)
+    inputs = [torch.randn(3, length, WIDTH, generator=generator) for length in (LENGTH, 1)]
+    found = []
+    with lite_of("ddp+context", {"data": 1, "context": 2}, 2) as lite:
+        for sets_up in (True, False):
+            model = build(lambda: Guided(block=RotaryBlock))
+            if sets_up:
+                lite.setup(model)
+            leaves = [each.clone().requires_grad_() for each in inputs]
+            loss = model(*leaves).square().mean()
+            (lite.backward if sets_up else torch.Tensor.backward)(loss)
+            found.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 def recomputed_blocks_are_right(world: World) -> None:
@@ -295,6 +333,7 @@ TWO = (
     models_train_like_one_process,
     wrong_models_are_refused,
     tokenwise_code_between_blocks_is_right,
+    gradients_of_inputs_are_those_of_one_process,
     recomputed_blocks_are_right,
     tokens_draw_different_numbers,
     nothing_is_left_behind,
