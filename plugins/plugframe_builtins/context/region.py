@@ -162,8 +162,8 @@ class Region:
         raise UnsupportedError(
             f"Block {block.path!r} ({block.plain.__name__}) is not the same on a part of the sequence, as strategy "
             f"'context' runs it: {problem or 'it differs on another rank'}. Compute positions and masks outside of the "
-            "blocks, attend with torch.nn.functional.scaled_dot_product_attention only, or name what is divided with "
-            f"arguments= (split now: {split})."
+            "blocks, attend with torch.nn.functional.scaled_dot_product_attention only, keep no cache of keys "
+            f"(use_cache=False), or name what is divided with arguments= (split now: {split})."
         ) from cause
 
     def _first(self, output: Any, block: _Block, fn: Callable[[Tensor], Tensor]) -> Any:

@@ -246,11 +246,12 @@ def nothing_is_left_behind(world: World) -> None:
 def options_are_told(world: World) -> None:
     """Blocks by path, the check turned off, a list that is not unique, a compiled block, context alone."""
     mesh = {"data": 1, "context": 2}
-    for option, message in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"blocks": ["layers.*"]}, r"blocks= of strategy 'context' names 'layers.\*', and Model has no such submodule"),
         ({"attention": "ring"}, "attention"),
         ({"arguments": {"x": "part"}}, "arguments"),
-    ):
+    )
+    for option, message in wrong:
         with pytest.raises(SettingError, match=message), lite_of(["ddp", ContextParallel(**option)], mesh, 2) as lite:
             lite.setup(build())
     with lite_of(["ddp", ContextParallel(blocks=["blocks.1", "blocks.2"], check=False)], mesh, 2) as lite:
