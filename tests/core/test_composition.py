@@ -67,6 +67,7 @@ def test_who_averages_over_an_axis_that_parts_gradients() -> None:
         "strategy", "able", plugin(axes=(Axis("rows", samples=True),), provides=("averages-axes",))
     )
     made = plan(parted, strategy="able+tokens+cuts", mesh={"rows": 1, "tokens": 2, "cuts": 2}, devices=4)
+    assert made.mesh is not None
     assert made.mesh.names == ("tokens", "rows", "cuts")
     assert made.mesh.averaged("able") == ("tokens", "rows")
     assert [made.mesh.data_shard(rank) for rank in range(4)] == [(0, 1)] * 4

@@ -38,9 +38,10 @@ class Arguments:
         Raises:
             UnsupportedError: if they are no dense floating-point tensor with the sequence dimension.
         """
-        key: Any = 0 if args else next((name for name in kwargs if name == self._names[:1][0]), None)
-        key = next(iter(kwargs), None) if key is None else key
-        found = args[0] if key == 0 and args else kwargs.get(key)
+        key: Any = 0
+        if not args:
+            key = next((name for name in kwargs if name in self._names[:1]), next(iter(kwargs), ""))
+        found = args[0] if args else kwargs.get(key)
         if not isinstance(found, Tensor) or not found.is_floating_point() or found.is_nested or found.ndim <= self._dim:
             nested = isinstance(found, Tensor) and found.is_nested
             what = "a nested tensor" if nested else type(found).__name__
