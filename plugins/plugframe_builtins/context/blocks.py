@@ -56,6 +56,21 @@ def refuse_batch_norms(blocks: dict[str, nn.Module]) -> None:
                 )
 
 
+def refuse_compiled(module: nn.Module, blocks: dict[str, nn.Module]) -> None:
+    """Raise if what runs the blocks, or a block, is compiled: torch's compiler does not trace what is divided.
+
+    Raises:
+        UnsupportedError: naming the compiled submodule.
+    """
+    chosen = {id(block) for block in blocks.values()}
+    for path, part in module.named_modules():
+        if part._compiled_call_impl is not None and any(id(inner) in chosen for inner in part.modules()):
+            raise UnsupportedError(
+                f"{type(part).__name__}{f' {path!r}' if path else ''} is compiled, and strategy 'context' cannot divide blocks that run in "
+                "compiled code: compile submodules without blocks only, such as the head."
+            )
+
+
 def _matches(path: str, pattern: str) -> bool:
     parts, words = path.split("."), pattern.split(".")
     return len(parts) == len(words) and all(map(fnmatchcase, parts, words))

@@ -48,6 +48,11 @@ class Part(Tensor):
         name = _bare(getattr(func, "__name__", str(func)))
         if name in _READS or (name in _ELEMENTWISE and cls._fits(args)) or (name in _LAST_DIM and cls._per_token(args)):
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        if name == "untyped_storage":  # which torch's compiler reads first (torch 2.13)
+            raise UnsupportedError(
+                f"Compiled code got the hidden states after block {cls.block!r}, and strategy 'context' cannot divide "
+                "blocks that run in compiled code: compile submodules without blocks only, such as the head."
+            )
         raise UnsupportedError(
             f"{name}() of the hidden states after block {cls.block!r}: strategy 'context' divides the sequence until "
             "the last block has run, and they are this rank's tokens only. Do it within a block or after the last one, "

@@ -256,8 +256,7 @@ def _refuse_compiled(block: _Block) -> None:
         if part._compiled_call_impl is not None:
             raise UnsupportedError(
                 f"{type(part).__name__} in block {block.path!r} is compiled, and strategy 'context' runs collectives "
-                "within its attention: leave compile= and .compile() of blocks out; the rest of the model can be "
-                "compiled."
+                "within its attention: leave compile= and .compile() of blocks out."
             )
 
 

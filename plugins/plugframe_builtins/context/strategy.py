@@ -10,7 +10,7 @@ from plugframe.base import Strategy, tell
 from plugframe.hooks import hookimpl
 from plugframe_builtins.context import plugin
 from plugframe_builtins.context.axis import SequenceAxis
-from plugframe_builtins.context.blocks import find_blocks, refuse_batch_norms
+from plugframe_builtins.context.blocks import find_blocks, refuse_batch_norms, refuse_compiled
 from plugframe_builtins.context.region import Region
 
 
@@ -61,6 +61,7 @@ class ContextParallel(Strategy):
             return
         blocks = find_blocks(module, self.blocks)
         refuse_batch_norms(blocks)
+        refuse_compiled(module, blocks)
         group = mesh.get_group()
         axis = SequenceAxis(self.context.hooks, group, mesh.get_local_rank(), mesh.size(), self.context.device)
         region = Region(

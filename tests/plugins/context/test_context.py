@@ -261,6 +261,11 @@ def options_are_told(world: World) -> None:
         lite.setup(model)
         with pytest.raises(UnsupportedError, match="Block in block 'blocks.0' is compiled"):
             model(data())
+    with lite_of("ddp+context", mesh, 2) as lite:
+        model = build()
+        model.compile(backend="eager")
+        with pytest.raises(UnsupportedError, match="Model is compiled"):
+            lite.setup(model)
     with pytest.raises(SettingError, match="none of them divides the batch: add 'ddp' or 'fsdp'"):
         lite_of("context", None, 2)
 
