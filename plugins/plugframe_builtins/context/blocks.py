@@ -65,9 +65,10 @@ def refuse_compiled(module: nn.Module, blocks: dict[str, nn.Module]) -> None:
     chosen = {id(block) for block in blocks.values()}
     for path, part in module.named_modules():
         if part._compiled_call_impl is not None and any(id(inner) in chosen for inner in part.modules()):
+            name = f"{type(part).__name__} {path!r}" if path else type(part).__name__
             raise UnsupportedError(
-                f"{type(part).__name__}{f' {path!r}' if path else ''} is compiled, and strategy 'context' cannot divide blocks that run in "
-                "compiled code: compile submodules without blocks only, such as the head."
+                f"{name} is compiled, and strategy 'context' cannot divide blocks that run in compiled code: compile "
+                "submodules without blocks only, such as the head."
             )
 
 
