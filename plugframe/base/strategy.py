@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from plugframe.checkpoint.stored import materialize
 from plugframe.deferred.module import deferring, materialize_module
 from plugframe.errors import UnsupportedError
-from plugframe.hooks import Engine, StrategySpec, hookimpl
+from plugframe.hooks import Engine, Plugin, StrategySpec, hookimpl
 from plugframe.hooks.context import Context
 from plugframe.utils.expanded import load_expanded
 
@@ -58,6 +58,10 @@ class Strategy(StrategySpec):
     @hookimpl
     def strategy_compose(self) -> Any:
         return self
+
+    @hookimpl
+    def strategy_lead(self, base: Plugin) -> bool:
+        return False
 
     @hookimpl
     def strategy_parallelize(self, module: nn.Module) -> None:

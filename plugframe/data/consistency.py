@@ -142,7 +142,7 @@ def _sources(dataset: Any) -> Iterator[Any]:
     for name, value in (attributes or {}).items():
         if isinstance(value, Dataset) or name in ("dataset", "source_datapipe", "src", "source"):
             yield value
-        elif name in ("pipeline", "datasets", "nodesplitter", "stages"):
+        elif name.startswith("pipe") or name in ("datasets", "nodesplitter", "stages"):
             yield from value if isinstance(value, (list, tuple)) else (value,)
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from plugframe.hooks.context import Context
+    from plugframe.hooks.descriptor import Plugin
 
 #: The object that runs a module's forward under a strategy: ``engine(call, *args, **kwargs)`` must run
 #: ``call(*args, **kwargs)``, the user's own forward. None: the forward runs unchanged.
@@ -64,6 +65,22 @@ class StrategySpec(Protocol):
             SettingError: for an option that has no effect there.
         """
         return self
+
+    @provider(since=2)
+    def strategy_lead(self, base: Plugin) -> bool:
+        """Return whether this strategy's hooks are those of the job where it is combined with `base`.
+
+        For a strategy that runs the calls of a module, such as a pipeline, and averages gradients over the axes of
+        `base` by itself: the object of `base`, which divides the batch, is then not used. Called once on every rank,
+        before any set-up. The default returns False: this strategy transforms modules, see `strategy_parallelize`.
+
+        Args:
+            base: the descriptor of the strategy that divides the batch.
+
+        Raises:
+            UnsupportedError: if the two do not go together.
+        """
+        return False
 
     @provider(since=2)
     def strategy_parallelize(self, module: torch.nn.Module) -> None:

@@ -16,6 +16,7 @@ StrategyName = Literal[
     "fsdp",
     "tensor_parallel",
     "context",
+    "pipeline",
     "deepspeed",
     "deepspeed_stage_1",
     "deepspeed_stage_2",

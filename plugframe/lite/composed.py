@@ -9,7 +9,7 @@ from typing import Any
 from plugframe.core.planning.composition import COMPOSED
 from plugframe.core.planning.plan import Choice, Plan
 from plugframe.core.registry.catalogue import Catalogue
-from plugframe.core.runtime.pipeline import BoundHooks
+from plugframe.core.runtime.binding import BoundHooks
 from plugframe.errors import UnsupportedError
 from plugframe.hooks.context import Context
 
@@ -26,8 +26,14 @@ class Composed:
         base = plan.choices[COMPOSED]
         self.others: list[tuple[Choice, Any]] = []
         if plan.composed:
+            own = catalogue.describe(base.entry) if base.entry is not None else base.descriptor
             base = replace(base, instance=base.make(catalogue).strategy_compose())
-            self.others = [(choice, choice.make(catalogue).strategy_compose()) for choice in plan.composed]
+            for choice in plan.composed:
+                plugin = choice.make(catalogue).strategy_compose()
+                if plugin.strategy_lead(own):
+                    base = replace(base, instance=plugin)
+                else:
+                    self.others.append((choice, plugin))
         self.plan = replace(plan, choices={**plan.choices, COMPOSED: base})
 
     def start(self, context: Context, hooks: BoundHooks, undo: ExitStack) -> Context:

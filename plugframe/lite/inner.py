@@ -9,7 +9,7 @@ from typing import Any
 
 from plugframe.core.planning.compatibility import Target
 from plugframe.core.registry.catalogue import Catalogue
-from plugframe.core.runtime.pipeline import BoundHooks
+from plugframe.core.runtime.binding import BoundHooks
 from plugframe.errors import SettingError, UnsupportedError, closest
 from plugframe.hooks.context import Context, Inner
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,9 @@ class PluginStates:
             if not state or marks_of(plugin, state) is None:
                 continue
             key = _key(choice, plugin)
+            if key in self._members and choice.kind == "logger":
+                # A job often has two loggers of a class, and what they have is their place in the list.
+                key = next(f"{key} #{n}" for n in itertools.count(2) if f"{key} #{n}" not in self._members)
             if key in self._members:
                 raise SettingError(
                     f"{key} is given twice, and both have state in checkpoints: give each object a string state_key of "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from plugframe.core.planning.plan import Choice
-from plugframe.core.runtime.pipeline import Pipeline
+from plugframe.core.runtime.binding import Binding
 from plugframe.hooks.kinds import KINDS
 
 
@@ -15,8 +15,8 @@ def check_hooks(choice: Choice, plugin: Any) -> list[str]:
     Raises:
         PluginContractError: as when it is used.
     """
-    pipeline = Pipeline()
-    pipeline.add(choice, plugin)
+    binding = Binding()
+    binding.add(choice, plugin)
     if not KINDS[choice.kind].many:
-        pipeline.bind()  # a wrapper of a hook needs somebody who provides it
-    return pipeline.deprecations
+        binding.bind()  # a wrapper of a hook needs somebody who provides it
+    return binding.deprecations

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from plugframe import Axis, Lite, Plugin, SettingError, hookimpl
+from plugframe import Axis, Lite, PlugframeWarning, Plugin, SettingError, UnsupportedError, hookimpl
 from plugframe.base import Strategy
 from plugframe.hooks.world import World
 from plugframe_builtins.ddp.strategy import DDP
@@ -41,6 +41,7 @@ class Model(nn.Module):
     """Blocks between two layers that no plan splits, with a parameter that is used outside of them."""
 
     tensor_parallel_plan = PLAN
+    pipeline_plan = (("enter", "blocks.0"), ("blocks.1", "leave"))
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,6 +71,15 @@ MIXES: list[tuple[Any, Any]] = [
     ("fsdp", {"shard": 4}),
     ("ddp", {"data": 4}),
 ]
+
+
+class Chain(nn.Sequential):
+    """Layers one after the other."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        layers = [layer for size in (5, 6, 6, 6) for layer in (nn.Linear(size, 6), nn.Tanh())]
+        super().__init__(*layers, nn.Linear(6, 3))
 
 
 def build(seed: int = 1) -> Model:
@@ -104,7 +114,9 @@ def shard_of(lite: Lite) -> tuple[int, int]:
     return index, count
 
 
-def _train(lite: Lite, model: Any, optimizer: Any, plain: Any, its: Any, tolerance: float) -> None:
+def _train(
+    lite: Lite, model: Any, optimizer: Any, plain: Any, its: Any, tolerance: float, *, compare: bool = True
+) -> None:
     """Three steps of both with accumulation and clipping; compare losses, norms and weights."""
     index, count = shard_of(lite)
     for part in (slice(0, 8), slice(8, 16), slice(0, 16)):
@@ -123,7 +135,7 @@ def _train(lite: Lite, model: Any, optimizer: Any, plain: Any, its: Any, toleran
         torch.testing.assert_close(norm, true, rtol=tolerance, atol=tolerance)
         optimizer.step()
         its.step()
-    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True) if compare else ():
         torch.testing.assert_close(whole(ours.detach()), theirs.detach(), rtol=tolerance, atol=tolerance)
 
 
@@ -137,6 +149,38 @@ def mixes_train_like_one_process(world: World) -> None:
                 lite.setup(model, optimizer)
                 assert isinstance(model, Model)
                 _train(lite, model, optimizer, plain, its, tolerance)
+
+
+PIPES = {"data": 2, "pipeline": 2}
+
+
+def pipelines_have_replicas(world: World) -> None:
+    """Stages on one axis, samples on the other, with and without ddp by name: the numbers of one process."""
+    for strategy in ("ddp+pipeline", "pipeline"):
+        model, plain = Chain(), Chain()
+        plain.load_state_dict(model.state_dict())
+        optimizer, its = (torch.optim.AdamW(each.parameters(), lr=0.01) for each in (model, plain))
+        with lite_of(strategy, PIPES) as lite:
+            lite.setup(model, optimizer)
+            assert shard_of(lite) == (world.global_rank % 2, 2)
+            _train(lite, model, optimizer, plain, its, 1e-5, compare=False)
+            found = lite.state_dict(model, all_ranks=True)
+            for name, value in plain.state_dict().items():
+                torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+            with lite.no_backward_sync(model):
+                lite.backward(loss_of(model, data()[:8]))
+            if world.global_rank:
+                optimizer.step()
+            else:
+                with pytest.warns(PlugframeWarning, match="were accumulated under no_backward_sync.* the replicas div"):
+                    optimizer.step()
+    sharded = "averages the gradients of whole stages .* use strategy='ddp\\+pipeline'"
+    with pytest.raises(UnsupportedError, match=sharded):
+        lite_of("fsdp+pipeline", PIPES)
+    three = {"data": 1, "pipeline": 2, "tensor": 2}
+    transformed = "'pipeline' can be combined with one that divides the batch"
+    with lite_of("ddp+pipeline+tensor_parallel", three) as lite, pytest.raises(UnsupportedError, match=transformed):
+        lite.setup(Chain())
 
 
 def norms_of_any_order(world: World) -> None:
@@ -187,6 +231,8 @@ WAYS: list[tuple[Any, Any]] = [
     ("ddp", None),
     ("fsdp+tensor_parallel", {"data": 4, "tensor": 1}),
     ("ddp+tensor_parallel", {"data": 1, "tensor": 4}),
+    ("ddp+pipeline", {"data": 2, "pipeline": 2}),
+    ("fsdp", None),
 ]
 
 
@@ -260,6 +306,7 @@ def mistakes_are_told(world: World) -> None:
 
 ALL = (
     mixes_train_like_one_process,
+    pipelines_have_replicas,
     norms_of_any_order,
     the_mesh_is_the_users_too,
     checkpoints_go_from_mesh_to_mesh,

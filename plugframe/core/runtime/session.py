@@ -11,7 +11,7 @@ from typing import Any
 
 from plugframe.core.planning.plan import Choice, Plan
 from plugframe.core.registry.catalogue import Catalogue
-from plugframe.core.runtime.pipeline import BoundHooks, Pipeline
+from plugframe.core.runtime.binding import Binding, BoundHooks
 from plugframe.errors import OrderError
 from plugframe.hooks.context import Context
 from plugframe.hooks.descriptor import Plugin
@@ -52,7 +52,7 @@ class Session:
         self._undo = ExitStack()
         self._adopted: dict[int, tuple[weakref.ref[Any], Callable[[Any], Any]]] = {}
         self._numbers = itertools.count()
-        self._pipeline = Pipeline(trace=os.environ.get(TRACE) == "1")
+        self._binding = Binding(trace=os.environ.get(TRACE) == "1")
         for choice in plan.choices.values():
             self.plugins[choice.kind] = self._add(choice, catalogue)
         self.loggers = [self._add(choice, catalogue) for choice in plan.loggers]
@@ -62,8 +62,8 @@ class Session:
         for callback in callbacks:
             if KINDS["extension"].provided_by(callback):
                 self._join(_as_choice(callback), callback)
-        self.hooks: BoundHooks = self._pipeline.bind()
-        self.deprecations = tuple(dict.fromkeys(self._pipeline.deprecations))
+        self.hooks: BoundHooks = self._binding.bind()
+        self.deprecations = tuple(dict.fromkeys(self._binding.deprecations))
 
     def _add(self, choice: Choice, catalogue: Catalogue) -> Any:
         plugin = choice.make(catalogue)
@@ -71,7 +71,7 @@ class Session:
         return plugin
 
     def _join(self, choice: Choice, plugin: Any) -> None:
-        self._pipeline.add(choice, plugin)
+        self._binding.add(choice, plugin)
         self.members.append((choice, plugin))
 
     @property
@@ -127,7 +127,7 @@ class Session:
             # pluggy stops at the first that raises. Tear-down may come twice: call each, so that all write their rows.
             with ExitStack() as each:
                 for logger in self.loggers:
-                    each.callback(self._pipeline.only(logger, "logger_teardown"), error=self._error)
+                    each.callback(self._binding.only(logger, "logger_teardown"), error=self._error)
             raise
 
     def _context(self) -> Context:

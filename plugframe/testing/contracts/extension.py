@@ -14,7 +14,7 @@ import torch
 
 from plugframe import base
 from plugframe.core.planning.plan import Choice
-from plugframe.core.runtime.pipeline import Pipeline
+from plugframe.core.runtime.binding import Binding
 from plugframe.hooks import KINDS, Plugin, hookimpl
 from plugframe.hooks.context import Context
 from plugframe.hooks.markers import PROJECT
@@ -91,14 +91,14 @@ class ExtensionContract(ExtensionStateContract):
     # ------------------------------------------------------------------ wrappers
 
     def _each_wrapped(self) -> Iterator[tuple[str, _Called, Any]]:
-        """Yield each wrapped hook, the recorder of its calls, and the bound hook of a pipeline."""
+        """Yield each wrapped hook, the recorder of its calls, and the bound hook of a binding."""
         names = self.wrapped(self.make())
         if not names:
             pytest.skip("It wraps nothing.")
         for name in names:
             called = _Called(name)
             plugin = self.make()
-            hooks = _pipeline(plugin, called)
+            hooks = _bound(plugin, called)
             context = _context(hooks)
             _told(plugin, "on_launch", context=context)
             yield name, called, getattr(hooks, name)
@@ -209,7 +209,7 @@ class ExtensionContract(ExtensionStateContract):
         plugin = self.make()
         for time in ("first", "second"):
             before = traces()
-            context = _context(_pipeline(plugin, _Called("collective_barrier")))
+            context = _context(_bound(plugin, _Called("collective_barrier")))
             try:
                 _told(plugin, "on_launch", context=context)
                 _told(plugin, "on_teardown")
@@ -341,15 +341,15 @@ def _arguments(name: str) -> dict[str, Any]:
     return {parameter: known.get(parameter) for parameter in _parameters(name)}
 
 
-def _pipeline(plugin: Any, called: _Called) -> Any:
+def _bound(plugin: Any, called: _Called) -> Any:
     """Return the hooks of recording providers, wrapped by the extension."""
-    pipeline = Pipeline()
+    binding = Binding()
     for kind in KINDS.values():
         if kind.name != "extension":
             provider = _provider(kind.name, called)
-            pipeline.add(_choice(kind.name, provider), provider)
-    pipeline.add(_choice("extension", plugin), plugin)
-    return pipeline.bind()
+            binding.add(_choice(kind.name, provider), provider)
+    binding.add(_choice("extension", plugin), plugin)
+    return binding.bind()
 
 
 def _provider(kind: str, called: _Called) -> Any:

@@ -18,6 +18,7 @@ from plugframe.testing.contracts.base import PluginContract
 from plugframe.testing.contracts.batches import run_batch, tell
 from plugframe.testing.contracts.placed import accelerator_for
 from plugframe.testing.contracts.running import Alone, broken, chosen, once, one_line
+from plugframe.testing.contracts.strategy_bench import batch_of, loss_of
 
 ONE_RANK = "One rank (a strategy for one rank is refused with more: each would train by itself)"
 SUPPORTED = "Supported (a precision that does what the descriptor refuses is refused, with both names)"
@@ -42,6 +43,9 @@ class StrategyContract(PluginContract):
         settings: further arguments of `Lite`, such as ``{"collective": "acme"}``.
         build: a module-level function that returns the model to train, (n, 6) to (n, 2), for a strategy that does
             not support arbitrary models.
+        loss: a module-level function ``f(model, x, y)`` that returns the loss, the mean over samples.
+        batch: a module-level function ``f(number, seed)`` that returns inputs and targets, equal on all ranks. Inputs
+            of another shape need a `build` to match.
         num_ranks: numbers of ranks to test, 1 and 2 at most.
         timeout_s: limit of one job with all its checks.
     """
@@ -50,6 +54,8 @@ class StrategyContract(PluginContract):
     tolerance: ClassVar[float] = 1e-4
     settings: ClassVar[dict[str, Any]] = {}
     build: ClassVar[Any] = ranks.Model
+    loss: ClassVar[Any] = staticmethod(loss_of)
+    batch: ClassVar[Any] = staticmethod(batch_of)
     num_ranks: ClassVar[tuple[int, ...]] = (1, 2)
     timeout_s: ClassVar[float] = 180.0
 
@@ -85,6 +91,9 @@ class StrategyContract(PluginContract):
             provides=self.descriptor.provides,
             folder=str(folder),
             build=type(self).build,
+            loss=type(self).loss,
+            batch=type(self).batch,
+            shares=any(not axis.samples for axis in self.descriptor.axes),
             tolerance=self.tolerance,
             lite={
                 "accelerator": accelerator_for(self.descriptor, num_ranks).qualified,

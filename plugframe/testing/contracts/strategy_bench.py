@@ -52,6 +52,9 @@ class Settings:
         provides: capabilities of its descriptor.
         lite: arguments of `Lite`: accelerator, precision, and those of the suite.
         build: returns the model.
+        loss: returns the loss of a model for inputs and targets, a 0-d tensor, the mean over samples.
+        batch: returns inputs and targets of a number of samples and a seed, equal on all ranks.
+        shares: whether ranks may read the same samples.
         tolerance: of a weight against plain torch's, relative to its change in training.
         folder: checkpoints, which a job with another number of ranks loads.
     """
@@ -61,6 +64,9 @@ class Settings:
     provides: tuple[str, ...]
     folder: str
     build: Callable[[], nn.Module] = Model
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = field(default_factory=lambda: loss_of)
+    batch: Callable[[int, int], Batch] = field(default_factory=lambda: batch_of)
+    shares: bool = False
     tolerance: float = 1e-4
     lite: dict[str, Any] = field(default_factory=dict)
 
@@ -94,10 +100,23 @@ class Bench:
         torch.manual_seed(seed)
         return self.settings.build()
 
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of a model."""
+        return self.settings.loss(model, x, y)
+
+    def batch(self, number: int, seed: int = 5) -> Batch:
+        """Return samples, equal on all ranks."""
+        return self.settings.batch(number, seed)
+
+    def windows(self, size: int, number: int = SAMPLES) -> list[Batch]:
+        """Return the samples in batches of `size`, as one process reads them."""
+        x, y = self.batch(number)
+        return [(x[start : start + size], y[start : start + size]) for start in range(0, number, size)]
+
     def loader(self, lite: Lite, size: int = WINDOW) -> Any:
         """Return a loader whose batches have `size` samples over all ranks."""
         _, count = lite._hooks.strategy_data_shard()
-        return lite.setup_dataloaders(DataLoader(data(), batch_size=max(1, size // count)))
+        return lite.setup_dataloaders(DataLoader(TensorDataset(*self.batch(SAMPLES)), batch_size=max(1, size // count)))
 
     def window(self, lite: Lite, size: int = WINDOW) -> int:
         """Return the number of samples in a batch of such a loader, over all ranks."""
@@ -144,12 +163,6 @@ def bench(world: World, settings: Settings) -> Iterator[Bench]:
     yield made
 
 
-def data(number: int = SAMPLES) -> TensorDataset:
-    """Return samples; the last batch is incomplete."""
-    x, y = batch_of(number)
-    return TensorDataset(x, y)
-
-
 def batch_of(number: int, seed: int = 5) -> Batch:
     """Return inputs (number, 6) and targets (number, 2), equal on all ranks."""
     generator = torch.Generator().manual_seed(seed)
@@ -167,12 +180,6 @@ def optimizer_of(model: nn.Module, *, lr: float = 0.1, momentum: float = 0.9) ->
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=momentum)
 
 
-def windows(size: int, number: int = SAMPLES) -> list[Batch]:
-    """Return the samples in batches of `size`, as one process reads them."""
-    x, y = batch_of(number)
-    return [(x[start : start + size], y[start : start + size]) for start in range(0, number, size)]
-
-
 def train(bench: Bench, lite: Lite, training: Mapping[str, Any], epochs: int) -> list[float]:
     """Train for some epochs, and return the loss of each step."""
     losses = []
@@ -180,7 +187,7 @@ def train(bench: Bench, lite: Lite, training: Mapping[str, Any], epochs: int) ->
     for _ in range(epochs):
         for x, y in loader:
             training["optimizer"].zero_grad()
-            loss = loss_of(training["model"], x, y)
+            loss = bench.loss(training["model"], x, y)
             lite.backward(loss)
             training["optimizer"].step()
             training["scheduler"].step()

@@ -20,7 +20,6 @@ from plugframe.testing.contracts.strategy_bench import (
     batch_of,
     loss_of,
     optimizer_of,
-    windows,
 )
 from plugframe.testing.contracts.strategy_rules import LAW_6, LAW_7, LOCAL, STATISTICS
 
@@ -37,11 +36,11 @@ def gradients_are_those_of_the_whole_batch(bench: Bench) -> None:
         for epoch in range(EPOCHS):
             for x, y in loader:
                 optimizer.zero_grad()
-                lite.backward(loss_of(model, x, y))
+                lite.backward(bench.loss(model, x, y))
                 optimizer.step()
-            for x, y in windows(window):
+            for x, y in bench.windows(window):
                 other.zero_grad()
-                loss_of(plain, x, y).backward()  # type: ignore[no-untyped-call]
+                bench.loss(plain, x, y).backward()  # type: ignore[no-untyped-call]
                 other.step()
             found = bench.weights(lite, model)
             bench.compare(LAW_6, found, plain.state_dict(), begun, f"after {epoch + 1} epochs over {SAMPLES} samples")
@@ -55,7 +54,7 @@ def accumulated_gradients_are_those_of_the_whole(bench: Bench) -> None:
     with bench.lite() as lite:
         model = bench.model()
         model, optimizer = lite.setup(model, optimizer_of(model, momentum=0.0))
-        batches = [batch_of(4, seed) for seed in range(4)]
+        batches = [bench.batch(4, seed) for seed in range(4)]
 
         def step(*micro: tuple[Batch, Sequence[bool]]) -> None:
             optimizer.zero_grad()
@@ -65,10 +64,10 @@ def accumulated_gradients_are_those_of_the_whole(bench: Bench) -> None:
                 for context in contexts:
                     context.__enter__()
                 x, y = bench.share(lite, batch)
-                lite.backward(loss_of(model, x, y) / len(micro))
+                lite.backward(bench.loss(model, x, y) / len(micro))
                 for context in reversed(contexts):
                     context.__exit__(None, None, None)
-                (loss_of(plain, *batch) / len(micro)).backward()  # type: ignore[no-untyped-call]
+                (bench.loss(plain, *batch) / len(micro)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             other.step()
 
@@ -128,9 +127,9 @@ def models_train_together(bench: Bench) -> None:
             for model, optimizer, plain, other in zip(models, optimizers, plains, others, strict=True):
                 optimizer.zero_grad()
                 other.zero_grad()
-                batch = batch_of(4, seed)
-                lite.backward(loss_of(model, *bench.share(lite, batch)), model=model)
-                loss_of(plain, *batch).backward()  # type: ignore[no-untyped-call]
+                batch = bench.batch(4, seed)
+                lite.backward(bench.loss(model, *bench.share(lite, batch)), model=model)
+                bench.loss(plain, *batch).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 other.step()
         for model, plain, first in zip(models, plains, begun, strict=True):
@@ -149,7 +148,7 @@ def running_statistics_are_equal(bench: Bench) -> None:
         own.norm = nn.BatchNorm1d(6)
         model, optimizer = lite.setup(own, optimizer_of(own))
         for seed in range(2):
-            x, y = batch_of(4, seed + 10 * lite.global_rank)
+            x, y = batch_of(4, seed + 10 * lite.global_rank)  # the model is the suite's own too
             lite.backward(loss_of(model, x.to(lite.device), y.to(lite.device)))
             optimizer.step()
             optimizer.zero_grad()
@@ -171,13 +170,13 @@ def a_local_backward_needs_no_other_rank(bench: Bench) -> None:
     with bench.lite() as lite:
         model = bench.model()
         model, optimizer = lite.setup(model, optimizer_of(model, momentum=0.0))
-        extra, batch = batch_of(4, 1), batch_of(4, 2)
+        extra, batch = bench.batch(4, 1), bench.batch(4, 2)
         if lite.is_global_zero:
             with lite.no_backward_sync(model):
-                lite.backward(loss_of(model, *(tensor.to(lite.device) for tensor in extra)))
-        lite.backward(loss_of(model, *bench.share(lite, batch)))
+                lite.backward(bench.loss(model, *(tensor.to(lite.device) for tensor in extra)))
+        lite.backward(bench.loss(model, *bench.share(lite, batch)))
         optimizer.step()
-        (loss_of(plain, *extra) / lite.world_size + loss_of(plain, *batch)).backward()  # type: ignore[no-untyped-call]
+        (bench.loss(plain, *extra) / lite.world_size + bench.loss(plain, *batch)).backward()  # type: ignore[no-untyped-call]
         other.step()
         what = "after a micro-batch on rank 0 only, and one on all ranks"
         bench.compare(LOCAL, bench.weights(lite, model), plain.state_dict(), begun, what)
@@ -189,14 +188,14 @@ def clipping_is_that_of_the_whole(bench: Bench) -> None:
     for limit in ({"max_norm": MAX_NORM}, {"max_norm": 1e3}, {"clip_val": 0.01}):
         plain = bench.model()
         begun, other = bench.model(), optimizer_of(plain, lr=1.0, momentum=0.0)
-        batch = batch_of(4)
+        batch = bench.batch(4)
         with bench.lite() as lite:
             model = bench.model()
             model, optimizer = lite.setup(model, optimizer_of(model, lr=1.0, momentum=0.0))
-            lite.backward(loss_of(model, *bench.share(lite, batch)))
+            lite.backward(bench.loss(model, *bench.share(lite, batch)))
             norm = lite.clip_gradients(model, optimizer, **limit)  # type: ignore[arg-type]
             optimizer.step()
-            loss_of(plain, *batch).backward()  # type: ignore[no-untyped-call]
+            bench.loss(plain, *batch).backward()  # type: ignore[no-untyped-call]
             found = bench.weights(lite, model)
             everyone = lite._hooks.collective_all_gather_object(obj=None if norm is None else float(norm), group=None)
         if "clip_val" in limit:
@@ -227,11 +226,11 @@ def gradients_that_are_not_finite_are_an_error(bench: Bench) -> None:
         model = bench.model()
         model, optimizer = lite.setup(model, optimizer_of(model, momentum=0.0))
         for raises in (True, False):
-            x, y = bench.share(lite, batch_of(4))
+            x, y = bench.share(lite, bench.batch(4))
             index, count = lite._hooks.strategy_data_shard()
             if index == count - 1:
                 x[0, 0] = float("inf")
-            lite.backward(loss_of(model, x, y))
+            lite.backward(bench.loss(model, x, y))
             said = ""
             try:
                 lite.clip_gradients(model, optimizer, max_norm=1.0, error_if_nonfinite=raises)
@@ -244,10 +243,10 @@ def gradients_that_are_not_finite_are_an_error(bench: Bench) -> None:
             if raises and "finite" not in said:
                 broken(LAW_7, f"the error does not mention finite gradients: {said}")
             optimizer.zero_grad()
-        batch = batch_of(4)
-        lite.backward(loss_of(model, *bench.share(lite, batch)))
+        batch = bench.batch(4)
+        lite.backward(bench.loss(model, *bench.share(lite, batch)))
         optimizer.step()
-        loss_of(plain, *batch).backward()  # type: ignore[no-untyped-call]
+        bench.loss(plain, *batch).backward()  # type: ignore[no-untyped-call]
         other.step()
         found = bench.weights(lite, model)
     bench.compare(LAW_7, found, plain.state_dict(), begun, "after zero_grad() and a step on finite gradients")

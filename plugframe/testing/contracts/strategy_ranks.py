@@ -23,9 +23,7 @@ from plugframe.testing.contracts.strategy_bench import (
     Bench,
     Model,
     Settings,
-    batch_of,
     bench,
-    loss_of,
     optimizer_of,
     set_up_training,
     train,
@@ -108,7 +106,7 @@ def it_begins_with_rank_zeros_weights(bench: Bench) -> None:
 
 def _outputs(bench: Bench, lite: Lite, model: nn.Module) -> Tensor:
     with torch.no_grad():
-        out: Tensor = model(batch_of(3)[0].to(lite.device)).cpu()
+        out: Tensor = model(bench.batch(3)[0].to(lite.device)).cpu()
     return out
 
 
@@ -124,12 +122,13 @@ def evaluation_sees_every_sample_once(bench: Bench) -> None:
         shards = lite._hooks.collective_all_gather_object(obj=shard, group=None)
         if {count for _, count in shards} != {shards[0][1]} or {i for i, _ in shards} != set(range(shards[0][1])):
             broken(LAW_8, f"strategy_data_shard() returned {shards} on the ranks: not 0, 1, … of one count")
-        if "sharded" not in bench.settings.provides and shard[1] != lite.world_size:
+        shares = "sharded" in bench.settings.provides or bench.settings.shares
+        if not shares and shard[1] != lite.world_size:
             broken(LAW_8, f"{lite.world_size} ranks with the full model each divide the data into {shard[1]} shards")
         model.eval()
         for number, shuffle in ((SAMPLES, False), (SAMPLES, True), (1, False), (8, True)):
             torch.manual_seed(4)
-            numbers = TensorDataset(torch.arange(number), batch_of(number)[0])
+            numbers = TensorDataset(torch.arange(number), bench.batch(number)[0])
             seen: list[int] = []
             with torch.no_grad():
                 for indices, x in lite.setup_dataloaders(DataLoader(numbers, batch_size=2, shuffle=shuffle)):
@@ -210,7 +209,7 @@ def wrappers_see_each_call_once(bench: Bench) -> None:
         for _ in range(3):
             for enabled in (True, False):
                 with lite.no_backward_sync(model, enabled=enabled):
-                    lite.backward(loss_of(model, *bench.share(lite, batch_of(4))))
+                    lite.backward(bench.loss(model, *bench.share(lite, bench.batch(4))))
             lite.clip_gradients(model, optimizer, max_norm=1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -258,7 +257,7 @@ def a_skipped_step_is_no_step(bench: Bench) -> None:
             model, optimizer = lite.setup(model, optimizer_of(model))
             for number in range(3):
                 optimizer.zero_grad()
-                lite.backward(loss_of(model, *bench.share(lite, batch_of(4, seed=number))))
+                lite.backward(bench.loss(model, *bench.share(lite, bench.batch(4, seed=number))))
                 if skips or number != 1:
                     optimizer.step()
             ends.append(bench.weights(lite, model))

@@ -16,7 +16,7 @@ from torch import nn
 from plugframe import Lite, PlugframeWarning, SettingError
 from plugframe.base import Checkpoint, Collective, Precision, Strategy
 from plugframe.core.planning.plan import Choice
-from plugframe.core.runtime.pipeline import Pipeline
+from plugframe.core.runtime.binding import Binding
 from plugframe.hooks import KINDS, Plugin, hookimpl
 from plugframe.hooks.context import Context
 from plugframe.hooks.world import World
@@ -75,7 +75,7 @@ class Nowhere(Checkpoint):
 
 def hooks_with(profiler: Profiler) -> Any:
     """Return the hooks of the plugins above, wrapped by the profiler."""
-    strategy, precision, pipeline = Nested(), Forward(), Pipeline()
+    strategy, precision, binding = Nested(), Forward(), Binding()
     precision.left = []
     plugins = {
         "accelerator": CPU(),
@@ -88,8 +88,8 @@ def hooks_with(profiler: Profiler) -> Any:
     for kind, plugin in plugins.items():
         name = type(plugin).__name__
         choice = Choice(kind=kind, name=name, reason="", descriptor=Plugin(factory=f"x:{name}"), instance=plugin)
-        pipeline.add(choice, plugin)
-    strategy.hooks = pipeline.bind()
+        binding.add(choice, plugin)
+    strategy.hooks = binding.bind()
     return SimpleNamespace(all=strategy.hooks, strategy=strategy, precision=precision)
 
 

@@ -52,7 +52,8 @@ class _PlainStateHook:
         """
         digest = xxhash.xxh3_64()
         for value in values.values():
-            digest.update(as_bytes(value.detach().cpu().contiguous()))
+            held = value.detach().cpu().contiguous()  # its bytes are valid only while it lives
+            digest.update(as_bytes(held))
         mine = torch.tensor([digest.intdigest() & _MASK])
         everyone = self._hooks.collective_all_gather(tensor=mine, group=None, sync_grads=False)
         if not bool((everyone == everyone[0]).all()):

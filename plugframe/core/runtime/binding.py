@@ -26,7 +26,7 @@ class BoundHooks:
         raise AttributeError(f"There is no hook {name!r}; `plugframe.hooks` lists them.")
 
 
-class Pipeline:
+class Binding:
     """Holds the selected plugins and their hooks.
 
     Attributes:

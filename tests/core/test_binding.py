@@ -16,27 +16,27 @@ from plugframe import Lite, Plugin, PluginContractError, SettingError, Unsupport
 from plugframe.base import Accelerator, Collective, Extension, Logger, Strategy
 from plugframe.core.planning.plan import Choice
 from plugframe.core.registry.registry import Entry
-from plugframe.core.runtime.pipeline import BoundHooks, Pipeline
+from plugframe.core.runtime.binding import Binding, BoundHooks
 from plugframe.hooks import KINDS, Kind
 from plugframe.hooks.markers import since_of
 
 
-def add(pipeline: Pipeline, kind: str, plugin: Any, *, published: bool = False) -> Any:
+def add(binding: Binding, kind: str, plugin: Any, *, published: bool = False) -> Any:
     """Register a plugin of a kind as the job's session would, and return it."""
     name = type(plugin).__name__.lower()
     entry = Entry(kind, name, f"acme:{name}", "acme-plugins", "1.2") if published else None
     choice = Choice(kind=kind, name=name, reason="a test", descriptor=Plugin(factory=f"acme:{name}"), entry=entry)
-    pipeline.add(choice, plugin)
+    binding.add(choice, plugin)
     return plugin
 
 
 def bound(strategy: Any, *extensions: Any, trace: bool = False, published: bool = False) -> BoundHooks:
     """Return the hooks of a job with one strategy and some extensions, registered innermost first."""
-    pipeline = Pipeline(trace=trace)
-    add(pipeline, "strategy", strategy, published=published)
+    binding = Binding(trace=trace)
+    add(binding, "strategy", strategy, published=published)
     for extension in extensions:
-        add(pipeline, "extension", extension)
-    return pipeline.bind()
+        add(binding, "extension", extension)
+    return binding.bind()
 
 
 class Plain(Strategy):
@@ -62,11 +62,11 @@ class Noting(Extension):
 
 def test_a_provider_hook_that_nothing_wraps_is_a_plain_call() -> None:
     """Every hook of a provider is its own bound method: nothing of the plugin system is in the hot path."""
-    pipeline = Pipeline()
+    binding = Binding()
     providers = {
-        kind: add(pipeline, kind, plugin) for kind, plugin in {"strategy": Plain(), "collective": Collective()}.items()
+        kind: add(binding, kind, plugin) for kind, plugin in {"strategy": Plain(), "collective": Collective()}.items()
     }
-    hooks = pipeline.bind()
+    hooks = binding.bind()
     for kind, provider in providers.items():
         for name in KINDS[kind].hooks:
             assert getattr(hooks, name) == getattr(provider, name)
@@ -345,13 +345,13 @@ def test_a_hook_the_base_has_no_default_for_must_be_provided() -> None:
     class Half(Accelerator):
         device_type = "cpu"
 
-    pipeline = Pipeline()
-    add(pipeline, "accelerator", Half(), published=True)  # type: ignore[abstract]
+    binding = Binding()
+    add(binding, "accelerator", Half(), published=True)  # type: ignore[abstract]
     with pytest.raises(
         PluginContractError,
         match=r"accelerator 'half' \(acme-plugins 1.2\) does not provide the hook accelerator_is_available: implement",
     ):
-        pipeline.bind()
+        binding.bind()
 
 
 def _first_contract(kind: Kind) -> Any:
@@ -369,9 +369,9 @@ def _first_contract(kind: Kind) -> Any:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if not kind.many], ids=lambda kind: kind.name)
 def test_a_plugin_of_the_first_contract_lacks_no_hook(kind: Kind) -> None:
     """Hooks that are newer have their defaults, also for a plugin that inherits from nothing, and can be wrapped."""
-    pipeline = Pipeline()
-    add(pipeline, kind.name, _first_contract(kind))
-    hooks = pipeline.bind()
+    binding = Binding()
+    add(binding, kind.name, _first_contract(kind))
+    hooks = binding.bind()
     newer = [name for name in kind.hooks if since_of(getattr(kind.spec, name)) > 1]
     assert all(callable(getattr(hooks, name)) for name in kind.hooks)
     if kind.name == "collective":
@@ -393,10 +393,10 @@ class Watching(Extension):
 
 def test_a_default_can_be_wrapped() -> None:
     """A wrapper meets the default of a hook that the provider lacks."""
-    pipeline = Pipeline()
-    add(pipeline, "collective", _first_contract(KINDS["collective"]))
-    add(pipeline, "extension", Watching())
-    assert pipeline.bind().collective_send(tensor=torch.ones(1), dst=3, tag=0, group=None) == 3
+    binding = Binding()
+    add(binding, "collective", _first_contract(KINDS["collective"]))
+    add(binding, "extension", Watching())
+    assert binding.bind().collective_send(tensor=torch.ones(1), dst=3, tag=0, group=None) == 3
 
 
 def test_one_object_cannot_be_in_use_twice() -> None:
@@ -408,11 +408,11 @@ def test_one_object_cannot_be_in_use_twice() -> None:
 
 def test_two_providers_of_one_kind_never_meet() -> None:
     """A second provider is refused as what it is: no wrapper."""
-    pipeline = Pipeline()
-    add(pipeline, "collective", Collective())
-    add(pipeline, "extension", Collective())
+    binding = Binding()
+    add(binding, "collective", Collective())
+    add(binding, "extension", Collective())
     with pytest.raises(PluginContractError, match="extension object collective implements collective_setup, which"):
-        pipeline.bind()
+        binding.bind()
 
 
 # ---------------------------------------------------------------------- notifications and loggers
@@ -454,10 +454,10 @@ def test_notifications_and_loggers_reach_everyone() -> None:
     hooks.on_save(path="here", state={})
     assert first.heard == second.heard == ["here"]
     assert hooks.on_load is None
-    pipeline, papers = Pipeline(), [Paper(), Paper()]
+    binding, papers = Binding(), [Paper(), Paper()]
     for paper in papers:
-        add(pipeline, "logger", paper)
-    pipeline.bind().logger_log(metrics={"loss": 1.0}, step=3)
+        add(binding, "logger", paper)
+    binding.bind().logger_log(metrics={"loss": 1.0}, step=3)
     assert [paper.lines for paper in papers] == [[({"loss": 1.0}, 3)]] * 2
 
 
@@ -495,6 +495,6 @@ def test_a_hook_without_a_module_is_a_hook_like_any() -> None:
     function = hookimpl(FunctionType((lambda self: None).__code__, {}, "on_teardown"))
     assert function.__module__ is None
     plugin = type("Made", (), {"on_teardown": function})()
-    pipeline = Pipeline()
-    add(pipeline, "extension", plugin)
-    assert pipeline.deprecations == []
+    binding = Binding()
+    add(binding, "extension", plugin)
+    assert binding.deprecations == []
