@@ -57,6 +57,8 @@ class Context:
         mesh: the device mesh of the job, with named dimensions: ``context.mesh["tensor"]``. None for one strategy
             without ``mesh=``, which uses all ranks as it sees fit.
         axes: the names of those axes of `mesh` that belong to the strategy which is given this context.
+        averaged: the names of the axes over which the strategy that divides the batch averages gradients, outermost
+            first: its own ones, and those of other strategies whose ranks each compute a part of every gradient.
         parallelize: for the strategy that divides the batch: ``context.parallelize(module)`` applies the other
             strategies of the job to a module, in place. It calls this on every rank, once the values of all ranks are
             equal, and before it distributes the module. None if there are no others.
@@ -74,6 +76,7 @@ class Context:
     names: dict[str, str]
     mesh: DeviceMesh | None = None
     axes: tuple[str, ...] = ()
+    averaged: tuple[str, ...] = ()
     make: Make | None = None
     parallelize: Callable[[torch.nn.Module], None] | None = None
     provides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

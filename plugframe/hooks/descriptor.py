@@ -45,6 +45,7 @@ class Plugin:
             first device of this machine stands for those of the job.
             ``"by-hand"`` of an environment: the user has set its variables, perhaps per node rather than per process,
             so it is ignored when ``plugframe run`` gets a node rank.
+            ``"averages-axes"`` of a strategy that divides the batch: it averages gradients over ``context.averaged``.
             ``"local-backward"`` of a strategy: under ``strategy_no_sync`` neither forward nor backward communicates,
             and a later backward averages the accumulated gradients.
             Of a precision: ``"autocast"`` runs forwards under ``torch.autocast``; ``"loss-scaling"`` scales losses;
@@ -202,6 +203,11 @@ class Plugin:
             conflicts=_merged(self.conflicts, other.conflicts),
         )
 
+    @property
+    def works_alone(self) -> bool:
+        """Whether a strategy can be the only one of a job: it divides the batch, or has an axis of samples."""
+        return self.divides == ORDER[-1] or any(axis.samples for axis in self.axes)
+
     def made(self, plugin: Any) -> bool:
         """Return whether the factory is the class of an object, without importing anything."""
         cls = type(plugin)
@@ -211,11 +217,11 @@ class Plugin:
 
 
 def check_composable(strategies: Sequence[tuple[str, Plugin]], others: Iterable[Any]) -> None:
-    """Check that strategies can be combined: each once, and exactly one divides the batch.
+    """Check that strategies can be combined: each once, and exactly one divides the batch and averages where needed.
 
     Args:
         strategies: names with descriptors.
-        others: choices of strategies that can be combined, for the message; read if none divides the batch.
+        others: choices of strategies that can be combined, read for the message.
 
     Raises:
         ValueError: naming them, with what to do.
@@ -227,9 +233,19 @@ def check_composable(strategies: Sequence[tuple[str, Plugin]], others: Iterable[
     batch = [name for name, descriptor in strategies if descriptor.divides == ORDER[-1]]
     if len(names) > 1 and len(batch) > 1:
         raise ValueError(f"{batch[0]!r} and {batch[1]!r} both divide the batch: keep one of them.")
-    if len(names) > 1 and not batch:
+    # One that divides something else can be alone if it has an axis of samples as well.
+    if not batch and (len(names) > 1 or not strategies[0][1].works_alone):
         able = [repr(other.name) for other in others if other.descriptor.divides == ORDER[-1]]
         raise ValueError(f"none of them divides the batch: add {' or '.join(able) or 'one that does'}.")
+    averages = any("averages-axes" in each.provides for _, each in strategies if each.divides == ORDER[-1])
+    for name, descriptor in strategies:
+        parted = [axis.name for axis in descriptor.axes if axis.averages]
+        if parted and not averages:
+            able = [repr(other.name) for other in others if "averages-axes" in other.descriptor.provides]
+            raise ValueError(
+                f"{batch[0]!r} does not average gradients over the axis {parted[0]!r} of {name!r}: use "
+                f"{' or '.join(able) or 'another strategy'} in its place."
+            )
 
 
 def _merged(

@@ -13,7 +13,9 @@ from plugframe.errors import closest
 Divides = Literal["stages", "tensors", "experts", "sequence", "blocks", "batch"]
 ORDER: tuple[Divides, ...] = ("stages", "tensors", "experts", "sequence", "blocks", "batch")
 #: The order of their axes in the mesh, outermost first: neighbours in a node are along the last.
-PLACES: tuple[Divides, ...] = ("stages", "batch", "sequence", "experts", "blocks", "tensors")
+#: The sequence stands before the batch: of the two axes over which a sharding strategy averages gradients, torch
+#: replicates over the outer one and shards over the inner one.
+PLACES: tuple[Divides, ...] = ("stages", "sequence", "batch", "experts", "blocks", "tensors")
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Axis:
     Attributes:
         name: as users write it in ``mesh={"data": 2}``.
         samples: whether ranks along it read different samples; if not, they read the same ones.
+        averages: whether gradients are averaged over it though the samples are the same, because each rank computes
+            a part of them. The strategy that divides the batch must provide ``"averages-axes"``.
         size: its size if users give none; None takes the ranks that are left.
         optional: whether another strategy that uses the name takes it over.
         aliases: other names that users may write.
@@ -30,6 +34,7 @@ class Axis:
 
     name: str
     samples: bool = field(default=False, kw_only=True)
+    averages: bool = field(default=False, kw_only=True)
     size: int | None = field(default=None, kw_only=True)
     optional: bool = field(default=False, kw_only=True)
     aliases: tuple[str, ...] = field(default=(), kw_only=True)
@@ -76,6 +81,14 @@ class MeshLayout:
     def owned_by(self, strategy: str) -> tuple[str, ...]:
         """Return the names of the axes that a strategy uses."""
         return tuple(name for name, owner in zip(self.names, self.owners, strict=True) if owner == strategy)
+
+    def averaged(self, base: str) -> tuple[str, ...]:
+        """Return the names of the axes over which the strategy `base` averages gradients: its own, and `Axis.averages`.
+
+        Outermost first.
+        """
+        pairs = zip(self.axes, self.owners, strict=True)
+        return tuple(axis.name for axis, owner in pairs if owner == base or axis.averages)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ StrategyName = Literal[
     "ddp_notebook",
     "fsdp",
     "tensor_parallel",
+    "context",
     "pipeline",
     "deepspeed",
     "deepspeed_stage_1",

@@ -43,7 +43,8 @@ class Composed:
         """
         layout, base = self.plan.mesh, self.plan.choices[COMPOSED]
         assert layout is not None
-        context = replace(context, mesh=_device_mesh(context, layout.names, layout.sizes))
+        mesh = _device_mesh(context, layout.names, layout.sizes)
+        context = replace(context, mesh=mesh, averaged=layout.averaged(base.name))
         for choice, plugin in self.others:
             undo.callback(plugin.strategy_teardown)
             plugin.strategy_setup(context=replace(context, axes=layout.owned_by(choice.name)))

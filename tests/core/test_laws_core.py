@@ -27,7 +27,21 @@ CORE = ROOT / "plugframe"
 PLUGINS = ROOT / "plugins" / "plugframe_builtins"
 
 #: Built-in names that are words of the language, of Python or of torch as well, so that the core may say them.
-COMMON = {"16", "32", "64", "cpu", "torch", "single", "local", "manual", "fork", "spawn", "elastic", "remote"}
+COMMON = {
+    "16",
+    "32",
+    "64",
+    "context",
+    "cpu",
+    "torch",
+    "single",
+    "local",
+    "manual",
+    "fork",
+    "spawn",
+    "elastic",
+    "remote",
+}
 
 #: What only a plugin may know: makers, kinds of devices, libraries of communication and of training.
 OTHERS = {

@@ -61,6 +61,22 @@ def test_each_has_its_axes() -> None:
     assert "strategy cuts (plugframe 0.1.0)" in made.line()
 
 
+def test_who_averages_over_an_axis_that_parts_gradients() -> None:
+    """A strategy declares an axis without samples to average over: outermost, and only beside one that says it does."""
+    parted = MIXED.put("strategy", "tokens", plugin(divides="sequence", axes=(Axis("tokens", averages=True),))).put(
+        "strategy", "able", plugin(axes=(Axis("rows", samples=True),), provides=("averages-axes",))
+    )
+    made = plan(parted, strategy="able+tokens+cuts", mesh={"rows": 1, "tokens": 2, "cuts": 2}, devices=4)
+    assert made.mesh is not None
+    assert made.mesh.names == ("tokens", "rows", "cuts")
+    assert made.mesh.averaged("able") == ("tokens", "rows")
+    assert [made.mesh.data_shard(rank) for rank in range(4)] == [(0, 1)] * 4
+    with pytest.raises(SettingError, match="'whole' does not average .* the axis 'tokens' of 'tokens': use 'able' in"):
+        plan(parted, strategy="whole+tokens", mesh={"tokens": 2, "rows": 2}, devices=4)
+    with pytest.raises(SettingError, match="none of them divides the batch: add .*'able'"):
+        plan(parted, strategy="tokens", devices=4)
+
+
 def test_a_list_is_a_sum() -> None:
     """A list of names, or of names and objects, is what names with a plus are; the order is the strategies' own."""
     for way in (["cuts", "rows"], ("rows", "cuts"), "cuts + rows"):

@@ -8,9 +8,13 @@ from plugframe.core.registry.registry import Registry
 
 
 def of_builtins(kind: str, suite: type, **own: dict[str, Any]) -> dict[str, type]:
-    """Return a subclass of `suite` for every built-in name of a kind, with what `own` says of it besides."""
+    """Return a subclass of `suite` for every built-in name of a kind, with what `own` says of it besides.
+
+    Strategies that work beside others only are tested by themselves.
+    """
     registry = Registry.discover()
-    named = [entry.name for entry in registry.entries(kind) if entry.builtin and registry.describe(entry).factory]
+    described = [(entry.name, registry.describe(entry)) for entry in registry.entries(kind) if entry.builtin]
+    named = [name for name, descriptor in described if descriptor.factory and descriptor.works_alone]
     classes = {}
     for name in named:
         title = "Test" + name.title().replace("_", "").replace("-", "")

@@ -99,7 +99,7 @@ class Matrix:
             except PluginLoadError as error:
                 self.broken.append(str(error))
                 continue
-            if plugin.factory:
+            if plugin.factory and plugin.works_alone:
                 yield Installed(entry.qualified if registry.shadowed(entry) else entry.name, plugin, absent)
 
     def trainings(self) -> list[Training]:

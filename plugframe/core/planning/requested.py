@@ -135,7 +135,9 @@ def composed(
     setting, other = request.get(kind), request.overridden.get(kind)
     if not any(each is not None and is_composed(each.value) for each in (setting, other)):
         found = _single(kind, request, objects, implied, installed)
-        return [] if found is None else [found]
+        if found is None or found.descriptor.works_alone:
+            return [] if found is None else [found]
+        return in_order([found], setting or Setting(found.name, "plugins="), installed)
     if objects.get(kind):
         raise SettingError(f"{kind} is given twice, the second time in plugins=. Put the object into the list {kind}=.")
     assert setting is not None

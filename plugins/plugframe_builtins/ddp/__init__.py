@@ -9,7 +9,7 @@ plugin = Plugin(
     factory="plugframe_builtins.ddp.strategy:DDP",
     summary="The complete model on every rank, gradients averaged in backward.",
     priority=10,
-    provides=("local-backward",),
+    provides=("local-backward", "averages-axes"),
     needs={"collective": ("process-group",)},
     # The second is for `fully_shard`, which averages for it beside other strategies.
     axes=(Axis("data", samples=True), Axis("shard", size=1)),

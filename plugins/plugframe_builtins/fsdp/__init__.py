@@ -6,7 +6,7 @@ from plugframe_builtins._shared.sharding.options import OPTIONS
 plugin = Plugin(
     factory="plugframe_builtins.fsdp.strategy:FSDP",
     summary="The model sharded over ranks, for models larger than a device (FSDP2).",
-    provides=("sharded",),
+    provides=("sharded", "averages-axes"),
     axes=(Axis("replicate", samples=True, size=1), Axis("data", samples=True, aliases=("shard",))),
     options=(
         *OPTIONS,

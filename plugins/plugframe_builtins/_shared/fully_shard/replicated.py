@@ -13,6 +13,8 @@ class Replicated(FullyShardedStrategy):
     """Average the gradients of parameters over the axis ``data``, whatever other axes they are split over.
 
     torch averages over the outer dimension of a mesh of two, and shards along the inner one, which has one rank here.
+    Beside a strategy that divides the sequence, gradients are averaged over its axis too: the parameters are then
+    sharded over ``data``.
 
     Args:
         name: the strategy's name, for messages.
@@ -26,4 +28,5 @@ class Replicated(FullyShardedStrategy):
         super().__init__(**options)
 
     def _own_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
-        return mesh[self.axes]
+        averaged = self._averaged(mesh)
+        return mesh[averaged] if len(averaged) > 1 else mesh[(*averaged, "shard") if averaged else self.axes]

@@ -122,9 +122,22 @@ class FullyShardedStrategy(Strategy):
                 f"mesh={self.mesh!r} of strategy {self.name!r}, and mesh= of the job: leave the strategy's out."
             )
         # torch averages over the outer dimension and shards along the inner one.
+        return mesh[self._averaged(mesh) or self.context.axes[-1:]]
+
+    def _averaged(self, mesh: DeviceMesh) -> tuple[str, ...]:
+        """Return those axes over which gradients are averaged that have several ranks, outermost first.
+
+        Raises:
+            UnsupportedError: if there are more than two.
+        """
         sizes = dict(zip(mesh.mesh_dim_names or (), mesh.mesh.shape, strict=True))
-        axes = tuple(axis for axis in self.context.axes if sizes[axis] > 1) or self.context.axes[-1:]
-        return mesh[axes]
+        found = tuple(axis for axis in self.context.averaged if sizes[axis] > 1)
+        if len(found) > 2:
+            raise UnsupportedError(
+                f"strategy {self.name!r} averages gradients over two axes at most, and {', '.join(found[:-1])} and "
+                f"{found[-1]} of mesh= have several ranks: give {found[1]!r} one rank, and {found[-1]!r} its ranks."
+            )
+        return found
 
     @hookimpl
     def strategy_teardown(self) -> None:
