@@ -12,7 +12,7 @@ from plugframe.hooks.launcher import Job
 from plugframe.hooks.variables import JOB_SEED, LAUNCHED, TOKEN
 from plugframe.hooks.world import World
 from plugframe.launch.inheritance import unmarked
-from plugframe.utils.environment import environment
+from plugframe.utils.environment import environment, preserved_environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,5 +59,6 @@ def run_as_rank(job: Job, world: World, rendezvous: Rendezvous) -> Any:
     }
     shared = {LAUNCHED: "1", TOKEN: rendezvous.token, JOB_SEED: rendezvous.seed}
     wanted = {**job.environ, **shared, **{name: str(value) for name, value in variables.items()}}
-    with environment(wanted), unmarked():
+    # A Lite leaves a mark in the environment for programs that the script starts.
+    with preserved_environment(), environment(wanted), unmarked():
         return job.function(*job.args)

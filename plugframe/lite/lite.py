@@ -24,7 +24,6 @@ from plugframe.core.runtime.session import Session
 from plugframe.data.loaders import Loaders
 from plugframe.data.shared_seed import SharedSeed
 from plugframe.diagnostics.diagnostics import Diagnostics
-from plugframe.errors import UnsupportedError
 from plugframe.hooks.kinds import SETUP_ORDER
 from plugframe.hooks.variables import FROM_COMMAND_LINE, LAUNCHED
 from plugframe.launch import start
@@ -313,13 +312,7 @@ class Lite:
         Raises:
             UnsupportedError: if the job has none: it is there with ``mesh=`` or several strategies.
         """
-        mesh = self._started("mesh").mesh
-        if mesh is None:
-            raise UnsupportedError(
-                "This job has no mesh: pass mesh= to Lite, or combine strategies, as in "
-                f"strategy='{self.plan.choices['strategy'].name}+NAME'."
-            )
-        return mesh
+        return plugins.mesh(self)
 
     @property
     def global_rank(self) -> int:

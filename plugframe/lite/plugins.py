@@ -6,9 +6,11 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from plugframe.errors import SettingError, closest
+from plugframe.errors import SettingError, UnsupportedError, closest
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from plugframe.lite.lite import Lite
 
 
@@ -62,3 +64,14 @@ def callback_object(callback: Any) -> Any:
             f"callbacks={callback!r}: {module_name} has no {attribute!r}.{closest(attribute, dir(module))}"
         )
     return getattr(module, attribute)()
+
+
+def mesh(lite: Lite) -> DeviceMesh:
+    """Return the mesh of the job; see `Lite.mesh`."""
+    found = lite._started("mesh").mesh
+    if found is None:
+        raise UnsupportedError(
+            "This job has no mesh: pass mesh= to Lite, or combine strategies, as in "
+            f"strategy='{lite.plan.choices['strategy'].name}+NAME'."
+        )
+    return found

@@ -150,9 +150,11 @@ def outcome(cell: Cell, request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def _says_why(refusal: str, cell: Cell) -> bool:
-    """Say whether a refusal names the precision, or the object to make with the options that a bare name lacks."""
+    """Say whether a refusal names the precision, what the strategy cannot do with the model, or the object to make."""
     if isinstance(cell, Training) and cell.precision != EXACT and f"precision={cell.precision!r}" in refusal:
         return refusal.startswith("UnsupportedError")
+    if re.search(r"UnsupportedError: '[\w.]+' .* strategy '\w+' does not .*\. \w+ the model", refusal, re.DOTALL):
+        return True
     return bool(re.search(r"SettingError.*use \w+\(.*=.*\)", refusal, re.DOTALL))
 
 
@@ -227,7 +229,8 @@ def test_the_matrix_holds_everything_that_is_installed() -> None:
         ("precision", {cell.precision for cell in TRAININGS}),
     ):
         published = metadata.entry_points(group=f"plugframe.{kind}")
-        names = {point.name for point in published if not point.load().alias_of}
+        found = {point.name: point.load() for point in published}
+        names = {name for name, plugin in found.items() if not plugin.alias_of and plugin.works_alone}
         elsewhere = {each.name for each, _ in MATRIX.misfits("strategies" if kind == "strategy" else "precisions")}
         assert names
         assert names <= {name.rpartition(":")[2] for name in cells | elsewhere}

@@ -26,6 +26,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
         ("dp", "use strategy='ddp'"),
     ),
     "devices": (*NO_NAMES, 0, -2, "x", "2;3", [0, 0], ["a"], {}),
+    "mesh": ({"data": 0}, {"data": True}, {3: 2}, {"a": -1, "b": -1}, ({"data": 2}, "has no axes of a mesh")),
     "num_nodes": (True, 0, -1, 1.5, "2", "x", Thing()),
     "precision": (
         *NO_NAMES,
@@ -60,7 +61,9 @@ def test_a_wrong_setting_is_refused(name: str, value: Any, said: str) -> None:
     assert len(text.splitlines()) <= 3
     assert said in text
     shown = value[0] if name == "callbacks" and isinstance(value, list) else value
-    words = (repr(shown), str(shown), type(shown).__name__, *(map(repr, value) if isinstance(value, list) else ()))
+    words = [repr(shown), str(shown), type(shown).__name__, *(map(repr, value) if isinstance(value, list) else ())]
+    if name == "mesh":  # as it is typed
+        words = [",".join(f"{axis}={size}" for axis, size in value.items())]
     assert any(word in text for word in words), text
 
 

@@ -196,8 +196,8 @@ def balanced_split(module: nn.Module, num_stages: int) -> list[str]:
     if len(held) < num_stages or 2 * sum(map(_numel, blocks.values())) < _numel(module):
         raise SettingError(
             f"strategy 'pipeline' finds no nn.Sequential or nn.ModuleList with {num_stages} blocks in this {what} to "
-            f"cut it at: name the modules that start a stage, Pipeline(split=['layers.4', …]), or give the model such "
-            f"an attribute {ATTRIBUTE}."
+            f"cut it at: use Pipeline(split=['layers.4', …]) with the modules that start a stage, or give the model "
+            f"such an attribute {ATTRIBUTE}."
         )
     sizes = [_numel(blocks[each]) for each in held]
     order = [each for each, _ in module.named_modules()]
