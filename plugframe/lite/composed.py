@@ -10,7 +10,7 @@ from plugframe.core.planning.composition import COMPOSED
 from plugframe.core.planning.plan import Choice, Plan
 from plugframe.core.registry.catalogue import Catalogue
 from plugframe.core.runtime.binding import BoundHooks
-from plugframe.errors import UnsupportedError
+from plugframe.errors import PluginContractError, UnsupportedError
 from plugframe.hooks.context import Context
 
 
@@ -25,6 +25,7 @@ class Composed:
     def __init__(self, plan: Plan, catalogue: Catalogue) -> None:
         base = plan.choices[COMPOSED]
         self.others: list[tuple[Choice, Any]] = []
+        self._applied = False
         if plan.composed:
             own = catalogue.describe(base.entry) if base.entry is not None else base.descriptor
             base = replace(base, instance=base.make(catalogue).strategy_compose())
@@ -35,6 +36,20 @@ class Composed:
                 else:
                     self.others.append((choice, plugin))
         self.plan = replace(plan, choices={**plan.choices, COMPOSED: base})
+
+    def check_applied(self, module: Any) -> None:
+        """Raise if the strategy that divides the batch has set up a module without the other strategies.
+
+        Raises:
+            PluginContractError: naming both.
+        """
+        applied, self._applied = self._applied, False
+        if self.others and not applied and any(True for _ in module.parameters()):
+            base, others = self.plan.choices[COMPOSED], " and ".join(repr(choice.name) for choice, _ in self.others)
+            raise PluginContractError(
+                f"strategy {base.origin} set a {type(module).__name__} up without {others}: it has axes, so it must "
+                "call context.parallelize(module)."
+            )
 
     def start(self, context: Context, hooks: BoundHooks, undo: ExitStack) -> Context:
         """Make the mesh and set up the other strategies; return the context of the one that divides the batch.
@@ -55,6 +70,7 @@ class Composed:
         return replace(context, axes=layout.owned_by(base.name), parallelize=parallelize)
 
     def _parallelize(self, module: Any) -> None:
+        self._applied = True
         for _, plugin in self.others:
             plugin.strategy_parallelize(module=module)
 

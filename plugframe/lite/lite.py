@@ -151,7 +151,7 @@ class Lite:
         self._callbacks = [callback_object(c) for c in self._request.value("callbacks", ())]
         self._diagnostics = Diagnostics(self.plan) if self.plan.diagnostics else None
         observers = [SharedSeed(), *([self._diagnostics] if self._diagnostics is not None else [])]
-        composed = Composed(self.plan, self._registry)
+        self._composed = composed = Composed(self.plan, self._registry)
         self.plan = composed.plan
         before = {SETUP_ORDER[0]: with_make(self._registry)}
         if self.plan.mesh is not None:
@@ -186,6 +186,7 @@ class Lite:
             "_registry",
             "plan",
             "_callbacks",
+            "_composed",
             "_session",
             "_diagnostics",
             "_hooks",

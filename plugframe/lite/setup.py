@@ -185,6 +185,7 @@ def _check_stray(lite: Lite, optimizers: Iterable[Optimizer], known: set[int]) -
 
 
 def _adopt(lite: Lite, module: nn.Module, engine: Any, names: tuple[Any, ...]) -> None:
+    lite._composed.check_applied(module)
     adopt_module(module, hooks=lite._hooks, engine=engine, job=lite._job_state, forward_methods=names)
     lite._modules[:] = [reference for reference in lite._modules if reference() is not None]
     lite._modules.append(weakref.ref(module))

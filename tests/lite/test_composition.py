@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from plugframe import Axis, Lite, PlugframeWarning, Plugin, SettingError, UnsupportedError, hookimpl
+from plugframe import (
+    Axis,
+    Lite,
+    PlugframeWarning,
+    Plugin,
+    PluginContractError,
+    SettingError,
+    UnsupportedError,
+    hookimpl,
+)
 from plugframe.base import Strategy
 from plugframe.hooks.world import World
 from plugframe_builtins.ddp.strategy import DDP
@@ -291,8 +300,24 @@ def strangers_compose(world: World) -> None:
         assert noting.seen == [("twin",), 2, Model, "torn down"]
 
 
+class Forgetting(Strategy):
+    """An outside strategy that has axes and leaves the others out."""
+
+    plugin = Plugin(factory=f"{__name__}:Forgetting", axes=(Axis("data", samples=True),))
+
+
 def mistakes_are_told(world: World) -> None:
-    """Options without effect, a mesh given twice, and a job without a mesh, each in one line."""
+    """Options without effect, a mesh given twice, strategies left out, and a job without a mesh, each in one line."""
+    left_out = r"Forgetting .* set a Model up without 'tensor_parallel': it has axes, so it must call context.parallel"
+    with lite_of([Forgetting(), "tensor_parallel"], TWO) as lite, pytest.raises(PluginContractError, match=left_out):
+        lite.setup(build())
+    with lite_of("fsdp+tensor_parallel", TWO) as lite:
+        model = build()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        lite.setup(model, optimizer)
+        for order in (0.0, -float("inf")):
+            with pytest.raises(SettingError, match="defined for orders above 0"):
+                lite.clip_gradients(model, optimizer, max_norm=1.0, norm_type=order)
     with pytest.raises(SettingError, match="bucket_cap_mb=5 of strategy 'ddp' has no effect beside another strategy"):
         lite_of([DDP(bucket_cap_mb=5), "tensor_parallel"], TWO)
     with pytest.raises(SettingError, match="prefetch=1 of strategy 'tensor_parallel' has no effect beside another"):

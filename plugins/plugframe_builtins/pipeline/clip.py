@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from plugframe.errors import SettingError
 from plugframe_builtins.pipeline.axis import Axis
 
 
@@ -29,8 +30,11 @@ def clip_by_norm(
         staged: ids of the parameters that only this rank has; others are on every rank and count once.
 
     Raises:
+        SettingError: for an order that is not above 0.
         RuntimeError: if the norm is not finite and `error_if_nonfinite`, on all ranks.
     """
+    if not norm_type > 0:
+        raise SettingError(f"norm_type={norm_type:g}: the norm of shards is defined for orders above 0, inf included.")
     gradients = [p.grad for p in parameters if p.grad is not None]
     counted = [p.grad for p in parameters if p.grad is not None and (id(p) in staged or axis.rank == 0)]
     norm = get_total_norm(counted, norm_type) if counted else torch.zeros(())

@@ -7,6 +7,7 @@ from typing import Any
 from torch.distributed.device_mesh import DeviceMesh
 
 from plugframe_builtins._shared.fully_shard.strategy import FullyShardedStrategy
+from plugframe_builtins._shared.sharding.mesh import averaged_axes
 
 
 class Replicated(FullyShardedStrategy):
@@ -28,5 +29,5 @@ class Replicated(FullyShardedStrategy):
         super().__init__(**options)
 
     def _own_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
-        averaged = self._averaged(mesh)
+        averaged = averaged_axes(self.name, mesh, self.context)
         return mesh[averaged] if len(averaged) > 1 else mesh[(*averaged, "shard") if averaged else self.axes]

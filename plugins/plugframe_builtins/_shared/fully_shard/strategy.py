@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from plugframe.base import Strategy, overwrite, stored
-from plugframe.deferred.module import deferring, is_deferred, records
-from plugframe.errors import OrderError, SettingError, UnsupportedError
+from plugframe.deferred.module import deferring, records
+from plugframe.errors import SettingError, UnsupportedError
 from plugframe.hooks import Engine as AnyEngine
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
@@ -28,13 +27,20 @@ from plugframe_builtins._shared.fully_shard.added_parameters import AddedParamet
 from plugframe_builtins._shared.fully_shard.engine import Engine, Shim, show_outputs
 from plugframe_builtins._shared.fully_shard.policy import check_policy, check_switches, make_policy
 from plugframe_builtins._shared.fully_shard.unit_order import Channel
-from plugframe_builtins._shared.fully_shard.units import Units, check_units, find_units, keeps_statistics, split_dtypes
+from plugframe_builtins._shared.fully_shard.units import (
+    Units,
+    check_units,
+    find_units,
+    keeps_statistics,
+    prefetch,
+    split_dtypes,
+)
 from plugframe_builtins._shared.model_check import check_same_model
 from plugframe_builtins._shared.sharding.clip import clip_by_norm, clip_by_value
 from plugframe_builtins._shared.sharding.copies import allow_copies, keep_attributes
-from plugframe_builtins._shared.sharding.layout import check_layout, make_contiguous
+from plugframe_builtins._shared.sharding.layout import check_layout, check_plain, make_contiguous
 from plugframe_builtins._shared.sharding.materialization import materialize_shards
-from plugframe_builtins._shared.sharding.mesh import check_mesh, make_mesh
+from plugframe_builtins._shared.sharding.mesh import averaged_axes, check_mesh, make_mesh
 from plugframe_builtins._shared.sharding.optimizer_remapping import OptimizerRemapping
 from plugframe_builtins._shared.sharding.options import OPTIONS
 from plugframe_builtins._shared.sharding.parameter import as_sharded
@@ -122,22 +128,7 @@ class FullyShardedStrategy(Strategy):
                 f"mesh={self.mesh!r} of strategy {self.name!r}, and mesh= of the job: leave the strategy's out."
             )
         # torch averages over the outer dimension and shards along the inner one.
-        return mesh[self._averaged(mesh) or self.context.axes[-1:]]
-
-    def _averaged(self, mesh: DeviceMesh) -> tuple[str, ...]:
-        """Return those axes over which gradients are averaged that have several ranks, outermost first.
-
-        Raises:
-            UnsupportedError: if there are more than two.
-        """
-        sizes = dict(zip(mesh.mesh_dim_names or (), mesh.mesh.shape, strict=True))
-        found = tuple(axis for axis in self.context.averaged if sizes[axis] > 1)
-        if len(found) > 2:
-            raise UnsupportedError(
-                f"strategy {self.name!r} averages gradients over two axes at most, and {', '.join(found[:-1])} and "
-                f"{found[-1]} of mesh= have several ranks: give {found[1]!r} one rank, and {found[-1]!r} its ranks."
-            )
-        return found
+        return mesh[averaged_axes(self.name, mesh, self.context) or self.context.axes[-1:]]
 
     @hookimpl
     def strategy_teardown(self) -> None:
@@ -160,7 +151,7 @@ class FullyShardedStrategy(Strategy):
         if not parameters:
             module.to(self.context.device)
             return None
-        self._check_parameters(module, parameters)
+        check_plain(module, parameters, self.name)
         check_layout(module, parameters, self.name)
         check_same_model(module, self.context.hooks)
         make_contiguous(module)
@@ -188,18 +179,6 @@ class FullyShardedStrategy(Strategy):
         self._engines.append(weakref.ref(engine))
         self._additions.watch(module, engine)
         return engine
-
-    def _check_parameters(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-        for name, parameter in parameters.items():
-            if isinstance(parameter, DTensor):
-                raise OrderError(
-                    f"Parameter {name!r} is a DTensor: strategy {self.name!r} shards plain parameters by itself."
-                )
-            if parameter.is_meta and not is_deferred(parameter):
-                raise UnsupportedError(
-                    f"Parameter {name!r} is on the meta device, and its values are undefined: build the "
-                    f"{type(module).__name__} under lite.init_module(empty_init=True)."
-                )
 
     def _parallelize(self, module: nn.Module) -> None:
         """Apply parallelism over further mesh axes before the module is sharded over the data axis."""
@@ -252,14 +231,8 @@ class FullyShardedStrategy(Strategy):
         shim = Shim(module)
         fully_shard(shim, **options)
         if self.prefetch is not None:
-            self._prefetch(units[::-1], self.prefetch)
+            prefetch(units[::-1], self.prefetch)
         return shim
-
-    @staticmethod
-    def _prefetch(units: Sequence[Any], depth: int) -> None:
-        for number, unit in enumerate(units):
-            unit.set_modules_to_forward_prefetch(list(units[number + 1 : number + 1 + depth]))
-            unit.set_modules_to_backward_prefetch(list(units[max(0, number - depth) : number][::-1]))
 
     def _reshards_after_forward(self) -> bool | int | None:
         """Return torch's option; None for torch's default, all units but the outermost.

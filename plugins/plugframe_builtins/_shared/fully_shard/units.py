@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -165,3 +165,10 @@ def _has_parameters(module: nn.Module) -> bool:
 
 def _is_class(unit: Any) -> bool:
     return isinstance(unit, str) or (isinstance(unit, type) and issubclass(unit, nn.Module))
+
+
+def prefetch(units: Sequence[Any], depth: int) -> None:
+    """Have every unit gather the `depth` units after it ahead, in forward and in backward; in the order of forward."""
+    for number, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(list(units[number + 1 : number + 1 + depth]))
+        unit.set_modules_to_backward_prefetch(list(units[max(0, number - depth) : number][::-1]))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.utils import get_total_norm
 
+from plugframe.errors import SettingError
 from plugframe.hooks.context import Context
 
 
@@ -28,8 +29,11 @@ def clip_by_norm(
     Every rank must call it. An element counts once, on however many ranks it is.
 
     Raises:
+        SettingError: for an order that is not above 0.
         RuntimeError: if the norm is not finite and `error_if_nonfinite`.
     """
+    if not norm_type > 0:
+        raise SettingError(f"norm_type={norm_type:g}: the norm of shards is defined for orders above 0, inf included.")
     gradients = _gradients(parameters)
     total = _total_norm(gradients, norm_type, context)
     if error_if_nonfinite and not bool(torch.isfinite(total)):

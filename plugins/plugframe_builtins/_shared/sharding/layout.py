@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from plugframe.errors import UnsupportedError
+from plugframe.deferred.module import is_deferred
+from plugframe.errors import OrderError, UnsupportedError
 
 
 def check_layout(module: nn.Module, parameters: Mapping[str, nn.Parameter], strategy: str) -> None:
@@ -49,3 +51,22 @@ def make_contiguous(module: nn.Module) -> None:
 
 def _overlaps(tensor: Tensor) -> bool:
     return any(not stride and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def check_plain(module: nn.Module, parameters: Mapping[str, nn.Parameter], strategy: str) -> None:
+    """Raise if a parameter is a DTensor, or has no values.
+
+    Raises:
+        OrderError: for a DTensor.
+        UnsupportedError: for a parameter on the meta device that is not deferred.
+    """
+    for name, parameter in parameters.items():
+        if isinstance(parameter, DTensor):
+            raise OrderError(
+                f"Parameter {name!r} is a DTensor: strategy {strategy!r} shards plain parameters by itself."
+            )
+        if parameter.is_meta and not is_deferred(parameter):
+            raise UnsupportedError(
+                f"Parameter {name!r} is on the meta device, and its values are undefined: build the "
+                f"{type(module).__name__} under lite.init_module(empty_init=True)."
+            )

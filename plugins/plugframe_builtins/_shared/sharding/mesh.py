@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from plugframe.errors import SettingError
+from plugframe.errors import SettingError, UnsupportedError
 from plugframe.hooks.context import Context
 
 
@@ -47,3 +47,19 @@ def make_mesh(strategy: str, mesh: Mapping[str, int], axes: tuple[str, ...], con
             "multiply to that; -1 stands for all that is left."
         )
     return init_device_mesh(context.device.type, tuple(sizes), mesh_dim_names=axes)
+
+
+def averaged_axes(strategy: str, mesh: DeviceMesh, context: Context) -> tuple[str, ...]:
+    """Return those axes over which gradients are averaged that have several ranks, outermost first.
+
+    Raises:
+        UnsupportedError: if there are more than two.
+    """
+    sizes = dict(zip(mesh.mesh_dim_names or (), mesh.mesh.shape, strict=True))
+    found = tuple(axis for axis in context.averaged if sizes[axis] > 1)
+    if len(found) > 2:
+        raise UnsupportedError(
+            f"strategy {strategy!r} averages gradients over two axes at most, and {', '.join(found[:-1])} and "
+            f"{found[-1]} of mesh= have several ranks: give {found[1]!r} one rank, and {found[-1]!r} its ranks."
+        )
+    return found
