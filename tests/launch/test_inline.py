@@ -15,6 +15,8 @@ from plugframe import Lite, Plugin, UsageError, World, hookimpl
 from plugframe.base import Launcher
 from plugframe.hooks import Job
 from plugframe.launch import Rendezvous, run_as_rank
+from plugframe.testing.fakes import cluster_variables
+from plugframe.utils.environment import environment
 
 pytestmark = pytest.mark.ranks
 
@@ -62,8 +64,8 @@ def names_of_ranks(_: int) -> list[str]:
 def test_workers_of_a_pool_become_ranks() -> None:
     """The numbers are those of a job, and a worker is what it was afterwards: it serves the next job."""
     # A process that has been a rank leaves its mark to the programs that it starts: the workers have it from the start.
-    with Lite(accelerator="cpu", devices=1) as earlier:
-        earlier.launch()
+    with environment(cluster_variables(num_nodes=1, ranks_per_node=1, rank=0)), Lite(accelerator="cpu"):
+        pass
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=context) as executor:
         # Both workers are started before the first job, so that each gets a rank.
