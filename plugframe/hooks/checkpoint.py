@@ -48,8 +48,17 @@ class CheckpointSpec(Protocol):
     ) -> SaveHandle | None:
         """Write `state` at `path` atomically: a crash at any time leaves the previous checkpoint intact.
 
-        Called on every rank. `info` holds plain values for the manifest: format version, world size, plugins.
-        Returns or raises consistently on all ranks.
+        Called on every rank. Returns or raises consistently on all ranks.
+
+        Args:
+            path: where to write.
+            state: this rank's state; see `CheckpointSpec`.
+            info: plain values for the manifest: ``"plugframe"`` (the version), ``"world_size"``, ``"plugins"``, and
+                ``"modules"``, which describes each module of `state` by its key, nested keys joined by dots: its
+                ``"class"``, its ``"config"`` (the module's attribute ``config`` as a dict, such as that of a Hugging
+                Face model; None if it has none of plain values) and ``"tied"``, the groups of names in its state that
+                are one tensor.
+            wait: whether to return only once the checkpoint is complete on disk.
 
         Returns:
             None once the checkpoint is complete on disk; a handle if `wait` is False and the save may still run.

@@ -12,6 +12,7 @@ from plugframe.core.runtime.session import Session
 from plugframe.data.loaders import Loaders
 from plugframe.errors import CheckpointError, SettingError
 from plugframe.hooks.checkpoint import SaveHandle
+from plugframe.state.module_info import module_infos
 from plugframe.state.parameter_names import ParameterNamer
 from plugframe.state.plugins import PluginStates
 from plugframe.state.run import RunState, run_state
@@ -77,9 +78,8 @@ def save(
         # The shards of the other ranks do not exist.
         warn_caller("Nothing is saved: the other ranks of this job are simulated.")
         return None if wait else NoOpSaveHandle()
-    handle: SaveHandle | None = hooks.checkpoint_save(
-        path=target, state=tree, info={**_info(session), **(info or {})}, wait=wait
-    )
+    about = {**_info(session), "modules": module_infos(state, tree), **(info or {})}
+    handle: SaveHandle | None = hooks.checkpoint_save(path=target, state=tree, info=about, wait=wait)
     if hooks.on_save is not None:
         hooks.on_save(path=target, state=state)
     return handle

@@ -312,6 +312,7 @@ def _show(contents: Contents, tensors: Mapping[str, Any], values: Mapping[str, A
 
     info = dict(contents.info)
     plugins = info.pop("plugins", None)
+    info.pop("modules", None)  # shown by --json only: a configuration has dozens of values
     facts = {
         "format": contents.format + (f", version {contents.version}" if contents.version else ""),
         "size": f"{_bytes(contents.size_bytes)} in {contents.num_files} file{'s' * (contents.num_files != 1)}",
