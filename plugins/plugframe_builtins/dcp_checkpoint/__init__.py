@@ -1,6 +1,6 @@
 """Sharded checkpoints on torch.distributed.checkpoint: a folder with a file per rank."""
 
-from plugframe import Plugin
+from plugframe import Option, Plugin
 
 plugin = Plugin(
     factory="plugframe_builtins.dcp_checkpoint.checkpoint:ShardedCheckpoint",
@@ -8,4 +8,9 @@ plugin = Plugin(
     provides=("sharded", "async"),
     requires=("safetensors",),
     priority=50,
+    options=(
+        Option(
+            "layout", str, "plugframe", "The files' layout; torch's own tools read torch's.", ("plugframe", "torch")
+        ),
+    ),
 )

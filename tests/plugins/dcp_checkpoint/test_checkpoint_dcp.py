@@ -34,6 +34,7 @@ from plugframe.errors import CheckpointCorruptError, CheckpointError
 from plugframe.hooks.context import Context
 from plugframe.hooks.world import World
 from plugframe_builtins._shared.checkpoint_files import tensor_file
+from plugframe_builtins._shared.sharded_checkpoint import torch_writer
 from plugframe_builtins._shared.sharded_checkpoint.pending import Pending
 from plugframe_builtins.dcp_checkpoint.checkpoint import ShardedCheckpoint
 from plugframe_builtins.safetensors_checkpoint.checkpoint import SafetensorsCheckpoint
@@ -434,19 +435,54 @@ def a_single_file_is_read_in_parts(on: Job) -> None:
             assert bits(target.to_local()) == bits(wanted)
 
 
-def folders_of_torch_itself_are_read_if_trusted(on: Job) -> None:
-    """A folder of torch.distributed.checkpoint holds pickles: refused, and read with trusted=True."""
+def folders_of_torch_itself_are_read(on: Job) -> None:
+    """A folder of torch.distributed.checkpoint is read, trusted or not; never written over."""
     values = wholes()
     state = {"model": {"rows": on.parts("rows")["rows"], "whole": values["few"]}, "list": [1, {"a": 2.5}], "epoch": 3}
     dcp.save(dict(state), checkpoint_id=on.path("torch"))
-    with pytest.raises(CheckpointError, match=r"torch was written by torch\.distributed\.checkpoint, .* is a pickle"):
-        on.load("torch")
-    loaded = on.load("torch", trusted=True)
-    assert same(loaded["model"], {"rows": values["rows"], "whole": values["few"]})
-    assert loaded["list"] == [1, {"a": 2.5}]
-    assert loaded["epoch"] == 3
+    for trusted in (False, True):
+        loaded = on.load("torch", trusted=trusted)
+        assert same(loaded["model"], {"rows": values["rows"], "whole": values["few"]})
+        assert loaded["list"] == [1, {"a": 2.5}]
+        assert loaded["epoch"] == 3
     with pytest.raises(CheckpointError, match=r"is a folder that holds something else \(\.metadata, "):
         on.save("torch", numbered(on, 1))
+
+
+def torchs_layout_is_read_by_torch_and_here(on: Job) -> None:
+    """Shards saved with layout="torch" load in any other layout, by plugframe and by torch; also behind the loop."""
+    on.checkpoint.layout = "torch"
+    try:
+        for how, wait in (("rows", True), ("hybrid", True), ("columns", False)):
+            handle = on.save("theirs", state_of(on, how), wait=wait)
+            if handle is not None:
+                handle.wait()
+            check_content(on, "theirs")
+            wanted = on.parts("grid" if how == "rows" else "rows")
+            targets = {key: _blank(value) for key, value in wanted.items() if key != "narrow"}
+            dcp.load({"model": targets}, checkpoint_id=on.path("theirs"))
+            for key, target in targets.items():
+                assert bits(_local(target)) == bits(_local(wanted[key])), f"{key} from {how}"
+        with disk_full_for_metadata(), pytest.raises(CheckpointError, match="No space left on device; what was there"):
+            on.save("theirs", state_of(on, "rows"))
+        on.meet()
+        check_content(on, "theirs")
+    finally:
+        on.checkpoint.layout = "plugframe"
+    on.save("theirs", numbered(on, 1))
+    check_number(on, "theirs", 1)
+
+
+@contextmanager
+def disk_full_for_metadata() -> Iterator[None]:
+    """Let the metadata of torch fail to be written."""
+
+    def failing(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_writer, "_metadata", failing)
+        yield
 
 
 CHECKS = [
@@ -460,7 +496,8 @@ CHECKS = [
     a_state_that_cannot_be_saved_is_refused_on_all_ranks,
     damage_is_told_to_all_ranks,
     a_single_file_is_read_in_parts,
-    folders_of_torch_itself_are_read_if_trusted,
+    folders_of_torch_itself_are_read,
+    torchs_layout_is_read_by_torch_and_here,
 ]
 
 

@@ -151,9 +151,10 @@ def _inspect(path: str) -> Contents:
 def _find(path: str) -> Index:
     if os.path.isdir(path):
         if _is_torchs(path):
-            from plugframe_builtins._shared.checkpoint_files import torch_format
-
-            torch_format.read(path, trusted=False)
+            raise CheckpointError(
+                f"{path} is a folder of torch.distributed.checkpoint, which is not read lazily: load it, and save "
+                "it again."
+            )
         return sharded_format.find(path)
     _check_present(path)
     with open_regular(path) as file:

@@ -53,6 +53,15 @@ def one_chunk(slot: Slot, data_at: int, *, xxh3: tuple[str, ...] | None = None) 
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gap:
+    """Bytes of a file between its chunks, such as the headers of torch's archives, with a checksum per segment."""
+
+    start: int
+    size_bytes: int
+    xxh3: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Head:
     """Size and header checksum of a file.
 
@@ -60,11 +69,13 @@ class Head:
         size_bytes: of the complete file.
         head_bytes: bytes before the first chunk.
         xxh3: checksum of those; None if they are verified already.
+        gaps: other bytes that belong to no chunk.
     """
 
     size_bytes: int
     head_bytes: int
     xxh3: str | None
+    gaps: tuple[Gap, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The sharded format: a folder of data files, and a manifest that is written last and commits them.
 
-Each data file is a safetensors file with one rank's chunks. File names are unique to a save, so
+Each data file is a safetensors file with one rank's chunks, or, in torch's layout, one archive of ``torch.save`` per
+chunk; then the folder also holds torch's metadata, which is never read here. File names are unique to a save, so
 that the next save can write beside them; the manifest lists the files that belong to the checkpoint.
 """
 
@@ -30,23 +31,25 @@ from plugframe.checkpoint import (
 )
 from plugframe.errors import CheckpointCorruptError, CheckpointError, CheckpointUnfinishedError
 from plugframe_builtins._shared.checkpoint_files.coverage import fills, fills_file
-from plugframe_builtins._shared.checkpoint_files.index import Chunk, Head, Index, TensorLayout
+from plugframe_builtins._shared.checkpoint_files.index import Chunk, Gap, Head, Index, TensorLayout
 from plugframe_builtins._shared.checkpoint_files.regular_file import open_regular
 
 FORMAT = "plugframe sharded"
 VERSION = 1
 MANIFEST = "manifest.json"
+#: The metadata of torch.distributed.checkpoint: a pickle.
+TORCH_METADATA = ".metadata"
 
 #: First bytes of a manifest of any version.
 OPENING = b'{"format":"plugframe sharded","version":'
 _VERSION = re.compile(re.escape(OPENING) + rb"(\d{1,9}),")
-_DATA = re.compile(r"[0-9a-f]{16}-\d{5,}\.safetensors")
-_DRAFT = re.compile(r"\.manifest\.json\.tmp-[0-9a-f]{16}")
+_DATA = re.compile(r"[0-9a-f]{16}-\d{5,}\.(safetensors|distcp)")
+_DRAFT = re.compile(r"\.(manifest\.json|\.metadata)\.tmp-[0-9a-f]{16}")
 
 
-def data_name(save_id: str, rank: int) -> str:
-    """Return the name of a rank's data file."""
-    return f"{save_id}-{rank:05d}.safetensors"
+def data_name(save_id: str, rank: int, suffix: str = "safetensors") -> str:
+    """Return the name of a rank's data file; `suffix` is ``"distcp"`` in torch's layout."""
+    return f"{save_id}-{rank:05d}.{suffix}"
 
 
 def is_data(name: str) -> bool:
@@ -76,10 +79,15 @@ def pack(
         "version": VERSION,
         "info": packed_info,
         "structure": structure,
-        "files": {name: [head.size_bytes, head.head_bytes, head.xxh3] for name, head in files.items()},
+        "files": {name: _pack_head(head) for name, head in files.items()},
         "tensors": {name: _pack(laid, numbers) for name, laid in tensors.items()},
     }
     return seal(body)
+
+
+def _pack_head(head: Head) -> list[Any]:
+    gaps = [[gap.start, gap.size_bytes, gap.xxh3] for gap in head.gaps]
+    return [head.size_bytes, head.head_bytes, head.xxh3, *([gaps] if gaps else [])]
 
 
 def _pack(laid: TensorLayout, numbers: Mapping[str, int]) -> list[Any]:
@@ -152,7 +160,7 @@ def is_unfinished(names: Iterable[str]) -> bool:
 def is_checkpoint(path: str) -> bool:
     """Return whether the folder at `path` is a sharded checkpoint and holds nothing else."""
     names = os.listdir(path)
-    return MANIFEST in names and all(map(is_ours, names))
+    return MANIFEST in names and all(is_ours(name) or name == TORCH_METADATA for name in names)
 
 
 def check_content(path: str, shown: str) -> None:
@@ -225,10 +233,16 @@ def _unpack(path: str, fields: Any, data: bytes) -> Index:
 
 
 def _unpack_head(packed: Any) -> Head:
-    size_bytes, head_bytes, xxh3 = packed
-    if not is_digest(xxh3):
+    size_bytes, head_bytes, xxh3, *more = packed
+    if not is_digest(xxh3) or len(more) > 1:
         raise ValueError("the header of a file has no checksum")
-    return Head(size_bytes=checked_size(size_bytes), head_bytes=checked_size(head_bytes), xxh3=xxh3)
+    gaps = tuple(_unpack_gap(*gap) for gap in (more[0] if more else ()))
+    return Head(size_bytes=checked_size(size_bytes), head_bytes=checked_size(head_bytes), xxh3=xxh3, gaps=gaps)
+
+
+def _unpack_gap(start: Any, size_bytes: Any, xxh3: Any) -> Gap:
+    size = checked_size(size_bytes)
+    return Gap(start=checked_size(start), size_bytes=size, xxh3=checked_sums(xxh3, size))
 
 
 def _unpack_tensor(name: str, packed: Any, names: Sequence[str], files: Mapping[str, Head]) -> TensorLayout:
@@ -257,8 +271,8 @@ def _unpack_tensor(name: str, packed: Any, names: Sequence[str], files: Mapping[
 
 
 def _check_files(files: Mapping[str, Head], tensors: Mapping[str, TensorLayout]) -> None:
-    """Raise unless every byte of every file belongs to exactly one of its header and its chunks."""
-    stretches: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
+    """Raise unless every byte of every file belongs to exactly one of its header, its chunks and its gaps."""
+    stretches = {name: [(gap.start, gap.size_bytes) for gap in head.gaps] for name, head in files.items()}
     for laid in tensors.values():
         for chunk in laid.chunks:
             stretches[chunk.file].append((chunk.start, math.prod(chunk.sizes) * laid.dtype.itemsize))

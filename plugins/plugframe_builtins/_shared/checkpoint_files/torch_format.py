@@ -1,8 +1,10 @@
-"""Read ``torch.distributed.checkpoint`` folders: only if trusted, since their metadata is a pickle."""
+"""Read ``torch.distributed.checkpoint`` folders, whose metadata is a pickle, without running code of them."""
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +13,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 
 from plugframe.checkpoint import printable_cause
 from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe_builtins._shared.checkpoint_files.torch_metadata import UnsafeMetadataError, read_metadata
 
 METADATA = ".metadata"
 
@@ -27,15 +31,16 @@ def read(path: str, *, trusted: bool) -> dict[str, Any]:
     """Return the state in the folder; arbitrary code runs only if `trusted`.
 
     Raises:
-        CheckpointError: if the checkpoint is not `trusted`.
+        CheckpointError: if the folder holds more than tensors and plain values and is not `trusted`.
+        CheckpointCorruptError: if the folder is damaged.
     """
-    if not trusted:
-        raise CheckpointError(
-            f"{path} was written by torch.distributed.checkpoint, whose metadata is a pickle and can hold code; "
-            "none of it was run: pass trusted=True only if you trust whoever wrote it."
-        )
     try:
-        return _read(path)
+        return _read(path, trusted=trusted)
+    except (UnsafeMetadataError, _UnsafeValueError) as error:
+        raise CheckpointError(
+            f"{path} was written by torch.distributed.checkpoint, whose metadata is a pickle and can hold code "
+            f"({error}); none of it was run: pass trusted=True only if you trust whoever wrote it."
+        ) from None
     except (Exception, CheckpointException) as error:  # noqa: BLE001 a file may hold anything
         text = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointCorruptError(
@@ -43,16 +48,34 @@ def read(path: str, *, trusted: bool) -> dict[str, Any]:
         ) from printable_cause(error)
 
 
-def _read(path: str) -> dict[str, Any]:
+class _UnsafeValueError(Exception):
+    """A value that is no tensor holds more than plain values."""
+
+
+class _PlainPlanner(DefaultLoadPlanner):
+    """Load values that are no tensors without running code of them."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Load one value; torch's own method unpickles anything."""
+        name = read_item.dest_index.fqn
+        try:
+            self.state_dict[name] = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise _UnsafeValueError(f"in the value {name!r}") from error
+
+
+def _read(path: str, *, trusted: bool) -> dict[str, Any]:
     reader = FileSystemReader(path)
-    metadata = reader.read_metadata()
+    metadata = reader.read_metadata() if trusted else read_metadata(os.path.join(path, METADATA))
     state: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
         if isinstance(entry, TensorStorageMetadata)
         else None
         for name, entry in metadata.state_dict_metadata.items()
     }
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = (DefaultLoadPlanner if trusted else _PlainPlanner)(
+        flatten_state_dict=False, flatten_sharded_tensors=False
+    )
     planner.set_up_planner(state, metadata, True)
     reader.set_up_storage_reader(metadata, True)
     plan = reader.prepare_local_plan(planner.create_local_plan())

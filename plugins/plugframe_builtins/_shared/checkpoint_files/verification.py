@@ -42,12 +42,16 @@ class Part:
 
 
 def headers_of(found: Index) -> list[Part]:
-    """Return the file headers that have a checksum."""
-    return [
+    """Return the file headers that have a checksum, and what else is between the tensors."""
+    parts = [
         Part(f"the header of {name}", name, 0, head.head_bytes, (head.xxh3,), header=True)
         for name, head in found.files.items()
         if head.xxh3 is not None
     ]
+    for name, head in found.files.items():
+        what = f"what is between the tensors of {name}"
+        parts += [Part(what, name, gap.start, gap.size_bytes, gap.xxh3, header=True) for gap in head.gaps]
+    return parts
 
 
 def parts_of(found: Index) -> list[Part]:

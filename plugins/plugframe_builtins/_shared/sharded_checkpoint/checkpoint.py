@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from plugframe.base import Checkpoint
 from plugframe.checkpoint import Contents, Packed, StoredTensor, first_error, pack_error, split_stored, unpack_error
-from plugframe.errors import CheckpointError, CheckpointURLError, UnsupportedError
+from plugframe.errors import CheckpointError, CheckpointURLError, SettingError, UnsupportedError
 from plugframe.hooks import SaveHandle, hookimpl
 from plugframe.hooks.context import Context
 from plugframe.utils.logging import warn_caller
@@ -26,8 +27,12 @@ from plugframe_builtins._shared.sharded_checkpoint.partition import Piece, commo
 from plugframe_builtins._shared.sharded_checkpoint.pending import Pending, clean, explain, interrupted
 from plugframe_builtins._shared.sharded_checkpoint.planner import PiecePlanner
 from plugframe_builtins._shared.sharded_checkpoint.staging import Staged, Staging
-from plugframe_builtins._shared.sharded_checkpoint.writer import FolderWriter, begin
+from plugframe_builtins._shared.sharded_checkpoint.torch_writer import TorchFolderWriter, check_names
+from plugframe_builtins._shared.sharded_checkpoint.writer import FolderWriter, Shapes, begin
 from plugframe_builtins._shared.torch_collective.connection import host_backend
+
+#: The writer of each layout.
+LAYOUTS: Mapping[str, type[FolderWriter]] = {"plugframe": FolderWriter, "torch": TorchFolderWriter}
 
 
 class _Contribution(NamedTuple):
@@ -40,9 +45,17 @@ class _Contribution(NamedTuple):
 
 
 class ShardedCheckpoint(Checkpoint):
-    """Write a folder per checkpoint with ``torch.distributed.checkpoint``; it loads on any number of ranks."""
+    """Write a folder per checkpoint with ``torch.distributed.checkpoint``; it loads on any number of ranks.
 
-    def __init__(self) -> None:
+    Args:
+        layout: ``"plugframe"`` writes safetensors files. ``"torch"`` writes torch's own archives and metadata, so that
+            ``torch.distributed.checkpoint`` reads the folder too; it is loaded here without unpickling anything.
+    """
+
+    def __init__(self, *, layout: str = "plugframe") -> None:
+        if layout not in LAYOUTS:
+            raise SettingError(f"layout={layout!r} is not supported: use {' or '.join(map(repr, LAYOUTS))}.")
+        self.layout = layout
         self._pending: Pending | None = None
         self._group: dist.ProcessGroup | None = None
         self._staging = Staging()
@@ -85,10 +98,10 @@ class ShardedCheckpoint(Checkpoint):
         shared = set(table(tensors))
         if len({each.digest for each in offers}) > 1:
             # A rank with an empty shard cannot detect a shared tensor: then no rank checks.
-            tensors, structure = split_stored(state, dtypes=CODES.keys(), where=path, sharded=True, aliases=False)
+            tensors, structure = self._split(path, state, aliases=False)
             shared = common(self._exchange(table(tensors)), where=path)
         pieces = portion(tensors, shared, rank=world.global_rank, num_ranks=world.world_size)
-        writer = FolderWriter(
+        writer = LAYOUTS[self.layout](
             offers[0].folder,
             os.path.abspath(path),
             path,
@@ -96,6 +109,7 @@ class ShardedCheckpoint(Checkpoint):
             world.global_rank,
             structure,
             dict(info),
+            _shapes(tensors),
         )
         if wait:
             self._save(pieces, writer)
@@ -138,7 +152,7 @@ class ShardedCheckpoint(Checkpoint):
         try:
             if not path or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
                 raise CheckpointURLError(f"{path!r} is not a file system path, which a sharded checkpoint needs.")
-            tensors, structure = split_stored(state, dtypes=CODES.keys(), where=path, sharded=True)
+            tensors, structure = self._split(path, state)
             first = self.context.world.global_rank == 0
             save_id, folder = begin(os.path.abspath(path), path) if first else ("", "")
         except CheckpointError as problem:
@@ -147,6 +161,14 @@ class ShardedCheckpoint(Checkpoint):
             text = f"cannot write {path}: {type(problem).__name__}: {problem}"
             return _Contribution(pack_error(CheckpointError(text)), b"", "", ""), {}, None
         return _Contribution(None, digest(table(tensors)), save_id, folder), tensors, structure
+
+    def _split(
+        self, path: str, state: Mapping[str, Any], *, aliases: bool = True
+    ) -> tuple[dict[str, Tensor | StoredTensor], Any]:
+        tensors, structure = split_stored(state, dtypes=CODES.keys(), where=path, sharded=True, aliases=aliases)
+        if self.layout == "torch":
+            check_names(structure, _shapes(tensors), where=path)
+        return tensors, structure
 
     def _save(self, pieces: Mapping[str, Piece], writer: FolderWriter) -> None:
         values = {name: piece.tensor for name, piece in pieces.items()}
@@ -198,6 +220,10 @@ class ShardedCheckpoint(Checkpoint):
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
         return self._group
+
+
+def _shapes(tensors: Mapping[str, Tensor | StoredTensor]) -> Shapes:
+    return {name: (torch.Size(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _loaded(tensor: Tensor | StoredTensor) -> Tensor:

@@ -6,10 +6,10 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,19 @@ from plugframe.checkpoint import (
 from plugframe.errors import CheckpointError
 from plugframe_builtins._shared.checkpoint_files import formats, sharded_format, tensor_file
 from plugframe_builtins._shared.checkpoint_files.index import Chunk, Head, TensorLayout
+
+
+class Written(NamedTuple):
+    """Where a chunk was written; `archive` is the byte range of its archive in torch's layout."""
+
+    file: str
+    start: int
+    xxh3: tuple[str, ...]
+    archive: tuple[int, int] = (0, 0)
+
+
+#: Shape and dtype of tensors by name.
+Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
 
 #: Approximate bytes per tensor in the header and manifest.
 _ENTRY_BYTES = 512
@@ -110,6 +123,7 @@ class FolderWriter(StorageWriter):
         rank: this rank.
         structure: of the state; rank 0's is written.
         info: about the run; rank 0's is written.
+        shapes: of all tensors in `structure`.
     """
 
     path: str
@@ -119,6 +133,7 @@ class FolderWriter(StorageWriter):
     rank: int
     structure: Any
     info: Mapping[str, Any]
+    shapes: Shapes = field(default_factory=dict)
     _file: BinaryIO | None = None
     _made: list[str] = field(default_factory=list)
 
@@ -143,38 +158,57 @@ class FolderWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's file and sync it to disk; its lock is held until `settle`."""
         with _checkpoint_errors(f"cannot write {self.shown} (rank {self.rank})"):
-            results = self._write(plan, planner) if plan.items else []
+            results = self._write(plan, planner) if self._has_file(plan) else []
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
+    def _has_file(self, plan: SavePlan) -> bool:
+        return bool(plan.items)
+
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        name = sharded_format.data_name(self.save_id, self.rank)
         # Descending item sizes keep every tensor aligned without padding, which the format forbids.
         items = sorted(plan.items, key=lambda item: -_itemsize(item))
         named = _named(items)
         slots = tensor_file.place({label: _chunk(item) for label, item in named.items()})
         header = tensor_file.build_plain_header(slots, where=self.shown)
-        while self._file is None:
-            self._file = open_locked(os.path.join(self.path, name))
-        self._file.write(header)
-        # Items without tensor data are byte streams.
-        tensors = {label: cast("Tensor | StoredTensor", planner.resolve_data(item)) for label, item in named.items()}
-        checksums = tensor_file.write_tensors(self._file, tensors)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        sync_folder(self.path)
+        file, name = self._open("safetensors")
+        file.write(header)
+        checksums = tensor_file.write_tensors(file, {label: values_of(planner, item) for label, item in named.items()})
+        self._sync(file)
         end = max(slot.end for slot in slots.values())
         head = Head(size_bytes=len(header) + end, head_bytes=len(header), xxh3=digest(header))
         return [
             WriteResult(MetadataIndex(name), head.size_bytes, head),
             *(
                 WriteResult(
-                    item.index, slots[label].size_bytes, (name, len(header) + slots[label].start, checksums[label])
+                    item.index,
+                    slots[label].size_bytes,
+                    Written(name, len(header) + slots[label].start, checksums[label]),
                 )
                 for label, item in named.items()
             ),
         ]
+
+    def _open(self, suffix: str) -> tuple[BinaryIO, str]:
+        """Create this rank's file, locked; return it and its name."""
+        name = sharded_format.data_name(self.save_id, self.rank, suffix)
+        while self._file is None:
+            self._file = open_locked(os.path.join(self.path, name))
+        return self._file, name
+
+    def _sync(self, file: BinaryIO) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+        sync_folder(self.path)
+
+    @contextmanager
+    def _beside(self, tensors: Mapping[str, TensorLayout], results: Sequence[WriteResult]) -> Iterator[None]:
+        """Enclose the commit of the manifest on rank 0; a subclass writes what else belongs to the checkpoint."""
+        yield
+        # Of an older save in torch's layout, whose files are about to be removed.
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.path, sharded_format.TORCH_METADATA))
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Replace the manifest once all ranks have written, then remove the old files.
@@ -184,12 +218,13 @@ class FolderWriter(StorageWriter):
         with _checkpoint_errors(f"cannot write {self.shown}"):
             flat = [result for each in results for result in each]
             files = {result.index.fqn: result.storage_data for result in flat if isinstance(result.storage_data, Head)}
-            tensors = _tensors(metadata, [result for result in flat if not isinstance(result.storage_data, Head)])
+            tensors = _tensors(metadata, [result for result in flat if result.index.offset is not None])
             data = sharded_format.pack(structure=self.structure, info=self.info, files=files, tensors=tensors)
             before = committed(self.path)
             for above in self._made:
                 sync_folder(above)
-            with replacing(os.path.join(self.path, sharded_format.MANIFEST), size_bytes=len(data)) as file:
+            manifest = os.path.join(self.path, sharded_format.MANIFEST)
+            with self._beside(tensors, flat), replacing(manifest, size_bytes=len(data)) as file:
                 file.write(data)
             if self.path != self.target:
                 exchange(self.path, self.target)
@@ -226,6 +261,11 @@ class FolderWriter(StorageWriter):
         return False
 
 
+def values_of(planner: SavePlanner, item: WriteItem) -> Tensor | StoredTensor:
+    """Return the values of an item; only items without tensor data are byte streams."""
+    return cast("Tensor | StoredTensor", planner.resolve_data(item))
+
+
 def _chunk(item: WriteItem) -> tuple[torch.dtype, tuple[int, ...]]:
     assert item.tensor_data is not None
     return item.tensor_data.properties.dtype, tuple(item.tensor_data.chunk.sizes)
@@ -259,15 +299,15 @@ def _named(items: list[WriteItem]) -> dict[str, WriteItem]:
 def _tensors(metadata: Metadata, results: list[WriteResult]) -> dict[str, TensorLayout]:
     placed: dict[str, dict[torch.Size, Any]] = {}
     for result in results:
-        assert result.index.offset is not None
+        assert result.index.offset is not None  # it is None for what is no tensor
         placed.setdefault(result.index.fqn, {})[result.index.offset] = result.storage_data
     tensors: dict[str, TensorLayout] = {}
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
         chunks = []
         for chunk in sorted(entry.chunks, key=lambda chunk: chunk.offsets):
-            file, start, xxh3 = placed[name][chunk.offsets]
+            at: Written = placed[name][chunk.offsets]
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            chunks.append(Chunk(offsets=offsets, sizes=sizes, file=file, start=start, xxh3=xxh3))
+            chunks.append(Chunk(offsets=offsets, sizes=sizes, file=at.file, start=at.start, xxh3=at.xxh3))
         tensors[name] = TensorLayout(dtype=entry.properties.dtype, shape=tuple(entry.size), chunks=tuple(chunks))
     return tensors
