@@ -1,8 +1,9 @@
 """Shared code of checkpoint plugins: a state as tensors and structure, checksums, atomic replacement of files.
 
-`split` and `join` convert between a state tree and named tensors with a JSON-serialisable structure. `pieces` and
-`as_bytes` return the bytes of tensors in chunks. A `StoredTensor` is read on demand. `Manifest` holds the expected
-contents with checksums. `replacing` replaces a file atomically: a crash leaves the old or the new one.
+`split` and `join` convert between a state tree and named tensors with a JSON-serialisable structure. `write_shards`
+writes what each rank holds of a state. `pieces` and `as_bytes` return the bytes of tensors in chunks. A `StoredTensor`
+is read on demand. `Manifest` holds the expected contents with checksums. `replacing` replaces a file atomically: a
+crash leaves the old or the new one.
 """
 
 from plugframe.checkpoint.atomic import (
@@ -36,7 +37,9 @@ from plugframe.checkpoint.manifest import (
     seal,
     unseal,
 )
+from plugframe.checkpoint.partition import Piece
 from plugframe.checkpoint.pieces import pieces
+from plugframe.checkpoint.sharded_save import Divided, divide_state, on_all_ranks, write_shards
 from plugframe.checkpoint.stored import Source, StoredTensor, fill, materialize
 from plugframe.checkpoint.tree import dump_structure, join, parse_structure, split, split_stored
 from plugframe.checkpoint.values import dtype_name, dtype_of
@@ -51,10 +54,12 @@ __all__ = [
     "Checksum",
     "Checksums",
     "Contents",
+    "Divided",
     "Entry",
     "FolderLock",
     "Manifest",
     "Packed",
+    "Piece",
     "Source",
     "StoredTensor",
     "as_bytes",
@@ -62,6 +67,7 @@ __all__ = [
     "checked_size",
     "checked_sums",
     "digest",
+    "divide_state",
     "draft_name",
     "dtype_name",
     "dtype_of",
@@ -78,6 +84,7 @@ __all__ = [
     "make_folders",
     "materialize",
     "names_text",
+    "on_all_ranks",
     "open_locked",
     "pack_error",
     "parse_structure",
@@ -94,4 +101,5 @@ __all__ = [
     "unpack_error",
     "unseal",
     "view_locally",
+    "write_shards",
 ]

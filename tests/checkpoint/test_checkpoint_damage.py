@@ -25,14 +25,13 @@ from torch.utils.data import DataLoader
 
 from checkpoint_trees import random_tensor, same
 from plugframe import Lite
-from plugframe.checkpoint import digest, materialize, split
+from plugframe.checkpoint import Piece, digest, materialize, split
 from plugframe.cli import cli
 from plugframe.errors import CheckpointError, CheckpointMismatchError, PlugframeWarning
 from plugframe.hooks.world import World
 from plugframe_builtins._shared.checkpoint_files import sharded_format, single_file_reader
 from plugframe_builtins._shared.checkpoint_files.index import Index
 from plugframe_builtins._shared.checkpoint_files.tensor_file import CODES
-from plugframe_builtins._shared.sharded_checkpoint.partition import Piece
 from plugframe_builtins.remote_checkpoint import reading, writing
 from plugframe_builtins.remote_checkpoint.storage import RemoteFolder
 from ranks import run_ranks

@@ -7,17 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from plugframe.base import Checkpoint
-from plugframe.checkpoint import Contents, StoredTensor, first_error, pack_error, split_stored
+from plugframe.checkpoint import Contents, Piece, on_all_ranks, write_shards
 from plugframe.errors import CheckpointError
 from plugframe.hooks import SaveHandle, hookimpl
 from plugframe.hooks.context import Context
 from plugframe_builtins._shared.checkpoint_files import formats, sharded_format
 from plugframe_builtins._shared.checkpoint_files.tensor_file import CODES
 from plugframe_builtins._shared.sharded_checkpoint.checkpoint import ShardedCheckpoint
-from plugframe_builtins._shared.sharded_checkpoint.partition import common, digest, portion, table
 from plugframe_builtins.remote_checkpoint import reading, writing
 from plugframe_builtins.remote_checkpoint.storage import RemoteFolder, checkpoint_errors, local_path
 
@@ -25,15 +22,19 @@ _T = TypeVar("_T")
 _UNTOUCHED = "; what was there before is untouched"
 
 
-@dataclass
-class _Contribution:
-    """A rank's contribution to a save."""
+@dataclass(frozen=True)
+class _Target:
+    """Where a rank writes.
+
+    Attributes:
+        folder: the checkpoint's folder.
+        save_id: unique to the save; rank 0's counts.
+        made: whether the folder was empty before; on rank 0.
+    """
 
     folder: RemoteFolder
-    tensors: dict[str, Tensor | StoredTensor]
-    structure: Any
-    save_id: str = ""
-    made: bool = False
+    save_id: str
+    made: bool
 
 
 class RemoteCheckpoint(Checkpoint):
@@ -131,72 +132,32 @@ class RemoteCheckpoint(Checkpoint):
     def _save(self, path: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
         rank, num_ranks = self.context.world.global_rank, self.context.world.world_size
 
-        def prepare() -> _Contribution:
+        def prepare() -> _Target:
             with checkpoint_errors(f"cannot write {path}", after=_UNTOUCHED):
-                return self._prepare(path, state)
+                folder = RemoteFolder(path)
+                return _Target(folder, secrets.token_hex(8), made=not writing.check(folder) if rank == 0 else False)
 
-        offer, summaries = self._together(prepare, summarize=lambda it: (digest(table(it.tensors)), it.save_id))
-        save_id = summaries[0][1]
-        shared = set(table(offer.tensors))
-        if len({each for each, _ in summaries}) > 1:
-            # A rank with an empty shard cannot detect a shared tensor: then no rank checks.
-            offer.tensors, offer.structure = split_stored(
-                state, dtypes=CODES.keys(), where=path, sharded=True, aliases=False
-            )
-            shared = common(self._exchange(table(offer.tensors)), where=path)
+        target, save_ids = self._together(prepare, summarize=lambda it: it.save_id)
+        save_id = save_ids[0]
 
-        def write() -> writing.Written:
+        def write(pieces: dict[str, Piece]) -> writing.Written:
             with checkpoint_errors(f"cannot write {path} (rank {rank})", after=_UNTOUCHED):
-                pieces = portion(offer.tensors, shared, rank=rank, num_ranks=num_ranks)
-                return writing.write(offer.folder, save_id, rank, pieces)
+                return writing.write(target.folder, save_id, rank, pieces)
 
-        def commit() -> None:
+        def commit(structure: Any, written: list[writing.Written]) -> None:
             with checkpoint_errors(f"cannot write {path}", after=_UNTOUCHED):
-                if rank == 0:
-                    writing.commit(offer.folder, save_id, written, offer.structure, info)
+                writing.commit(target.folder, save_id, written, structure, info)
 
         try:
-            _, written = self._together(write, summarize=lambda it: it)
-            self._together(commit, summarize=lambda _: None)
+            write_shards(self.context, path, state, write=write, commit=commit, dtypes=CODES.keys())
         except BaseException as error:
             # A CheckpointError is raised on all ranks, so nobody is writing any more.
             if rank == 0 and (isinstance(error, CheckpointError) or num_ranks == 1):
-                writing.abandon(offer.folder, save_id, made=offer.made)
+                writing.abandon(target.folder, save_id, made=target.made)
             raise
 
-    def _prepare(self, path: str, state: Mapping[str, Any]) -> _Contribution:
-        """Run everything that can fail on one rank alone, before anything is written."""
-        folder = RemoteFolder(path)
-        tensors, structure = split_stored(state, dtypes=CODES.keys(), where=path, sharded=True)
-        offer = _Contribution(folder, tensors, structure)
-        if self.context.world.global_rank == 0:
-            offer.made = not writing.check(folder)
-            offer.save_id = secrets.token_hex(8)
-        return offer
-
     def _together(self, act: Callable[[], _T], *, summarize: Callable[[_T], Any]) -> tuple[_T, list[Any]]:
-        """Run `act` on all ranks; return its result here, and a summary from each rank.
-
-        Raises:
-            CheckpointError: on all ranks, with the same message, if `act` failed on any.
-        """
-        results: list[_T] = []
-        failure: CheckpointError | None = None
-        try:
-            results.append(act())
-        except CheckpointError as error:
-            failure = error
-        everyone = self._exchange((pack_error(failure), [summarize(result) for result in results]))
-        failed = first_error([packed for packed, _ in everyone], failure, self.context.world.global_rank)
-        if failed is None:
-            return results[0], [told_by[0] for _, told_by in everyone]
-        raise failed
-
-    def _exchange(self, obj: Any) -> list[Any]:
-        if self.context.world.world_size == 1:
-            return [obj]
-        everyone: list[Any] = self.context.hooks.collective_all_gather_object(obj=obj, group=None)
-        return everyone
+        return on_all_ranks(self.context, "cannot use the URL", act, summarize=summarize)
 
     def _sharded(self) -> ShardedCheckpoint:
         if self._local is None:

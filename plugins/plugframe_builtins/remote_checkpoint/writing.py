@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-from plugframe.checkpoint import digest
+from plugframe.checkpoint import Piece, digest
 from plugframe.errors import CheckpointError
 from plugframe_builtins._shared.checkpoint_files import sharded_format, tensor_file
 from plugframe_builtins._shared.checkpoint_files.coverage import fills
 from plugframe_builtins._shared.checkpoint_files.index import Chunk, Head, TensorLayout
-from plugframe_builtins._shared.sharded_checkpoint.partition import Piece
 from plugframe_builtins.remote_checkpoint.reading import read_manifest
 from plugframe_builtins.remote_checkpoint.storage import RemoteFolder
 

@@ -7,41 +7,30 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from plugframe.base import Checkpoint
-from plugframe.checkpoint import Contents, Packed, StoredTensor, first_error, pack_error, split_stored, unpack_error
+from plugframe.checkpoint import Contents, Piece, StoredTensor, divide_state, on_all_ranks
 from plugframe.errors import CheckpointError, CheckpointURLError, SettingError, UnsupportedError
 from plugframe.hooks import SaveHandle, hookimpl
 from plugframe.hooks.context import Context
 from plugframe.utils.logging import warn_caller
 from plugframe_builtins._shared.checkpoint_files import formats
 from plugframe_builtins._shared.checkpoint_files.tensor_file import CODES
-from plugframe_builtins._shared.sharded_checkpoint.partition import Piece, common, digest, portion, table
 from plugframe_builtins._shared.sharded_checkpoint.pending import Pending, clean, explain, interrupted
 from plugframe_builtins._shared.sharded_checkpoint.planner import PiecePlanner
 from plugframe_builtins._shared.sharded_checkpoint.staging import Staged, Staging
 from plugframe_builtins._shared.sharded_checkpoint.torch_writer import TorchFolderWriter, check_names
-from plugframe_builtins._shared.sharded_checkpoint.writer import FolderWriter, Shapes, begin
+from plugframe_builtins._shared.sharded_checkpoint.writer import FolderWriter, begin
 from plugframe_builtins._shared.torch_collective.connection import host_backend
 
 #: The writer of each layout.
 LAYOUTS: Mapping[str, type[FolderWriter]] = {"plugframe": FolderWriter, "torch": TorchFolderWriter}
-
-
-class _Contribution(NamedTuple):
-    """A rank's contribution to a save."""
-
-    error: Packed
-    digest: bytes
-    save_id: str
-    folder: str
 
 
 class ShardedCheckpoint(Checkpoint):
@@ -89,28 +78,23 @@ class ShardedCheckpoint(Checkpoint):
     def checkpoint_save(
         self, path: str, state: Mapping[str, Any], info: Mapping[str, Any], wait: bool
     ) -> SaveHandle | None:
-        world = self.context.world
-        offer, tensors, structure = self._prepare(path, state)
-        offers: list[_Contribution] = self._exchange(offer)
-        failed = next((each.error for each in offers if each.error is not None), None)
-        if failed is not None:
-            raise unpack_error(failed)
-        shared = set(table(tensors))
-        if len({each.digest for each in offers}) > 1:
-            # A rank with an empty shard cannot detect a shared tensor: then no rank checks.
-            tensors, structure = self._split(path, state, aliases=False)
-            shared = common(self._exchange(table(tensors)), where=path)
-        pieces = portion(tensors, shared, rank=world.global_rank, num_ranks=world.world_size)
+        what = f"cannot write {path}"
+        _, begun = on_all_ranks(self.context, what, lambda: self._begin(path), summarize=lambda result: result)
+        divided = divide_state(self.context, path, state, dtypes=CODES.keys())
+        if self.layout == "torch":
+            on_all_ranks(self.context, what, lambda: check_names(divided.structure, divided.shapes, where=path))
+        save_id, folder = begun[0]
         writer = LAYOUTS[self.layout](
-            offers[0].folder,
+            folder,
             os.path.abspath(path),
             path,
-            offers[0].save_id,
-            world.global_rank,
-            structure,
+            save_id,
+            self.context.world.global_rank,
+            divided.structure,
             dict(info),
-            _shapes(tensors),
+            divided.shapes,
         )
+        pieces = divided.pieces
         if wait:
             self._save(pieces, writer)
             return None
@@ -119,10 +103,7 @@ class ShardedCheckpoint(Checkpoint):
 
     @hookimpl
     def checkpoint_load(self, path: str, trusted: bool, lazy: bool) -> dict[str, Any]:
-        error = self._unreported()
-        failed = first_error(self._exchange(pack_error(error)), error, self.context.world.global_rank)
-        if failed is not None:
-            raise failed
+        on_all_ranks(self.context, f"cannot read {path}", self._raise_unreported)
         return formats.load(path, trusted=trusted, lazy=lazy, context=self.context)
 
     def inspect(self, path: str) -> Contents:
@@ -136,39 +117,17 @@ class ShardedCheckpoint(Checkpoint):
         pending, self._pending = self._pending, None
         return pending.unreported() if pending is not None else None
 
-    def _exchange(self, obj: Any) -> list[Any]:
-        if self.context.world.world_size == 1:
-            return [obj]
-        everyone: list[Any] = self.context.hooks.collective_all_gather_object(obj=obj, group=None)
-        return everyone
-
-    def _prepare(
-        self, path: str, state: Mapping[str, Any]
-    ) -> tuple[_Contribution, dict[str, Tensor | StoredTensor], Any]:
-        """Run everything that can fail on one rank alone, before anything is written."""
+    def _raise_unreported(self) -> None:
         error = self._unreported()
         if error is not None:
-            return _Contribution(pack_error(error), b"", "", ""), {}, None
-        try:
-            if not path or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-                raise CheckpointURLError(f"{path!r} is not a file system path, which a sharded checkpoint needs.")
-            tensors, structure = self._split(path, state)
-            first = self.context.world.global_rank == 0
-            save_id, folder = begin(os.path.abspath(path), path) if first else ("", "")
-        except CheckpointError as problem:
-            return _Contribution(pack_error(problem), b"", "", ""), {}, None
-        except Exception as problem:  # noqa: BLE001 the other ranks wait for the outcome
-            text = f"cannot write {path}: {type(problem).__name__}: {problem}"
-            return _Contribution(pack_error(CheckpointError(text)), b"", "", ""), {}, None
-        return _Contribution(None, digest(table(tensors)), save_id, folder), tensors, structure
+            raise error
 
-    def _split(
-        self, path: str, state: Mapping[str, Any], *, aliases: bool = True
-    ) -> tuple[dict[str, Tensor | StoredTensor], Any]:
-        tensors, structure = split_stored(state, dtypes=CODES.keys(), where=path, sharded=True, aliases=aliases)
-        if self.layout == "torch":
-            check_names(structure, _shapes(tensors), where=path)
-        return tensors, structure
+    def _begin(self, path: str) -> tuple[str, str]:
+        """Check that `path` can be written, and return rank 0's id for the save and its folder; see `writer.begin`."""
+        self._raise_unreported()
+        if not path or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+            raise CheckpointURLError(f"{path!r} is not a file system path, which a sharded checkpoint needs.")
+        return begin(os.path.abspath(path), path) if self.context.world.global_rank == 0 else ("", "")
 
     def _save(self, pieces: Mapping[str, Piece], writer: FolderWriter) -> None:
         values = {name: piece.tensor for name, piece in pieces.items()}
@@ -220,10 +179,6 @@ class ShardedCheckpoint(Checkpoint):
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
         return self._group
-
-
-def _shapes(tensors: Mapping[str, Tensor | StoredTensor]) -> Shapes:
-    return {name: (torch.Size(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _loaded(tensor: Tensor | StoredTensor) -> Tensor:

@@ -10,8 +10,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from plugframe.checkpoint import StoredTensor
-from plugframe_builtins._shared.sharded_checkpoint.partition import Piece
+from plugframe.checkpoint import Piece, StoredTensor
 
 
 class PiecePlanner(DefaultSavePlanner):

@@ -6,14 +6,17 @@ import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from plugframe.checkpoint import StoredTensor, is_shard
+from plugframe.checkpoint.stored import StoredTensor
 from plugframe.errors import CheckpointError
+from plugframe.utils.shards import is_shard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 #: Rank 0 writes replicated tensors below this size, and its own value of those that differ by rank.
 SMALL_BYTES = 64 * 1024
