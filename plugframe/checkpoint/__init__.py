@@ -41,6 +41,7 @@ from plugframe.checkpoint.partition import Piece
 from plugframe.checkpoint.pieces import pieces
 from plugframe.checkpoint.sharded_save import Divided, divide_state, on_all_ranks, write_shards
 from plugframe.checkpoint.stored import Source, StoredTensor, fill, materialize
+from plugframe.checkpoint.subclass import FlattenedTensor
 from plugframe.checkpoint.tree import dump_structure, join, parse_structure, split, split_stored
 from plugframe.checkpoint.values import dtype_name, dtype_of
 from plugframe.errors import names_text, printable, printable_cause
@@ -56,6 +57,7 @@ __all__ = [
     "Contents",
     "Divided",
     "Entry",
+    "FlattenedTensor",
     "FolderLock",
     "Manifest",
     "Packed",

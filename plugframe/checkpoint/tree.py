@@ -18,6 +18,7 @@ from torch import Tensor
 
 from plugframe.checkpoint import strict_json
 from plugframe.checkpoint.stored import StoredTensor, Viewed, viewed
+from plugframe.checkpoint.subclass import FlattenedTensor, context_text, is_wrapper, name_of
 from plugframe.checkpoint.unsupported import describe, refuse, refuse_tensor
 from plugframe.checkpoint.values import (
     MAX_INT_BITS,
@@ -154,7 +155,14 @@ class _Splitter:
             return {"dtype": dtype_name(value)}
         if self._stored and isinstance(value, StoredTensor):
             return self._stored_tensor(value, path)
+        if isinstance(value, FlattenedTensor):
+            return self._flattened(value, path)
         return self._numpy(value, path)
+
+    def _flattened(self, value: FlattenedTensor, path: tuple[Any, ...]) -> Any:
+        body = {"class": value.class_name, "context": value.context, "shape": list(value.shape)}
+        inner = {name: self.encode(item, (*path, name)) for name, item in value.tensors.items()}
+        return {"subclass": {**body, "tensors": inner, "dtype": dtype_name(value.dtype)}}
 
     def _container(self, value: Any, path: tuple[Any, ...]) -> Any:
         if id(value) in self._open:
@@ -197,7 +205,21 @@ class _Splitter:
             return self._problem(f"{name} is {describe(value)} of {value.dtype}: save {name}.tolist() instead")
         return self._problem(refuse(value, _path_text(path)))
 
+    def _wrapper(self, value: Any, path: tuple[Any, ...]) -> Any:
+        """Encode a tensor of a subclass: its class by name, and its inner tensors."""
+        try:
+            names, context = value.__tensor_flatten__()
+            text = context_text(context)
+        except TypeError as error:
+            return self._problem(
+                f"{_path_text(path)} is {describe(value)}, whose settings cannot be saved: they hold {error}"
+            )
+        tensors = {name: getattr(value, name) for name in names}
+        return self._flattened(FlattenedTensor(name_of(value), tensors, text, value.shape, value.dtype), path)
+
     def _tensor(self, value: Tensor, path: tuple[Any, ...]) -> Any:
+        if is_wrapper(value):
+            return self._wrapper(value, path)
         problem = refuse_tensor(value, _path_text(path), sharded=self._sharded)
         if problem:
             return self._problem(problem)
@@ -274,6 +296,7 @@ class _Joiner:
             "int": lambda body, _: large_int(body),
             "bytes": lambda body, _: base64.b64decode(body, validate=True),
             "dtype": lambda body, _: dtype_of(body),
+            "subclass": self._subclass,
         }
 
     def decode(self, node: Any, depth: int) -> Any:
@@ -286,6 +309,15 @@ class _Joiner:
         if not isinstance(node, dict) or len(node) != 1 or (tag := next(iter(node))) not in self._tags:
             raise ValueError(f"unknown entry {str(node)[:60]}")
         return self._tags[tag](node[tag], depth + 1)
+
+    def _subclass(self, body: Any, depth: int) -> FlattenedTensor:
+        inner = {name: self.decode(node, depth) for name, node in body["tensors"].items()}
+        if not all(isinstance(item, (Tensor, StoredTensor, FlattenedTensor)) for item in inner.values()):
+            raise ValueError("a part of a tensor is none")
+        if not (isinstance(body["class"], str) and isinstance(body["context"], str)):
+            raise ValueError("a tensor has no class")
+        shape = torch.Size([int(size) for size in body["shape"]])
+        return FlattenedTensor(body["class"], inner, body["context"], shape, dtype_of(body["dtype"]))
 
     def _items(self, body: Any, depth: int) -> dict[Any, Any]:
         items = [(self.decode(key, depth), self.decode(item, depth)) for key, item in body]

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from plugframe.adopt.module import COMPILED, compiled_from
 from plugframe.checkpoint.stored import StoredTensor, fill, materialize
+from plugframe.checkpoint.subclass import FlattenedTensor
 from plugframe.checkpoint.tree import MAX_DEPTH
 from plugframe.checkpoint.values import is_numpy
 from plugframe.data.stateful import is_stateful
@@ -28,6 +29,7 @@ from plugframe.errors import (
 from plugframe.state.key_matching import contradictions, fill_tied, match
 from plugframe.state.optimizer import is_optimizer_state, match_setting_types, shape_mismatches
 from plugframe.state.parameter_names import ParameterNamer, differences, renamed, to_names, to_numbers
+from plugframe.state.subclasses import is_subclass_entry, rebuilt_state, subclass_mismatch, take_subclasses
 
 Filter = Callable[[str, Any], bool]
 
@@ -231,6 +233,8 @@ class Restore:
         problem = _mismatch(where, value, loaded)
         if problem is not None:
             self.problems.append(problem)
+        elif isinstance(loaded, FlattenedTensor):
+            self._writes["tensor"].append(lambda: loaded.load_into(value))
         else:
             self._writes["tensor"].append(lambda: fill([(value.data, loaded)]))
 
@@ -258,6 +262,9 @@ class Restore:
             prefix + key: loaded[name] if isinstance(own[key], Tensor) else materialize(loaded[name])
             for key, name in found.items()
         }
+        writes, problems = take_subclasses(module, matched)
+        self.problems += [f"{where}.{text}" for text in problems if f"{where}.{text}" not in self.problems]
+        self._writes["tensor"] += writes
         self._writes["module"].append(
             lambda: self.hooks.strategy_load_module_state(module=module, state=matched, strict=self.strict)
         )
@@ -276,8 +283,8 @@ class Restore:
         names = self.namer(optimizer)
         loaded = renamed(loaded, names)
         self.problems += [f"{where}: {text}" for text in differences(loaded, names)]
-        state = match_setting_types(optimizer, to_numbers(loaded, names))
-        self.problems += [f"{where}: {text}" for text in shape_mismatches(optimizer, state, names)]
+        state, problems = rebuilt_state(optimizer, match_setting_types(optimizer, to_numbers(loaded, names)))
+        self.problems += [f"{where}: {text}" for text in (*problems, *shape_mismatches(optimizer, state, names))]
         self._writes["optimizer"].append(
             lambda: self.hooks.strategy_load_optimizer_state(optimizer=optimizer, state=state)
         )
@@ -368,6 +375,8 @@ def _copy_state(value: Any) -> Any:
 
 def _mismatch(where: str, value: Tensor, loaded: Any) -> str | None:
     """Return why a tensor cannot take the loaded value, None if it can."""
+    if is_subclass_entry(value, loaded):
+        return subclass_mismatch(where, value, loaded)
     if not isinstance(loaded, (Tensor, StoredTensor)):
         return f"{where} is a tensor, the checkpoint has {_brief(loaded)}"
     if value.shape != loaded.shape:

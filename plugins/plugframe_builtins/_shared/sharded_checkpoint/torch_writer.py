@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
-from plugframe.checkpoint import Checksum, StoredTensor, as_bytes, digest, join, replacing
+from plugframe.checkpoint import Checksum, FlattenedTensor, StoredTensor, as_bytes, digest, join, replacing
 from plugframe.errors import CheckpointError
 from plugframe.utils.tree import map_leaves
 from plugframe_builtins._shared.checkpoint_files import sharded_format
@@ -109,12 +109,18 @@ def check_names(structure: Any, shapes: Shapes, *, where: str) -> None:
         CheckpointError: naming the first.
     """
     try:
-        _flatten(structure, shapes)
+        flat = _flatten(structure, shapes)
+        wrapped = next((key for key, value in flat.values.items() if isinstance(value, FlattenedTensor)), None)
     except ValueError as error:
         raise CheckpointError(
             f"cannot save {where}, nothing was written: layout='torch' joins the keys of a state by dots, and two "
             f"become equal ({error}): rename one, or use layout='plugframe'."
         ) from error
+    if wrapped is not None:
+        raise CheckpointError(
+            f"cannot save {where}, nothing was written: {wrapped!r} is a {flat.values[wrapped].class_name}, a subclass "
+            "of Tensor, which layout='torch' does not hold: use layout='plugframe'."
+        )
 
 
 def _flatten(structure: Any, shapes: Shapes) -> _Flat:
