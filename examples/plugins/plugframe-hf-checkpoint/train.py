@@ -28,10 +28,11 @@ with Lite() as lite:
     model = Net(width=16)
     model, optimizer = lite.setup(model, torch.optim.AdamW(model.parameters(), lr=0.01))
     x = lite.to_device(torch.randn(64, 8))
-    for step in range(50):
+    num_steps = 50
+    for _ in range(num_steps):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(x), x)
         lite.backward(loss)
         optimizer.step()
     lite.print(f"loss {float(loss):.4f}")
-    lite.save("runs/last", {"model": model, "optimizer": optimizer, "step": step})
+    lite.save("runs/last", {"model": model, "optimizer": optimizer, "step": num_steps})

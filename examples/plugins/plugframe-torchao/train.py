@@ -10,7 +10,7 @@ with Lite() as lite:
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16))
     model, optimizer = lite.setup(model, torch.optim.AdamW(model.parameters(), lr=0.01))
     x = lite.to_device(torch.randn(256, 32))
-    for step in range(50):
+    for _ in range(50):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(x), x[:, :16])
         lite.backward(loss)

@@ -78,9 +78,11 @@ def test_skip_leaves_layers_alone() -> None:
     with Lite(accelerator="cpu", devices=1, precision=Float8(skip=["2"])) as lite:
         model = lite.setup(network())
         assert [type(part).__name__ for part in model.children()] == ["Float8Linear", "ReLU", "Linear", "Linear"]
-    with Lite(accelerator="cpu", devices=1, precision=Float8(skip=["0", "2"])) as lite:
-        with pytest.raises(UnsupportedError, match=r"finds no linear layer in Sequential to convert: sizes must be"):
-            lite.setup(network())
+    with (
+        Lite(accelerator="cpu", devices=1, precision=Float8(skip=["0", "2"])) as lite,
+        pytest.raises(UnsupportedError, match=r"finds no linear layer in Sequential to convert: sizes must be"),
+    ):
+        lite.setup(network())
 
 
 def gradients(world: Any) -> list[list[Tensor]]:
