@@ -155,6 +155,35 @@ def test_metadata_that_names_anything_else_is_refused(tmp_path: Path, attack: At
     assert not Path("never").exists()
 
 
+@pytest.mark.parametrize("change", ["size", "chunk", "pipe"])
+def test_metadata_that_lies_about_sizes_is_damaged(tmp_path: Path, change: str) -> None:
+    """Tensors larger than the files, elements in no chunk, and a file that would block are found before reading."""
+    dcp.save({"w": torch.ones(4)}, checkpoint_id=tmp_path / "x")
+    metadata = pickle.loads((tmp_path / "x" / ".metadata").read_bytes())
+    entry = metadata.state_dict_metadata["w"]
+    if change == "pipe":
+        (tmp_path / "x" / "__0_0.distcp").unlink()
+        os.mkfifo(tmp_path / "x" / "__0_0.distcp")
+    else:
+        entry.size = torch.Size([2**50])
+    if change == "size":
+        entry.chunks[0].sizes = torch.Size([2**50])
+    (tmp_path / "x" / ".metadata").write_bytes(pickle.dumps(metadata))
+    text = {"size": "larger than its files", "chunk": "do not fill it exactly once", "pipe": "not a regular file"}[
+        change
+    ]
+    with pytest.raises(CheckpointError, match=text):
+        torch_format.read(str(tmp_path / "x"), trusted=False)
+
+
+@pytest.mark.parametrize("poison", [b"\x80\x04Nr\xff\xff\xff\x7f.", b"\x80\x05\x96" + b"\xff" * 5 + b"\x00" * 3 + b"."])
+def test_metadata_reserves_no_memory_for_nothing(tmp_path: Path, poison: bytes) -> None:
+    """A pickle of a few bytes may ask for gigabytes."""
+    (tmp_path / ".metadata").write_bytes(poison)
+    with pytest.raises((UnsafeMetadataError, ValueError)):
+        read_metadata(str(tmp_path / ".metadata"))
+
+
 def test_metadata_cannot_change_torchs_classes(tmp_path: Path) -> None:
     """A pickle may set attributes of a class it names: it gets one of its own."""
     poisoned = b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadataIndex\nN}X\x03\x00\x00\x00fqnK\x01s\x86b."

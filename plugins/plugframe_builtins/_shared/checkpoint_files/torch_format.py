@@ -17,7 +17,11 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from plugframe.checkpoint import printable_cause
 from plugframe.errors import CheckpointCorruptError, CheckpointError
-from plugframe_builtins._shared.checkpoint_files.torch_metadata import UnsafeMetadataError, read_metadata
+from plugframe_builtins._shared.checkpoint_files.torch_metadata import (
+    UnsafeMetadataError,
+    check_folder,
+    read_metadata,
+)
 
 METADATA = ".metadata"
 
@@ -67,6 +71,8 @@ class _PlainPlanner(DefaultLoadPlanner):
 def _read(path: str, *, trusted: bool) -> dict[str, Any]:
     reader = FileSystemReader(path)
     metadata = reader.read_metadata() if trusted else read_metadata(os.path.join(path, METADATA))
+    if not trusted:
+        check_folder(path, metadata)
     state: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
         if isinstance(entry, TensorStorageMetadata)

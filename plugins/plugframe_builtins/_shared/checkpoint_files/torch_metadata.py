@@ -6,9 +6,12 @@ of torch. Any other name is refused.
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import pickle
-from collections.abc import Mapping
+import pickletools
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 import torch
@@ -23,6 +26,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from plugframe_builtins._shared.checkpoint_files.coverage import fills
+from plugframe_builtins._shared.checkpoint_files.regular_file import open_regular
+
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ADMITTED = {
     *((_METADATA, cls.__name__) for cls in (BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex)),
@@ -33,6 +39,15 @@ _ADMITTED = {
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),
 }
+
+
+#: Opcodes of what metadata never holds: references to something outside, extensions, and buffers.
+_REFUSED = {
+    *("BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4"),
+    *("PERSID", "BINPERSID", "INST", "OBJ"),
+}
+#: Opcodes with the number of a memo entry, for which the unpickler reserves a table.
+_PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
 
 
 class UnsafeMetadataError(Exception):
@@ -77,14 +92,51 @@ def read_metadata(path: str) -> Metadata:
         UnsafeMetadataError: with the name that is none of torch's metadata; nothing was imported or run.
         Exception: of any other kind, if the file is damaged.
     """
-    with open(path, "rb") as file:
-        fields = _fields(_Unpickler(file).load(), "Metadata")
+    with open_regular(path) as file:
+        data = file.read()
+    _check_opcodes(data)
+    fields = _fields(_Unpickler(io.BytesIO(data)).load(), "Metadata")
     storage = fields["storage_data"]
     return Metadata(
         {_text(name): _entry(entry) for name, entry in fields["state_dict_metadata"].items()},
         planner_data={_text(name): tuple(keys) for name, keys in (fields.get("planner_data") or {}).items()},
         storage_data={_index(index): _storage(info) for index, info in storage.items()},
         storage_meta=StorageMeta(),
+    )
+
+
+def _check_opcodes(data: bytes) -> None:
+    """Raise for what metadata of torch never has: opcodes that reach outside, or reserve memory for nothing."""
+    for opcode, argument, position in pickletools.genops(data):
+        if opcode.name in _REFUSED or (opcode.name in _PUTS and argument > (position or 0)):
+            raise UnsafeMetadataError(f"the opcode {opcode.name}")
+
+
+def check_folder(folder: str, metadata: Metadata) -> None:
+    """Raise unless the tensors fit in the folder's files, and their chunks cover each exactly once.
+
+    Raises:
+        ValueError: naming what does not.
+    """
+    names = sorted({info.relative_path for info in (metadata.storage_data or {}).values()})
+    size_bytes = 0
+    for name in names:
+        with open_regular(os.path.join(folder, name)) as file:
+            size_bytes += os.fstat(file.fileno()).st_size
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
+            inside = all(_is_inside(offsets, sizes, entry.size) for offsets, sizes in boxes)
+            if not inside or not fills(entry.size, boxes):
+                raise ValueError(f"the chunks of {name!r} do not fill it exactly once")
+            size_bytes -= math.prod(entry.size) * entry.properties.dtype.itemsize
+    if size_bytes < 0:
+        raise ValueError("its tensors are larger than its files")
+
+
+def _is_inside(offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> bool:
+    return len(offsets) == len(sizes) == len(shape) and all(
+        at >= 0 and extent >= 0 and at + extent <= size for at, extent, size in zip(offsets, sizes, shape, strict=True)
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 import traceback
 from collections import Counter
 from dataclasses import replace
@@ -17,21 +19,29 @@ from plugframe.hooks import Job, World, hookimpl
 from plugframe.launch import Rendezvous, run_as_rank
 from plugframe.utils.environment import preserved_environment
 
+#: Time for the processes of killed actors to end.
+END_TIMEOUT_S = 20.0
+
 
 class Worker:
     """The process of a rank."""
 
-    def place(self) -> tuple[str, str, int]:
-        """Return this worker's node, its address there, and a free port."""
+    def place(self) -> tuple[str, str, int, int]:
+        """Return this worker's node, its address there, a free port, and its process id."""
         address = str(ray.util.get_node_ip_address())
         with socket.socket() as free:
             free.bind((address, 0))
-            return ray.get_runtime_context().get_node_id(), address, int(free.getsockname()[1])
+            return ray.get_runtime_context().get_node_id(), address, int(free.getsockname()[1]), os.getpid()
 
-    def run(self, job: Job, function: Any, world: World, rendezvous: Rendezvous) -> tuple[Any, str, int]:
+    def run(
+        self, job: Job, function: Any, world: World, rendezvous: Rendezvous, environ: dict[str, str]
+    ) -> tuple[Any, str, int]:
         """Become a rank; return the function's result, or the traceback of its error and the exit code."""
+        # Variables of the launching process, but not those that differ by node or that Ray has set, such as devices.
+        lacking = {name: value for name, value in environ.items() if name not in os.environ}
         try:
-            return run_as_rank(replace(job, function=function), world, rendezvous), "", 0
+            here = replace(job, function=function, environ={**lacking, **job.environ})
+            return run_as_rank(here, world, rendezvous), "", 0
         except SystemExit as left:
             code = left.code if isinstance(left.code, int) else int(left.code is not None)
             return None, f"it left with exit code {code}" if code else "", code
@@ -69,22 +79,25 @@ class Ray(Launcher):
             ray.init(address=self.address, num_cpus=num_cpus, include_dashboard=False, log_to_driver=True)
         actor = ray.remote(num_cpus=self.cpus_per_rank, num_gpus=self.gpus_per_rank)(Worker)
         workers = [actor.remote() for _ in range(job.num_processes * job.num_nodes)]
+        places: list[tuple[str, str, int, int]] = []
         try:
-            return self._run(job, workers)
+            places += ray.get([worker.place.remote() for worker in workers], timeout=job.timeout_s)
+            return self._run(job, workers, places)
         finally:
             for worker in workers:
                 ray.kill(worker)
+            here = ray.get_runtime_context().get_node_id()
+            wait_for_end([pid for node, _, _, pid in places if node == here])
             if own:
                 ray.shutdown()
 
-    def _run(self, job: Job, workers: list[Any]) -> Any:
-        places = ray.get([worker.place.remote() for worker in workers], timeout=job.timeout_s)
+    def _run(self, job: Job, workers: list[Any], places: list[tuple[str, str, int, int]]) -> Any:
         rendezvous = Rendezvous(address=places[0][1], port=places[0][2])
         # Sent by value, once; the job without it is plain data.
         function, plain = ray.put(job.function), replace(job, function=None)
         running = {
-            worker.run.remote(plain, function, world, rendezvous): world.global_rank
-            for worker, world in zip(workers, worlds([node for node, _, _ in places]), strict=True)
+            worker.run.remote(plain, function, world, rendezvous, dict(os.environ)): world.global_rank
+            for worker, world in zip(workers, worlds([node for node, *_ in places]), strict=True)
         }
         results: dict[int, Any] = {}
         while running:
@@ -97,6 +110,13 @@ class Ray(Launcher):
             if error:
                 raise RankFailedError(f"rank {rank} failed in its Ray actor\n{error}", exit_code=code)
         return results[0]
+
+
+def wait_for_end(pids: list[int]) -> None:
+    """Wait for processes of this machine, which Ray ends in the background."""
+    deadline = time.monotonic() + END_TIMEOUT_S
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def worlds(nodes: list[str]) -> list[World]:
