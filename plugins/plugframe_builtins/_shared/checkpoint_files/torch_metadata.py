@@ -108,7 +108,7 @@ def read_metadata(path: str) -> Metadata:
 def _check_opcodes(data: bytes) -> None:
     """Raise for what metadata of torch never has: opcodes that reach outside, or reserve memory for nothing."""
     for opcode, argument, position in pickletools.genops(data):
-        if opcode.name in _REFUSED or (opcode.name in _PUTS and argument > (position or 0)):
+        if opcode.name in _REFUSED or (opcode.name in _PUTS and int(argument or 0) > (position or 0)):
             raise UnsafeMetadataError(f"the opcode {opcode.name}")
 
 

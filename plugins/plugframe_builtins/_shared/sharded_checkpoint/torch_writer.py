@@ -44,7 +44,7 @@ _READ_BYTES = 1024 * 1024
 
 
 class _Unread:
-    """The source of tensors of which only name, shape and dtype are needed."""
+    """The source of tensors that are not read: only name, shape and dtype are needed."""
 
     def fill(self, targets: Mapping[str, Tensor]) -> None:
         raise NotImplementedError
