@@ -26,13 +26,14 @@ class Composed:
         base = plan.choices[COMPOSED]
         self.others: list[tuple[Choice, Any]] = []
         self._applied = False
+        self._led: Any = None
         if plan.composed:
             own = catalogue.describe(base.entry) if base.entry is not None else base.descriptor
             base = replace(base, instance=base.make(catalogue).strategy_compose())
             for choice in plan.composed:
                 plugin = choice.make(catalogue).strategy_compose()
                 if plugin.strategy_lead(own):
-                    base = replace(base, instance=plugin)
+                    self._led, base = base.instance, replace(base, instance=plugin)
                 else:
                     self.others.append((choice, plugin))
         self.plan = replace(plan, choices={**plan.choices, COMPOSED: base})
@@ -67,7 +68,7 @@ class Composed:
         undo.callback(setattr, hooks, "strategy_data_shard", hooks.strategy_data_shard)
         vars(hooks)["strategy_data_shard"] = lambda: shard
         parallelize = self._parallelize if self.others else None
-        return replace(context, axes=layout.owned_by(base.name), parallelize=parallelize)
+        return replace(context, axes=layout.owned_by(base.name), parallelize=parallelize, base=self._led)
 
     def _parallelize(self, module: Any) -> None:
         self._applied = True

@@ -20,7 +20,6 @@ from plugframe import (
     Plugin,
     PluginContractError,
     SettingError,
-    UnsupportedError,
     hookimpl,
 )
 from plugframe.base import Strategy
@@ -183,13 +182,6 @@ def pipelines_have_replicas(world: World) -> None:
             else:
                 with pytest.warns(PlugframeWarning, match="were accumulated under no_backward_sync.* the replicas div"):
                     optimizer.step()
-    sharded = "averages the gradients of whole stages .* use strategy='ddp\\+pipeline'"
-    with pytest.raises(UnsupportedError, match=sharded):
-        lite_of("fsdp+pipeline", PIPES)
-    three = {"data": 1, "pipeline": 2, "tensor": 2}
-    transformed = "'pipeline' can be combined with one that divides the batch"
-    with lite_of("ddp+pipeline+tensor_parallel", three) as lite, pytest.raises(UnsupportedError, match=transformed):
-        lite.setup(Chain())
 
 
 def norms_of_any_order(world: World) -> None:
