@@ -1,9 +1,9 @@
-"""A model as the ranks of some of its stages see it: for strategies that transform modules beside a pipeline."""
+"""A model as the ranks of one of its stages see it: for strategies that transform modules beside a pipeline."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ _COMPLETE = "_plugframe_complete"
 
 
 def complete_model(module: nn.Module) -> nn.Module:
-    """Return the model of which `module` shows the stages of this rank; another module itself.
+    """Return the model of which `module` shows a stage; another module itself.
 
     Its modules of other stages have names and shapes, and no values: to check a plan for all stages on all ranks.
     """
@@ -23,19 +23,19 @@ def complete_model(module: nn.Module) -> nn.Module:
 
 
 class StageView:
-    """The modules of a model that are in stages of this rank, under their paths in the complete model.
+    """The modules of a model that are in one stage, under their paths in the complete model.
 
     Args:
         model: the complete model.
         units: the stages of its modules, by path, without those within others.
-        stages: the stages of this rank.
+        stage: that one.
 
     Attributes:
         module: shows the model without the modules of other stages.
     """
 
-    def __init__(self, model: nn.Module, units: Mapping[str, int], stages: Collection[int]) -> None:
-        self._units, self._stages = units, stages
+    def __init__(self, model: nn.Module, units: Mapping[str, int], stage: int) -> None:
+        self._units, self._stage = units, stage
         self._copies: list[tuple[nn.Module, nn.Module]] = []
         shown = self._shown("", model)
         assert shown is not None
@@ -50,7 +50,7 @@ class StageView:
 
     def _shown(self, path: str, part: nn.Module) -> nn.Module | None:
         if path in self._units:
-            return part if self._units[path] in self._stages else None
+            return part if self._units[path] == self._stage else None
         if next(part.parameters(), None) is None and path:
             return part
         prefix = f"{path}." * bool(path)

@@ -200,7 +200,7 @@ class Engine:
         return plan
 
     def _make_plan(self, micro: Micro) -> Plan:
-        """Run one micro-batch of zeros through the stages, one after the other, to see what they send."""
+        """Run the stages one after the other, on a micro-batch of examples, to see what they send."""
         boundaries: list[list[Meta]] = []
         random, output = False, None
         own = {module.stage: module for module in self._stages}
@@ -223,7 +223,7 @@ class Engine:
         device = self.axis.device
         module.sends = None
         with keeping_buffers(self.module), stage_random(self.axis, 0) as stream:
-            inputs = [torch.zeros(m.shape, dtype=m.dtype, device=device, requires_grad=m.requires_grad) for m in metas]
+            inputs = [_example(meta).to(device).requires_grad_(meta.requires_grad) for meta in metas]
             try:
                 ended, result = module.compute(0, inputs)
                 if ended:
@@ -296,6 +296,13 @@ class Engine:
         finally:
             for module, (held, others) in zip(self._stages, before, strict=True):
                 module.call, module.calls = held, others
+
+
+def _example(meta: Meta) -> Tensor:
+    """Return numbers that are no special case, of a generator of their own; zeros where they may be indices."""
+    if not meta.dtype.is_floating_point:
+        return torch.zeros(meta.shape, dtype=meta.dtype)
+    return torch.rand(meta.shape, generator=torch.Generator().manual_seed(0)).to(meta.dtype)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

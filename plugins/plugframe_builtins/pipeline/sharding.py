@@ -45,7 +45,8 @@ def parallelize_stages(
     stages = range(axis.rank, cut.num_stages, axis.size)
     earlier = {path: module.get_submodule(path) for path, stage in cut.units.items() if stage in stages[:-1]}
     copies = {path: meta_copy(part) for path, part in earlier.items()}
-    view = StageView(module, cut.units, stages)
-    parallelize(view.module)
-    view.put_back()
+    for stage in stages:
+        view = StageView(module, cut.units, stage)
+        parallelize(view.module)
+        view.put_back()
     return copies

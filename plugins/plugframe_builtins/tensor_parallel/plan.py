@@ -75,7 +75,7 @@ def _made(style: str | ParallelStyle) -> ParallelStyle | None:
 def apply_plan(module: nn.Module, plan: Plan, mesh: DeviceMesh, where: str) -> None:
     """Split the layers of `module` named by `plan` over the ranks of `mesh`, in place. Called on every rank.
 
-    Beside a pipeline `module` shows the stages of this rank; the plan is checked for all of them.
+    Beside a pipeline `module` shows a stage; the plan is checked for all stages.
 
     Raises:
         SettingError: if a pattern matches no submodule, or a layer that cannot be split evenly.
