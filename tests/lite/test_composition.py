@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,13 +21,16 @@ from plugframe import (
     Plugin,
     PluginContractError,
     SettingError,
+    UnsupportedError,
     hookimpl,
 )
 from plugframe.base import Strategy
+from plugframe.hooks.context import Context
 from plugframe.hooks.world import World
 from plugframe_builtins.ddp.strategy import DDP
 from plugframe_builtins.fsdp.strategy import FSDP
 from plugframe_builtins.tensor_parallel.strategy import TensorParallel
+from plugframe_builtins.torch_collective.collective import TorchCollective
 from ranks import run_checks
 
 PLAN = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
@@ -303,6 +307,46 @@ def strangers_compose(world: World) -> None:
         assert noting.seen == [("twin",), 2, Model, "torn down"]
 
 
+class Apart(TorchCollective):
+    """A collective on a process group of its own, which is not torch's default one."""
+
+    plugin = Plugin(factory=f"{__name__}:Apart", provides=("process-group",))
+    foreign = False
+
+    @hookimpl
+    def collective_setup(self, context: Context) -> None:
+        super().collective_setup(context)
+        self._apart = dist.new_group(backend="gloo")
+
+    @hookimpl
+    def collective_process_group(self) -> Any:
+        return self._apart
+
+    @hookimpl
+    def collective_new_group(self, ranks: Sequence[int]) -> Any:
+        return tuple(ranks) if self.foreign else super().collective_new_group(ranks)
+
+
+def meshes_are_on_the_groups_of_the_collective(world: World) -> None:
+    """A collective whose group is not torch's default one has meshes of its own groups, for jobs and strategies."""
+    for strategy, mesh in (("fsdp+tensor_parallel", TWO), (FSDP(mesh={"replicate": 2, "shard": 2}), None)):
+        model, plain = build(), build()
+        optimizer, its = (torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, plain))
+        with lite_of(strategy, mesh, collective=Apart()) as lite:
+            lite.setup(model, optimizer)
+            made: Any = next(p for p in model.parameters() if isinstance(p, DTensor))
+            assert made.device_mesh.get_group(0) is not dist.group.WORLD
+            _train(lite, model, optimizer, plain, its, 1e-5)
+    foreign = Apart()
+    foreign.foreign = True
+    refused = r"process groups of torch, and collective_new_group\(\) of collective 'Apart' returns a tuple"
+    with (
+        lite_of("fsdp+tensor_parallel", TWO, collective=foreign) as lite,
+        pytest.raises(UnsupportedError, match=refused),
+    ):
+        lite.launch()
+
+
 class Forgetting(Strategy):
     """An outside strategy that has axes and leaves the others out."""
 
@@ -339,6 +383,7 @@ ALL = (
     the_mesh_is_the_users_too,
     checkpoints_go_from_mesh_to_mesh,
     strangers_compose,
+    meshes_are_on_the_groups_of_the_collective,
     mistakes_are_told,
 )
 
