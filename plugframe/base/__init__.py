@@ -6,6 +6,7 @@ These import torch; a descriptor's module does not import them.
 from plugframe.base.accelerator import Accelerator
 from plugframe.base.checkpoint import Checkpoint
 from plugframe.base.collective import Collective, check_reduction, check_split
+from plugframe.base.device_mesh import make_device_mesh
 from plugframe.base.environment import Environment, fresh, private_store
 from plugframe.base.extension import Extension
 from plugframe.base.launcher import Launcher
@@ -40,6 +41,7 @@ __all__ = [
     "fresh",
     "is_gathered",
     "job_token",
+    "make_device_mesh",
     "map_tensors",
     "mark_gathered",
     "overwrite",

@@ -62,6 +62,8 @@ class Context:
         parallelize: for the strategy that divides the batch: ``context.parallelize(module)`` applies the other
             strategies of the job to a module, in place. It calls this on every rank, once the values of all ranks are
             equal, and before it distributes the module. None if there are no others.
+        base: for a strategy that leads (`strategy_lead`): the object of the strategy that divides the batch, which it
+            may set up with this context and use. None for any other strategy.
         make: makes a plugin by name, for one that wraps it; see `Make`.
         provides: the capabilities of the selected plugin of each kind, as its descriptor lists them.
         timeout_s: seconds after which a collective raises an error, from ``--timeout``; None when not set.
@@ -79,6 +81,7 @@ class Context:
     averaged: tuple[str, ...] = ()
     make: Make | None = None
     parallelize: Callable[[torch.nn.Module], None] | None = None
+    base: Any = None
     provides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     timeout_s: float | None = None
     report_after_s: float = REPORT_AFTER_S

@@ -70,9 +70,10 @@ class StrategySpec(Protocol):
     def strategy_lead(self, base: Plugin) -> bool:
         """Return whether this strategy's hooks are those of the job where it is combined with `base`.
 
-        For a strategy that runs the calls of a module, such as a pipeline, and averages gradients over the axes of
-        `base` by itself: the object of `base`, which divides the batch, is then not used. Called once on every rank,
-        before any set-up. The default returns False: this strategy transforms modules, see `strategy_parallelize`.
+        For a strategy that runs the calls of a module, such as a pipeline, and sees to it that gradients are averaged
+        over the axes of `base`: the object of `base`, which divides the batch, is then not set up and not called, and
+        ``context.base`` is that object, for this strategy to use. Called once on every rank, before any set-up. The
+        default returns False: this strategy transforms modules, see `strategy_parallelize`.
 
         Args:
             base: the descriptor of the strategy that divides the batch.

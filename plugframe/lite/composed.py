@@ -10,7 +10,7 @@ from plugframe.core.planning.composition import COMPOSED
 from plugframe.core.planning.plan import Choice, Plan
 from plugframe.core.registry.catalogue import Catalogue
 from plugframe.core.runtime.binding import BoundHooks
-from plugframe.errors import PluginContractError, UnsupportedError
+from plugframe.errors import PluginContractError
 from plugframe.hooks.context import Context
 
 
@@ -26,13 +26,14 @@ class Composed:
         base = plan.choices[COMPOSED]
         self.others: list[tuple[Choice, Any]] = []
         self._applied = False
+        self._led: Any = None
         if plan.composed:
             own = catalogue.describe(base.entry) if base.entry is not None else base.descriptor
             base = replace(base, instance=base.make(catalogue).strategy_compose())
             for choice in plan.composed:
                 plugin = choice.make(catalogue).strategy_compose()
                 if plugin.strategy_lead(own):
-                    base = replace(base, instance=plugin)
+                    self._led, base = base.instance, replace(base, instance=plugin)
                 else:
                     self.others.append((choice, plugin))
         self.plan = replace(plan, choices={**plan.choices, COMPOSED: base})
@@ -56,9 +57,12 @@ class Composed:
 
         Called on every rank, once the collective is set up.
         """
+        # Imported late: a job without a mesh does not need it.
+        from plugframe.base.device_mesh import make_device_mesh
+
         layout, base = self.plan.mesh, self.plan.choices[COMPOSED]
         assert layout is not None
-        mesh = _device_mesh(context, layout.names, layout.sizes)
+        mesh = make_device_mesh(context, layout.names, layout.sizes)
         context = replace(context, mesh=mesh, averaged=layout.averaged(base.name))
         for choice, plugin in self.others:
             undo.callback(plugin.strategy_teardown)
@@ -67,28 +71,9 @@ class Composed:
         undo.callback(setattr, hooks, "strategy_data_shard", hooks.strategy_data_shard)
         vars(hooks)["strategy_data_shard"] = lambda: shard
         parallelize = self._parallelize if self.others else None
-        return replace(context, axes=layout.owned_by(base.name), parallelize=parallelize)
+        return replace(context, axes=layout.owned_by(base.name), parallelize=parallelize, base=self._led)
 
     def _parallelize(self, module: Any) -> None:
         self._applied = True
         for _, plugin in self.others:
             plugin.strategy_parallelize(module=module)
-
-
-def _device_mesh(context: Context, names: tuple[str, ...], sizes: tuple[int, ...]) -> Any:
-    group = context.hooks.collective_process_group()
-    if group is None:
-        raise UnsupportedError(
-            f"mesh= needs a process group, and collective {context.names.get('collective')!r} has none: use another "
-            "collective, or leave mesh= and the further strategies out."
-        )
-    # Imported late: a job without a mesh does not need it.
-    from torch.distributed import group as groups
-    from torch.distributed.device_mesh import init_device_mesh
-
-    if group is not groups.WORLD:
-        raise UnsupportedError(
-            f"mesh= needs torch's default process group, and collective {context.names.get('collective')!r} uses "
-            "another one: use another collective, or leave mesh= and the further strategies out."
-        )
-    return init_device_mesh(context.device.type, sizes, mesh_dim_names=names)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
+from plugframe.base import make_device_mesh
 from plugframe.hooks.context import Context
 
 #: The name of the axis in a mesh.
@@ -82,5 +83,5 @@ def make_axis(context: Context, mesh: DeviceMesh, name: str, data_shard: tuple[i
 
 def whole_world(context: Context) -> Axis:
     """Return the axis of one pipeline over all ranks of the job."""
-    mesh = init_device_mesh(context.device.type, (context.world.world_size,), mesh_dim_names=(NAME,))
+    mesh = make_device_mesh(context, (NAME,), (context.world.world_size,))
     return make_axis(context, mesh, NAME)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from plugframe.base import map_tensors
 from plugframe.errors import UnsupportedError
+from plugframe.utils.shards import local_of
+from plugframe_builtins._shared.fully_shard.parts import ShardedParts
 from plugframe_builtins.pipeline.axis import Axis
 from plugframe_builtins.pipeline.batch_check import BatchCheck
 from plugframe_builtins.pipeline.chain import Chain
@@ -60,6 +62,8 @@ class Engine:
         schedule: the schedule's name; None for 1f1b if the model returns its loss, else gpipe.
         micro_batches: number of micro-batches of a batch.
         backwards: counts those of this model.
+        parts: the sharded parameters of this rank's stages; None if each rank holds its stages' complete ones.
+        shapes: see `Boundaries`.
     """
 
     def __init__(
@@ -71,8 +75,10 @@ class Engine:
         schedule: str | None,
         micro_batches: int,
         backwards: Backwards,
+        parts: ShardedParts | None = None,
+        shapes: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        self.cut, self.axis = cut, axis
+        self.cut, self.axis, self.parts = cut, axis, parts
         #: Whether a parameter or a module was added; see `AddedParameters`.
         self.added = False
         self._backwards = backwards
@@ -83,7 +89,7 @@ class Engine:
         self._places = places
         self._schedule = schedule
         self._micro_batches = micro_batches
-        self._boundaries = Boundaries(module, cut, axis.device)
+        self._boundaries = Boundaries(module, cut, axis.device, shapes or {})
         self._aliases = Aliases(())
         own = range(axis.rank, cut.num_stages, axis.size)
         self._stages = [StageModule(self._boundaries, n, functools.partial(self._parameters, n)) for n in own]
@@ -97,6 +103,11 @@ class Engine:
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return what ``call(*args, **kwargs)`` returns in one process, on every rank."""
+        if self.parts is None:
+            return self._call(call, args, kwargs)
+        return self.parts.run(functools.partial(self._call, call, args, kwargs))
+
+    def _call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.added:
             check_added(self.module, self.cut, self._places)
             self._parts, self._every = list(self.module.modules()), list(self.module.parameters())
@@ -139,7 +150,7 @@ class Engine:
 
         def scaled(outer: Sequence[Tensor | None]) -> list[Tensor | None]:
             self._backwards.count += 1
-            return gradients if outer[0] is None else _multiplied(gradients, outer[0])
+            return self._agreed(parameters, gradients if outer[0] is None else _multiplied(gradients, outer[0]))
 
         return deliver([value], parameters, scaled)[0]
 
@@ -160,9 +171,9 @@ class Engine:
         def backward(outer: Sequence[Tensor | None]) -> list[Tensor | None]:
             self._backwards.count += 1
             parts = _parts(outer, count, micro.size)
-            with aliases:
+            with nullcontext() if self.parts is None else self.parts.gathered(), aliases:
                 self._chain.backward(tape, plan.boundaries, count, parts)
-            return aliases.take_gradients()
+            return self._agreed(aliases.parameters, aliases.take_gradients())
 
         wanted = [each.requires_grad for each in tensors_of(plan.output)]
         return refilled(structure, deliver(outputs, aliases.parameters, backward, wanted))
@@ -189,7 +200,7 @@ class Engine:
         return plan
 
     def _make_plan(self, micro: Micro) -> Plan:
-        """Run one micro-batch of zeros through the stages, one after the other, to see what they send."""
+        """Run the stages one after the other, on a micro-batch of examples, to see what they send."""
         boundaries: list[list[Meta]] = []
         random, output = False, None
         own = {module.stage: module for module in self._stages}
@@ -212,7 +223,7 @@ class Engine:
         device = self.axis.device
         module.sends = None
         with keeping_buffers(self.module), stage_random(self.axis, 0) as stream:
-            inputs = [torch.zeros(m.shape, dtype=m.dtype, device=device, requires_grad=m.requires_grad) for m in metas]
+            inputs = [_example(meta).to(device).requires_grad_(meta.requires_grad) for meta in metas]
             try:
                 ended, result = module.compute(0, inputs)
                 if ended:
@@ -258,6 +269,9 @@ class Engine:
         """Return the parameters of this rank's stages."""
         return [module._parameters[name] for module, name, _ in self._places]  # type: ignore[misc]
 
+    def _agreed(self, parameters: Sequence[Tensor], gradients: list[Tensor | None]) -> list[Tensor | None]:
+        return gradients if self.parts is None else self.parts.agreed(parameters, gradients)
+
     def _new_aliases(self) -> Aliases:
         return Aliases(self._places)
 
@@ -284,6 +298,13 @@ class Engine:
                 module.call, module.calls = held, others
 
 
+def _example(meta: Meta) -> Tensor:
+    """Return numbers that are no special case, of a generator of their own; zeros where they may be indices."""
+    if not meta.dtype.is_floating_point:
+        return torch.zeros(meta.shape, dtype=meta.dtype)
+    return torch.rand(meta.shape, generator=torch.Generator().manual_seed(0)).to(meta.dtype)
+
+
 def _on_meta(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
 
@@ -291,7 +312,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 def _multiplied(gradients: Sequence[Tensor | None], outer: Tensor) -> list[Tensor | None]:
     held = [gradient for gradient in gradients if gradient is not None]
     for gradient in held:
-        gradient.mul_(outer.to(gradient.device, gradient.dtype))
+        local_of(gradient).mul_(outer.to(gradient.device, gradient.dtype))
     return list(gradients)
 
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from plugframe.base import map_tensors
 from plugframe.checkpoint import as_bytes, fill, materialize
 from plugframe.errors import OutOfSyncError
+from plugframe_builtins._shared.sharding.state import load_optimizer_state as load_shards
 from plugframe_builtins.pipeline.axis import Axis
 from plugframe_builtins.pipeline.optimizers import is_other, own_state
 
@@ -37,6 +38,8 @@ class Layout:
         """Return a function that gives every rank's tensors to the first rank, on the CPU; all ranks must call it."""
 
         def place(tensor: Tensor, owner: int) -> Any:
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor()
             whole = self._axis.broadcast(tensor, owner) if tensor.numel() and self._axis.size > 1 else tensor
             return whole.detach().cpu() if keep else None
 
@@ -52,6 +55,8 @@ class Layout:
         def place(tensor: Tensor, owner: int) -> Any:
             if not tensor.dim():  # a rank outside of its mesh gives a 0-d DTensor another shape (torch 2.13)
                 return self._axis.broadcast(tensor.detach(), owner)
+            if isinstance(tensor, DTensor):
+                return tensor
             mine = owner == self._axis.rank
             local = tensor.detach() if mine else tensor.new_empty((0,) * tensor.dim())
             stride = torch.empty(tensor.shape, device="meta").stride()
@@ -148,8 +153,7 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
     """Load the entries of this rank's parameters."""
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     others = {number for number, other in zip(numbers, is_other(optimizer), strict=True) if other}
-    entries = {key: materialize(entry) for key, entry in state["state"].items() if key not in others}
-    optimizer.load_state_dict({**state, "state": entries, "param_groups": materialize(state["param_groups"])})
+    load_shards(optimizer, {**state, "state": {k: entry for k, entry in state["state"].items() if k not in others}})
 
 
 def _held(tensor: Tensor, mine: bool, axis: Axis) -> Tensor:

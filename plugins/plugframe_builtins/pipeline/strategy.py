@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,12 @@ from plugframe.hooks.context import Context
 from plugframe.utils.logging import warn_caller
 from plugframe_builtins._shared.broadcast import broadcast_from_first
 from plugframe_builtins._shared.fully_shard.added_parameters import AddedParameters
+from plugframe_builtins._shared.fully_shard.part_sharding import find_parts, shard_parts
+from plugframe_builtins._shared.fully_shard.parts import ShardedParts
+from plugframe_builtins._shared.fully_shard.strategy import FullyShardedStrategy
 from plugframe_builtins._shared.model_check import check_same_model
+from plugframe_builtins._shared.sharding.clip import clip_by_norm as clip_shards_by_norm
+from plugframe_builtins._shared.sharding.clip import clip_by_value
 from plugframe_builtins.pipeline import plugin
 from plugframe_builtins.pipeline.axis import NAME, Axis, make_axis, whole_world
 from plugframe_builtins.pipeline.checks import check_module
@@ -30,6 +35,7 @@ from plugframe_builtins.pipeline.engine import Engine
 from plugframe_builtins.pipeline.optimizers import own_parameters, split_optimizer
 from plugframe_builtins.pipeline.replicas import Replicas
 from plugframe_builtins.pipeline.schedules import misfit
+from plugframe_builtins.pipeline.sharding import parallelize_stages, sharding_base
 from plugframe_builtins.pipeline.stand_in import Backwards, OtherParameter, OtherStage, give_up, stand_in
 from plugframe_builtins.pipeline.state import (
     Layout,
@@ -79,6 +85,9 @@ class Pipeline(Strategy):
         self._engines: list[weakref.ref[Engine]] = []
         self._additions = AddedParameters()
         self._replicas: Replicas | None = None
+        self._led: Plugin | None = None
+        self._base: FullyShardedStrategy | None = None
+        self._together: Sequence[Optimizer] = ()
 
     @hookimpl
     def strategy_setup(self, context: Context) -> None:
@@ -94,11 +103,8 @@ class Pipeline(Strategy):
                 "strategy 'pipeline' cannot be simulated: a stage computes with what the ranks of other stages send. "
                 "Run it on real ranks, on the CPU if need be."
             )
-        if context.parallelize is not None:
-            raise UnsupportedError(
-                "strategy 'pipeline' can be combined with one that divides the batch, as in 'ddp+pipeline', and not "
-                "with one that transforms the model: leave that out."
-            )
+        if self._led is not None and ("sharded" in self._led.provides or context.parallelize is not None):
+            self._base = sharding_base(context)
         self._use(self._make_axis(context))
 
     def _make_axis(self, context: Context) -> Axis:
@@ -106,6 +112,8 @@ class Pipeline(Strategy):
         mesh = context.mesh
         if mesh is None:
             return whole_world(context)
+        if self._base is not None:
+            return make_axis(context, mesh, NAME)
         data = mesh["data"]
         if data.size() > 1:
             self._replicas = Replicas(data.get_group(), data.size(), context.hooks)
@@ -113,11 +121,7 @@ class Pipeline(Strategy):
 
     @hookimpl
     def strategy_lead(self, base: Plugin) -> bool:
-        if "sharded" in base.provides:
-            raise UnsupportedError(
-                "strategy 'pipeline' averages the gradients of whole stages over replicas, and cannot be combined with "
-                "a strategy that shards them: use strategy='ddp+pipeline'."
-            )
+        self._led = base
         return True
 
     def _use(self, axis: Axis) -> None:
@@ -134,6 +138,9 @@ class Pipeline(Strategy):
     @hookimpl
     def strategy_teardown(self) -> None:
         self._axis = self._layout = self._replicas = None
+        base, self._base = self._base, None
+        if base is not None:
+            base.strategy_teardown()
         self._engines.clear()
         self._additions.close()
 
@@ -146,24 +153,34 @@ class Pipeline(Strategy):
     @hookimpl
     def strategy_setup_module(self, module: nn.Module) -> AnyEngine:
         axis = self._on
-        if axis.size == 1 or next(module.parameters(), None) is None:
+        if (axis.size == 1 and self._base is None) or next(module.parameters(), None) is None:
             materialize_module(module, self.context.device)
             return None
         check_module(module)
         check_same_model(module, self.context.hooks)
-        stages = self.stages or axis.size
+        before = dict(module.named_parameters(remove_duplicate=False))
+        found = None if self._base is None else find_parts(self._base, module)
+        cut, backwards = self._cut(module, axis), Backwards()
+        self._distribute(module, cut, backwards)
+        places, parts, skipped = _places(module, cut, axis), None, {}
+        if self._base is not None and found is not None:
+            skipped = parallelize_stages(module, cut, axis, self.context.parallelize)
+            own = list(dict.fromkeys(part for part, _, _ in places))
+            parts = shard_parts(self._base, module, own, found, before, self._together)
+        micro_batches = self.micro_batches or cut.num_stages
+        engine = Engine(module, cut, axis, places, self.schedule, micro_batches, backwards, parts, skipped)
+        self._additions.watch(module, engine)
+        self._engines = [weakref.ref(each) for each in (*self._alive(), engine)]
+        return engine
+
+    def _cut(self, module: nn.Module, axis: Axis) -> Cut:
+        if axis.size == 1:
+            return make_cut(module, None, 1, "the balanced cut")
         split, where = self.split, "split= of strategy 'pipeline'"
         if split is None and hasattr(module, ATTRIBUTE):
             split, where = getattr(module, ATTRIBUTE), f"{type(module).__name__}.{ATTRIBUTE}"
             check_split(split, where)
-        cut = make_cut(module, split, stages, where if split is not None else "the balanced cut")
-        backwards = Backwards()
-        self._distribute(module, cut, backwards)
-        places = _places(module, cut, axis)
-        engine = Engine(module, cut, axis, places, self.schedule, self.micro_batches or stages, backwards)
-        self._additions.watch(module, engine)
-        self._engines = [weakref.ref(each) for each in (*self._alive(), engine)]
-        return engine
+        return make_cut(module, split, self.stages or axis.size, where if split is not None else "the balanced cut")
 
     def _alive(self) -> Iterator[Engine]:
         return (engine for engine in (reference() for reference in self._engines) if engine is not None)
@@ -207,14 +224,34 @@ class Pipeline(Strategy):
     def strategy_setup_optimizers(
         self, module: nn.Module | None, optimizers: Sequence[Optimizer]
     ) -> Sequence[Optimizer]:
+        if self._base is not None:
+            self._base.strategy_setup_optimizers(module, optimizers)
         for optimizer in optimizers:
             split_optimizer(optimizer)
         return optimizers
 
     @hookimpl
+    def strategy_setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: Sequence[Optimizer]
+    ) -> tuple[AnyEngine, Sequence[Optimizer]]:
+        self._together = optimizers
+        try:
+            return super().strategy_setup_module_and_optimizers(module, optimizers)
+        finally:
+            self._together = ()
+
+    @hookimpl
     def strategy_optimizer_step(
         self, optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any] | None
     ) -> Any:
+        for parts in self._parts():
+            if parts.local and parts.owns(optimizer):
+                parts.local = False
+                if self.context.world.global_rank == 0:
+                    warn_caller(
+                        f"{type(optimizer).__name__}.step() leaves out gradients accumulated under no_backward_sync() "
+                        "and never averaged: they wait for a backward outside of it. Run the last backward so."
+                    )
         if self._replicas is not None and self._replicas.local:
             self._replicas.local = False
             if self.context.world.global_rank == 0:
@@ -231,6 +268,24 @@ class Pipeline(Strategy):
 
     # ------------------------------------------------------------------ the loop
 
+    def _parts(self) -> Iterator[ShardedParts]:
+        return (engine.parts for engine in self._alive() if engine.parts is not None)
+
+    @hookimpl
+    def strategy_next_batch(self, iterator: Any, exhausted: Any) -> Any:
+        batch = next(iterator, exhausted)
+        if batch is exhausted and self._base is not None:
+            training = torch.is_grad_enabled() and any(engine.module.training for engine in self._alive())
+            if not training:
+                self._base._evaluation.keep()
+        return batch
+
+    @hookimpl
+    def strategy_zero_grad(self, owner: nn.Module | Optimizer) -> None:
+        for parts in self._parts():
+            if parts.local and (parts.owns(owner) if isinstance(owner, Optimizer) else owner is parts.module):
+                parts.forget()
+
     @hookimpl
     def strategy_backward(
         self, loss: Tensor, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -240,12 +295,17 @@ class Pipeline(Strategy):
                 f"The loss depends on {loss.origin}, which this rank does not have: compute terms over parameters in "
                 "the model's forward, on the last stage's modules, or use the optimizer's weight_decay."
             )
-        super().strategy_backward(loss, module, args, kwargs)
+        with ExitStack() as stack:
+            for parts in self._parts():
+                stack.enter_context(parts.backward())
+            super().strategy_backward(loss, module, args, kwargs)
         if self._replicas is not None:
             self._replicas.average(engine.module for engine in self._alive())
 
     @hookimpl
     def strategy_no_sync(self, module: nn.Module, engine: AnyEngine, enabled: bool) -> AbstractContextManager[Any]:
+        if isinstance(engine, Engine) and engine.parts is not None:
+            return engine.parts.synchronizing(not enabled)
         return nullcontext() if self._replicas is None else self._replicas.averaging(not enabled)
 
     @hookimpl
@@ -260,9 +320,11 @@ class Pipeline(Strategy):
     ) -> Tensor | None:
         own = [p for p in parameters if not isinstance(p, OtherParameter) and p.grad is not None and p.numel()]
         if clip_value is not None:
-            nn.utils.clip_grad_value_(own, clip_value)
+            clip_by_value(own, clip_value)
             return None
         assert max_norm is not None
+        if self._base is not None:
+            return clip_shards_by_norm(own, max_norm, norm_type, error_if_nonfinite, self.context, self._on.size)
         staged = {id(p) for engine in self._alive() for p in engine.parameters()}
         return clip_by_norm(own, staged, self._on, max_norm, norm_type, error_if_nonfinite)
 
@@ -287,7 +349,7 @@ class Pipeline(Strategy):
 
     @hookimpl
     def strategy_optimizer_state(self, optimizer: Optimizer, sharded: bool) -> dict[str, Any]:
-        if self._on.size == 1:
+        if self._on.size == 1 and self._base is None:
             return optimizer.state_dict()
         return optimizer_state(optimizer, self._on, self._place(sharded))
 

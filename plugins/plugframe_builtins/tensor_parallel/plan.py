@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from plugframe.errors import SettingError, closest
+from plugframe_builtins._shared.stage_view import complete_model
 from plugframe_builtins.tensor_parallel.checks import check_divisible, refuse_second_derivatives
 
 
@@ -74,10 +75,13 @@ def _made(style: str | ParallelStyle) -> ParallelStyle | None:
 def apply_plan(module: nn.Module, plan: Plan, mesh: DeviceMesh, where: str) -> None:
     """Split the layers of `module` named by `plan` over the ranks of `mesh`, in place. Called on every rank.
 
+    Beside a pipeline `module` shows a stage; the plan is checked for all stages.
+
     Raises:
         SettingError: if a pattern matches no submodule, or a layer that cannot be split evenly.
     """
-    parts = dict(module.named_modules())
+    complete, own = complete_model(module), dict(module.named_modules())
+    parts = dict(complete.named_modules())
     given: dict[str, str | ParallelStyle] = {}
     for pattern, style in plan.items():
         paths = [path for path in parts if path and fnmatchcase(path, pattern)]
@@ -87,8 +91,8 @@ def apply_plan(module: nn.Module, plan: Plan, mesh: DeviceMesh, where: str) -> N
                 f"{closest(pattern, [path for path in parts if path])}"
             )
         given.update((path, style) for path in paths)
-    check_divisible(given, module, mesh.size(), where)
-    exact = {path: made for path, style in given.items() if (made := _made(style)) is not None}
+    check_divisible(given, complete, mesh.size(), where)
+    exact = {path: made for path, style in given.items() if path in own and (made := _made(style)) is not None}
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -16,6 +16,7 @@ from plugframe import Lite
 from plugframe.errors import SettingError
 from plugframe.hooks.world import World
 from plugframe.testing import run_ranks
+from plugframe_builtins.tensor_parallel.strategy import TensorParallel
 
 
 def tensor_of_rank(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -57,7 +58,22 @@ def on_three_ranks(world: World) -> dict[str, Any]:
         except ValueError as error:
             results["refused"] = str(error)
     results["left"] = dist.is_initialized()
+    results["sharded"] = sharded_and_split(world)
     return results
+
+
+def sharded_and_split(world: World) -> dict[str, torch.Tensor]:
+    """Return the weights after a step of layers that are split over the ranks of a mesh, sharded by ``fsdp``."""
+    plan = TensorParallel(plan={"0": "colwise", "1": "rowwise"})
+    strategy, mesh = ["fsdp", plan], {"data": 1, "tensor": 3}
+    with Lite(accelerator="cpu", devices=3, strategy=strategy, mesh=mesh, collective="ring") as lite:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        lite.setup(model, optimizer)
+        lite.backward(model(tensor_of_rank(0, 8, torch.float32).view(2, 4)).square().mean())
+        optimizer.step()
+        return lite.state_dict(model, all_ranks=True)
 
 
 def alone_in_the_ring(world: World) -> str:
@@ -114,6 +130,17 @@ def test_ddp_runs_over_it(results: list[dict[str, Any]]) -> None:
     assert model.weight.grad is not None
     for each in results:
         torch.testing.assert_close(each["weight"], model.weight.detach() - 0.1 * model.weight.grad)
+
+
+def test_a_mesh_runs_over_it(results: list[dict[str, Any]]) -> None:
+    """A layer that is split and sharded over the ring is trained as in one process."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    model(tensor_of_rank(0, 8, torch.float32).view(2, 4)).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    for each in results:
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(each["sharded"][name], value)
 
 
 def test_an_unsupported_reduction_raises(results: list[dict[str, Any]]) -> None:

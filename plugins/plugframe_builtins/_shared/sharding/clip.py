@@ -22,11 +22,20 @@ def clip_by_value(parameters: Sequence[Tensor], limit: float) -> None:
 
 
 def clip_by_norm(
-    parameters: Sequence[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool, context: Context
+    parameters: Sequence[Tensor],
+    max_norm: float,
+    norm_type: float,
+    error_if_nonfinite: bool,
+    context: Context,
+    num_parts: int = 1,
 ) -> Tensor:
     """Scale the gradients so that their total norm is at most `max_norm`; return the norm before, a 0-d tensor.
 
     Every rank must call it. An element counts once, on however many ranks it is.
+
+    Args:
+        num_parts: into how many parts (stages) the model is cut, each on as many ranks; those of a part have its
+            shards.
 
     Raises:
         SettingError: for an order that is not above 0.
@@ -35,7 +44,7 @@ def clip_by_norm(
     if not norm_type > 0:
         raise SettingError(f"norm_type={norm_type:g}: the norm of shards is defined for orders above 0, inf included.")
     gradients = _gradients(parameters)
-    total = _total_norm(gradients, norm_type, context)
+    total = _total_norm(gradients, norm_type, context, num_parts)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise RuntimeError(
             f"The total norm of order {norm_type:g} of the gradients is non-finite ({total.item()}), so they cannot be "
@@ -48,14 +57,14 @@ def clip_by_norm(
     return total
 
 
-def _total_norm(gradients: Sequence[Tensor], norm_type: float, context: Context) -> Tensor:
+def _total_norm(gradients: Sequence[Tensor], norm_type: float, context: Context, num_parts: int) -> Tensor:
     """Return the norm of all gradients on all ranks, with one reduction.
 
     torch's own total norm of DTensors reduces each dimension of the mesh by itself, with a warning (torch 2.13).
     """
     groups: dict[int, list[Tensor]] = {}
     for gradient in gradients:
-        groups.setdefault(_num_copies(gradient, context), []).append(_local(gradient))
+        groups.setdefault(_num_copies(gradient, context, num_parts), []).append(_local(gradient))
     dtype = gradients[0].dtype if gradients else torch.get_default_dtype()
     # In float64: the norm is raised to a power.
     total = torch.zeros((), dtype=torch.float64, device=context.device)
@@ -68,7 +77,7 @@ def _total_norm(gradients: Sequence[Tensor], norm_type: float, context: Context)
     return (found if math.isinf(norm_type) else torch.pow(found, 1 / norm_type)).to(dtype)
 
 
-def _num_copies(gradient: Tensor, context: Context) -> int:
+def _num_copies(gradient: Tensor, context: Context, num_parts: int) -> int:
     """Return how many ranks of the job hold each element of a gradient's local part."""
     ranks = context.world.world_size
     if not isinstance(gradient, DTensor):
@@ -76,7 +85,7 @@ def _num_copies(gradient: Tensor, context: Context) -> int:
     mesh = gradient.device_mesh
     placed = zip(gradient.placements, range(mesh.ndim), strict=True)
     copies = math.prod(mesh.size(dim) for placement, dim in placed if isinstance(placement, Replicate))
-    return copies * (ranks // mesh.size())
+    return copies * (ranks // num_parts // mesh.size())
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:

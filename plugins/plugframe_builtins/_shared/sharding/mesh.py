@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
+from plugframe.base import make_device_mesh
 from plugframe.errors import SettingError, UnsupportedError
 from plugframe.hooks.context import Context
 
@@ -46,7 +47,8 @@ def make_mesh(strategy: str, mesh: Mapping[str, int], axes: tuple[str, ...], con
             f"mesh={dict(mesh)!r} of strategy {strategy!r} does not fit this job's {ranks} ranks: the sizes must "
             "multiply to that; -1 stands for all that is left."
         )
-    return init_device_mesh(context.device.type, tuple(sizes), mesh_dim_names=axes)
+    mesh_of_ranks: DeviceMesh = make_device_mesh(context, axes, sizes)
+    return mesh_of_ranks
 
 
 def averaged_axes(strategy: str, mesh: DeviceMesh, context: Context) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,18 +17,19 @@ from plugframe_builtins._shared.sharding.parameter import local_shard
 _MASK = (1 << 63) - 1
 
 
-def accept_plain_states(module: nn.Module, hooks: Any) -> None:
-    """Make `module` and its submodules load states of plain tensors, equal on all ranks."""
+def accept_plain_states(module: nn.Module, hooks: Any, groups: Sequence[Any] = (None,)) -> None:
+    """Make `module` and its submodules load states of plain tensors, equal on all ranks of each group."""
     for part in module.modules():
         if part._parameters:
-            part.register_load_state_dict_pre_hook(_PlainStateHook(hooks))  # type: ignore[no-untyped-call]
+            part.register_load_state_dict_pre_hook(_PlainStateHook(hooks, groups))  # type: ignore[no-untyped-call]
 
 
 class _PlainStateHook:
     """A ``load_state_dict`` hook for modules with parameters. Every rank must load."""
 
-    def __init__(self, hooks: Any) -> None:
+    def __init__(self, hooks: Any, groups: Sequence[Any] = ()) -> None:
         self._hooks = hooks
+        self._groups = groups
 
     def __call__(self, part: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         if self._hooks is None:
@@ -48,15 +50,15 @@ class _PlainStateHook:
         """Raise if states differ between ranks: shards of both would be mixed.
 
         Raises:
-            OutOfSyncError: on all ranks.
+            OutOfSyncError: on all ranks of a group.
         """
         digest = xxhash.xxh3_64()
         for value in values.values():
             held = value.detach().cpu().contiguous()  # its bytes are valid only while it lives
             digest.update(as_bytes(held))
         mine = torch.tensor([digest.intdigest() & _MASK])
-        everyone = self._hooks.collective_all_gather(tensor=mine, group=None, sync_grads=False)
-        if not bool((everyone == everyone[0]).all()):
+        found = [self._hooks.collective_all_gather(tensor=mine, group=each, sync_grads=False) for each in self._groups]
+        if not all(bool((everyone == everyone[0]).all()) for everyone in found):
             names = ", ".join(map(repr, values))
             raise OutOfSyncError(
                 f"load_state_dict() of a sharded model got other values for {names} on some ranks: every rank keeps "

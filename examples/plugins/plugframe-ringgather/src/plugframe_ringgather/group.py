@@ -62,6 +62,12 @@ class RingGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return BACKEND
 
+    @property
+    def group_name(self) -> str:  # type: ignore[override]
+        """The name under which torch registers the group: a device mesh refers to its groups by name."""
+        names: dict[Any, str] = dist.distributed_c10d._world.pg_names
+        return names[self]
+
     def size(self) -> int:
         return self.ring.size
 
@@ -128,6 +134,24 @@ class RingGroup(dist.ProcessGroup):
     # Their names before torch 2.13.
     _allgather_base = all_gather_single
     _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
+
+    # What DTensor calls.
+    def allgather_into_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Done:
+        for output, local in zip(outputs, inputs, strict=True):
+            self.all_gather_single(output, local)
+        return Done(outputs)
+
+    def reduce_scatter_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Done:
+        for output, local in zip(outputs, inputs, strict=True):
+            self.reduce_scatter_single(output, local, opts)
+        return Done(outputs)
+
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Done:  # type: ignore[override]
+        rows = inputs[0] if opts.rootRank == self.ring.rank else [torch.empty_like(outputs[0])] * self.ring.size
+        everything = torch.stack(rows)
+        self.broadcast([everything], opts)
+        outputs[0].copy_(everything[self.ring.rank])
+        return Done(outputs)
 
     def barrier(self, opts: Any = None) -> Done:
         return self.allreduce([torch.ones(1)])
