@@ -83,7 +83,7 @@ def divide(module: nn.Module, mesh: DeviceMesh | None, plan: Plan | None, contex
 
 
 def _check_owners(module: nn.Module, found: Sequence[Experts]) -> None:
-    """Raise if a parameter of experts is used elsewhere, or a module runs two lists of experts."""
+    """Raise if a parameter of experts is used elsewhere, if they keep statistics, or a module runs two lists of them."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -94,6 +94,12 @@ def _check_owners(module: nn.Module, found: Sequence[Experts]) -> None:
                 raise UnsupportedError(
                     f"{' and '.join(map(repr, names[id(parameter)]))} are one parameter, and strategy 'expert' divides "
                     f"the experts {experts.path!r} over ranks: experts share no parameters."
+                )
+        for path, part in experts.module.named_modules():
+            if isinstance(getattr(part, "running_mean", None), Tensor):
+                raise UnsupportedError(
+                    f"{type(part).__name__} {path!r} of the experts {experts.path!r} keeps running statistics, and "
+                    "strategy 'expert' runs each expert on some ranks only: use LayerNorm or RMSNorm."
                 )
         if experts.parent is None:
             continue

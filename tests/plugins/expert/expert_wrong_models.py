@@ -63,6 +63,28 @@ class Tracked(Loop):
         self.experts = nn.ModuleList([Normed() for _ in range(5)])
 
 
+class Counting(Expert):
+    """An expert that counts its tokens."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        return super().forward(x)
+
+
+class Counted(Loop):
+    """Experts that count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([Counting() for _ in range(5)])
+
+
 class Pooled(Expert):
     """An expert with one output for all tokens."""
 
@@ -143,7 +165,8 @@ WRONG: tuple[tuple[Callable[[], Model], str], ...] = (
     (lambda: Model(Several), "Expert 0 of 'layers.0.mixture.experts' was called with 2 arguments, Tensor, Tensor"),
     (Apart, "Expert 0 of 'layers.1.mixture.experts' was called outside of the forward of 'layers.1.mixture'"),
     (lambda: Model(InPlace), "The forward of 'layers.0.mixture' changes an argument in place"),
-    (lambda: Model(Tracked), "'layers.0.mixture.experts' change their buffer '(running_mean|num_batches_tracked)'"),
+    (lambda: Model(Tracked), "BatchNorm1d '0.norm' of the experts 'layers.0.mixture.experts' keeps running statistics"),
+    (lambda: Model(Counted), "'layers.0.mixture.experts' change their buffer 'seen' in a forward"),
     (lambda: Model(Pools), "An expert of 'layers.0.mixture.experts' got 1 rows and returned of shape"),
     (lambda: Model(Tied), "'layers.0.mixture.experts.0.up.weight' and .* are one parameter"),
     (_two_lists, "A Pair runs the lists of experts 'layers.0.mixture.experts' and 'layers.0.mixture.others'"),
