@@ -83,7 +83,7 @@ def divide(module: nn.Module, mesh: DeviceMesh | None, plan: Plan | None, contex
 
 
 def _check_owners(module: nn.Module, found: Sequence[Experts]) -> None:
-    """Raise if a parameter of experts is used elsewhere, if they keep statistics, or a module runs two lists of them."""
+    """Raise if experts share parameters or keep statistics, or a module runs two lists of them."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
