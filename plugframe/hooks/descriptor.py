@@ -240,7 +240,7 @@ def check_composable(strategies: Sequence[tuple[str, Plugin]], others: Iterable[
     averages = any("averages-axes" in each.provides for _, each in strategies if each.divides == ORDER[-1])
     for name, descriptor in strategies:
         parted = [axis.name for axis in descriptor.axes if axis.averages]
-        if parted and not averages:
+        if batch and parted and not averages:
             able = [repr(other.name) for other in others if "averages-axes" in other.descriptor.provides]
             raise ValueError(
                 f"{batch[0]!r} does not average gradients over the axis {parted[0]!r} of {name!r}: use "

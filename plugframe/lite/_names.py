@@ -16,6 +16,7 @@ StrategyName = Literal[
     "fsdp",
     "tensor_parallel",
     "context",
+    "expert",
     "pipeline",
     "deepspeed",
     "deepspeed_stage_1",

@@ -27,7 +27,12 @@ from plugframe.hooks.world import World
 from plugframe.testing.ranks import RanksFailed, run_ranks
 
 FOLDER = TESTS / "kinds"
-STRATEGIES = ("single", "ddp", "fsdp", "tensor_parallel", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+#: Under which every script is run that does not say otherwise.
+_USUAL = ("single", "ddp", "fsdp", "tensor_parallel", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+#: The columns of the table.
+STRATEGIES = (*_USUAL, "context", "expert")
+#: Strategies that need others beside them: what is asked for.
+_MIXES = {"context": {"STRATEGY": "fsdp+context", "MESH": "data=1,context=2"}}
 _HEADER = re.compile(r"^# (variants|strategies|precision|plan|except): *(.*)$", re.MULTILINE)
 
 
@@ -85,7 +90,7 @@ def kinds() -> Iterator[Kind]:
         source = path.read_text(encoding="utf-8")
         header: Mapping[str, str] = dict(_HEADER.findall(source))
         title = (ast.get_docstring(ast.parse(source)) or path.stem).splitlines()[0].rstrip(".")
-        strategies = tuple(header.get("strategies", "").split()) or STRATEGIES
+        strategies = tuple(header.get("strategies", "").split()) or _USUAL
         variants = tuple(header.get("variants", "").split()) or ("",)
         gaps = tuple(header.get("except", "").split())
         plan = ",".join(header.get("plan", "").split())
@@ -94,7 +99,7 @@ def kinds() -> Iterator[Kind]:
 
 def run_cell(kind: Kind, variant: str, strategy: str, *, timeout_s: float = 90.0) -> Outcome:
     """Run one script under one strategy: on one rank under ``single``, on two under any other."""
-    asked = {"STRATEGY": strategy, "ACCELERATOR": "cpu", "PRECISION": kind.precision}
+    asked = {"STRATEGY": strategy, "ACCELERATOR": "cpu", "PRECISION": kind.precision, **_MIXES.get(strategy, {})}
     if strategy == "tensor_parallel":
         asked["STRATEGY__PLAN"] = kind.plan
     env = {f"PLUGFRAME_{name}": value for name, value in asked.items() if value}

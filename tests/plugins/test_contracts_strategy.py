@@ -39,6 +39,8 @@ globals().update(
         StrategyContract,
         tensor_parallel={"options": {"plan": PLAN}},
         pipeline={"options": {"split": ["leave"]}, "reports": _reports_of_a_pipeline},
+        # Of models without experts; those with experts have tests of their own.
+        expert={"options": {"plan": {}}, "num_ranks": (2,)},
         # Offloading to disks needs libaio.
         deepspeed_stage_3_offload_nvme={"options": {"nvme_path": tempfile.gettempdir()}, "num_ranks": ()},
         **{f"deepspeed_{variant}": {"num_ranks": (2,)} for variant in VARIANTS},

@@ -14,18 +14,25 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from plugframe.errors import UnsupportedError
+from plugframe_builtins.context import ring
 from plugframe_builtins.context.axis import SequenceAxis
 from plugframe_builtins.context.multi_head import MultiHead
 
 
 @dataclass
 class Call:
-    """What one call of attention used: queries, keys and values, of the heads and tokens of this rank, and the mask."""
+    """What one call of attention used: queries, keys and values, of the heads and tokens of this rank, and the mask.
+
+    Attributes:
+        heads: whether they are of this rank's heads.
+        chunks: whether keys and values are of this rank's tokens.
+    """
 
     tensors: tuple[Tensor, Tensor, Tensor]
     mask: Tensor | None
     causal: bool
     heads: bool = False
+    chunks: bool = False
 
 
 @dataclass
@@ -50,13 +57,13 @@ class Attention:
 
     Args:
         axis: over which the sequence is divided.
-        all_to_all: exchange tokens for heads, where the number of heads allows it.
+        way: ``"all_to_all"`` exchanges tokens for heads, where their number allows it; ``"gather"``, or ``"ring"``.
         say: tells the user something once.
     """
 
-    def __init__(self, axis: SequenceAxis, *, all_to_all: bool, say: Callable[[str], None]) -> None:
+    def __init__(self, axis: SequenceAxis, way: str, *, say: Callable[[str], None]) -> None:
         self.axis = axis
-        self.all_to_all = all_to_all
+        self.way = way
         self._say: Callable[[str], None] | None = say
         self._run: Run | None = None
         self._block = ""
@@ -140,6 +147,12 @@ class Attention:
         own = key.shape[-2] == self._run.local  # else all ranks have the keys of another sequence
         heads = own and self._by_heads((query, key, value))
         whole = mask, causal
+        if own and self._in_ring(query, key, value, mask, options):
+            if self._run.compared:
+                self._run.calls.append(Call((query, key, value), *whole, chunks=True))
+            scale = options.get("scale")
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            return ring.attend(self.axis, query, key, value, ring.Terms(mask, causal, dropout, scale))
         if heads:
             mask = self._of_heads(mask, query.shape[-3])
             query, key, value = self.axis.to_heads((query, key, value))
@@ -152,7 +165,7 @@ class Attention:
         return self.axis.to_tokens(found) if heads else found
 
     def _by_heads(self, tensors: tuple[Tensor, ...]) -> bool:
-        if not self.all_to_all or any(each.ndim < 3 for each in tensors):
+        if self.way != "all_to_all" or any(each.ndim < 3 for each in tensors):
             return False
         heads = [each.shape[-3] for each in tensors]
         if all(number % self.axis.size == 0 for number in heads):
@@ -161,6 +174,17 @@ class Attention:
             self._say(
                 f"strategy 'context' gathers keys and values: {heads[0]} heads with {heads[1]} of keys are no multiple "
                 f"of the {self.axis.size} ranks of its axis, so that tokens cannot be exchanged for heads."
+            )
+            self._say = None
+        return False
+
+    def _in_ring(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Any) -> bool:
+        if self.way != "ring" or ring.fits(query, key, value, mask, options):
+            return self.way == "ring"
+        if self._say is not None:
+            self._say(
+                f"strategy 'context' gathers keys and values in block {self._block!r}: a ring needs keys and values of "
+                "the queries' shape, fewer heads only with enable_gqa, and a mask that does not train."
             )
             self._say = None
         return False

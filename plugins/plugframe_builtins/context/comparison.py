@@ -64,7 +64,7 @@ def _calls(axis: SequenceAxis, ours: Call, theirs: Call) -> str | None:
     for name, own, true in zip(("queries", "keys", "values"), ours.tensors, theirs.tensors, strict=True):
         if ours.heads:
             true = true.chunk(axis.size, -3)[axis.index] if true.shape[-3] % axis.size == 0 else true
-        elif name == "queries":
+        elif name == "queries" or ours.chunks:
             true = true.chunk(axis.size, -2)[axis.index]
         if _apart(own, true) > _tolerance(dtype):
             return name

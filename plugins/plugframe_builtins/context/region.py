@@ -35,7 +35,7 @@ class Region:
         blocks: by path, in order.
         axis: over which the sequence is divided.
         dim: the sequence dimension of the hidden states.
-        attention: ``"all_to_all"`` or ``"gather"``.
+        attention: ``"all_to_all"``, ``"gather"`` or ``"ring"``.
         arguments: ``"split"`` or ``"whole"`` by name of an argument.
         check: compare calls with undivided ones.
         say: tells the user something once.
@@ -54,7 +54,7 @@ class Region:
     ) -> None:
         self.axis = axis
         self.dim = dim
-        self._attention = Attention(axis, all_to_all=attention == "all_to_all", say=say)
+        self._attention = Attention(axis, attention, say=say)
         self._check = check
         self._part = part_class(dim)
         self._streams = Streams(axis.device, axis.index)

@@ -26,7 +26,7 @@ class ContextParallel(Strategy):
         blocks: paths of the consecutive blocks, with ``*`` for one component: ``["blocks.*"]``. By default the model's
             own attribute ``context_parallel_blocks``, or its only list of repeated blocks.
         attention: ``"all_to_all"`` exchanges tokens for heads, and gathers keys and values where the number of heads
-            is no multiple of the axis; ``"gather"`` always does that.
+            is no multiple of the axis; ``"gather"`` always does that; with ``"ring"`` they go round the ranks.
         arguments: whether a block's argument, by name, is ``"split"`` along the sequence or left ``"whole"``, where
             its name and shape do not tell.
         check: compare the first forwards of each block with the undivided ones, and raise if they differ.

@@ -32,6 +32,8 @@ from context_wrong_models import WRONG
 from plugframe import Axis, Lite, Plugin, SettingError, UnsupportedError
 from plugframe.base import Strategy
 from plugframe.hooks.world import World
+from plugframe_builtins.context import ring
+from plugframe_builtins.context.axis import SequenceAxis
 from plugframe_builtins.context.strategy import ContextParallel
 from plugframe_builtins.fsdp.strategy import FSDP
 from plugframe_builtins.tensor_parallel.strategy import TensorParallel
@@ -48,6 +50,9 @@ MODELS: tuple[tuple[Callable[[], Model], str], ...] = (
     (lambda: Rotary(key_heads=1), "all_to_all"),
     (Encoder, "all_to_all"),
     (lambda: Encoder(causal=True), "all_to_all"),
+    (Masked, "ring"),
+    (lambda: Rotary(key_heads=1), "ring"),
+    (Encoder, "ring"),
 )
 
 
@@ -120,6 +125,48 @@ def models_train_like_one_process(world: World) -> None:
         strategy = ["fsdp", ContextParallel(attention=attention)]
         with lite_of(strategy, {"data": 1, "context": 2}, 2) as lite:
             trains_alike(lite, make, 1e-5)
+
+
+def rings_have_exact_derivatives(world: World) -> None:
+    """Outputs are those of torch; with dropout, derivatives are those of differences, in any direction."""
+    generator = torch.Generator().manual_seed(3)
+    query, direction = (torch.randn(2, 4, LENGTH, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    pairs = [torch.randn(2, 2, LENGTH, size, generator=generator, dtype=torch.float64) for size in (5, 3, 5, 3)]
+    mask = torch.rand(2, 1, LENGTH, LENGTH, generator=generator) > 0.4
+    mask[0, 0, 2] = False
+    bias = torch.randn(LENGTH, LENGTH, generator=generator, dtype=torch.float64)
+    with lite_of("ddp+context", {"data": 1, "context": 2}, 2) as lite:
+        lite.setup(build())
+        group = lite.mesh["context"].get_group()
+        axis = SequenceAxis(lite._hooks, group, world.global_rank, 2, torch.device("cpu"))
+
+        def run(step: float, terms: ring.Terms) -> tuple[list[Tensor], Tensor]:
+            wholes = (query + step * direction, pairs[0] + step * pairs[2], pairs[1] + step * pairs[3])
+            parts = [each.chunk(2, -2)[axis.index].clone().requires_grad_() for each in wholes]
+            torch.manual_seed(world.global_rank)
+            return parts, ring.attend(axis, parts[0], parts[1], parts[2], terms)
+
+        for given, causal in ((None, True), (mask, False), (bias, False)):
+            for dropout in (0.0, 0.3):
+                terms = ring.Terms(given, causal, dropout, 0.7)
+                parts, out = run(0.0, terms)
+                if not dropout:
+                    true = F.scaled_dot_product_attention(
+                        query, *pairs[:2], given, is_causal=causal, scale=0.7, enable_gqa=True
+                    )
+                    torch.testing.assert_close(out, true.chunk(2, -2)[axis.index])
+                out.square().sum().backward()
+                moved = (direction, pairs[2], pairs[3])
+                found = sum(
+                    (
+                        (part.grad * each.chunk(2, -2)[axis.index]).sum()
+                        for part, each in zip(parts, moved, strict=True)
+                    ),
+                    torch.zeros(()),
+                )
+                apart = (run(1e-6, terms)[1].square().sum() - run(-1e-6, terms)[1].square().sum()) / 2e-6
+                sums = [lite.all_reduce(each.detach(), reduce_op="sum") for each in (found, apart)]
+                torch.testing.assert_close(*sums, rtol=1e-5, atol=1e-6)
 
 
 class Between(Model):
@@ -248,7 +295,7 @@ def options_are_told(world: World) -> None:
     mesh = {"data": 1, "context": 2}
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"blocks": ["layers.*"]}, r"blocks= of strategy 'context' names 'layers.\*', and Model has no such submodule"),
-        ({"attention": "ring"}, "attention"),
+        ({"attention": "rings"}, "attention"),
         ({"arguments": {"x": "part"}}, "arguments"),
     )
     for option, message in wrong:
@@ -273,6 +320,7 @@ def options_are_told(world: World) -> None:
 #: What trains as one process does: strategy, mesh, model. With four ranks two heads of keys are gathered.
 MIXES: tuple[tuple[Any, Any, Callable[[], Model]], ...] = (
     ("fsdp+context", {"data": 2, "context": 2}, Model),
+    (["ddp", ContextParallel(attention="ring")], {"context": 4, "data": 1}, Rotary),
     ("ddp+context", {"data": 2, "context": 2}, Model),
     ("context+fsdp", {"context": 4, "data": -1}, Rotary),
     ("ddp+context", {"context": 4, "data": 1}, Encoder),
@@ -285,7 +333,7 @@ MIXES: tuple[tuple[Any, Any, Callable[[], Model]], ...] = (
 def mixes_train_like_one_process(world: World) -> None:
     """Two axes of four ranks, beside every strategy that divides the batch: fp32 within 1e-5, bf16 within rounding."""
     for precision, tolerance in (("32-true", 1e-5), ("bf16-mixed", 3e-2)):
-        for strategy, mesh, make in MIXES if precision == "32-true" else MIXES[:3]:
+        for strategy, mesh, make in MIXES if precision == "32-true" else MIXES[:4]:
             with lite_of(strategy, mesh, 4, precision=precision) as lite:
                 trains_alike(lite, make, tolerance)
 
@@ -337,6 +385,7 @@ def who_averages_is_told(world: World) -> None:
 
 TWO = (
     models_train_like_one_process,
+    rings_have_exact_derivatives,
     wrong_models_are_refused,
     tokenwise_code_between_blocks_is_right,
     gradients_of_inputs_are_those_of_one_process,

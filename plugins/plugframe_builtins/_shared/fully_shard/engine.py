@@ -17,6 +17,7 @@ from plugframe.base import ForwardShim, map_tensors, replicated_buffers, sync_bu
 from plugframe.errors import CollectiveMismatchError, OrderError, UnsupportedError, UsageError
 from plugframe_builtins._shared.fully_shard.added_parameters import check_added
 from plugframe_builtins._shared.fully_shard.gathered_copies import GatheredCopies
+from plugframe_builtins._shared.fully_shard.partners import Partner, gather, partners_parameters
 from plugframe_builtins._shared.fully_shard.unit_order import Channel, UnitOrder
 from plugframe_builtins._shared.fully_shard.used_parameters import UsedParameters, owned_parameters
 from plugframe_builtins._shared.sharding.gradient_hooks import gradients_before, hooked, run_hooks
@@ -75,7 +76,7 @@ class Engine:
 
     Args:
         shim: wraps the module, sharded.
-        units: the sharded blocks, in model order.
+        units: the sharded blocks and the partners, in model order.
         evaluation: coordinates evaluation over ranks with uneven numbers of batches.
         channel: host-side exchange between the ranks.
         strategy: its name, for messages.
@@ -114,15 +115,15 @@ class Engine:
         # In the order of the last forward.
         self._visited: list[nn.Module] = []
         self._position = {id(unit): number for number, unit in enumerate(self._units)}
-        parameters, owners = owned_parameters(shim.module)
-        self._parameters = parameters
+        self._parameters, _ = owned_parameters(shim.module)
+        parameters, owners = owned_parameters(shim.module, apart=partners_parameters(shim.module))
         self._gathered = GatheredCopies(shim.module)
         self._paths: UnitOrder | None = None
         self._used: UsedParameters | None = None
         if channel.open:
             model = type(shim.module).__name__
             paths = {id(part): path for path, part in shim.module.named_modules()}
-            names = [paths[id(unit)] for unit in self._units]
+            names = [unit.path if isinstance(unit, Partner) else paths[id(unit)] for unit in self._units]
             self._paths = UnitOrder(channel, self._number, names, self._pass_through, model, evaluation.checksum)
             if hasattr(shim, "set_reduce_scatter_unused_params"):  # from torch 2.13 on
                 sharded.set_reduce_scatter_unused_params(True)
@@ -289,7 +290,8 @@ class Engine:
                 part.register_forward_pre_hook(Hook(self._check_inside), prepend=True)
         # The module itself counts as one more unit.
         for number, unit in enumerate((*self._units, self.shim)):
-            unit.register_forward_hook(Hook(apart(functools.partial(self._attach, number))))
+            if not isinstance(unit, Partner):  # ranks may use different ones of its outputs
+                unit.register_forward_hook(Hook(apart(functools.partial(self._attach, number))))
         if self._used is None:
             return
         # By where a parameter is gathered, not where a submodule runs: a tied weight is used outside its module.
@@ -363,9 +365,7 @@ class Engine:
         )
 
     def _pass_through(self, number: int) -> None:
-        unit: Any = self._units[number]
-        unit.unshard()
-        unit.reshard()
+        gather(self._units[number])
 
     @torch.no_grad()
     def help(self) -> None:

@@ -25,6 +25,7 @@ from plugframe.utils.logging import warn_caller
 from plugframe_builtins._shared.fully_shard.activation_checkpointing import recompute
 from plugframe_builtins._shared.fully_shard.added_parameters import AddedParameters
 from plugframe_builtins._shared.fully_shard.engine import Engine, Shim, show_outputs
+from plugframe_builtins._shared.fully_shard.partners import partners_parameters, with_partners, without_partners
 from plugframe_builtins._shared.fully_shard.policy import check_policy, check_switches, make_policy
 from plugframe_builtins._shared.fully_shard.unit_order import Channel
 from plugframe_builtins._shared.fully_shard.units import (
@@ -174,7 +175,8 @@ class FullyShardedStrategy(Strategy):
         accept_plain_states(module, self.context.hooks)
         assert self._channel is not None
         remedy = self.graph_remedy if self.reshard_after_forward is not False else None
-        engine = Engine(shim, units[::-1], self._evaluation, self._channel, self.name, remedy)
+        parts = with_partners(module, units[::-1])
+        engine = Engine(shim, parts, self._evaluation, self._channel, self.name, remedy)
         self._engines = [reference for reference in self._engines if reference() is not None]
         self._engines.append(weakref.ref(engine))
         self._additions.watch(module, engine)
@@ -190,7 +192,7 @@ class FullyShardedStrategy(Strategy):
         more = split_dtypes(module, units)
         order = {id(part): number for number, part in enumerate(module.modules())}
         # Inner ones first, as fully_shard requires.
-        return sorted([*units, *more], key=lambda part: -order[id(part)])
+        return sorted(without_partners(module, [*units, *more]), key=lambda part: -order[id(part)])
 
     def _with_statistics(self, module: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
         """Return the units, preceded by norms whose parameters must keep the dtype of their running statistics."""
@@ -220,6 +222,7 @@ class FullyShardedStrategy(Strategy):
         policy = self._policy()
         offload = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
         options: dict[str, Any] = {"mesh": self._data_mesh, "mp_policy": policy, "offload_policy": offload}
+        options["ignored_params"] = partners_parameters(module)
         reshards = self._reshards_after_forward()
         if reshards is not None:
             options["reshard_after_forward"] = reshards

@@ -7,7 +7,7 @@ has no gradient, as in one process.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -116,11 +116,13 @@ class UsedParameters:
                 parameter.grad = None
 
 
-def owned_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[tuple[nn.Module, str]]]:
-    """Return every parameter once, with the module and attribute that hold it."""
+def owned_parameters(
+    module: nn.Module, apart: Collection[nn.Parameter] = ()
+) -> tuple[list[nn.Parameter], list[tuple[nn.Module, str]]]:
+    """Return every parameter once, except those in `apart`, with the module and attribute that hold it."""
     found: dict[int, tuple[nn.Parameter, tuple[nn.Module, str]]] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
-            if parameter is not None:
+            if parameter is not None and parameter not in apart:
                 found.setdefault(id(parameter), (parameter, (part, name)))
     return [parameter for parameter, _ in found.values()], [owner for _, owner in found.values()]
