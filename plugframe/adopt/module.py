@@ -49,6 +49,7 @@ class ModuleState(State):
         """Record whether the script trains or evaluates, from which the purpose of a pass over a loader is derived."""
         weights = self.weights
         weights.model_called = True
+        weights.num_evaluations += not training
         if torch.is_grad_enabled():
             weights.unmarked |= not weights.uneven
             if training:

@@ -30,7 +30,7 @@ from plugframe.launch import start
 from plugframe.launch.inheritance import RankEnvironment, own_variables
 from plugframe.launch.preemption import PreemptionHandler
 from plugframe.launch.termination import TerminationHandler
-from plugframe.lite import checkpointing, conversion, launch, logging, loop, plugins, ranks, seeding, setup
+from plugframe.lite import checkpointing, conversion, launch, logging, loop, metrics, plugins, ranks, seeding, setup
 from plugframe.lite.composed import Composed
 from plugframe.lite.inner import with_make
 from plugframe.lite.plugins import as_tuple, callback_object
@@ -849,6 +849,54 @@ class Lite:
             timeout_s: seconds to wait for the other ranks, in place of what the job allows; equal on all ranks.
         """
         ranks.barrier(self, name, timeout_s=timeout_s)
+
+    def gather_for_metrics(self, data: t.T) -> t.T:
+        """Return the rows of the batches of all ranks, in the order of the data set, equal on all ranks.
+
+        Every rank must call it, in the loop over a loader that was set up, with values of the current batch::
+
+            for x, y in test_loader:
+                predictions, labels = lite.gather_for_metrics((model(x).argmax(1), y))
+                metric.update(predictions, labels)  # torchmetrics, scikit-learn, lists: as in one process
+
+        Each sample comes once: rows of a batch that only fills up the last step of a rank are left out. Ranks that
+        read the same samples (tensor-parallel ones) count as one.
+
+        Args:
+            data: tensors and arrays with the batch as first dimension; lists with one entry for each sample, of any
+                objects that can be pickled; and dicts, tuples and dataclasses of those.
+
+        Returns:
+            The same structure, types and dtypes; tensors detached, and on their device.
+
+        Raises:
+            OrderError: outside of a loop over a loader that was set up, or if batches were read ahead.
+            SettingError: for values without a row for each sample, or if ``drop_last`` leaves out samples.
+            CollectiveMismatchError: on all ranks, if they pass different structures or dtypes.
+        """
+        return cast("t.T", metrics.gather_for_metrics(self, data))
+
+    def reduce_mean(self, value: t.T, weight: SupportsFloat) -> t.T | Tensor:
+        """Return the mean over ranks of `value`, each weighted by `weight`. Every rank must call it.
+
+        ::
+
+            accuracy = lite.reduce_mean(correct / seen, weight=seen)
+
+        A weight of 0 leaves a rank out, whatever its value. In a loop over a loader, pass value and weight of the
+        current batch: one that only fills up the last step of a rank does not count.
+
+        Args:
+            value: a tensor, a number, or dicts, lists and tuples of them.
+            weight: number of samples, or tokens, that the value of this rank is a mean of.
+
+        Returns:
+            The same structure of tensors, without gradients; NaN if all weights are 0.
+
+        Raises:
+            SettingError: for a negative weight, or one that is no number.
+        """
+        return cast("t.T | Tensor", metrics.reduce_mean(self, value, weight))
 
     def assert_in_sync(self, *objects: nn.Module | Optimizer) -> None:
         """Check that parameters and optimizer states are bitwise equal on all ranks.
