@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from plugframe.adopt.accumulation import Accumulation
 from plugframe.data.batch_weights import BatchWeights
 from plugframe.data.random_check import RandomStreamCheck
 
@@ -23,6 +24,8 @@ class JobState:
         explain_error: returns, for an error caused by another rank, an error that reports the state of all ranks; None
             for other errors.
         weights: weights of the batches in use.
+        accumulation: the micro-batches that are being accumulated; None outside of `Lite.accumulate`.
+        warned_divided: whether the script was warned that it divides losses that are divided already.
     """
 
     in_backward = False
@@ -30,6 +33,8 @@ class JobState:
     num_backwards = 0
     no_sync = False
     random_check: RandomStreamCheck | None = None
+    accumulation: Accumulation | None = None
+    warned_divided = False
     explain_error: Callable[[RuntimeError], Exception | None] | None = None
 
     def __init__(self) -> None:

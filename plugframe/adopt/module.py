@@ -137,8 +137,7 @@ def adopt_module(
         cls = type(each)
         namespace: dict[str, Any] = {name: _guarded(name, fn) for name, fn in _own_methods(cls, *names).items()}
         namespace.update(__call__=_make_call(cls.__call__), mark_forward_method=_mark_forward_method)
-        if owns_gradients(hooks):
-            namespace["zero_grad"] = make_zero_grad(cls.zero_grad)
+        namespace["zero_grad"] = make_zero_grad(cls.zero_grad, owned=owns_gradients(hooks))
         if not hasattr(each, "module"):
             namespace["module"] = property(_itself)
         adopt(each, state, namespace)

@@ -8,7 +8,7 @@ import atexit
 import builtins
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import FunctionType
@@ -31,6 +31,7 @@ from plugframe.launch.inheritance import RankEnvironment, own_variables
 from plugframe.launch.preemption import PreemptionHandler
 from plugframe.launch.termination import TerminationHandler
 from plugframe.lite import checkpointing, conversion, launch, logging, loop, metrics, plugins, ranks, seeding, setup
+from plugframe.lite.accumulate import Accumulated
 from plugframe.lite.composed import Composed
 from plugframe.lite.inner import with_make
 from plugframe.lite.plugins import as_tuple, callback_object
@@ -256,7 +257,7 @@ class Lite:
 
     def _restore(self) -> None:
         """Forget the user's objects, and restore the state of the process, once the plugins are torn down."""
-        self._streams = self._job_state.random_check = None
+        self._streams = self._job_state.random_check = self._job_state.accumulation = None
         self._modules.clear()
         self._loaders.clear()
         self._preemption.close()
@@ -543,6 +544,7 @@ class Lite:
         model: nn.Module | None = None,
         batch: object = None,
         reduction: Literal["mean", "sum"] = "mean",
+        weight: SupportsFloat | None = None,
         **kwargs: Unpack[t.BackwardArguments],
     ) -> None:
         """Compute gradients, in place of ``tensor.backward(*args, **kwargs)``. Every rank must call it.
@@ -560,11 +562,52 @@ class Lite:
             reduction: "mean" over the samples, or "sum": the gradients are those of the sum over the batches of
                 all ranks. A loss that is divided by a number common to all ranks (of tokens, after
                 ``lite.all_reduce``) is a sum.
+            weight: number of tokens (or other units) that the loss of this rank is a mean of: the gradients are those
+                of the mean over all tokens of all ranks, and of all micro-batches of `accumulate`.
 
         Raises:
             OrderError: if batches are uneven between ranks and there is no telling which of them the loss is of.
         """
-        loop.backward(self, tensor, args, kwargs, model=model, batch=batch, reduction=reduction)
+        loop.backward(self, tensor, args, kwargs, model=model, batch=batch, reduction=reduction, weight=weight)
+
+    def accumulate(
+        self,
+        loader: Iterable[t.T],
+        *models: nn.Module,
+        steps: int,
+        weight: Callable[[t.T], SupportsFloat] | None = None,
+    ) -> Accumulated[t.T]:
+        """Return the batches of `loader`, to accumulate the gradients of `steps` of them for each optimizer step.
+
+        ::
+
+            for batch in lite.accumulate(loader, model, steps=4):
+                loss = model(batch)
+                lite.backward(loss)
+                if not lite.accumulating:
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        Gradients are synchronised once for each step, in the last micro-batch. `backward` divides a loss by the number
+        of micro-batches: `steps`, or those left at the end of an epoch. Every rank must use it.
+
+        Args:
+            models: the modules to accumulate; without, all that were set up.
+            steps: micro-batches for each optimizer step.
+            weight: returns the number of tokens (or other units) of a batch on this rank, which its loss is a mean
+                of: gradients are those of the mean over all tokens of a step. The batches of a step are read before.
+
+        Raises:
+            OrderError: from ``optimizer.step``, ``zero_grad`` and `clip_gradients` in the middle of a step, and if no
+                optimizer steps after it.
+        """
+        return Accumulated(self, loader, models, steps=steps, weight=weight)
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether more micro-batches of `accumulate` follow before the optimizer steps; False outside of it."""
+        accumulation = self._job_state.accumulation
+        return accumulation is not None and accumulation.accumulating
 
     @property
     def batch_weight(self) -> float:

@@ -110,7 +110,7 @@ def reduce_mean(lite: Lite, value: Any, weight: Any) -> Any:
     """Return the mean over ranks, weighted by samples; see `Lite.reduce_mean`."""
     context = lite._started("reduce_mean")
     hooks, weights = lite._hooks, lite._job_state.weights
-    number = _weight("reduce_mean", weight)
+    number = weight_number("reduce_mean", weight)
     loader_pass = weights.open_passes[-1] if weights.open_passes else None
     # Not after an inner loop: it is a value of all its batches.
     if loader_pass is not None and loader_pass.share is not None and loader_pass.num_closed == weights.num_closed:
@@ -138,7 +138,12 @@ def reduce_mean(lite: Lite, value: Any, weight: Any) -> Any:
     return walk(mean, total["value"])
 
 
-def _weight(call: str, weight: Any) -> float:
+def weight_number(call: str, weight: Any) -> float:
+    """Return a weight as a number.
+
+    Raises:
+        SettingError: if it is none, or negative.
+    """
     try:
         number = float(weight)
     except (TypeError, ValueError, RuntimeError):
