@@ -25,6 +25,7 @@ class JobState:
             for other errors.
         weights: weights of the batches in use.
         accumulation: the micro-batches that are being accumulated; None outside of `Lite.accumulate`.
+        bar: the progress bar that is drawn.
         warned_divided: whether the script was warned that it divides losses that are divided already.
     """
 
@@ -34,6 +35,7 @@ class JobState:
     no_sync = False
     random_check: RandomStreamCheck | None = None
     accumulation: Accumulation | None = None
+    bar: Any = None
     warned_divided = False
     explain_error: Callable[[RuntimeError], Exception | None] | None = None
 

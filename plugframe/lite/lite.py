@@ -24,20 +24,37 @@ from plugframe.core.runtime.session import Session
 from plugframe.data.loaders import Loaders
 from plugframe.data.shared_seed import SharedSeed
 from plugframe.diagnostics.diagnostics import Diagnostics
+from plugframe.errors import OrderError
 from plugframe.hooks.kinds import SETUP_ORDER
 from plugframe.hooks.variables import FROM_COMMAND_LINE, LAUNCHED
 from plugframe.launch import start
 from plugframe.launch.inheritance import RankEnvironment, own_variables
 from plugframe.launch.preemption import PreemptionHandler
 from plugframe.launch.termination import TerminationHandler
-from plugframe.lite import checkpointing, conversion, launch, logging, loop, metrics, plugins, ranks, seeding, setup
+from plugframe.lite import (
+    agreement,
+    checkpointing,
+    conversion,
+    launch,
+    logging,
+    loop,
+    metrics,
+    plugins,
+    ranks,
+    seeding,
+    setup,
+)
 from plugframe.lite.accumulate import Accumulated
+from plugframe.lite.callbacks import Callbacks
 from plugframe.lite.composed import Composed
 from plugframe.lite.inner import with_make
 from plugframe.lite.plugins import as_tuple, callback_object
+from plugframe.lite.progress import Track
+from plugframe.lite.start_line import start_line
 from plugframe.state.plugins import PluginStates
 from plugframe.utils.logging import tell, warn_caller
 from plugframe.utils.process_error import ProcessError, failure
+from plugframe.utils.rank_zero import running_on_rank_zero
 
 if TYPE_CHECKING:
     import argparse
@@ -67,6 +84,10 @@ if TYPE_CHECKING:
     from plugframe.lite import _types as t
     from plugframe.state.manager import CheckpointManager
     from plugframe.state.tree import Filter
+
+
+#: Calls that a rank may make by itself.
+_OF_ONE_RANK = ("autocast", "to_device", "init_tensor", "mesh", "launch", "run")
 
 
 class Lite:
@@ -150,8 +171,14 @@ class Lite:
         if self.plan.launched or (self.plan.world_size == 1 and FROM_COMMAND_LINE in os.environ):
             self._rank_environment.claim(own_variables(self._registry))
         self._callbacks = [callback_object(c) for c in self._request.value("callbacks", ())]
+        self._listeners = Callbacks(self, self._callbacks)
+        listener = self._listeners.listener()
         self._diagnostics = Diagnostics(self.plan) if self.plan.diagnostics else None
-        observers = [SharedSeed(), *([self._diagnostics] if self._diagnostics is not None else [])]
+        observers = [
+            *([listener] if listener is not None else []),
+            SharedSeed(),
+            *([self._diagnostics] if self._diagnostics is not None else []),
+        ]
         self._composed = composed = Composed(self.plan, self._registry)
         self.plan = composed.plan
         before = {SETUP_ORDER[0]: with_make(self._registry)}
@@ -187,6 +214,7 @@ class Lite:
             "_registry",
             "plan",
             "_callbacks",
+            "_listeners",
             "_composed",
             "_session",
             "_diagnostics",
@@ -257,7 +285,7 @@ class Lite:
 
     def _restore(self) -> None:
         """Forget the user's objects, and restore the state of the process, once the plugins are torn down."""
-        self._streams = self._job_state.random_check = self._job_state.accumulation = None
+        self._streams = self._job_state.random_check = self._job_state.accumulation = self._job_state.bar = None
         self._modules.clear()
         self._loaders.clear()
         self._preemption.close()
@@ -280,6 +308,9 @@ class Lite:
     def _started(self, call: str) -> Context:
         """Return the context, starting this rank if it is the first call that needs it."""
         session = self._session
+        inside = running_on_rank_zero()
+        if inside is not None and self.world_size > 1 and call not in _OF_ONE_RANK:
+            raise OrderError(f"{call}() in {inside}(), which runs on rank 0 alone: every rank must call it.")
         if session.context is None:
             if not self._alone():
                 raise start.not_launched(self.plan, call)
@@ -289,7 +320,7 @@ class Lite:
             self._process_error = ProcessError(session.close, watch_exit=watch_exit)
             context = session.start()
             if context.world.global_rank == 0:
-                tell(self.plan.line())
+                tell(start_line(self.plan))
             self._job_state.explain_error = self._diagnostics.explain if self._diagnostics is not None else None
             if self.world_size > 1:
                 hooks: Any = self._hooks
@@ -941,6 +972,22 @@ class Lite:
         """
         return cast("t.T | Tensor", metrics.reduce_mean(self, value, weight))
 
+    def agree(self, flag: object, how: Literal["any", "all", "rank_zero"] = "any") -> bool:
+        """Return whether `flag` is true on any rank, on all ranks, or on rank 0: the same on all ranks.
+
+        Every rank must call it. For decisions that a script takes by values of one rank: to stop, to skip, to save::
+
+            if lite.agree(loss > limit):
+                break
+
+        Args:
+            flag: a bool, a number, or a tensor of one element.
+
+        Raises:
+            SettingError: for another type of flag, or another `how`.
+        """
+        return agreement.agree(self, flag, how)
+
     def assert_in_sync(self, *objects: nn.Module | Optimizer) -> None:
         """Check that parameters and optimizer states are bitwise equal on all ranks.
 
@@ -969,7 +1016,28 @@ class Lite:
     ) -> None:
         """Print on global rank 0 only."""
         if self.is_global_zero:
+            if self._job_state.bar is not None:
+                self._job_state.bar.hide()
             builtins.print(*args, sep=sep, end=end, file=file, flush=flush)
+
+    def track(self, items: Iterable[t.T], label: str = "", **values: object) -> Track[t.T]:
+        """Return the items of `items`, with one progress bar on global rank 0: rate, values and time left.
+
+        ::
+
+            for batch in (bar := lite.track(loader, "epoch 3")):
+                ...
+                bar.update(loss=loss)
+
+        A terminal or notebook shows a bar on stderr; otherwise a plain line is printed every 10 seconds and at the end.
+
+        Args:
+            label: shown in front.
+            values: shown behind: numbers, tensors of one element, or functions that return them
+                (``loss=lambda: loss``). They are read when the bar is drawn, so that no step waits for a device.
+        """
+        self._job_state.bar = bar = Track(items, label, dict(values), shown=self.is_global_zero)
+        return bar
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -1122,10 +1190,14 @@ class Lite:
     def call(self, hook_name: str, *args: object, **kwargs: object) -> None:
         """Call the method `hook_name` of every callback that has it, in the order they were passed.
 
+        Each gets those of the keyword arguments that it takes. plugframe itself calls, without a call here:
+        ``on_launch``, ``on_setup``, ``on_backward``, ``on_optimizer_step``, ``on_save``, ``on_load``, ``on_teardown``,
+        and, under Fabric's names, ``on_after_setup`` and ``on_after_optimizer_step``.
+
         Raises:
             SettingError: if a callback has an attribute of that name that cannot be called.
         """
-        plugins.call(self, hook_name, args, kwargs)
+        self._listeners.call(hook_name, args, kwargs)
 
     def log(self, name: str, value: SupportsFloat, step: int | None = None) -> None:
         """Log one metric to every logger."""

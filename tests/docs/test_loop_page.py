@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ def run_page(world: World | None = None) -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": "__main__"}
     try:
         for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)):
-            exec(compile(block, f"docs/loop.md, block {number}", "exec"), names)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                exec(compile(block, f"docs/loop.md, block {number}", "exec"), names)
         return {"seen": names["seen"], "correct": int(names["correct"]), "losses": len(names["losses"])}
     finally:
         names["lite"].teardown()

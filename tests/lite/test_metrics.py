@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from plugframe import CollectiveMismatchError, Lite, OrderError, SettingError
+from plugframe import CollectiveMismatchError, Lite, OrderError, SettingError, rank_zero_only
 from plugframe.hooks.world import World
 from plugframe.lite.metrics import _order
 from ranks import run_checks
@@ -184,6 +184,30 @@ def means_are_weighted(lite: Any) -> None:
     assert means == [0.5, 2.5, 4.0]
 
 
+def decisions_are_those_of_all_ranks(lite: Any) -> None:
+    """Any, all, rank 0; flags and ways that differ are refused on all ranks."""
+    mine = lite.global_rank == 1
+    assert [lite.agree(mine, how) for how in ("any", "all", "rank_zero")] == [True, False, False]
+    with pytest.raises(SettingError if mine else CollectiveMismatchError, match="bool"):
+        lite.agree("x" if mine else True)
+    with pytest.raises(CollectiveMismatchError, match="how='all'. on rank 0 meets how='any' on rank 1"):
+        lite.agree(True, "any" if mine else "all")
+
+
+def collectives_on_rank_zero_alone_are_refused(lite: Any) -> None:
+    """What every rank must call raises in a function that rank 0 runs alone."""
+
+    @rank_zero_only
+    def report() -> None:
+        lite.all_reduce(1.0)
+
+    if not lite.is_global_zero:
+        report()
+        return
+    with pytest.raises(OrderError, match=r"all_reduce\(\) in .*report\(\), which runs on rank 0 alone"):
+        report()
+
+
 def scikit_learn_computes_as_in_one_process(lite: Any) -> None:
     """scikit-learn gets what one process gives it."""
     metrics = importlib.import_module("sklearn.metrics")
@@ -215,6 +239,8 @@ CHECKS = [
     values_keep_their_structure_and_type,
     some_batches_may_be_gathered,
     means_are_weighted,
+    collectives_on_rank_zero_alone_are_refused,
+    decisions_are_those_of_all_ranks,
     scikit_learn_computes_as_in_one_process,
     *([torchmetrics_computes_as_in_one_process] if importlib.util.find_spec("torchmetrics") else []),
     calls_without_a_known_batch_are_refused,
