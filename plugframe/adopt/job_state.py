@@ -24,6 +24,7 @@ class JobState:
         explain_error: returns, for an error caused by another rank, an error that reports the state of all ranks; None
             for other errors.
         weights: weights of the batches in use.
+        alone: whether the job has one rank.
         accumulation: the micro-batches that are being accumulated; None outside of `Lite.accumulate`.
         bar: the progress bar that is drawn.
         warned_divided: whether the script was warned that it divides losses that are divided already.
@@ -34,6 +35,7 @@ class JobState:
     num_backwards = 0
     no_sync = False
     random_check: RandomStreamCheck | None = None
+    alone = False
     accumulation: Accumulation | None = None
     bar: Any = None
     warned_divided = False

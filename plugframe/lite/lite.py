@@ -191,6 +191,7 @@ class Lite:
             warn_caller(message)
         self._modules: list[weakref.ref[nn.Module]] = []
         self._job_state = JobState()
+        self._job_state.alone = self.plan.world_size == 1
         self._loaders = Loaders(self._job_state.weights)
         self._preemption = PreemptionHandler()
         self._process_error: ProcessError | None = None
