@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Accumulated(Generic[T]):
-    """The batches of a loader, of which several are accumulated for each optimizer step. Iterate it once."""
+    """The batches of a loader, several accumulated for each optimizer step. Iterate it once."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Accumulated(Generic[T]):
         job, own = self._lite._job_state, self._accumulation
         before = job.accumulation
         if before is not None and before.number and before.accumulating and not before.ended:
-            before.end()  # an exception has left its loop, or it is an outer loop, which is told of it below
+            before.end()  # an exception has left its loop, or it is an outer loop, which raises when it goes on
         if before is not None and before.ended:
             before.check_used()
         job.accumulation = own

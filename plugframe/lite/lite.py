@@ -43,6 +43,7 @@ from plugframe.lite import (
     ranks,
     seeding,
     setup,
+    splitting,
 )
 from plugframe.lite.accumulate import Accumulated
 from plugframe.lite.callbacks import Callbacks
@@ -87,7 +88,7 @@ if TYPE_CHECKING:
 
 
 #: Calls that a rank may make by itself.
-_OF_ONE_RANK = ("autocast", "to_device", "init_tensor", "mesh", "launch", "run")
+_OF_ONE_RANK = ("autocast", "to_device", "init_tensor", "mesh", "launch", "run", "free_memory")
 
 
 class Lite:
@@ -567,6 +568,20 @@ class Lite:
             weigh_uneven=weigh_uneven,
         )
 
+    def skip_first_batches(self, loader: t.L1, num_batches: int) -> t.L1:
+        """Make the next pass over `loader` leave out its first batches, and return it; later passes are complete.
+
+        Samples of a data set with indices are not read. `load` restores positions by itself.
+
+        Args:
+            num_batches: number of batches of this rank.
+
+        Raises:
+            OrderError: if the loader was not set up, or begins at the position of a checkpoint.
+            SettingError: if it has fewer batches.
+        """
+        return cast("t.L1", splitting.skip_first_batches(self, loader, num_batches))
+
     # ---------------------------------------------------------------- the training step
 
     def backward(
@@ -972,6 +987,40 @@ class Lite:
             SettingError: for a negative weight, or one that is no number.
         """
         return cast("t.T | Tensor", metrics.reduce_mean(self, value, weight))
+
+    def split_between_processes(self, data: t.T, apply_padding: bool = False) -> AbstractContextManager[t.T]:
+        """Return a context with this rank's part of `data`: consecutive items, the first ranks have one more.
+
+        ::
+
+            with lite.split_between_processes(prompts) as mine:
+                answers = [generate(prompt) for prompt in mine]
+            answers = sum(lite.all_gather(answers, as_object=True), [])  # in the order of the prompts
+
+        Ranks that read the same samples (tensor-parallel ones) get the same part.
+
+        Args:
+            data: a list, tuple, tensor or array, equal on all ranks, or a dict of those.
+            apply_padding: whether parts are filled up with the last item, so that all have the same length.
+        """
+        return splitting.split_between_processes(self, data, apply_padding=apply_padding)
+
+    def pad_across_processes(self, data: t.T, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> t.T:
+        """Return `data` with every tensor padded along `dim` to the largest size of any rank. Every rank must call it.
+
+        Args:
+            pad_index: the value to fill with.
+            pad_first: whether to fill at the beginning.
+
+        Raises:
+            CollectiveMismatchError: if structures or numbers of dimensions differ.
+        """
+        found = splitting.pad_across_processes(self, data, dim=dim, pad_index=pad_index, pad_first=pad_first)
+        return cast("t.T", found)
+
+    def free_memory(self) -> None:
+        """Collect garbage and return the memory that torch has cached to the device; delete your references before."""
+        splitting.free_memory(self)
 
     def agree(self, flag: object, how: Literal["any", "all", "rank_zero"] = "any") -> bool:
         """Return whether `flag` is true on any rank, on all ranks, or on rank 0: the same on all ranks.

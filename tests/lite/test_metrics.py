@@ -208,6 +208,18 @@ def collectives_on_rank_zero_alone_are_refused(lite: Any) -> None:
         report()
 
 
+def tensors_are_padded_and_items_split(lite: Any) -> None:
+    """To the largest size of any rank, in one dimension; each rank gets its part."""
+    rank = lite.global_rank
+    x = torch.full((2, 1 + rank), float(rank))
+    padded = lite.pad_across_processes([x, x], dim=1, pad_index=-1, pad_first=True)
+    assert lite.all_gather(padded[1])[0].tolist() == [[-1.0, 0.0]] * 2
+    with lite.split_between_processes([0, 1, 2]) as mine:
+        assert mine == [[0, 1], [2]][rank]
+    with pytest.raises(CollectiveMismatchError, match="another structure"):
+        lite.pad_across_processes(x if rank else x[0])
+
+
 def scikit_learn_computes_as_in_one_process(lite: Any) -> None:
     """scikit-learn gets what one process gives it."""
     metrics = importlib.import_module("sklearn.metrics")
@@ -239,6 +251,7 @@ CHECKS = [
     values_keep_their_structure_and_type,
     some_batches_may_be_gathered,
     means_are_weighted,
+    tensors_are_padded_and_items_split,
     collectives_on_rank_zero_alone_are_refused,
     decisions_are_those_of_all_ranks,
     scikit_learn_computes_as_in_one_process,
