@@ -44,6 +44,11 @@ class JobState:
     def __init__(self) -> None:
         self.weights = BatchWeights()
 
+    @property
+    def accumulating(self) -> bool:
+        """Whether more micro-batches follow before the optimizer steps."""
+        return self.accumulation is not None and self.accumulation.accumulating
+
 
 def track_no_sync(job: JobState, no_sync: Callable[..., Any]) -> Callable[..., Any]:
     """Return the hook ``strategy_no_sync`` extended to set `JobState.no_sync`."""

@@ -116,7 +116,11 @@ def _len(self: Any) -> int:
     length = functools.partial(plain_class(self).__len__, self)
     if state is None or state.iterable is None:
         return int(length())
-    return int(state.iterable.num_batches(state.training(), length))
+    number = int(state.iterable.num_batches(state.training(), length))
+    # A hack: torch warns if a stream yields more than the length it noted, and one that repeats samples may follow,
+    # which `_batches` leaves out.
+    object.__setattr__(self, "_IterableDataset_len_called", number + 1)
+    return number
 
 
 def _batches(state: LoaderState, loader_pass: LoaderPass, iterator: Iterator[Any]) -> Iterator[Any]:

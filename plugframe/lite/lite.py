@@ -40,6 +40,7 @@ from plugframe.lite import (
     loop,
     metrics,
     plugins,
+    progress,
     ranks,
     seeding,
     setup,
@@ -50,7 +51,6 @@ from plugframe.lite.callbacks import Callbacks
 from plugframe.lite.composed import Composed
 from plugframe.lite.inner import with_make
 from plugframe.lite.plugins import as_tuple, callback_object
-from plugframe.lite.progress import Track
 from plugframe.lite.start_line import start_line
 from plugframe.state.plugins import PluginStates
 from plugframe.utils.logging import tell, warn_caller
@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     )
     from plugframe.lite import _names as names
     from plugframe.lite import _types as t
+    from plugframe.lite.progress import Track
     from plugframe.state.manager import CheckpointManager
     from plugframe.state.tree import Filter
 
@@ -653,8 +654,7 @@ class Lite:
     @property
     def accumulating(self) -> bool:
         """Whether more micro-batches of `accumulate` follow before the optimizer steps; False outside of it."""
-        accumulation = self._job_state.accumulation
-        return accumulation is not None and accumulation.accumulating
+        return self._job_state.accumulating
 
     @property
     def batch_weight(self) -> float:
@@ -1015,8 +1015,7 @@ class Lite:
         Raises:
             CollectiveMismatchError: if structures or numbers of dimensions differ.
         """
-        found = splitting.pad_across_processes(self, data, dim=dim, pad_index=pad_index, pad_first=pad_first)
-        return cast("t.T", found)
+        return cast("t.T", splitting.pad_across_processes(self, data, dim, pad_index, pad_first=pad_first))
 
     def free_memory(self) -> None:
         """Collect garbage and return the memory that torch has cached to the device; delete your references before."""
@@ -1066,8 +1065,7 @@ class Lite:
     ) -> None:
         """Print on global rank 0 only."""
         if self.is_global_zero:
-            if self._job_state.bar is not None:
-                self._job_state.bar.hide()
+            progress.hide(self)
             builtins.print(*args, sep=sep, end=end, file=file, flush=flush)
 
     def track(self, items: Iterable[t.T], label: str = "", **values: object) -> Track[t.T]:
@@ -1086,8 +1084,7 @@ class Lite:
             values: shown behind: numbers, tensors of one element, or functions that return them
                 (``loss=lambda: loss``). They are read when the bar is drawn, so that no step waits for a device.
         """
-        self._job_state.bar = bar = Track(items, label, dict(values), shown=self.is_global_zero)
-        return bar
+        return progress.track(self, items, label, values)
 
     # ---------------------------------------------------------------- checkpoints
 

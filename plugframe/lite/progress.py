@@ -7,11 +7,14 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, Generic, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TextIO, TypeVar
 
 from plugframe.adopt import state_of
 from plugframe.data.iteration import LoaderState
 from plugframe.errors import SettingError
+
+if TYPE_CHECKING:
+    from plugframe.lite.lite import Lite
 
 T = TypeVar("T")
 
@@ -66,6 +69,7 @@ class Track(Generic[T]):
                     self._draw(file)
         finally:
             self._draw(file, end=True)
+            self._live = False
 
     def hide(self) -> None:
         """Clear the bar, before something else is printed."""
@@ -102,6 +106,18 @@ class Track(Generic[T]):
         elif total and rate:
             parts.append(f"{_duration(max(total - self._number, 0) / rate)} left")
         return "  ".join(parts)
+
+
+def track(lite: Lite, items: Iterable[T], label: str, values: dict[str, Any]) -> Track[T]:
+    """Return the items with a progress bar; see `Lite.track`."""
+    lite._job_state.bar = bar = Track(items, label, dict(values), shown=lite.is_global_zero)
+    return bar
+
+
+def hide(lite: Lite) -> None:
+    """Clear the bar that is drawn, if any, before something else is printed."""
+    if lite._job_state.bar is not None:
+        lite._job_state.bar.hide()
 
 
 def is_live(file: TextIO) -> bool:

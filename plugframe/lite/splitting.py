@@ -75,7 +75,7 @@ def _part(data: Any, index: int, count: int, padding: bool) -> Any:
     return torch.cat([tensor, torch.as_tensor(last).expand(missing, *tensor.shape[1:])])
 
 
-def pad_across_processes(lite: Lite, data: Any, *, dim: int, pad_index: float, pad_first: bool) -> Any:
+def pad_across_processes(lite: Lite, data: Any, dim: int, pad_index: float, *, pad_first: bool) -> Any:
     """Return tensors padded to the largest size of any rank; see `Lite.pad_across_processes`."""
     lite._started("pad_across_processes")
     lite._job_state.weights.communicated = True
