@@ -166,7 +166,9 @@ _OF_NODES = (
 )
 @click.option("--config", metavar="FILE", help="A settings file, instead of the one found from here upward.")
 @click.option("--dry-run", is_flag=True, help="Show what would run and why, and start nothing.")
-@click.option("-v", "--verbose", is_flag=True, help="Say at the start which package and version each plugin is of.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Show package and version of each plugin at the start; before SCRIPT."
+)
 def command(
     words: Words, dry_run: bool, verbose: bool, config: str | None, disabled: tuple[str, ...], **settings: Any
 ) -> None:
