@@ -41,6 +41,13 @@ if TYPE_CHECKING:
     from plugframe.hooks import Axis, Context, Option, Plugin, SaveHandle, World, hookimpl
     from plugframe.lite import Lite
     from plugframe.state.manager import CheckpointManager
+    from plugframe.utils.rank_zero import (
+        RankZeroFilter,
+        rank_zero_debug,
+        rank_zero_info,
+        rank_zero_only,
+        rank_zero_warn,
+    )
 
 __version__ = "0.1.0"
 
@@ -71,6 +78,7 @@ __all__ = [
     "PluginLoadError",
     "RankFailedError",
     "RankLostError",
+    "RankZeroFilter",
     "RefusedPluginError",
     "SaveHandle",
     "SettingError",
@@ -80,6 +88,10 @@ __all__ = [
     "World",
     "__version__",
     "hookimpl",
+    "rank_zero_debug",
+    "rank_zero_info",
+    "rank_zero_only",
+    "rank_zero_warn",
     "seed_everything",
 ]
 
@@ -92,9 +104,14 @@ _MODULES = {
     "Option": "hooks",
     "Plan": "core.planning.plan",
     "Plugin": "hooks",
+    "RankZeroFilter": "utils.rank_zero",
     "SaveHandle": "hooks",
     "World": "hooks",
     "hookimpl": "hooks",
+    "rank_zero_debug": "utils.rank_zero",
+    "rank_zero_info": "utils.rank_zero",
+    "rank_zero_only": "utils.rank_zero",
+    "rank_zero_warn": "utils.rank_zero",
     "seed_everything": "data.seed",
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from plugframe.adopt.accumulation import Accumulation
 from plugframe.data.batch_weights import BatchWeights
 from plugframe.data.random_check import RandomStreamCheck
 
@@ -23,6 +24,10 @@ class JobState:
         explain_error: returns, for an error caused by another rank, an error that reports the state of all ranks; None
             for other errors.
         weights: weights of the batches in use.
+        alone: whether the job has one rank.
+        accumulation: the micro-batches that are being accumulated; None outside of `Lite.accumulate`.
+        bar: the progress bar that is drawn.
+        warned_divided: whether the script was warned that it divides losses that are divided already.
     """
 
     in_backward = False
@@ -30,10 +35,19 @@ class JobState:
     num_backwards = 0
     no_sync = False
     random_check: RandomStreamCheck | None = None
+    alone = False
+    accumulation: Accumulation | None = None
+    bar: Any = None
+    warned_divided = False
     explain_error: Callable[[RuntimeError], Exception | None] | None = None
 
     def __init__(self) -> None:
         self.weights = BatchWeights()
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether more micro-batches follow before the optimizer steps."""
+        return self.accumulation is not None and self.accumulation.accumulating
 
 
 def track_no_sync(job: JobState, no_sync: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from plugframe.adopt.job_state import JobState
 from plugframe.adopt.optimizer import make_zero_grad, owns_gradients
+from plugframe.adopt.parts import runs_parts
 from plugframe.base.precision import Precision
 from plugframe.errors import SettingError, UsageError, closest
 from plugframe.utils.swap import KEY, State, adopt, plain_class, release
@@ -31,6 +32,8 @@ class ModuleState(State):
         engine: the strategy's object for the module, called as ``engine(call, *args, **kwargs)``; or None.
         forward_methods: names of the methods that run under the strategy.
         inside: whether a call is running under the strategy; calls inside of it run unchanged.
+        running: of other methods that were called, whether they run submodules, and so run under the strategy too.
+        free: whether methods may run submodules as they like: one rank, and a precision and a strategy that do nothing.
     """
 
     def __init__(self, hooks: Any, engine: Any, job: JobState, forward_methods: set[str]) -> None:
@@ -40,15 +43,27 @@ class ModuleState(State):
         self.weights = job.weights
         self.forward_methods = forward_methods
         self.inside = False
+        self.running: dict[str, bool] = {}
         # None where the precision does nothing: saves up to three calls per forward.
         self._convert_input = _overridden(hooks, "precision_convert_input")
         self._convert_output = _overridden(hooks, "precision_convert_output")
         self._context = _overridden(hooks, "precision_forward_context")
+        nothing = self._context is None and self._convert_input is None and self._convert_output is None
+        self.free = nothing and engine is None and job.alone
+
+    def runs(self, module: nn.Module, name: str) -> bool:
+        """Return whether a method runs under the strategy: it was named, or its source says that it runs submodules."""
+        if name in self.forward_methods:
+            return True
+        if name not in self.running:
+            self.running[name] = runs_parts(module, name)
+        return self.running[name]
 
     def record_call(self, training: bool) -> None:
         """Record whether the script trains or evaluates, from which the purpose of a pass over a loader is derived."""
         weights = self.weights
         weights.model_called = True
+        weights.num_evaluations += not training
         if torch.is_grad_enabled():
             weights.unmarked |= not weights.uneven
             if training:
@@ -136,8 +151,7 @@ def adopt_module(
         cls = type(each)
         namespace: dict[str, Any] = {name: _guarded(name, fn) for name, fn in _own_methods(cls, *names).items()}
         namespace.update(__call__=_make_call(cls.__call__), mark_forward_method=_mark_forward_method)
-        if owns_gradients(hooks):
-            namespace["zero_grad"] = make_zero_grad(cls.zero_grad)
+        namespace["zero_grad"] = make_zero_grad(cls.zero_grad, owned=owns_gradients(hooks))
         if not hasattr(each, "module"):
             namespace["module"] = property(_itself)
         adopt(each, state, namespace)
@@ -192,16 +206,16 @@ def _own_methods(cls: type, *private: str) -> dict[str, FunctionType]:
 
 
 def _guarded(name: str, method: FunctionType) -> Callable[..., Any]:
-    """Return `method` wrapped: a call from outside runs under the strategy, or raises if it runs a submodule."""
+    """Return `method` wrapped: a call from outside that runs submodules runs under the strategy, or raises."""
     yields = inspect.isgeneratorfunction(method)
 
     @functools.wraps(method)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         state: ModuleState | None = self.__dict__.get(KEY)
-        if state is None or state.inside or state.job.in_backward:
+        if state is None or state.free or state.inside or state.job.in_backward:
             return method(self, *args, **kwargs)
         call = functools.partial(method, self)
-        marked = name in state.forward_methods
+        marked = state.runs(self, name)
         if marked and state.weights.active:
             state.record_call(self.training)
         run = state.run if marked else functools.partial(_run_refusing, self, name, state)

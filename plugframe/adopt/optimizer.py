@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
+from plugframe.adopt.accumulation import note_zero_grad
 from plugframe.adopt.job_state import JobState
 from plugframe.base.strategy import Strategy
 from plugframe.hooks.strategy import no_step
@@ -82,8 +83,7 @@ def adopt_optimizer(
     state = OptimizerState(optimizer, hooks, names, job, check_backward=check_backward)
     state.mean, state.compare, state.skip = mean, compare, skip
     namespace: dict[str, Any] = {"step": _make_step(type(optimizer).step, state.patched)}
-    if owns_gradients(hooks):
-        namespace["zero_grad"] = make_zero_grad(type(optimizer).zero_grad)
+    namespace["zero_grad"] = make_zero_grad(type(optimizer).zero_grad, owned=owns_gradients(hooks))
     if not hasattr(optimizer, "optimizer"):
         namespace["optimizer"] = property(_itself)
     adopt(optimizer, state, namespace)
@@ -95,14 +95,16 @@ def owns_gradients(hooks: Any) -> bool:
     return hook is not None and getattr(hook, "__func__", None) is not Strategy.strategy_zero_grad
 
 
-def make_zero_grad(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a ``zero_grad`` that resets the gradients of the strategy too."""
+def make_zero_grad(original: Callable[..., Any], *, owned: bool) -> Callable[..., Any]:
+    """Return a ``zero_grad`` that checks for micro-batches, and resets the gradients of the strategy if it has any."""
 
     @functools.wraps(original)
     def zero_grad(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
         state = self.__dict__.get(KEY)
         if state is not None:
+            note_zero_grad(state.job, self)
+        result = original(self, *args, **kwargs)
+        if owned and state is not None:
             state.hooks.strategy_zero_grad(owner=self)
         return result
 
@@ -142,6 +144,8 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
         if state is None or state.inside:  # released, but a scheduler still holds this function
             # A loss scaler may call this method instead of the step it was given.
             return None if state is not None and state.skipping else inner(*args, **kwargs)
+        if state.job is not None and state.job.accumulation is not None:
+            state.job.accumulation.on_step(self)
         closure = None
         if args or kwargs:
             inner, closure = _split_closure(inner, args, kwargs)

@@ -16,6 +16,8 @@ from plugframe.hooks.spelling import parts, typed
 
 MODULE = "-m"
 HELP = ("-h", "--help")
+#: Only before the script: many scripts have one of their own.
+VERBOSE = ("-v", "--verbose")
 #: Similarity of a script's argument to an option of plugframe that causes a warning: about one letter differs.
 _CLOSE = 0.88
 
@@ -93,6 +95,8 @@ def split(
             break
         if _is_of_plugin(word):
             late.append(_take_of_plugin(_with_value(word, queue, takes_value), own))
+        elif word in VERBOSE:
+            command.append(word)
         elif word.startswith("--") and _spelling(word) in options:
             late.append(_take(word, queue, options, own))
         else:
@@ -125,6 +129,9 @@ def _script(
         word = queue.popleft()
         if word in HELP:
             return []
+        if word in VERBOSE:
+            own["verbose"] = VERBOSE[1]
+            continue
         if word == "--" and queue:
             return [queue.popleft()]
         if word.startswith(MODULE) and not word.startswith("--"):

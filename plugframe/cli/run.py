@@ -17,7 +17,7 @@ from plugframe.cli.script_check import check, check_callback
 from plugframe.cli.shared_options import disabled_variables
 from plugframe.errors import PlugframeWarning, SettingError, UsageError
 from plugframe.hooks.kinds import KINDS
-from plugframe.hooks.variables import FROM_COMMAND_LINE
+from plugframe.hooks.variables import FROM_COMMAND_LINE, VERBOSE
 
 if TYPE_CHECKING:
     from plugframe.cli.start import Start
@@ -166,7 +166,12 @@ _OF_NODES = (
 )
 @click.option("--config", metavar="FILE", help="A settings file, instead of the one found from here upward.")
 @click.option("--dry-run", is_flag=True, help="Show what would run and why, and start nothing.")
-def command(words: Words, dry_run: bool, config: str | None, disabled: tuple[str, ...], **settings: Any) -> None:
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Show package and version of each plugin at the start; before SCRIPT."
+)
+def command(
+    words: Words, dry_run: bool, verbose: bool, config: str | None, disabled: tuple[str, ...], **settings: Any
+) -> None:
     """Run SCRIPT on every rank, with the plugins asked for by name.
 
     Options may stand before or after SCRIPT. After it, those that are not listed here go to the script, and
@@ -192,6 +197,8 @@ def command(words: Words, dry_run: bool, config: str | None, disabled: tuple[str
     settings["num_nodes"], min_nodes = _bounds(settings["num_nodes"])
     about_nodes = {name: settings.pop(name) for name in _OF_NODES}
     variables = _variables(settings, config, words.options)
+    if verbose:
+        variables[VERBOSE] = "1"
     variables |= disabled_variables(disabled, {**os.environ, **variables})
     environ = {**os.environ, **variables}
     # Check script and options first: resolving has to import plugins.

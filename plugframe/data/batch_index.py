@@ -11,7 +11,7 @@ from torch import Tensor
 from plugframe.utils.tree import leaves
 
 if TYPE_CHECKING:
-    from plugframe.data.iteration import LoaderPass
+    from plugframe.data.loader_pass import LoaderPass
 
 #: Number of leaves that are added before freed ones are removed from the index.
 _MIN_LIMIT = 8

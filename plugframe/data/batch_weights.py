@@ -20,7 +20,7 @@ from plugframe.utils.logging import warn_caller
 from plugframe.utils.tree import leaves
 
 if TYPE_CHECKING:
-    from plugframe.data.iteration import LoaderPass
+    from plugframe.data.loader_pass import LoaderPass
 
 #: Key of the mark in the metadata of a node of the autograd graph.
 _MARK = "plugframe.weight"
@@ -63,6 +63,8 @@ class BatchWeights:
         trains: whether a model was called in training mode with gradients, or `backward`, since `update_passes`.
         unmarked: whether a model was called with gradients since the last backward, and its outputs were not marked.
         num_backwards: number of backwards so far.
+        num_evaluations: number of model calls in evaluation mode so far.
+        num_closed: number of passes that are over.
         communicated: whether the script called a collective since `update_passes`.
         open_passes: the passes that are being read, most recently read last.
         num_collectives: returns the number of collectives so far, where evaluations make none by themselves; None if
@@ -87,7 +89,7 @@ class BatchWeights:
 
     def _reset(self) -> None:
         self.active = self.uneven = self.model_called = self.trains = self.unmarked = self.communicated = False
-        self.num_backwards = 0
+        self.num_backwards = self.num_evaluations = self.num_closed = 0
         self.open_passes.clear()
         self._index = BatchIndex()
         self._pending: list[BatchRecord] = []
@@ -121,6 +123,7 @@ class BatchWeights:
         """Record the end of a pass."""
         self.update_passes()
         loader_pass.closed = True
+        self.num_closed += 1
         if loader_pass.at_first_batch and not loader_pass.model_called:
             loader_pass.ahead = True  # its only batch is unused so far
         if loader_pass in self.open_passes:  # not after tear-down

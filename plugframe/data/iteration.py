@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from plugframe.data.batch_index import BatchRecord
 from plugframe.data.batch_weights import BatchWeights
 from plugframe.data.epochs import EpochSetter
 from plugframe.data.generators import Generators, pack_states, restore_states
+from plugframe.data.loader_pass import LoaderPass
 from plugframe.data.position import Layout, resume_point
 from plugframe.data.sharded_iterable import ShardedIterable
 from plugframe.data.sharding import PassStart
@@ -21,7 +20,6 @@ from plugframe.data.shuffle import RandomStream, Shuffle
 from plugframe.errors import CheckpointMismatchError, OrderError
 from plugframe.utils.rng import (
     accepts_state,
-    capture_rng,
     get_state,
     load_rng_state,
     pack,
@@ -34,60 +32,6 @@ from plugframe.utils.swap import KEY, State
 
 if TYPE_CHECKING:
     from plugframe.data.loaders import Loaders
-
-
-class LoaderPass:
-    """One pass over a loader, from ``iter(loader)`` to its end.
-
-    Attributes:
-        epoch: number of the epoch.
-        position: number of batches returned.
-        weight: of the batch returned last.
-        next_weights: of the batches that were made since, in order.
-        skip: number of batches to leave out at the beginning.
-        origin: what all ranks together had read of the epoch when their number last changed: samples, or batches of
-            a batch sampler; positions count from there.
-        first: number of the first batch from there, from which its random numbers derive.
-        sampling: whether the sampler was iterated.
-        initial_states: states at the beginning: of the process's generators, the sampling and the transform generators.
-        owner: identifies the loader; not its state, which would keep itself alive.
-        count: number of data shards.
-        even: whether it began as a pass of the training, in which every rank takes part in every step.
-        started: whether a batch was returned.
-        at_first_batch: whether the second batch was not requested yet.
-        undecided: whether the pass may turn out to be read ahead, or not to train.
-        mixed: whether its batches so far have different weights.
-        ahead: whether the second batch was requested before a model was called with the first.
-        model_called: whether a model was called since the first batch was returned.
-        trains: whether a model was called in training mode with gradients, or `backward`.
-        communicated: whether the script called a collective since.
-        num_collectives: number of collectives at the beginning; None where they cannot be counted.
-        closed: whether the pass is over.
-        num_backwards: number of backwards when the last batch was returned.
-        records: the recorded batches that may still be trained on.
-    """
-
-    count = 1
-    closed = started = undecided = mixed = ahead = model_called = trains = communicated = False
-
-    def __init__(
-        self, epoch: int, sampling: list[Any], transforms: Generators, *, even: bool, owner: Any = None
-    ) -> None:
-        self.epoch = epoch
-        self.even = even
-        self.owner = owner
-        self.at_first_batch = True
-        self.num_backwards = 0
-        self.num_collectives: int | None = None
-        self.records: deque[BatchRecord] = deque()
-        self.position = 0
-        self.weight = 1.0
-        self.next_weights: deque[float] = deque()
-        self.skip = 0
-        self.origin = 0
-        self.first = 0
-        self.sampling = False
-        self.initial_states = (capture_rng(), [get_state(generator) for generator in sampling], pack_states(transforms))
 
 
 class LoaderState(State):
@@ -119,6 +63,9 @@ class LoaderState(State):
         early: whether it was set up before any loader of the job was read.
         compare: compares the first window of a stream between ranks; None afterwards.
         trained: whether a pass trained that did not look like it when it began.
+        unbatched: whether it returns samples of the dataset as they are (each may be a batch).
+        dropped: returns how many samples are left out that one process would read; None if none are.
+        one_for_one: whether it returns exactly the batches that its sampler yields.
     """
 
     iterable: ShardedIterable | None = None
@@ -135,7 +82,10 @@ class LoaderState(State):
     job: Loaders | None = None
     early = True
     trained = False
+    unbatched = False
+    one_for_one = False
     compare: Callable[..., None] | None = None
+    dropped: Callable[[], str] | None = None
 
     def __init__(self, *, hooks: Any, device: Any, shuffle: Shuffle, training: Callable[[], bool], weigh: bool) -> None:
         self.hooks = hooks
@@ -171,7 +121,8 @@ class LoaderState(State):
             self.epoch, self.sampling_generators, self.transform_generators, even=self._even(), owner=self.owner
         )
         self.starting_pass = loader_pass
-        loader_pass.count = self.count
+        loader_pass.weights, loader_pass.drops = self.weights, self.dropped() if self.dropped is not None else ""
+        loader_pass.count, loader_pass.number, loader_pass.unbatched = self.count, self.shuffle.number, self.unbatched
         # A pass without gradients is not an epoch of the training: one rank may evaluate alone, and the order of
         # samples stays equal on all ranks.
         self.epoch += torch.is_grad_enabled()
@@ -201,10 +152,12 @@ class LoaderState(State):
         return PassStart(
             self.random_stream(loader_pass.epoch),
             loader_pass.even,
-            loader_pass.next_weights.append,
+            loader_pass.next_shares.append,
             skip,
             seeds,
             trains=lambda: loader_pass.trains,
+            # Worker processes read ahead of what the script does.
+            pad=lambda: self.one_for_one and (seeds_workers or loader_pass.gathered_at > 0),
             origin=loader_pass.origin,
             first=loader_pass.first,
         )
@@ -218,7 +171,7 @@ class LoaderState(State):
         self.weights.update_passes()
         if loader_pass.at_first_batch:
             loader_pass.at_first_batch = False
-            loader_pass.ahead = not loader_pass.model_called
+            loader_pass.ahead = not (loader_pass.model_called or loader_pass.gathered_at)
         if loader_pass.trains and not loader_pass.even:
             # All models are in evaluation mode, as with frozen running statistics, and the pass trains nevertheless.
             self.trained = True
@@ -227,20 +180,30 @@ class LoaderState(State):
         loader_pass.undecided = not loader_pass.trains
         return loader_pass.model_called and not loader_pass.trains
 
-    def skip_padding(self, loader_pass: LoaderPass) -> None:
-        """Skip a batch that repeats samples of another rank: an evaluation must not see them twice.
+    def is_padding(self, loader_pass: LoaderPass) -> bool:
+        """Drop the next share, of a batch that repeats samples, if an evaluation must not see them twice.
 
         Raises:
             OrderError: if the loop calls collectives for every batch: the other ranks would wait for this one.
         """
-        loader_pass.next_weights.popleft()
+        # Samples that are gathered from all ranks are gathered in every step, and without those of this batch.
+        if loader_pass.trains or loader_pass.gathered_at:
+            return False
+        if not loader_pass.even:
+            loader_pass.next_shares.popleft()
+            return True
+        if not loader_pass.model_called:
+            return False
         count = self.weights.num_collectives
         if loader_pass.communicated or (count is not None and count() != loader_pass.num_collectives):
             raise OrderError(
                 "This rank has no samples left for the last batch of an evaluation whose loop calls collectives for "
                 "every batch. Turn gradients off before the loop, not in it (with torch.no_grad(): for batch in "
-                "loader: ...), so that samples are divided for it; or call collectives once, after the loop."
+                "loader: ...), so that samples are divided for it; call collectives once, after the loop; or use "
+                "lite.gather_for_metrics() or lite.reduce_mean() for every batch."
             )
+        loader_pass.next_shares.popleft()
+        return True
 
     def compare_window(self, window: str) -> None:
         """Compare the first window of a stream between ranks, once.
@@ -263,10 +226,10 @@ class LoaderState(State):
             weights.begin_pass(loader_pass)
             loader_pass.undecided = self.count > 1
         loader_pass.position += 1
-        if loader_pass.next_weights:
-            weight = loader_pass.next_weights.popleft()
+        if loader_pass.next_shares:
+            loader_pass.share = share = loader_pass.next_shares.popleft()
             # A batch that repeats samples has weight 0, also with weigh_uneven=False.
-            weight = weight if self.weigh or not weight else 1.0
+            weight = share.weight if self.weigh or not share.weight else 1.0
             loader_pass.mixed |= not loader_pass.at_first_batch and weight != loader_pass.weight
             loader_pass.weight = weight
         if self.passes[-1] is not loader_pass:
@@ -279,7 +242,7 @@ class LoaderState(State):
     def _record_weight(self, loader_pass: LoaderPass, batch: Any) -> None:
         weights = self.weights
         weights.move_to_end(loader_pass)
-        loader_pass.num_backwards = weights.num_backwards
+        loader_pass.num_backwards, loader_pass.num_closed = weights.num_backwards, weights.num_closed
         # Even batches of a plain loop need no record: the loop uses the one that was read last.
         plain = not (loader_pass.at_first_batch or loader_pass.ahead) and len(weights.open_passes) <= 1
         if not plain or loader_pass.weight != 1.0:

@@ -14,10 +14,11 @@ from torch.utils.data import sampler as torch_samplers
 
 from plugframe.data.epochs import epoch_setters
 from plugframe.data.generators import Generators, find_generators, generator_attributes, reseed, salts
-from plugframe.data.iteration import LoaderPass, LoaderState
+from plugframe.data.iteration import LoaderState
+from plugframe.data.loader_pass import LoaderPass
 from plugframe.data.position import Layout
 from plugframe.data.sharded_iterable import ShardedIterable, SizedShardedIterable, WeightedCollate, WeightedItem
-from plugframe.data.sharding import ShardedIndices, is_flat
+from plugframe.data.sharding import ShardedIndices, Share, dropped_text, is_flat
 from plugframe.data.shuffle import RandomStream, Shuffle
 from plugframe.data.stateful import is_stateful
 from plugframe.data.worker_init import RankWorkerInit
@@ -36,8 +37,9 @@ def _iter(self: Any) -> Iterator[Any]:
         return original(self)  # type: ignore[no-any-return]
     # Not for a class with its own __iter__, which may read anything before and after; a class with a ``state_dict``
     # begins as torch's does.
-    seeds_workers = state.indexed or (state.sharded and not state.resumable)
-    begin = functools.partial(_begin, functools.partial(_begin_seeded, state, original) if seeds_workers else original)
+    begin = functools.partial(
+        _begin, functools.partial(_begin_seeded, state, original) if state.one_for_one else original
+    )
     loader_pass = state.begin()
     if state.position_loaded:
         state.position_loaded = False
@@ -73,8 +75,8 @@ def _resume(
         iterator = begin(loader)
         for _ in range(num_dropped):
             state.hooks.strategy_next_batch(iterator=iterator, exhausted=_EXHAUSTED)
-            if loader_pass.next_weights:
-                loader_pass.next_weights.popleft()
+            if loader_pass.next_shares:
+                loader_pass.next_shares.popleft()
     return _batches(state, loader_pass, iterator)
 
 
@@ -114,7 +116,11 @@ def _len(self: Any) -> int:
     length = functools.partial(plain_class(self).__len__, self)
     if state is None or state.iterable is None:
         return int(length())
-    return int(state.iterable.num_batches(state.training(), length))
+    number = int(state.iterable.num_batches(state.training(), length))
+    # A hack: torch warns if a stream yields more than the length it noted, and one that repeats samples may follow,
+    # which `_batches` leaves out.
+    object.__setattr__(self, "_IterableDataset_len_called", number + 1)
+    return number
 
 
 def _batches(state: LoaderState, loader_pass: LoaderPass, iterator: Iterator[Any]) -> Iterator[Any]:
@@ -136,14 +142,13 @@ def _batches(state: LoaderState, loader_pass: LoaderPass, iterator: Iterator[Any
             if batch is _EXHAUSTED:
                 return
             if type(batch) is WeightedItem:
-                batch, weight, window = batch
-                loader_pass.next_weights.append(float(weight))
+                batch, share, window = batch
+                loader_pass.next_shares.append(Share(*share))
                 if window is not None:
                     state.compare_window(window)
             elif not loader_pass.started and state.iterable is not None and state.iterable.window is not None:
                 state.compare_window(state.iterable.window)
-            if evaluating and loader_pass.next_weights and not loader_pass.next_weights[0]:
-                state.skip_padding(loader_pass)
+            if loader_pass.next_shares and not loader_pass.next_shares[0].weight and state.is_padding(loader_pass):
                 continue
             if move is not None:
                 batch = move(batch=batch, device=state.device)
@@ -192,6 +197,8 @@ def adopt_loader(
     elif split:
         _shard_indices(loader, state, index, count)
     state.indexed = state.sharded and type(loader).__iter__ is DataLoader.__iter__
+    state.one_for_one = state.indexed or (state.sharded and not state.resumable)
+    state.unbatched = loader.batch_sampler is None
     state.layout = _layout(loader, state, index, count)
     _seed_per_rank(loader, state, index, count)
     namespace: dict[str, Any] = {"__iter__": _iter}
@@ -279,6 +286,8 @@ def _shard_indices(loader: DataLoader[Any], state: LoaderState, index: int, coun
     if has_sharded_sampler(loader, index, count):
         index, count = 0, 1
     indices = ShardedIndices(inner, index=index, count=count, begin=state.begin_indices, even=state.training)
+    if is_flat(inner) and inner.drop_last and count > 1:
+        state.dropped = functools.partial(dropped_text, inner, count)
     _replace(loader, state, name, indices)
 
 

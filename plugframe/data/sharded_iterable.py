@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from plugframe.data.sharding import make_take, num_batches, share_indices
+from plugframe.data.sharding import Share, make_take, num_batches, share_indices
 from plugframe.data.shuffle import RandomStream, Shuffle
 from plugframe.data.stateful import is_stateful
 from plugframe.data.stream_check import window_digest
@@ -126,12 +126,19 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
         digests: list[str] = []
         if self.compare and (worker is None or worker.id == 0):
             take = _with_first_digest(take, digests)
-        shares = share_indices(take, **self._sizes(), even=even, halve=False, trains=lambda: bool(self._shared[1]))
-        for batch, weight in shares:
+        shares = share_indices(
+            take,
+            **self._sizes(),
+            even=even,
+            halve=False,
+            pad=lambda: self._weighted,
+            trains=lambda: bool(self._shared[1]),
+        )
+        for batch, share in shares:
             for item in batch:
                 window = digests.pop() if digests else None
                 if self._weighted:
-                    yield WeightedItem(item, weight, window)
+                    yield WeightedItem(item, share, window)
                 else:
                     self.window = window or self.window
                     yield item
@@ -166,15 +173,15 @@ class SizedShardedIterable(ShardedIterable):
 
 
 class WeightedItem(NamedTuple):
-    """An item of a stream, the weight of its batch, and the digest of the first window in the first item."""
+    """An item of a stream, the share of its batch, and the digest of the first window in the first item."""
 
     item: Any
-    weight: float
+    share: Share
     window: str | None = None
 
 
 class WeightedCollate:
-    """Collates `WeightedItem` items and returns the weight with the batch. Pickled into worker processes."""
+    """Collates `WeightedItem` items and returns the share with the batch. Pickled into worker processes."""
 
     def __init__(self, inner: Callable[[Any], Any], *, batched: bool) -> None:
         self.inner = inner
@@ -185,4 +192,4 @@ class WeightedCollate:
         if not isinstance(first, WeightedItem):  # called by the user
             return self.inner(data)
         inner = [each.item for each in data] if self.batched else first.item
-        return WeightedItem(self.inner(inner), first.weight, first.window)
+        return WeightedItem(self.inner(inner), first.share, first.window)

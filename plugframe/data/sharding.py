@@ -17,7 +17,23 @@ from plugframe.data.shuffle import RandomStream
 from plugframe.data.worker_seeding import BatchSeeds, SeededIndices
 from plugframe.utils.proxy import StandIn
 
-Share = tuple[Any, float]
+
+class Share(NamedTuple):
+    """What a rank's batch is of its window.
+
+    Attributes:
+        weight: relative to the batches of the other ranks; 0 for a batch that repeats samples of another rank.
+        start: position of its first sample in the epoch, in the order of one process.
+        step: distance between the positions of its samples.
+        size: number of its samples.
+        partial: whether there are ranks that got no sample of the window.
+    """
+
+    weight: float = 1.0
+    start: int = 0
+    step: int = 1
+    size: int = 1
+    partial: bool = False
 
 
 def share_indices(
@@ -29,9 +45,10 @@ def share_indices(
     count: int,
     even: bool,
     halve: bool = True,
+    pad: Callable[[], bool] = bool,
     trains: Callable[[], bool] = bool,
-) -> Iterator[Share]:
-    """Yield this rank's (batch, weight) for every window of ``size * count`` indices.
+) -> Iterator[tuple[Any, Share]]:
+    """Yield this rank's batch and its share for every window of ``size * count`` indices.
 
     Args:
         take: returns the next n indices of the epoch, fewer at its end.
@@ -43,43 +60,63 @@ def share_indices(
             every index is read exactly once; ranks get equal numbers of batches where that is possible.
         halve: whether a rank that would be one batch short may split its last batch. A stream cannot: torch makes
             batches of a fixed size, and only the last may be shorter.
+        pad: returns at the end whether a rank without samples of the last window gets a batch of weight 0 in any case,
+            which its reader may leave out.
         trains: returns at the end whether the pass has turned out to need `even`.
     """
     pending: list[Any] = []
+    start = index
     # Only evaluations on several ranks may need the last full batch again; nothing else is read ahead, since a sampler
     # or a stream may depend on what the training did with the batch before.
     ahead = halve and count > 1 and not even
+
+    def share(batch: list[Any], weight: float = 1.0, *, partial: bool = False) -> tuple[Any, Share]:
+        nonlocal start
+        begin, start = start, start + len(batch) * count
+        return batch, Share(weight, begin, count, len(batch), partial)
+
     while len(window := take(size * count)) == size * count:
         if not ahead:
-            yield window[index::count], 1.0
+            yield share(window[index::count])
             continue
         if pending:
-            yield pending, 1.0
+            yield share(pending)
         pending = window[index::count]
-    if window and not drop_last:
-        mine = window[index::count]
-        if not mine and (even or trains()):
-            mine, weight = window[:size], 0.0
-        else:
-            weight = len(mine) * count / len(window)
-        if not mine and len(pending) > 1:
+    mine = window[index::count] if not drop_last else []
+    weight = len(mine) * count / max(len(window), 1)
+    partial = len(window) < count and (even or not halve or len(pending) < 2)
+    if window and not drop_last and not mine:
+        if even or trains() or (len(pending) < 2 and pad()):
+            mine = window[:size]
+        elif len(pending) > 1:
             # Fewer samples than ranks are left: splitting a batch of this rank keeps the numbers of batches equal.
             pending, mine, weight = pending[:-1], pending[-1:], 1.0
-        yield from (share for share in ((pending, 1.0), (mine, weight)) if share[0])
-    elif pending:
-        yield pending, 1.0
+    if pending:
+        yield share(pending)
+    if mine:
+        yield share(mine, weight, partial=partial)
 
 
 def share_batches(
-    take: Callable[[int], list[Any]], *, index: int, count: int, even: bool, trains: Callable[[], bool] = bool
-) -> Iterator[Share]:
-    """Yield this rank's (batch, weight) for every window of `count` complete batches of a custom sampler."""
+    take: Callable[[int], list[Any]],
+    *,
+    index: int,
+    count: int,
+    even: bool,
+    pad: Callable[[], bool] = bool,
+    trains: Callable[[], bool] = bool,
+) -> Iterator[tuple[Any, Share]]:
+    """Yield this rank's batch and its share for every window of `count` complete batches of a custom sampler."""
+    start = 0
     while window := take(count):
         sizes = [_size(batch) for batch in window]
+        partial = len(window) < count
         if index < len(window):
-            yield window[index], sizes[index] * count / max(sum(sizes), 1)
-        elif even or trains():
-            yield window[0], 0.0
+            weight = sizes[index] * count / max(sum(sizes), 1)
+            yield window[index], Share(weight, start + sum(sizes[:index]), 1, sizes[index], partial)
+        elif even or pad() or trains():
+            yield window[0], Share(0.0, start, 1, sizes[0], partial)
+        start += sum(sizes)
 
 
 def num_batches(
@@ -105,20 +142,22 @@ class PassStart(NamedTuple):
     Attributes:
         random_stream: random numbers for the sampler; None if it needs none.
         even: whether every rank gets a batch in every window.
-        add_weight: called with the weight of every batch, in order.
+        add_share: called with the share of every batch, in order.
         skip: number of batches to leave out, which were read before this process started.
         seeds: returns the seed of each batch, if worker processes make it.
         trains: returns at the end whether every rank needs a batch in every window.
+        pad: returns at the end whether a rank gets a batch in the last window in any case; see `share_indices`.
         origin: number of indices (or batches, of a batch sampler) that all ranks read before; shares begin after them.
         first: number of the first batch after `origin`.
     """
 
     random_stream: RandomStream | None
     even: bool
-    add_weight: Callable[[float], None]
+    add_share: Callable[[Share], object]
     skip: int
     seeds: BatchSeeds | None = None
     trains: Callable[[], bool] = bool
+    pad: Callable[[], bool] = bool
     origin: int = 0
     first: int = 0
 
@@ -173,12 +212,15 @@ class ShardedIndices(StandIn):
                 index=self._index,
                 count=self._count,
                 even=start.even,
+                pad=start.pad,
                 trains=start.trains,
             )
         else:
-            shares = share_batches(take, index=self._index, count=self._count, even=start.even, trains=start.trains)
-        for batch, weight in itertools.islice(shares, start.skip, None):
-            start.add_weight(weight)
+            shares = share_batches(
+                take, index=self._index, count=self._count, even=start.even, pad=start.pad, trains=start.trains
+            )
+        for batch, share in itertools.islice(shares, start.skip, None):
+            start.add_share(share)
             yield batch
 
     def __len__(self) -> int:
@@ -195,6 +237,21 @@ class ShardedIndices(StandIn):
 def is_flat(batches: Any) -> bool:
     """Return whether a batch sampler divides the indices of a sampler into equal batches, as torch's class does."""
     return type(batches) is BatchSampler
+
+
+def dropped_text(batches: Any, count: int) -> str:
+    """Return an error message, if ``drop_last`` leaves out samples that one process would read; else an empty one."""
+    try:
+        number = len(batches.sampler)
+    except TypeError:
+        return ""
+    left, alone = number % (batches.batch_size * count), number % batches.batch_size
+    if left == alone:
+        return ""
+    return (
+        f"DataLoader(drop_last=True) leaves out {left} of {number} samples on {count} ranks, and {alone} on one: "
+        "evaluate with drop_last=False."
+    )
 
 
 def _drawn(source: Any, random_stream: RandomStream | None) -> Iterator[Any]:

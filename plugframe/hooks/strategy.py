@@ -217,6 +217,18 @@ class StrategySpec(Protocol):
         """
         self.strategy_optimizer_step(optimizer=optimizer, step=no_step, closure=None)
 
+    @per_plugin
+    def strategy_scale_gradients(self, module: torch.nn.Module, factor: float) -> None:
+        """Multiply the accumulated gradients of a module by `factor`, the same on all ranks. Optional.
+
+        Called on every rank after the backward of the last micro-batch, outside of `strategy_no_sync`, if their losses
+        have weights whose sum is known only then. The default multiplies each parameter's ``grad``; a strategy that
+        keeps gradients elsewhere must implement this hook.
+        """
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
     @provider
     def strategy_zero_grad(self, owner: torch.nn.Module | Optimizer) -> None:
         """Clear gradients that are stored outside of the parameters' ``grad``.

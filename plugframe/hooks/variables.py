@@ -22,6 +22,8 @@ CONFIG = "PLUGFRAME_CONFIG"
 DISABLE, ALLOW = "PLUGFRAME_DISABLE", "PLUGFRAME_ALLOW"
 #: Prints every call of a hook, if it is "1".
 TRACE = "PLUGFRAME_TRACE"
+#: Makes the line that a job prints at its start show every plugin with its package and version, if it is "1".
+VERBOSE = "PLUGFRAME_VERBOSE"
 
 #: All variables that are not a setting of `Lite`.
-ALL = (LAUNCHED, PATIENT, MEETING, TOKEN, JOB_SEED, RANK, FROM_COMMAND_LINE, CONFIG, DISABLE, ALLOW, TRACE)
+ALL = (LAUNCHED, PATIENT, MEETING, TOKEN, JOB_SEED, RANK, FROM_COMMAND_LINE, CONFIG, DISABLE, ALLOW, TRACE, VERBOSE)

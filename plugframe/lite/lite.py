@@ -8,7 +8,7 @@ import atexit
 import builtins
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import FunctionType
@@ -24,19 +24,38 @@ from plugframe.core.runtime.session import Session
 from plugframe.data.loaders import Loaders
 from plugframe.data.shared_seed import SharedSeed
 from plugframe.diagnostics.diagnostics import Diagnostics
+from plugframe.errors import OrderError
 from plugframe.hooks.kinds import SETUP_ORDER
 from plugframe.hooks.variables import FROM_COMMAND_LINE, LAUNCHED
 from plugframe.launch import start
 from plugframe.launch.inheritance import RankEnvironment, own_variables
 from plugframe.launch.preemption import PreemptionHandler
 from plugframe.launch.termination import TerminationHandler
-from plugframe.lite import checkpointing, conversion, launch, logging, loop, plugins, ranks, seeding, setup
+from plugframe.lite import (
+    agreement,
+    checkpointing,
+    conversion,
+    launch,
+    logging,
+    loop,
+    metrics,
+    plugins,
+    progress,
+    ranks,
+    seeding,
+    setup,
+    splitting,
+)
+from plugframe.lite.accumulate import Accumulated
+from plugframe.lite.callbacks import Callbacks
 from plugframe.lite.composed import Composed
 from plugframe.lite.inner import with_make
 from plugframe.lite.plugins import as_tuple, callback_object
+from plugframe.lite.start_line import start_line
 from plugframe.state.plugins import PluginStates
 from plugframe.utils.logging import tell, warn_caller
 from plugframe.utils.process_error import ProcessError, failure
+from plugframe.utils.rank_zero import running_on_rank_zero
 
 if TYPE_CHECKING:
     import argparse
@@ -64,8 +83,13 @@ if TYPE_CHECKING:
     )
     from plugframe.lite import _names as names
     from plugframe.lite import _types as t
+    from plugframe.lite.progress import Track
     from plugframe.state.manager import CheckpointManager
     from plugframe.state.tree import Filter
+
+
+#: Calls that a rank may make by itself.
+_OF_ONE_RANK = ("autocast", "to_device", "init_tensor", "mesh", "launch", "run", "free_memory")
 
 
 class Lite:
@@ -149,8 +173,14 @@ class Lite:
         if self.plan.launched or (self.plan.world_size == 1 and FROM_COMMAND_LINE in os.environ):
             self._rank_environment.claim(own_variables(self._registry))
         self._callbacks = [callback_object(c) for c in self._request.value("callbacks", ())]
+        self._listeners = Callbacks(self, self._callbacks)
+        listener = self._listeners.listener()
         self._diagnostics = Diagnostics(self.plan) if self.plan.diagnostics else None
-        observers = [SharedSeed(), *([self._diagnostics] if self._diagnostics is not None else [])]
+        observers = [
+            *([listener] if listener is not None else []),
+            SharedSeed(),
+            *([self._diagnostics] if self._diagnostics is not None else []),
+        ]
         self._composed = composed = Composed(self.plan, self._registry)
         self.plan = composed.plan
         before = {SETUP_ORDER[0]: with_make(self._registry)}
@@ -163,6 +193,7 @@ class Lite:
             warn_caller(message)
         self._modules: list[weakref.ref[nn.Module]] = []
         self._job_state = JobState()
+        self._job_state.alone = self.plan.world_size == 1
         self._loaders = Loaders(self._job_state.weights)
         self._preemption = PreemptionHandler()
         self._process_error: ProcessError | None = None
@@ -186,6 +217,7 @@ class Lite:
             "_registry",
             "plan",
             "_callbacks",
+            "_listeners",
             "_composed",
             "_session",
             "_diagnostics",
@@ -256,7 +288,7 @@ class Lite:
 
     def _restore(self) -> None:
         """Forget the user's objects, and restore the state of the process, once the plugins are torn down."""
-        self._streams = self._job_state.random_check = None
+        self._streams = self._job_state.random_check = self._job_state.accumulation = self._job_state.bar = None
         self._modules.clear()
         self._loaders.clear()
         self._preemption.close()
@@ -279,6 +311,9 @@ class Lite:
     def _started(self, call: str) -> Context:
         """Return the context, starting this rank if it is the first call that needs it."""
         session = self._session
+        inside = running_on_rank_zero()
+        if inside is not None and self.world_size > 1 and call not in _OF_ONE_RANK:
+            raise OrderError(f"{call}() in {inside}(), which runs on rank 0 alone: every rank must call it.")
         if session.context is None:
             if not self._alone():
                 raise start.not_launched(self.plan, call)
@@ -288,7 +323,7 @@ class Lite:
             self._process_error = ProcessError(session.close, watch_exit=watch_exit)
             context = session.start()
             if context.world.global_rank == 0:
-                tell(self.plan.line())
+                tell(start_line(self.plan))
             self._job_state.explain_error = self._diagnostics.explain if self._diagnostics is not None else None
             if self.world_size > 1:
                 hooks: Any = self._hooks
@@ -534,6 +569,20 @@ class Lite:
             weigh_uneven=weigh_uneven,
         )
 
+    def skip_first_batches(self, loader: t.L1, num_batches: int) -> t.L1:
+        """Make the next pass over `loader` leave out its first batches, and return it; later passes are complete.
+
+        Samples of a data set with indices are not read. `load` restores positions by itself.
+
+        Args:
+            num_batches: number of batches of this rank.
+
+        Raises:
+            OrderError: if the loader was not set up, or begins at the position of a checkpoint.
+            SettingError: if it has fewer batches.
+        """
+        return cast("t.L1", splitting.skip_first_batches(self, loader, num_batches))
+
     # ---------------------------------------------------------------- the training step
 
     def backward(
@@ -543,6 +592,7 @@ class Lite:
         model: nn.Module | None = None,
         batch: object = None,
         reduction: Literal["mean", "sum"] = "mean",
+        weight: SupportsFloat | None = None,
         **kwargs: Unpack[t.BackwardArguments],
     ) -> None:
         """Compute gradients, in place of ``tensor.backward(*args, **kwargs)``. Every rank must call it.
@@ -560,11 +610,51 @@ class Lite:
             reduction: "mean" over the samples, or "sum": the gradients are those of the sum over the batches of
                 all ranks. A loss that is divided by a number common to all ranks (of tokens, after
                 ``lite.all_reduce``) is a sum.
+            weight: number of tokens (or other units) that the loss of this rank is a mean of: the gradients are those
+                of the mean over all tokens of all ranks, and of all micro-batches of `accumulate`.
 
         Raises:
             OrderError: if batches are uneven between ranks and there is no telling which of them the loss is of.
         """
-        loop.backward(self, tensor, args, kwargs, model=model, batch=batch, reduction=reduction)
+        loop.backward(self, tensor, args, kwargs, model=model, batch=batch, reduction=reduction, weight=weight)
+
+    def accumulate(
+        self,
+        loader: Iterable[t.T],
+        *models: nn.Module,
+        steps: int,
+        weight: Callable[[t.T], SupportsFloat] | None = None,
+    ) -> Accumulated[t.T]:
+        """Return the batches of `loader`, to accumulate the gradients of `steps` of them for each optimizer step.
+
+        ::
+
+            for batch in lite.accumulate(loader, model, steps=4):
+                loss = model(batch)
+                lite.backward(loss)
+                if not lite.accumulating:
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        Gradients are synchronised once for each step, in the last micro-batch. `backward` divides a loss by the number
+        of micro-batches: `steps`, or those left at the end of an epoch. Every rank must use it.
+
+        Args:
+            models: the modules to accumulate; without, all that were set up.
+            steps: micro-batches for each optimizer step.
+            weight: returns the number of tokens (or other units) of a batch on this rank, which its loss is a mean
+                of: gradients are those of the mean over all tokens of a step. The batches of a step are read before.
+
+        Raises:
+            OrderError: from ``optimizer.step``, ``zero_grad`` and `clip_gradients` in the middle of a step, and if no
+                optimizer steps after it.
+        """
+        return Accumulated(self, loader, models, steps=steps, weight=weight)
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether more micro-batches of `accumulate` follow before the optimizer steps; False outside of it."""
+        return self._job_state.accumulating
 
     @property
     def batch_weight(self) -> float:
@@ -850,6 +940,103 @@ class Lite:
         """
         ranks.barrier(self, name, timeout_s=timeout_s)
 
+    def gather_for_metrics(self, data: t.T) -> t.T:
+        """Return the rows of the batches of all ranks, in the order of the data set, equal on all ranks.
+
+        Every rank must call it, in the loop over a loader that was set up, with values of the current batch::
+
+            for x, y in test_loader:
+                predictions, labels = lite.gather_for_metrics((model(x).argmax(1), y))
+                metric.update(predictions, labels)  # torchmetrics, scikit-learn, lists: as in one process
+
+        Each sample comes once: rows of a batch that only fills up the last step of a rank are left out. Ranks that
+        read the same samples (tensor-parallel ones) count as one.
+
+        Args:
+            data: tensors and arrays with the batch as first dimension; lists with one entry for each sample, of any
+                objects that can be pickled; and dicts, tuples and dataclasses of those.
+
+        Returns:
+            The same structure, types and dtypes; tensors detached, and on their device.
+
+        Raises:
+            OrderError: outside of a loop over a loader that was set up, or if batches were read ahead.
+            SettingError: for values without a row for each sample, or if ``drop_last`` leaves out samples.
+            CollectiveMismatchError: on all ranks, if they pass different structures or dtypes.
+        """
+        return cast("t.T", metrics.gather_for_metrics(self, data))
+
+    def reduce_mean(self, value: t.T, weight: SupportsFloat) -> t.T | Tensor:
+        """Return the mean over ranks of `value`, each weighted by `weight`. Every rank must call it.
+
+        ::
+
+            accuracy = lite.reduce_mean(correct / seen, weight=seen)
+
+        A weight of 0 leaves a rank out, whatever its value. In a loop over a loader, pass value and weight of the
+        current batch: one that only fills up the last step of a rank does not count.
+
+        Args:
+            value: a tensor, a number, or dicts, lists and tuples of them.
+            weight: number of samples, or tokens, that the value of this rank is a mean of.
+
+        Returns:
+            The same structure of tensors, without gradients; NaN if all weights are 0.
+
+        Raises:
+            SettingError: for a negative weight, or one that is no number.
+        """
+        return cast("t.T | Tensor", metrics.reduce_mean(self, value, weight))
+
+    def split_between_processes(self, data: t.T, apply_padding: bool = False) -> AbstractContextManager[t.T]:
+        """Return a context with this rank's part of `data`: consecutive items, the first ranks have one more.
+
+        ::
+
+            with lite.split_between_processes(prompts) as mine:
+                answers = [generate(prompt) for prompt in mine]
+            answers = sum(lite.all_gather(answers, as_object=True), [])  # in the order of the prompts
+
+        Ranks that read the same samples (tensor-parallel ones) get the same part.
+
+        Args:
+            data: a list, tuple, tensor or array, equal on all ranks, or a dict of those.
+            apply_padding: whether parts are filled up with the last item, so that all have the same length.
+        """
+        return splitting.split_between_processes(self, data, apply_padding=apply_padding)
+
+    def pad_across_processes(self, data: t.T, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> t.T:
+        """Return `data` with every tensor padded along `dim` to the largest size of any rank. Every rank must call it.
+
+        Args:
+            pad_index: the value to fill with.
+            pad_first: whether to fill at the beginning.
+
+        Raises:
+            CollectiveMismatchError: if structures or numbers of dimensions differ.
+        """
+        return cast("t.T", splitting.pad_across_processes(self, data, dim, pad_index, pad_first=pad_first))
+
+    def free_memory(self) -> None:
+        """Collect garbage and return the memory that torch has cached to the device; delete your references before."""
+        splitting.free_memory(self)
+
+    def agree(self, flag: object, how: Literal["any", "all", "rank_zero"] = "any") -> bool:
+        """Return whether `flag` is true on any rank, on all ranks, or on rank 0: the same on all ranks.
+
+        Every rank must call it. For decisions that a script takes by values of one rank: to stop, to skip, to save::
+
+            if lite.agree(loss > limit):
+                break
+
+        Args:
+            flag: a bool, a number, or a tensor of one element.
+
+        Raises:
+            SettingError: for another type of flag, or another `how`.
+        """
+        return agreement.agree(self, flag, how)
+
     def assert_in_sync(self, *objects: nn.Module | Optimizer) -> None:
         """Check that parameters and optimizer states are bitwise equal on all ranks.
 
@@ -878,7 +1065,26 @@ class Lite:
     ) -> None:
         """Print on global rank 0 only."""
         if self.is_global_zero:
+            progress.hide(self)
             builtins.print(*args, sep=sep, end=end, file=file, flush=flush)
+
+    def track(self, items: Iterable[t.T], label: str = "", **values: object) -> Track[t.T]:
+        """Return the items of `items`, with one progress bar on global rank 0: rate, values and time left.
+
+        ::
+
+            for batch in (bar := lite.track(loader, "epoch 3")):
+                ...
+                bar.update(loss=loss)
+
+        A terminal or notebook shows a bar on stderr; otherwise a plain line is printed every 10 seconds and at the end.
+
+        Args:
+            label: shown in front.
+            values: shown behind: numbers, tensors of one element, or functions that return them
+                (``loss=lambda: loss``). They are read when the bar is drawn, so that no step waits for a device.
+        """
+        return progress.track(self, items, label, values)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -1031,10 +1237,14 @@ class Lite:
     def call(self, hook_name: str, *args: object, **kwargs: object) -> None:
         """Call the method `hook_name` of every callback that has it, in the order they were passed.
 
+        Each gets those of the keyword arguments that it takes. plugframe itself calls, without a call here:
+        ``on_launch``, ``on_setup``, ``on_backward``, ``on_optimizer_step``, ``on_save``, ``on_load``, ``on_teardown``,
+        and, under Fabric's names, ``on_after_setup`` and ``on_after_optimizer_step``.
+
         Raises:
             SettingError: if a callback has an attribute of that name that cannot be called.
         """
-        plugins.call(self, hook_name, args, kwargs)
+        self._listeners.call(hook_name, args, kwargs)
 
     def log(self, name: str, value: SupportsFloat, step: int | None = None) -> None:
         """Log one metric to every logger."""

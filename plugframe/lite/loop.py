@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -11,8 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plugframe.adopt import state_of
-from plugframe.errors import SettingError
+from plugframe.adopt.accumulation import Accumulation
+from plugframe.errors import OrderError, SettingError, UnsupportedError
 from plugframe.lite import checks, collectives
+from plugframe.lite.accumulate import sum_over_ranks
+from plugframe.lite.metrics import weight_number
+from plugframe.utils.logging import warn_caller
 
 if TYPE_CHECKING:
     from plugframe.lite.lite import Lite
@@ -27,18 +33,29 @@ def backward(
     model: nn.Module | None,
     batch: object,
     reduction: str,
+    weight: Any,
 ) -> None:
     """Compute gradients of the loss of this rank's batch; see `Lite.backward`."""
     checks.check_loss(tensor, set_up=bool(lite._modules))
     if reduction not in ("mean", "sum"):
         raise SettingError(f"backward(reduction={reduction!r}): it is 'mean' or 'sum'.")
+    tokens = None if weight is None else weight_number("backward", weight)
     if model is None and len(lite._modules) == 1:
         model = lite._modules[0]()
     hooks, phase = lite._hooks, lite._job_state
     weights, scale = phase.weights, 1.0
     handles: list[Any] = []
+    accumulation = _accumulation_of(lite, model)
+    counted = tokens is not None or (accumulation is not None and accumulation.total is not None)
+    if counted and reduction == "sum":
+        raise SettingError("backward(): a weight makes a mean of the losses, and reduction='sum' their sum: pass one.")
     if weights.uneven:
-        scale, handles = weights.weigh(tensor, batch, reduction)
+        # A weight counts in place of the number of samples; a batch that repeats samples counts nothing.
+        scale, handles = weights.weigh(tensor, batch, "sum" if counted else reduction)
+    if accumulation is not None:
+        scale = _scale_of_micro_batch(lite, accumulation, tensor, tokens, scale, reduction)
+    elif tokens is not None:
+        scale = _scale_of_tokens(lite, tokens * scale)
     if reduction == "sum":
         scale *= hooks.strategy_data_shard()[1]
     if scale != 1.0:
@@ -55,8 +72,88 @@ def backward(
         for handle in handles:
             handle.remove()
         hooks.precision_finish_backward()
+    if accumulation is not None and tokens is not None:
+        _rescale(lite, accumulation)
     if hooks.on_backward is not None:
         hooks.on_backward(loss=tensor)
+
+
+def _accumulation_of(lite: Lite, model: nn.Module | None) -> Accumulation | None:
+    """Return the accumulation that a loss is part of, None if there is none."""
+    accumulation = lite._job_state.accumulation
+    if accumulation is None or accumulation.ended:
+        return None
+    others = model is None and _others(lite, accumulation)
+    if others:
+        gc.collect()  # one that the script has dropped may be in a cycle
+        others = _others(lite, accumulation)
+    return accumulation if accumulation.takes(model, others=others) else None
+
+
+def _others(lite: Lite, accumulation: Accumulation) -> bool:
+    """Return whether models that are not accumulated train."""
+    others = (each for each in lite._living() if all(each is not own for own in accumulation.models))
+    return any(parameter.requires_grad for each in others for parameter in each.parameters())
+
+
+def _scale_of_tokens(lite: Lite, tokens: float) -> float:
+    """Return the factor of a mean over `tokens`, so that the mean over ranks is that over all tokens."""
+    if lite._job_state.no_sync:
+        raise OrderError(
+            "backward(weight=…) in no_backward_sync() knows nothing of the other micro-batches: use "
+            "`for batch in lite.accumulate(loader, model, steps=…):`."
+        )
+    total = sum_over_ranks(lite, tokens)
+    if not total:
+        raise SettingError("backward(weight=0) on all ranks: there is no mean.")
+    return tokens * lite.world_size / total
+
+
+def _scale_of_micro_batch(
+    lite: Lite, accumulation: Accumulation, loss: Tensor, tokens: float | None, scale: float, reduction: str
+) -> float:
+    """Return the factor of the loss of a micro-batch."""
+    if accumulation.total is not None:
+        if tokens is not None:
+            raise SettingError("backward(weight=…) in accumulate(weight=…): pass one of them.")
+        accumulation.on_backward(weighted=False)
+        return scale * accumulation.weight * lite.world_size / accumulation.total
+    accumulation.on_backward(weighted=tokens is not None)
+    if tokens is not None:
+        total = functools.partial(sum_over_ranks, lite)
+        return accumulation.weighted_factor(tokens * scale, total, lite.world_size)
+    _warn_divided(lite, loss, accumulation.of)
+    return scale if reduction == "sum" else scale / accumulation.of
+
+
+def _warn_divided(lite: Lite, loss: Tensor, number: int) -> None:
+    """Warn once if the script divides its loss by the number of micro-batches too."""
+    job, node = lite._job_state, loss.grad_fn
+    if job.warned_divided or number == 1 or node is None or type(node).__name__ != "DivBackward0":
+        return
+    divisor = getattr(node, "_saved_other", None)
+    if isinstance(divisor, Tensor) and divisor.numel() == 1 and divisor.device.type == "cpu" and divisor == number:
+        job.warned_divided = True
+        if lite.is_global_zero:
+            warn_caller(
+                f"This loss is divided by {number}, and lite.accumulate() divides it by its {number} micro-batches: "
+                "leave that out of the script."
+            )
+
+
+def _rescale(lite: Lite, accumulation: Accumulation) -> None:
+    """After the last micro-batch, divide the gradients by the sum of all weights."""
+    factor = accumulation.rescale(functools.partial(sum_over_ranks, lite))
+    if factor is None:
+        return
+    scale = lite._hooks.strategy_scale_gradients
+    if scale is None:
+        raise UnsupportedError(
+            f"strategy {lite.plan.choices['strategy'].name!r} cannot scale gradients, as backward(weight=…) in "
+            "lite.accumulate() needs: count before, with lite.accumulate(..., weight=function of the batch)."
+        )
+    for model in accumulation.models:
+        scale(module=model, factor=factor)
 
 
 def batch_weight(lite: Lite) -> float:
@@ -119,6 +216,8 @@ def clip_gradients(
     checks.check_set_up(module, "clip_gradients", lite._hooks)
     checks.check_set_up(optimizer, "clip_gradients", lite._hooks)
     checks.check_holds(module, optimizer, "clip_gradients")
+    if lite._job_state.accumulation is not None:
+        lite._job_state.accumulation.on_step(optimizer, "clip_gradients")
     skips = lite._hooks.precision_unscale(optimizer=optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return cast(

@@ -11,28 +11,33 @@ from typing import Any
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def walk(fn: Callable[[str, Any], Any], data: Any, path: str = "") -> Any:
+def walk(fn: Callable[[str, Any], Any], data: Any, path: str = "", *, lists: bool = True) -> Any:
     """Return `data` with ``fn(path, value)`` in place of every value that is no container.
 
     The order is the same on all ranks: mappings go by sorted key. Containers keep their types and their order;
     one in which nothing changed is returned itself.
+
+    Args:
+        lists: whether a list is a container; if not, ``fn`` gets it.
     """
     if isinstance(data, Mapping):
-        values = {key: walk(fn, data[key], f"{path}[{label}]") for label, key in _keys(data)}
+        values = {key: walk(fn, data[key], f"{path}[{label}]", lists=lists) for label, key in _keys(data)}
         if all(values[key] is data[key] for key in values):
             return data
         values = {key: values[key] for key in data}
         return values if type(data) is dict else _like(data, values)
     if isinstance(data, tuple) and hasattr(data, "_fields"):
         named: Any = data
-        items = [walk(fn, value, f"{path}.{name}") for name, value in zip(named._fields, data, strict=True)]
+        items = [
+            walk(fn, value, f"{path}.{name}", lists=lists) for name, value in zip(named._fields, data, strict=True)
+        ]
         return data if _same(items, data) else type(data)(*items)
-    if isinstance(data, (list, tuple)):
-        items = [walk(fn, value, f"{path}[{number}]") for number, value in enumerate(data)]
+    if isinstance(data, tuple) or (lists and isinstance(data, list)):
+        items = [walk(fn, value, f"{path}[{number}]", lists=lists) for number, value in enumerate(data)]
         return data if _same(items, data) else type(data)(items)
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
         names = [field.name for field in dataclasses.fields(data)]
-        items = [walk(fn, getattr(data, name), f"{path}.{name}") for name in names]
+        items = [walk(fn, getattr(data, name), f"{path}.{name}", lists=lists) for name in names]
         if _same(items, [getattr(data, name) for name in names]):
             return data
         made = copy.copy(data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from plugframe.errors import SettingError, UnsupportedError, closest
@@ -31,17 +30,6 @@ def extension(lite: Lite, name: str) -> Any:
             f"Lite(plugins={name!r}) or --plugins={name} adds it."
         )
     return found[name]
-
-
-def call(lite: Lite, hook_name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-    """Call the method `hook_name` of every callback that has it, in the order they were passed."""
-    for callback in lite._callbacks:
-        method = getattr(callback, hook_name, None)
-        if method is None:
-            continue
-        if not callable(method):
-            raise SettingError(f"{type(callback).__name__}.{hook_name} is no method: call() cannot call it.")
-        method(*args, **kwargs)
 
 
 def callback_object(callback: Any) -> Any:

@@ -175,14 +175,26 @@ def test_closures_reach_the_optimizer(lite: Lite) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_an_unmarked_method_that_runs_a_part_is_refused(lite: Lite) -> None:
-    """A method that calls a submodule with parameters must be marked; then it runs under the strategy."""
-    model = lite.setup(Net())
-    with pytest.raises(UsageError, match=r"Net.loss\(\) runs Linear 'body.0' outside .*forward_methods=\('loss',\)"):
-        model.loss(torch.ones(1, 4))
-    assert model.count() == 1
-    model.mark_forward_method("loss")
-    assert model.loss(torch.ones(1, 4)).ndim == 0
+class Hidden(Net):
+    """A model with a method whose source does not show that it runs a submodule."""
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        return getattr(self, "body")(x)  # noqa: B009
+
+
+def test_an_unmarked_method_that_runs_a_part_runs_under_the_strategy_or_is_refused(lite: Lite) -> None:
+    """A method whose source shows that it calls submodules runs under the strategy; another one must be marked."""
+    x = torch.ones(1, 4)
+    with Lite(accelerator="cpu", devices=1, precision="bf16-true") as half:
+        model = half.setup(Hidden())
+        assert model.loss(x).dtype is torch.float32
+        with pytest.raises(UsageError, match=r"Hidden.hidden\(\) runs Linear 'body.0' .*forward_methods=\('hidden',\)"):
+            model.hidden(x)
+        assert model.count() == 1
+        model.mark_forward_method("hidden")
+        assert model.hidden(x).dtype is torch.float32
+    alone = lite.setup(Hidden())
+    assert torch.equal(alone.hidden(x), alone.body(x))  # one rank, one dtype: there is nothing to run under
     other = lite.setup(Net(), forward_methods=("loss",))
     assert other.loss(torch.ones(1, 4)).ndim == 0
     with pytest.raises(SettingError, match=r"no method 'los' .*Did you mean 'loss'"):
@@ -375,14 +387,13 @@ class Speaker(nn.Module, Chatty):
 
 
 def test_methods_of_every_origin_run_under_the_strategy(lite: Lite) -> None:
-    """Methods of mix-ins, private methods and generators are marked and refused like others."""
+    """Methods of mix-ins, private methods and generators run under the strategy like others."""
     x = torch.ones(1, 4)
     model = lite.setup(Speaker())
     assert model.ask(x).shape == (1, 2)
-    with pytest.raises(UsageError, match=r"Speaker.generate\(\) runs Linear 'body' outside of the strategy"):
-        model.generate(x)
-    with pytest.raises(UsageError, match=r"Speaker.stream\(\) runs Linear 'body' outside of the strategy"):
-        list(model.stream(x))
+    with Lite(accelerator="cpu", devices=1, precision="bf16-true") as half:
+        model = half.setup(Speaker())
+        assert [each.dtype for each in (model.generate(x), *model.stream(x))] == [torch.float32] * 3
     with Lite(accelerator="cpu", devices=1, precision="bf16-true") as half:
         model = half.setup(Speaker(), forward_methods=("generate", "_peek", "stream"))
         results = [model.generate(x), model._peek(x), *model.stream(x)]
@@ -593,8 +604,6 @@ def test_a_compiled_module_is_one_with_what_it_was_made_of(lite: Lite) -> None:
             half.setup(plain)
     assert type(plain) is Net
     unmarked = lite.setup(torch.compile(Net(), backend="eager"))
-    with pytest.raises(UsageError, match=r"Net.loss\(\) runs Linear"):
-        unmarked.loss(x)
     unmarked.mark_forward_method("loss")
     assert unmarked.loss(x).ndim == 0
     assert torch.equal(copy.deepcopy(unmarked)(x), unmarked(x))

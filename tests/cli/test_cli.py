@@ -211,6 +211,7 @@ OPTIONS = {name: p for p in run_command.params if isinstance(p, click.Option) fo
         ("-m pkg.train --lr 1 --devices=2", "--devices=2", "-m pkg.train --lr 1"),
         ("model --devices=2 -mpkg.train", "--devices=2", "-m pkg.train"),
         ("--devices -1 train.py", "--devices=-1", "train.py"),
+        ("-v train.py -v --verbose", "--verbose", "train.py -v --verbose"),
         ("-- -odd.py --devices=2", "--devices=2", "-odd.py"),
         ("--plugin a train.py --plugins b,c", "--plugin=a --plugins=b,c", "train.py"),
         ("--devices 2 train.py --devices=2", "--devices=2", "train.py"),

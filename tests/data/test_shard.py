@@ -32,7 +32,7 @@ def shares(number: int, size: int, count: int, *, drop_last: bool, even: bool) -
 
 def stand_in(sampler: Any, *, index: int, count: int, even: bool) -> ShardedIndices:
     def start() -> PassStart:
-        return PassStart(random_stream=None, even=even, add_weight=lambda weight: None, skip=0)
+        return PassStart(random_stream=None, even=even, add_share=lambda share: None, skip=0)
 
     return ShardedIndices(sampler, index=index, count=count, begin=lambda: start, even=lambda: even)
 
@@ -44,11 +44,11 @@ def test_training_steps_are_even_and_weighted_by_samples(number: int, size: int,
     whole = [list(range(start, min(start + size * count, number))) for start in range(0, number, size * count)]
     assert {len(share) for share in split} == {len(whole)}
     for step, batch in enumerate(whole):
-        read = [index for share in split for index in share[step][0] if share[step][1] > 0]
+        read = [index for share in split for index in share[step][0] if share[step][1].weight > 0]
         assert sorted(read) == batch
         assert all(share[step][0] for share in split)
         for share in split:
-            indices, weight = share[step]
+            indices, (weight, *_) = share[step]
             assert weight == 0 or abs(weight - len(indices) * count / len(batch)) < 1e-12
 
 
@@ -70,7 +70,7 @@ def test_drop_last_leaves_only_full_batches(number: int, size: int, count: int) 
     for even in (True, False):
         split = shares(number, size, count, drop_last=True, even=even)
         assert {len(share) for share in split} == {number // (size * count)}
-        assert all(len(indices) == size and weight == 1 for share in split for indices, weight in share)
+        assert all(len(indices) == size and part.weight == 1 for share in split for indices, part in share)
 
 
 @given(numbers, sizes, ranks, st.booleans(), st.booleans())
@@ -89,9 +89,40 @@ def test_batches_of_a_sampler_of_the_users_own_stay_whole(batches: list[list[int
     assert {len(share) for share in split} == {-(-len(batches) // count)}
     for step, start in enumerate(range(0, len(batches), count)):
         window = batches[start : start + count]
-        real = [share[step] for share in split if share[step][1] > 0]
+        real = [share[step] for share in split if share[step][1].weight > 0]
         assert [batch for batch, _ in real] == window
-        assert abs(sum(weight for _, weight in real) - count) < 1e-9
+        assert abs(sum(part.weight for _, part in real) - count) < 1e-9
+
+
+@given(numbers, sizes, ranks, st.booleans(), st.booleans())
+def test_shares_have_the_positions_of_one_process(number: int, size: int, count: int, even: bool, halve: bool) -> None:
+    """The positions in the shares put the samples of each step in the order of one process."""
+    parts = [
+        list(
+            share_indices(
+                taker(range(number)), size=size, drop_last=False, index=i, count=count, even=even, pad=lambda: True
+            )
+        )
+        if halve
+        else list(
+            share_batches(
+                taker(BatchSampler(range(number), size, False)), index=i, count=count, even=even, pad=lambda: True
+            )
+        )
+        for i in range(count)
+    ]
+    read = []
+    for step in zip(*parts, strict=True):
+        pairs = [
+            (part.start + i * part.step, sample)
+            for batch, part in step
+            for i, sample in enumerate(batch)
+            if part.weight
+        ]
+        assert all(len(batch) == part.size for batch, part in step)
+        read += [sample for _, sample in sorted(pairs)]
+        assert all(part.partial for _, part in step if part.weight) == any(not part.weight for _, part in step)
+    assert read == list(range(number))
 
 
 def test_other_attributes_are_the_users_sampler() -> None:

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import gc
 import json
-import logging
 import os
 import pickle
 import warnings
@@ -34,6 +33,7 @@ from plugframe import (
 from plugframe.base import Extension
 from plugframe.cli.plan_table import plan_rows
 from plugframe.hooks.world import World
+from plugframe.lite.start_line import start_line
 
 
 def cpu(**settings: Any) -> Lite:
@@ -189,9 +189,9 @@ def test_settings_travel_and_the_plan_is_made_anew() -> None:
         assert twin.run(1) == 2
 
 
-def test_one_line_tells_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    """Launch prints one line with every plugin, its package and version; or logs it if logging is configured."""
-    logging.getLogger("plugframe").handlers.clear()
+def test_one_line_tells_the_plan(caplog: pytest.LogCaptureFixture) -> None:
+    """Launch prints one short line, or logs it if logging is configured; verbose, with packages and versions."""
+    caplog.set_level("INFO", logger="plugframe")
     with cpu() as lite:
         lite.launch()
         line = lite.plan.line()
@@ -199,6 +199,8 @@ def test_one_line_tells_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         reasons = {what: why for what, _, why in plan_rows(lite.plan)}
         assert reasons["accelerator"] == "asked for in the code"
         assert reasons["strategy"].startswith("auto")
+        assert start_line(lite.plan, {"PLUGFRAME_VERBOSE": "1"}) == line
+    assert caplog.messages == ["single on cpu, 32-true"]
 
 
 def test_notifications_and_wrappers_reach_an_extension(tmp_path: Path) -> None:

@@ -193,6 +193,21 @@ class DeepSpeed(SetUp):
         return torch.is_grad_enabled() and any(slot.module.training for slot in self._slots)
 
     @hookimpl
+    def strategy_scale_gradients(self, module: nn.Module, factor: float) -> None:
+        engine = next((each for each in self._engines if each.module is module), None)
+        if engine is None:
+            super().strategy_scale_gradients(module, factor)
+            return
+        if getattr(engine.zero, "swaps", False):
+            raise UnsupportedError(
+                "lite.backward(loss, weight=…) in lite.accumulate() cannot reach gradients on NVMe: count before, with "
+                "lite.accumulate(..., weight=function of the batch)."
+            )
+        engine.finish()
+        for gradient in engine.zero.gradients() if engine.pending else ():
+            gradient.mul_(factor)
+
+    @hookimpl
     def strategy_clip_gradients(
         self,
         module: nn.Module,

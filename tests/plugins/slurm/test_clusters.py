@@ -66,6 +66,7 @@ def cluster() -> Iterator[slurm.Slurm]:
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PLUGFRAME_VERBOSE", "1")  # the line at the start then names the environment
 
 
 def check_example(said: str, environment: str) -> None:
