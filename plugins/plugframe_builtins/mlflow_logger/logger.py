@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient, MlflowException
-from mlflow.entities import Metric
-from PIL import Image
-
 from plugframe.base import Logger, warn_caller
 from plugframe.hooks import Artifact, Context, HyperParameter, artifact_kind, hookimpl
+from plugframe_builtins._shared.library import library, require
+from plugframe_builtins._shared.png import encode_png
+from plugframe_builtins.mlflow_logger import plugin
 
 #: Metrics and seconds after which metrics are sent, in one request; MLflow takes 1000 at once.
 MOST, SECONDS = 500, 5.0
@@ -25,18 +25,31 @@ class MLflowLogger(Logger):
     Args:
         uri: the tracking server or database; empty for MLflow's own choice (``MLFLOW_TRACKING_URI``).
         experiment: the experiment of the run; created if there is none.
+        run_name: the name of the run.
         artifacts: where a new experiment keeps its artifacts.
         resume: whether to continue the run of a loaded checkpoint.
+
+    Raises:
+        MissingDependencyError: if MLflow is not installed.
     """
 
     def __init__(
-        self, *, uri: str = "", experiment: str = "plugframe", artifacts: str = "", resume: bool = True
+        self,
+        *,
+        uri: str = "",
+        experiment: str = "plugframe",
+        run_name: str = "",
+        artifacts: str = "",
+        resume: bool = True,
     ) -> None:
+        require("mlflow", "plugframe[mlflow]", "MLflowLogger")
+        plugin.validate(self, uri=uri, experiment=experiment, run_name=run_name, artifacts=artifacts, resume=resume)
         self.uri, self.experiment, self.artifacts, self.resume = uri, experiment, artifacts, resume
+        self.run_name = run_name
         self._client: Any = None
         self._id: str | None = None
         self._writes = False
-        self._metrics: list[Metric] = []
+        self._metrics: list[Any] = []
         self._params: dict[str, HyperParameter] = {}
 
     @hookimpl
@@ -47,11 +60,12 @@ class MLflowLogger(Logger):
     def client(self) -> Any:
         """Return MLflow's client, with the run begun or continued: a checkpoint may name another one until then."""
         if self._client is None:
-            self._client, self._sent = MlflowClient(self.uri or None), time.monotonic()
+            mlflow = library("mlflow")
+            self._client, self._sent = mlflow.MlflowClient(self.uri or None), time.monotonic()
             try:
                 if self._id is not None:
                     self._client.update_run(self._id, status="RUNNING")
-            except MlflowException as error:
+            except mlflow.MlflowException as error:
                 warn_caller(f"MLflowLogger begins a new run, and does not continue {self._id}: {error.message}")
                 self._id = None
             if self._id is None:
@@ -61,7 +75,7 @@ class MLflowLogger(Logger):
                     if found
                     else self._client.create_experiment(self.experiment, artifact_location=self.artifacts or None)
                 )
-                self._id = self._client.create_run(number).info.run_id
+                self._id = self._client.create_run(number, run_name=self.run_name or None).info.run_id
         return self._client
 
     def flush(self) -> None:
@@ -70,7 +84,7 @@ class MLflowLogger(Logger):
         for name, value in params.items():
             try:
                 self.client().log_param(self._id, name, value)
-            except MlflowException as error:  # MLflow never changes the value of a parameter
+            except library("mlflow").MlflowException as error:  # MLflow never changes the value of a parameter
                 warn_caller(f"MLflow does not record {name}={value!r}: {error.message}")
         for start in range(0, len(metrics), MOST):
             self.client().log_batch(self._id, metrics=metrics[start : start + MOST])
@@ -80,7 +94,8 @@ class MLflowLogger(Logger):
     def logger_log(self, metrics: Mapping[str, float], step: int | None) -> None:
         now, number = time.time_ns() // 1_000_000, self.next_step(step)
         self.client()
-        self._metrics += [Metric(name, value, now, number) for name, value in metrics.items()]
+        metric = library("mlflow.entities").Metric
+        self._metrics += [metric(name, value, now, number) for name, value in metrics.items()]
         if len(self._metrics) >= MOST or time.monotonic() - self._sent > SECONDS:
             self.flush()
 
@@ -96,8 +111,11 @@ class MLflowLogger(Logger):
         if isinstance(value, Path):
             client.log_artifact(self._id, str(value), target)  # under its own name, in a folder
         elif kind == "image":
-            pixels = item[0].numpy() if len(item) == 1 else item.permute(1, 2, 0).numpy()
-            client.log_image(self._id, Image.fromarray(pixels), f"{target}.png")
+            *parents, last = target.split("/")
+            with tempfile.TemporaryDirectory() as folder:
+                source = Path(folder) / f"{last}.png"
+                source.write_bytes(encode_png(item))
+                client.log_artifact(self._id, str(source), "/".join(parents) or None)
         elif kind == "table":
             columns = list(item[0]) if item else []
             table = {"columns": columns, "data": [list(row.values()) for row in item]}  # what MLflow shows as a table

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-import wandb
-
 from plugframe.base import Logger, warn_caller
 from plugframe.errors import SettingError
 from plugframe.hooks import Artifact, Context, HyperParameter, artifact_kind, hookimpl
+from plugframe_builtins._shared.library import library, require
+from plugframe_builtins.wandb_logger import plugin
 
 #: The column of steps. wandb's own steps must rise, and it drops what comes late.
 STEP = "global_step"
@@ -25,23 +25,35 @@ class WandbLogger(Logger):
 
     Args:
         project: the project of the run.
+        run_name: its name.
+        group: the group of runs that it belongs to.
+        entity: the user or team that owns it.
         folder: where wandb keeps its folder ``wandb``.
         mode: ``"online"``, or ``"offline"`` for a run that ``wandb sync`` sends later.
         resume: whether to continue the run of a loaded checkpoint.
 
     Attributes:
         path: the folder of the files of the run; None before its first record.
+
+    Raises:
+        MissingDependencyError: if wandb is not installed.
     """
 
     def __init__(
         self,
         *,
         project: str = "plugframe",
+        run_name: str = "",
+        group: str = "",
+        entity: str = "",
         folder: str = "runs",
         mode: Literal["online", "offline"] = "online",
         resume: bool = True,
     ) -> None:
+        require("wandb", "plugframe[wandb]", "WandbLogger")
+        plugin.validate(self, project=project, run_name=run_name, group=group, entity=entity, mode=mode, resume=resume)
         self.project, self.folder, self.mode, self.resume = project, folder, mode, resume
+        self._names = {"name": run_name or None, "group": group or None, "entity": entity or None}
         self.path: Path | None = None
         self._id: str | None = None
         self._run: Any = None
@@ -56,8 +68,14 @@ class WandbLogger(Logger):
         if self._run is None:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             self._hooks = sys.exit, sys.excepthook
-            self._run = wandb.init(
-                project=self.project, dir=self.folder, mode=self.mode, id=self._id, resume="allow", reinit="create_new"
+            self._run = library("wandb").init(
+                project=self.project,
+                dir=self.folder,
+                mode=self.mode,
+                id=self._id,
+                resume="allow",
+                reinit="create_new",
+                **self._names,
             )
             self._run.define_metric("*", step_metric=STEP)
             self.path = Path(self._run.dir)
@@ -75,7 +93,7 @@ class WandbLogger(Logger):
 
     @hookimpl
     def logger_log_artifact(self, name: str, value: Artifact, step: int | None) -> None:
-        run, kind = self.run(), artifact_kind(value)
+        wandb, run, kind = library("wandb"), self.run(), artifact_kind(value)
         item: Any = value
         if isinstance(value, Path):
             at = "" if step is None else f"@{step}"
@@ -113,6 +131,7 @@ class WandbLogger(Logger):
         run, self._run, self._id = self.run(), None, None
         # At the end of a process without a `with` block wandb has finished the run itself, with its exit code.
         if threading.main_thread().is_alive():
+            wandb = library("wandb")
             run.finish(exit_code=0 if error is None else 1)
             if wandb.setup().most_recent_active_run is None:
                 wandb.teardown()

@@ -1,12 +1,12 @@
-"""A logger that records runs with MLflow."""
+"""Runs recorded with MLflow."""
 
 from plugframe import Option, Plugin
 
 plugin = Plugin(
-    factory="plugframe_mlflow.logger:MLflowLogger",
+    factory="plugframe_builtins.mlflow_logger.logger:MLflowLogger",
     summary="Metrics, hyperparameters and artifacts for MLflow.",
     requires=("mlflow",),
-    extra="plugframe-mlflow",
+    extra="plugframe[mlflow]",
     options=(
         Option(
             "uri",
@@ -15,6 +15,7 @@ plugin = Plugin(
             "The server or database, such as sqlite:///mlflow.db; empty for MLflow's own choice.",
         ),
         Option("experiment", str, "plugframe", "The experiment of the run; created if there is none."),
+        Option("run_name", str, "", "The name of the run; empty for MLflow's own choice."),
         Option("artifacts", str, "", "Where a new experiment keeps its artifacts; empty for MLflow's own choice."),
         Option("resume", bool, True, "Continue the run of a loaded checkpoint; False records a new run."),
     ),
