@@ -75,7 +75,7 @@ def _uninterrupted(lite: Lite) -> AbstractContextManager[None]:
 
 def _warn_of_old(lite: Lite, hook: str, what: str) -> None:
     """Warn once of each logger that does not have a hook: one without plugframe's base class, of an older contract."""
-    for choice, logger in zip(lite.plan.loggers, lite.loggers, strict=True):
+    for choice, logger in zip(lite.plan.loggers, lite._session.loggers, strict=True):
         warned = (id(logger), what)
         if marks_of(logger, hook) is None and warned not in lite._not_stored:
             lite._not_stored.add(warned)
