@@ -44,4 +44,18 @@ CheckpointName = Literal["auto", "safetensors", "dcp", "remote"]
 EnvironmentName = Literal["auto", "manual", "torchelastic", "slurm", "mpi", "lsf", "kubeflow", "local", "simulate"]
 LauncherName = Literal["auto", "elastic", "spawn", "fork"]
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow", "trackio"]
-ExtensionName = Literal["drift-guard", "lockstep", "costs", "oom-retry", "profiler"]
+ExtensionName = Literal[
+    "best",
+    "costs",
+    "drift-guard",
+    "early-stopping",
+    "ema",
+    "grad-norm",
+    "lockstep",
+    "lr-monitor",
+    "nan-guard",
+    "oom-retry",
+    "profiler",
+    "swa",
+    "throughput",
+]

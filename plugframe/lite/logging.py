@@ -22,10 +22,17 @@ if TYPE_CHECKING:
 
 
 def log_dict(lite: Lite, metrics: Mapping[str, Any], step: int | None) -> None:
-    """Hand metrics to every logger, on global rank 0."""
-    if _records(lite, "log"):
-        number = _step("log", step)
-        values = {k: _number(k, v) for k, v in metrics.items()}
+    """Hand metrics to extensions and callbacks, and on global rank 0 to every logger."""
+    on_log = lite._hooks.on_log
+    if on_log is not None:
+        lite._started("log")
+    elif not _records(lite, "log"):
+        return
+    number = _step("log", step)
+    values = {k: _number(k, v) for k, v in metrics.items()}
+    if on_log is not None:
+        on_log(metrics=values, step=number)
+    if lite.is_global_zero and lite.loggers:
         with _uninterrupted(lite):
             lite._hooks.logger_log(metrics=values, step=number)
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from plugframe_ema.ema import EMA
 from torch import Tensor, nn
 
 from plugframe import CheckpointMismatchError, Lite, OrderError, PlugframeWarning
 from plugframe.hooks.world import World
 from plugframe.testing import run_ranks
+from plugframe_builtins.ema.extension import EMA
 
 DECAY = 0.9
 
@@ -100,7 +100,7 @@ def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
     with job(EMA()) as lite:
         other = lite.setup(nn.Linear(2, 2))
         before = other.weight.detach().clone()
-        with pytest.raises(CheckpointMismatchError, match="plugframe-ema:ema: ValueError: names or shapes"):
+        with pytest.raises(CheckpointMismatchError, match="plugframe:ema: ValueError: names or shapes"):
             lite.load(tmp_path / "x", {})
         assert torch.equal(other.weight, before)
     with job(EMA()) as lite, pytest.raises(CheckpointMismatchError, match="averages of 1 modules, and 0 were set up"):

@@ -1,4 +1,4 @@
-"""The moving average, sharded where the model is."""
+"""Averages of the weights, sharded where the model is."""
 
 from __future__ import annotations
 
@@ -14,35 +14,44 @@ from torch.optim import Optimizer
 from plugframe import OrderError, hookimpl
 from plugframe.base import Extension
 from plugframe.hooks.context import Context
-from plugframe_ema import plugin
 
 
 class _Average:
     """The average of one module: parameters and floating-point buffers, in float32 or wider."""
 
     def __init__(self, module: nn.Module, state: dict[str, Tensor]) -> None:
-        self.module, self.optimizer = weakref.ref(module), lambda: None
+        self.module = weakref.ref(module)
+        self.optimizer: weakref.ref[Optimizer] | None = None
         self.num_steps = self.num_updates = 0
+        self.tensors: dict[str, Tensor] = {}
+        self.copy(state)
+
+    def copy(self, state: dict[str, Tensor]) -> None:
+        """Begin at these weights."""
         self.tensors = {
             name: value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
             for name, value in state.items()
         }
 
 
-class EMA(Extension):
-    """Keep an exponential moving average of every module that trains.
+class WeightAverage(Extension):
+    """Base class: a subclass gives `new_weight`.
 
     Args:
-        decay: weight of the old average in each update.
+        name: of the extension, for messages.
         every: optimizer steps per update.
-        warm_up: use a smaller decay, ``(1 + n) / (10 + n)``, in the first updates.
+        start: optimizer steps before the first update.
     """
 
-    def __init__(self, *, decay: float = 0.999, every: int = 1, warm_up: bool = True) -> None:
-        plugin.validate(self, decay=decay, every=every, warm_up=warm_up)
-        self.decay, self.every, self.warm_up = decay, every, warm_up
+    def __init__(self, *, name: str, every: int, start: int) -> None:
+        self.every, self.start = every, start
+        self._name = name
         self._averages: list[_Average] = []
         self._swapped = False
+
+    def new_weight(self, num_updates: int) -> float:
+        """Return the weight of the weights in an update, which is the `num_updates`-th."""
+        raise NotImplementedError
 
     @contextmanager
     def averaged(self, module: nn.Module) -> Iterator[None]:
@@ -50,7 +59,13 @@ class EMA(Extension):
         average = next((each for each in self._averages if each.module() is module), None)
         if average is None or self._swapped:
             raise OrderError("averaged() takes a module that was set up and trains, and blocks do not nest.")
-        own = {name: value.detach().clone() for name, value in self._state_of(module).items()}
+        if self.start and not average.num_updates:
+            raise OrderError(
+                f"averaged(): the extension {self._name!r} has no average yet: it starts after {self.start} optimizer "
+                f"steps, and this module has made {average.num_steps}."
+            )
+        state = self._hooks.strategy_module_state(module=module, sharded=True)
+        own = {name: value.detach().clone() for name, value in state.items() if isinstance(value, Tensor)}
         self._swapped = True
         try:
             self._hooks.strategy_load_module_state(module=module, state=dict(average.tensors), strict=False)
@@ -61,7 +76,7 @@ class EMA(Extension):
 
     @hookimpl
     def on_launch(self, context: Context) -> None:
-        self._hooks, self._averages = context.hooks, []
+        self._hooks, self._averages, self._swapped = context.hooks, [], False
 
     @hookimpl
     def on_setup(self, module: nn.Module) -> None:
@@ -72,6 +87,11 @@ class EMA(Extension):
     def on_backward(self, loss: Tensor) -> None:
         if self._swapped:
             raise OrderError("backward() in a block of averaged() would train the averages: leave the block before.")
+        for average in self._averages:
+            module = average.module()
+            if module is not None and not average.num_steps:
+                # Weights that were loaded since set-up.
+                average.copy(self._state_of(module))
 
     @hookimpl
     @torch.no_grad()
@@ -81,22 +101,21 @@ class EMA(Extension):
             if module is None or not self._drives(optimizer, average, module):
                 continue
             average.num_steps += 1
-            if average.num_steps % self.every:
+            if average.num_steps <= self.start or (average.num_steps - self.start) % self.every:
                 continue
             average.num_updates += 1
-            warm = (1 + average.num_updates) / (10 + average.num_updates)
-            decay = min(self.decay, warm) if self.warm_up else self.decay
+            new_weight = self.new_weight(average.num_updates)
             for name, value in self._state_of(module).items():
                 old = average.tensors[name]
-                old.lerp_(value.detach().to(old.dtype), 1 - decay)
+                old.lerp_(value.detach().to(old.dtype), new_weight)
 
     def _drives(self, optimizer: Optimizer, average: _Average, module: nn.Module) -> bool:
         """Return whether the optimizer is the first one that stepped on the module: others do not count."""
-        if average.optimizer() is None:
+        if average.optimizer is None or average.optimizer() is None:
             own = set(map(id, module.parameters()))
             if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
                 average.optimizer = weakref.ref(optimizer)
-        return average.optimizer() is optimizer
+        return average.optimizer is not None and average.optimizer() is optimizer
 
     def _state_of(self, module: nn.Module) -> dict[str, Tensor]:
         """Return the floating-point tensors of a module: complete, or this rank's shards, as the strategy has them."""
