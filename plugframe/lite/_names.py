@@ -45,7 +45,7 @@ EnvironmentName = Literal["auto", "manual", "torchelastic", "slurm", "mpi", "lsf
 LauncherName = Literal["auto", "elastic", "spawn", "fork"]
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow", "trackio"]
 ExtensionName = Literal[
-    "best",
+    "best-model",
     "costs",
     "drift-guard",
     "early-stopping",

@@ -17,7 +17,7 @@ from plugframe import CheckpointMismatchError, Lite, OrderError, PlugframeWarnin
 from plugframe.base import Logger
 from plugframe.hooks.world import World
 from plugframe.testing import run_ranks
-from plugframe_builtins.best.extension import Best
+from plugframe_builtins.best_model.extension import BestModel
 from plugframe_builtins.early_stopping.extension import EarlyStopping
 from plugframe_builtins.grad_norm.extension import GradNorm
 from plugframe_builtins.lr_monitor.extension import LRMonitor
@@ -105,7 +105,7 @@ def test_a_metric_that_never_comes_is_told(num_calls: int) -> None:
 
 def test_best_tells_of_improvements_and_keeps_its_value(tmp_path: Path) -> None:
     """Each improvement once; a resumed run compares with the best value of the run before."""
-    best = Best(monitor="accuracy", mode="max")
+    best = BestModel(monitor="accuracy", mode="max")
     found = []
     with job(best) as lite:
         lite.launch()
@@ -115,7 +115,7 @@ def test_best_tells_of_improvements_and_keeps_its_value(tmp_path: Path) -> None:
             found.append((best.improved(), best.improved(), best.metrics["accuracy"]))
         lite.save(tmp_path / "x", {})
     assert found == [(True, False, 0.5), (True, False, 0.75), (False, False, 0.25)]
-    again = Best(monitor="accuracy", mode="max")
+    again = BestModel(monitor="accuracy", mode="max")
     with job(again) as lite:
         lite.load(tmp_path / "x", {})
         lite.log("accuracy", 0.6)
@@ -246,7 +246,7 @@ def test_nan_guard_raises_if_it_is_told_to() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "option"), [("early-stopping", "mode=up"), ("best", "min-delta=-1"), ("swa", "every=0")]
+    ("name", "option"), [("early-stopping", "mode=up"), ("best-model", "min-delta=-1"), ("swa", "every=0")]
 )
 def test_options_are_validated(monkeypatch: pytest.MonkeyPatch, name: str, option: str) -> None:
     """Before anything starts, by their names."""
@@ -262,7 +262,7 @@ def test_options_are_validated(monkeypatch: pytest.MonkeyPatch, name: str, optio
 
 def on_ranks(world: World, folder: str) -> tuple[Any, ...]:
     """Each rank logs another metric, trains on other data, and has another loss that is not finite."""
-    stopping, best, norms = EarlyStopping(patience=2), Best(), GradNorm()
+    stopping, best, norms = EarlyStopping(patience=2), BestModel(), GradNorm()
     rank = world.global_rank
     # Rank 1 alone would stop at the third value, and never finds an improvement after the first.
     mine = [[3.0, 2.0, 1.0, 1.5, 1.25], [1.0, 2.0, 3.0, 4.0, 5.0]][rank]

@@ -9,10 +9,10 @@ from plugframe.base import Extension
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe_builtins._shared.monitored import Monitored
-from plugframe_builtins.best import plugin
+from plugframe_builtins.best_model import plugin
 
 
-class Best(Extension):
+class BestModel(Extension):
     """Tell on all ranks whether the last logged value of a metric is the best so far, for a checkpoint of its own.
 
     The best value is in every checkpoint, so that a resumed run does not take its first value for the best. To keep
@@ -31,7 +31,7 @@ class Best(Extension):
         self._forget()
 
     def _forget(self) -> None:
-        self._metric = Monitored(self.monitor, self.mode, self.min_delta, "best")
+        self._metric = Monitored(self.monitor, self.mode, self.min_delta, "best-model")
         self._improved = self._asked = False
 
     @property
@@ -57,7 +57,7 @@ class Best(Extension):
 
     def _from_rank_0(self, value: Any) -> Any:
         if self._context is None:
-            raise OrderError("The extension 'best' compares values of all ranks: use it while the job runs.")
+            raise OrderError("The extension 'best-model' compares values of all ranks: use it while the job runs.")
         return self._context.hooks.collective_broadcast_object(obj=value, src=0, group=None)
 
     @hookimpl

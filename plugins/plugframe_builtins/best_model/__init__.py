@@ -3,7 +3,7 @@
 from plugframe import Option, Plugin
 
 plugin = Plugin(
-    factory="plugframe_builtins.best.extension:Best",
+    factory="plugframe_builtins.best_model.extension:BestModel",
     summary="Tells on all ranks when a logged metric is the best so far, to save that checkpoint.",
     options=(
         Option("monitor", str, "val_loss", "The metric, by the name that lite.log gets."),
