@@ -30,7 +30,7 @@ def text() -> str:
     """Return what the module must hold."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
     kinds = {group.removeprefix("plugframe."): names for group, names in groups.items() if "plugframe." in group}
-    del kinds["command"], kinds["report"]
+    del kinds["command"]
     return HEAD + "".join(map(_alias, kinds, kinds.values()))
 
 
