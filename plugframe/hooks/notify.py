@@ -58,6 +58,22 @@ class NotifySpec(Protocol):
         """Called after an optimizer step, unless `skip_optimizer_step` skipped it."""
 
     @hookspec
+    def on_log(self, metrics: dict[str, float], step: int | None) -> None:
+        """Called by ``lite.log`` and ``lite.log_dict``, on every rank that calls them, before the loggers are.
+
+        A script may log on rank 0 only, and ranks may log different values, so do not communicate here. What rank 0
+        logs is recorded: a decision that is made from a metric is made from its value. Entries that are added to
+        `metrics` are recorded with the others. Also called if there are no loggers.
+
+        Args:
+            metrics: values by name, as numbers.
+            step: the step that the script passed, or None.
+
+        Example:
+            ``metrics["lr"] = self.optimizer.param_groups[0]["lr"]``
+        """
+
+    @hookspec
     def on_save(self, path: str, state: Any) -> None:
         """Called after a checkpoint was passed to the checkpoint plugin; it may still be writing."""
 

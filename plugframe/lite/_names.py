@@ -44,5 +44,19 @@ CollectiveName = Literal["auto", "single", "torch", "simulate"]
 CheckpointName = Literal["auto", "safetensors", "dcp", "remote"]
 EnvironmentName = Literal["auto", "manual", "torchelastic", "slurm", "mpi", "lsf", "kubeflow", "local", "simulate"]
 LauncherName = Literal["auto", "elastic", "spawn", "fork"]
-LoggerName = Literal["csv", "tensorboard"]
-ExtensionName = Literal["drift-guard", "lockstep", "costs", "oom-retry", "profiler"]
+LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow", "trackio"]
+ExtensionName = Literal[
+    "best-model",
+    "costs",
+    "drift-guard",
+    "early-stopping",
+    "ema",
+    "grad-norm",
+    "lockstep",
+    "lr-monitor",
+    "nan-guard",
+    "oom-retry",
+    "profiler",
+    "swa",
+    "throughput",
+]

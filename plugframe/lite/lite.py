@@ -47,6 +47,7 @@ from plugframe.lite import (
     splitting,
 )
 from plugframe.lite.accumulate import Accumulated
+from plugframe.lite.adapted_logger import adapt, adapted
 from plugframe.lite.callbacks import Callbacks
 from plugframe.lite.composed import Composed
 from plugframe.lite.inner import with_make
@@ -112,7 +113,7 @@ class Lite:
         launcher: how to start the processes, if they do not exist yet.
         plugins: extensions by name, and plugin objects of any kind.
         callbacks: objects whose methods `call` calls, and whose ``on_…`` hooks are called.
-        loggers: loggers by name, or objects.
+        loggers: loggers by name, or objects, those of Fabric and Lightning included.
         timeout_s: seconds after which a collective raises an error with the position of every rank; default 30 minutes.
         report_after_s: seconds after which one line on stderr reports the ranks that wait in a collective and the
             position of the others, while the job keeps waiting; default 30, 0 for never.
@@ -166,7 +167,7 @@ class Lite:
     def _resolve(self, *, travelled: bool = False) -> None:
         self._rank_environment = RankEnvironment(unpickled=travelled)
         weakref.finalize(self, self._rank_environment.close).atexit = False
-        self._request = gather(self._settings)
+        self._request = gather({**self._settings, "loggers": tuple(map(adapt, as_tuple(self._settings["loggers"])))})
         self._registry = Registry.discover()
         self._request = replace(self._request, notes=(*self._request.notes, *self._registry.notes()))
         self.plan = resolve(self._request, self._registry, os.environ)
@@ -388,7 +389,7 @@ class Lite:
     @property
     def loggers(self) -> list[LoggerSpec]:
         """The logger plugins in use."""
-        return self._session.loggers
+        return [adapted(logger) for logger in self._session.loggers]
 
     @property
     def logger(self) -> LoggerSpec:

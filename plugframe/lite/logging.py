@@ -22,10 +22,17 @@ if TYPE_CHECKING:
 
 
 def log_dict(lite: Lite, metrics: Mapping[str, Any], step: int | None) -> None:
-    """Hand metrics to every logger, on global rank 0."""
-    if _records(lite, "log"):
-        number = _step("log", step)
-        values = {k: _number(k, v) for k, v in metrics.items()}
+    """Hand metrics to extensions and callbacks, and on global rank 0 to every logger."""
+    on_log = lite._hooks.on_log
+    if on_log is not None:
+        lite._started("log")
+    elif not _records(lite, "log"):
+        return
+    number = _step("log", step)
+    values = {k: _number(k, v) for k, v in metrics.items()}
+    if on_log is not None:
+        on_log(metrics=values, step=number)
+    if lite.is_global_zero and lite.loggers:
         with _uninterrupted(lite):
             lite._hooks.logger_log(metrics=values, step=number)
 
@@ -75,7 +82,7 @@ def _uninterrupted(lite: Lite) -> AbstractContextManager[None]:
 
 def _warn_of_old(lite: Lite, hook: str, what: str) -> None:
     """Warn once of each logger that does not have a hook: one without plugframe's base class, of an older contract."""
-    for choice, logger in zip(lite.plan.loggers, lite.loggers, strict=True):
+    for choice, logger in zip(lite.plan.loggers, lite._session.loggers, strict=True):
         warned = (id(logger), what)
         if marks_of(logger, hook) is None and warned not in lite._not_stored:
             lite._not_stored.add(warned)

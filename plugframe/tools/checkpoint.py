@@ -141,6 +141,21 @@ def convert(source: str, target: str, name: str | None, key: str | None, force: 
 # ---------------------------------------------------------------------- the plugins
 
 
+class Reader:
+    """Reads what checkpoints of any installed format say of the run that saved them."""
+
+    def __init__(self) -> None:
+        self._plugins = _plugins(Registry.discover())
+
+    def info(self, path: str) -> Mapping[str, Any]:
+        """Return plain values about the run.
+
+        Raises:
+            CheckpointError: if no installed plugin reads the checkpoint.
+        """
+        return _inspect(self._plugins, path).info
+
+
 def _plugins(registry: Registry) -> dict[Entry, Any]:
     """Return every usable checkpoint plugin, set up for one process, the preferred one first."""
     found: list[tuple[int, Entry, Any]] = []

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from contract_classes import of_builtins
+from logger_stores import MlflowStore, TrackioStore, WandbStore, needs, nothing_left_behind, own_methods
 from plugframe.testing.contracts.logger import LoggerContract, Record
 
 
@@ -92,5 +93,19 @@ globals().update(
             "read_artifact": event_artifact,
             **COMMON,
         },
+        wandb={
+            **own_methods(WandbStore),
+            "nothing_left_behind": nothing_left_behind,
+            "pytestmark": [needs("wandb"), pytest.mark.ranks],  # it starts a process, wandb-core
+        },
+        mlflow={
+            **own_methods(MlflowStore),
+            "pytestmark": [
+                needs("mlflow"),
+                # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.
+                pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+            ],
+        },
+        trackio={**own_methods(TrackioStore), "pytestmark": needs("trackio")},
     )
 )

@@ -196,6 +196,12 @@ def test_a_run_logs_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def metadata(run: Path) -> dict[str, str | None]:
     found: dict[str, str | None] = json.loads((run / "run.json").read_text())
+    del found["jobs"]
+    return found
+
+
+def jobs(run: Path) -> list[dict[str, float]]:
+    found: list[dict[str, float]] = json.loads((run / "run.json").read_text())["jobs"]
     return found
 
 
@@ -203,6 +209,7 @@ def test_a_run_has_an_id_and_a_status(tmp_path: Path) -> None:
     """It is running from set-up on, and finished or failed in the end, with the error."""
     logger = ready(tmp_path)
     assert metadata(tmp_path / "version_0") == {"run_id": logger.logger_run_id(), "status": "running", "error": None}
+    assert [*jobs(tmp_path / "version_0")[0]] == ["begun"]
     logger.logger_teardown(ValueError("the boiler has burst"))
     found = metadata(tmp_path / "version_0")
     assert (found["status"], found["error"]) == ("failed", "ValueError: the boiler has burst")
@@ -229,6 +236,9 @@ def test_a_continued_run_has_one_folder(make: type[CSVLogger] | type[TensorBoard
     assert json.loads((tmp_path / "version_0/hparams.json").read_text()) == {"lr": 0.5, "seed": 1, "more": 2}
     assert (tmp_path / "version_0/artifacts/note.py").read_bytes() == Path(__file__).read_bytes()
     assert metadata(tmp_path / "version_0") == {"run_id": state["run_id"], "status": "finished", "error": None}
+    before, after = jobs(tmp_path / "version_0")
+    assert (before["first_step"], after["first_step"]) == (0, 1)
+    assert before["begun"] <= before["ended"] <= after["begun"] <= after["ended"]
 
 
 def test_a_run_is_not_continued_into_another(tmp_path: Path) -> None:

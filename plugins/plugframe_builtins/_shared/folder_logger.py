@@ -28,6 +28,7 @@ class FolderLogger(Logger):
         self.run: RunFolder | None = None
         self._open: RunFolder | None = None
         self._has_metrics = False
+        self._begins = True
 
     def open_run(self, run: RunFolder) -> None:
         """Open the files of a run; a continued run has those of the jobs before."""
@@ -53,13 +54,17 @@ class FolderLogger(Logger):
         return run
 
     def next_step(self, step: int | None) -> int:
+        number = super().next_step(step)
+        if self._open is not None and self._begins:
+            self._begins = False
+            self._open.began_at(number)
         self._has_metrics = True
-        return super().next_step(step)
+        return number
 
     @hookimpl
     def logger_setup(self, context: Context) -> None:
         if context.world.global_rank == 0:
-            self.calls, self._has_metrics = 0, False
+            self.calls, self._has_metrics, self._begins = 0, False, True
             self.run = self._open = RunFolder.create(self.folder)
             self.open_run(self.run)
 

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from plugframe.hooks import Artifact, HyperParameter, artifact_kind
 from plugframe_builtins._shared.png import encode_png
 from plugframe_builtins._shared.version_folder import new_version
 
-#: The file with the run's id, its status ("running", "finished" or "failed") and its error.
+#: The file with the run's id, its status ("running", "finished" or "failed"), its error, and its jobs: when each began
+#: and ended, in seconds since 1970, and the first step that it logged.
 RUN = "run.json"
 HYPERPARAMS = "hparams.json"
 ARTIFACTS = "artifacts"
@@ -32,6 +34,7 @@ class RunFolder:
 
     def __init__(self, path: Path, run_id: str) -> None:
         self.path, self.run_id = path, run_id
+        self._jobs: list[dict[str, Any]] = []
         self._lock = FolderLock(str(path))
 
     @classmethod
@@ -60,16 +63,25 @@ class RunFolder:
     def begin(self) -> None:
         """Lock the folder and record the run as running."""
         self._lock.take()
+        before = _read(self.path / RUN).get("jobs")
+        self._jobs = [*(before if isinstance(before, list) else []), {"begun": time.time()}]
         self._write_status("running", None)
+
+    def began_at(self, step: int) -> None:
+        """Record the first step of this job."""
+        if "first_step" not in self._jobs[-1]:
+            self._jobs[-1]["first_step"] = step
+            self._write_status("running", None)
 
     def end(self, error: BaseException | None) -> None:
         """Record how the run ended, and release the folder."""
+        self._jobs[-1]["ended"] = time.time()
         self._write_status("finished" if error is None else "failed", error)
         self._lock.release()
 
     def _write_status(self, status: str, error: BaseException | None) -> None:
         reason = None if error is None else f"{type(error).__name__}: {error}"
-        write_json(self.path / RUN, {"run_id": self.run_id, "status": status, "error": reason})
+        write_json(self.path / RUN, {"run_id": self.run_id, "status": status, "error": reason, "jobs": self._jobs})
 
     def hyperparams(self) -> dict[str, Any]:
         """Return the hyperparameters of the run."""

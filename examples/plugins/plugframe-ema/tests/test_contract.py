@@ -1,7 +1,0 @@
-"""Run the contract suite of plugframe's extensions."""
-
-from plugframe.testing import ExtensionContract
-
-
-class TestEMA(ExtensionContract):
-    spec = "ema"
