@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import FunctionType
@@ -31,6 +32,7 @@ class ModuleState(State):
         engine: the strategy's object for the module, called as ``engine(call, *args, **kwargs)``; or None.
         forward_methods: names of the methods that run under the strategy.
         inside: whether a call is running under the strategy; calls inside of it run unchanged.
+        plain_values: attributes of the module that have other values in a copy of it.
     """
 
     def __init__(self, hooks: Any, engine: Any, job: JobState, forward_methods: set[str]) -> None:
@@ -40,10 +42,15 @@ class ModuleState(State):
         self.weights = job.weights
         self.forward_methods = forward_methods
         self.inside = False
+        self.plain_values: dict[str, Any] = {}
         # None where the precision does nothing: saves up to three calls per forward.
         self._convert_input = _overridden(hooks, "precision_convert_input")
         self._convert_output = _overridden(hooks, "precision_convert_output")
         self._context = _overridden(hooks, "precision_forward_context")
+
+    def plain_dict(self, obj: Any) -> dict[str, Any]:
+        """Return the attributes of the plain module."""
+        return {**super().plain_dict(obj), **self.plain_values}
 
     def record_call(self, training: bool) -> None:
         """Record whether the script trains or evaluates, from which the purpose of a pass over a loader is derived."""
@@ -126,10 +133,32 @@ def _itself(self: Any) -> Any:
     return self
 
 
+class _Device:
+    """The attribute ``device`` of a module without one. The user may set another: it has no ``__set__``."""
+
+    def __init__(self, default: torch.device) -> None:
+        self.default = default
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        if module is None:
+            return self
+        return next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), self.default)
+
+
 def adopt_module(
-    module: nn.Module, *, hooks: Any, engine: Any, job: JobState, forward_methods: tuple[Any, ...]
+    module: nn.Module,
+    *,
+    hooks: Any,
+    engine: Any,
+    job: JobState,
+    forward_methods: tuple[Any, ...],
+    device: torch.device | None = None,
 ) -> None:
-    """Adopt `module` in place."""
+    """Adopt `module` in place.
+
+    Args:
+        device: that of the rank, for a module without tensors; None leaves out the attribute ``device``.
+    """
     names = {checked_name(module, method) for method in forward_methods}
     state = ModuleState(hooks, engine, job, names | {"forward"})
     for each in _with_original(module):
@@ -140,6 +169,8 @@ def adopt_module(
             namespace["zero_grad"] = make_zero_grad(cls.zero_grad)
         if not hasattr(each, "module"):
             namespace["module"] = property(_itself)
+        if device is not None and not hasattr(each, "device"):
+            namespace["device"] = _Device(device)
         adopt(each, state, namespace)
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from plugframe.adopt import state_of
-from plugframe.errors import OrderError, SettingError
+from plugframe.errors import OrderError, SettingError, SettingTypeError
 
 
 def check_module(module: Any, set_up: Sequence[nn.Module] = ()) -> None:
@@ -27,13 +27,13 @@ def check_module(module: Any, set_up: Sequence[nn.Module] = ()) -> None:
         OrderError: for a module that was set up, or that has or is a part that was.
     """
     if isinstance(module, DataLoader):
-        raise SettingError("setup() takes a module first, got a DataLoader: use lite.setup_dataloaders(loader).")
+        raise SettingTypeError("setup() takes a module first, got a DataLoader: use lite.setup_dataloaders(loader).")
     if isinstance(module, Optimizer):
-        raise SettingError("setup() takes the module first, then its optimizers: lite.setup(model, optimizer).")
+        raise SettingTypeError("setup() takes the module first, then its optimizers: lite.setup(model, optimizer).")
     if not isinstance(module, nn.Module):
-        raise SettingError(f"setup() takes a torch.nn.Module first, got {type(module).__name__}.")
+        raise SettingTypeError(f"setup() takes a torch.nn.Module first, got {type(module).__name__}.")
     if isinstance(module, (DataParallel, DistributedDataParallel)):
-        raise SettingError(f"The module is wrapped in {type(module).__name__} already: pass the module itself.")
+        raise SettingTypeError(f"The module is wrapped in {type(module).__name__} already: pass the module itself.")
     if state_of(module) is not None:
         raise OrderError(f"This {type(module).__name__} was set up already: set a module up once.")
     for name, part in module.named_modules():
@@ -85,12 +85,14 @@ def check_optimizers(optimizers: Sequence[Any]) -> None:
     _refuse_twice(optimizers)
     for optimizer in optimizers:
         if isinstance(optimizer, DataLoader):
-            raise SettingError("A DataLoader was passed as an optimizer: use lite.setup_dataloaders(loader).")
+            raise SettingTypeError("A DataLoader was passed as an optimizer: use lite.setup_dataloaders(loader).")
         if isinstance(optimizer, nn.Module):
-            raise SettingError("A second module was passed as an optimizer: call lite.setup() for each module.")
+            raise SettingTypeError("A second module was passed as an optimizer: call lite.setup() for each module.")
         if not isinstance(optimizer, Optimizer):
             what = type(optimizer).__name__
-            raise SettingError(f"{what} was passed as an optimizer: pass torch optimizers; schedulers need no set-up.")
+            raise SettingTypeError(
+                f"{what} was passed as an optimizer: pass torch optimizers; schedulers need no set-up."
+            )
         if state_of(optimizer) is not None:
             raise OrderError(f"This {type(optimizer).__name__} was set up already: set an optimizer up once.")
 
@@ -125,7 +127,7 @@ def check_loaders(loaders: Sequence[Any]) -> None:
     _refuse_twice(loaders)
     for loader in loaders:
         if not isinstance(loader, DataLoader):
-            raise SettingError(f"setup_dataloaders() takes torch DataLoaders, got {type(loader).__name__}.")
+            raise SettingTypeError(f"setup_dataloaders() takes torch DataLoaders, got {type(loader).__name__}.")
         if state_of(loader) is not None:
             raise OrderError("This DataLoader was set up already: set a loader up once.")
 
@@ -146,7 +148,7 @@ def check_loss(loss: Any, *, set_up: bool) -> None:
     if not set_up:
         raise OrderError("backward() before any model was set up: call lite.setup(model, optimizer) first.")
     if not isinstance(loss, Tensor):
-        raise SettingError(f"backward() takes the loss as a tensor, got {type(loss).__name__}.")
+        raise SettingTypeError(f"backward() takes the loss as a tensor, got {type(loss).__name__}.")
 
 
 def check_set_up(module: Any, call: str, hooks: Any) -> None:

@@ -64,8 +64,8 @@ if TYPE_CHECKING:
     )
     from plugframe.lite import _names as names
     from plugframe.lite import _types as t
+    from plugframe.state.filters import Filter
     from plugframe.state.manager import CheckpointManager
-    from plugframe.state.tree import Filter
 
 
 class Lite:
@@ -101,18 +101,18 @@ class Lite:
 
     def __init__(
         self,
-        *,
         accelerator: names.AcceleratorName | str | AcceleratorSpec = "auto",
         strategy: names.StrategyName | str | StrategySpec | Sequence[names.StrategyName | str | StrategySpec] = "auto",
         devices: t.Devices = "auto",
         num_nodes: int = 1,
-        mesh: Mapping[str, int] | None = None,
         precision: names.PrecisionName | str | int | PrecisionSpec | None = None,
+        plugins: names.ExtensionName | Sequence[names.ExtensionName | object] | object = (),
+        *,
+        mesh: Mapping[str, int] | None = None,
         collective: names.CollectiveName | str | CollectiveSpec = "auto",
         checkpoint: names.CheckpointName | str | CheckpointSpec = "auto",
         environment: names.EnvironmentName | str | EnvironmentSpec = "auto",
         launcher: names.LauncherName | str | LauncherSpec = "auto",
-        plugins: names.ExtensionName | Sequence[names.ExtensionName | object] | object = (),
         callbacks: object = (),
         loggers: names.LoggerName | str | LoggerSpec | Sequence[names.LoggerName | str | LoggerSpec] | None = (),
         timeout_s: float | None = None,
@@ -487,6 +487,7 @@ class Lite:
         use_distributed_sampler: bool = True,
         move_to_device: bool = True,
         weigh_uneven: bool = True,
+        replace_sampler: bool | None = None,
     ) -> t.L1: ...
     @overload
     def setup_dataloaders(
@@ -498,6 +499,7 @@ class Lite:
         use_distributed_sampler: bool = True,
         move_to_device: bool = True,
         weigh_uneven: bool = True,
+        replace_sampler: bool | None = None,
     ) -> list[t.L1 | t.L2]: ...
     def setup_dataloaders(
         self,
@@ -505,6 +507,7 @@ class Lite:
         use_distributed_sampler: bool = True,
         move_to_device: bool = True,
         weigh_uneven: bool = True,
+        replace_sampler: bool | None = None,
     ) -> object:
         """Divide the samples of loaders between the ranks, in place, and return the loaders. Every rank must call it.
 
@@ -517,6 +520,7 @@ class Lite:
             move_to_device: whether batches come on this rank's device.
             weigh_uneven: whether `backward` weighs a last batch that is smaller on some ranks, so that the mean
                 over ranks stays the mean over samples; it is meant for losses that are means, see `backward`.
+            replace_sampler: early Lite's name of `use_distributed_sampler`, deprecated.
 
         Returns:
             The one that was given, or a list of them.
@@ -532,6 +536,7 @@ class Lite:
             use_distributed_sampler=use_distributed_sampler,
             move_to_device=move_to_device,
             weigh_uneven=weigh_uneven,
+            replace_sampler=replace_sampler,
         )
 
     # ---------------------------------------------------------------- the training step

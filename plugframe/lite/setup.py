@@ -37,7 +37,7 @@ from plugframe.data.shuffle import Shuffle
 from plugframe.data.stream_check import check_first_window
 from plugframe.deferred.module import check_values, resuming
 from plugframe.errors import OrderError, SettingError
-from plugframe.lite import checks, loop
+from plugframe.lite import checks, lightning_module, loop
 from plugframe.lite.conversion import Before, check_conversion
 from plugframe.state.parameter_names import ParameterNames, names_of
 from plugframe.utils.logging import warn_caller
@@ -68,7 +68,7 @@ def setup(
     called = [names_of(optimizer, [module]) for optimizer in optimizers]
     setup = lite._hooks.strategy_setup_module_and_optimizers
     engine, prepared = setup(module=module, optimizers=optimizers)
-    _adopt(lite, module, engine, names)
+    _adopt(lite, module, engine, names, prepared)
     for optimizer, own in zip(prepared, called, strict=True):
         _adopt_optimizer(lite, optimizer, own)
     draw_apart(lite)
@@ -112,8 +112,16 @@ def setup_dataloaders(
     use_distributed_sampler: bool,
     move_to_device: bool,
     weigh_uneven: bool,
+    replace_sampler: bool | None,
 ) -> object:
     """Shard loaders over the ranks in place, and return them; see `Lite.setup_dataloaders`."""
+    if replace_sampler is not None:
+        if not use_distributed_sampler and replace_sampler:
+            raise SettingError("setup_dataloaders() takes use_distributed_sampler=, got replace_sampler= as well.")
+        warn_caller(
+            f"replace_sampler= is deprecated: write use_distributed_sampler={replace_sampler}.", deprecated=True
+        )
+        use_distributed_sampler = replace_sampler
     checks.check_loaders(dataloaders)
     context = lite._started("setup_dataloaders")
     shard = lite._hooks.strategy_data_shard()
@@ -163,7 +171,7 @@ def _check_module(lite: Lite, module: nn.Module, forward_methods: Iterable[Any])
     names = (forward_methods,) if isinstance(forward_methods, str) else tuple(forward_methods)
     for name in names:
         checked_name(module, name)
-    return names
+    return (*names, *lightning_module.step_methods(module))
 
 
 def _check_modules(lite: Lite) -> None:
@@ -184,9 +192,13 @@ def _check_stray(lite: Lite, optimizers: Iterable[Optimizer], known: set[int]) -
             )
 
 
-def _adopt(lite: Lite, module: nn.Module, engine: Any, names: tuple[Any, ...]) -> None:
+def _adopt(
+    lite: Lite, module: nn.Module, engine: Any, names: tuple[Any, ...], optimizers: Sequence[Optimizer] = ()
+) -> None:
     lite._composed.check_applied(module)
-    adopt_module(module, hooks=lite._hooks, engine=engine, job=lite._job_state, forward_methods=names)
+    job, device = lite._job_state, lite.device
+    adopt_module(module, hooks=lite._hooks, engine=engine, job=job, forward_methods=names, device=device)
+    lightning_module.connect(lite, module, optimizers)
     lite._modules[:] = [reference for reference in lite._modules if reference() is not None]
     lite._modules.append(weakref.ref(module))
     lite._session.release_on_close(module, _if_adopted(release_module))
