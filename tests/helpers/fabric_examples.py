@@ -195,7 +195,7 @@ def meta_learning(fabric: Any, folder: Path) -> float:
     fabric.seed_everything(42)
     model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
     model, optimizer = fabric.setup(model, optim.Adam(model.parameters(), lr=1e-2))
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.module.named_parameters()]
     for step in range(3):
         optimizer.zero_grad()
         meta_loss = torch.zeros(())
@@ -203,11 +203,11 @@ def meta_learning(fabric: Any, folder: Path) -> float:
             generator = torch.Generator().manual_seed(100 * step + 2 * fabric.global_rank + task)
             amplitude, x = torch.rand((), generator=generator), torch.randn(10, 1, generator=generator)
             support, query = (x[:5], amplitude * x[:5].sin()), (x[5:], amplitude * x[5:].sin())
-            weights = dict(model.named_parameters())
-            loss = F.mse_loss(torch.func.functional_call(model, weights, support[0]), support[1])
+            weights = dict(model.module.named_parameters())
+            loss = F.mse_loss(torch.func.functional_call(model.module, weights, support[0]), support[1])
             grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
             fast = {name: weights[name] - 0.1 * grad for name, grad in zip(names, grads, strict=True)}
-            meta_loss = meta_loss + F.mse_loss(torch.func.functional_call(model, fast, query[0]), query[1])
+            meta_loss = meta_loss + F.mse_loss(torch.func.functional_call(model.module, fast, query[0]), query[1])
         fabric.backward(meta_loss / 2)
         optimizer.step()
     return float(fabric.all_reduce(meta_loss.detach(), reduce_op="mean"))
