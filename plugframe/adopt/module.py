@@ -33,6 +33,7 @@ class ModuleState(State):
         forward_methods: names of the methods that run under the strategy.
         inside: whether a call is running under the strategy; calls inside of it run unchanged.
         plain_values: attributes of the module that have other values in a copy of it.
+        on_first_call: called before the first call in this process; None after it.
     """
 
     def __init__(self, hooks: Any, engine: Any, job: JobState, forward_methods: set[str]) -> None:
@@ -43,6 +44,7 @@ class ModuleState(State):
         self.forward_methods = forward_methods
         self.inside = False
         self.plain_values: dict[str, Any] = {}
+        self.on_first_call: Callable[[], None] | None = None
         # None where the precision does nothing: saves up to three calls per forward.
         self._convert_input = _overridden(hooks, "precision_convert_input")
         self._convert_output = _overridden(hooks, "precision_convert_output")
@@ -66,6 +68,9 @@ class ModuleState(State):
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``call(*args, **kwargs)`` under precision and strategy."""
         engine = self.engine
+        if self.on_first_call is not None and not is_compiling():
+            self.on_first_call()
+            self.on_first_call = None
         # Compiled code cannot look up the batch: the weight of the batch read last is used.
         weight = self.weights.weight_of((args, kwargs)) if self.weights.uneven and not is_compiling() else None
         check = self.job.random_check

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from plugframe.adopt import state_of
 from plugframe.errors import OrderError, SettingError, SettingTypeError
+from plugframe.lite.raw_scripts import check_wrapped
 
 
 def check_module(module: Any, set_up: Sequence[nn.Module] = ()) -> None:
@@ -36,6 +37,7 @@ def check_module(module: Any, set_up: Sequence[nn.Module] = ()) -> None:
         raise SettingTypeError(f"The module is wrapped in {type(module).__name__} already: pass the module itself.")
     if state_of(module) is not None:
         raise OrderError(f"This {type(module).__name__} was set up already: set a module up once.")
+    check_wrapped(module)
     for name, part in module.named_modules():
         if state_of(part) is not None:
             raise OrderError(

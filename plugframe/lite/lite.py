@@ -30,7 +30,18 @@ from plugframe.launch import start
 from plugframe.launch.inheritance import RankEnvironment, own_variables
 from plugframe.launch.preemption import PreemptionHandler
 from plugframe.launch.termination import TerminationHandler
-from plugframe.lite import checkpointing, conversion, launch, logging, loop, plugins, ranks, seeding, setup
+from plugframe.lite import (
+    checkpointing,
+    conversion,
+    launch,
+    logging,
+    loop,
+    plugins,
+    ranks,
+    raw_scripts,
+    seeding,
+    setup,
+)
 from plugframe.lite.composed import Composed
 from plugframe.lite.inner import with_make
 from plugframe.lite.plugins import as_tuple, callback_object
@@ -283,6 +294,7 @@ class Lite:
             if not self._alone():
                 raise start.not_launched(self.plan, call)
             self._rank_environment.check(call, launched=self.plan.launched)
+            raw_scripts.check_process_group(self.world_size)
             # Not in a rank that plugframe has started, which notes its exit code itself.
             watch_exit = bool(session.loggers) and not os.environ.get(LAUNCHED)
             self._process_error = ProcessError(session.close, watch_exit=watch_exit)

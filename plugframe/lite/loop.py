@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from plugframe.adopt import state_of
 from plugframe.errors import SettingError
-from plugframe.lite import checks, collectives
+from plugframe.lite import checks, collectives, raw_scripts
 
 if TYPE_CHECKING:
     from plugframe.lite.lite import Lite
@@ -35,6 +35,8 @@ def backward(
     if model is None and len(lite._modules) == 1:
         model = lite._modules[0]()
     hooks, phase = lite._hooks, lite._job_state
+    if not phase.backward_called:
+        raw_scripts.check_scaled_twice(lite)
     weights, scale = phase.weights, 1.0
     handles: list[Any] = []
     if weights.uneven:

@@ -37,7 +37,7 @@ from plugframe.data.shuffle import Shuffle
 from plugframe.data.stream_check import check_first_window
 from plugframe.deferred.module import check_values, resuming
 from plugframe.errors import OrderError, SettingError
-from plugframe.lite import checks, lightning_module, loop
+from plugframe.lite import checks, lightning_module, loop, raw_scripts
 from plugframe.lite.conversion import Before, check_conversion
 from plugframe.state.parameter_names import ParameterNames, names_of
 from plugframe.utils.logging import warn_caller
@@ -129,6 +129,8 @@ def setup_dataloaders(
         check_unread(loader)
     shared = list(dataloaders) if use_distributed_sampler else []
     divided = [loader for loader in shared if not has_sharded_sampler(loader, *shard)]
+    for loader in shared if lite.is_global_zero and lite.world_size > 1 else ():
+        raw_scripts.tell_of_sampler(loader)
     seed = _agree(lite, divided, shared)
     _count_exchanges(lite)
     compare = _comparison(lite) if any(isinstance(d.dataset, IterableDataset) for d in shared) else None
@@ -153,6 +155,7 @@ def setup_dataloaders(
 
 def _prepare(lite: Lite, module: M, move_to_device: bool, call: str) -> M:
     context = lite._started(call)
+    raw_scripts.check_current_device(context)
     # A deferred module is converted and moved without values too.
     before, layout = dict(module.named_parameters(remove_duplicate=False)), Before.of(module)
     with resuming(module, context.device):
@@ -198,6 +201,7 @@ def _adopt(
     lite._composed.check_applied(module)
     job, device = lite._job_state, lite.device
     adopt_module(module, hooks=lite._hooks, engine=engine, job=job, forward_methods=names, device=device)
+    state_of(module).on_first_call = functools.partial(raw_scripts.check_autocast, lite, device.type)
     lightning_module.connect(lite, module, optimizers)
     lite._modules[:] = [reference for reference in lite._modules if reference() is not None]
     lite._modules.append(weakref.ref(module))
@@ -224,6 +228,7 @@ def _adopt_optimizer(lite: Lite, optimizer: Optimizer, names: ParameterNames | N
         mean=mean,
         compare=compare,
         skip=loop.skip_vote(lite),
+        on_first_step=functools.partial(raw_scripts.check_grad_scaler, lite),
     )
     lite._session.release_on_close(optimizer, _if_adopted(release_optimizer))
 

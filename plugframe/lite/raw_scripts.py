@@ -1,0 +1,167 @@
+"""What a script written for raw ``torch.distributed`` or ``torch.amp`` leaves behind: kept and told, or refused."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.amp import grad_scaler
+from torch.utils.data import DataLoader, DistributedSampler
+
+from plugframe.errors import EnvironmentMismatchError, OrderError, SettingError
+from plugframe.hooks.context import Context
+from plugframe.utils.logging import tell, warn_caller
+from plugframe.utils.own_packages import own_packages
+
+if TYPE_CHECKING:
+    from plugframe.lite.lite import Lite
+
+#: Frames between a scaler's call of ``optimizer.step`` and the check: those of a scheduler and a profiler, at most.
+_MAX_FRAMES = 6
+_INSTEAD = "lite.backward() scales the loss, and optimizer.step() unscales the gradients"
+
+
+def check_process_group(world_size: int) -> None:
+    """Raise if the script has connected ranks that a job of one rank knows nothing of: each would train by itself.
+
+    A collective that uses process groups compares them itself.
+
+    Raises:
+        EnvironmentMismatchError: saying how many there are.
+    """
+    found = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if world_size == 1 and found > 1:
+        raise EnvironmentMismatchError(
+            f"The script has called init_process_group() for {found} ranks, and this job has one: leave "
+            "init_process_group() and mp.spawn() out, and call lite.launch() or start the script with `plugframe run`."
+        )
+
+
+def check_current_device(context: Context) -> None:
+    """Raise if the script has selected another device than this rank's: tensors would be made there.
+
+    Raises:
+        OrderError: naming both.
+    """
+    device = context.device
+    if device.index is None or not torch.accelerator.is_available():
+        return
+    current = torch.accelerator.current_accelerator()
+    if current is None or current.type != device.type:
+        return
+    index = torch.accelerator.current_device_index()
+    if index != device.index:
+        raise OrderError(
+            f"The current device is {device.type}:{index}, and this rank's is {device}: leave torch.{device.type}."
+            "set_device() out, lite selects the device of each rank."
+        )
+
+
+def tell_of_sampler(loader: DataLoader[object]) -> None:
+    """Say what a ``DistributedSampler`` that divides a loader does differently. Called on rank 0."""
+    if isinstance(loader.sampler, DistributedSampler):
+        tell(
+            "The DistributedSampler of a loader is kept: it repeats samples until all ranks have as many, so that an "
+            "evaluation counts some twice. Without it, lite.setup_dataloaders() lets every sample be read once."
+        )
+
+
+def check_wrapped(module: nn.Module) -> None:
+    """Raise for a module that torch's FSDP has sharded: a strategy does it.
+
+    Raises:
+        SettingError: naming the call to leave out.
+    """
+    # Imported by whoever has sharded a module: not by this check.
+    modules = sys.modules.get("torch.distributed.fsdp")
+    for call, name in (("fully_shard()", "FSDPModule"), ("FullyShardedDataParallel()", "FullyShardedDataParallel")):
+        kind = getattr(modules, name, None)
+        if kind is not None and any(isinstance(part, kind) for part in module.modules()):
+            raise SettingError(
+                f"This {type(module).__name__} is sharded by {call} already: leave it out, and pass strategy='fsdp'."
+            )
+
+
+def check_scaled_twice(lite: Lite) -> None:
+    """Check, at the first backward, that the script's own ``GradScaler`` has not scaled the loss before the precision.
+
+    Gradients scaled twice overflow: the script's scaler would skip steps without end. It is searched for among the
+    variables of the functions that are running, and the attributes of their ``self``.
+
+    Raises:
+        OrderError: if there is one that has scaled a loss.
+    """
+    precision = lite.plan.choices["precision"]
+    if "loss-scaling" not in precision.descriptor.provides:
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if not _is_plugframes(frame):
+            owner = frame.f_locals.get("self")
+            held = vars(owner).values() if hasattr(owner, "__dict__") else ()
+            if any(map(_has_scaled, (*frame.f_locals.values(), *frame.f_globals.values(), *held))):
+                raise OrderError(
+                    f"The script's GradScaler scales the loss, and precision={precision.name!r} scales it as well: "
+                    f"leave the GradScaler out, {_INSTEAD}."
+                )
+        frame = frame.f_back
+
+
+def check_grad_scaler(lite: Lite) -> None:
+    """Warn, at the first step of an optimizer, if the script's own ``GradScaler`` steps it."""
+    if lite.is_global_zero and _is_stepped_by_scaler():
+        precision = lite.plan.choices["precision"].name
+        warn_caller(
+            f"The script's GradScaler steps an optimizer under precision={precision!r}, where its scale is in no "
+            f"checkpoint of lite.save(): leave it out, and pass precision='16-mixed': {_INSTEAD}."
+        )
+
+
+def _has_scaled(value: object) -> bool:
+    return isinstance(value, grad_scaler.GradScaler) and value.is_enabled() and value._scale is not None
+
+
+def _is_plugframes(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in own_packages()
+
+
+def _is_stepped_by_scaler() -> bool:
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(_MAX_FRAMES):
+        if frame is None:
+            return False
+        scaler = frame.f_locals.get("self")
+        if frame.f_globals is vars(grad_scaler) and isinstance(scaler, grad_scaler.GradScaler):
+            return scaler.is_enabled()
+        frame = frame.f_back
+    return False
+
+
+def check_autocast(lite: Lite, device_type: str) -> None:
+    """Warn, at the first forward of a module, if the script's own ``torch.autocast`` is active and differs."""
+    if not torch.is_autocast_enabled(device_type) or not lite.is_global_zero:
+        return
+    dtype = torch.get_autocast_dtype(device_type)
+    precision = lite.plan.choices["precision"]
+    own = _autocast_dtype(lite, device_type)
+    if own == dtype:
+        return
+    name = str(dtype).removeprefix("torch.")
+    what = "applies to its forward" if own is None else "does not apply to its forward, but to what is outside of it"
+    instead = {torch.float16: "'16-mixed'", torch.bfloat16: "'bf16-mixed'"}.get(dtype, "…")
+    warn_caller(
+        f"A module is called under the script's torch.autocast({name}), which {what} (precision={precision.name!r}): "
+        f"leave torch.autocast out, and pass precision={instead}."
+    )
+
+
+def _autocast_dtype(lite: Lite, device_type: str) -> torch.dtype | None:
+    """Return the dtype of the precision's autocast; None if it has none."""
+    if "autocast" not in lite.plan.choices["precision"].descriptor.provides:
+        return None
+    with lite.autocast():
+        return torch.get_autocast_dtype(device_type)
