@@ -14,8 +14,10 @@ from torch.utils.data import sampler as torch_samplers
 
 from plugframe.data.epochs import epoch_setters
 from plugframe.data.generators import Generators, find_generators, generator_attributes, reseed, salts
+from plugframe.data.iterables import Batches
 from plugframe.data.iteration import LoaderPass, LoaderState
 from plugframe.data.position import Layout
+from plugframe.data.sharded_batches import ShardedBatches, SizedShardedBatches
 from plugframe.data.sharded_iterable import ShardedIterable, SizedShardedIterable, WeightedCollate, WeightedItem
 from plugframe.data.sharding import ShardedIndices, is_flat
 from plugframe.data.shuffle import RandomStream, Shuffle
@@ -195,7 +197,7 @@ def adopt_loader(
     state.layout = _layout(loader, state, index, count)
     _seed_per_rank(loader, state, index, count)
     namespace: dict[str, Any] = {"__iter__": _iter}
-    if type(state.iterable) is SizedShardedIterable:
+    if isinstance(state.iterable, (SizedShardedBatches, SizedShardedIterable)):
         namespace["__len__"] = _len
     _end_workers(loader)
     adopt(loader, state, namespace)
@@ -286,7 +288,10 @@ def _shard_iterable(loader: DataLoader[Any], state: LoaderState, index: int, cou
     batched = loader.batch_size is not None
     # A loader class with its own __iter__ would see the weights.
     weighted = count > 1 and type(loader).__iter__ is DataLoader.__iter__
-    kind = SizedShardedIterable if hasattr(type(loader.dataset), "__len__") else ShardedIterable
+    sized = hasattr(type(loader.dataset), "__len__")
+    kind = SizedShardedIterable if sized else ShardedIterable
+    if isinstance(loader.dataset, Batches):
+        kind = SizedShardedBatches if sized else ShardedBatches
     state.iterable = kind(
         loader.dataset,
         size=loader.batch_size or 1,

@@ -126,8 +126,7 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
         digests: list[str] = []
         if self.compare and (worker is None or worker.id == 0):
             take = _with_first_digest(take, digests)
-        shares = share_indices(take, **self._sizes(), even=even, halve=False, trains=lambda: bool(self._shared[1]))
-        for batch, weight in shares:
+        for batch, weight in self._windows(take, even):
             for item in batch:
                 window = digests.pop() if digests else None
                 if self._weighted:
@@ -135,6 +134,10 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
                 else:
                     self.window = window or self.window
                     yield item
+
+    def _windows(self, take: Callable[[int], list[Any]], even: bool) -> Iterator[tuple[Any, float]]:
+        """Yield this rank's items of each window, and the weight of the batch they make."""
+        return share_indices(take, **self._sizes(), even=even, halve=False, trains=lambda: bool(self._shared[1]))
 
 
 def _with_first_digest(take: Callable[[int], list[Any]], digests: list[str]) -> Callable[[int], list[Any]]:

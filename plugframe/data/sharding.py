@@ -71,11 +71,21 @@ def share_indices(
 
 
 def share_batches(
-    take: Callable[[int], list[Any]], *, index: int, count: int, even: bool, trains: Callable[[], bool] = bool
+    take: Callable[[int], list[Any]],
+    *,
+    index: int,
+    count: int,
+    even: bool,
+    trains: Callable[[], bool] = bool,
+    size: Callable[[Any], int] | None = None,
 ) -> Iterator[Share]:
-    """Yield this rank's (batch, weight) for every window of `count` complete batches of a custom sampler."""
+    """Yield this rank's (batch, weight) for every window of `count` complete batches of a custom sampler.
+
+    Args:
+        size: returns the number of samples in a batch; by default that of its indices.
+    """
     while window := take(count):
-        sizes = [_size(batch) for batch in window]
+        sizes = [(size or _size)(batch) for batch in window]
         if index < len(window):
             yield window[index], sizes[index] * count / max(sum(sizes), 1)
         elif even or trains():

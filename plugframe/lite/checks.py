@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from plugframe.adopt import state_of
+from plugframe.data.iterables import check_iterable
 from plugframe.errors import OrderError, SettingError, SettingTypeError
 from plugframe.lite.raw_scripts import check_wrapped
 
@@ -118,7 +119,7 @@ def check_ownership(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
 
 
 def check_loaders(loaders: Sequence[Any]) -> None:
-    """Raise unless these are plain DataLoaders that were not set up before.
+    """Raise unless these are plain DataLoaders, or iterables of batches, that were not set up before.
 
     Raises:
         SettingError: for another type.
@@ -128,10 +129,9 @@ def check_loaders(loaders: Sequence[Any]) -> None:
         raise SettingError("setup_dataloaders() takes at least one DataLoader, got none.")
     _refuse_twice(loaders)
     for loader in loaders:
-        if not isinstance(loader, DataLoader):
-            raise SettingTypeError(f"setup_dataloaders() takes torch DataLoaders, got {type(loader).__name__}.")
+        check_iterable(loader)
         if state_of(loader) is not None:
-            raise OrderError("This DataLoader was set up already: set a loader up once.")
+            raise OrderError(f"This {type(loader).__name__} was set up already: set a loader up once.")
 
 
 def _refuse_twice(objects: Sequence[Any]) -> None:

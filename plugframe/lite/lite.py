@@ -8,7 +8,7 @@ import atexit
 import builtins
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import FunctionType
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
-    from torch.utils.data import DataLoader
     from typing_extensions import Self, Unpack
 
     from plugframe.data.random_streams import RankStreams
@@ -515,13 +514,16 @@ class Lite:
     ) -> list[t.L1 | t.L2]: ...
     def setup_dataloaders(
         self,
-        *dataloaders: DataLoader[object],
+        *dataloaders: Iterable[object],
         use_distributed_sampler: bool = True,
         move_to_device: bool = True,
         weigh_uneven: bool = True,
         replace_sampler: bool | None = None,
     ) -> object:
         """Divide the samples of loaders between the ranks, in place, and return the loaders. Every rank must call it.
+
+        Other objects that yield batches when iterated (webdataset's ``WebLoader``, ``torchdata.nodes.Loader``) are
+        divided by batches: every rank reads them all and keeps its share.
 
         The order of samples depends on the seed, the loader and the epoch alone: it is the same for any number
         of ranks. While training, all ranks take the same number of steps. While evaluating (gradients off, or

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Frames between a scaler's call of ``optimizer.step`` and the check: those of a scheduler and a profiler, at most.
 _MAX_FRAMES = 6
+#: Calls of torch that shard a module, by the class that they make it.
+_SHARDING = {"FSDPModule": "fully_shard()", "FullyShardedDataParallel": "FullyShardedDataParallel()"}
 _INSTEAD = "lite.backward() scales the loss, and optimizer.step() unscales the gradients"
 
 
@@ -76,11 +78,11 @@ def check_wrapped(module: nn.Module) -> None:
     Raises:
         SettingError: naming the call to leave out.
     """
-    # Imported by whoever has sharded a module: not by this check.
-    modules = sys.modules.get("torch.distributed.fsdp")
-    for call, name in (("fully_shard()", "FSDPModule"), ("FullyShardedDataParallel()", "FullyShardedDataParallel")):
-        kind = getattr(modules, name, None)
-        if kind is not None and any(isinstance(part, kind) for part in module.modules()):
+    for part in module.modules():
+        # By their names: a script that shards nothing need not import them.
+        names = {klass.__name__ for klass in type(part).__mro__ if klass.__module__.startswith("torch.distributed.")}
+        call = next((call for name, call in _SHARDING.items() if name in names), None)
+        if call is not None:
             raise SettingError(
                 f"This {type(module).__name__} is sharded by {call} already: leave it out, and pass strategy='fsdp'."
             )
@@ -152,10 +154,9 @@ def check_autocast(lite: Lite, device_type: str) -> None:
         return
     name = str(dtype).removeprefix("torch.")
     what = "applies to its forward" if own is None else "does not apply to its forward, but to what is outside of it"
-    instead = {torch.float16: "'16-mixed'", torch.bfloat16: "'bf16-mixed'"}.get(dtype, "…")
     warn_caller(
         f"A module is called under the script's torch.autocast({name}), which {what} (precision={precision.name!r}): "
-        f"leave torch.autocast out, and pass precision={instead}."
+        "leave torch.autocast out, and pass precision='16-mixed' for float16 or 'bf16-mixed' for bfloat16."
     )
 
 

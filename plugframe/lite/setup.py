@@ -23,6 +23,7 @@ from plugframe.adopt import (
 from plugframe.adopt.module import checked_name
 from plugframe.adopt.settings_check import SettingsCheck
 from plugframe.data.consistency import check_consistent, check_unsharded, existing_sharding, signature
+from plugframe.data.iterables import adopt_iterable, as_loader, release_iterable
 from plugframe.data.loader import (
     adopt_loader,
     check_unread,
@@ -107,7 +108,7 @@ def setup_optimizers(lite: Lite, optimizers: tuple[Optimizer, ...]) -> object:
 
 def setup_dataloaders(
     lite: Lite,
-    dataloaders: tuple[DataLoader[Any], ...],
+    given: tuple[Any, ...],
     *,
     use_distributed_sampler: bool,
     move_to_device: bool,
@@ -122,12 +123,13 @@ def setup_dataloaders(
             f"replace_sampler= is deprecated: write use_distributed_sampler={replace_sampler}.", deprecated=True
         )
         use_distributed_sampler = replace_sampler
-    checks.check_loaders(dataloaders)
+    checks.check_loaders(given)
+    dataloaders = [as_loader(each) for each in given]
     context = lite._started("setup_dataloaders")
     shard = lite._hooks.strategy_data_shard()
     for loader in dataloaders:
         check_unread(loader)
-    shared = list(dataloaders) if use_distributed_sampler else []
+    shared = dataloaders if use_distributed_sampler else []
     divided = [loader for loader in shared if not has_sharded_sampler(loader, *shard)]
     for loader in shared if lite.is_global_zero and lite.world_size > 1 else ():
         raw_scripts.tell_of_sampler(loader)
@@ -150,7 +152,11 @@ def setup_dataloaders(
             state.compare, state.iterable.compare = compare, True
         lite._loaders.add(state)
         lite._session.release_on_close(loader, _if_adopted(release_loader))
-    return dataloaders[0] if len(dataloaders) == 1 else list(dataloaders)
+    for each, loader in zip(given, dataloaders, strict=True):
+        if each is not loader:
+            adopt_iterable(each, loader)
+            lite._session.release_on_close(each, _if_adopted(release_iterable))
+    return given[0] if len(given) == 1 else list(given)
 
 
 def _prepare(lite: Lite, module: M, move_to_device: bool, call: str) -> M:

@@ -48,7 +48,7 @@ def test_an_own_grad_scaler_is_told_or_refused() -> None:
 
 def test_an_own_autocast_is_told_unless_it_is_the_precisions() -> None:
     """The script's autocast around a forward is reported once, with the precision to pass instead."""
-    with pytest.warns(PlugframeWarning, match=r"bfloat16\), which applies to its forward .* precision='bf16-mixed'"):
+    with pytest.warns(PlugframeWarning, match=r"bfloat16\), which applies to its forward .* 'bf16-mixed' for bfloat16"):
         trained("32-true", None, torch.bfloat16)
     with pytest.warns(PlugframeWarning, match=r"float16\), which does not apply to its forward, but"):
         trained("bf16-mixed", None, torch.float16)

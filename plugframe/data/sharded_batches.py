@@ -1,0 +1,43 @@
+"""Divide an iterable of complete batches between ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from plugframe.data.sharded_iterable import ShardedIterable, SizedShardedIterable
+from plugframe.data.sharding import share_batches
+from plugframe.utils.tree import leaves
+
+
+class ShardedBatches(ShardedIterable):
+    """`ShardedIterable` whose items are batches, weighted by their numbers of samples."""
+
+    _own = ShardedIterable._own
+
+    def _windows(self, take: Callable[[int], list[Any]], even: bool) -> Iterator[tuple[Any, float]]:
+        for batch, weight in share_batches(
+            take,
+            index=self._index,
+            count=self._count,
+            even=even,
+            trains=lambda: bool(self._shared[1]),
+            size=num_samples,
+        ):
+            yield [batch], weight
+
+
+class SizedShardedBatches(ShardedBatches, SizedShardedIterable):
+    """`ShardedBatches` of an iterable with a length."""
+
+    _own = ShardedIterable._own
+
+
+def num_samples(batch: Any) -> int:
+    """Return the number of samples in a batch: the first dimension of its first tensor or array, else 1."""
+    for leaf in leaves(batch):
+        if isinstance(leaf, Tensor) or hasattr(leaf, "__array_interface__"):
+            return int(leaf.shape[0]) if leaf.ndim else 1
+    return 1
