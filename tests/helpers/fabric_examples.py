@@ -156,7 +156,7 @@ def active_learning(fabric: Any, folder: Path) -> float:
 
 
 def dcgan(fabric: Any, folder: Path) -> float:
-    """Train a generator against a discriminator, two backwards of which come before its step."""
+    """Train a generator against a discriminator, which gets two backwards before its step."""
     fabric.seed_everything(999)
     with fabric.init_module():
         generator = nn.Sequential(
