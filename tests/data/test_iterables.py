@@ -18,7 +18,7 @@ from ranks import run_ranks
 
 
 class Numbers:
-    """Batches of consecutive numbers, the last of which is smaller; each epoch begins at another number."""
+    """Batches of consecutive numbers, a small one at the end; each epoch begins at another number."""
 
     def __init__(self, sizes: tuple[int, ...] = (2, 2, 2, 2, 1)) -> None:
         self.sizes = sizes
