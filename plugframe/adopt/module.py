@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import FunctionType
@@ -134,7 +135,13 @@ def _mark_forward_method(self: Any, method: str | Callable[..., Any]) -> None:
 
 
 def _itself(self: Any) -> Any:
-    """Return the module itself: it is not wrapped."""
+    """Return the module itself: it is not wrapped.
+
+    Raises:
+        AttributeError: to transformers, whose ``unwrap_model`` follows it without end (5.24).
+    """
+    if str(sys._getframe(1).f_globals.get("__name__")).partition(".")[0] == "transformers":
+        raise AttributeError("module")
     return self
 
 

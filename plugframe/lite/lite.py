@@ -37,6 +37,7 @@ from plugframe.lite import (
     logging,
     loop,
     plugins,
+    pretrained,
     ranks,
     raw_scripts,
     seeding,
@@ -999,6 +1000,24 @@ class Lite:
             SettingError: for another type of object.
         """
         return checkpointing.state_dict(self, obj, all_ranks=all_ranks)
+
+    def save_model(self, module: nn.Module, folder: t.StrPath, *, max_shard_size: int | str = "5GB") -> None:
+        """Write a module's full weights into a folder, in Hugging Face's layout. Every rank must call it.
+
+        Under every strategy: ``model.safetensors``, or several files and ``model.safetensors.index.json``. A model with
+        ``save_pretrained`` writes the folder itself, with its configuration. It is for sharing a model: `save` writes
+        what a run resumes from.
+
+        Args:
+            module: a module that was set up.
+            max_shard_size: largest size of one file: a number of bytes, or ``"5GB"``, ``"500MB"``.
+
+        Raises:
+            SettingError: for another size, or a folder that is a file.
+            OrderError: if the module was not set up.
+            CheckpointError: on all ranks, if rank 0 cannot write.
+        """
+        pretrained.save_model(self, module, folder, max_shard_size=max_shard_size)
 
     def checkpoints(
         self,

@@ -38,7 +38,7 @@ from plugframe.data.shuffle import Shuffle
 from plugframe.data.stream_check import check_first_window
 from plugframe.deferred.module import check_values, resuming
 from plugframe.errors import OrderError, SettingError
-from plugframe.lite import checks, lightning_module, loop, raw_scripts
+from plugframe.lite import checks, lightning_module, loop, pretrained, raw_scripts
 from plugframe.lite.conversion import Before, check_conversion
 from plugframe.state.parameter_names import ParameterNames, names_of
 from plugframe.utils.logging import warn_caller
@@ -209,6 +209,7 @@ def _adopt(
     adopt_module(module, hooks=lite._hooks, engine=engine, job=job, forward_methods=names, device=device)
     state_of(module).on_first_call = functools.partial(raw_scripts.check_autocast, lite, device.type)
     lightning_module.connect(lite, module, optimizers)
+    pretrained.connect(lite, module)
     lite._modules[:] = [reference for reference in lite._modules if reference() is not None]
     lite._modules.append(weakref.ref(module))
     lite._session.release_on_close(module, _if_adopted(release_module))
