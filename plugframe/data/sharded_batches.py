@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -36,8 +36,12 @@ class SizedShardedBatches(ShardedBatches, SizedShardedIterable):
 
 
 def num_samples(batch: Any) -> int:
-    """Return the number of samples in a batch: the first dimension of its first tensor or array, else 1."""
+    """Return the number of samples in a batch: the first dimension of its first tensor or array, else 1.
+
+    Of a batch of columns without tensors it is the length of the first column.
+    """
     for leaf in leaves(batch):
         if isinstance(leaf, Tensor) or hasattr(leaf, "__array_interface__"):
             return int(leaf.shape[0]) if leaf.ndim else 1
-    return 1
+    first = next(iter(batch.values()), None) if isinstance(batch, Mapping) else None
+    return len(first) if isinstance(first, (list, tuple)) else 1

@@ -148,7 +148,7 @@ def setup_dataloaders(
             split=use_distributed_sampler,
             weigh=weigh_uneven,
         )
-        if state.iterable is not None and compare is not None:
+        if state.iterable is not None and state.iterable.comparable and compare is not None:
             state.compare, state.iterable.compare = compare, True
         lite._loaders.add(state)
         lite._session.release_on_close(loader, _if_adopted(release_loader))

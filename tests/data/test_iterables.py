@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +130,62 @@ def test_the_number_of_samples_of_a_batch() -> None:
     assert [num_samples(torch.ones(())), num_samples("text"), num_samples(Graphs(torch.ones(4)))] == [1, 1, 4]
 
 
+class Stream(IterableDataset[Any]):
+    """A stream of lists of numbers, its shards, as Hugging Face's `IterableDataset` is one."""
+
+    def __init__(self, shards: list[list[float]], part: tuple[int, int] = (0, 1)) -> None:
+        self.shards = shards
+        self.part = part
+        self.epoch = 0
+        self.reads: list[float] = []
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shards)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        index, count = self.part
+        for shard in self.shards[index::count]:
+            for number in shard:
+                yield {"x": number + 100 * self.epoch}
+
+
+def fake_datasets() -> None:
+    """Put `Stream` in the place of Hugging Face's class."""
+
+    def split_dataset_by_node(dataset: Any, rank: int, world_size: int) -> Any:
+        return type(dataset)(dataset.shards, (rank, world_size))
+
+    Stream.__module__ = "datasets.iterable_dataset"
+    module: Any = ModuleType("datasets")
+    module.distributed = SimpleNamespace(split_dataset_by_node=split_dataset_by_node)
+    sys.modules["datasets"] = module
+
+
+def check_stream(lite: Lite, model: nn.Linear) -> dict[str, Any]:
+    """Train on and evaluate a stream of two shards of different lengths."""
+    fake_datasets()
+    loader = lite.setup_dataloaders(DataLoader(Stream([[0.0, 1.0, 2.0], [3.0]]), batch_size=2))
+    grads, read = [], []
+    for _ in range(2):
+        for batch in loader:
+            model.zero_grad()
+            lite.backward(model(batch["x"].float()[:, None]).mean())
+            grads.append(model.weight.grad.item())
+            read.append(batch["x"].tolist())
+    with torch.no_grad():
+        evaluated = [batch["x"].tolist() for batch in loader]
+    lite.all_reduce(torch.ones(1))
+    uneven = lite.setup_dataloaders(DataLoader(Stream([[0.0], [1.0], [2.0]]), batch_size=1))
+    with torch.no_grad():
+        windows = [batch["x"].tolist() for batch in uneven]
+    lite.all_reduce(torch.ones(1))
+    return {"stream": read, "stream_grads": grads, "evaluated": evaluated, "windows": windows}
+
+
 def check_on_ranks(world: World) -> dict[str, Any]:
     """Train on and evaluate several kinds of loaders, on two ranks."""
     from torchdata.nodes import Batcher, IterableWrapper, Loader, Mapper
@@ -156,6 +214,7 @@ def check_on_ranks(world: World) -> dict[str, Any]:
         undivided = lite.setup_dataloaders(Numbers(), use_distributed_sampler=False)
         found["undivided"] = len(list(undivided))
         lite.all_reduce(torch.ones(1))
+        found.update(check_stream(lite, model))
     return found
 
 
@@ -170,3 +229,10 @@ def test_batches_are_divided_between_ranks() -> None:
     for name in ("nodes", "web"):
         assert [first[name], second[name]] == [[[0, 1], [4, 5], [8]], [[2, 3], [6, 7]]]
     assert first["undivided"] == second["undivided"] == 5
+    # Each rank reads one shard, and keeps step; the mean is over the samples.
+    assert first["stream"] == [[0, 1], [2], [100, 101], [102]]
+    assert second["stream"] == [[3], [3], [103], [103]]
+    assert first["stream_grads"] == second["stream_grads"] == pytest.approx([4 / 3, 2, 304 / 3, 102])
+    assert [first["evaluated"], second["evaluated"]] == [[[200, 201], [202]], [[203]]]
+    # Three shards do not divide by two: the samples are divided.
+    assert [first["windows"], second["windows"]] == [[[0], [2]], [[1]]]
