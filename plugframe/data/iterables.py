@@ -80,23 +80,24 @@ def check_iterable(loader: Any) -> None:
         return
     if isinstance(loader, Dataset) and not _holds_loader(loader):
         raise SettingTypeError(
-            f"setup_dataloaders() got the dataset {what}, whose items are samples: pass "
+            f"setup_dataloaders() takes torch DataLoaders, got the dataset {what}, whose items are samples: pass "
             "DataLoader(dataset, batch_size)."
         )
     if isinstance(loader, (Tensor, nn.Module, Optimizer, str, bytes)) or not hasattr(type(loader), "__iter__"):
         raise SettingTypeError(f"setup_dataloaders() takes torch DataLoaders, got {what}: {_INSTEAD}.")
     if hasattr(type(loader), "__next__"):
         raise SettingTypeError(
-            f"setup_dataloaders() got the iterator {what}, which can be read once: {_INSTEAD}, or leave it "
-            "out and divide it in the script."
+            f"setup_dataloaders() takes torch DataLoaders, got the iterator {what}, which can be read once: {_INSTEAD}."
         )
     if hasattr(type(loader), "__getitem__") and hasattr(type(loader), "__len__"):
         raise SettingTypeError(
-            f"setup_dataloaders() got a {what}, which is a sequence: pass DataLoader({what.lower()}, batch_size), or "
+            f"setup_dataloaders() takes torch DataLoaders, got {what}: pass DataLoader({what.lower()}, batch_size), or "
             "batch_size=None if its items are batches."
         )
     if not hasattr(loader, "__dict__"):
-        raise SettingTypeError(f"setup_dataloaders() cannot set up a {what}, which takes no attributes: {_INSTEAD}.")
+        raise SettingTypeError(
+            f"setup_dataloaders() takes torch DataLoaders, got {what}, which takes no attributes: {_INSTEAD}."
+        )
 
 
 def _holds_loader(dataset: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +15,7 @@ from plugframe.errors import SettingError
 
 def reads_shards(dataset: Any, count: int) -> bool:
     """Return whether a stream has shards that `count` ranks can divide evenly, and is not divided yet."""
-    if count == 1 or type(dataset).__module__.partition(".")[0] != "datasets" or "datasets" not in sys.modules:
+    if count == 1 or type(dataset).__module__.partition(".")[0] != "datasets":
         return False
     number = getattr(dataset, "num_shards", 0)
     return isinstance(number, int) and number >= count and number % count == 0
@@ -29,7 +29,7 @@ class StreamShards(ShardedIterable):
 
     def __init__(self, inner: Any, *, index: int, count: int, **options: Any) -> None:
         super().__init__(inner, index=index, count=count, **options)
-        split = sys.modules["datasets"].distributed.split_dataset_by_node
+        split = importlib.import_module("datasets.distributed").split_dataset_by_node
         self._part = split(inner, rank=index, world_size=count)
 
     def begin_epoch(self, epoch: int, *, even: bool) -> None:

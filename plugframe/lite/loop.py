@@ -36,7 +36,7 @@ def backward(
         model = lite._modules[0]()
     hooks, phase = lite._hooks, lite._job_state
     if not phase.backward_called:
-        raw_scripts.check_scaled_twice(lite)
+        raw_scripts.check_scaled_twice(lite, tensor)
     weights, scale = phase.weights, 1.0
     handles: list[Any] = []
     if weights.uneven:

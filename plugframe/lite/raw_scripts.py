@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import grad_scaler
 from torch.utils.data import DataLoader, DistributedSampler
 
 from plugframe.errors import EnvironmentMismatchError, OrderError, SettingError
 from plugframe.hooks.context import Context
 from plugframe.utils.logging import tell, warn_caller
-from plugframe.utils.own_packages import own_packages
 
 if TYPE_CHECKING:
     from plugframe.lite.lite import Lite
@@ -88,29 +88,32 @@ def check_wrapped(module: nn.Module) -> None:
             )
 
 
-def check_scaled_twice(lite: Lite) -> None:
+def check_scaled_twice(lite: Lite, loss: Tensor) -> None:
     """Check, at the first backward, that the script's own ``GradScaler`` has not scaled the loss before the precision.
 
-    Gradients scaled twice overflow: the script's scaler would skip steps without end. It is searched for among the
-    variables of the functions that are running, and the attributes of their ``self``.
+    Gradients scaled twice overflow: the script's scaler would skip steps without end.
 
     Raises:
-        OrderError: if there is one that has scaled a loss.
+        OrderError: if the loss is what a scaler has returned.
     """
     precision = lite.plan.choices["precision"]
-    if "loss-scaling" not in precision.descriptor.provides:
-        return
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if not _is_plugframes(frame):
-            owner = frame.f_locals.get("self")
-            held = vars(owner).values() if hasattr(owner, "__dict__") else ()
-            if any(map(_has_scaled, (*frame.f_locals.values(), *frame.f_globals.values(), *held))):
-                raise OrderError(
-                    f"The script's GradScaler scales the loss, and precision={precision.name!r} scales it as well: "
-                    f"leave the GradScaler out, {_INSTEAD}."
-                )
-        frame = frame.f_back
+    if "loss-scaling" in precision.descriptor.provides and _is_scaled(loss):
+        raise OrderError(
+            f"The script's GradScaler has scaled the loss, and precision={precision.name!r} scales it as well: leave "
+            f"the GradScaler out, {_INSTEAD}."
+        )
+
+
+def _is_scaled(loss: Tensor) -> bool:
+    """Return whether a loss is the product of another tensor and the scale of some ``GradScaler``."""
+    factors = [getattr(loss.grad_fn, name, None) for name in ("_saved_self", "_saved_other")]
+    places = {factor.data_ptr() for factor in factors if isinstance(factor, Tensor) and factor.numel() == 1}
+    if not places:
+        return False
+    # Not from the variables of the running functions: reading those of a frame keeps their values alive.
+    scalers = (each for each in gc.get_objects() if issubclass(type(each), grad_scaler.GradScaler))
+    scales = (scaler._scale for scaler in scalers if scaler.is_enabled())
+    return any(scale is not None and scale.data_ptr() in places for scale in scales)
 
 
 def check_grad_scaler(lite: Lite) -> None:
@@ -123,22 +126,14 @@ def check_grad_scaler(lite: Lite) -> None:
         )
 
 
-def _has_scaled(value: object) -> bool:
-    return isinstance(value, grad_scaler.GradScaler) and value.is_enabled() and value._scale is not None
-
-
-def _is_plugframes(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__")).partition(".")[0] in own_packages()
-
-
 def _is_stepped_by_scaler() -> bool:
     frame: FrameType | None = sys._getframe(2)
     for _ in range(_MAX_FRAMES):
         if frame is None:
             return False
-        scaler = frame.f_locals.get("self")
-        if frame.f_globals is vars(grad_scaler) and isinstance(scaler, grad_scaler.GradScaler):
-            return scaler.is_enabled()
+        if frame.f_globals is vars(grad_scaler):
+            scaler = frame.f_locals.get("self")
+            return isinstance(scaler, grad_scaler.GradScaler) and scaler.is_enabled()
         frame = frame.f_back
     return False
 

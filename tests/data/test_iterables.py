@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -77,9 +77,12 @@ def test_one_rank_reads_an_iterable_as_it_is() -> None:
         (nn.Sequential(nn.Linear(1, 1)), "takes torch DataLoaders, got Sequential"),
         (iter([1]), "got the iterator list_iterator, which can be read once"),
         ((x for x in [1]), "got the iterator generator"),
-        ([torch.ones(1)], "got a list, which is a sequence: pass DataLoader"),
-        (TensorDataset(torch.ones(1)), "got the dataset TensorDataset, whose items are samples"),
-        ({1, 2}, "got set|cannot set up a set"),
+        ([torch.ones(1)], "takes torch DataLoaders, got list: pass DataLoader"),
+        (
+            TensorDataset(torch.ones(1)),
+            "got the dataset TensorDataset, whose items are samples",
+        ),
+        ({1, 2}, "takes torch DataLoaders, got set"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(loader: Any, match: str) -> None:
@@ -160,9 +163,9 @@ def fake_datasets() -> None:
         return type(dataset)(dataset.shards, (rank, world_size))
 
     Stream.__module__ = "datasets.iterable_dataset"
-    module: Any = ModuleType("datasets")
-    module.distributed = SimpleNamespace(split_dataset_by_node=split_dataset_by_node)
-    sys.modules["datasets"] = module
+    module: Any = ModuleType("datasets.distributed")
+    module.split_dataset_by_node = split_dataset_by_node
+    sys.modules.update({"datasets": ModuleType("datasets"), "datasets.distributed": module})
 
 
 def check_stream(lite: Lite, model: nn.Linear) -> dict[str, Any]:
