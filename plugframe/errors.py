@@ -5,6 +5,7 @@
     PlugframeError
     ├── UsageError                    an invalid value or a call out of order (also a ValueError)
     │   ├── SettingError              a setting has an invalid value, or two sources contradict each other
+    │   │   └── SettingTypeError      an argument has the wrong type (also a TypeError)
     │   ├── UnknownPluginError        no plugin of that name is installed
     │   ├── AmbiguousPluginError      two distributions publish that name
     │   ├── RefusedPluginError        the plugin is installed, but disabled or not allowed
@@ -23,6 +24,8 @@
     │   ├── CheckpointCorruptError    the files differ from what was written
     │   ├── CheckpointUnfinishedError the save was interrupted: the entry that is written last is missing
     │   ├── CheckpointMismatchError   it is intact, but does not fit the objects it is loaded into
+    │   │   └── CheckpointKeyError    a key of the state is missing (also a KeyError)
+    │   ├── CheckpointNotFoundError   there is nothing at the path (also a FileNotFoundError)
     │   └── CheckpointURLError        a URL was passed to a format that writes to file system paths
     ├── RankFailedError               a rank raised, died or left early; holds its report
     └── PlugframeWarning              (a UserWarning) a requested setting has no effect
@@ -59,6 +62,10 @@ class UsageError(PlugframeError, ValueError):
 
 class SettingError(UsageError):
     """A setting has an invalid value, or two sources of settings contradict each other."""
+
+
+class SettingTypeError(SettingError, TypeError):
+    """An argument has the wrong type."""
 
 
 class UnknownPluginError(UsageError):
@@ -147,6 +154,16 @@ class CheckpointUnfinishedError(CheckpointError):
 
 class CheckpointMismatchError(CheckpointError):
     """An intact checkpoint does not fit the objects it is loaded into."""
+
+
+class CheckpointKeyError(CheckpointMismatchError, KeyError):
+    """A checkpoint lacks a key of the state it is loaded into, or a state lacks a key that was asked for."""
+
+    __str__ = Exception.__str__  # KeyError's shows the repr of the message
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is nothing at the path of a checkpoint."""
 
 
 class CheckpointURLError(CheckpointError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import FunctionType
@@ -34,6 +36,8 @@ class ModuleState(State):
         inside: whether a call is running under the strategy; calls inside of it run unchanged.
         running: of other methods that were called, whether they run submodules, and so run under the strategy too.
         free: whether methods may run submodules as they like: one rank, and a precision and a strategy that do nothing.
+        plain_values: attributes of the module that have other values in a copy of it.
+        on_first_call: called before the first call in this process; None after it.
     """
 
     def __init__(self, hooks: Any, engine: Any, job: JobState, forward_methods: set[str]) -> None:
@@ -44,6 +48,8 @@ class ModuleState(State):
         self.forward_methods = forward_methods
         self.inside = False
         self.running: dict[str, bool] = {}
+        self.plain_values: dict[str, Any] = {}
+        self.on_first_call: Callable[[], None] | None = None
         # None where the precision does nothing: saves up to three calls per forward.
         self._convert_input = _overridden(hooks, "precision_convert_input")
         self._convert_output = _overridden(hooks, "precision_convert_output")
@@ -58,6 +64,10 @@ class ModuleState(State):
         if name not in self.running:
             self.running[name] = runs_parts(module, name)
         return self.running[name]
+
+    def plain_dict(self, obj: Any) -> dict[str, Any]:
+        """Return the attributes of the plain module."""
+        return {**super().plain_dict(obj), **self.plain_values}
 
     def record_call(self, training: bool) -> None:
         """Record whether the script trains or evaluates, from which the purpose of a pass over a loader is derived."""
@@ -74,6 +84,9 @@ class ModuleState(State):
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``call(*args, **kwargs)`` under precision and strategy."""
         engine = self.engine
+        if self.on_first_call is not None and not is_compiling():
+            self.on_first_call()
+            self.on_first_call = None
         # Compiled code cannot look up the batch: the weight of the batch read last is used.
         weight = self.weights.weight_of((args, kwargs)) if self.weights.uneven and not is_compiling() else None
         check = self.job.random_check
@@ -137,14 +150,42 @@ def _mark_forward_method(self: Any, method: str | Callable[..., Any]) -> None:
 
 
 def _itself(self: Any) -> Any:
-    """Return the module itself: it is not wrapped."""
+    """Return the module itself: it is not wrapped.
+
+    Raises:
+        AttributeError: to transformers, whose ``unwrap_model`` follows it without end (5.24).
+    """
+    if str(sys._getframe(1).f_globals.get("__name__")).partition(".")[0] == "transformers":
+        raise AttributeError("module")
     return self
 
 
+class _Device:
+    """The attribute ``device`` of a module without one. The user may set another: it has no ``__set__``."""
+
+    def __init__(self, default: torch.device) -> None:
+        self.default = default
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        if module is None:
+            return self
+        return next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), self.default)
+
+
 def adopt_module(
-    module: nn.Module, *, hooks: Any, engine: Any, job: JobState, forward_methods: tuple[Any, ...]
+    module: nn.Module,
+    *,
+    hooks: Any,
+    engine: Any,
+    job: JobState,
+    forward_methods: tuple[Any, ...],
+    device: torch.device | None = None,
 ) -> None:
-    """Adopt `module` in place."""
+    """Adopt `module` in place.
+
+    Args:
+        device: that of the rank, for a module without tensors; None leaves out the attribute ``device``.
+    """
     names = {checked_name(module, method) for method in forward_methods}
     state = ModuleState(hooks, engine, job, names | {"forward"})
     for each in _with_original(module):
@@ -154,6 +195,8 @@ def adopt_module(
         namespace["zero_grad"] = make_zero_grad(cls.zero_grad, owned=owns_gradients(hooks))
         if not hasattr(each, "module"):
             namespace["module"] = property(_itself)
+        if device is not None and not hasattr(each, "device"):
+            namespace["device"] = _Device(device)
         adopt(each, state, namespace)
 
 

@@ -35,6 +35,7 @@ class OptimizerState(State):
         compare: compares settings between ranks, given the number of steps; None on one rank.
         skip: returns whether an extension skips this step, the same on all ranks; None without such an extension.
         skipping: whether the running step is skipped.
+        on_first_step: called before the first step in this process; None after it.
     """
 
     #: Those in use. At class level, since `plugframe.launch.rank` reads it after an error and holds no optimizer.
@@ -59,6 +60,7 @@ class OptimizerState(State):
         self.check_backward = check_backward
         self.mean: Callable[[Any], Any] | None = None
         self.compare: Callable[[int], None] | None = None
+        self.on_first_step: Callable[[], None] | None = None
         self.skip: Callable[[Optimizer], bool] | None = None
         self.skipping = False
         self.alive.add(self)
@@ -78,10 +80,11 @@ def adopt_optimizer(
     mean: Callable[[Any], Any] | None = None,
     compare: Callable[[int], None] | None = None,
     skip: Callable[[Optimizer], bool] | None = None,
+    on_first_step: Callable[[], None] | None = None,
 ) -> None:
     """Adopt `optimizer` in place."""
     state = OptimizerState(optimizer, hooks, names, job, check_backward=check_backward)
-    state.mean, state.compare, state.skip = mean, compare, skip
+    state.mean, state.compare, state.skip, state.on_first_step = mean, compare, skip, on_first_step
     namespace: dict[str, Any] = {"step": _make_step(type(optimizer).step, state.patched)}
     namespace["zero_grad"] = make_zero_grad(type(optimizer).zero_grad, owned=owns_gradients(hooks))
     if not hasattr(optimizer, "optimizer"):
@@ -151,6 +154,9 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
             inner, closure = _split_closure(inner, args, kwargs)
             if closure is not None and state.mean is not None:
                 closure = _averaged(closure, state.mean)
+        if state.on_first_step is not None:
+            state.on_first_step()
+            state.on_first_step = None
         if state.compare is not None:
             state.compare(state.num_steps_here)
         state.inside = True

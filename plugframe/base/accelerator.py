@@ -11,7 +11,7 @@ from torch import Tensor
 from plugframe.hooks import AcceleratorSpec, hookimpl
 from plugframe.hooks.context import Context
 from plugframe.utils.devices import parse_devices
-from plugframe.utils.tree import map_tensors
+from plugframe.utils.movable import move_data
 
 
 class Accelerator(AcceleratorSpec):
@@ -56,12 +56,7 @@ class Accelerator(AcceleratorSpec):
 
     @hookimpl
     def accelerator_move_batch(self, batch: Any, device: torch.device) -> Any:
-        def move(tensor: Tensor) -> Tensor:
-            # A copy from pinned memory overlaps with compute. From pageable memory non_blocking gains nothing, and a
-            # copy back to the host could be read too early.
-            return tensor.to(device, non_blocking=tensor.device.type == "cpu" and tensor.is_pinned())
-
-        return map_tensors(move, batch)
+        return move_data(batch, device)
 
     @hookimpl
     def accelerator_seed(self, seed: int) -> None:

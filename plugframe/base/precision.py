@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from plugframe.errors import UnsupportedError
 from plugframe.hooks import Dtypes, PrecisionSpec, hookimpl
 from plugframe.hooks.context import Context
-from plugframe.utils.tree import map_tensors
+from plugframe.utils.movable import map_data
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def cast_floating(data: Any, dtype: torch.dtype) -> Any:
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    return map_tensors(cast, data)
+    return map_data(cast, data)
 
 
 class Precision(PrecisionSpec):

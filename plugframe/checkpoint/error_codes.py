@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from plugframe.errors import (
     CheckpointCorruptError,
     CheckpointError,
+    CheckpointKeyError,
     CheckpointMismatchError,
+    CheckpointNotFoundError,
     CheckpointUnfinishedError,
     CheckpointURLError,
 )
@@ -15,6 +17,8 @@ from plugframe.errors import (
 _CLASSES: dict[str, type[CheckpointError]] = {
     "corrupt": CheckpointCorruptError,
     "unfinished": CheckpointUnfinishedError,
+    "missing": CheckpointNotFoundError,
+    "key": CheckpointKeyError,
     "mismatch": CheckpointMismatchError,
     "url": CheckpointURLError,
     "error": CheckpointError,

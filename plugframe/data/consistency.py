@@ -65,6 +65,9 @@ def signature(loader: DataLoader[Any], *, deep: bool = True) -> Signature:
     if length is not None:
         found[f"number of samples of the {name}"] = str(length)
     if isinstance(dataset, IterableDataset):
+        shuffling: Any = getattr(getattr(dataset, "_shuffling", None), "generator", None)
+        if hasattr(shuffling, "bit_generator"):
+            found[f"the generator of the shuffled {name}"] = _hashed([repr(shuffling.bit_generator.state).encode()])
         return found
     for sampler in _samplers(loader):
         number = _length(sampler)

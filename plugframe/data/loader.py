@@ -14,13 +14,16 @@ from torch.utils.data import sampler as torch_samplers
 
 from plugframe.data.epochs import epoch_setters
 from plugframe.data.generators import Generators, find_generators, generator_attributes, reseed, salts
+from plugframe.data.iterables import Batches
 from plugframe.data.iteration import LoaderState
 from plugframe.data.loader_pass import LoaderPass
 from plugframe.data.position import Layout
+from plugframe.data.sharded_batches import ShardedBatches, SizedShardedBatches
 from plugframe.data.sharded_iterable import ShardedIterable, SizedShardedIterable, WeightedCollate, WeightedItem
 from plugframe.data.sharding import ShardedIndices, Share, dropped_text, is_flat
 from plugframe.data.shuffle import RandomStream, Shuffle
 from plugframe.data.stateful import is_stateful
+from plugframe.data.stream_shards import EvenSteps, StreamShards, reads_shards
 from plugframe.data.worker_init import RankWorkerInit
 from plugframe.data.worker_seeding import SeededDataset
 from plugframe.errors import OrderError, SettingError
@@ -129,16 +132,22 @@ def _batches(state: LoaderState, loader_pass: LoaderPass, iterator: Iterator[Any
     state.open(loader_pass)
     state.starting_pass = loader_pass  # a loader class may iterate its sampler only now
     evaluating = False
+    steps = EvenSteps(state.hooks, _EXHAUSTED) if isinstance(state.iterable, StreamShards) else None
     try:
         while True:
             if loader_pass.undecided:
                 evaluating = state.is_evaluating(loader_pass)
-            if evaluating:
+            if steps is not None and steps.ended:
+                batch = _EXHAUSTED  # a loader with worker processes may not be asked again
+            elif evaluating:
                 # Strategies derive from the gradient mode whether the ranks evaluate, at the end of the loader.
                 with torch.no_grad():
                     batch = next_batch(iterator=iterator, exhausted=_EXHAUSTED)
             else:
                 batch = next_batch(iterator=iterator, exhausted=_EXHAUSTED)
+            if steps is not None and not evaluating and (loader_pass.even or loader_pass.trains):
+                batch, weight = steps.step(batch)
+                loader_pass.next_weights.append(weight)
             if batch is _EXHAUSTED:
                 return
             if type(batch) is WeightedItem:
@@ -202,7 +211,7 @@ def adopt_loader(
     state.layout = _layout(loader, state, index, count)
     _seed_per_rank(loader, state, index, count)
     namespace: dict[str, Any] = {"__iter__": _iter}
-    if type(state.iterable) is SizedShardedIterable:
+    if isinstance(state.iterable, (SizedShardedBatches, SizedShardedIterable)):
         namespace["__len__"] = _len
     _end_workers(loader)
     adopt(loader, state, namespace)
@@ -226,6 +235,8 @@ def _layout(loader: DataLoader[Any], state: LoaderState, index: int, count: int)
         return Layout("it keeps its position itself", size, count)
     if not plain:
         return Layout("its __iter__ decides what it reads", size, count)
+    if isinstance(state.iterable, StreamShards):
+        return Layout("each rank reads its own shards of a stream", size, count, loader.num_workers)
     if state.iterable is not None:
         return Layout("stream", size, count, loader.num_workers)
     if not state.sharded:
@@ -295,7 +306,12 @@ def _shard_iterable(loader: DataLoader[Any], state: LoaderState, index: int, cou
     batched = loader.batch_size is not None
     # A loader class with its own __iter__ would see the weights.
     weighted = count > 1 and type(loader).__iter__ is DataLoader.__iter__
-    kind = SizedShardedIterable if hasattr(type(loader.dataset), "__len__") else ShardedIterable
+    sized = hasattr(type(loader.dataset), "__len__")
+    kind = SizedShardedIterable if sized else ShardedIterable
+    if isinstance(loader.dataset, Batches):
+        kind = SizedShardedBatches if sized else ShardedBatches
+    elif reads_shards(loader.dataset, count):
+        kind, weighted = StreamShards, False
     state.iterable = kind(
         loader.dataset,
         size=loader.batch_size or 1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -25,7 +25,7 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
         window: that digest, if it was read in this process and is not in the first item.
     """
 
-    _own = (
+    _own: ClassVar[tuple[str, ...]] = (
         *("_inner", "_size", "_drop_last", "_index", "_count", "_weighted", "_shuffle", "_shared", "_num_begun"),
         *("_num_iterations", "_even_length", "_random_stream", "_loaded", "_skip", "compare", "window"),
     )
@@ -51,17 +51,20 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
         self.compare = False
         self.window: str | None = None
 
+    #: Whether all ranks read the same items, of which each keeps its share.
+    comparable = True
+
     # Method names must not hide those of the user's datasets, such as `set_epoch`.
 
     def capture_stream(self) -> dict[str, Any] | None:
         """Return the position of the pass that began last, None if the stream has no ``state_dict``."""
-        if self._random_stream is None or not is_stateful(self._inner):
+        if self._random_stream is None or not is_stateful(self._source()):
             return None
-        return {"stream": self._inner.state_dict(), "draws": self._random_stream.state()}
+        return {"stream": self._source().state_dict(), "draws": self._random_stream.state()}
 
     def resume_stream(self, position: Mapping[str, Any]) -> None:
         """Make the next pass begin at a position returned by `capture_stream`."""
-        self._inner.load_state_dict(position["stream"])
+        self._source().load_state_dict(position["stream"])
         self._loaded = position["draws"]
 
     def skip_items(self, number: int) -> None:
@@ -112,9 +115,13 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
             random_stream.load_state(self._loaded)
             self._loaded = None
         self._random_stream = None if worker else random_stream
-        take = make_take(self._inner, random_stream)
+        take = make_take(self._source(), random_stream)
         skip, self._skip = self._skip, 0
         return self._share(take, bool(even), skip)
+
+    def _source(self) -> Any:
+        """Return what is read."""
+        return self._inner
 
     def _sizes(self) -> dict[str, Any]:
         return {"size": self._size, "drop_last": self._drop_last, "index": self._index, "count": self._count}
@@ -126,15 +133,7 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
         digests: list[str] = []
         if self.compare and (worker is None or worker.id == 0):
             take = _with_first_digest(take, digests)
-        shares = share_indices(
-            take,
-            **self._sizes(),
-            even=even,
-            halve=False,
-            pad=lambda: self._weighted,
-            trains=lambda: bool(self._shared[1]),
-        )
-        for batch, share in shares:
+        for batch, share in self._windows(take, even):
             for item in batch:
                 window = digests.pop() if digests else None
                 if self._weighted:
@@ -142,6 +141,17 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
                 else:
                     self.window = window or self.window
                     yield item
+
+    def _windows(self, take: Callable[[int], list[Any]], even: bool) -> Iterator[tuple[Any, Share]]:
+        """Yield this rank's items of each window, and the share of the batch they make."""
+        return share_indices(
+            take,
+            **self._sizes(),
+            even=even,
+            halve=False,
+            pad=lambda: self._weighted,
+            trains=lambda: bool(self._shared[1]),
+        )
 
 
 def _with_first_digest(take: Callable[[int], list[Any]], digests: list[str]) -> Callable[[int], list[Any]]:

@@ -105,11 +105,16 @@ def share_batches(
     even: bool,
     pad: Callable[[], bool] = bool,
     trains: Callable[[], bool] = bool,
+    size: Callable[[Any], int] | None = None,
 ) -> Iterator[tuple[Any, Share]]:
-    """Yield this rank's batch and its share for every window of `count` complete batches of a custom sampler."""
+    """Yield this rank's batch and its share for every window of `count` complete batches of a custom sampler.
+
+    Args:
+        size: returns the number of samples in a batch; by default that of its indices.
+    """
     start = 0
     while window := take(count):
-        sizes = [_size(batch) for batch in window]
+        sizes = [(size or _size)(batch) for batch in window]
         partial = len(window) < count
         if index < len(window):
             weight = sizes[index] * count / max(sum(sizes), 1)

@@ -66,8 +66,11 @@ class Call:
         return self.seeded and not (self.name in _RANDOM_FILLS and len(self.tensors) == 1)
 
     def states(self) -> list[tuple[Generator, Tensor]]:
-        """Return the generator it draws from, with its current state; empty if it draws nothing."""
-        if not self.seeded:
+        """Return the generator it draws from, with its current state; empty if it draws nothing.
+
+        Nothing is drawn for a tensor that was made on the meta device, such as one to be loaded from a file.
+        """
+        if not self.seeded or self.device.type == "meta":
             return []
         own = next((leaf for leaf in flatten((self.args, self.kwargs)) if isinstance(leaf, torch.Generator)), None)
         generator = Generator(self.device, own)

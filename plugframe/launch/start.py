@@ -52,6 +52,11 @@ def start_function(
         raise
 
 
+def runs_scripts(request: Request, registry: Registry) -> bool:
+    """Return whether the launcher that would run a function can run the script instead."""
+    return "script" in choose_launcher(request, registry, "function").descriptor.provides
+
+
 def not_launched(plan: Plan, call: str) -> OrderError:
     """Return the error for a call that requires the job's processes before they are launched."""
     return OrderError(

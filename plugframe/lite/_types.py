@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, ParamSpec, Protocol, T
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVarTuple
@@ -25,8 +24,9 @@ O1 = TypeVar("O1", bound=Optimizer)
 O2 = TypeVar("O2", bound=Optimizer)
 #: A scheduler, which is returned as it is.
 S = TypeVar("S")
-L1 = TypeVar("L1", bound=DataLoader[Any])
-L2 = TypeVar("L2", bound=DataLoader[Any])
+#: A ``DataLoader``, or another object that yields batches.
+L1 = TypeVar("L1", bound=Iterable[Any])
+L2 = TypeVar("L2", bound=Iterable[Any])
 
 StrPath: TypeAlias = str | os.PathLike[str]
 Devices: TypeAlias = int | str | list[int] | tuple[int, ...]

@@ -14,10 +14,10 @@ from plugframe.hooks.checkpoint import SaveHandle
 from plugframe.hooks.context import Context
 from plugframe.launch.preemption import PreemptionHandler
 from plugframe.state import saving
+from plugframe.state.filters import Filter
 from plugframe.state.full import full_state_dict
 from plugframe.state.manager import CheckpointManager
 from plugframe.state.parameter_names import ParameterNamer, ParameterNames, names_of
-from plugframe.state.tree import Filter
 from plugframe.utils.logging import failing, tell, warn_caller
 
 if TYPE_CHECKING:

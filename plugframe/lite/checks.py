@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from plugframe.adopt import state_of
-from plugframe.errors import OrderError, SettingError
+from plugframe.data.iterables import check_iterable
+from plugframe.errors import OrderError, SettingError, SettingTypeError
+from plugframe.lite.raw_scripts import check_wrapped
 
 
 def check_module(module: Any, set_up: Sequence[nn.Module] = ()) -> None:
@@ -27,15 +29,16 @@ def check_module(module: Any, set_up: Sequence[nn.Module] = ()) -> None:
         OrderError: for a module that was set up, or that has or is a part that was.
     """
     if isinstance(module, DataLoader):
-        raise SettingError("setup() takes a module first, got a DataLoader: use lite.setup_dataloaders(loader).")
+        raise SettingTypeError("setup() takes a module first, got a DataLoader: use lite.setup_dataloaders(loader).")
     if isinstance(module, Optimizer):
-        raise SettingError("setup() takes the module first, then its optimizers: lite.setup(model, optimizer).")
+        raise SettingTypeError("setup() takes the module first, then its optimizers: lite.setup(model, optimizer).")
     if not isinstance(module, nn.Module):
-        raise SettingError(f"setup() takes a torch.nn.Module first, got {type(module).__name__}.")
+        raise SettingTypeError(f"setup() takes a torch.nn.Module first, got {type(module).__name__}.")
     if isinstance(module, (DataParallel, DistributedDataParallel)):
-        raise SettingError(f"The module is wrapped in {type(module).__name__} already: pass the module itself.")
+        raise SettingTypeError(f"The module is wrapped in {type(module).__name__} already: pass the module itself.")
     if state_of(module) is not None:
         raise OrderError(f"This {type(module).__name__} was set up already: set a module up once.")
+    check_wrapped(module)
     for name, part in module.named_modules():
         if state_of(part) is not None:
             raise OrderError(
@@ -85,12 +88,14 @@ def check_optimizers(optimizers: Sequence[Any]) -> None:
     _refuse_twice(optimizers)
     for optimizer in optimizers:
         if isinstance(optimizer, DataLoader):
-            raise SettingError("A DataLoader was passed as an optimizer: use lite.setup_dataloaders(loader).")
+            raise SettingTypeError("A DataLoader was passed as an optimizer: use lite.setup_dataloaders(loader).")
         if isinstance(optimizer, nn.Module):
-            raise SettingError("A second module was passed as an optimizer: call lite.setup() for each module.")
+            raise SettingTypeError("A second module was passed as an optimizer: call lite.setup() for each module.")
         if not isinstance(optimizer, Optimizer):
             what = type(optimizer).__name__
-            raise SettingError(f"{what} was passed as an optimizer: pass torch optimizers; schedulers need no set-up.")
+            raise SettingTypeError(
+                f"{what} was passed as an optimizer: pass torch optimizers; schedulers need no set-up."
+            )
         if state_of(optimizer) is not None:
             raise OrderError(f"This {type(optimizer).__name__} was set up already: set an optimizer up once.")
 
@@ -114,7 +119,7 @@ def check_ownership(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
 
 
 def check_loaders(loaders: Sequence[Any]) -> None:
-    """Raise unless these are plain DataLoaders that were not set up before.
+    """Raise unless these are plain DataLoaders, or iterables of batches, that were not set up before.
 
     Raises:
         SettingError: for another type.
@@ -124,10 +129,9 @@ def check_loaders(loaders: Sequence[Any]) -> None:
         raise SettingError("setup_dataloaders() takes at least one DataLoader, got none.")
     _refuse_twice(loaders)
     for loader in loaders:
-        if not isinstance(loader, DataLoader):
-            raise SettingError(f"setup_dataloaders() takes torch DataLoaders, got {type(loader).__name__}.")
+        check_iterable(loader)
         if state_of(loader) is not None:
-            raise OrderError("This DataLoader was set up already: set a loader up once.")
+            raise OrderError(f"This {type(loader).__name__} was set up already: set a loader up once.")
 
 
 def _refuse_twice(objects: Sequence[Any]) -> None:
@@ -146,7 +150,7 @@ def check_loss(loss: Any, *, set_up: bool) -> None:
     if not set_up:
         raise OrderError("backward() before any model was set up: call lite.setup(model, optimizer) first.")
     if not isinstance(loss, Tensor):
-        raise SettingError(f"backward() takes the loss as a tensor, got {type(loss).__name__}.")
+        raise SettingTypeError(f"backward() takes the loss as a tensor, got {type(loss).__name__}.")
 
 
 def check_set_up(module: Any, call: str, hooks: Any) -> None:

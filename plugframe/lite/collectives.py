@@ -15,6 +15,7 @@ from torch import Tensor
 from plugframe.errors import CollectiveMismatchError, SettingError
 from plugframe.lite.ordered_tree import containers, walk
 from plugframe.lite.reductions import reduce_integer, reduce_tensor
+from plugframe.utils.movable import move_data
 from plugframe.utils.rank_text import ranks_text
 from plugframe.utils.tree import map_tensors
 
@@ -252,4 +253,4 @@ def on_device(data: Any, device: torch.device) -> Any:
     """Return `data` with its tensors on `device`."""
     if isinstance(data, _Unsendable):  # a collective of one rank pickles nothing
         raise data.error
-    return map_tensors(lambda tensor: tensor.to(device), data)
+    return move_data(data, device)

@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from plugframe.errors import SettingError
+from plugframe.errors import SettingTypeError
 from plugframe.launch import start
+from plugframe.lite.script_body import is_unguarded
 
 if TYPE_CHECKING:
     from plugframe.lite.lite import Lite
@@ -19,7 +20,7 @@ WRAPPED = "_plugframe_starts_ranks"
 def launch(lite: Lite, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Launch the job's ranks, if they do not run yet; see `Lite.launch`."""
     if function is not None and not callable(function):
-        raise SettingError(f"launch() takes a function, got {type(function).__name__}.")
+        raise SettingTypeError(f"launch() takes a function, got {type(function).__name__}.")
     if lite._alone():
         lite._started("launch")
         return function(lite, *args, **kwargs) if function is not None else None
@@ -46,6 +47,9 @@ def on_every_rank(run: Callable[..., Any]) -> Callable[..., Any]:
         if self._alone():
             self._started("run")
             return run(self, *args, **kwargs)
+        # A script without a guard would be imported by the ranks of a function: they run the script instead.
+        if is_unguarded() and start.runs_scripts(self._request, self._registry):
+            self.launch()
         return self.launch(_call_run, *args, **kwargs)
 
     setattr(wrapper, WRAPPED, True)

@@ -40,8 +40,10 @@ from plugframe.lite import (
     loop,
     metrics,
     plugins,
+    pretrained,
     progress,
     ranks,
+    raw_scripts,
     seeding,
     setup,
     splitting,
@@ -66,7 +68,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
-    from torch.utils.data import DataLoader
     from typing_extensions import Self, Unpack
 
     from plugframe.data.random_streams import RankStreams
@@ -85,8 +86,8 @@ if TYPE_CHECKING:
     from plugframe.lite import _names as names
     from plugframe.lite import _types as t
     from plugframe.lite.progress import Track
+    from plugframe.state.filters import Filter
     from plugframe.state.manager import CheckpointManager
-    from plugframe.state.tree import Filter
 
 
 #: Calls that a rank may make by itself.
@@ -126,18 +127,18 @@ class Lite:
 
     def __init__(
         self,
-        *,
         accelerator: names.AcceleratorName | str | AcceleratorSpec = "auto",
         strategy: names.StrategyName | str | StrategySpec | Sequence[names.StrategyName | str | StrategySpec] = "auto",
         devices: t.Devices = "auto",
         num_nodes: int = 1,
-        mesh: Mapping[str, int] | None = None,
         precision: names.PrecisionName | str | int | PrecisionSpec | None = None,
+        plugins: names.ExtensionName | Sequence[names.ExtensionName | object] | object = (),
+        *,
+        mesh: Mapping[str, int] | None = None,
         collective: names.CollectiveName | str | CollectiveSpec = "auto",
         checkpoint: names.CheckpointName | str | CheckpointSpec = "auto",
         environment: names.EnvironmentName | str | EnvironmentSpec = "auto",
         launcher: names.LauncherName | str | LauncherSpec = "auto",
-        plugins: names.ExtensionName | Sequence[names.ExtensionName | object] | object = (),
         callbacks: object = (),
         loggers: names.LoggerName | str | LoggerSpec | Sequence[names.LoggerName | str | LoggerSpec] | None = (),
         timeout_s: float | None = None,
@@ -319,6 +320,7 @@ class Lite:
             if not self._alone():
                 raise start.not_launched(self.plan, call)
             self._rank_environment.check(call, launched=self.plan.launched)
+            raw_scripts.check_process_group(self.world_size)
             # Not in a rank that plugframe has started, which notes its exit code itself.
             watch_exit = bool(session.loggers) and not os.environ.get(LAUNCHED)
             self._process_error = ProcessError(session.close, watch_exit=watch_exit)
@@ -523,6 +525,7 @@ class Lite:
         use_distributed_sampler: bool = True,
         move_to_device: bool = True,
         weigh_uneven: bool = True,
+        replace_sampler: bool | None = None,
     ) -> t.L1: ...
     @overload
     def setup_dataloaders(
@@ -534,15 +537,20 @@ class Lite:
         use_distributed_sampler: bool = True,
         move_to_device: bool = True,
         weigh_uneven: bool = True,
+        replace_sampler: bool | None = None,
     ) -> list[t.L1 | t.L2]: ...
     def setup_dataloaders(
         self,
-        *dataloaders: DataLoader[object],
+        *dataloaders: Iterable[object],
         use_distributed_sampler: bool = True,
         move_to_device: bool = True,
         weigh_uneven: bool = True,
+        replace_sampler: bool | None = None,
     ) -> object:
         """Divide the samples of loaders between the ranks, in place, and return the loaders. Every rank must call it.
+
+        Other objects that yield batches when iterated (webdataset's ``WebLoader``, ``torchdata.nodes.Loader``) are
+        divided by batches: every rank reads them all and keeps its share.
 
         The order of samples depends on the seed, the loader and the epoch alone: it is the same for any number
         of ranks. While training, all ranks take the same number of steps. While evaluating (gradients off, or
@@ -553,6 +561,7 @@ class Lite:
             move_to_device: whether batches come on this rank's device.
             weigh_uneven: whether `backward` weighs a last batch that is smaller on some ranks, so that the mean
                 over ranks stays the mean over samples; it is meant for losses that are means, see `backward`.
+            replace_sampler: early Lite's name of `use_distributed_sampler`, deprecated.
 
         Returns:
             The one that was given, or a list of them.
@@ -568,6 +577,7 @@ class Lite:
             use_distributed_sampler=use_distributed_sampler,
             move_to_device=move_to_device,
             weigh_uneven=weigh_uneven,
+            replace_sampler=replace_sampler,
         )
 
     def skip_first_batches(self, loader: t.L1, num_batches: int) -> t.L1:
@@ -1187,6 +1197,24 @@ class Lite:
             SettingError: for another type of object.
         """
         return checkpointing.state_dict(self, obj, all_ranks=all_ranks)
+
+    def save_model(self, module: nn.Module, folder: t.StrPath, *, max_shard_size: int | str = "5GB") -> None:
+        """Write a module's full weights into a folder, in Hugging Face's layout. Every rank must call it.
+
+        Under every strategy: ``model.safetensors``, or several files and ``model.safetensors.index.json``. A model with
+        ``save_pretrained`` writes the folder itself, with its configuration. It is for sharing a model: `save` writes
+        what a run resumes from.
+
+        Args:
+            module: a module that was set up.
+            max_shard_size: largest size of one file: a number of bytes, or ``"5GB"``, ``"500MB"``.
+
+        Raises:
+            SettingError: for another size, or a folder that is a file.
+            OrderError: if the module was not set up.
+            CheckpointError: on all ranks, if rank 0 cannot write.
+        """
+        pretrained.save_model(self, module, folder, max_shard_size=max_shard_size)
 
     def checkpoints(
         self,

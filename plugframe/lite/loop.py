@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from plugframe.adopt import state_of
 from plugframe.adopt.accumulation import Accumulation
 from plugframe.errors import OrderError, SettingError, UnsupportedError
-from plugframe.lite import checks, collectives
+from plugframe.lite import checks, collectives, raw_scripts
 from plugframe.lite.accumulate import sum_over_ranks
 from plugframe.lite.metrics import weight_number
 from plugframe.utils.logging import warn_caller
@@ -43,6 +43,8 @@ def backward(
     if model is None and len(lite._modules) == 1:
         model = lite._modules[0]()
     hooks, phase = lite._hooks, lite._job_state
+    if not phase.backward_called:
+        raw_scripts.check_scaled_twice(lite, tensor)
     weights, scale = phase.weights, 1.0
     handles: list[Any] = []
     accumulation = _accumulation_of(lite, model)

@@ -23,6 +23,7 @@ from plugframe.adopt import (
 from plugframe.adopt.module import checked_name
 from plugframe.adopt.settings_check import SettingsCheck
 from plugframe.data.consistency import check_consistent, check_unsharded, existing_sharding, signature
+from plugframe.data.iterables import adopt_iterable, as_loader, release_iterable
 from plugframe.data.loader import (
     adopt_loader,
     check_unread,
@@ -37,7 +38,7 @@ from plugframe.data.shuffle import Shuffle
 from plugframe.data.stream_check import check_first_window
 from plugframe.deferred.module import check_values, resuming
 from plugframe.errors import OrderError, SettingError
-from plugframe.lite import checks, loop
+from plugframe.lite import checks, lightning_module, loop, pretrained, raw_scripts
 from plugframe.lite.conversion import Before, check_conversion
 from plugframe.state.parameter_names import ParameterNames, names_of
 from plugframe.utils.logging import warn_caller
@@ -68,7 +69,7 @@ def setup(
     called = [names_of(optimizer, [module]) for optimizer in optimizers]
     setup = lite._hooks.strategy_setup_module_and_optimizers
     engine, prepared = setup(module=module, optimizers=optimizers)
-    _adopt(lite, module, engine, names)
+    _adopt(lite, module, engine, names, prepared)
     for optimizer, own in zip(prepared, called, strict=True):
         _adopt_optimizer(lite, optimizer, own)
     draw_apart(lite)
@@ -107,20 +108,31 @@ def setup_optimizers(lite: Lite, optimizers: tuple[Optimizer, ...]) -> object:
 
 def setup_dataloaders(
     lite: Lite,
-    dataloaders: tuple[DataLoader[Any], ...],
+    given: tuple[Any, ...],
     *,
     use_distributed_sampler: bool,
     move_to_device: bool,
     weigh_uneven: bool,
+    replace_sampler: bool | None,
 ) -> object:
     """Shard loaders over the ranks in place, and return them; see `Lite.setup_dataloaders`."""
-    checks.check_loaders(dataloaders)
+    if replace_sampler is not None:
+        if not use_distributed_sampler and replace_sampler:
+            raise SettingError("setup_dataloaders() takes use_distributed_sampler=, got replace_sampler= as well.")
+        warn_caller(
+            f"replace_sampler= is deprecated: write use_distributed_sampler={replace_sampler}.", deprecated=True
+        )
+        use_distributed_sampler = replace_sampler
+    checks.check_loaders(given)
+    dataloaders = [as_loader(each) for each in given]
     context = lite._started("setup_dataloaders")
     shard = lite._hooks.strategy_data_shard()
     for loader in dataloaders:
         check_unread(loader)
-    shared = list(dataloaders) if use_distributed_sampler else []
+    shared = dataloaders if use_distributed_sampler else []
     divided = [loader for loader in shared if not has_sharded_sampler(loader, *shard)]
+    for loader in shared if lite.is_global_zero and lite.world_size > 1 else ():
+        raw_scripts.tell_of_sampler(loader)
     seed = _agree(lite, divided, shared)
     _count_exchanges(lite)
     compare = _comparison(lite) if any(isinstance(d.dataset, IterableDataset) for d in shared) else None
@@ -136,15 +148,20 @@ def setup_dataloaders(
             split=use_distributed_sampler,
             weigh=weigh_uneven,
         )
-        if state.iterable is not None and compare is not None:
+        if state.iterable is not None and state.iterable.comparable and compare is not None:
             state.compare, state.iterable.compare = compare, True
         lite._loaders.add(state)
         lite._session.release_on_close(loader, _if_adopted(release_loader))
-    return dataloaders[0] if len(dataloaders) == 1 else list(dataloaders)
+    for each, loader in zip(given, dataloaders, strict=True):
+        if each is not loader:
+            adopt_iterable(each, loader)
+            lite._session.release_on_close(each, _if_adopted(release_iterable))
+    return given[0] if len(given) == 1 else list(given)
 
 
 def _prepare(lite: Lite, module: M, move_to_device: bool, call: str) -> M:
     context = lite._started(call)
+    raw_scripts.check_current_device(context)
     # A deferred module is converted and moved without values too.
     before, layout = dict(module.named_parameters(remove_duplicate=False)), Before.of(module)
     with resuming(module, context.device):
@@ -163,7 +180,7 @@ def _check_module(lite: Lite, module: nn.Module, forward_methods: Iterable[Any])
     names = (forward_methods,) if isinstance(forward_methods, str) else tuple(forward_methods)
     for name in names:
         checked_name(module, name)
-    return names
+    return (*names, *lightning_module.step_methods(module))
 
 
 def _check_modules(lite: Lite) -> None:
@@ -184,9 +201,15 @@ def _check_stray(lite: Lite, optimizers: Iterable[Optimizer], known: set[int]) -
             )
 
 
-def _adopt(lite: Lite, module: nn.Module, engine: Any, names: tuple[Any, ...]) -> None:
+def _adopt(
+    lite: Lite, module: nn.Module, engine: Any, names: tuple[Any, ...], optimizers: Sequence[Optimizer] = ()
+) -> None:
     lite._composed.check_applied(module)
-    adopt_module(module, hooks=lite._hooks, engine=engine, job=lite._job_state, forward_methods=names)
+    job, device = lite._job_state, lite.device
+    adopt_module(module, hooks=lite._hooks, engine=engine, job=job, forward_methods=names, device=device)
+    state_of(module).on_first_call = functools.partial(raw_scripts.check_autocast, lite, device.type)
+    lightning_module.connect(lite, module, optimizers)
+    pretrained.connect(lite, module)
     lite._modules[:] = [reference for reference in lite._modules if reference() is not None]
     lite._modules.append(weakref.ref(module))
     lite._session.release_on_close(module, _if_adopted(release_module))
@@ -212,6 +235,7 @@ def _adopt_optimizer(lite: Lite, optimizer: Optimizer, names: ParameterNames | N
         mean=mean,
         compare=compare,
         skip=loop.skip_vote(lite),
+        on_first_step=functools.partial(raw_scripts.check_grad_scaler, lite),
     )
     lite._session.release_on_close(optimizer, _if_adopted(release_optimizer))
 

@@ -10,13 +10,14 @@ from plugframe import __version__
 from plugframe.checkpoint.stored import materialize
 from plugframe.core.runtime.session import Session
 from plugframe.data.loaders import Loaders
-from plugframe.errors import CheckpointError, SettingError
+from plugframe.errors import CheckpointError, SettingTypeError
 from plugframe.hooks.checkpoint import SaveHandle
+from plugframe.state.filters import Filter
 from plugframe.state.module_info import module_infos
 from plugframe.state.parameter_names import ParameterNamer
 from plugframe.state.plugins import PluginStates
 from plugframe.state.run import RunState, run_state
-from plugframe.state.tree import Filter, Restore, check_rank_keys, collect
+from plugframe.state.tree import Restore, check_rank_keys, collect
 from plugframe.utils.logging import warn_caller
 
 #: The key for the state of the run besides the user's objects; see `plugframe.state.run`.
@@ -30,7 +31,7 @@ def checked_path(path: Any) -> str:
         SettingError: if it is not a path.
     """
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise SettingError(f"A checkpoint's path is a str or a Path, got {path!r}.")
+        raise SettingTypeError(f"A checkpoint's path is a str or a Path, got {path!r}.")
     return os.fspath(path)
 
 
@@ -62,7 +63,9 @@ def save(
         path, state = state, path  # torch.save's order
     target = checked_path(path)
     if not isinstance(state, Mapping):
-        raise SettingError(f"save() takes the state as a dict such as {{'model': model}}, got {type(state).__name__}.")
+        raise SettingTypeError(
+            f"save() takes the state as a dict such as {{'model': model}}, got {type(state).__name__}."
+        )
     if RUN in state:
         raise CheckpointError(f"The key {RUN!r} of the state is reserved for plugframe: choose another name.")
     provides = session.plan.choices["checkpoint"].descriptor.provides
@@ -100,7 +103,7 @@ def load(
     """Load a checkpoint into `state` and return the keys that `state` does not have. Every rank must call it."""
     target = checked_path(path)
     if state is not None and not isinstance(state, dict):
-        raise SettingError(
+        raise SettingTypeError(
             f"load() takes the state as a dict such as {{'model': model}}, got {type(state).__name__}; "
             "for a single object use load_raw()."
         )
@@ -135,7 +138,7 @@ def load_raw(session: Session, path: Any, obj: Any, *, strict: bool, namer: Para
     loaded = session.hooks.checkpoint_load(path=target, trusted=trusted, lazy=_lazy(session))
     loaded.pop(RUN, None)
     if not (hasattr(obj, "load_state_dict") and hasattr(obj, "state_dict")):
-        raise SettingError(f"load_raw() takes an object with load_state_dict(), got {type(obj).__name__}.")
+        raise SettingTypeError(f"load_raw() takes an object with load_state_dict(), got {type(obj).__name__}.")
     restore = Restore(session.hooks, path=target, strict=strict, namer=namer)
     restore.into({"object": obj}, {"object": loaded})
     restore.apply()

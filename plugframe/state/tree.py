@@ -22,16 +22,16 @@ from plugframe.data.stateful import is_stateful
 from plugframe.errors import (
     CheckpointCorruptError,
     CheckpointError,
+    CheckpointKeyError,
     CheckpointMismatchError,
     names_text,
     printable_cause,
 )
+from plugframe.state.filters import Filter, apply_filters, check_filters
 from plugframe.state.key_matching import contradictions, fill_tied, match
 from plugframe.state.optimizer import is_optimizer_state, match_setting_types, shape_mismatches
 from plugframe.state.parameter_names import ParameterNamer, differences, renamed, to_names, to_numbers
 from plugframe.state.subclasses import is_subclass_entry, rebuilt_state, subclass_mismatch, take_subclasses
-
-Filter = Callable[[str, Any], bool]
 
 
 def collect(
@@ -50,11 +50,9 @@ def collect(
         naming: gives the names of an optimizer's parameters.
         filters: for a key of `state`, selects the entries to save: ``f(name, value) -> bool``.
     """
+    check_filters(filters, state)
     tree = {key: _collect(value, hooks, sharded, namer) for key, value in state.items()}
-    for key, keep in (filters or {}).items():
-        if key not in tree or not isinstance(tree[key], Mapping):
-            raise CheckpointError(f"filter names {key!r}, which is not an object in the state: {', '.join(state)}.")
-        tree[key] = {name: value for name, value in tree[key].items() if keep(name, value)}
+    apply_filters(tree, filters or {})
     return tree
 
 
@@ -146,6 +144,7 @@ class Restore:
         self.path = path
         self.strict = strict
         self.problems: list[str] = []
+        self._lacks_keys = False
         #: Problems that only `strict` refuses.
         self.ignored: list[str] = []
         self._objects: list[tuple[str, Any, Any]] = []
@@ -160,6 +159,7 @@ class Restore:
         if missing:
             others = ", ".join(repr(key) for key in loaded if key not in state)
             instead = f" (there {'are' if ',' in others else 'is'} {others})" if others else ""
+            self._lacks_keys = self.strict
             self._strictly(f"missing: {', '.join(map(repr, missing))}{instead}")
         for key in state:
             if key in loaded:
@@ -295,11 +295,11 @@ class Restore:
         Raises:
             CheckpointMismatchError: listing every problem; nothing was written, on no rank.
         """
-        found = self._first_rank_with(self.problems or None)
+        found = self._first_rank_with([self._lacks_keys, self.problems] if self.problems else None)
         if found is not None:
-            rank, problems = found
+            rank, (lacks_keys, problems) = found
             where = "" if self.problems else f" on rank {rank}"
-            raise CheckpointMismatchError(
+            raise (CheckpointKeyError if lacks_keys else CheckpointMismatchError)(
                 f"{self.path} does not fit the objects it is loaded into{where}; nothing was changed. "
                 + "; ".join(self.problems or problems)
             )

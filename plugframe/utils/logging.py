@@ -23,13 +23,18 @@ def tell(message: str, *, warn: bool = False) -> None:
         print(f"plugframe: {message}", file=sys.stderr)
 
 
-def warn_caller(message: str) -> None:
-    """Warn at the line of the user's code that led here, skipping frames of hooks and wrappers."""
+def warn_caller(message: str, *, deprecated: bool = False) -> None:
+    """Warn at the line of the user's code that led here, skipping frames of hooks and wrappers.
+
+    Args:
+        deprecated: whether the code uses a deprecated name, which Python shows in scripts and tests only.
+    """
     level, frame = 2, sys._getframe(1)
     skipped = own_packages().union(_SKIPPED_PACKAGES)
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in skipped:
         level, frame = level + 1, frame.f_back
-    warnings.warn(printable(message), PlugframeWarning, stacklevel=level)
+    category = DeprecationWarning if deprecated else PlugframeWarning
+    warnings.warn(printable(message), category, stacklevel=level)
 
 
 def failing() -> bool:

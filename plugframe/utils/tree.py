@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
+LeafType = type | tuple[type, ...]
+
 
 def map_tensors(fn: Callable[[Tensor], Any], data: Any) -> Any:
     """Return `data` with ``fn(tensor)`` in place of every tensor; `data` itself where nothing changed.
@@ -19,7 +21,7 @@ def map_tensors(fn: Callable[[Tensor], Any], data: Any) -> Any:
     return map_leaves(fn, data, Tensor)
 
 
-def map_leaves(fn: Callable[[Any], Any], data: Any, leaf_type: type) -> Any:
+def map_leaves(fn: Callable[[Any], Any], data: Any, leaf_type: LeafType) -> Any:
     """Return `data` with ``fn(leaf)`` in place of each instance of `leaf_type`; `data` itself where nothing changed."""
     if isinstance(data, leaf_type):
         return fn(data)
@@ -40,7 +42,7 @@ def _same(new: Any, old: Any) -> bool:
     return all(a is b for a, b in zip(new, old, strict=True))
 
 
-def _map_mapping(fn: Callable[[Any], Any], data: Mapping[Any, Any], leaf_type: type) -> Any:
+def _map_mapping(fn: Callable[[Any], Any], data: Mapping[Any, Any], leaf_type: LeafType) -> Any:
     values = {key: map_leaves(fn, value, leaf_type) for key, value in data.items()}
     if _same(values.values(), data.values()):
         return data
@@ -53,7 +55,7 @@ def _map_mapping(fn: Callable[[Any], Any], data: Mapping[Any, Any], leaf_type: t
     return result
 
 
-def _map_dataclass(fn: Callable[[Any], Any], data: Any, leaf_type: type) -> Any:
+def _map_dataclass(fn: Callable[[Any], Any], data: Any, leaf_type: LeafType) -> Any:
     names = [field.name for field in dataclasses.fields(data)]
     old = [getattr(data, name) for name in names]
     new = [map_leaves(fn, value, leaf_type) for value in old]

@@ -17,7 +17,7 @@ from plugframe import Lite, seed_everything
 
 def settings() -> None:
     Lite(accelerator=3)  # type: ignore[arg-type]
-    Lite("cuda")  # type: ignore[call-arg]
+    Lite("cuda", "ddp", 2, 1, 16, (), {"data": 2})  # type: ignore[call-arg]
     Lite(strategy=None)  # type: ignore[arg-type]
     Lite(stratgy="ddp")  # type: ignore[call-arg]
     Lite(devices=1.5)  # type: ignore[arg-type]

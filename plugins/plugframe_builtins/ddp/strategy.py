@@ -55,6 +55,7 @@ class DDP(Strategy):
         powersgd: arguments of torch's ``PowerSGDState``, such as ``{"matrix_approximation_rank": 4}``. Its
             state is not checkpointed.
         sync_batchnorm: normalise over the batches of all ranks; on accelerators only.
+        process_group: the group of all ranks to exchange gradients in, made by the script.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class DDP(Strategy):
         gradient_compression: str | None = None,
         powersgd: Mapping[str, Any] | None = None,
         sync_batchnorm: bool = False,
+        process_group: Any = None,
     ) -> None:
         plugin.validate(
             self,
@@ -82,6 +84,8 @@ class DDP(Strategy):
             sync_batchnorm=sync_batchnorm,
         )
         check_compression(gradient_compression, powersgd)
+        if process_group is not None and timeout_s is not None:
+            raise SettingError("DDP() takes one of process_group= and timeout_s=, got both: a group has its timeout.")
         self._of_buckets = {
             "gradient_as_bucket_view": gradient_as_bucket_view or None,
             "bucket_cap_mb": bucket_cap_mb,
@@ -89,6 +93,7 @@ class DDP(Strategy):
             "timeout_s": timeout_s,
             "gradient_compression": gradient_compression,
             "sync_batchnorm": sync_batchnorm or None,
+            "process_group": process_group,
         }
         self.broadcast_buffers = broadcast_buffers
         self.timeout_s = timeout_s
@@ -102,6 +107,7 @@ class DDP(Strategy):
         self._registrations = Registrations()
         self._backward = Backward()
         self._group: Any = None
+        self._given_group = process_group
         self._undo = ExitStack()
 
     @hookimpl
@@ -128,6 +134,9 @@ class DDP(Strategy):
         if self.timeout_s is not None:
             self._group = dist.new_group(timeout=timedelta(seconds=self.timeout_s))
             self._undo.callback(_destroy, self._group)
+        elif self._given_group is not None:
+            _check_all_ranks(self._given_group, world.world_size)
+            self._group = self._given_group
 
     @hookimpl
     def strategy_compose(self) -> Strategy:
@@ -248,6 +257,20 @@ def _check_parameters(module: nn.Module) -> None:
                 f"Parameter {name!r} is on the meta device, and strategy 'ddp' needs its values: "
                 "use lite.init_module() or module.to_empty(device=lite.device) first."
             )
+
+
+def _check_all_ranks(group: Any, num_ranks: int) -> None:
+    """Raise if gradients would be averaged over some of the ranks.
+
+    Raises:
+        UnsupportedError: saying how many the group has.
+    """
+    found = dist.get_world_size(group)
+    if found != num_ranks:
+        raise UnsupportedError(
+            f"process_group= of strategy 'ddp' has {max(found, 0)} of the job's {num_ranks} ranks, and replicas of the "
+            "others would differ: pass a group of all ranks, or start a job for each group."
+        )
 
 
 def _destroy(group: Any) -> None:

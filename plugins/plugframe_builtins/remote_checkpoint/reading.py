@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from plugframe.checkpoint import Contents, join
-from plugframe.errors import CheckpointCorruptError, CheckpointError
+from plugframe.errors import CheckpointCorruptError, CheckpointNotFoundError
 from plugframe_builtins._shared.checkpoint_files import sharded_format
 from plugframe_builtins._shared.checkpoint_files.files import Files
 from plugframe_builtins._shared.checkpoint_files.index import Index
@@ -93,7 +93,7 @@ def find(folder: RemoteFolder) -> Index:
         manifest = read_manifest(folder)
         names = folder.sizes() if manifest is None else {}
         if manifest is None and not names:
-            raise CheckpointError(f"{folder.url} does not exist.")
+            raise CheckpointNotFoundError(f"{folder.url} does not exist.")
         found = sharded_format.unpack(folder.url.rstrip("/"), manifest, lambda: names or folder.sizes())
     return replace(found, path=folder.url)
 

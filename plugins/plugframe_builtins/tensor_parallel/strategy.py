@@ -67,7 +67,11 @@ class TensorParallel(FullyShardedStrategy):
 
     @property
     def _data_mesh(self) -> DeviceMesh:
-        return super()._data_mesh["data"]
+        return self._job_mesh[self.axes[0]]
+
+    @property
+    def _job_mesh(self) -> DeviceMesh:
+        return super()._data_mesh
 
     def _reshards_after_forward(self) -> bool | int | None:
         """Reshard the outermost unit too: a gathered parameter is a torch DTensor here, not a plain tensor.
@@ -77,7 +81,7 @@ class TensorParallel(FullyShardedStrategy):
         return True if self.reshard_after_forward is None else self.reshard_after_forward
 
     def _parallelize(self, module: nn.Module) -> None:
-        split(module, super()._data_mesh["tensor"], self.plan, self.parallelize)
+        split(module, self._job_mesh[self.axes[1]], self.plan, self.parallelize)
 
     @hookimpl
     def strategy_compose(self) -> Split:

@@ -18,7 +18,13 @@ from plugframe.checkpoint import (
     pack_error,
     printable_cause,
 )
-from plugframe.errors import CheckpointCorruptError, CheckpointError, CheckpointURLError, closest
+from plugframe.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointURLError,
+    closest,
+)
 from plugframe.hooks.context import Context
 from plugframe_builtins._shared.checkpoint_files import foreign, sharded_format, single_file_reader
 from plugframe_builtins._shared.checkpoint_files.files import Files
@@ -185,5 +191,5 @@ def _check_present(path: str) -> None:
         raise CheckpointURLError(f"{path} is a URL: this checkpoint format keeps to paths of the file system.")
     above, name = os.path.split(path)
     if not os.path.isdir(above or "."):
-        raise CheckpointError(f"{path} does not exist, nor does the folder {above}.")
-    raise CheckpointError(f"{path} does not exist.{closest(name, os.listdir(above or '.'))}")
+        raise CheckpointNotFoundError(f"{path} does not exist, nor does the folder {above}.")
+    raise CheckpointNotFoundError(f"{path} does not exist.{closest(name, os.listdir(above or '.'))}")

@@ -27,6 +27,23 @@ def recompute(blocks: Iterable[nn.Module]) -> Callable[[], None]:
     return undo
 
 
+def without_cache(module: nn.Module) -> Callable[[], None]:
+    """Turn ``use_cache`` of a Hugging Face model off; return a function that undoes it.
+
+    A block that is recomputed would add its keys and values to the cache twice. ``generate`` turns the cache on by
+    itself, where nothing is recomputed.
+    """
+    config: Any = getattr(module, "config", None)
+    if getattr(config, "use_cache", None) is not True:
+        return lambda: None
+    config.use_cache = False
+
+    def undo() -> None:
+        config.use_cache = True
+
+    return undo
+
+
 def _recomputing(plain: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(plain.forward, self, *args, use_reentrant=False, **kwargs)

@@ -22,7 +22,7 @@ from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe.hooks.option import validate_options
 from plugframe.utils.logging import warn_caller
-from plugframe_builtins._shared.fully_shard.activation_checkpointing import recompute
+from plugframe_builtins._shared.fully_shard.activation_checkpointing import recompute, without_cache
 from plugframe_builtins._shared.fully_shard.added_parameters import AddedParameters
 from plugframe_builtins._shared.fully_shard.engine import Engine, Shim, show_outputs
 from plugframe_builtins._shared.fully_shard.partners import partners_parameters, with_partners, without_partners
@@ -214,6 +214,7 @@ class FullyShardedStrategy(Strategy):
                     "classes of its blocks."
                 )
             self._undo.callback(recompute(blocks))
+            self._undo.callback(without_cache(module))
         if self.compile is not False:
             for unit in units:
                 unit.compile(**({} if self.compile is True else self.compile))
