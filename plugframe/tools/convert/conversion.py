@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import libcst as cst
@@ -9,8 +10,6 @@ import libcst as cst
 from plugframe.tools.convert.edits import Edits
 from plugframe.tools.convert.roles import LITE, LOADER, MODEL, OPTIMIZER, Roles, assignments
 from plugframe.tools.convert.script import Scope, Script, code, dotted, method
-
-_LOSSES = ("Loss",)
 
 
 @dataclass(eq=False)
@@ -123,7 +122,8 @@ class Conversion:
             return "size"
         if isinstance(node, cst.Name):
             values = [value for target, value, _ in assignments(scope) if target == node.value]
-            kinds = {self.reduction(value, scope, depth + 1) for value in values if node.value not in code(value)}
+            own = re.compile(rf"\b{re.escape(node.value)}\b")
+            kinds = {self.reduction(value, scope, depth + 1) for value in values if not own.search(code(value))}
             return kinds.pop() if len(kinds) == 1 else ""
         return ""
 
@@ -154,6 +154,10 @@ class Conversion:
             return (
                 "size" if name == "len" else self.reduction(node.args[0].value, scope, depth + 1) if node.args else ""
             )
+        function = self.called(node)
+        if function is not None:
+            returned = [each.value for each in function.all(cst.Return) if each.value is not None]
+            return self._returned(returned[0], function, depth) if len(returned) == 1 else ""
         inner = method(node)
         if inner is not None:
             if inner[1] in ("item", "detach", "cpu", "float", "double", "clone"):
@@ -163,6 +167,32 @@ class Conversion:
             if inner[1] in ("size", "numel"):
                 return "size"
         return self._criterion(node.func, scope)
+
+    def called(self, node: cst.Call) -> Scope | None:
+        """Return the function or method of the file that a call runs."""
+        inner = method(node)
+        if inner is None:
+            return self.script.functions.get(dotted(node.func))
+        if dotted(inner[0]) != "self":
+            return None
+        found = [scope for scope in self.script.scopes if scope.owner is not None and scope.name == inner[1]]
+        return found[0] if len(found) == 1 else None
+
+    def _returned(self, value: cst.BaseExpression, scope: Scope, depth: int) -> str:
+        """Return what a function that is called for each batch returns; a loss is a mean."""
+        kind = self.reduction(value, scope, depth + 1)
+        return kind or ("mean" if self.is_loss(base(value), scope) else "")
+
+    def is_loss(self, name: str, scope: Scope) -> bool:
+        """Return whether gradients of a variable are computed in a scope."""
+        word = re.compile(rf"\b{re.escape(name)}\b")
+        for call in scope.all(cst.Call) if name else ():
+            found = method(call)
+            if found is None or found[1] != "backward":
+                continue
+            if word.search(code(found[0])) or (call.args and dotted(call.args[0].value) == name):
+                return True
+        return False
 
     def _criterion(self, function: cst.BaseExpression, scope: Scope) -> str:
         """Return the reduction of a loss object such as ``nn.CrossEntropyLoss()``."""
@@ -183,3 +213,13 @@ class Conversion:
                 if 0 <= index < len(call.args):
                     return self._criterion(call.args[index].value, where) if where is not scope else ""
         return ""
+
+
+def base(node: cst.CSTNode) -> str:
+    """Return the variable of ``loss.item()``, ``float(loss)`` and the like."""
+    found = method(node)
+    if found is not None and found[1] in ("item", "detach", "cpu"):
+        return base(found[0])
+    if isinstance(node, cst.Call) and dotted(node.func) == "float" and node.args:
+        return base(node.args[0].value)
+    return node.value if isinstance(node, cst.Name) else ""

@@ -71,7 +71,8 @@ def _is_state(c: Conversion, node: cst.Call, scope: Scope) -> bool:
             return True
         found = method(each)
         if found is not None and found[1] == "load_state_dict" and isinstance(each, cst.Call):
-            return any(dotted(value.value) == name for value in each.args)
+            if any(dotted(value.value) == name for value in each.args):
+                return True
     return False
 
 

@@ -6,7 +6,7 @@ import re
 
 import libcst as cst
 
-from plugframe.tools.convert.conversion import Conversion
+from plugframe.tools.convert.conversion import Conversion, base
 from plugframe.tools.convert.edits import expression
 from plugframe.tools.convert.roles import assignments
 from plugframe.tools.convert.script import Scope, code, dotted, method
@@ -32,13 +32,13 @@ def convert(c: Conversion) -> None:
 def _added(c: Conversion, node: cst.AugAssign, loop: cst.For, scope: Scope) -> None:
     name, lite = dotted(node.target), c.lite
     kind = c.reduction(node.value, scope)
-    if kind == "number" or _is_loss(c, name, scope) or not _is_of_batch(c, node.value, loop, scope):
+    if kind == "number" or c.is_loss(name, scope) or not _is_of_batch(c, node.value, loop, scope):
         return
     if kind not in ("sum", "size", "mean") or not isinstance(node.target, cst.Name):
         c.edits.check(node, f"{name or 'this'} is of this rank's samples only: reduce it with {lite}.all_reduce().")
         return
     trains = _trains(c, loop)
-    number = _NUMBER.search(code(node.value)) is not None
+    number = _is_number(c, node.value)
     if not number and trains and kind != "size" and "detach" not in code(node.value):
         c.edits.check(node, f"{name} is of this rank's samples only: reduce it with {lite}.all_reduce().")
         return
@@ -57,6 +57,18 @@ def _added(c: Conversion, node: cst.AugAssign, loop: cst.For, scope: Scope) -> N
     c.edits.insert_after(loop, f"{name} = {lite}.all_reduce({name}{operand}){item}")
 
 
+def _is_number(c: Conversion, node: cst.BaseExpression) -> bool:
+    """Return whether a value is a number of Python, not a tensor."""
+    if _NUMBER.search(code(node)):
+        return True
+    if isinstance(node, cst.Name):
+        values = [value for target, value, _ in assignments(c.script.scope_of[node]) if target == node.value]
+        return bool(values) and all(_NUMBER.search(code(value)) for value in values)
+    function = c.called(node) if isinstance(node, cst.Call) else None
+    returned = [each.value for each in function.all(cst.Return)] if function is not None else []
+    return len(returned) == 1 and returned[0] is not None and _NUMBER.search(code(returned[0])) is not None
+
+
 def _atom(node: cst.BaseExpression, kind: str = "mean") -> str:
     simple = isinstance(node, cst.Name | cst.Attribute | cst.Call | cst.Subscript) or node.lpar or kind != "mean"
     return code(node) if simple else f"({code(node)})"
@@ -66,18 +78,6 @@ def _reduced(text: str, kind: str, lite: str, quote: str) -> str:
     if kind == "mean":
         return f"{lite}.all_reduce({text} * {lite}.batch_weight).item()"
     return f"{lite}.all_reduce({text}, reduce_op={quote}sum{quote}).item()"
-
-
-def _is_loss(c: Conversion, name: str, scope: Scope) -> bool:
-    """Return whether gradients of a variable are computed."""
-    return any(
-        found is not None and found[1] == "backward" and re.search(rf"\b{re.escape(name)}\b", code(found[0]))
-        for found in map(method, scope.all(cst.Call))
-    ) or any(
-        found is not None and found[1] == "backward" and call.args and dotted(call.args[0].value) == name
-        for call in scope.all(cst.Call)
-        for found in [method(call)]
-    )
 
 
 def _is_of_batch(c: Conversion, value: cst.CSTNode, loop: cst.For, scope: Scope) -> bool:
@@ -100,7 +100,7 @@ def _trains(c: Conversion, loop: cst.For) -> bool:
             found = method(call)
             if found is not None and found[1] in ("backward", "step"):
                 return True
-            scope = c.script.functions.get(dotted(call.func))
+            scope = c.called(call)
             if scope is not None and depth < 4 and has_backward(scope.node, depth + 1):
                 return True
         return False
@@ -159,34 +159,24 @@ def _appended(c: Conversion, call: cst.Call, scope: Scope) -> None:
     value = call.args[0].value
     if loop is None or not _is_of_batch(c, value, loop, scope):
         return
-    kind = c.reduction(value, scope) or ("mean" if _is_loss(c, _base(value), scope) else "")
-    if kind in ("mean", "sum", "size") and _trains(c, loop) and _NUMBER.search(code(value)):
+    kind = c.reduction(value, scope) or ("mean" if c.is_loss(base(value), scope) else "")
+    if kind in ("mean", "sum", "size") and _trains(c, loop) and _is_number(c, value):
         c.edits.replace(value, lambda updated: expression(_reduced(_atom(updated, kind), kind, c.lite, '"')))
     else:
         name = dotted(call.func).rpartition(".")[0]
         c.edits.check(call, f"{name or 'this list'} is of this rank's samples only: see {c.lite}.gather_for_metrics().")
 
 
-def _base(node: cst.CSTNode) -> str:
-    """Return the variable of ``loss.item()``, ``float(loss)`` and the like."""
-    found = method(node)
-    if found is not None and found[1] in ("item", "detach", "cpu"):
-        return _base(found[0])
-    if isinstance(node, cst.Call) and dotted(node.func) == "float" and node.args:
-        return _base(node.args[0].value)
-    return node.value if isinstance(node, cst.Name) else ""
-
-
 def _printed(c: Conversion, call: cst.Call, scope: Scope) -> None:
     """Reduce the losses of a batch that are printed."""
     for each in _printed_values(call):
-        name = _base(each)
+        name = base(each)
         if not name or not _is_batch_value(c, name, scope):
             continue
         value = each
         if isinstance(each, cst.Name):
             value = _number_of(c, each, scope) or each
-        kind = c.reduction(value, scope) or ("mean" if _is_loss(c, name, scope) else "")
+        kind = c.reduction(value, scope) or ("mean" if c.is_loss(name, scope) else "")
         if kind not in ("mean", "sum") or value in c.edits.replaced:
             continue
         quote = "'" if _quoted_by(c, value).startswith(('"', 'f"', 'F"')) else '"'
@@ -202,14 +192,14 @@ def _number_of(c: Conversion, node: cst.Name, scope: Scope) -> cst.BaseExpressio
         for target, value, place in assignments(scope)
         if target == node.value and c.script.is_before(place, node)
     ]
-    return before[-1] if before and _base(before[-1]) and not isinstance(before[-1], cst.Name) else None
+    return before[-1] if before and base(before[-1]) and not isinstance(before[-1], cst.Name) else None
 
 
 def _printed_values(node: cst.CSTNode) -> list[cst.BaseExpression]:
     """Return the outermost ``x.item()``, ``float(x)``, and names with a format, in what is printed."""
     if isinstance(node, cst.FormattedStringExpression) and isinstance(node.expression, cst.Name):
         return [node.expression] if node.format_spec is not None else []
-    if isinstance(node, cst.Call) and _base(node) and not isinstance(node, cst.Name):
+    if isinstance(node, cst.Call) and base(node) and not isinstance(node, cst.Name):
         return [node] if _NUMBER.search(code(node)) else []
     return [each for child in node.children for each in _printed_values(child)]
 
@@ -225,7 +215,7 @@ def _is_batch_value(c: Conversion, name: str, scope: Scope) -> bool:
         bool(places)
         and scope.parent is not None
         and any(c.loader_loop(call) is not None for call, _ in c.script.calls_of(scope))
-        and all(_is_loss(c, name, scope) for _ in places)
+        and all(c.is_loss(name, scope) for _ in places)
     )
 
 
