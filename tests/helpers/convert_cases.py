@@ -8,6 +8,7 @@ import os
 import random
 import re
 import sys
+import tempfile
 import traceback
 import types
 import warnings
@@ -59,8 +60,8 @@ def cases() -> list[Case]:
     return found
 
 
-def run(text: str, name: str) -> str:
-    """Run a script in this process as ``__main__``; return what it printed."""
+def run(text: str, name: str, folder: Path) -> str:
+    """Run a script in this process as ``__main__``, its files in `folder`; return what it printed."""
     out = io.StringIO()
     module = types.ModuleType("__main__")
     module.__dict__["__file__"] = name
@@ -69,6 +70,7 @@ def run(text: str, name: str) -> str:
     random.seed(0)
     torch.manual_seed(0)
     made: list[Lite] = []
+    tempfile.tempdir, temporary = str(folder), tempfile.tempdir
     try:
         with contextlib.redirect_stdout(out), _arguments(name), _tracked(made), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -78,6 +80,7 @@ def run(text: str, name: str) -> str:
             lite.teardown()
         if dist.is_initialized():
             dist.destroy_process_group()
+        tempfile.tempdir = temporary
         sys.modules["__main__"] = before
     return out.getvalue()
 
@@ -102,20 +105,19 @@ def _tracked(made: list[Lite]) -> Iterator[None]:
         plugframe.Lite, mp.spawn = before, spawned  # type: ignore[misc]
 
 
-def run_before(case: Case) -> str:
+def run_before(case: Case, folder: Path) -> str:
     """Run a script as it is, on one rank."""
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    with environment({**variables, "CORPUS_RUN": "before"}):
-        return run(case.path.read_text(encoding="utf-8"), str(case.path))
+    with environment(variables):
+        return run(case.path.read_text(encoding="utf-8"), str(case.path), folder)
 
 
-def run_all(world: World, scripts: list[tuple[str, str]]) -> list[str]:
+def run_all(world: World, scripts: list[tuple[str, str]], folder: str) -> list[str]:
     """Run converted scripts one after the other on this rank; return what each printed, or its traceback."""
     outputs: list[str] = []
     for name, text in scripts:
-        os.environ["CORPUS_RUN"] = f"ranks{world.world_size}"
         try:
-            outputs.append(run(text, name))
+            outputs.append(run(text, name, Path(folder)))
         except BaseException:  # noqa: BLE001 - the test shows whatever it is, and the ranks are out of step
             outputs.append(f"failed\n{traceback.format_exc()}")
             break

@@ -43,6 +43,8 @@ def convert(c: Conversion) -> None:
             c.edits.replace(node, f"{c.lite}.{ATTRIBUTES[rank_variable(node, c.script)]}")
         elif _sets_epoch(c, node, scope):
             c.edits.remove(node)
+        elif c.distributed and _is_no_sync(c, node, scope):
+            c.edits.replace(node, lambda updated: call(f"{c.lite}.no_backward_sync", updated.func.value))
     for node, scope in c.script.all(cst.Assign):
         if c.distributed and any(f'os.environ["{key}"]' in code(node).replace("'", '"') for key in _MASTER):
             c.edits.remove(node)
@@ -114,6 +116,11 @@ def _sets_epoch(c: Conversion, node: cst.Call, scope: Scope) -> bool:
     return c.roles.of(found[0], scope) == SAMPLER or dotted(found[0]).endswith(".sampler")
 
 
+def _is_no_sync(c: Conversion, node: cst.Call, scope: Scope) -> bool:
+    found = method(node)
+    return found is not None and found[1] == "no_sync" and c.roles.of(found[0], scope) == MODEL
+
+
 def _modules(c: Conversion) -> None:
     """Replace ``model.module`` by ``model``."""
     for node, scope in c.script.all(cst.Attribute):
@@ -128,9 +135,9 @@ def _sampler(c: Conversion, node: cst.Assign, scope: Scope) -> None:
     for each in c.script.top.nodes if scope.parent is None else scope.nodes:
         if dotted(each) != name or each is node.targets[0].target or not isinstance(each, cst.Name | cst.Attribute):
             continue
-        parent = c.script.parents[each]
-        used_by_loader = (
-            isinstance(parent, cst.Arg) and parent.keyword is not None and parent.keyword.value == "sampler"
+        used_by_loader = any(
+            isinstance(outer, cst.Call) and c.script.qualified(outer.func).endswith("DataLoader")
+            for outer in c.script.ancestors(each)
         )
         statement = c.script.statement(each)
         sets_epoch = isinstance(statement, cst.SimpleStatementLine) and ".set_epoch(" in code(statement)
@@ -179,15 +186,15 @@ def _sampler_of_loader(c: Conversion, node: cst.Call, scope: Scope) -> None:
         )
 
     def change(updated: cst.Call) -> cst.Call:
-        kept = []
+        kept: list[cst.Arg] = []
         for each in updated.args:
             name = each.keyword.value if each.keyword is not None else ""
             if name == "sampler":
                 kept.append(each.with_changes(keyword=cst.Name("shuffle"), value=expression(text)))
             elif name != "shuffle":
                 kept.append(each)
-        if len(kept) != len(updated.args):
-            return call(code(updated.func), *kept)
+        last = updated.args[-1]
+        kept[-1] = kept[-1].with_changes(comma=last.comma, whitespace_after_arg=last.whitespace_after_arg)
         return updated.with_changes(args=kept)
 
     c.edits.replace(node, change, uses=False)

@@ -195,7 +195,7 @@ def _prints(c: Conversion, scopes: set[Scope]) -> None:
     """Print on rank 0, where the object is at hand."""
     at_top = [node for node in c.edits.before if any("= Lite(" in text for text in c.edits.before[node])]
     for node, scope in c.script.all(cst.Call):
-        if dotted(node.func) != "print" or _outermost(scope) not in scopes:
+        if dotted(node.func) != "print" or _outermost(scope) not in scopes or _tells_rank(node):
             continue
         if (
             scope.parent is None
@@ -205,6 +205,11 @@ def _prints(c: Conversion, scopes: set[Scope]) -> None:
             continue
         name = cst.Attribute(cst.Name(c.lite), cst.Name("print"))
         c.edits.replace(node, lambda updated, name=name: updated.with_changes(func=name), uses=False)
+
+
+def _tells_rank(node: cst.Call) -> bool:
+    """Return whether every rank prints a line of its own, with its number."""
+    return any(each.value in ("rank", "global_rank", "local_rank", "get_rank") for each in _names(node))
 
 
 def add_import(module: cst.Module, name: str = "Lite") -> cst.Module:

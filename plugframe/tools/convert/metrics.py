@@ -32,6 +32,8 @@ def convert(c: Conversion) -> None:
 def _added(c: Conversion, node: cst.AugAssign, loop: cst.For, scope: Scope) -> None:
     name, lite = dotted(node.target), c.lite
     kind = c.reduction(node.value, scope)
+    if _is_reduced(c, node.value):
+        return
     if kind == "number" or c.is_loss(name, scope) or not _is_of_batch(c, node.value, loop, scope):
         return
     if kind not in ("sum", "size", "mean") or not isinstance(node.target, cst.Name):
@@ -39,7 +41,7 @@ def _added(c: Conversion, node: cst.AugAssign, loop: cst.For, scope: Scope) -> N
         return
     trains = _trains(c, loop)
     number = _is_number(c, node.value)
-    if not number and trains and kind != "size" and "detach" not in code(node.value):
+    if not number and trains and kind != "size" and not re.search(r"detach|==|\.eq\(", code(node.value)):
         c.edits.check(node, f"{name} is of this rank's samples only: reduce it with {lite}.all_reduce().")
         return
     operation = "mean" if kind == "mean" else "sum"
@@ -67,6 +69,15 @@ def _is_number(c: Conversion, node: cst.BaseExpression) -> bool:
     function = c.called(node) if isinstance(node, cst.Call) else None
     returned = [each.value for each in function.all(cst.Return)] if function is not None else []
     return len(returned) == 1 and returned[0] is not None and _NUMBER.search(code(returned[0])) is not None
+
+
+def _is_reduced(c: Conversion, node: cst.CSTNode) -> bool:
+    """Return whether a value comes from a function of the file that reduces over ranks by itself."""
+    for call in _calls(node):
+        function = c.called(call)
+        if function is not None and any(dotted(each.func).endswith("all_reduce") for each in function.all(cst.Call)):
+            return True
+    return False
 
 
 def _atom(node: cst.BaseExpression, kind: str = "mean") -> str:
@@ -157,7 +168,7 @@ def _loop_around(c: Conversion, node: cst.CSTNode) -> cst.CSTNode | None:
 def _appended(c: Conversion, call: cst.Call, scope: Scope) -> None:
     loop = c.loader_loop(call)
     value = call.args[0].value
-    if loop is None or not _is_of_batch(c, value, loop, scope):
+    if loop is None or not _is_of_batch(c, value, loop, scope) or _is_reduced(c, value):
         return
     kind = c.reduction(value, scope) or ("mean" if c.is_loss(base(value), scope) else "")
     if kind in ("mean", "sum", "size") and _trains(c, loop) and _is_number(c, value):

@@ -95,27 +95,36 @@ def _is_rank(c: Conversion, node: cst.BaseExpression, scope: Scope) -> bool:
     return last in ("rank", "local_rank", "global_rank")
 
 
-def _on_every_rank(c: Conversion, node: cst.CSTNode, scope: Scope) -> str:
+def _on_every_rank(c: Conversion, node: cst.CSTNode, scope: Scope, depth: int = 0) -> str:
     """Return ``"print"`` or ``"collective"`` if a statement belongs on every rank, else ``""``."""
     kinds = ""
     for call in _calls(node):
         found = method(call)
         if found is not None and c.is_lite(found[0], scope) and found[1] in _EVERYWHERE:
             kinds = "collective" if found[1] != "print" else kinds or "print"
-    if kinds == "print" and not (isinstance(node, cst.SimpleStatementLine) and isinstance(node.body[0], cst.Expr)):
+        function = c.called(call)
+        if function is not None and depth < 4 and _on_every_rank(c, function.node, function, depth + 1) == "collective":
+            kinds = "collective"
+    if kinds == "print" and not depth and not _is_expression(node):
         return ""
     return kinds
 
 
+def _is_expression(node: cst.CSTNode) -> bool:
+    return isinstance(node, cst.SimpleStatementLine) and isinstance(node.body[0], cst.Expr)
+
+
 def _groups(c: Conversion, body: Sequence[cst.BaseStatement], scope: Scope) -> list[tuple[str, list[int]]]:
-    """Group the statements of a block by whether rank 0 alone runs them; what the others use is set on all."""
+    """Group the statements of a block by whether rank 0 alone runs them; variables are set on all."""
     kinds = ["all" if _on_every_rank(c, each, scope) else "zero" for each in body]
     needed: set[str] = set()
     for index in reversed(range(len(body))):
         statement = body[index]
-        if kinds[index] == "zero" and isinstance(statement, cst.SimpleStatementLine):
+        if kinds[index] == "zero" and "all" in kinds and isinstance(statement, cst.SimpleStatementLine):
             small = statement.body[0]
-            if isinstance(small, cst.Assign) and dotted(small.targets[0].target) in needed:
+            if isinstance(small, cst.Assign) and (
+                dotted(small.targets[0].target) in needed or not _calls(small.value)
+            ):
                 kinds[index] = "all"
         if kinds[index] == "all":
             needed |= {each.value for each in _names(statement)}
@@ -130,20 +139,19 @@ def _groups(c: Conversion, body: Sequence[cst.BaseStatement], scope: Scope) -> l
 
 def _split(
     c: Conversion, node: cst.If, groups: list[tuple[str, list[int]]], rest: str
-) -> cst.FlattenSentinel[cst.BaseStatement]:
+) -> cst.BaseStatement | cst.FlattenSentinel[cst.BaseStatement]:
     pieces: list[cst.BaseStatement] = []
     body = list(node.body.body)
     for kind, indices in groups:
         statements = [body[index] for index in indices]
-        test = rest
         if kind == "zero":
-            test = f"{c.lite}.is_global_zero" + (f" and {rest}" if rest else "")
-        if not test:
+            block = node.body.with_changes(body=statements, footer=())
+            pieces.append(cst.If(expression(f"{c.lite}.is_global_zero"), block))
+        else:
             pieces += statements  # type: ignore[arg-type]
-            continue
-        block = node.body.with_changes(body=statements, footer=())
-        pieces.append(cst.If(expression(test), block))
-    if pieces and hasattr(pieces[0], "leading_lines"):
+    if rest:
+        return node.with_changes(test=expression(rest), body=node.body.with_changes(body=pieces))
+    if hasattr(pieces[0], "leading_lines"):
         own = list(getattr(pieces[0], "leading_lines", ()))
         pieces[0] = pieces[0].with_changes(leading_lines=[*node.leading_lines, *own])
     return cst.FlattenSentinel(pieces)

@@ -8,6 +8,7 @@ import libcst as cst
 
 from plugframe.tools.convert.script import Scope, Script, argument, code, dotted, method
 
+LOADERS = "loaders"
 MODEL, OPTIMIZER, SCHEDULER, LOADER, SAMPLER, SCALER = "model", "optimizer", "scheduler", "loader", "sampler", "scaler"
 DEVICE, RANK, LOCAL_RANK, WORLD_SIZE, LITE = "device", "rank", "local_rank", "world_size", "lite"
 
@@ -17,6 +18,7 @@ _SAME = ("to", "cuda", "cpu", "train", "eval", "double", "float", "half", "requi
 _OPTIMIZERS = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "LBFGS", "Lion", "Adafactor", "NAdam", "RAdam")
 _MODEL_MAKERS = ("torchvision.models.", "timm.create_model", "torch.hub.load", "segmentation_models_pytorch.")
 _VARIABLES = {"RANK": RANK, "LOCAL_RANK": LOCAL_RANK, "WORLD_SIZE": WORLD_SIZE}
+_ATTRIBUTES = {"global_rank": RANK, "local_rank": LOCAL_RANK, "world_size": WORLD_SIZE}
 _CALLS = {
     "torch.distributed.get_rank": RANK,
     "torch.distributed.get_world_size": WORLD_SIZE,
@@ -91,16 +93,28 @@ class Roles:
     def infer(self, value: cst.CSTNode, scope: Scope) -> str:
         """Return the role of the value of an expression, or ``""``."""
         if isinstance(value, cst.Name | cst.Attribute):
-            return self.of(value, scope)
+            last = dotted(value).rpartition(".")[2] if isinstance(value, cst.Attribute) else ""
+            return self.of(value, scope) or _ATTRIBUTES.get(last, "")
         if isinstance(value, cst.IfExp):
             texts = code(value)
             if "cuda" in texts and "cpu" in texts and "is_available" in texts:
                 return DEVICE
             return self.infer(value.body, scope) or self.infer(value.orelse, scope)
+        if isinstance(value, cst.Subscript):
+            return LOADER if self.infer(value.value, scope) == LOADERS else ""
+        if isinstance(value, cst.Dict | cst.DictComp | cst.List | cst.ListComp):
+            return LOADERS if self._holds_loaders(value, scope) else ""
         environment = rank_variable(value, self.script)
         if environment:
             return environment
         return self._infer_call(value, scope) if isinstance(value, cst.Call) else ""
+
+    def _holds_loaders(self, value: cst.Dict | cst.DictComp | cst.List | cst.ListComp, scope: Scope) -> bool:
+        if isinstance(value, cst.DictComp):
+            return self.infer(value.value, scope) == LOADER
+        if isinstance(value, cst.ListComp):
+            return self.infer(value.elt, scope) == LOADER
+        return bool(value.elements) and all(self.infer(each.value, scope) == LOADER for each in value.elements)
 
     def _infer_call(self, value: cst.Call, scope: Scope) -> str:
         name = self.script.qualified(value.func)
@@ -133,7 +147,7 @@ class Roles:
 
     def _returned(self, value: cst.Call) -> list[str]:
         """Return the roles of what a function of the file returns, one for each element of a tuple."""
-        scope = self.script.functions.get(dotted(value.func))
+        scope = self.script.functions.get(dotted(value.func)) or self._method_of_model(value)
         if scope is None:
             return []
         for each in scope.all(cst.Return):
@@ -145,6 +159,18 @@ class Roles:
                 return roles
         return []
 
+    def _method_of_model(self, value: cst.Call) -> Scope | None:
+        """Return the method of a model class that a call runs: ``model.configure_optimizers()``."""
+        found = method(value)
+        if found is None:
+            return None
+        scopes = [
+            scope
+            for scope in self.script.scopes
+            if scope.owner is not None and scope.owner.name.value in self.modules and scope.name == found[1]
+        ]
+        return scopes[0] if len(scopes) == 1 else None
+
     def models_of(self, value: cst.CSTNode, scope: Scope) -> list[str]:
         """Return the names of the models whose parameters an optimizer is built with."""
         found: list[str] = []
@@ -154,6 +180,11 @@ class Roles:
                 model = self._model_name(dotted(name[0]), scope)
                 if model:
                     found.append(model)
+        owner = method(value)
+        if owner is not None and self.of(owner[0], scope) == MODEL:
+            found.append(dotted(owner[0]))
+        if isinstance(value, cst.Call) and not found:
+            found += [name for each in value.args for name in self._parts(each.value, scope)]
         if isinstance(value, cst.Call) and not found:
             for each in value.args:
                 text = dotted(each.value)
@@ -164,6 +195,14 @@ class Roles:
                         if target == text:
                             found += self.models_of(inner, scope)
         return list(dict.fromkeys(found))
+
+    def _parts(self, node: cst.CSTNode, scope: Scope) -> list[str]:
+        """Return the models of the parameters that an expression names: ``[model.weight]``."""
+        if isinstance(node, cst.Attribute):
+            prefixes = dotted(node).split(".")
+            names = [".".join(prefixes[:end]) for end in range(len(prefixes) - 1, 0, -1)]
+            return [name for name in names if self.of(name, scope) == MODEL][:1]
+        return [name for child in node.children for name in self._parts(child, scope)]
 
     def _model_name(self, text: str, scope: Scope) -> str:
         """Return the variable of a model, from the name of a part of it."""

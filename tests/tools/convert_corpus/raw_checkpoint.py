@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-CHECKPOINT = os.path.join(tempfile.gettempdir(), f"checkpoint-{os.environ.get('CORPUS_RUN', 'x')}.pt")
+CHECKPOINT = os.path.join(tempfile.gettempdir(), "checkpoint.pt")
 
 
 def build():

@@ -17,7 +17,7 @@ val_loader = DataLoader(TensorDataset(x[16:], y[16:]), batch_size=8)
 model = nn.Linear(3, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.8)
 scheduler = ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
-path = os.path.join(tempfile.gettempdir(), f"best-{os.environ.get('CORPUS_RUN', 'x')}.pt")
+path = os.path.join(tempfile.gettempdir(), "best.pt")
 
 best, patience = float("inf"), 0
 for epoch in range(6):
