@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
+import json
 import random
 import re
 import sys
@@ -106,7 +106,13 @@ def _tracked(made: list[Lite]) -> Iterator[None]:
 
 
 def run_before(case: Case, folder: Path) -> str:
-    """Run a script as it is, on one rank."""
+    """Run a script as it is, on one rank; of other libraries' scripts return what was recorded.
+
+    They ran with Accelerate 1.15.0, Fabric 2.6.6 and Lite 1.8.6, on one process of a CPU.
+    """
+    recorded: dict[str, list[str]] = json.loads((FOLDER / "recorded.json").read_text(encoding="utf-8"))
+    if case.name in recorded:
+        return "\n".join(recorded[case.name])
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     with environment(variables):
         return run(case.path.read_text(encoding="utf-8"), str(case.path), folder)

@@ -14,8 +14,10 @@ from plugframe.tools.convert.rank_zero import convert as rank_zero
 from plugframe.tools.convert.roles import LITE, MODEL
 from plugframe.tools.convert.script import Scope, Script, argument, code, dotted, method
 from plugframe.tools.convert.unused import convert as without_unused
+from plugframe.tools.convert.unused import drop_imports
 
 _PRECISIONS = {"fp16": "16-mixed", "bf16": "bf16-mixed", "no": "32-true"}
+_TABLE = "{" + ", ".join(f'"{name}": "{value}"' for name, value in _PRECISIONS.items()) + "}"
 #: Arguments of ``Accelerator`` that choose nothing about the numbers.
 _IGNORED = ("log_with", "project_dir", "project_config", "gradient_accumulation_steps", "device_placement", "rng_types")
 _RENAMED = {
@@ -55,13 +57,24 @@ def convert(text: str) -> str:
             _method(c, node, found[0], found[1], scope, prepared)
         elif name.startswith("accelerate."):
             c.edits.by_hand(node, f"{name.rpartition('.')[2]} is of Accelerate, and has no counterpart.")
-    for node, scope in script.all(cst.Attribute):
-        if _is_object(c, node.value, scope):
-            _attribute(c, node, steps)
+    for attribute, scope in script.all(cst.Attribute):
+        if _is_object(c, attribute.value, scope):
+            _attribute(c, attribute, steps)
+    _class_names(c)
+    drop_imports(c.edits, script, lambda name: name == "accelerate.Accelerator" or name.endswith(".set_seed"))
     module = c.edits.apply()
     names = "Lite, seed_everything" if "seed_everything(" in module.code else "Lite"
     text = add_import(module, names).code
     return _rank_zero(without_unused(text, script))
+
+
+def _class_names(c: Conversion) -> None:
+    """Replace the class where it is not called: in annotations."""
+    for node, _ in [*c.script.all(cst.Name), *c.script.all(cst.Attribute)]:
+        parent = c.script.parents[node]
+        elsewhere = isinstance(parent, cst.Attribute | cst.ImportAlias | cst.ImportFrom | cst.Call)
+        if c.script.qualified(node) == "accelerate.Accelerator" and not elsewhere:
+            c.edits.replace(node, "Lite", uses=False)
 
 
 def _objects(c: Conversion) -> None:
@@ -93,11 +106,15 @@ def _constructor(c: Conversion, node: cst.Call) -> None:
         text = code(each.value).strip("\"'")
         if word == "mixed_precision" and text in _PRECISIONS:
             args.append(keyword("precision", f'"{_PRECISIONS[text]}"'))
-        elif word == "cpu":
+        elif word == "mixed_precision":
+            args.append(keyword("precision", f"{_TABLE}.get({code(each.value)})"))
+        elif word == "cpu" and text in ("True", "False"):
             args += [keyword("accelerator", '"cpu"')] if text == "True" else []
+        elif word == "cpu":
+            args.append(keyword("accelerator", f'"cpu" if {text} else "auto"'))
         elif word not in _IGNORED:
             c.edits.by_hand(node, f"{word or 'an argument'} of Accelerator has no counterpart in Lite.")
-    c.edits.replace(node, lambda _: call("Lite", *args))
+    c.edits.replace(node, call("Lite", *args))
 
 
 def _method(
@@ -139,8 +156,12 @@ def _clip(c: Conversion, node: cst.Call, lite: str, name: str, scope: Scope) -> 
         c.edits.by_hand(node, f"{lite}.clip_gradients(model, optimizer, max_norm=...).")
         return
     word = "max_norm" if name.endswith("norm_") else "clip_val"
-    args = [expression(model), expression(optimizers[0]), keyword(word, code(value))]
-    c.edits.replace(node, lambda _: call(f"{lite}.clip_gradients", *args))
+    args: list[cst.BaseExpression | cst.Arg] = [
+        expression(model),
+        expression(optimizers[0]),
+        keyword(word, code(value)),
+    ]
+    c.edits.replace(node, call(f"{lite}.clip_gradients", *args))
 
 
 def _reduce(c: Conversion, node: cst.Call, lite: str) -> None:

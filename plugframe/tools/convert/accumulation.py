@@ -21,12 +21,11 @@ def convert(c: Conversion, steps: str) -> None:
         found = _accumulates(c, node, scope)
         if found is None:
             continue
+        lite = code(found.func.value) if isinstance(found.func, cst.Attribute) else ""
         loop = next((each for each in c.script.ancestors(node) if isinstance(each, cst.For | cst.FunctionDef)), None)
         index = _index(loop) if isinstance(loop, cst.For) else ""
         if not isinstance(loop, cst.For) or c.script.parents[node] is not loop.body:
-            c.edits.by_hand(
-                node, f"{code(found.func.value)}.no_backward_sync(model, enabled=not last), and divide the loss."
-            )  # type: ignore[attr-defined]
+            c.edits.by_hand(node, f"{lite}.no_backward_sync(model, enabled=not last), and divide the loss.")
             continue
         _write_out(c, node, found, loop, index, steps or "1")
 
@@ -50,7 +49,7 @@ def _index(loop: cst.For) -> str:
 
 
 def _write_out(c: Conversion, node: cst.With, found: cst.Call, loop: cst.For, index: str, steps: str) -> None:
-    lite = code(found.func.value)  # type: ignore[attr-defined]
+    lite = code(found.func.value) if isinstance(found.func, cst.Attribute) else ""
     loader = argument(loop.iter, "iterable", 0) if index and isinstance(loop.iter, cst.Call) else loop.iter
     assert loader is not None
     number = index or "batch_index"
@@ -60,22 +59,17 @@ def _write_out(c: Conversion, node: cst.With, found: cst.Call, loop: cst.For, in
         new = cst.parse_statement(f"for {number}, {bracketed} in enumerate({text}):\n    pass\n")
         assert isinstance(new, cst.For)
         goal, iterated = new.target, new.iter
-        c.edits.replace(loop.target, lambda _: goal)
-        c.edits.replace(loop.iter, lambda _: iterated)
+        c.edits.replace(loop.target, goal)
+        c.edits.replace(loop.iter, iterated)
     c.edits.insert_before(node, f"{LAST} = ({number} + 1) % {steps} == 0 or {number} + 1 == len({code(loader)})")
     model = code(found.args[0].value)
     context = f"{lite}.no_backward_sync({model}, enabled=not {LAST})"
-    c.edits.replace(found, lambda _: expression(context))
+    c.edits.replace(found, context)
     for each in _calls(node.body):
         name = method(each)
         if name is not None and name[1] == "backward" and each.args:
             _divide(c, each, steps)
-        elif (
-            name is not None
-            and name[1] in _STEPS
-            and c.script.parents.get(c.script.parents[c.script.parents[each]]) is node.body
-        ):
-            _only_last(c, each)
+    _only_last(c, list(node.body.body))
     for attribute in _attributes(node.body):
         if attribute.attr.value == "sync_gradients":
             c.edits.replace(attribute, LAST)
@@ -94,15 +88,25 @@ def _divide(c: Conversion, node: cst.Call, steps: str) -> None:
     c.edits.replace(node, change)
 
 
-def _only_last(c: Conversion, node: cst.Call) -> None:
-    statement = c.script.statement(node)
-    assert isinstance(statement, cst.SimpleStatementLine)
+def _only_last(c: Conversion, body: list[cst.CSTNode]) -> None:
+    """Put the calls of ``step`` and ``zero_grad`` that follow each other into one ``if``."""
+    run: list[cst.SimpleStatementLine] = []
+    for each in [*body, None]:
+        if isinstance(each, cst.SimpleStatementLine) and _steps(each):
+            run.append(each)
+            continue
+        if run:
+            inner = [one.with_changes(leading_lines=()) if one is run[0] else one for one in run]
+            block = cst.If(cst.Name(LAST), cst.IndentedBlock(inner), leading_lines=run[0].leading_lines)
+            c.edits.replace(run[0], block)
+            c.edits.removed.update(run[1:])
+        run = []
 
-    def change(updated: cst.SimpleStatementLine) -> cst.If:
-        body = cst.IndentedBlock([updated.with_changes(leading_lines=())])
-        return cst.If(cst.Name(LAST), body, leading_lines=updated.leading_lines)
 
-    c.edits.replace(statement, change)
+def _steps(node: cst.SimpleStatementLine) -> bool:
+    small = node.body[0]
+    found = method(small.value) if isinstance(small, cst.Expr) and len(node.body) == 1 else None
+    return found is not None and found[1] in _STEPS
 
 
 def _calls(node: cst.CSTNode) -> list[cst.Call]:

@@ -32,9 +32,9 @@ def convert(c: Conversion) -> None:
     for node, scope in c.script.all(cst.Call):
         name = c.script.qualified(node.func)
         if name.startswith(_DIST):
-            _call(c, node, scope, name.removeprefix(_DIST))
+            _call(c, node, name.removeprefix(_DIST))
         elif name.rpartition(".")[2] in WRAPPERS and name.startswith("torch.nn.") and node.args:
-            _wrapper(c, node, scope)
+            _wrapper(c, node)
         elif name == "torch.cuda.set_device" and c.distributed:
             c.edits.remove(node)
         elif name.endswith("DataLoader") and c.distributed:
@@ -45,17 +45,17 @@ def convert(c: Conversion) -> None:
             c.edits.remove(node)
         elif c.distributed and _is_no_sync(c, node, scope):
             c.edits.replace(node, lambda updated: call(f"{c.lite}.no_backward_sync", updated.func.value))
-    for node, scope in c.script.all(cst.Assign):
-        if c.distributed and any(f'os.environ["{key}"]' in code(node).replace("'", '"') for key in _MASTER):
-            c.edits.remove(node)
-        elif c.roles.infer(node.value, scope) == SAMPLER and c.distributed:
-            _sampler(c, node, scope)
+    for assign, scope in c.script.all(cst.Assign):
+        if c.distributed and any(f'os.environ["{key}"]' in code(assign).replace("'", '"') for key in _MASTER):
+            c.edits.remove(assign)
+        elif c.roles.infer(assign.value, scope) == SAMPLER and c.distributed:
+            _sampler(c, assign, scope)
     if c.distributed:
         _modules(c)
         _empty_functions(c)
 
 
-def _call(c: Conversion, node: cst.Call, scope: Scope, name: str) -> None:
+def _call(c: Conversion, node: cst.Call, name: str) -> None:
     lite = c.lite
     if name in _REMOVED:
         if not c.edits.remove(node):
@@ -98,10 +98,10 @@ def _collective(c: Conversion, node: cst.Call, name: str) -> None:
     parsed = cst.parse_statement(text)
     assert isinstance(parsed, cst.SimpleStatementLine)
     small = parsed.body[0]
-    c.edits.replace(c.script.parents[node], lambda _: small)
+    c.edits.replace(c.script.parents[node], small)
 
 
-def _wrapper(c: Conversion, node: cst.Call, scope: Scope) -> None:
+def _wrapper(c: Conversion, node: cst.Call) -> None:
     inner = node.args[0].value
     parent = c.script.parents[node]
     if isinstance(parent, cst.Assign) and code(parent.targets[0].target) == code(inner) and c.edits.remove(node):
@@ -234,7 +234,7 @@ def _does_nothing(node: cst.CSTNode) -> bool:
 def spawned(c: Conversion) -> bool:
     """Replace ``mp.spawn(main, args=(...), nprocs=n)`` by a call of the function on every rank."""
     done = False
-    for node, scope in c.script.all(cst.Call):
+    for node, _ in c.script.all(cst.Call):
         if c.script.qualified(node.func) not in (
             "torch.multiprocessing.spawn",
             "torch.multiprocessing.start_processes",
@@ -250,7 +250,7 @@ def spawned(c: Conversion) -> bool:
         values = [f"{c.lite}.world_size" if ranks is not None and each == code(ranks) else each for each in values]
         values = [f"{c.lite}.global_rank", *values]
         made = call(dotted(function), *(expression(each) for each in values))
-        c.edits.replace(node, lambda _, made=made: made)
+        c.edits.replace(node, made)
         c.edits.insert_before(node, f"{c.lite} = Lite()")
         c.edits.insert_before(node, f"{c.lite}.launch()")
         done = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import libcst as cst
 
@@ -34,13 +34,10 @@ class Edits:
     def __bool__(self) -> bool:
         return bool(self.replaced or self.before or self.after or self.removed)
 
-    def replace(self, node: cst.CSTNode, make: Callable[[Any], _Result] | str, *, uses: bool = True) -> None:
-        """Replace a node by what `make` returns for its updated form, or by an expression."""
-        if isinstance(make, str):
-            text = make
-            self.replaced[node].append(lambda _: expression(text))
-        else:
-            self.replaced[node].append(make)
+    def replace(self, node: cst.CSTNode, new: Callable[[Any], _Result] | _Result | str, *, uses: bool = True) -> None:
+        """Replace a node by another one, by an expression as text, or by what a function makes of its updated form."""
+        made = expression(new) if isinstance(new, str) else new
+        self.replaced[node].append(made if callable(made) else _Constant(made))
         if uses:
             self.uses.append(node)
 
@@ -79,7 +76,17 @@ class Edits:
 
     def apply(self) -> cst.Module:
         """Return the edited module."""
-        return cast(cst.Module, self._script.module.visit(_Editor(self)))
+        return self._script.module.visit(_Editor(self))
+
+
+class _Constant:
+    """Replaces whatever it is called with."""
+
+    def __init__(self, result: _Result) -> None:
+        self._result = result
+
+    def __call__(self, _: object) -> _Result:
+        return self._result
 
 
 class _Editor(cst.CSTTransformer):

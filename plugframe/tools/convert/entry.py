@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import libcst as cst
 
 from plugframe.tools.convert.conversion import Conversion
@@ -204,7 +207,11 @@ def _prints(c: Conversion, scopes: set[Scope]) -> None:
         ):
             continue
         name = cst.Attribute(cst.Name(c.lite), cst.Name("print"))
-        c.edits.replace(node, lambda updated, name=name: updated.with_changes(func=name), uses=False)
+        c.edits.replace(node, partial(_with_function, name), uses=False)
+
+
+def _with_function(function: cst.BaseExpression, node: cst.Call) -> cst.Call:
+    return node.with_changes(func=function)
 
 
 def _tells_rank(node: cst.Call) -> bool:
@@ -220,15 +227,16 @@ def add_import(module: cst.Module, name: str = "Lite") -> cst.Module:
     assert isinstance(new, cst.SimpleStatementLine)
     place = imports[-1] + 1 if imports else _after_docstring(body)
     for index in imports:
-        small = body[index].body[0]  # type: ignore[union-attr, index]
+        line = body[index]
+        small = line.body[0] if isinstance(line, cst.SimpleStatementLine) else None
         if isinstance(small, cst.ImportFrom) and dotted(small.module).startswith("torch"):
             place = index
-            new = new.with_changes(leading_lines=body[index].leading_lines)  # type: ignore[union-attr]
-            body[index] = body[index].with_changes(leading_lines=())
+            new = new.with_changes(leading_lines=line.leading_lines)
+            body[index] = line.with_changes(leading_lines=())
             break
     body.insert(place, new)
     return module.with_changes(body=body)
 
 
-def _after_docstring(body: list[cst.BaseStatement | cst.SimpleStatementLine]) -> int:
+def _after_docstring(body: Sequence[cst.CSTNode]) -> int:
     return int(bool(body) and _is_text(body[0]))

@@ -10,6 +10,7 @@ from plugframe.tools.convert.entry import add_import
 from plugframe.tools.convert.roles import LITE
 from plugframe.tools.convert.script import Scope, Script, argument, code, dotted, method
 from plugframe.tools.convert.unused import convert as without_unused
+from plugframe.tools.convert.unused import drop_imports
 
 _PACKAGES = ("lightning.", "lightning_fabric.", "pytorch_lightning.", "lightning_lite.")
 _CLASSES = ("Fabric", "LightningLite")
@@ -43,6 +44,7 @@ def convert(text: str) -> str:
                 node, f"{name.rpartition('.')[2]} is of Lightning: select what it does by name, in Lite(...)."
             )
     imported = _names(c)
+    drop_imports(c.edits, script, lambda name: _is_class(name) or _is_function(name))
     result = c.edits.apply()
     for name in imported:
         result = add_import(result, name)
@@ -51,6 +53,10 @@ def convert(text: str) -> str:
 
 def _is_class(name: str) -> bool:
     return name.startswith(_PACKAGES) and name.rpartition(".")[2] in _CLASSES
+
+
+def _is_function(name: str) -> bool:
+    return name.startswith(_PACKAGES) and name.rpartition(".")[2] in _FUNCTIONS
 
 
 def _objects(c: Conversion) -> None:
@@ -161,10 +167,12 @@ def _method(c: Conversion, node: cst.Call, name: str) -> None:
     for each in node.args:
         word = each.keyword.value if each.keyword is not None else ""
         if word in _KEYWORDS and each.keyword is not None:
-            c.edits.replace(each.keyword, lambda _, word=word: cst.Name(_KEYWORDS[word]), uses=False)
+            c.edits.replace(each.keyword, _KEYWORDS[word], uses=False)
     if name == "setup" and argument(node, "_reapply_compile") is not None:
         c.edits.replace(node, lambda updated: without(updated, "_reapply_compile"), uses=False)
     if name in ("reduce", "reduce_decision", "cast"):
         c.edits.by_hand(node, f"{name}() has no counterpart: see all_reduce().")
-    if name == "all_gather":
+    parent = c.script.parents[node]
+    reduced = isinstance(parent, cst.Attribute) and parent.attr.value in ("sum", "mean", "min", "max", "any", "all")
+    if name == "all_gather" and not reduced:
         c.edits.check(node, "the result has a dimension of ranks in front, on one rank too.")

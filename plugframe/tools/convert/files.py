@@ -70,11 +70,14 @@ def _is_state(c: Conversion, node: cst.Call, scope: Scope) -> bool:
         if isinstance(each, cst.Subscript) and dotted(each.value) == name and '["' in code(each).replace("'", '"'):
             return True
         found = method(each)
-        if found is not None and found[1] == "load_state_dict" and isinstance(each, cst.Call):
-            if any(dotted(value.value) == name for value in each.args):
-                return True
+        if found is not None and found[1] == "load_state_dict" and name in _arguments(each):
+            return True
     return False
 
 
 def _load(c: Conversion, node: cst.Call) -> None:
     c.edits.replace(node, lambda updated: call(f"{c.lite}.load", updated.args[0].with_changes(keyword=None).value))
+
+
+def _arguments(node: cst.CSTNode) -> list[str]:
+    return [dotted(each.value) for each in node.args] if isinstance(node, cst.Call) else []

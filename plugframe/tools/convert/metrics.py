@@ -168,6 +168,8 @@ def _loop_around(c: Conversion, node: cst.CSTNode) -> cst.CSTNode | None:
 def _appended(c: Conversion, call: cst.Call, scope: Scope) -> None:
     loop = c.loader_loop(call)
     value = call.args[0].value
+    if loop is None and isinstance(value, cst.Call):
+        _last_loss(c, value, scope)
     if loop is None or not _is_of_batch(c, value, loop, scope) or _is_reduced(c, value):
         return
     kind = c.reduction(value, scope) or ("mean" if c.is_loss(base(value), scope) else "")
@@ -176,6 +178,14 @@ def _appended(c: Conversion, call: cst.Call, scope: Scope) -> None:
     else:
         name = dotted(call.func).rpartition(".")[0]
         c.edits.check(call, f"{name or 'this list'} is of this rank's samples only: see {c.lite}.gather_for_metrics().")
+
+
+def _last_loss(c: Conversion, value: cst.Call, scope: Scope) -> None:
+    """Reduce the loss of an epoch's last batch."""
+    name = base(value)
+    kind = c.reduction(value, scope) or ("mean" if c.is_loss(name, scope) else "")
+    if name and kind in ("mean", "sum") and _is_batch_value(c, name, scope) and _is_number(c, value):
+        c.edits.replace(value, lambda updated: expression(_reduced(code(updated), kind, c.lite, '"')))
 
 
 def _printed(c: Conversion, call: cst.Call, scope: Scope) -> None:
@@ -193,15 +203,13 @@ def _printed(c: Conversion, call: cst.Call, scope: Scope) -> None:
         quote = "'" if _quoted_by(c, value).startswith(('"', 'f"', 'F"')) else '"'
         tail = ".item()" if isinstance(value, cst.Name) else ""
         text = _reduced(code(value) + tail, kind, c.lite, quote)
-        c.edits.replace(value, lambda _, text=text: expression(text))
+        c.edits.replace(value, text)
 
 
 def _number_of(c: Conversion, node: cst.Name, scope: Scope) -> cst.BaseExpression | None:
     """Return ``loss.item()``, where that is what a variable was last set to before it is printed."""
     before = [
-        value
-        for target, value, place in assignments(scope)
-        if target == node.value and c.script.is_before(place, node)
+        value for target, value, place in assignments(scope) if target == node.value and c.script.is_before(place, node)
     ]
     return before[-1] if before and base(before[-1]) and not isinstance(before[-1], cst.Name) else None
 

@@ -52,7 +52,7 @@ def _prepare(c: Conversion, node: cst.Call, lite: str, scope: Scope) -> dict[str
         c.edits.remove(node)
         return {}
     parsed = statement(lines[0]).body[0]
-    c.edits.replace(small, lambda _: parsed)
+    c.edits.replace(small, parsed)
     for line in lines[1:]:
         c.edits.insert_after(place, line)
     return dict(zip(targets, roles, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import libcst as cst
 
@@ -40,7 +41,7 @@ def convert(c: Conversion) -> None:
         if all(kind == "zero" for kind, _ in groups):
             _replace_test(c, node, rest)
             continue
-        c.edits.replace(node, lambda updated, groups=groups, rest=rest: _split(c, updated, groups, rest))
+        c.edits.replace(node, partial(_split, c, groups, rest))
 
 
 def _replace_test(c: Conversion, node: cst.If, rest: str) -> None:
@@ -122,9 +123,7 @@ def _groups(c: Conversion, body: Sequence[cst.BaseStatement], scope: Scope) -> l
         statement = body[index]
         if kinds[index] == "zero" and "all" in kinds and isinstance(statement, cst.SimpleStatementLine):
             small = statement.body[0]
-            if isinstance(small, cst.Assign) and (
-                dotted(small.targets[0].target) in needed or not _calls(small.value)
-            ):
+            if isinstance(small, cst.Assign) and (dotted(small.targets[0].target) in needed or not _calls(small.value)):
                 kinds[index] = "all"
         if kinds[index] == "all":
             needed |= {each.value for each in _names(statement)}
@@ -138,7 +137,7 @@ def _groups(c: Conversion, body: Sequence[cst.BaseStatement], scope: Scope) -> l
 
 
 def _split(
-    c: Conversion, node: cst.If, groups: list[tuple[str, list[int]]], rest: str
+    c: Conversion, groups: list[tuple[str, list[int]]], rest: str, node: cst.If
 ) -> cst.BaseStatement | cst.FlattenSentinel[cst.BaseStatement]:
     pieces: list[cst.BaseStatement] = []
     body = list(node.body.body)

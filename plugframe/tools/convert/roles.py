@@ -121,7 +121,12 @@ class Roles:
         last = name.rpartition(".")[2]
         if name in _CALLS:
             return _CALLS[name]
-        if ".lr_scheduler." in name or last.endswith("Scheduler") or (last.startswith("get_") and "schedule" in last):
+        if (
+            ".lr_scheduler." in name
+            or last == "SWALR"
+            or last.endswith("Scheduler")
+            or (last.startswith("get_") and "schedule" in last)
+        ):
             return SCHEDULER
         if name in self.optimizers or name.startswith("torch.optim.") or last in _OPTIMIZERS:
             return OPTIMIZER if last[:1].isupper() and "Averaged" not in last else ""

@@ -98,17 +98,12 @@ def _add(c: Conversion, place: cst.CSTNode, text: str) -> None:
 def _last_place(c: Conversion, nodes: list[cst.CSTNode]) -> cst.CSTNode | None:
     """Return the statement after which all `nodes` have run: the last, or the block that holds them all."""
     statements = [c.script.statement(node) for node in nodes]
-    if any(each is None for each in statements):
-        return None
     last = statements[-1]
-    chain = [last, *(each for each in c.script.ancestors(last) if isinstance(each, cst.BaseStatement))] if last else []
-    for each in chain:
-        parent = c.script.parents.get(each) if each is not None else None
-        if isinstance(each, cst.IndentedBlock | cst.Else) or each is None or parent is None:
+    for each in [last, *c.script.ancestors(last)] if last is not None else []:
+        parent = c.script.parents.get(each)
+        if not isinstance(each, cst.BaseStatement) or not isinstance(parent, cst.IndentedBlock | cst.Module):
             continue
-        if all(other is not None and c.script.inside(other, parent) for other in statements) and isinstance(
-            parent, cst.IndentedBlock | cst.Module
-        ):
+        if all(other is not None and c.script.inside(other, parent) for other in statements):
             return each
     return None
 
@@ -297,7 +292,7 @@ def _moves_batch(c: Conversion, node: cst.Call, scope: Scope) -> bool:
     if not isinstance(assign, cst.Assign) or len(assign.targets) != 1:
         return False
     goal, value = assign.targets[0].target, assign.value
-    pairs = [(goal, value)]
+    pairs: list[tuple[cst.BaseExpression, cst.BaseExpression]] = [(goal, value)]
     if isinstance(goal, cst.Tuple) and isinstance(value, cst.Tuple) and len(goal.elements) == len(value.elements):
         pairs = [(a.value, b.value) for a, b in zip(goal.elements, value.elements, strict=True)]
     batch = {each.value for each in _names(loop.target)}
@@ -383,8 +378,13 @@ def _clip(c: Conversion, node: cst.Call, scope: Scope, name: str) -> None:
         if each.keyword is not None and each.keyword.value in ("norm_type", "error_if_nonfinite")
     ]
     word = "max_norm" if name.endswith("norm_") else "clip_val"
-    args = [expression(model), expression(optimizers[0]), keyword(word, code(value)), *extra]
-    c.edits.replace(node, lambda _: call(f"{c.lite}.clip_gradients", *args))
+    args: list[cst.BaseExpression | cst.Arg] = [
+        expression(model),
+        expression(optimizers[0]),
+        keyword(word, code(value)),
+        *extra,
+    ]
+    c.edits.replace(node, call(f"{c.lite}.clip_gradients", *args))
 
 
 def mixed_precision(c: Conversion) -> None:
@@ -394,11 +394,11 @@ def mixed_precision(c: Conversion) -> None:
         name = c.script.qualified(node.func)
         found = method(node)
         if name.rpartition(".")[2] == "autocast" and name.startswith("torch."):
-            value = argument(node, "dtype")
+            value = argument(node, "dtype", 1)
             text = dotted(value).rpartition(".")[2] if value is not None else ""
             on_cpu = "cpu" in name or any("cpu" in code(each.value) for each in node.args)
             dtype = text or ("bfloat16" if on_cpu else "float16")
-            given = argument(node, "enabled")
+            given = argument(node, "enabled", 0 if name.startswith(("torch.cuda", "torch.cpu")) else 2)
             enabled = code(given) if given is not None else enabled
             c.edits.replace(node, f"{c.lite}.autocast()")
         elif found is not None and c.roles.of(found[0], scope) == SCALER:
@@ -433,6 +433,6 @@ def _scaler_call(c: Conversion, node: cst.Call, name: str) -> None:
         element = c.script.parents[node]
         holder = c.script.parents.get(element)
         if isinstance(holder, cst.Dict):
-            c.edits.replace(element, lambda _: cst.RemovalSentinel.REMOVE, uses=False)
+            c.edits.replace(element, cst.RemovalSentinel.REMOVE, uses=False)
     elif name not in ("scale",):
         c.edits.by_hand(node, f"the loss scale belongs to the precision: remove {name}().")

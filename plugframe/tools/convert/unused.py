@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import libcst as cst
 
 from plugframe.tools.convert.edits import Edits
@@ -26,15 +29,30 @@ def convert(text: str, before: Script) -> str:
         elif gone:
             kept = [alias for alias in small.names if alias not in gone]
             last = kept[-1].with_changes(comma=small.names[-1].comma)
-            edits.replace(
-                small, lambda updated, names=(*kept[:-1], last): updated.with_changes(names=names), uses=False
-            )
+            edits.replace(small, partial(_with_names, (*kept[:-1], last)), uses=False)
     return edits.apply().code
+
+
+def drop_imports(edits: Edits, script: Script, names: Callable[[str], bool]) -> None:
+    """Remove the imports of what was replaced, by its full name."""
+    for node, _ in script.all(cst.ImportFrom):
+        if isinstance(node.names, cst.ImportStar) or node.module is None:
+            continue
+        kept = [alias for alias in node.names if not names(f"{dotted(node.module)}.{dotted(alias.name)}")]
+        if not kept:
+            edits.remove(node)
+        elif len(kept) < len(node.names):
+            last = kept[-1].with_changes(comma=node.names[-1].comma)
+            edits.replace(node, partial(_with_names, (*kept[:-1], last)), uses=False)
 
 
 def _is_prefix(script: Script, alias: cst.ImportAlias, node: cst.Import | cst.ImportFrom) -> bool:
     """Return whether ``import torch.nn`` is needed since ``torch`` is used."""
     return isinstance(node, cst.Import) and alias.asname is None and "." in dotted(alias.name)
+
+
+def _with_names(names: Sequence[cst.ImportAlias], node: cst.Import | cst.ImportFrom) -> cst.Import | cst.ImportFrom:
+    return node.with_changes(names=names)
 
 
 def _bound(alias: cst.ImportAlias) -> str:
