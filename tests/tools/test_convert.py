@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import textwrap
@@ -29,6 +30,11 @@ def runnable() -> list[Case]:
     return [case for case in cases() if hasattr(Lite, "gather_for_metrics") or case.name != "accelerate_classifier"]
 
 
+@functools.cache
+def result_of(case: Case) -> Converted:
+    return convert(case.path.read_text(encoding="utf-8"))
+
+
 def converted(source: str) -> str:
     return convert(textwrap.dedent(source)).text
 
@@ -41,7 +47,7 @@ def plug(*words: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize("case", runnable(), ids=lambda case: case.name)
 def test_a_converted_script_gives_the_losses_of_before(case: Case, tmp_path: Path) -> None:
     """On one rank, to the digit; and converting it again changes nothing."""
-    result = convert(case.path.read_text(encoding="utf-8"))
+    result = result_of(case)
     (tmp_path / "before").mkdir()
     before = numbers(run_before(case, tmp_path / "before"))
     with environment({"PLUGFRAME_ACCELERATOR": "cpu", "PLUGFRAME_DEVICES": "1"}):
@@ -57,7 +63,7 @@ def test_converted_scripts_give_the_losses_of_before_on_two_ranks(tmp_path: Path
     """Those whose numbers on the whole batch are defined, in one start."""
     chosen = [case for case in runnable() if case.ranks == 2]
     assert len(chosen) >= 35
-    scripts = [(str(case.path), convert(case.path.read_text(encoding="utf-8")).text) for case in chosen]
+    scripts = [(str(case.path), result_of(case).text) for case in chosen]
     env = {"PLUGFRAME_ACCELERATOR": "cpu", "PLUGFRAME_TIMEOUT_S": "60"}
     outputs, _ = run_ranks(2, run_all, scripts, str(tmp_path), timeout_s=300, env=env)
     (tmp_path / "before").mkdir()
@@ -71,7 +77,7 @@ def test_converted_scripts_give_the_losses_of_before_on_two_ranks(tmp_path: Path
 
 def test_the_corpus_is_varied() -> None:
     """At least forty scripts, of every library that is converted."""
-    kinds = [convert(case.path.read_text(encoding="utf-8")).kind for case in cases()]
+    kinds = [result_of(case).kind for case in cases()]
     assert len(kinds) >= 40
     assert set(kinds) == {"raw", "fabric", "lite", "accelerate"}
 
@@ -225,7 +231,7 @@ def test_the_script_is_printed_and_its_marks_listed(tmp_path: Path) -> None:
     script.write_text(README, encoding="utf-8")
     code, out, err = plug(str(script))
     assert (code, out) == (0, convert(README).text)
-    assert f"{script}:11: one sample a rank" in err
+    assert f"{script}:13: one sample a rank" in err
     assert err.endswith("converted from plain PyTorch. 1 to check.")
     assert script.read_text(encoding="utf-8") == README
 

@@ -42,10 +42,10 @@ def _accumulates(c: Conversion, node: cst.With, scope: Scope) -> cst.Call | None
 
 def _index(loop: cst.For) -> str:
     """Return the variable that counts the batches of ``for i, batch in enumerate(loader):``."""
-    if isinstance(loop.iter, cst.Call) and dotted(loop.iter.func) == "enumerate" and len(loop.iter.args) == 1:
-        if isinstance(loop.target, cst.Tuple) and isinstance(loop.target.elements[0].value, cst.Name):
-            return loop.target.elements[0].value.value
-    return ""
+    counts = isinstance(loop.iter, cst.Call) and dotted(loop.iter.func) == "enumerate" and len(loop.iter.args) == 1
+    if not counts or not isinstance(loop.target, cst.Tuple):
+        return ""
+    return dotted(loop.target.elements[0].value)
 
 
 def _write_out(c: Conversion, node: cst.With, found: cst.Call, loop: cst.For, index: str, steps: str) -> None:

@@ -70,7 +70,10 @@ class Roles:
     def _assignments(self) -> None:
         for scope in self.script.scopes:
             for target, value, _ in assignments(scope):
-                self.set(scope, target, self.infer(value, scope))
+                role = self.infer(value, scope)
+                self.set(scope, target, role)
+                if role == OPTIMIZER:
+                    self._trained(value, scope)
             for each in scope.all(cst.Assign):
                 goal = each.targets[0].target
                 if isinstance(goal, cst.Tuple) and isinstance(each.value, cst.Call):
@@ -79,6 +82,16 @@ class Roles:
                     if len(roles) == len(names):
                         for name, role in zip(names, roles, strict=True):
                             self.set(scope, name, role)
+
+    def _trained(self, value: cst.CSTNode, scope: Scope) -> None:
+        """Note that what an optimizer takes the parameters of is a model, wherever its class is from."""
+        for call in _calls(value):
+            found = method(call)
+            if found is not None and found[1] in ("parameters", "named_parameters"):
+                parts = dotted(found[0]).split(".")
+                name = ".".join(parts[:2]) if parts[0] == "self" else parts[0]
+                if name and name != "self" and not self.of(name, scope):
+                    self.set(scope, name, MODEL)
 
     def _arguments(self) -> None:
         """Give parameters the roles of what they are called with."""
@@ -137,7 +150,7 @@ class Roles:
         if last == "GradScaler":
             return SCALER
         if last in WRAPPERS or name == "torch.compile":
-            return self.infer(value.args[0].value, scope) if value.args else ""
+            return MODEL if value.args else ""
         inner = method(value)
         if inner is not None and inner[1] in _SAME:
             return self.infer(inner[0], scope)

@@ -99,7 +99,8 @@ def _last_place(c: Conversion, nodes: list[cst.CSTNode]) -> cst.CSTNode | None:
     """Return the statement after which all `nodes` have run: the last, or the block that holds them all."""
     statements = [c.script.statement(node) for node in nodes]
     last = statements[-1]
-    for each in [last, *c.script.ancestors(last)] if last is not None else []:
+    chain: list[cst.CSTNode] = [last, *c.script.ancestors(last)] if last is not None else []
+    for each in chain:
         parent = c.script.parents.get(each)
         if not isinstance(each, cst.BaseStatement) or not isinstance(parent, cst.IndentedBlock | cst.Module):
             continue
@@ -171,13 +172,13 @@ def loaders(c: Conversion) -> None:
     for block, found in grouped.items():
         body = list(getattr(block, "body", ()))
         run: list[str] = []
-        for index, (name, statement) in enumerate(found):
+        for index, (name, place) in enumerate(found):
             run.append(name)
-            following = body[body.index(statement) + 1] if body.index(statement) + 1 < len(body) else None
+            following = body[body.index(place) + 1] if body.index(place) + 1 < len(body) else None
             if index + 1 < len(found) and found[index + 1][1] is following:
                 continue
             target = ", ".join(run)
-            c.edits.insert_after(statement, f"{target} = {c.lite}.setup_dataloaders({target})")
+            c.edits.insert_after(place, f"{target} = {c.lite}.setup_dataloaders({target})")
             run = []
 
 
