@@ -22,6 +22,8 @@ class Conversion:
         raw: whether its loop is plain PyTorch; else the calls of another library.
         precision: source of the argument ``precision``, if the script has one of its own.
         launches: whether the script started its ranks itself.
+        trains: whether a model is set up, or a backward found.
+        reduced: variables that are reduced after the loop that adds to them.
     """
 
     script: Script
@@ -30,6 +32,8 @@ class Conversion:
     raw: bool = True
     precision: str = ""
     launches: bool = False
+    trains: bool = False
+    reduced: set[tuple[Scope, str]] = field(default_factory=set)
     roles: Roles = field(init=False)
     edits: Edits = field(init=False)
 
@@ -41,23 +45,32 @@ class Conversion:
         return self.roles.infer(node, scope) == LOADER
 
     def loops_over_loader(self, node: cst.CSTNode, scope: Scope) -> bool:
-        """Return whether a node is a ``for`` loop over a loader, directly or through ``enumerate`` and the like."""
-        return isinstance(node, cst.For) and self._reads_loader(node.iter, scope)
+        """Return whether a node is a loop over a loader: by ``for``, through ``enumerate``, or ``next``."""
+        if isinstance(node, cst.For) and self._reads_loader(node.iter, scope):
+            return True
+        return isinstance(node, cst.For | cst.While) and any(
+            dotted(call.func) == "next" and call.args and self._reads_loader(call.args[0].value, scope)
+            for call in scope.all(cst.Call)
+            if self.script.inside(call, node.body)
+        )
 
-    def _reads_loader(self, node: cst.CSTNode, scope: Scope) -> bool:
+    def _reads_loader(self, node: cst.CSTNode, scope: Scope, depth: int = 0) -> bool:
         if self.is_loader(node, scope):
             return True
         if isinstance(node, cst.Call):
-            return any(self._reads_loader(each.value, scope) for each in node.args)
+            return any(self._reads_loader(each.value, scope, depth) for each in node.args)
+        if isinstance(node, cst.Name) and depth < 4:
+            values = [value for target, value, _ in assignments(scope) if target == node.value]
+            return any(isinstance(value, cst.Call) and self._reads_loader(value, scope, depth + 1) for value in values)
         return False
 
-    def loader_loop(self, node: cst.CSTNode) -> cst.For | None:
+    def loader_loop(self, node: cst.CSTNode) -> cst.For | cst.While | None:
         """Return the innermost loop over a loader around a node, in the node's scope."""
         scope = self.script.scope_of[node]
         for each in self.script.ancestors(node):
             if each is scope.node:
                 return None
-            if isinstance(each, cst.For) and self.loops_over_loader(each, scope):
+            if isinstance(each, cst.For | cst.While) and self.loops_over_loader(each, scope):
                 return each
         return None
 

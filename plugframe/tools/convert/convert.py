@@ -14,6 +14,7 @@ from plugframe.tools.convert import (
     fabric,
     files,
     metrics,
+    outputs,
     rank_zero,
     steps,
     unused,
@@ -109,7 +110,8 @@ def _raw(text: str) -> str:
     steps.backward(c)
     files.convert(c)
     metrics.convert(c)
-    if not c.edits.uses:
+    outputs.convert(c)
+    if not c.trains:
         return text
     entry.convert(c)
     module = entry.add_import(c.edits.apply())

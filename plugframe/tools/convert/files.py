@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import libcst as cst
 
 from plugframe.tools.convert.conversion import Conversion
@@ -22,12 +24,9 @@ def convert(c: Conversion) -> None:
 
 def _save(c: Conversion, node: cst.Call, scope: Scope) -> None:
     value, path = argument(node, "obj", 0), argument(node, "f", 1)
-    if value is None or path is None or not _is_mapping(value, scope):
-        c.edits.check(
-            node,
-            f"every rank writes this file: put it under 'if {c.lite}.is_global_zero:', or save a dict of model and "
-            f"optimizer with {c.lite}.save().",
-        )
+    if value is None or path is None or not _is_mapping(value, scope, lambda place: c.script.is_before(place, node)):
+        text = f"every rank writes this: 'if {c.lite}.is_global_zero:', or {c.lite}.save() for a dict of states."
+        c.edits.check(node, text)
         return
     args = (value, path)
     plain = all(each.keyword is None for each in node.args) and len(node.args) == len(args)
@@ -44,15 +43,16 @@ def _save(c: Conversion, node: cst.Call, scope: Scope) -> None:
     c.edits.replace(node, change)
 
 
-def _is_mapping(value: cst.BaseExpression, scope: Scope) -> bool:
+def _is_mapping(value: cst.BaseExpression, scope: Scope, is_before: Callable[[cst.CSTNode], bool]) -> bool:
+    """Return whether a value is a dict of states, where it is saved."""
     found = method(value)
     if isinstance(value, cst.Dict) or (found is not None and found[1] == "state_dict"):
         return True
     if isinstance(value, cst.Call):
         return dotted(value.func) == "dict"
     text = dotted(value)
-    values = [each for target, each, _ in assignments(scope) if target == text]
-    return bool(text and values) and all(_is_mapping(each, scope) for each in values if dotted(each) != text)
+    before = [each for target, each, place in assignments(scope) if text and target == text and is_before(place)]
+    return bool(before) and dotted(before[-1]) != text and _is_mapping(before[-1], scope, is_before)
 
 
 def _is_state(c: Conversion, node: cst.Call, scope: Scope) -> bool:

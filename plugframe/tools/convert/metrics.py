@@ -29,7 +29,7 @@ def convert(c: Conversion) -> None:
                 _printed(c, call, scope)
 
 
-def _added(c: Conversion, node: cst.AugAssign, loop: cst.For, scope: Scope) -> None:
+def _added(c: Conversion, node: cst.AugAssign, loop: cst.For | cst.While, scope: Scope) -> None:
     name, lite = dotted(node.target), c.lite
     kind = c.reduction(node.value, scope)
     if _is_reduced(c, node.value):
@@ -56,6 +56,7 @@ def _added(c: Conversion, node: cst.AugAssign, loop: cst.For, scope: Scope) -> N
         c.edits.replace(node.value, lambda updated: expression(f"{_atom(updated)} * {lite}.batch_weight"))
     item = ".item()" if number else ""
     operand = "" if operation == "mean" else ', reduce_op="sum"'
+    c.reduced.add((scope, name))
     c.edits.insert_after(loop, f"{name} = {lite}.all_reduce({name}{operand}){item}")
 
 
@@ -91,9 +92,9 @@ def _reduced(text: str, kind: str, lite: str, quote: str) -> str:
     return f"{lite}.all_reduce({text}, reduce_op={quote}sum{quote}).item()"
 
 
-def _is_of_batch(c: Conversion, value: cst.CSTNode, loop: cst.For, scope: Scope) -> bool:
+def _is_of_batch(c: Conversion, value: cst.CSTNode, loop: cst.For | cst.While, scope: Scope) -> bool:
     """Return whether a value depends on what is computed in the loop."""
-    inner = {each.value for each in _names(loop.target)}
+    inner = {each.value for each in _names(loop.target)} if isinstance(loop, cst.For) else set()
     for target, _, node in assignments(scope):
         if c.script.inside(node, loop):
             inner.add(target)
@@ -105,7 +106,7 @@ def _names(node: cst.CSTNode) -> list[cst.Name]:
     return found + [each for child in node.children for each in _names(child)]
 
 
-def _trains(c: Conversion, loop: cst.For) -> bool:
+def _trains(c: Conversion, loop: cst.For | cst.While) -> bool:
     def has_backward(node: cst.CSTNode, depth: int = 0) -> bool:
         for call in _calls(node):
             found = method(call)
@@ -124,7 +125,7 @@ def _calls(node: cst.CSTNode) -> list[cst.Call]:
     return found + [each for child in node.children for each in _calls(child)]
 
 
-def _used_inside(c: Conversion, name: str, loop: cst.For) -> bool:
+def _used_inside(c: Conversion, name: str, loop: cst.For | cst.While) -> bool:
     """Return whether a loop reads or sets a variable besides adding to it."""
     for each in _names(loop.body):
         if each.value == name:
@@ -140,7 +141,7 @@ def _is_attribute(parent: cst.CSTNode, name: cst.Name) -> bool:
     )
 
 
-def _starts_before(c: Conversion, name: str, loop: cst.For, scope: Scope) -> bool:
+def _starts_before(c: Conversion, name: str, loop: cst.For | cst.While, scope: Scope) -> bool:
     """Return whether a variable is set anew whenever the loop begins, and no other loop adds to it."""
     around = _loop_around(c, loop)
     for each in scope.all(cst.AugAssign):
@@ -171,6 +172,8 @@ def _appended(c: Conversion, call: cst.Call, scope: Scope) -> None:
     if loop is None and isinstance(value, cst.Call):
         _last_loss(c, value, scope)
     if loop is None or not _is_of_batch(c, value, loop, scope) or _is_reduced(c, value):
+        return
+    if any((scope, each.value) in c.reduced for each in _names(value)):
         return
     kind = c.reduction(value, scope) or ("mean" if c.is_loss(base(value), scope) else "")
     if kind in ("mean", "sum", "size") and _trains(c, loop) and _is_number(c, value):

@@ -29,7 +29,7 @@ _EVERYWHERE = (
 def convert(c: Conversion) -> None:
     """Split the blocks of ``if rank == 0:``."""
     for node, scope in c.script.all(cst.If):
-        rest = _without_rank(c, node.test, scope)
+        rest = without_rank(c, node.test, scope)
         if rest is None:
             continue
         if node.orelse is not None or not isinstance(node.body, cst.IndentedBlock):
@@ -50,12 +50,12 @@ def _replace_test(c: Conversion, node: cst.If, rest: str) -> None:
         c.edits.replace(node.test, text)
 
 
-def _without_rank(c: Conversion, test: cst.BaseExpression, scope: Scope) -> str | None:
+def without_rank(c: Conversion, test: cst.BaseExpression, scope: Scope) -> str | None:
     """Return a condition without its ``rank == 0``: ``""`` if nothing is left, None if it has none."""
     if is_rank_zero(c, test, scope):
         return ""
     if isinstance(test, cst.BooleanOperation) and isinstance(test.operator, cst.And):
-        left, right = (_without_rank(c, each, scope) for each in (test.left, test.right))
+        left, right = (without_rank(c, each, scope) for each in (test.left, test.right))
         if left is not None or right is not None:
             texts = [code(test.left) if left is None else left, code(test.right) if right is None else right]
             return " and ".join(each for each in texts if each)

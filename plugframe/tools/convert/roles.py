@@ -34,7 +34,8 @@ class Roles:
         self.modules = script.constructors("Module")
         self.optimizers = script.constructors("Optimizer")
         self.found: dict[tuple[object, str], str] = {}
-        self.given: dict[int, str] = {}
+        #: Functions whose returned values are being looked at, which may call themselves.
+        self._entered: list[Scope] = []
         for _ in range(4):
             before = len(self.found)
             self._assignments()
@@ -166,8 +167,15 @@ class Roles:
     def _returned(self, value: cst.Call) -> list[str]:
         """Return the roles of what a function of the file returns, one for each element of a tuple."""
         scope = self.script.functions.get(dotted(value.func)) or self._method_of_model(value)
-        if scope is None:
+        if scope is None or scope in self._entered:
             return []
+        self._entered.append(scope)
+        try:
+            return self._roles_returned(scope)
+        finally:
+            self._entered.pop()
+
+    def _roles_returned(self, scope: Scope) -> list[str]:
         for each in scope.all(cst.Return):
             if isinstance(each.value, cst.Tuple):
                 roles = [self.infer(element.value, scope) for element in each.value.elements]

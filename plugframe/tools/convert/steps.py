@@ -92,6 +92,7 @@ def _set_up_groups(c: Conversion, scope: Scope, groups: dict[tuple[str, ...], li
 
 
 def _add(c: Conversion, place: cst.CSTNode, text: str) -> None:
+    c.trains = True
     c.edits.insert_after(place, text)
 
 
@@ -229,12 +230,21 @@ def _to_device(c: Conversion, node: cst.Call, scope: Scope) -> None:
         c.edits.remove(node)
     elif found[1] == "cuda":
         c.edits.replace(node, lambda updated: call(f"{c.lite}.to_device", updated.func.value))
-    elif c.roles.of(node.args[0].value, scope) != DEVICE or dotted(node.args[0].value).count("."):
+    elif _names_device(c, node.args[0].value, scope):
         c.edits.replace(node.args[0].value, f"{c.lite}.device")
 
 
 def _is_parameters(c: Conversion, value: cst.BaseExpression, scope: Scope) -> bool:
     return c.roles.of(value, scope) == MODEL
+
+
+def _names_device(c: Conversion, node: cst.BaseExpression, scope: Scope) -> bool:
+    """Return whether an expression names a device itself, and is not a variable that holds one."""
+    if isinstance(node, cst.Name | cst.Attribute):
+        first, _, last = dotted(node).rpartition(".")
+        settings = first in ("args", "cfg", "config", "opt", "opts", "options", "hparams", "FLAGS")
+        return c.roles.infer(node, scope) in ("rank", "local_rank") or (settings and last in ("device", "gpu"))
+    return True
 
 
 def _is_move(c: Conversion, node: cst.Call, name: str, scope: Scope) -> bool:
@@ -264,7 +274,7 @@ def _model_move(c: Conversion, node: cst.Call, value: cst.BaseExpression, scope:
         name = method(node)
         if name is not None and name[1] == "cuda":
             c.edits.replace(node, lambda updated: call(f"{c.lite}.to_device", updated.func.value))
-        elif c.roles.of(node.args[0].value, scope) != DEVICE:
+        elif _names_device(c, node.args[0].value, scope):
             c.edits.replace(node.args[0].value, f"{c.lite}.device")
         return
     alone = isinstance(statement, cst.Expr) or (isinstance(statement, cst.Assign) and target == dotted(value))
@@ -296,7 +306,7 @@ def _moves_batch(c: Conversion, node: cst.Call, scope: Scope) -> bool:
     pairs: list[tuple[cst.BaseExpression, cst.BaseExpression]] = [(goal, value)]
     if isinstance(goal, cst.Tuple) and isinstance(value, cst.Tuple) and len(goal.elements) == len(value.elements):
         pairs = [(a.value, b.value) for a, b in zip(goal.elements, value.elements, strict=True)]
-    batch = {each.value for each in _names(loop.target)}
+    batch = {each.value for each in _names(loop.target)} if isinstance(loop, cst.For) else set()
     for one, other in pairs:
         found = method(other)
         if found is None or found[1] not in ("to", "cuda") or dotted(found[0]) != dotted(one) or not dotted(one):
@@ -353,6 +363,8 @@ def _backward(c: Conversion, node: cst.Call, loss: cst.BaseExpression, scope: Sc
     if not batches:
         c.edits.check(node, "every rank computes this from the same data: split it, if more ranks shall do more.")
 
+    c.trains = True
+
     def change(updated: cst.Call) -> cst.Call:
         tensor = updated.func.value  # type: ignore[attr-defined]
         if scaled:
@@ -395,6 +407,8 @@ def mixed_precision(c: Conversion) -> None:
         name = c.script.qualified(node.func)
         found = method(node)
         if name.rpartition(".")[2] == "autocast" and name.startswith("torch."):
+            if any(code(each.value) == "False" and each.keyword is not None for each in node.args):
+                continue  # a part that the script keeps in full precision
             value = argument(node, "dtype", 1)
             text = dotted(value).rpartition(".")[2] if value is not None else ""
             on_cpu = "cpu" in name or any("cpu" in code(each.value) for each in node.args)
