@@ -1,0 +1,1 @@
+"""``plugframe convert``: rewrite a training script to use `Lite`."""

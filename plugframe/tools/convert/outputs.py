@@ -1,0 +1,34 @@
+"""Files, plots and trackers that every rank would write."""
+
+from __future__ import annotations
+
+import re
+
+import libcst as cst
+
+from plugframe.tools.convert.conversion import Conversion
+from plugframe.tools.convert.rank_zero import without_rank
+from plugframe.tools.convert.script import argument, code
+
+_WRITERS = ("numpy.save", "numpy.savez", "numpy.savetxt", "wandb.init", "mlflow.start_run", "pickle.dump", "json.dump")
+_NAMES = ("savefig", "to_csv", "SummaryWriter", "save_pretrained")
+
+
+def convert(c: Conversion) -> None:
+    """Mark what should happen on rank 0 alone."""
+    for node, scope in c.script.all(cst.Call):
+        name = c.script.qualified(node.func)
+        if not (name in _WRITERS or name.rpartition(".")[2] in _NAMES or (name == "open" and _writes(node))):
+            continue
+        guards = [each for each in c.script.ancestors(node) if isinstance(each, cst.If | cst.With)]
+        if any(isinstance(each, cst.If) and without_rank(c, each.test, scope) is not None for each in guards):
+            continue
+        opened = any(isinstance(each, cst.With) and "open(" in code(each.items[0]) for each in guards)
+        if name.endswith(".dump") and opened:
+            continue
+        c.edits.check(node, f"every rank writes this: put it under 'if {c.lite}.is_global_zero:'.")
+
+
+def _writes(node: cst.Call) -> bool:
+    mode = argument(node, "mode", 1)
+    return mode is not None and re.search("[wax]", code(mode)) is not None
