@@ -146,8 +146,8 @@ def _batches(state: LoaderState, loader_pass: LoaderPass, iterator: Iterator[Any
             else:
                 batch = next_batch(iterator=iterator, exhausted=_EXHAUSTED)
             if steps is not None and not evaluating and (loader_pass.even or loader_pass.trains):
-                batch, weight = steps.step(batch)
-                loader_pass.next_weights.append(weight)
+                batch, share = steps.step(batch)
+                loader_pass.next_shares.append(share)
             if batch is _EXHAUSTED:
                 return
             if type(batch) is WeightedItem:

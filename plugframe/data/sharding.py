@@ -17,13 +17,16 @@ from plugframe.data.shuffle import RandomStream
 from plugframe.data.worker_seeding import BatchSeeds, SeededIndices
 from plugframe.utils.proxy import StandIn
 
+#: The position of samples that have none in the order of one process.
+UNKNOWN = -1
+
 
 class Share(NamedTuple):
     """What a rank's batch is of its window.
 
     Attributes:
         weight: relative to the batches of the other ranks; 0 for a batch that repeats samples of another rank.
-        start: position of its first sample in the epoch, in the order of one process.
+        start: position of its first sample in the epoch, in the order of one process; `UNKNOWN` if there is none.
         step: distance between the positions of its samples.
         size: number of its samples.
         partial: whether there are ranks that got no sample of the window.

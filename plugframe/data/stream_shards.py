@@ -10,6 +10,7 @@ import torch
 
 from plugframe.data.sharded_batches import num_samples
 from plugframe.data.sharded_iterable import ShardedIterable
+from plugframe.data.sharding import UNKNOWN, Share
 from plugframe.errors import SettingError
 
 
@@ -41,9 +42,9 @@ class StreamShards(ShardedIterable):
     def _source(self) -> Any:
         return self._part
 
-    def _windows(self, take: Callable[[int], list[Any]], even: bool) -> Iterator[tuple[Any, float]]:
+    def _windows(self, take: Callable[[int], list[Any]], even: bool) -> Iterator[tuple[Any, Share]]:
         while items := take(1):
-            yield items, 1.0
+            yield items, Share(start=UNKNOWN)
 
 
 class EvenSteps:
@@ -59,8 +60,8 @@ class EvenSteps:
         self._last: Any = exhausted
         self.ended = False
 
-    def step(self, batch: Any) -> tuple[Any, float]:
-        """Return the batch of this step and its weight; `exhausted` if no rank has one. Every rank must call it.
+    def step(self, batch: Any) -> tuple[Any, Share]:
+        """Return the batch of this step and its share; `exhausted` if no rank has one. Every rank must call it.
 
         Raises:
             SettingError: if this rank has read no batch at all, and others have.
@@ -70,11 +71,11 @@ class EvenSteps:
         mine = torch.tensor(number, dtype=torch.float64)
         mean = float(self._hooks.collective_all_reduce(tensor=mine, op="mean", group=None))
         if not mean:
-            return self._exhausted, 0.0
+            return self._exhausted, Share(0.0, UNKNOWN)
         if self.ended and self._last is self._exhausted:
             raise SettingError(
                 "The shards of a stream that this rank reads are empty, and other ranks have samples: divide it in the "
                 "script, and pass use_distributed_sampler=False."
             )
         self._last = self._last if self.ended else batch
-        return self._last, number / mean
+        return self._last, Share(number / mean, UNKNOWN, size=num_samples(self._last))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from plugframe.data.loader_pass import LoaderPass
+from plugframe.data.sharding import UNKNOWN
 from plugframe.errors import CollectiveMismatchError, OrderError, SettingError
 from plugframe.lite import collectives
 from plugframe.lite.ordered_tree import walk
@@ -31,8 +32,8 @@ _AHEAD = (
 )
 _UNSHARDED = (
     f"{_CALL}: lite.setup_dataloaders() does not divide the samples of this loader (a DistributedSampler, an __iter__ "
-    "of its own, or use_distributed_sampler=False), so their order is unknown: leave the division to plugframe, or use "
-    "lite.all_gather()."
+    "of its own, shards of a stream, or use_distributed_sampler=False), so their order is unknown: leave the division "
+    "to plugframe, or use lite.all_gather()."
 )
 _ALONE = (
     f"{_CALL}: fewer samples than ranks are left for the last batch, so that a rank has none, and it was not called "
@@ -235,7 +236,7 @@ def _place(loader_pass: LoaderPass, leaves: dict[str, _Leaf]) -> dict[str, Any]:
         SettingError: if the values do not have one row for each sample.
     """
     share = loader_pass.share
-    if share is None:
+    if share is None or share.start == UNKNOWN:
         raise OrderError(_UNSHARDED)
     # Before the second batch is requested nothing is known of how a pass is read.
     if loader_pass.ahead and not loader_pass.at_first_batch:
