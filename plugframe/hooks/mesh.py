@@ -25,8 +25,9 @@ class Axis:
     Attributes:
         name: as users write it in ``mesh={"data": 2}``.
         samples: whether ranks along it read different samples; if not, they read the same ones.
-        averages: whether gradients are averaged over it though the samples are the same, because each rank computes
-            a part of them. The strategy that divides the batch must provide ``"averages-axes"``.
+        averages: whether the strategy that divides the batch averages gradients over it, though the axis is another
+            one's: because each rank computes a part of them, or has samples of its own. It must provide
+            ``"averages-axes"``.
         size: its size if users give none; None takes the ranks that are left.
         optional: whether another strategy that uses the name takes it over.
         aliases: other names that users may write.

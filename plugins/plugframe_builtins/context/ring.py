@@ -151,7 +151,8 @@ class _Blocks:
         """Return the transpose of `wide`."""
         if gradient.shape == like.shape:
             return gradient
-        return gradient.unflatten(-3, (like.shape[-3], -1)).sum(-3)
+        shape = gradient.shape
+        return gradient.view(*shape[:-3], like.shape[-3], -1, *shape[-2:]).sum(-3)
 
     def scores(self, keys: Tensor, source: int) -> Tensor:
         """Return the scores, with minus infinity where a query does not attend to a key."""

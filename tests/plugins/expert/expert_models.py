@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WIDTH, LENGTH, CHOSEN = 6, 3, 2
+WIDTH, LENGTH, CHOSEN = 6, 4, 2
 
 
 class Expert(nn.Module):
@@ -134,13 +134,21 @@ class Layer(nn.Module):
         return out
 
 
+class Attending(Layer):
+    """Attention before the mixture."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x[:, None]
+        return super().forward(x + nn.functional.scaled_dot_product_attention(heads, heads, heads)[:, 0])
+
+
 class Model(nn.Module):
     """Two layers with a mixture between two linear ones."""
 
-    def __init__(self, mixture: Any = Loop, plan: Any = None) -> None:
+    def __init__(self, mixture: Any = Loop, plan: Any = None, layer: Any = Layer) -> None:
         super().__init__()
         self.enter, self.leave = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 2)
-        self.layers = nn.ModuleList([Layer(mixture()), Layer(mixture())])
+        self.layers = nn.ModuleList([layer(mixture()), layer(mixture())])
         if plan is not None:
             self.expert_plan = {"layers.*.mixture.experts": plan}
 
