@@ -33,6 +33,12 @@ def save(
         info: plain values for the manifest.
     """
     lite._started("save")
+    job = lite._job_state
+    if job.accumulating and lite.is_global_zero:
+        warn_caller(
+            "lite.save() in the middle of an accumulated step: its gradients so far, and batches read for it, "
+            "are not in the checkpoint. Save under `if not lite.accumulating:`."
+        )
     return saving.save(
         lite._session,
         path,

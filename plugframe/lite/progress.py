@@ -133,8 +133,9 @@ def _shown(name: str, value: Any) -> str:
             value = value()
         except NameError:  # a variable of the loop that has no value yet
             return "-"
+    number: Any = value
     try:
-        return f"{float(value):.4g}"
+        return f"{float(number):.4g}"
     except (TypeError, ValueError, RuntimeError):
         raise SettingError(
             f"track({name}=…) shows numbers, tensors of one element, and functions that return them, got "

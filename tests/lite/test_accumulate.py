@@ -233,6 +233,20 @@ def test_a_loss_divided_by_the_script_too_is_warned_of() -> None:
     assert len(caught) == 1
 
 
+def test_saving_in_the_middle_of_a_step_is_warned_of(tmp_path: Any) -> None:
+    """The gradients of a step are in no checkpoint; between steps nothing is lost."""
+
+    def body(lite: Any, model: Any, optimizer: Any, x: Tensor) -> None:
+        lite.backward(model(x).mean())
+        if not lite.accumulating:
+            optimizer.step()
+            optimizer.zero_grad()
+        with pytest.warns(PlugframeWarning, match="middle of") if lite.accumulating else warnings.catch_warnings():
+            lite.save(tmp_path / "a", {"model": model})
+
+    run_loop(body)
+
+
 def test_other_models_step_at_every_micro_batch() -> None:
     """A model that is not accumulated trains as usual, if the loop says whose loss it is."""
     with job(None) as (lite, model, optimizer):
