@@ -1276,7 +1276,7 @@ class Lite:
         self._listeners.call(hook_name, args, kwargs)
 
     def log(self, name: str, value: SupportsFloat, step: int | None = None) -> None:
-        """Log one metric to every logger."""
+        """Log one metric to every logger; extensions that watch metrics get it on every rank that calls this."""
         self.log_dict({name: value}, step=step)
 
     def log_dict(self, metrics: Mapping[str, SupportsFloat], step: int | None = None) -> None:

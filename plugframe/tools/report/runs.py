@@ -11,9 +11,9 @@ from typing import Any
 from plugframe._compat import metadata
 from plugframe.errors import PluginLoadError, SettingError
 
-#: The entry-point group of readers, which are no plugins. ``read(path)`` yields a mapping for each run in a folder: its
-#: ``path``, and what there is of ``status``, ``error``, ``jobs``, ``hyperparams`` and ``metrics`` (steps and values by
-#: name).
+#: The entry-point group of readers, which are no plugins: ``read(path)`` yields a mapping for each run in a folder,
+#: with ``path``, and of ``status``, ``error``, ``jobs``, ``hyperparams`` and ``metrics`` (steps and values by name)
+#: what there is.
 GROUP = "plugframe_report"
 #: Points of a metric that are drawn; of more, the least and the largest of each interval.
 MOST_POINTS = 2000
