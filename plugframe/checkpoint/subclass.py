@@ -46,6 +46,11 @@ class FlattenedTensor:
     shape: torch.Size
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the inner tensors in bytes."""
+        return sum(inner.nbytes for inner in self.tensors.values())
+
     def problem(self, live: Any) -> str | None:
         """Return why the tensor cannot be loaded into `live`, None if it can."""
         here = name_of(live) if is_wrapper(live) else f"a {type(live).__name__}"

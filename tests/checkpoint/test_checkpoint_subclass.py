@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from plugframe import CheckpointError, CheckpointMismatchError, Lite
 from plugframe.checkpoint import FlattenedTensor
+from plugframe.tools.checkpoint import command
 from plugframe_builtins.dcp_checkpoint.checkpoint import ShardedCheckpoint
 
 
@@ -132,6 +135,20 @@ def test_without_a_live_tensor_the_parts_are_returned(lite: Lite, tmp_path: Path
     again = scaled(7)
     lite.load(tmp_path / "y", {"model": {"weight": again, "none": nn.Identity()}})
     assert torch.equal(numbers(again), numbers(scaled(1)))
+
+
+def test_the_command_lists_them(lite: Lite, tmp_path: Path) -> None:
+    """plugframe checkpoint inspect shows shape, dtype and size; convert keeps them."""
+    lite.save(tmp_path / "x", {"model": Net(1)})
+    target = tmp_path / "y"
+    for words in (["inspect", str(tmp_path / "x")], ["convert", str(tmp_path / "x"), str(target)]):
+        done = CliRunner().invoke(command, words, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        if words[0] == "inspect":
+            assert re.search(r"model\.weight +float32 +4×3 +28\b", done.output), done.output
+    live = Net(2)
+    lite.load(target, {"model": live})
+    assert torch.equal(numbers(live.weight), numbers(Net(1).weight))
 
 
 @pytest.mark.parametrize(
