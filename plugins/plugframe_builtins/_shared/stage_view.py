@@ -14,7 +14,7 @@ _COMPLETE = "_plugframe_complete"
 
 
 def complete_model(module: nn.Module) -> nn.Module:
-    """Return the model of which `module` shows a stage; another module itself.
+    """Return the complete model if `module` is the view of a stage, else `module` itself.
 
     Its modules of other stages have names and shapes, and no values: to check a plan for all stages on all ranks.
     """

@@ -223,6 +223,22 @@ def gradients_are_averaged_after_they_are_scaled(world: World) -> None:
                 both.optimizers[0].step()
 
 
+def models_without_storage_and_several_models(world: World) -> None:
+    """Parameters made without storage have rank 0's values, in an optimizer made before too; two models in turns."""
+    with lite_on("fsdp+pipeline", DATA) as lite:
+        torch.manual_seed(1 + world.global_rank)
+        with lite.init_module(empty_init=True):
+            model = Decoder()
+        plain = build(Decoder)
+        made = [torch.optim.SGD(each.parameters(), lr=0.5) for each in (model, plain)]
+        lite.setup(model, made[0])
+        pairs = [Twins(lite, model, plain, made), pair(lite, Layers)]
+        pairs[0].compare()
+        step(pairs[0], returned, *tokens(0))
+        step(pairs[1], returned, *numbers(8))
+        pairs[0].compare()
+
+
 class Failing(Layers):
     """Fails when it is told to, in its last stage."""
 
@@ -298,6 +314,7 @@ def what_does_not_fit_is_refused(world: World) -> None:
 ALL = (
     mixes_train_like_one_process,
     gradients_are_averaged_after_they_are_scaled,
+    models_without_storage_and_several_models,
     calls_without_gradients_and_after_failures,
     what_does_not_fit_is_refused,
 )

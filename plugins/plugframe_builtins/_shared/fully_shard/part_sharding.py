@@ -62,7 +62,7 @@ def shard_parts(
 
     Args:
         module: the complete module.
-        parts: submodules with parameters of their own, of which each is in `module`.
+        parts: submodules of `module` with parameters of their own.
         found: units and blocks to recompute, of `find_parts`.
         before: the parameters of the module by name, of before anything was done to it.
         together: optimizers that are set up with it.
