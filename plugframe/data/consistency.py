@@ -65,9 +65,9 @@ def signature(loader: DataLoader[Any], *, deep: bool = True) -> Signature:
     if length is not None:
         found[f"number of samples of the {name}"] = str(length)
     if isinstance(dataset, IterableDataset):
-        shuffling: Any = getattr(getattr(dataset, "_shuffling", None), "generator", None)
-        if hasattr(shuffling, "bit_generator"):
-            found[f"the generator of the shuffled {name}"] = _hashed([repr(shuffling.bit_generator.state).encode()])
+        states = [repr(generator.bit_generator.state).encode() for generator in _shuffles(dataset)]
+        if states:
+            found[f"the generator of the shuffled {name} (pass a seed: stream.shuffle(seed=1))"] = _hashed(states)
         return found
     for sampler in _samplers(loader):
         number = _length(sampler)
@@ -78,6 +78,20 @@ def signature(loader: DataLoader[Any], *, deep: bool = True) -> Signature:
     if deep:
         found.update(_tables(dataset, 0))
     return found
+
+
+def _shuffles(stream: Any) -> Iterator[Any]:
+    """Yield the generators that a stream of Hugging Face's ``datasets`` is shuffled with, along its stages."""
+    stages, seen = [stream], 0
+    while stages and seen < 256:
+        stage, seen = stages.pop(), seen + 1
+        generator = getattr(stage, "generator", None)
+        if hasattr(generator, "bit_generator"):
+            yield generator
+        held = getattr(stage, "__dict__", {})
+        inside = [held.get(name) for name in ("_shuffling", "_ex_iterable", "ex_iterable", "ex_iterables")]
+        for each in inside:
+            stages += each if isinstance(each, (list, tuple)) else [] if each is None else [each]
 
 
 def check_consistent(everyone: Sequence[Sequence[Signature]]) -> None:

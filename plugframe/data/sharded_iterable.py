@@ -51,7 +51,7 @@ class ShardedIterable(StandIn, IterableDataset[Any]):
         self.compare = False
         self.window: str | None = None
 
-    #: Whether all ranks read the same items, of which each keeps its share.
+    #: Whether all ranks read the same items and keep a share each.
     comparable = True
 
     # Method names must not hide those of the user's datasets, such as `set_epoch`.

@@ -1,4 +1,4 @@
-"""Streams of Hugging Face's ``datasets``, of which each rank reads its own shards; and ranks kept in step over them."""
+"""Streams of Hugging Face's ``datasets`` that are read by shards; and ranks kept in step over them."""
 
 from __future__ import annotations
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from plugframe._compat import metadata
 from plugframe.errors import CheckpointError, SettingError, SettingTypeError
 from plugframe.lite import checks
 from plugframe.state.saving import checked_path
@@ -22,19 +21,18 @@ if TYPE_CHECKING:
     from plugframe.lite.lite import Lite
 
 _METHOD = "save_pretrained"
+#: The entry-point group of functions that write weights, ``f(state, folder, limit_bytes)``, and the name of this one.
+_GROUP, _LAYOUT = "plugframe_weights", "huggingface"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def connect(lite: Lite, module: nn.Module) -> None:
-    """Make ``save_pretrained`` and ``generate`` of a module work where ranks hold shards of it, until tear-down."""
+    """Make ``save_pretrained`` of a module work where ranks hold shards of it, until tear-down."""
     if "sharded" not in lite.plan.choices["strategy"].descriptor.provides or lite.world_size == 1:
         return
     method = getattr(type(module), _METHOD, None)
     if callable(method):
         setattr(type(module), _METHOD, _saving(lite, method))
-    if callable(getattr(type(module), "generate", None)):
-        # Read by transformers: ranks whose sequences have ended go on calling forward until all have.
-        setattr(type(module), "_is_fsdp_managed_module", True)  # noqa: B010
 
 
 def _saving(lite: Lite, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,7 +94,7 @@ def save_model(lite: Lite, module: nn.Module, folder: Any, *, max_shard_size: in
                     plain = inspect.unwrap(getattr(type(module), _METHOD))
                     plain(module, str(target), max_shard_size=limit)
             else:
-                write(state, target, limit)
+                _write(state, target, limit)
         except Exception as error:  # noqa: BLE001 the other ranks wait for the outcome
             failure = error
     _raise_everywhere(lite, failure, "save_model()")
@@ -128,54 +126,7 @@ def size_bytes(size: Any) -> int:
     return number
 
 
-def write(state: Mapping[str, Any], folder: Path, limit: int) -> None:
-    """Write tensors to ``model.safetensors``, or to several files of at most `limit` bytes and their index.
-
-    A tensor under several names is written under the first. What is at the place of a file stays there until the new
-    one is complete.
-
-    Raises:
-        CheckpointError: for a value that is no tensor.
-    """
-    from safetensors.torch import save_file
-
-    files, total = _divided(state, limit)
-    names = ["model.safetensors"]
-    if len(files) > 1:
-        names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
-    for name, tensors in zip(names, files, strict=True):
-        draft = folder / f".{name}.draft"
-        save_file(tensors, draft, metadata={"format": "pt"})
-        os.replace(draft, folder / name)
-    index = folder / "model.safetensors.index.json"
-    for old in folder.glob("model*.safetensors"):
-        if old.name not in names and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", old.name):
-            old.unlink()
-    if len(files) == 1:
-        index.unlink(missing_ok=True)
-        return
-    places = {key: name for name, tensors in zip(names, files, strict=True) for key in tensors}
-    draft = folder / f".{index.name}.draft"
-    draft.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True))
-    os.replace(draft, index)
-
-
-def _divided(state: Mapping[str, Any], limit: int) -> tuple[list[dict[str, Tensor]], int]:
-    """Return the tensors of each file, in order, and the size of all in bytes."""
-    files: list[dict[str, Tensor]] = [{}]
-    written: set[int] = set()
-    size = total = 0
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(
-                f"{name!r} of the model is a {type(tensor).__name__}: a file of weights holds tensors."
-            )
-        if id(tensor) in written:
-            continue
-        written.add(id(tensor))
-        if files[-1] and size + tensor.nbytes > limit:
-            files.append({})
-            size = 0
-        files[-1][name] = tensor.contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    return files, total
+def _write(state: Mapping[str, Any], folder: Path, limit: int) -> None:
+    """Write the weights by the function that is published for the layout."""
+    (point,) = metadata.entry_points(group=_GROUP, name=_LAYOUT)
+    point.load()(state, folder, limit)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from plugframe import Lite, SettingTypeError, World
+from plugframe import Lite, SettingError, SettingTypeError, World
 from plugframe.data.sharded_batches import num_samples
 from plugframe.utils.movable import map_data, move_data
 from ranks import run_ranks
@@ -136,11 +137,11 @@ def test_the_number_of_samples_of_a_batch() -> None:
 class Stream(IterableDataset[Any]):
     """A stream of lists of numbers, its shards, as Hugging Face's `IterableDataset` is one."""
 
-    def __init__(self, shards: list[list[float]], part: tuple[int, int] = (0, 1)) -> None:
+    def __init__(self, shards: list[list[float]], part: tuple[int, int] = (0, 1), seed: int | None = 1) -> None:
         self.shards = shards
         self.part = part
         self.epoch = 0
-        self.reads: list[float] = []
+        self.ex_iterable = SimpleNamespace(ex_iterable=SimpleNamespace(generator=np.random.default_rng(seed)))
 
     @property
     def num_shards(self) -> int:
@@ -182,6 +183,8 @@ def check_stream(lite: Lite, model: nn.Linear) -> dict[str, Any]:
     with torch.no_grad():
         evaluated = [batch["x"].tolist() for batch in loader]
     lite.all_reduce(torch.ones(1))
+    with pytest.raises(SettingError, match=r"pass a seed: stream.shuffle\(seed=1\)\) on rank 1 is not that of rank 0"):
+        lite.setup_dataloaders(DataLoader(Stream([[0.0], [1.0]], seed=None)))
     uneven = lite.setup_dataloaders(DataLoader(Stream([[0.0], [1.0], [2.0]]), batch_size=1))
     with torch.no_grad():
         windows = [batch["x"].tolist() for batch in uneven]

@@ -25,6 +25,7 @@ from plugframe.utils.logging import warn_caller
 from plugframe_builtins._shared.fully_shard.activation_checkpointing import recompute, without_cache
 from plugframe_builtins._shared.fully_shard.added_parameters import AddedParameters
 from plugframe_builtins._shared.fully_shard.engine import Engine, Shim, show_outputs
+from plugframe_builtins._shared.fully_shard.generation import keep_in_step
 from plugframe_builtins._shared.fully_shard.partners import partners_parameters, with_partners, without_partners
 from plugframe_builtins._shared.fully_shard.policy import check_policy, check_switches, make_policy
 from plugframe_builtins._shared.fully_shard.unit_order import Channel
@@ -175,6 +176,7 @@ class FullyShardedStrategy(Strategy):
         accept_plain_states(module, self.context.hooks)
         assert self._channel is not None
         remedy = self.graph_remedy if self.reshard_after_forward is not False else None
+        self._undo.callback(keep_in_step(module))
         parts = with_partners(module, units[::-1])
         engine = Engine(shim, parts, self._evaluation, self._channel, self.name, remedy)
         self._engines = [reference for reference in self._engines if reference() is not None]
