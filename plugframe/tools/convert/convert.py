@@ -9,12 +9,14 @@ import libcst as cst
 
 from plugframe.tools.convert import (
     accelerate,
+    devices,
     distributed,
     entry,
     fabric,
     files,
     metrics,
     outputs,
+    precision,
     rank_zero,
     steps,
     unused,
@@ -103,10 +105,10 @@ def _raw(text: str) -> str:
         text = first.edits.apply().code
     c = _conversion(text, lite, is_distributed, spawned)
     distributed.convert(c)
-    steps.mixed_precision(c)
+    precision.convert(c)
     steps.set_up(c)
     steps.loaders(c)
-    steps.devices(c)
+    devices.convert(c)
     steps.backward(c)
     files.convert(c)
     metrics.convert(c)
