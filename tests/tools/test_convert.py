@@ -206,6 +206,48 @@ def test_a_library_asks_its_callers_for_the_object() -> None:
     assert [mark.by_hand for mark in result.marks] == [True, False]
 
 
+HABITS = """
+import torch
+import wandb
+from model import Net
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+def main():
+    wandb.init(project="x")
+    device = torch.device("cuda")
+    model = Net().to(device)
+    if fast:
+        optimizer = torch.optim.Adam(model.parameters())
+    else:
+        optimizer = torch.optim.SGD(model.parameters())
+    loader = DataLoader(data, 4 * n, True)
+    for batch in tqdm(loader):
+        x = batch["x"].to(device)
+        optimizer.zero_grad(); model(x).backward(); optimizer.step()
+        torch.save(model, "model.pt")
+
+main()
+"""
+
+
+def test_branches_bars_and_files_of_every_rank() -> None:
+    """An optimizer of two branches is set up after them, a bar shows once, files are marked where they are written."""
+    lines = [line.strip() for line in convert(HABITS).text.splitlines()]
+    for line in (
+        "model = Net()",
+        "loader = DataLoader(data, (4 * n) // lite.world_size, True)",
+        "for batch in tqdm(loader, disable=not lite.is_global_zero):",
+        "optimizer.zero_grad(); lite.backward(model(x)); optimizer.step()",
+    ):
+        assert line in lines
+    assert lines[lines.index("model, optimizer = lite.setup(model, optimizer)") - 1].endswith("SGD(model.parameters())")
+    assert [lines[mark.line - 1] for mark in convert(HABITS).marks] == [
+        'wandb.init(project="x")',
+        'torch.save(model, "model.pt")',
+    ]
+
+
 def test_mixed_precision_is_that_of_the_script() -> None:
     """``autocast`` names the precision, and a scaler goes."""
     source = """

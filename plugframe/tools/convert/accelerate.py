@@ -38,9 +38,8 @@ _SAME = ("backward", "print", "device", "autocast", "gather_for_metrics")
 _ELSEWHERE = ("prepare", "accumulate", "save_state", "load_state", "sync_gradients", "register_for_checkpointing")
 
 
-def convert(text: str) -> str:
+def convert(script: Script) -> str:
     """Convert a script of Accelerate."""
-    script = Script(text)
     c = Conversion(script, raw=False)
     _objects(c)
     steps = _accumulation_steps(c)

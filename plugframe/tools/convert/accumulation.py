@@ -7,7 +7,7 @@ import libcst as cst
 from plugframe.tools.convert.conversion import Conversion
 from plugframe.tools.convert.edits import call, expression
 from plugframe.tools.convert.roles import LITE
-from plugframe.tools.convert.script import Scope, argument, code, dotted, method
+from plugframe.tools.convert.script import Scope, argument, calls, code, dotted, find, method
 
 LAST = "is_last"
 _STEPS = ("step", "zero_grad")
@@ -65,12 +65,12 @@ def _write_out(c: Conversion, node: cst.With, found: cst.Call, loop: cst.For, in
     model = code(found.args[0].value)
     context = f"{lite}.no_backward_sync({model}, enabled=not {LAST})"
     c.edits.replace(found, context)
-    for each in _calls(node.body):
+    for each in calls(node.body):
         name = method(each)
         if name is not None and name[1] == "backward" and each.args:
             _divide(c, each, steps)
     _only_last(c, list(node.body.body))
-    for attribute in _attributes(node.body):
+    for attribute in find(node.body, cst.Attribute):
         if attribute.attr.value == "sync_gradients":
             c.edits.replace(attribute, LAST)
 
@@ -107,13 +107,3 @@ def _steps(node: cst.SimpleStatementLine) -> bool:
     small = node.body[0]
     found = method(small.value) if isinstance(small, cst.Expr) and len(node.body) == 1 else None
     return found is not None and found[1] in _STEPS
-
-
-def _calls(node: cst.CSTNode) -> list[cst.Call]:
-    found = [node] if isinstance(node, cst.Call) else []
-    return found + [each for child in node.children for each in _calls(child)]
-
-
-def _attributes(node: cst.CSTNode) -> list[cst.Attribute]:
-    found = [node] if isinstance(node, cst.Attribute) else []
-    return found + [each for child in node.children for each in _attributes(child)]

@@ -9,18 +9,21 @@ import libcst as cst
 
 from plugframe.tools.convert import (
     accelerate,
+    devices,
     distributed,
     entry,
     fabric,
     files,
     metrics,
     outputs,
+    precision,
     rank_zero,
     steps,
     unused,
 )
 from plugframe.tools.convert.conversion import Conversion
 from plugframe.tools.convert.edits import BY_HAND, MARK
+from plugframe.tools.convert.roles import LITE
 from plugframe.tools.convert.script import Script
 
 
@@ -65,7 +68,7 @@ def convert(text: str) -> Converted:
     script = Script(text)
     kind = _kind(script)
     rules = {"raw": _raw, "fabric": fabric.convert, "lite": fabric.convert, "accelerate": accelerate.convert}
-    result = rules[kind](text) if kind in rules else text
+    result = rules[kind](script) if kind in rules else text
     compile(result, "converted", "exec", dont_inherit=True)
     return Converted(result, kind, _marks(result))
 
@@ -93,41 +96,40 @@ def free_name(script: Script) -> str:
     return next(name for name in (*names, *(f"lite_{index}" for index in range(2, 100))) if name not in script.names)
 
 
-def _raw(text: str) -> str:
-    script = Script(text)
+def _raw(script: Script) -> str:
     lite = free_name(script)
-    is_distributed = distributed.is_distributed(script)
-    first = Conversion(script, lite=lite)
-    spawned = distributed.spawned(first)
-    if spawned:
-        text = first.edits.apply().code
-    c = _conversion(text, lite, is_distributed, spawned)
+    c = Conversion(script, lite=lite, distributed=distributed.is_distributed(script))
+    if distributed.spawned(c):
+        c = _launching(c)
     distributed.convert(c)
-    steps.mixed_precision(c)
+    precision.convert(c)
     steps.set_up(c)
     steps.loaders(c)
-    steps.devices(c)
+    devices.convert(c)
     steps.backward(c)
     files.convert(c)
     metrics.convert(c)
     outputs.convert(c)
     if not c.trains:
-        return text
+        return script.module.code
     entry.convert(c)
     module = entry.add_import(c.edits.apply())
-    return unused.convert(_rank_zero(module.code, lite), Script(text))
+    return unused.convert(_rank_zero(module.code, lite), script)
 
 
-def _conversion(text: str, lite: str, is_distributed: bool, spawned: bool) -> Conversion:
-    c = Conversion(Script(text), lite=lite, distributed=is_distributed, launches=spawned)
-    if spawned:
-        for scope in c.script.scopes:
-            if any("Lite" in each.value for each in scope.all(cst.Name)):
-                c.roles.set(scope, lite, "lite")
+def _launching(before: Conversion) -> Conversion:
+    """Return the conversion of the script that launches its ranks with `Lite`."""
+    script = Script(before.edits.apply().code)
+    c = Conversion(script, lite=before.lite, distributed=before.distributed, launches=True)
+    for scope in script.scopes:
+        if any(each.value == "Lite" for each in scope.all(cst.Name)):
+            c.roles.set(scope, c.lite, LITE)
     return c
 
 
 def _rank_zero(text: str, lite: str) -> str:
+    if not re.search("rank|main_process|is_global_zero", text):
+        return text
     c = Conversion(Script(text), lite=lite)
     rank_zero.convert(c)
     return c.edits.apply().code

@@ -121,15 +121,15 @@ class _Editor(cst.CSTTransformer):
         if not before and not after and not marks:
             return updated
         middle = list(updated) if isinstance(updated, cst.FlattenSentinel) else [updated]
+        if before:
+            before[0] = before[0].with_changes(leading_lines=middle[0].leading_lines)
+            middle[0] = _with_lines(middle[0], [], self._gone)
         if marks and hasattr(middle[0], "leading_lines"):
             lines = list(middle[0].leading_lines)
             there = {line.comment.value for line in lines if line.comment is not None}
             new = [MARK + text for text in marks if MARK + text not in there]
             lines += [cst.EmptyLine(comment=cst.Comment(text)) for text in new]
             middle[0] = _with_lines(middle[0], lines, self._gone)
-        if before:
-            before[0] = before[0].with_changes(leading_lines=middle[0].leading_lines)
-            middle[0] = _with_lines(middle[0], [], self._gone)
         return cst.FlattenSentinel([*before, *middle, *after])
 
     def _settle(self, block: Any) -> Any:

@@ -11,7 +11,7 @@ from plugframe.tools.convert.conversion import Conversion
 from plugframe.tools.convert.edits import call as call_of
 from plugframe.tools.convert.edits import expression
 from plugframe.tools.convert.roles import LITE
-from plugframe.tools.convert.script import Scope, dotted
+from plugframe.tools.convert.script import Scope, dotted, names
 
 
 def convert(c: Conversion) -> None:
@@ -147,15 +147,10 @@ def _make_at_top(c: Conversion, needing: set[Scope]) -> None:
     uses.sort(key=lambda node: c.script._index[node])
     chain = [each for each in (uses[0], *c.script.ancestors(uses[0])) if isinstance(each, cst.BaseStatement)]
     top = chain[-1]
-    if isinstance(top, cst.If) and "__name__" in {each.value for each in _names(top.test)}:
+    if isinstance(top, cst.If) and "__name__" in {each.value for each in names(top.test)}:
         inner = [each for each in chain if c.script.parents.get(each) is top.body]
         top = inner[0] if inner else top
     _insert(c, top)
-
-
-def _names(node: cst.CSTNode) -> list[cst.Name]:
-    found = [node] if isinstance(node, cst.Name) else []
-    return found + [each for child in node.children for each in _names(child)]
 
 
 def is_import(node: cst.CSTNode) -> bool:
@@ -216,7 +211,7 @@ def _with_function(function: cst.BaseExpression, node: cst.Call) -> cst.Call:
 
 def _tells_rank(node: cst.Call) -> bool:
     """Return whether every rank prints a line of its own, with its number."""
-    return any(each.value in ("rank", "global_rank", "local_rank", "get_rank") for each in _names(node))
+    return any(each.value in ("rank", "global_rank", "local_rank", "get_rank") for each in names(node))
 
 
 def add_import(module: cst.Module, name: str = "Lite") -> cst.Module:

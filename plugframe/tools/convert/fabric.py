@@ -27,9 +27,8 @@ _STRATEGIES = {
 }
 
 
-def convert(text: str) -> str:
+def convert(script: Script) -> str:
     """Convert a script of Fabric or early Lite."""
-    script = Script(text)
     c = Conversion(script, raw=False)
     _objects(c)
     for node, scope in script.all(cst.Call):

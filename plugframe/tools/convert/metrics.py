@@ -9,7 +9,7 @@ import libcst as cst
 from plugframe.tools.convert.conversion import Conversion, base
 from plugframe.tools.convert.edits import expression
 from plugframe.tools.convert.roles import assignments
-from plugframe.tools.convert.script import Scope, code, dotted, method
+from plugframe.tools.convert.script import Scope, calls, code, dotted, method, names
 
 _NUMBER = re.compile(r"\.item\(\)|\bfloat\(|\bint\(|\blen\(|\.size\(|\.shape\[|\.numel\(|\.tolist\(")
 
@@ -74,7 +74,7 @@ def _is_number(c: Conversion, node: cst.BaseExpression) -> bool:
 
 def _is_reduced(c: Conversion, node: cst.CSTNode) -> bool:
     """Return whether a value comes from a function of the file that reduces over ranks by itself."""
-    for call in _calls(node):
+    for call in calls(node):
         function = c.called(call)
         if function is not None and any(dotted(each.func).endswith("all_reduce") for each in function.all(cst.Call)):
             return True
@@ -94,21 +94,16 @@ def _reduced(text: str, kind: str, lite: str, quote: str) -> str:
 
 def _is_of_batch(c: Conversion, value: cst.CSTNode, loop: cst.For | cst.While, scope: Scope) -> bool:
     """Return whether a value depends on what is computed in the loop."""
-    inner = {each.value for each in _names(loop.target)} if isinstance(loop, cst.For) else set()
+    inner = {each.value for each in names(loop.target)} if isinstance(loop, cst.For) else set()
     for target, _, node in assignments(scope):
         if c.script.inside(node, loop):
             inner.add(target)
-    return any(each.value in inner for each in _names(value))
-
-
-def _names(node: cst.CSTNode) -> list[cst.Name]:
-    found = [node] if isinstance(node, cst.Name) else []
-    return found + [each for child in node.children for each in _names(child)]
+    return any(each.value in inner for each in names(value))
 
 
 def _trains(c: Conversion, loop: cst.For | cst.While) -> bool:
     def has_backward(node: cst.CSTNode, depth: int = 0) -> bool:
-        for call in _calls(node):
+        for call in calls(node):
             found = method(call)
             if found is not None and found[1] in ("backward", "step"):
                 return True
@@ -120,14 +115,9 @@ def _trains(c: Conversion, loop: cst.For | cst.While) -> bool:
     return has_backward(loop.body)
 
 
-def _calls(node: cst.CSTNode) -> list[cst.Call]:
-    found = [node] if isinstance(node, cst.Call) else []
-    return found + [each for child in node.children for each in _calls(child)]
-
-
 def _used_inside(c: Conversion, name: str, loop: cst.For | cst.While) -> bool:
     """Return whether a loop reads or sets a variable besides adding to it."""
-    for each in _names(loop.body):
+    for each in names(loop.body):
         if each.value == name:
             parent = c.script.parents[each]
             if not isinstance(parent, cst.AugAssign) and not _is_attribute(parent, each):
@@ -173,7 +163,7 @@ def _appended(c: Conversion, call: cst.Call, scope: Scope) -> None:
         _last_loss(c, value, scope)
     if loop is None or not _is_of_batch(c, value, loop, scope) or _is_reduced(c, value):
         return
-    if any((scope, each.value) in c.reduced for each in _names(value)):
+    if any((scope, each.value) in c.reduced for each in names(value)):
         return
     kind = c.reduction(value, scope) or ("mean" if c.is_loss(base(value), scope) else "")
     if kind in ("mean", "sum", "size") and _trains(c, loop) and _is_number(c, value):

@@ -7,6 +7,7 @@ import re
 import libcst as cst
 
 from plugframe.tools.convert.conversion import Conversion
+from plugframe.tools.convert.edits import call, keyword
 from plugframe.tools.convert.rank_zero import without_rank
 from plugframe.tools.convert.script import argument, code
 
@@ -18,6 +19,8 @@ def convert(c: Conversion) -> None:
     """Mark what should happen on rank 0 alone."""
     for node, scope in c.script.all(cst.Call):
         name = c.script.qualified(node.func)
+        if name.startswith("tqdm.") and name.rpartition(".")[2] in ("tqdm", "trange"):
+            _progress(c, node)
         if not (name in _WRITERS or name.rpartition(".")[2] in _NAMES or (name == "open" and _writes(node))):
             continue
         guards = [each for each in c.script.ancestors(node) if isinstance(each, cst.If | cst.With)]
@@ -27,6 +30,13 @@ def convert(c: Conversion) -> None:
         if name.endswith(".dump") and opened:
             continue
         c.edits.check(node, f"every rank writes this: put it under 'if {c.lite}.is_global_zero:'.")
+
+
+def _progress(c: Conversion, node: cst.Call) -> None:
+    """Show the bar on rank 0 alone."""
+    if node.args and argument(node, "disable") is None:
+        more = keyword("disable", f"not {c.lite}.is_global_zero")
+        c.edits.replace(node, lambda updated: call(code(updated.func), *updated.args, more))
 
 
 def _writes(node: cst.Call) -> bool:

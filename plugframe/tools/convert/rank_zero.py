@@ -10,7 +10,7 @@ import libcst as cst
 from plugframe.tools.convert.conversion import Conversion
 from plugframe.tools.convert.edits import expression
 from plugframe.tools.convert.roles import LOCAL_RANK, RANK
-from plugframe.tools.convert.script import Scope, code, dotted, method
+from plugframe.tools.convert.script import Scope, calls, code, dotted, method, names
 
 #: Calls that every rank makes, `print` among them since it chooses the rank itself.
 _EVERYWHERE = (
@@ -99,7 +99,7 @@ def _is_rank(c: Conversion, node: cst.BaseExpression, scope: Scope) -> bool:
 def _on_every_rank(c: Conversion, node: cst.CSTNode, scope: Scope, depth: int = 0) -> str:
     """Return ``"print"`` or ``"collective"`` if a statement belongs on every rank, else ``""``."""
     kinds = ""
-    for call in _calls(node):
+    for call in calls(node):
         found = method(call)
         if found is not None and c.is_lite(found[0], scope) and found[1] in _EVERYWHERE:
             kinds = "collective" if found[1] != "print" else kinds or "print"
@@ -123,10 +123,10 @@ def _groups(c: Conversion, body: Sequence[cst.BaseStatement], scope: Scope) -> l
         statement = body[index]
         if kinds[index] == "zero" and "all" in kinds and isinstance(statement, cst.SimpleStatementLine):
             small = statement.body[0]
-            if isinstance(small, cst.Assign) and (dotted(small.targets[0].target) in needed or not _calls(small.value)):
+            if isinstance(small, cst.Assign) and (dotted(small.targets[0].target) in needed or not calls(small.value)):
                 kinds[index] = "all"
         if kinds[index] == "all":
-            needed |= {each.value for each in _names(statement)}
+            needed |= {each.value for each in names(statement)}
     groups: list[tuple[str, list[int]]] = []
     for index, kind in enumerate(kinds):
         if groups and groups[-1][0] == kind:
@@ -154,13 +154,3 @@ def _split(
         own = list(getattr(pieces[0], "leading_lines", ()))
         pieces[0] = pieces[0].with_changes(leading_lines=[*node.leading_lines, *own])
     return cst.FlattenSentinel(pieces)
-
-
-def _calls(node: cst.CSTNode) -> list[cst.Call]:
-    found = [node] if isinstance(node, cst.Call) else []
-    return found + [each for child in node.children for each in _calls(child)]
-
-
-def _names(node: cst.CSTNode) -> list[cst.Name]:
-    found = [node] if isinstance(node, cst.Name) else []
-    return found + [each for child in node.children for each in _names(child)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import libcst as cst
 
-from plugframe.tools.convert.script import Scope, Script, argument, code, dotted, method
+from plugframe.tools.convert.script import Scope, Script, argument, calls, code, dotted, method
 
 LOADERS = "loaders"
 MODEL, OPTIMIZER, SCHEDULER, LOADER, SAMPLER, SCALER = "model", "optimizer", "scheduler", "loader", "sampler", "scaler"
@@ -86,7 +86,7 @@ class Roles:
 
     def _trained(self, value: cst.CSTNode, scope: Scope) -> None:
         """Note that what an optimizer takes the parameters of is a model, wherever its class is from."""
-        for call in _calls(value):
+        for call in calls(value):
             found = method(call)
             if found is not None and found[1] in ("parameters", "named_parameters"):
                 parts = dotted(found[0]).split(".")
@@ -200,7 +200,7 @@ class Roles:
     def models_of(self, value: cst.CSTNode, scope: Scope) -> list[str]:
         """Return the names of the models whose parameters an optimizer is built with."""
         found: list[str] = []
-        for call in _calls(value):
+        for call in calls(value):
             name = method(call)
             if name is not None and name[1] in ("parameters", "named_parameters"):
                 model = self._model_name(dotted(name[0]), scope)
@@ -273,10 +273,3 @@ def rank_variable(node: cst.CSTNode, script: Script) -> str:
     elif isinstance(node, cst.Call) and script.qualified(node.func) in ("os.environ.get", "os.getenv"):
         key = node.args[0].value if node.args else None
     return _VARIABLES.get(key.value.strip("\"'"), "") if isinstance(key, cst.SimpleString) else ""
-
-
-def _calls(node: cst.CSTNode) -> Iterator[cst.Call]:
-    if isinstance(node, cst.Call):
-        yield node
-    for child in node.children:
-        yield from _calls(child)

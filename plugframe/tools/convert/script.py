@@ -227,3 +227,19 @@ def method(node: cst.CSTNode | None) -> tuple[cst.BaseExpression, str] | None:
 def code(node: cst.CSTNode) -> str:
     """Return the source of a node."""
     return cst.Module([]).code_for_node(node)
+
+
+def calls(node: cst.CSTNode) -> list[cst.Call]:
+    """Return the calls in a node, itself included."""
+    return find(node, cst.Call)
+
+
+def names(node: cst.CSTNode) -> list[cst.Name]:
+    """Return the names in a node, those of attributes and keywords included."""
+    return find(node, cst.Name)
+
+
+def find(node: cst.CSTNode, kind: type[Node]) -> list[Node]:
+    """Return the nodes of a type in a node, itself included, outermost first."""
+    found = [node] if isinstance(node, kind) else []
+    return found + [each for child in node.children for each in find(child, kind)]

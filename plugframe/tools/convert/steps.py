@@ -9,8 +9,8 @@ import libcst as cst
 
 from plugframe.tools.convert.conversion import Conversion
 from plugframe.tools.convert.edits import call, expression, keyword
-from plugframe.tools.convert.roles import DEVICE, LOADER, MODEL, OPTIMIZER, SCALER, assignments
-from plugframe.tools.convert.script import Scope, argument, code, dotted, method
+from plugframe.tools.convert.roles import LOADER, MODEL, OPTIMIZER, SCALER, assignments
+from plugframe.tools.convert.script import Scope, argument, calls, code, dotted, method
 
 #: Methods of a module that run no layer.
 _PLAIN_METHODS = frozenset(
@@ -118,7 +118,7 @@ def _forward_methods(c: Conversion, model: str, scope: Scope) -> str:
         for target, value, _ in assignments(where):
             if target == model and isinstance(value, cst.Call):
                 class_name = class_name or next(
-                    (dotted(each.func) for each in _calls(value) if dotted(each.func) in c.script.classes), ""
+                    (dotted(each.func) for each in calls(value) if dotted(each.func) in c.script.classes), ""
                 )
     for node, where in c.script.all(cst.Call):
         name = method(node)
@@ -152,11 +152,6 @@ def _member(c: Conversion, class_name: str, name: str) -> str:
     return "part" if re.search(rf"\bself\.{name}\s*=", code(node)) else ""
 
 
-def _calls(node: cst.CSTNode) -> list[cst.Call]:
-    found = [node] if isinstance(node, cst.Call) else []
-    return found + [each for child in node.children for each in _calls(child)]
-
-
 def loaders(c: Conversion) -> None:
     """Set loaders up, and divide the batch size of a script that ran in one process."""
     grouped: dict[cst.CSTNode, list[tuple[str, cst.CSTNode]]] = defaultdict(list)
@@ -171,7 +166,7 @@ def loaders(c: Conversion) -> None:
         else:
             c.edits.replace(node, lambda updated: call(f"{c.lite}.setup_dataloaders", updated))
     for block, found in grouped.items():
-        body = list(getattr(block, "body", ()))
+        body: list[cst.CSTNode] = list(getattr(block, "body", ()))
         run: list[str] = []
         for index, (name, place) in enumerate(found):
             run.append(name)
@@ -204,122 +199,6 @@ def _divided(node: cst.BaseExpression, lite: str) -> cst.BaseExpression:
     simple = isinstance(node, cst.Name | cst.Attribute | cst.Integer | cst.Call | cst.Subscript) or node.lpar
     text = code(node) if simple else f"({code(node)})"
     return expression(f"{text} // {lite}.world_size")
-
-
-def devices(c: Conversion) -> None:
-    """Take the device from plugframe, and leave out what set-up and loaders do."""
-    for scope in c.script.scopes:
-        for _, value, node in assignments(scope):
-            made = isinstance(node, cst.Assign) and isinstance(value, cst.Call | cst.IfExp)
-            if made and c.roles.infer(value, scope) == DEVICE:
-                c.edits.replace(value, f"{c.lite}.device")
-        for node in scope.all(cst.Call):
-            _to_device(c, node, scope)
-
-
-def _to_device(c: Conversion, node: cst.Call, scope: Scope) -> None:
-    found = method(node)
-    if found is None or found[1] not in ("to", "cuda") or not _is_move(c, node, found[1], scope):
-        return
-    value = found[0]
-    statement = c.script.parents[node]
-    role = c.roles.infer(value, scope)
-    if role == MODEL or (isinstance(statement, cst.Assign) and _is_parameters(c, value, scope)):
-        _model_move(c, node, value, scope)
-    elif _moves_batch(c, node, scope):
-        c.edits.remove(node)
-    elif found[1] == "cuda":
-        c.edits.replace(node, lambda updated: call(f"{c.lite}.to_device", updated.func.value))
-    elif _names_device(c, node.args[0].value, scope):
-        c.edits.replace(node.args[0].value, f"{c.lite}.device")
-
-
-def _is_parameters(c: Conversion, value: cst.BaseExpression, scope: Scope) -> bool:
-    return c.roles.of(value, scope) == MODEL
-
-
-def _names_device(c: Conversion, node: cst.BaseExpression, scope: Scope) -> bool:
-    """Return whether an expression names a device itself, and is not a variable that holds one."""
-    if isinstance(node, cst.Name | cst.Attribute):
-        first, _, last = dotted(node).rpartition(".")
-        settings = first in ("args", "cfg", "config", "opt", "opts", "options", "hparams", "FLAGS")
-        return c.roles.infer(node, scope) in ("rank", "local_rank") or (settings and last in ("device", "gpu"))
-    return True
-
-
-def _is_move(c: Conversion, node: cst.Call, name: str, scope: Scope) -> bool:
-    """Return whether a call moves something to a device, and changes nothing else."""
-    if name == "cuda":
-        return True
-    if not node.args or (node.args[0].keyword is not None and node.args[0].keyword.value != "device"):
-        return False
-    value = node.args[0].value
-    if any(each.keyword is not None and each.keyword.value == "dtype" for each in node.args):
-        return False
-    text = code(value).strip("\"'")
-    last = dotted(value).rpartition(".")[2].lower()
-    return (
-        c.roles.infer(value, scope) in (DEVICE, "rank", "local_rank")
-        or last in ("device", "dev", "gpu", "gpu_id", "local_rank", "rank")
-        or re.fullmatch(r"cuda(:\d+)?", text) is not None
-        or (text.startswith(("f'cuda", 'f"cuda', "cuda:")))
-    )
-
-
-def _model_move(c: Conversion, node: cst.Call, value: cst.BaseExpression, scope: Scope) -> None:
-    """Leave a model where it is if set-up moves it; one that is not trained is moved."""
-    statement = c.script.parents[node]
-    target = dotted(statement.targets[0].target) if isinstance(statement, cst.Assign) else dotted(value)
-    if not _is_set_up(c, target):
-        name = method(node)
-        if name is not None and name[1] == "cuda":
-            c.edits.replace(node, lambda updated: call(f"{c.lite}.to_device", updated.func.value))
-        elif _names_device(c, node.args[0].value, scope):
-            c.edits.replace(node.args[0].value, f"{c.lite}.device")
-        return
-    alone = isinstance(statement, cst.Expr) or (isinstance(statement, cst.Assign) and target == dotted(value))
-    if not (alone and c.edits.remove(node)):
-        c.edits.replace(node, lambda updated: updated.func.value, uses=False)
-
-
-def _is_set_up(c: Conversion, name: str) -> bool:
-    """Return whether a model of that name gets an optimizer somewhere."""
-    last = name.rpartition(".")[2]
-    for texts in c.edits.after.values():
-        for text in texts:
-            targets = text.partition(" = ")[0].split(", ")
-            if ".setup" in text and any(each.rpartition(".")[2] == last for each in targets):
-                return True
-    return False
-
-
-def _moves_batch(c: Conversion, node: cst.Call, scope: Scope) -> bool:
-    """Return whether a statement only moves variables of a loop over a loader: ``x, y = x.to(d), y.to(d)``."""
-    loop = c.loader_loop(node)
-    statement = c.script.statement(node)
-    if loop is None or not isinstance(statement, cst.SimpleStatementLine) or len(statement.body) != 1:
-        return False
-    assign = statement.body[0]
-    if not isinstance(assign, cst.Assign) or len(assign.targets) != 1:
-        return False
-    goal, value = assign.targets[0].target, assign.value
-    pairs: list[tuple[cst.BaseExpression, cst.BaseExpression]] = [(goal, value)]
-    if isinstance(goal, cst.Tuple) and isinstance(value, cst.Tuple) and len(goal.elements) == len(value.elements):
-        pairs = [(a.value, b.value) for a, b in zip(goal.elements, value.elements, strict=True)]
-    batch = {each.value for each in _names(loop.target)} if isinstance(loop, cst.For) else set()
-    for one, other in pairs:
-        found = method(other)
-        if found is None or found[1] not in ("to", "cuda") or dotted(found[0]) != dotted(one) or not dotted(one):
-            return False
-        assert isinstance(other, cst.Call)
-        if dotted(one) not in batch or not _is_move(c, other, found[1], scope):
-            return False
-    return True
-
-
-def _names(node: cst.CSTNode) -> list[cst.Name]:
-    found = [node] if isinstance(node, cst.Name) else []
-    return found + [each for child in node.children for each in _names(child)]
 
 
 def backward(c: Conversion) -> None:
@@ -375,7 +254,7 @@ def _backward(c: Conversion, node: cst.Call, loss: cst.BaseExpression, scope: Sc
 
 
 def _clip(c: Conversion, node: cst.Call, scope: Scope, name: str) -> None:
-    found = [each for each in _calls(node.args[0].value) if (method(each) or ("", ""))[1] == "parameters"]
+    found = [each for each in calls(node.args[0].value) if (method(each) or ("", ""))[1] == "parameters"]
     model = dotted(found[0].func.value) if found and isinstance(found[0].func, cst.Attribute) else ""
     model = model.removesuffix(".module")
     optimizers = c.optimizers_of(model, scope) if c.roles.of(model, scope) == MODEL else []
@@ -398,56 +277,3 @@ def _clip(c: Conversion, node: cst.Call, scope: Scope, name: str) -> None:
         *extra,
     ]
     c.edits.replace(node, call(f"{c.lite}.clip_gradients", *args))
-
-
-def mixed_precision(c: Conversion) -> None:
-    """Replace ``autocast`` and ``GradScaler`` by the precision."""
-    dtype, enabled = "", ""
-    for node, scope in c.script.all(cst.Call):
-        name = c.script.qualified(node.func)
-        found = method(node)
-        if name.rpartition(".")[2] == "autocast" and name.startswith("torch."):
-            if any(code(each.value) == "False" and each.keyword is not None for each in node.args):
-                continue  # a part that the script keeps in full precision
-            value = argument(node, "dtype", 1)
-            text = dotted(value).rpartition(".")[2] if value is not None else ""
-            on_cpu = "cpu" in name or any("cpu" in code(each.value) for each in node.args)
-            dtype = text or ("bfloat16" if on_cpu else "float16")
-            given = argument(node, "enabled", 0 if name.startswith(("torch.cuda", "torch.cpu")) else 2)
-            enabled = code(given) if given is not None else enabled
-            c.edits.replace(node, f"{c.lite}.autocast()")
-        elif found is not None and c.roles.of(found[0], scope) == SCALER:
-            _scaler_call(c, node, found[1])
-        elif name.rpartition(".")[2] == "GradScaler":
-            given = argument(node, "enabled")
-            enabled = enabled or (code(given) if given is not None else "")
-            c.edits.remove(node)
-    if dtype:
-        word = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}.get(dtype, "")
-        if enabled in ("", "True") and word:
-            c.precision = f'"{word}"'
-        else:
-            for node, _ in c.script.all(cst.Call):
-                if c.script.qualified(node.func).rpartition(".")[2] == "autocast":
-                    c.edits.check(node, "the precision is selected from outside: --precision=bf16-mixed or 16-mixed.")
-                    break
-
-
-def _scaler_call(c: Conversion, node: cst.Call, name: str) -> None:
-    if name == "step" and node.args:
-        c.edits.replace(
-            node,
-            lambda updated: updated.with_changes(
-                func=cst.Attribute(updated.args[0].value, cst.Name("step")), args=list(updated.args[1:])
-            ),
-            uses=False,
-        )
-    elif name in ("update", "unscale_", "load_state_dict"):
-        c.edits.remove(node)
-    elif name == "state_dict":
-        element = c.script.parents[node]
-        holder = c.script.parents.get(element)
-        if isinstance(holder, cst.Dict):
-            c.edits.replace(element, cst.RemovalSentinel.REMOVE, uses=False)
-    elif name not in ("scale",):
-        c.edits.by_hand(node, f"the loss scale belongs to the precision: remove {name}().")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -72,6 +73,8 @@ def _used(script: Script) -> set[str]:
 
 def _without_devices(text: str) -> str:
     """Remove ``device = lite.device`` where nothing reads it."""
+    if not re.search(r"= \w+\.device$", text, re.MULTILINE):
+        return text
     script = Script(text)
     edits = Edits(script)
     for node, _ in script.all(cst.Assign):
