@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import warm
 from paths import DOCS
 from plugframe import Lite, Option, PlugframeWarning, Plugin, SettingError
 from plugframe.base import Accelerator, Environment, Extension, Logger, Strategy
@@ -582,7 +582,7 @@ def test_every_rank_gets_the_same_options(tmp_path: Path) -> None:
     typed = "--accelerator=cpu --devices=2 --strategy=ddp --strategy.timeout-s=61 --loggers=csv --logger.csv.folder=o"
     command = [sys.executable, "-m", "plugframe", "run", "train.py", *typed.split()]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    done = warm.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split("\n")) == ["", "rank 0: 61.0 o", "rank 1: 61.0 o"]
 

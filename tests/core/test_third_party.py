@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+import warm
 from plugframe import (
     AmbiguousPluginError,
     Lite,
@@ -191,7 +192,7 @@ def test_selected_by_name_on_the_command_line(packages: Use, tmp_path: Path, dev
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     options = [f"--{name}={value}" for name, value in {**ACME, "devices": devices}.items()]
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-m", "plugframe", "run", *options, str(script)],
         capture_output=True,
         text=True,

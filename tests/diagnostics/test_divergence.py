@@ -5,7 +5,6 @@ from __future__ import annotations
 import linecache
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import warm
 from divergence_mistakes import MISTAKES, marked, run_all
 from plugframe import CollectiveTimeoutError, Lite, PlugframeError, RankLostError, SettingError
 from plugframe.diagnostics import likely_causes
@@ -351,7 +351,7 @@ lite.all_reduce(torch.ones(2))
 def test_plugframe_run_blames_the_rank_that_hangs(tmp_path: Path) -> None:
     """The launcher's report starts with the missing rank, its line and its stack, once."""
     (tmp_path / "train.py").write_text(SCRIPT)
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-m", "plugframe", "run", "train.py"],
         cwd=tmp_path,
         capture_output=True,

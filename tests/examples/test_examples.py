@@ -7,7 +7,6 @@ import json
 import os
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import warm
 from paths import EXAMPLES
 
 TWO_RANKS = ("-m", "plugframe", "run", "--devices", "2")  # and then the script, a bare --, its options
@@ -29,7 +29,7 @@ def run(folder: str, *command: str, cwd: Path) -> str:
     started_by = re.compile("PLUGFRAME_|TORCHELASTIC_|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
     environment = {name: value for name, value in os.environ.items() if not started_by.match(name)}
     script = str(EXAMPLES / folder / "train_lite.py")
-    result = subprocess.run(
+    result = warm.run(
         [sys.executable, *(script if part == "train_lite.py" else part for part in command)],
         cwd=cwd,
         env={**environment, "OMP_NUM_THREADS": "1"},

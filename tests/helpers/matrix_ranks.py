@@ -21,9 +21,9 @@ from plugframe.errors import UsageError
 from plugframe.hooks.world import World
 from ranks import rank_store
 
-STEPS = 20
+STEPS = 10
 #: After how many of them a checkpoint is saved for others to go on from.
-SAVED_AFTER = 15
+SAVED_AFTER = 6
 
 #: Samples of a step, and the size of its micro-batches: two unequal ones; 2 ranks share the last one unevenly, and one
 #: of 4 ranks gets no sample of it.

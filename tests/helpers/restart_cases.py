@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+
+import warm
 
 CAUSES = ("exception", "SIGKILL", "hang", "hard exit")
 #: Seconds a collective may take in these jobs.
@@ -50,7 +51,7 @@ def check(cause: str, culprit: int, folder: Path) -> tuple[str, float]:
     """Run a job; return what is wrong, nothing if all is well, and the seconds from the fault to the new ranks."""
     (folder / "train.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "plugframe", "run", "--devices=2", "--max-restarts=1", "train.py"]
-    done = subprocess.run(
+    done = warm.run(
         [*command, cause, str(culprit)],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 
+import warm
 from plugframe import Lite, PlugframeWarning
 from plugframe.hooks.world import World
 from plugframe.testing.ranks import RanksFailed, run_ranks
@@ -323,7 +323,7 @@ def _start_launcher(settings: Settings, folder: Path, attempt: int, kill_at: int
         open(folder / f"said-{attempt}", "w") as said,  # not a pipe: ranks that were left behind would hold it open
     ):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": temporary}
-        done = subprocess.run(command, env=environment, stdout=said, stderr=said, timeout=180, check=False)
+        done = warm.run(command, env=environment, stdout=said, stderr=said, timeout=180, check=False)
     assert done.returncode == -signal.SIGKILL, (folder / f"said-{attempt}").read_text()
     pids = [int(path.name.rpartition("-")[2]) for path in folder.glob(f"pid-{attempt}-*")]
     deadline = time.monotonic() + 20.0

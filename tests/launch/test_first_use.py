@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import warm
 from plugframe_builtins.elastic.first_use import first_uses
 
 #: A machine with a device that is in use: what torch would say there, and no more.
@@ -103,9 +103,7 @@ def launch_in(folder: Path, body: str, **modules: str) -> str:
     for name, text in modules.items():
         (folder / f"{name}.py").write_text(textwrap.dedent(text))
     (folder / "train.py").write_text(FAKE + textwrap.dedent(body))
-    done = subprocess.run(
-        [sys.executable, "train.py"], cwd=folder, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = warm.run([sys.executable, "train.py"], cwd=folder, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import restart_cases
+import warm
 
 
 @pytest.mark.parametrize("cause", restart_cases.CAUSES)
@@ -25,8 +26,7 @@ def test_many_jobs_begin_at_once(tmp_path: Path) -> None:
     script.write_text("from torch.distributed import TCPStore\nimport os\nprint(os.environ['MASTER_PORT'])\n")
     command = [sys.executable, "-m", "plugframe", "run", "--devices=2", str(script)]
     jobs = [
-        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(5)
+        warm.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(5)
     ]
     ports = []
     for job in jobs:

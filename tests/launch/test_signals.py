@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import warm
 from processes import is_alive, wait_for
 
 TRAIN = """
@@ -68,9 +68,7 @@ def test_a_signal_ends_all(how: str, name: str, group: bool, code: int, doing: s
     command = [sys.executable, *words, "train.py", doing, how]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "temporary")}
     with (tmp_path / "said").open("w") as said:
-        launcher = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=said, stderr=said, start_new_session=True
-        )
+        launcher = warm.Popen(command, cwd=tmp_path, env=environment, stdout=said, stderr=said, start_new_session=True)
         try:
             wait_for(lambda: len(list(tmp_path.glob("here-*"))) == 4)
             (os.killpg if group else os.kill)(launcher.pid, signal.Signals[name])

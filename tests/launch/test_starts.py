@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 
+import warm
 from paths import EXAMPLES
 
 pytest.importorskip("sklearn")
@@ -44,7 +44,7 @@ def start(folder: Path, *command: str, **variables: str) -> tuple[list[float], s
     """Run a command in `folder`; return the losses the example wrote, and the output."""
     folder.mkdir()
     (folder / "by_function.py").write_text(BY_FUNCTION)
-    done = subprocess.run(
+    done = warm.run(
         command,
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import warm
 from plugframe import Lite, PlugframeWarning
 from plugframe.hooks.world import World
 from plugframe.launch.preemption import SIGNALS, PreemptionHandler
@@ -79,7 +80,7 @@ def test_a_stopped_job_saves_and_goes_on(name: str, code: int, tmp_path: Path) -
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def run() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        return warm.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
         )
 
@@ -168,7 +169,7 @@ def test_a_killed_rank_leads_to_a_restart_that_goes_on(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(RESTARTED)
     command = [sys.executable, "-m", "plugframe", "run", "--accelerator=cpu", "--devices=2", "--max-restarts=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    done = warm.run(
         [*command, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180, check=False
     )
     assert done.returncode == 0, done.stderr

@@ -24,7 +24,7 @@ from ranks import RanksFailed, run_ranks
 
 #: How far weights may be from those of one process, for each parameter as a part of the way it has gone in training,
 #: and norms and losses as a part of themselves. One process sums a batch in another order than many: that is the
-#: rounding of the precision, which 20 steps multiply.
+#: rounding of the precision, which the steps multiply.
 TOLERANCES = {
     "32-true": 1e-5,
     "64-true": 1e-12,
@@ -268,7 +268,7 @@ def test_every_checkpoint_is_passed_on() -> None:
 def test_training_equals_one_process(
     cell: Training, outcome: dict[str, Any], reference: Callable[[str], tuple[dict[str, Tensor], list[Tensor]]]
 ) -> None:
-    """Weights and norms after 20 steps with unequal micro-batches and clipping are those of the whole batch."""
+    """Weights and norms after 10 steps with unequal micro-batches and clipping are those of the whole batch."""
     weights, norms = reference(cell.precision)
     tolerance = TOLERANCES.get(cell.precision, TOLERANCE)
     assert len(outcome["norms"]) == len(norms) == STEPS

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import warm
 from plugframe import Lite, hookimpl
 from plugframe.base import Extension, Logger
 
@@ -229,10 +231,11 @@ def test_the_default_of_the_signal_is_restored() -> None:
 @pytest.fixture
 def run_script() -> Any:
     """Run a script in a folder."""
-    import subprocess
 
     def run(folder: Path, code: str, command: list[str]) -> Any:
         (folder / "train.py").write_text(code)
-        return subprocess.run(command, cwd=folder, capture_output=True, timeout=120, check=False)
+        # How the interpreter of the script itself ends is found by its outermost frame.
+        start = warm.run if "plugframe" in command else subprocess.run
+        return start(command, cwd=folder, capture_output=True, timeout=120, check=False)
 
     return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import subprocess
 import sys
 import warnings
 import weakref
@@ -18,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import warm
 from plugframe import Lite, OrderError, PlugframeWarning, SettingError, UnsupportedError
 from plugframe.hooks.world import World
 from plugframe_builtins.ddp.strategy import DDP
@@ -637,7 +637,7 @@ def test_it_is_selected_on_the_command_line(tmp_path: Path) -> None:
         "lite.print('sizes', sizes, lite.extension('oom-retry').min_micro_batch)\n"
     )
     options = ["--accelerator=cpu", "--devices=2", "--plugins=oom-retry", "--extension.oom-retry.min-micro-batch=2"]
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-m", "plugframe", "run", "train.py", *options],
         capture_output=True,
         text=True,

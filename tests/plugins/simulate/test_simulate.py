@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 
+import warm
 from plugframe import Lite
 from plugframe.cli import cli
 from plugframe.errors import SettingError
@@ -62,9 +63,7 @@ def simulate(folder: Path, *options: str, script: tuple[str, ...] = ()) -> subpr
     (folder / "train.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "plugframe", "run", "--simulate", "64", *options, "train.py", *script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    return warm.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize(
