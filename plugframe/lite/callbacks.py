@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: Fabric's names of moments, and the notification that is the same moment.
 _FABRIC = {"on_setup": "on_after_setup", "on_optimizer_step": "on_after_optimizer_step"}
 #: Packages whose callback classes have methods for a trainer.
-_TRAINERS = ("lightning", "pytorch_lightning", "lightning_fabric", "plugframe", "plugframe_builtins")
+_TRAINERS = ("lightning", "pytorch_lightning", "lightning_fabric", "plugframe")
 
 
 class Callbacks:

@@ -33,6 +33,7 @@ COMMON = {
     "64",
     "context",
     "cpu",
+    "throughput",
     "torch",
     "single",
     "local",

@@ -75,7 +75,7 @@ def fails(*loggers: Any) -> None:
         lite.log("loss", 1.0)
         lite.log_hyperparams({"lr": 0.1})
         if isinstance(loggers[0], Bare):
-            lite.log_artifact("notes", "a text\n")
+            lite.log_artifact("notes", "some text\n")
         raise ValueError("the boiler has burst")
 
 

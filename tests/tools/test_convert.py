@@ -19,7 +19,7 @@ from ranks import run_ranks
 
 pytest.importorskip("libcst")
 
-from plugframe.tools.convert.convert import Converted, convert
+from plugframe_builtins.convert.convert import Converted, convert
 
 #: On several ranks sums are added up in another order.
 SUMMED_ELSEWHERE = 2e-5

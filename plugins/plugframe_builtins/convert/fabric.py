@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import libcst as cst
 
-from plugframe.tools.convert.conversion import Conversion
-from plugframe.tools.convert.edits import keyword, renamed, without
-from plugframe.tools.convert.entry import add_import
-from plugframe.tools.convert.roles import LITE
-from plugframe.tools.convert.script import Scope, Script, argument, code, dotted, method
-from plugframe.tools.convert.unused import convert as without_unused
-from plugframe.tools.convert.unused import drop_imports
+from plugframe_builtins.convert.conversion import Conversion
+from plugframe_builtins.convert.edits import keyword, renamed, without
+from plugframe_builtins.convert.entry import add_import
+from plugframe_builtins.convert.roles import LITE
+from plugframe_builtins.convert.script import Scope, Script, argument, code, dotted, method
+from plugframe_builtins.convert.unused import convert as without_unused
+from plugframe_builtins.convert.unused import drop_imports
 
 _PACKAGES = ("lightning.", "lightning_fabric.", "pytorch_lightning.", "lightning_lite.")
 _CLASSES = ("Fabric", "LightningLite")

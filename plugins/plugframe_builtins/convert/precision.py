@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import libcst as cst
 
-from plugframe.tools.convert.conversion import Conversion
-from plugframe.tools.convert.roles import SCALER
-from plugframe.tools.convert.script import argument, code, dotted, method
+from plugframe_builtins.convert.conversion import Conversion
+from plugframe_builtins.convert.roles import SCALER
+from plugframe_builtins.convert.script import argument, code, dotted, method
 
 
 def convert(c: Conversion) -> None:

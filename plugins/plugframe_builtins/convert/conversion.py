@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import libcst as cst
 
-from plugframe.tools.convert.edits import Edits
-from plugframe.tools.convert.roles import LITE, LOADER, MODEL, OPTIMIZER, Roles, assignments
-from plugframe.tools.convert.script import Scope, Script, code, dotted, method
+from plugframe_builtins.convert.edits import Edits
+from plugframe_builtins.convert.roles import LITE, LOADER, MODEL, OPTIMIZER, Roles, assignments
+from plugframe_builtins.convert.script import Scope, Script, code, dotted, method
 
 
 @dataclass(eq=False)

@@ -7,10 +7,10 @@ from functools import partial
 
 import libcst as cst
 
-from plugframe.tools.convert.conversion import Conversion
-from plugframe.tools.convert.edits import expression
-from plugframe.tools.convert.roles import LOCAL_RANK, RANK
-from plugframe.tools.convert.script import Scope, calls, code, dotted, method, names
+from plugframe_builtins.convert.conversion import Conversion
+from plugframe_builtins.convert.edits import expression
+from plugframe_builtins.convert.roles import LOCAL_RANK, RANK
+from plugframe_builtins.convert.script import Scope, calls, code, dotted, method, names
 
 #: Calls that every rank makes, `print` among them since it chooses the rank itself.
 _EVERYWHERE = (

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import libcst as cst
 
-from plugframe.tools.convert.accumulation import convert as accumulation
-from plugframe.tools.convert.conversion import Conversion
-from plugframe.tools.convert.edits import call, expression, keyword, renamed
-from plugframe.tools.convert.entry import add_import
-from plugframe.tools.convert.prepare import convert as prepare
-from plugframe.tools.convert.prepare import saved_state
-from plugframe.tools.convert.rank_zero import convert as rank_zero
-from plugframe.tools.convert.roles import LITE, MODEL
-from plugframe.tools.convert.script import Scope, Script, argument, code, dotted, method
-from plugframe.tools.convert.unused import convert as without_unused
-from plugframe.tools.convert.unused import drop_imports
+from plugframe_builtins.convert.accumulation import convert as accumulation
+from plugframe_builtins.convert.conversion import Conversion
+from plugframe_builtins.convert.edits import call, expression, keyword, renamed
+from plugframe_builtins.convert.entry import add_import
+from plugframe_builtins.convert.prepare import convert as prepare
+from plugframe_builtins.convert.prepare import saved_state
+from plugframe_builtins.convert.rank_zero import convert as rank_zero
+from plugframe_builtins.convert.roles import LITE, MODEL
+from plugframe_builtins.convert.script import Scope, Script, argument, code, dotted, method
+from plugframe_builtins.convert.unused import convert as without_unused
+from plugframe_builtins.convert.unused import drop_imports
 
 _PRECISIONS = {"fp16": "16-mixed", "bf16": "bf16-mixed", "no": "32-true"}
 _TABLE = "{" + ", ".join(f'"{name}": "{value}"' for name, value in _PRECISIONS.items()) + "}"

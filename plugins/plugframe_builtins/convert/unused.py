@@ -8,8 +8,8 @@ from functools import partial
 
 import libcst as cst
 
-from plugframe.tools.convert.edits import Edits
-from plugframe.tools.convert.script import Script, code, dotted
+from plugframe_builtins.convert.edits import Edits
+from plugframe_builtins.convert.script import Script, code, dotted
 
 
 def convert(text: str, before: Script) -> str:

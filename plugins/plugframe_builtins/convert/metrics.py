@@ -6,10 +6,10 @@ import re
 
 import libcst as cst
 
-from plugframe.tools.convert.conversion import Conversion, base
-from plugframe.tools.convert.edits import expression
-from plugframe.tools.convert.roles import assignments
-from plugframe.tools.convert.script import Scope, calls, code, dotted, method, names
+from plugframe_builtins.convert.conversion import Conversion, base
+from plugframe_builtins.convert.edits import expression
+from plugframe_builtins.convert.roles import assignments
+from plugframe_builtins.convert.script import Scope, calls, code, dotted, method, names
 
 _NUMBER = re.compile(r"\.item\(\)|\bfloat\(|\bint\(|\blen\(|\.size\(|\.shape\[|\.numel\(|\.tolist\(")
 

@@ -6,10 +6,10 @@ import re
 
 import libcst as cst
 
-from plugframe.tools.convert.conversion import Conversion
-from plugframe.tools.convert.edits import call
-from plugframe.tools.convert.roles import DEVICE, MODEL, assignments
-from plugframe.tools.convert.script import Scope, code, dotted, method, names
+from plugframe_builtins.convert.conversion import Conversion
+from plugframe_builtins.convert.edits import call
+from plugframe_builtins.convert.roles import DEVICE, MODEL, assignments
+from plugframe_builtins.convert.script import Scope, code, dotted, method, names
 
 
 def convert(c: Conversion) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import libcst as cst
 
-from plugframe.tools.convert.conversion import Conversion
-from plugframe.tools.convert.edits import call, expression
-from plugframe.tools.convert.roles import LITE
-from plugframe.tools.convert.script import Scope, argument, calls, code, dotted, find, method
+from plugframe_builtins.convert.conversion import Conversion
+from plugframe_builtins.convert.edits import call, expression
+from plugframe_builtins.convert.roles import LITE
+from plugframe_builtins.convert.script import Scope, argument, calls, code, dotted, find, method
 
 LAST = "is_last"
 _STEPS = ("step", "zero_grad")

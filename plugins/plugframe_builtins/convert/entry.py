@@ -7,11 +7,11 @@ from functools import partial
 
 import libcst as cst
 
-from plugframe.tools.convert.conversion import Conversion
-from plugframe.tools.convert.edits import call as call_of
-from plugframe.tools.convert.edits import expression
-from plugframe.tools.convert.roles import LITE
-from plugframe.tools.convert.script import Scope, dotted, names
+from plugframe_builtins.convert.conversion import Conversion
+from plugframe_builtins.convert.edits import call as call_of
+from plugframe_builtins.convert.edits import expression
+from plugframe_builtins.convert.roles import LITE
+from plugframe_builtins.convert.script import Scope, dotted, names
 
 
 def convert(c: Conversion) -> None:

@@ -15,7 +15,7 @@ import click
 from plugframe.errors import MissingDependencyError, SettingError, UsageError, printable
 
 if TYPE_CHECKING:
-    from plugframe.tools.convert.convert import Converted
+    from plugframe_builtins.convert.convert import Converted
 
 _KINDS = {"raw": "plain PyTorch", "fabric": "Lightning Fabric", "lite": "LightningLite", "accelerate": "Accelerate"}
 
@@ -76,7 +76,7 @@ def _read(path: Path) -> tuple[str, str]:
 def _convert(path: Path, text: str) -> Converted:
     import libcst
 
-    from plugframe.tools.convert.convert import convert
+    from plugframe_builtins.convert.convert import convert
 
     try:
         return convert(text)

@@ -8,7 +8,7 @@ from typing import Any
 
 import libcst as cst
 
-from plugframe.tools.convert.script import Script
+from plugframe_builtins.convert.script import Script
 
 #: Begins every comment that the command writes.
 MARK = "# plugframe: "

@@ -7,10 +7,10 @@ from collections import defaultdict
 
 import libcst as cst
 
-from plugframe.tools.convert.conversion import Conversion
-from plugframe.tools.convert.edits import call, expression, keyword
-from plugframe.tools.convert.roles import LOADER, MODEL, OPTIMIZER, SCALER, assignments
-from plugframe.tools.convert.script import Scope, argument, calls, code, dotted, method
+from plugframe_builtins.convert.conversion import Conversion
+from plugframe_builtins.convert.edits import call, expression, keyword
+from plugframe_builtins.convert.roles import LOADER, MODEL, OPTIMIZER, SCALER, assignments
+from plugframe_builtins.convert.script import Scope, argument, calls, code, dotted, method
 
 #: Methods of a module that run no layer.
 _PLAIN_METHODS = frozenset(

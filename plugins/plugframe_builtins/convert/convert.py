@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import libcst as cst
 
-from plugframe.tools.convert import (
+from plugframe_builtins.convert import (
     accelerate,
     devices,
     distributed,
@@ -21,10 +21,10 @@ from plugframe.tools.convert import (
     steps,
     unused,
 )
-from plugframe.tools.convert.conversion import Conversion
-from plugframe.tools.convert.edits import BY_HAND, MARK
-from plugframe.tools.convert.roles import LITE
-from plugframe.tools.convert.script import Script
+from plugframe_builtins.convert.conversion import Conversion
+from plugframe_builtins.convert.edits import BY_HAND, MARK
+from plugframe_builtins.convert.roles import LITE
+from plugframe_builtins.convert.script import Script
 
 
 @dataclass(frozen=True)

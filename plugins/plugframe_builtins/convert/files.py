@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import libcst as cst
 
-from plugframe.tools.convert.conversion import Conversion
-from plugframe.tools.convert.edits import call
-from plugframe.tools.convert.roles import assignments
-from plugframe.tools.convert.script import Scope, argument, code, dotted, method
+from plugframe_builtins.convert.conversion import Conversion
+from plugframe_builtins.convert.edits import call
+from plugframe_builtins.convert.roles import assignments
+from plugframe_builtins.convert.script import Scope, argument, code, dotted, method
 
 
 def convert(c: Conversion) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import libcst as cst
 
-from plugframe.tools.convert.conversion import Conversion
-from plugframe.tools.convert.edits import statement
-from plugframe.tools.convert.roles import LITE, LOADER, MODEL, OPTIMIZER, SCHEDULER, assignments
-from plugframe.tools.convert.script import Scope, code, dotted, method
-from plugframe.tools.convert.steps import _forward_methods
+from plugframe_builtins.convert.conversion import Conversion
+from plugframe_builtins.convert.edits import statement
+from plugframe_builtins.convert.roles import LITE, LOADER, MODEL, OPTIMIZER, SCHEDULER, assignments
+from plugframe_builtins.convert.script import Scope, code, dotted, method
+from plugframe_builtins.convert.steps import _forward_methods
 
 #: Parts of names that tell what a variable holds, where its value does not.
 _WORDS = {"loader": LOADER, "model": MODEL, "net": MODEL, "optim": OPTIMIZER, "sched": SCHEDULER}

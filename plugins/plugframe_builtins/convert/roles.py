@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import libcst as cst
 
-from plugframe.tools.convert.script import Scope, Script, argument, calls, code, dotted, method
+from plugframe_builtins.convert.script import Scope, Script, argument, calls, code, dotted, method
 
 LOADERS = "loaders"
 MODEL, OPTIMIZER, SCHEDULER, LOADER, SAMPLER, SCALER = "model", "optimizer", "scheduler", "loader", "sampler", "scaler"

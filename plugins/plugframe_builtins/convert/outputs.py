@@ -6,10 +6,10 @@ import re
 
 import libcst as cst
 
-from plugframe.tools.convert.conversion import Conversion
-from plugframe.tools.convert.edits import call, keyword
-from plugframe.tools.convert.rank_zero import without_rank
-from plugframe.tools.convert.script import argument, code
+from plugframe_builtins.convert.conversion import Conversion
+from plugframe_builtins.convert.edits import call, keyword
+from plugframe_builtins.convert.rank_zero import without_rank
+from plugframe_builtins.convert.script import argument, code
 
 _WRITERS = ("numpy.save", "numpy.savez", "numpy.savetxt", "wandb.init", "mlflow.start_run", "pickle.dump", "json.dump")
 _NAMES = ("savefig", "to_csv", "SummaryWriter", "save_pretrained")

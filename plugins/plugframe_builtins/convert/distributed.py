@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import libcst as cst
 
-from plugframe.tools.convert.conversion import Conversion
-from plugframe.tools.convert.edits import call, expression
-from plugframe.tools.convert.roles import LOCAL_RANK, MODEL, RANK, SAMPLER, WORLD_SIZE, WRAPPERS, rank_variable
-from plugframe.tools.convert.script import Scope, Script, argument, code, dotted, method
+from plugframe_builtins.convert.conversion import Conversion
+from plugframe_builtins.convert.edits import call, expression
+from plugframe_builtins.convert.roles import LOCAL_RANK, MODEL, RANK, SAMPLER, WORLD_SIZE, WRAPPERS, rank_variable
+from plugframe_builtins.convert.script import Scope, Script, argument, code, dotted, method
 
 _DIST = "torch.distributed."
 _REMOVED = ("init_process_group", "destroy_process_group")
