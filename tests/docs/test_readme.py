@@ -14,17 +14,19 @@ import pytest
 from paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BUILT_INS = (ROOT / "docs" / "built-ins.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "plugins" / "README.md").read_text(encoding="utf-8")
 
 
-def block(mark: str) -> str:
+def block(mark: str, page: str = README) -> str:
     """Return the code block after the comment ``<!-- mark -->``."""
-    found = re.search(rf"^<!-- {mark} -->\n```\w*\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    assert found, f"the README has no block {mark!r}"
+    found = re.search(rf"^<!-- {mark} -->\n```\w*\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert found, f"the page has no block {mark!r}"
     return found.group(1)
 
 
-def snippets(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def snippets(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
 def run(*command: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -44,14 +46,14 @@ def test_the_table_of_plugins_is_what_is_printed() -> None:
     done = run(sys.executable, "-m", "plugframe", "list-plugins")
     printed = [line.rstrip() for line in done.stdout.splitlines()]
     ours = [line for line in printed if line.startswith("kind") or " plugframe " in line]
-    shown = [line.rstrip() for line in block("list-plugins").splitlines()]
+    shown = [line.rstrip() for line in block("list-plugins", BUILT_INS).splitlines()]
     assert [re.sub(r" +", " ", line) for line in shown] == [re.sub(r" +", " ", line) for line in ours]
 
 
 def test_the_plugin_in_twenty_lines_trains(tmp_path: Path) -> None:
-    """The plugin of the README, copied out of it and published as it says, is selected by name and trains."""
+    """The plugin of the guide, copied out of it and published as it says, is selected by name and trains."""
     files = {}
-    for snippet in [*snippets("python"), *snippets("toml")]:
+    for snippet in [*snippets("python", GUIDE), *snippets("toml", GUIDE)]:
         name = re.match(r"# (\S+)\n", snippet)
         if name:
             files[name.group(1)] = snippet
@@ -80,6 +82,11 @@ def test_the_plugin_in_twenty_lines_trains(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "plugframe", "run", "train.py", "--strategy=acme", "--accelerator=cpu")
     done = run(*command, "--devices=2", cwd=tmp_path, PYTHONPATH=str(site))
     assert "gradient [[1.5, 1.5]] Acme" in done.stdout, done.stderr
+
+
+def test_it_is_read_in_five_minutes() -> None:
+    """At most 120 lines."""
+    assert len(README.splitlines()) <= 120
 
 
 def test_the_diff_adds_five_lines() -> None:
