@@ -1,4 +1,4 @@
-"""Run the scripts of ``tests/tools/convert_corpus``, as they are and converted, and return the numbers they print."""
+"""Run the scripts of ``tests/plugins/convert/corpus``, as they are and converted, and return the numbers they print."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from plugframe import Lite
 from plugframe.hooks.world import World
 from plugframe.utils.environment import environment
 
-FOLDER = TESTS / "tools" / "convert_corpus"
+FOLDER = TESTS / "plugins" / "convert" / "corpus"
 _HEADER = re.compile(r"^# (ranks|tolerance): *(.*)$", re.MULTILINE)
 _NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?|-?\b\d+\b|\bnan\b")
 
