@@ -31,4 +31,4 @@ with Lite() as lite:
         loss = model(x, x.sin())
         lite.backward(loss)
         optimizer.step()
-    lite.print(f"loss {float(loss):.4f}")
+    lite.print(f"loss {loss.item():.4f}")

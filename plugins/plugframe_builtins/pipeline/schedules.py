@@ -159,11 +159,12 @@ def _make_given(name: str, stages: Sequence[Any], axis: Axis, full: bool, option
             f"schedule={name!r} of strategy 'pipeline' cannot run {num_stages} stages on {axis.size} ranks in "
             f"micro_batches={count}: {type(error).__name__}: {words}."
         ) from error
-    placed = getattr(schedule, "stage_index_to_group_rank", None)
-    if placed is not None and any(rank != stage % axis.size for stage, rank in placed.items()):
+    placed = getattr(schedule, "stage_index_to_group_rank", {})
+    ranks = [placed[stage] for stage in sorted(placed)]
+    if ranks not in ([], [stage % axis.size for stage in range(num_stages)]):
         raise UnsupportedError(
-            f"schedule={name!r} puts the stages on ranks {list(placed.values())}, and strategy 'pipeline' puts stage n "
-            f"on rank n % {axis.size}: use a schedule that loops over the ranks, such as 'interleaved'."
+            f"schedule={name!r} puts the stages on ranks {ranks}, and strategy 'pipeline' puts stage n on rank n % "
+            f"{axis.size}: use a schedule that loops over the ranks, such as 'interleaved'."
         )
     return schedule
 

@@ -84,7 +84,7 @@ def recorded(call: Callable[[], Any]) -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         record("forward_one_chunk", lambda kwargs: "F")
-        record("backward_one_chunk", lambda kwargs: "BW" if kwargs["full_backward"] else "B")
+        record("backward_one_chunk", lambda kwargs: "BW" if kwargs.get("full_backward", True) else "B")
         record("backward_weight_one_chunk", lambda kwargs: "W")
         call()
     return order
