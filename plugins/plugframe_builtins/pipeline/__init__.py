@@ -15,8 +15,8 @@ plugin = Plugin(
             "schedule",
             str,
             None,
-            "Order of the micro-batches; unset: 1f1b if the model returns its loss, else gpipe.",
-            ("gpipe", "1f1b", "interleaved", "zero_bubble"),
+            "Order of the micro-batches: gpipe, 1f1b, interleaved, zero_bubble, or a schedule of torch's kind as "
+            "package.module:Class; unset: 1f1b if the model returns its loss, else gpipe.",
         ),
         Option("micro_batches", int, None, "Micro-batches of a batch; unset: as many as stages.", minimum=1),
     ),

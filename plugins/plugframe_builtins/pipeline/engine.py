@@ -59,7 +59,7 @@ class Engine:
         cut: the stages.
         axis: the ranks.
         places: the modules with parameters of this rank's stages; see `Aliases`.
-        schedule: the schedule's name; None for 1f1b if the model returns its loss, else gpipe.
+        schedule: the schedule's name or class; None for 1f1b if the model returns its loss, else gpipe.
         micro_batches: number of micro-batches of a batch.
         backwards: counts those of this model.
         parts: the sharded parameters of this rank's stages; None if each rank holds its stages' complete ones.
@@ -95,7 +95,7 @@ class Engine:
         self._stages = [StageModule(self._boundaries, n, functools.partial(self._parameters, n)) for n in own]
         self._chain = Chain(axis, self._stages, cut.num_stages)
         self._schedules = Schedules(
-            schedule or "1f1b", module, self._stages, axis, self._new_aliases, self._computing_with
+            schedule or "1f1b", micro_batches, module, self._stages, axis, self._new_aliases, self._computing_with
         )
         self._plans: dict[Any, Plan] = {}
         self._cut_check = CutCheck(type(module).__name__)

@@ -34,7 +34,7 @@ from plugframe_builtins.pipeline.cut import ATTRIBUTE, Cut, Split, buffers_of, c
 from plugframe_builtins.pipeline.engine import Engine
 from plugframe_builtins.pipeline.optimizers import own_parameters, split_optimizer
 from plugframe_builtins.pipeline.replicas import Replicas
-from plugframe_builtins.pipeline.schedules import misfit
+from plugframe_builtins.pipeline.schedules import check_name, misfit
 from plugframe_builtins.pipeline.sharding import parallelize_stages, sharding_base
 from plugframe_builtins.pipeline.stand_in import Backwards, OtherParameter, OtherStage, give_up, stand_in
 from plugframe_builtins.pipeline.state import (
@@ -59,8 +59,9 @@ class Pipeline(Strategy):
         split: where to cut: paths of the modules that start a new stage (``["layers.4"]``), or the modules of every
             stage as lists of patterns. By default the model's attribute ``pipeline_plan``, else balanced by
             parameters between the blocks of its largest container.
-        schedule: ``"gpipe"``, ``"1f1b"``, ``"interleaved"`` or ``"zero_bubble"``. By default 1f1b if the model returns
-            its loss, else gpipe, the only one for models that return outputs.
+        schedule: ``"gpipe"``, ``"1f1b"``, ``"interleaved"`` or ``"zero_bubble"``, or ``"package.module:Class"``, a
+            subclass of torch's ``PipelineScheduleSingle`` or ``PipelineScheduleMulti``. By default 1f1b if the model
+            returns its loss, else gpipe, the only one for models that return outputs.
         micro_batches: micro-batches of a batch, at most; by default as many as stages. A batch that they do not
             divide is cut into fewer.
     """
@@ -74,6 +75,8 @@ class Pipeline(Strategy):
         micro_batches: int | None = None,
     ) -> None:
         plugin.validate(self, stages=stages, schedule=schedule, micro_batches=micro_batches)
+        if schedule is not None:
+            check_name(schedule)
         if split is not None:
             check_split(split, "split= of strategy 'pipeline'")
         self.stages = stages

@@ -14,7 +14,7 @@ from plugframe_builtins.pipeline.axis import Axis
 from plugframe_builtins.pipeline.checks import keeping_buffers
 from plugframe_builtins.pipeline.parameters import Aliases, Aside, total
 from plugframe_builtins.pipeline.random_streams import stage_random
-from plugframe_builtins.pipeline.schedules import make_schedule
+from plugframe_builtins.pipeline.schedules import is_class, make_schedule
 from plugframe_builtins.pipeline.stage import Meta, StageModule
 
 #: Schedules that are kept, each with the buffers it receives into.
@@ -39,7 +39,8 @@ class Schedules:
     """The schedules of a model's calls.
 
     Args:
-        name: of the schedule.
+        name: of the schedule, or its class as ``package.module:Class``.
+        micro_batches: of a batch, at most.
         module: the user's model.
         stages: this rank's stages.
         axis: the ranks.
@@ -50,6 +51,7 @@ class Schedules:
     def __init__(
         self,
         name: str,
+        micro_batches: int,
         module: nn.Module,
         stages: Sequence[StageModule],
         axis: Axis,
@@ -57,6 +59,7 @@ class Schedules:
         computing: Callable[[Aliases], AbstractContextManager[Any]],
     ) -> None:
         self._name = name
+        self._micro_batches = micro_batches
         self._module = module
         self._stages = stages
         self._axis = axis
@@ -77,7 +80,7 @@ class Schedules:
         """
         schedule = self._made.get(key)
         if schedule is None:
-            if self._name == "zero_bubble":
+            if self._name == "zero_bubble" or is_class(self._name):
                 self._try_out(boundaries, dtype, weights)
             while len(self._made) >= _MOST_SCHEDULES:
                 del self._made[next(iter(self._made))]
@@ -86,7 +89,8 @@ class Schedules:
 
     def _make(self, name: str, boundaries: Sequence[Sequence[Meta]], dtype: torch.dtype, count: int) -> Any:
         loss = torch.empty((), dtype=dtype, device="meta", requires_grad=True)
-        return make_schedule(name, self._stages, boundaries, loss, count, self._axis)
+        full = count == self._micro_batches
+        return make_schedule(name, self._stages, boundaries, loss, count, self._axis, full)
 
     def _run(self, schedule: Any, weights: Sequence[float]) -> Trained:
         losses: list[Tensor] = []
@@ -115,7 +119,7 @@ class Schedules:
 
         torch's zero-bubble schedule computes the gradients of weights from the graph between a stage's inputs and its
         outputs, and loses those of weights that lie off it, such as all weights of a stage whose inputs require no
-        gradient (torch 2.13).
+        gradient (torch 2.13). A class given by the user may do anything.
 
         Raises:
             UnsupportedError: on all ranks, with a parameter that it lost.
@@ -128,13 +132,21 @@ class Schedules:
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         rows = zip(plain.parameters, plain.gradients, other.gradients, strict=True)
         lost = next((names.get(id(p), "a parameter") for p, a, b in rows if _differ(a, b)), None)
+        if len(plain.losses) != len(other.losses) or any(map(_differ, plain.losses, other.losses)):
+            lost = lost or "the losses"
         found = next((name for name in self._axis.gather_objects(lost) if name is not None), None)
-        if found is not None:
+        if found is None:
+            return
+        if is_class(self._name):
             raise UnsupportedError(
-                f"schedule='zero_bubble' loses gradients of {found!r}: torch computes them from the graph between what "
-                "its stage receives and sends, and this parameter lies off it (the stages before are frozen, or it is "
-                "applied to inputs of the model). Use schedule='interleaved' or '1f1b'."
+                f"schedule={self._name!r} computes other values than 'gpipe' for {found!r}: report it to its author, "
+                "and use schedule='1f1b'."
             )
+        raise UnsupportedError(
+            f"schedule='zero_bubble' loses gradients of {found!r}: torch computes them from the graph between what "
+            "its stage receives and sends, and this parameter lies off it (the stages before are frozen, or it is "
+            "applied to inputs of the model). Use schedule='interleaved' or '1f1b'."
+        )
 
 
 def _differ(expected: Tensor | None, found: Tensor | None) -> bool:

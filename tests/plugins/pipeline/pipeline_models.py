@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.pipelining import Schedule1F1B
 from torch.nn.functional import cross_entropy, dropout, mse_loss
 from torch.utils.checkpoint import checkpoint
 
@@ -243,6 +244,20 @@ def twins(
     return Twins(lite, model, plain, made, tolerance)
 
 
+class Halved(Schedule1F1B):
+    """Half of the gradients, on two micro-batches."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "scale_grads": True})
+
+
+class Needy(Schedule1F1B):
+    """Wants an argument of its own."""
+
+    def __init__(self, *args: Any, must_have: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+
+
 def pipelines(ranks: int) -> list[tuple[str, Pipeline]]:
     """Return a strategy for each schedule, with several stages a rank where the schedule runs them."""
     return [
@@ -251,5 +266,6 @@ def pipelines(ranks: int) -> list[tuple[str, Pipeline]]:
         ("interleaved", Pipeline(schedule="interleaved", stages=2 * ranks, micro_batches=ranks)),
         ("zero_bubble", Pipeline(schedule="zero_bubble", micro_batches=ranks)),
         ("zero_bubble", Pipeline(schedule="zero_bubble", stages=2 * ranks, micro_batches=2 * ranks)),
+        ("class", Pipeline(schedule="torch.distributed.pipelining:Schedule1F1B", micro_batches=4)),
         ("unset", Pipeline()),
     ]

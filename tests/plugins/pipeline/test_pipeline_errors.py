@@ -215,6 +215,16 @@ def wrong_settings_are_named(world: World) -> None:
     ):
         with pytest.raises(SettingError, match=message):
             lite_of(world, Pipeline(**options)).setup(build())
+    for schedule, message in (
+        ("2f2b", "schedule='2f2b' of strategy 'pipeline' must be one of gpipe, 1f1b,.* or 'package.module:Class'"),
+        ("nowhere:Class", "cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
+        ("pipeline_models:Nothing", "cannot be imported: AttributeError"),
+        (":", "cannot be imported: ValueError"),
+        ("pipeline_models:Layers", "is no schedule: name a subclass of PipelineScheduleSingle"),
+    ):
+        with pytest.raises(SettingError, match=message) as raised:
+            Pipeline(schedule=schedule)
+        assert "\n" not in str(raised.value)
     with lite_of(world, Pipeline()) as lite:
         model = build()
         with pytest.raises(UnsupportedError, match="LBFGS computes with all parameters together"):
@@ -227,11 +237,30 @@ def wrong_settings_are_named(world: World) -> None:
             lite.setup(compiled)
 
 
+def classes_that_do_not_fit_are_named(world: World) -> None:
+    """A class of torch or of a stranger that wants other micro-batches or ranks, or computes something else."""
+    torchs = "torch.distributed.pipelining"
+    for name, options, error, message in (
+        (f"{torchs}:Schedule1F1B", {"micro_batches": 1}, SettingError, "cannot run 2 stages on 2 ranks in micro_ba"),
+        (f"{torchs}:ScheduleZBVZeroBubble", {"stages": 4}, UnsupportedError, "puts the stages on ranks .0, 1, 1, 0."),
+        ("pipeline_models:Halved", {}, UnsupportedError, "computes other values than 'gpipe' for"),
+        ("pipeline_models:Needy", {}, SettingError, "TypeError: .*must_have"),
+    ):
+        with lite_of(world, Pipeline(schedule=name, **options)) as lite:
+            model = lite.setup(build())
+            with pytest.raises(error, match=message) as raised:
+                model(*numbers())
+            assert "\n" not in str(raised.value)
+    with pytest.raises(SettingError, match="gives each several stages"):
+        lite_of(world, Pipeline(schedule="pipeline_models:Halved", stages=4)).setup(build())
+
+
 ALL = (
     models_that_cannot_be_cut_are_named,
     calls_that_cannot_be_cut_are_named,
     other_stages_are_not_read,
     wrong_settings_are_named,
+    classes_that_do_not_fit_are_named,
 )
 
 
