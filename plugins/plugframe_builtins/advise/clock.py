@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 WAIT, COPY, FORWARD, BACKWARD = "data wait", "copy to the device", "forward", "backward"
@@ -56,12 +55,11 @@ class StepClock:
     """Time phases, nested ones excluded, from one optimizer step to the next.
 
     Args:
-        synchronize: waits for the device.
-        every: which steps are timed by phase, waiting for the device at each boundary. 1 for a device that has
-            finished when a call returns. Other steps run as without the clock.
+        synchronize: waits for the device; None for one that has finished when a call returns.
+        every: which steps are timed by phase, waiting for the device at each boundary. Others run as without the clock.
     """
 
-    def __init__(self, synchronize: Callable[[], None], *, every: int) -> None:
+    def __init__(self, synchronize: Callable[[], None] | None, *, every: int) -> None:
         self.steps: list[Step] = []
         self._synchronize, self._every = synchronize, every
         self._thread = threading.get_ident()
@@ -70,22 +68,22 @@ class StepClock:
         self._start_s = 0.0
         self._timed = False
 
-    @contextmanager
-    def spent(self, phase: str) -> Iterator[None]:
-        """Add the duration of the block to a phase of this step."""
-        if threading.get_ident() != self._thread or not (self._timed or phase in OCCASIONAL):
-            yield
-            return
-        timed = self._timed
-        start_s = self._now(timed)
+    def enter(self, phase: str) -> float | None:
+        """Return the time at which a phase begins, for `leave`; None if it is not timed in this step."""
+        if not (self._timed or phase in OCCASIONAL) or threading.get_ident() != self._thread:
+            return None
+        start_s = self._now(self._timed)
         self._inner.append(0.0)
-        try:
-            yield
-        finally:
-            seconds = self._now(timed) - start_s
-            self._spent[phase] += seconds - self._inner.pop()
-            if self._inner:
-                self._inner[-1] += seconds
+        return start_s
+
+    def leave(self, phase: str, start_s: float | None) -> None:
+        """Add the time since `enter` to the phase, without phases within it."""
+        if start_s is None:
+            return
+        seconds = self._now(self._timed) - start_s
+        self._spent[phase] += seconds - self._inner.pop()
+        if self._inner:
+            self._inner[-1] += seconds
 
     def begin(self) -> None:
         """Start the first step."""
@@ -108,7 +106,7 @@ class StepClock:
         self._timed = len(self.steps) % self._every == 0
 
     def _now(self, wait: bool) -> float:
-        if wait:
+        if wait and self._synchronize is not None:
             self._synchronize()
         return time.perf_counter()
 

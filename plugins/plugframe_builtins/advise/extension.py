@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -30,10 +30,14 @@ def _timed(phase: str) -> Any:
 
     @hookimpl(wrapper=True)
     def wrapper(self: Advise) -> Generator[None, Any, Any]:
-        if self._clock is None:
+        measured = self._clock
+        if measured is None:
             return (yield)
-        with self._clock.spent(phase):
+        start_s = measured.enter(phase)
+        try:
             return (yield)
+        finally:
+            measured.leave(phase, start_s)
 
     return wrapper
 
@@ -66,6 +70,7 @@ class Advise(Extension):
         self._clock: StepClock | None = None
         self._memory = Memory()
         self._num_warm = 0
+        self._peak = 0.0
         self._batch_tokens = self._num_tokens = 0
         self._loader: tuple[int | None, bool | None] = (None, None)
         self._modules: list[weakref.ref[nn.Module]] = []
@@ -94,6 +99,7 @@ class Advise(Extension):
         if context.world.global_rank == 0:
             self._context = context
             self._memory.begin(context.device)
+            self._peak = peak_flops(context.device)
 
     @hookimpl(wrapper=True)
     def strategy_setup_module_and_optimizers(
@@ -111,20 +117,29 @@ class Advise(Extension):
 
     @hookimpl(wrapper=True)
     def strategy_next_batch(self, iterator: Any) -> Generator[None, Any, Any]:
-        if self._clock is None:
+        measured = self._clock
+        if measured is None:
             return (yield)
         # torch's iterators keep the loader's settings in private attributes only.
         self._loader = (getattr(iterator, "_num_workers", None), getattr(iterator, "_pin_memory", None))
-        with self._clock.spent(clock.WAIT):
+        start_s = measured.enter(clock.WAIT)
+        try:
             return (yield)
+        finally:
+            measured.leave(clock.WAIT, start_s)
 
     @hookimpl(wrapper=True)
     def accelerator_move_batch(self, batch: Any) -> Generator[None, Any, Any]:
-        if self._clock is None:
+        measured = self._clock
+        if measured is None:
             return (yield)
-        self._batch_tokens = batch_counts(batch)[1]
-        with self._clock.spent(clock.COPY):
+        if self._peak:
+            self._batch_tokens = batch_counts(batch)[1]
+        start_s = measured.enter(clock.COPY)
+        try:
             return (yield)
+        finally:
+            measured.leave(clock.COPY, start_s)
 
     @hookimpl
     def on_backward(self) -> None:
@@ -136,12 +151,7 @@ class Advise(Extension):
     def precision_forward_context(self) -> Generator[None, Any, Any]:
         # The hook only creates the context; the forward runs inside it.
         context = yield
-        return context if self._clock is None else self._forward(self._clock, context)
-
-    @contextmanager
-    def _forward(self, clock_: StepClock, context: AbstractContextManager[Any]) -> Iterator[Any]:
-        with clock_.spent(clock.FORWARD if torch.is_grad_enabled() else clock.NO_GRAD), context as entered:
-            yield entered
+        return context if self._clock is None else _Forward(self._clock, context)
 
     @hookimpl(wrapper=True)
     def strategy_optimizer_step(self, optimizer: Optimizer) -> Generator[None, Any, Any]:
@@ -151,14 +161,18 @@ class Advise(Extension):
             made = yield
             self._warm(self._context)
             return made
-        with self._clock.spent(clock.OPTIMIZER):
+        measured = self._clock
+        start_s = measured.enter(clock.OPTIMIZER)
+        try:
             made = yield
-        last = len(self._clock.steps) == self.steps - 1
-        self._clock.end_step(last=last)
+        finally:
+            measured.leave(clock.OPTIMIZER, start_s)
+        last = len(measured.steps) == self.steps - 1
+        measured.end_step(last=last)
         if last:
             self._slow_optimizer = _slow(optimizer)
             self._memory.look()
-            self._report(self._context, self._clock)
+            self._report(self._context, measured)
         return made
 
     def _warm(self, context: Context) -> None:
@@ -166,8 +180,10 @@ class Advise(Extension):
         self._num_warm += 1
         if self._num_warm >= self.warm_up:
             hooks, device = context.hooks, context.device
-            every = 1 if device.type == "cpu" else _EVERY
-            self._clock = StepClock(lambda: hooks.accelerator_synchronize(device=device), every=every)
+            if device.type == "cpu":
+                self._clock = StepClock(None, every=1)
+            else:
+                self._clock = StepClock(lambda: hooks.accelerator_synchronize(device=device), every=_EVERY)
             self._clock.begin()
 
     @hookimpl
@@ -211,14 +227,33 @@ class Advise(Extension):
 
     def _mfu(self, context: Context, times: Breakdown) -> list[str]:
         """Return a line with the part of the device's peak that is used, if that and the tokens are known."""
-        peak = peak_flops(context.device)
         alive = (module for module in (reference() for reference in self._modules) if module is not None)
         count = sum(p.numel() for module in alive for p in module.parameters() if p.requires_grad)
         tokens = self._num_tokens / times.num_steps * context.hooks.strategy_data_shard()[1]
-        if not peak or not tokens or not times.step_s:
+        if not self._peak or not tokens or not times.step_s:
             return []
-        used = 6 * tokens * count / (times.step_s * peak * context.world.world_size)
+        used = 6 * tokens * count / (times.step_s * self._peak * context.world.world_size)
         return [f"MFU {100 * used:.0f} %: the part of the device's 16-bit peak that is used"]
+
+
+class _Forward:
+    """Time what runs in a context as the forward."""
+
+    def __init__(self, measured: StepClock, context: AbstractContextManager[Any]) -> None:
+        self._measured, self._context = measured, context
+        self._phase = clock.FORWARD
+
+    def __enter__(self) -> Any:
+        if not torch.is_grad_enabled():
+            self._phase = clock.NO_GRAD
+        self._start_s = self._measured.enter(self._phase)
+        return self._context.__enter__()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        try:
+            return self._context.__exit__(*raised)
+        finally:
+            self._measured.leave(self._phase, self._start_s)
 
 
 def _lines(times: Breakdown) -> list[str]:

@@ -132,9 +132,10 @@ def test_few_steps_wait_for_a_device(time_: Time) -> None:
     measured.begin()
     for number in range(6):
         before = waits[0]
-        with measured.spent(clock.FORWARD):
-            time_.pass_(1.0)
-            queued_s[0] += 5.0
+        start_s = measured.enter(clock.FORWARD)
+        time_.pass_(1.0)
+        queued_s[0] += 5.0
+        measured.leave(clock.FORWARD, start_s)
         measured.end_step(last=number == 5)
         # The last two of each three queue; they are waited for where the third ends.
         assert waits[0] - before == (3, 0, 1)[number % 3]
