@@ -16,7 +16,8 @@ from paths import ROOT
 @pytest.fixture
 def suite(monkeypatch: pytest.MonkeyPatch) -> Any:
     spec = importlib.util.spec_from_file_location("benchmark_suite", ROOT / "benchmarks" / "__main__.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
@@ -33,6 +34,7 @@ def test_every_name_is_listed_and_a_wrong_one_is_refused(suite: Any, capsys: pyt
     assert "there is no benchmark nothing: choose from startup, " in capsys.readouterr().err
 
 
+@pytest.mark.ranks
 def test_raw_numbers_and_a_failure_are_kept(suite: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With medians and ratios; a script that fails makes the exit code 1."""
     script = tmp_path / "script.py"
