@@ -159,7 +159,7 @@ class Advise(Extension):
             return (yield)
         if self._clock is None:
             made = yield
-            self._warm(self._context)
+            self._warm(self._context, optimizer)
             return made
         measured = self._clock
         start_s = measured.enter(clock.OPTIMIZER)
@@ -170,15 +170,15 @@ class Advise(Extension):
         last = len(measured.steps) == self.steps - 1
         measured.end_step(last=last)
         if last:
-            self._slow_optimizer = _slow(optimizer)
             self._memory.look()
             self._report(self._context, measured)
         return made
 
-    def _warm(self, context: Context) -> None:
+    def _warm(self, context: Context, optimizer: Optimizer) -> None:
         """Count a step that is not measured, and start the clock after the last of them."""
         self._num_warm += 1
         if self._num_warm >= self.warm_up:
+            self._slow_optimizer = _slow(optimizer)
             hooks, device = context.hooks, context.device
             if device.type == "cpu":
                 self._clock = StepClock(None, every=1)
@@ -227,11 +227,11 @@ class Advise(Extension):
 
     def _mfu(self, context: Context, times: Breakdown) -> list[str]:
         """Return a line with the part of the device's peak that is used, if that and the tokens are known."""
+        if not self._peak or not self._num_tokens:
+            return []
         alive = (module for module in (reference() for reference in self._modules) if module is not None)
         count = sum(p.numel() for module in alive for p in module.parameters() if p.requires_grad)
         tokens = self._num_tokens / times.num_steps * context.hooks.strategy_data_shard()[1]
-        if not self._peak or not tokens or not times.step_s:
-            return []
         used = 6 * tokens * count / (times.step_s * self._peak * context.world.world_size)
         return [f"MFU {100 * used:.0f} %: the part of the device's 16-bit peak that is used"]
 
@@ -246,8 +246,9 @@ class _Forward:
     def __enter__(self) -> Any:
         if not torch.is_grad_enabled():
             self._phase = clock.NO_GRAD
+        entered = self._context.__enter__()
         self._start_s = self._measured.enter(self._phase)
-        return self._context.__enter__()
+        return entered
 
     def __exit__(self, *raised: Any) -> bool | None:
         try:

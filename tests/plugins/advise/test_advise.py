@@ -98,6 +98,7 @@ def test_the_phases_of_a_step_are_reported(time_: Time, told: list[str], tmp_pat
     assert told[0] == "advise: 7000.00 ms a step, of 4 steps, without 1 that save or evaluate:"
     assert told[1] == "advise:  57 % data wait"
     assert any("memory of this rank: parameters" in line for line in told)
+    assert advise._slow_optimizer == "AdamW"
     assert sum("1. data wait is 57 % of the step: num_workers=0; " in line for line in told) == 1
 
 
@@ -202,3 +203,20 @@ def test_it_is_an_option_of_the_command_and_its_options_are_validated() -> None:
     assert (shown.exit_code, "advise (plugframe" in shown.output) == (0, True)
     with pytest.raises(SettingError, match="steps"):
         Advise(steps=0)
+
+
+def test_the_part_of_the_peak_is_that_of_the_tokens_trained_on(
+    time_: Time, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six operations per parameter and token, over the time of the steps; an evaluated batch does not count."""
+    monkeypatch.setattr(extension, "peak_flops", lambda device: 6 * 20 * 5 / 4.0 * 2)
+    with Lite(accelerator="cpu", devices=1, plugins=[Advise(steps=2, warm_up=1)]) as lite:
+        model = nn.Embedding(10, 2)
+        model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        rows: Any = [torch.arange(5) for _ in range(3)]
+        for batch in lite.setup_dataloaders(DataLoader(rows)):
+            lite.to_device(batch)
+            lite.backward(model(lite.to_device(batch)).sum())
+            optimizer.step()
+            time_.pass_(4.0)
+    assert any("MFU 50 %" in line for line in told)
