@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from plugframe import Lite
-from rounds import machine
+from rounds import keep, machine
 
 
 def main() -> None:
@@ -47,6 +47,8 @@ def main() -> None:
         lite.barrier()
         if lite.is_global_zero:
             shutil.rmtree(folder)
+    if lite.is_global_zero:
+        keep(f"saving {options.size_mb} MB", times, unit="s", base="waited for")
     lite.print(machine())
     lite.print(f"\nsaving {options.size_mb} MB from {lite.world_size} ranks (seconds; {options.rounds} rounds)")
     for name, values in times.items():

@@ -22,6 +22,7 @@ import torch
 from plugframe.hooks.context import Context
 from plugframe.hooks.world import World
 from plugframe_builtins.safetensors_checkpoint.checkpoint import SafetensorsCheckpoint
+from rounds import keep
 
 
 def make_plugin() -> SafetensorsCheckpoint:
@@ -85,6 +86,8 @@ def main() -> None:
                     times[name].append(spent_s)
             # The loads stay last: in the first round there is nothing to load yet.
             order = [*order[1:3], order[0], *order[:2:-1]]
+    for title, base in (("save", "torch.save in place"), ("load", "torch.load")):
+        keep(f"{title} {args.size_mb} MB", {n: t for n, t in times.items() if title in n}, unit="s", base=base)
     medians = {name: statistics.median(spent) for name, spent in times.items()}
     print(f"{args.size_mb} MB in {args.tensors} tensors, {args.rounds} rounds, {os.cpu_count()} cores; seconds")
     for name, spent in times.items():

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from plugframe import Lite
-from rounds import installed, machine
+from rounds import installed, keep, machine
 
 
 def make() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -73,6 +73,8 @@ def main() -> None:
         names = list(candidates)
         for name in names[number % len(names) :] + names[: number % len(names)]:
             results[name].append(candidates[name]())
+    if lite.is_global_zero:
+        keep("DDP on two ranks", results, unit="steps/s", base="by hand")
     lite.print(machine())
     lite.print(f"\nDDP on two ranks (steps/s; medians of {options.rounds} interleaved rounds)")
     for name, values in results.items():

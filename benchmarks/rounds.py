@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import resource
@@ -26,7 +27,8 @@ def interleave(candidates: Mapping[str, Callable[[], float]], *, rounds: int) ->
 
 
 def report(title: str, results: Mapping[str, Sequence[float]], *, unit: str, base: str, digits: int = 1) -> None:
-    """Print medians, and differences and ratios to `base` taken round by round."""
+    """Print medians, and differences and ratios to `base` taken round by round; keep the raw numbers."""
+    keep(title, results, unit=unit, base=base)
     print(f"\n{title} ({unit}; medians of {len(results[base])} interleaved rounds, [min … max])")
     for name, values in results.items():
         line = f"  {name:32} {statistics.median(values):10.{digits}f}"
@@ -36,6 +38,15 @@ def report(title: str, results: Mapping[str, Sequence[float]], *, unit: str, bas
             ratios = [value / other for value, other in zip(values, results[base], strict=True)]
             line += f"   {statistics.median(differences):+.{digits}f}   ×{statistics.median(ratios):.3f}"
         print(line)
+
+
+def keep(title: str, results: Mapping[str, Sequence[float]], *, unit: str, base: str) -> None:
+    """Append raw numbers to the file of ``python -m benchmarks``, if that runs this script."""
+    path = os.environ.get("PLUGFRAME_BENCHMARK_OUT")
+    if path:
+        line = json.dumps({"title": title, "unit": unit, "base": base, "machine": machine(), "results": dict(results)})
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def machine() -> str:

@@ -46,6 +46,7 @@ EnvironmentName = Literal["auto", "manual", "torchelastic", "slurm", "mpi", "lsf
 LauncherName = Literal["auto", "elastic", "spawn", "fork"]
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow", "trackio"]
 ExtensionName = Literal[
+    "advise",
     "best-model",
     "costs",
     "drift-guard",

@@ -9,7 +9,7 @@ import pytest
 from plugframe.diagnostics.instrument import RECORDED_HOOKS
 from plugframe.hooks import KINDS, Plugin
 from plugframe.hooks.markers import marks_of
-from plugframe_builtins import costs, lockstep, oom_retry, profiler
+from plugframe_builtins import advise, costs, lockstep, oom_retry, profiler
 
 #: Hooks in which ranks wait for each other; the gather of later values is asynchronous.
 COMMUNICATION = set(KINDS["collective"].hooks) - {
@@ -28,7 +28,11 @@ def wrapped_by(plugin: Plugin) -> set[str]:
     return {hook for hook in KINDS["collective"].hooks if (marks_of(extension, hook) or {}).get("wrapper")}
 
 
-@pytest.mark.parametrize("plugin", [costs.plugin, profiler.plugin, oom_retry.plugin], ids=["costs", "profiler", "oom"])
+@pytest.mark.parametrize(
+    "plugin",
+    [advise.plugin, costs.plugin, profiler.plugin, oom_retry.plugin],
+    ids=["advise", "costs", "profiler", "oom"],
+)
 def test_an_extension_sees_every_call(plugin: Plugin) -> None:
     """No hook in which ranks wait is left out."""
     assert wrapped_by(plugin) == COMMUNICATION

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from plugframe.base import Extension, failing, tell
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
-from plugframe_builtins.costs.memory import Memory
+from plugframe_builtins._shared.memory import Memory
 
 _READING, _MOVING, _FORWARD = "reading batches", "moving batches", "forward"
 _BACKWARD, _STEP, _COLLECTIVES, _SAVING = "backward", "optimizer steps", "collectives of the script", "checkpoints"

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plugframe.base import Extension, map_tensors
+from plugframe.base import Extension
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
+from plugframe_builtins._shared.training_rate import batch_counts, peak_flops
 from plugframe_builtins.throughput import plugin
-
-#: Dense 16-bit operations per second, by a part of the device's name, as their vendors state; longer names first.
-PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 125e12,
-    "V100": 125e12,
-    "MI300X": 1307e12,
-}
 
 
 class Throughput(Extension):
@@ -78,7 +64,7 @@ class Throughput(Extension):
 
     @hookimpl(wrapper=True)
     def accelerator_move_batch(self, batch: Any) -> Generator[None, Any, Any]:
-        self._batch = _counts(batch)
+        self._batch = batch_counts(batch)
         return (yield)
 
     @hookimpl
@@ -131,10 +117,7 @@ class Throughput(Extension):
         return 6 * tokens * sum(p.numel() for module in alive for p in module.parameters() if p.requires_grad)
 
     def _peak(self, context: Context) -> float:
-        if self.peak_flops or context.device.type != "cuda":
-            return self.peak_flops
-        name = torch.cuda.get_device_name(context.device)
-        return next((peak for part, peak in PEAKS.items() if part in name), 0.0)
+        return self.peak_flops or peak_flops(context.device)
 
     @hookimpl
     def extension_state(self) -> dict[str, Any]:
@@ -149,15 +132,3 @@ class Throughput(Extension):
         self.num_samples, self.num_tokens = state["num_samples"], state["num_tokens"]
         self.num_steps, self.seconds = state["num_steps"], state["seconds"]
         self._before = (self.num_samples, self.num_tokens, self.seconds)
-
-
-def _counts(batch: Any) -> tuple[int, int]:
-    """Return the samples and tokens in a batch: the first dimension, and the size of integers in two dimensions."""
-    if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
-        batch = batch["input_ids"]
-    found: list[Tensor] = []
-    map_tensors(lambda tensor: found.append(tensor) or tensor, batch)  # type: ignore[func-returns-value]
-    samples = len(found[0]) if found and found[0].ndim else 0
-    texts = (each for each in found if each.ndim == 2 and not each.is_floating_point() and each.dtype != torch.bool)
-    first = next(texts, None)
-    return samples, 0 if first is None else first.numel()
