@@ -320,7 +320,7 @@ class Lite:
             if not self._alone():
                 raise start.not_launched(self.plan, call)
             self._rank_environment.check(call, launched=self.plan.launched)
-            raw_scripts.check_process_group(self.world_size)
+            raw_scripts.check_process_group(self)
             # Not in a rank that plugframe has started, which notes its exit code itself.
             watch_exit = bool(session.loggers) and not os.environ.get(LAUNCHED)
             self._process_error = ProcessError(session.close, watch_exit=watch_exit)

@@ -27,16 +27,17 @@ _SHARDING = {"FSDPModule": "fully_shard()", "FullyShardedDataParallel": "FullySh
 _INSTEAD = "lite.backward() scales the loss, and optimizer.step() unscales the gradients"
 
 
-def check_process_group(world_size: int) -> None:
+def check_process_group(lite: Lite) -> None:
     """Raise if the script has connected ranks that a job of one rank knows nothing of: each would train by itself.
 
-    A collective that uses process groups compares them itself.
+    A collective that uses process groups compares them itself. With an environment asked for by name a rank means to
+    run a job of its own.
 
     Raises:
         EnvironmentMismatchError: saying how many there are.
     """
     found = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if world_size == 1 and found > 1:
+    if lite.world_size == 1 and found > 1 and lite._request.value("environment", "auto") == "auto":
         raise EnvironmentMismatchError(
             f"The script has called init_process_group() for {found} ranks, and this job has one: leave "
             "init_process_group() and mp.spawn() out, and call lite.launch() or start the script with `plugframe run`."
