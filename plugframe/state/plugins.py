@@ -29,7 +29,10 @@ HOOKS = {
     "strategy": ("strategy_state", "strategy_load_state"),
 }
 #: The hooks that are marked `per_plugin`.
-_NEVER_WRAPPED = ("strategy_skip_step", *(name for pair in HOOKS.values() for name in pair))
+_NEVER_WRAPPED = (
+    *("strategy_scale_gradients", "strategy_skip_step"),
+    *(name for pair in HOOKS.values() for name in pair),
+)
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def test_selected_by_name_on_the_command_line(packages: Use, tmp_path: Path, dev
     script.write_text(SCRIPT)
     options = [f"--{name}={value}" for name, value in {**ACME, "devices": devices}.items()]
     done = warm.run(
-        [sys.executable, "-m", "plugframe", "run", *options, str(script)],
+        [sys.executable, "-m", "plugframe", "run", "-v", *options, str(script)],
         capture_output=True,
         text=True,
         timeout=120,

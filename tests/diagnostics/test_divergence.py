@@ -361,7 +361,7 @@ def test_plugframe_run_blames_the_rank_that_hangs(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("plugframe: 2 ranks")]
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("plugframe: ddp on 2")]
     assert "did not reach a collective: rank 0 waits in all_reduce of (2,) float32 mean (train.py:18, call" in lines[0]
     assert lines[0].startswith("rank 1 on ")
     assert "rank 1 is in forward (train.py:12), its last collective was setup (train.py:15, call" in lines[0]

@@ -47,7 +47,12 @@ def test_the_table_of_plugins_is_what_is_printed() -> None:
     printed = [line.rstrip() for line in done.stdout.splitlines()]
     ours = [line for line in printed if line.startswith("kind") or " plugframe " in line]
     shown = [line.rstrip() for line in block("list-plugins", BUILT_INS).splitlines()]
-    assert [re.sub(r" +", " ", line) for line in shown] == [re.sub(r" +", " ", line) for line in ours]
+    # Whether the packages that some need are installed differs between machines.
+    rows = [
+        [re.sub(r" +", " ", re.sub(r"(not checked|missing: .*)$", "", line)) for line in lines]
+        for lines in (shown, ours)
+    ]
+    assert rows[0] == rows[1]
 
 
 def test_the_plugin_in_twenty_lines_trains(tmp_path: Path) -> None:

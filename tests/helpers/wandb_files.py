@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wandb.proto.wandb_internal_pb2 import Record
-
 _BLOCK, _HEADER = 32 * 1024, 7
 
 
 def records(folder: Path, run_id: str) -> Iterator[Any]:
     """Yield the records of a run, of all jobs that recorded it, the earliest first."""
+    from wandb.proto import wandb_internal_pb2
+
     files = folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb")
     for file in sorted(files, key=lambda path: path.stat().st_mtime_ns):
         for data in _messages(file.read_bytes()):
-            record = Record()
+            record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             yield record
 

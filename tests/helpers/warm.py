@@ -60,7 +60,8 @@ class Server:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PLUGFRAME_", "PYTEST_"))}
         # Named as a fork server, which outlives a test by design: see `plugframe.testing.leftovers`.
         code = "import sys; from warm import serve_forkserver; serve_forkserver(int(sys.argv[1]))"
-        path = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
+        # Not the path of the test that happens to come first: each command has its own.
+        path = str(Path(__file__).parent)
         self._process = subprocess.Popen(
             [sys.executable, "-c", code, str(there.fileno())],
             env={**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": "/tmp"},

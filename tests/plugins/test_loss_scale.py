@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from plugframe import Lite
-from plugframe.errors import OrderError
+from plugframe.errors import OrderError, PlugframeWarning
 from plugframe_builtins.precisions import MixedPrecision
 
 
@@ -249,7 +249,7 @@ def test_complex_sparse_and_empty_parameters_train(lite: Lite) -> None:
 
 
 def test_a_scaler_and_an_autocast_of_the_scripts_own(lite: Lite) -> None:
-    """A script that keeps its GradScaler and its autocast takes the steps it takes without plugframe."""
+    """A script that keeps its GradScaler and its autocast takes the steps it takes without plugframe, and is told of it."""
     plain, module = network(), network()
     module, optimizer = lite.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
     other = torch.optim.SGD(plain.parameters(), lr=0.1)
@@ -257,7 +257,8 @@ def test_a_scaler_and_an_autocast_of_the_scripts_own(lite: Lite) -> None:
     for number in range(3):
         optimizer.zero_grad()
         other.zero_grad()
-        with torch.autocast("cpu", torch.float16):
+        told = nullcontext() if number else pytest.warns(PlugframeWarning, match="under the script's torch.autocast")
+        with told, torch.autocast("cpu", torch.float16):
             loss = loss_of(lambda x: module(x).float(), number)  # type: ignore[arg-type]
         lite.backward(scaler.scale(loss))
         scaler.step(optimizer)

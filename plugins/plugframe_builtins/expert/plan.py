@@ -97,7 +97,7 @@ def _recognized(module: nn.Module, paths: Mapping[str, nn.Module]) -> dict[str, 
     )
     example = odd or (lists[0] if lists else "layers.*.experts")
     raise SettingError(
-        f"strategy 'expert' cannot tell what the experts of this {type(module).__name__} are: {found}. Pass "
+        f"strategy 'expert' cannot tell what the experts of this {type(module).__name__} are: {found}: use "
         f'ExpertParallel(plan={{"{example}": …}}) with one of {", ".join(map(repr, STYLES))} or a function, or give '
         f"the model such an attribute {ATTRIBUTE}; {{}} is for a model without experts."
     )

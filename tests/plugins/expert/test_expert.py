@@ -280,7 +280,7 @@ class Unlike(nn.Module):
 @pytest.mark.parametrize(
     ("model", "plan", "message"),
     [
-        (Model(Sorted), None, r"'layers.0.mixture.experts' is a Stacked, .* Pass ExpertParallel\(plan="),
+        (Model(Sorted), None, r"'layers.0.mixture.experts' is a Stacked, .* use ExpertParallel\(plan="),
         (Unlike().blocks, None, "no list is called 'experts', and its lists of alike modules are none"),
         (Unlike(), None, "'experts' is a ModuleList, not a list of alike modules"),
         (Model(), {"layer.*": "modules"}, "names 'layer.*', which matches no submodule of this Model"),

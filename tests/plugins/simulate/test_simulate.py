@@ -96,7 +96,7 @@ def test_a_mesh_runs_on_64_ranks(tmp_path: Path) -> None:
     split = ("--strategy=fsdp+tensor_parallel", "--mesh", "data=16,tensor=4", "--strategy.plan=0=colwise,2=rowwise")
     done = simulate(tmp_path, *split)
     assert done.returncode == 0, done.stderr
-    assert "64 ranks (data=16, tensor=4)" in done.stderr
+    assert "fsdp+tensor_parallel on 64 × cpu on 64 nodes (data=16, tensor=4)" in done.stderr
     assert "world 0 0 0 64 20" in done.stdout
     assert "memory of this rank: parameters 4.144 kB" in done.stderr
 

@@ -11,10 +11,10 @@ from torch import nn
 _MARK = "_is_fsdp_managed_module"
 
 
-def keep_in_step(module: nn.Module) -> Callable[[], None]:
-    """Make ``generate`` of a Hugging Face model keep ranks in step; return a function that undoes it."""
+def keep_in_step(module: nn.Module) -> Callable[[], None] | None:
+    """Make ``generate`` of a Hugging Face model keep ranks in step; return a function that undoes it, if it is one."""
     if not callable(getattr(type(module), "generate", None)) or _MARK in vars(module):
-        return lambda: None
+        return None
     vars(module)[_MARK] = True
     reference = weakref.ref(module)
 
