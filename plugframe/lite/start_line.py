@@ -13,7 +13,7 @@ def start_line(plan: Plan, environ: Mapping[str, str] = os.environ) -> str:
     """Return what runs where: ``ddp on 2 × cpu, bf16-mixed``; verbose, every plugin with its package and version."""
     if environ.get(VERBOSE) == "1":
         return plan.line()
-    strategy = "+".join([*(choice.name for choice in plan.composed), plan.choices["strategy"].name])
+    strategy = "+".join([plan.choices["strategy"].name, *(choice.name for choice in plan.composed)])
     number = plan.world_size
     where = f"{number} × {plan.choices['accelerator'].name}" if number > 1 else plan.choices["accelerator"].name
     where += f" on {plan.num_nodes} nodes" if plan.num_nodes > 1 else ""

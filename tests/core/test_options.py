@@ -144,6 +144,7 @@ def test_a_wrong_declaration_says_what_to_write(declare: Any, said: str) -> None
 #: What only code can pass: objects, and mappings of several types.
 IN_CODE_ONLY = {
     "ddp": {"powersgd", "process_group"},
+    "expert": {"mp_policy"},
     "fsdp": {"mp_policy"},
     "tensor_parallel": {"mp_policy", "parallelize"},
     "16-mixed": {"scaler"},

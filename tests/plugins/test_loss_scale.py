@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -249,22 +249,30 @@ def test_complex_sparse_and_empty_parameters_train(lite: Lite) -> None:
 
 
 def test_a_scaler_and_an_autocast_of_the_scripts_own(lite: Lite) -> None:
-    """A script that keeps its GradScaler and its autocast takes the steps it takes without plugframe, and is told of it."""
+    """A script that keeps its GradScaler and its autocast takes the steps it takes without plugframe, with warnings."""
     plain, module = network(), network()
     module, optimizer = lite.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
     other = torch.optim.SGD(plain.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    for number in range(3):
+
+    def step(number: int) -> None:
         optimizer.zero_grad()
         other.zero_grad()
-        told = nullcontext() if number else pytest.warns(PlugframeWarning, match="under the script's torch.autocast")
-        with told, torch.autocast("cpu", torch.float16):
+        with torch.autocast("cpu", torch.float16):
             loss = loss_of(lambda x: module(x).float(), number)  # type: ignore[arg-type]
         lite.backward(scaler.scale(loss))
         scaler.step(optimizer)
         scaler.update()
         loss_of(plain, number).backward()
         other.step()
+
+    with (
+        pytest.warns(PlugframeWarning, match="under the script's torch.autocast"),
+        pytest.warns(PlugframeWarning, match="The script's GradScaler steps an optimizer"),
+    ):
+        step(0)
+    step(1)
+    step(2)
     close(list(module.parameters()), list(plain.parameters()))
 
 
