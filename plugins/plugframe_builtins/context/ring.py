@@ -93,7 +93,7 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         query, key, value, out, log_sum = ctx.saved_tensors
         axis, terms, seed = ctx.rest
         blocks = _Blocks(axis, query, terms, seed)
