@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -90,6 +91,8 @@ class WandbStore:
 def nothing_left_behind(nothing_left_behind: None) -> Any:
     """Have wandb forget artifacts, which it keeps until the process ends, with a temporary folder each."""
     yield
+    if "wandb" not in sys.modules:
+        return
     from wandb.sdk.artifacts.artifact_instance_cache import artifact_instance_cache_by_client_id
 
     for artifact in artifact_instance_cache_by_client_id.values():

@@ -34,6 +34,7 @@ def test_a_missing_library_is_named_with_how_to_install_it(monkeypatch: pytest.M
         LOGGERS[name]()
 
 
+@needs("wandb")
 def test_options_are_validated() -> None:
     """A mode that wandb does not have is refused where it is given."""
     with pytest.raises(SettingError, match="mode"):
