@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,17 @@ def test_who_averages_over_an_axis_that_parts_gradients() -> None:
         plan(parted, strategy="whole+tokens", mesh={"tokens": 2, "rows": 2}, devices=4)
     with pytest.raises(SettingError, match="none of them divides the batch: add .*'able'"):
         plan(parted, strategy="tokens", devices=4)
+
+
+def test_strategies_that_miss_a_package_are_not_mentioned() -> None:
+    """Nobody asked for them: with strategies by name, nothing is skipped under 'auto'."""
+    shelf = MIXED.put(
+        "strategy", "lacks", plugin(priority=90, requires=("nowhere",), axes=(Axis("rows", samples=True),))
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = plan(shelf, strategy="rows+cuts", mesh={"rows": 2, "cuts": 2}, devices=4)
+    assert made.choices["strategy"].name == "rows"
 
 
 def test_a_list_is_a_sum() -> None:

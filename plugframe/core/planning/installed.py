@@ -80,7 +80,7 @@ class Installed:
         """Return the candidates for ``"auto"``, by priority; note broken plugins and missing dependencies.
 
         Args:
-            by_name: include those that are selected by name only.
+            by_name: include those that are selected by name only; ``"auto"`` was not asked for.
         """
         found: list[Choice] = []
         for entry in self.catalogue.entries(kind):
@@ -96,7 +96,8 @@ class Installed:
                 self.note(str(error))
                 continue
             if absent:
-                self.note(f"{entry.origin} needs {absent}. It was skipped under {kind}='auto'.")
+                if not by_name:
+                    self.note(f"{entry.origin} needs {absent}. It was skipped under {kind}='auto'.")
                 continue
             reason = f"auto: priority {descriptor.priority}"
             found.append(Choice(kind=kind, name=entry.name, reason=reason, descriptor=descriptor, entry=entry))
