@@ -156,7 +156,7 @@ class Popen:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[Any, Any]:
-        """Read everything, and wait for the end."""
+        """Read everything, close the streams, and wait for the end."""
         until = None if timeout is None else time.monotonic() + timeout
         texts: dict[int, Any] = {}
         readers = [
@@ -170,6 +170,7 @@ class Popen:
             reader.join(None if until is None else max(until - time.monotonic(), 0))
             if reader.is_alive():
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        self.close()
         self.wait(None if until is None else max(until - time.monotonic(), 0.1))
         return texts.get(0), texts.get(1)
 
