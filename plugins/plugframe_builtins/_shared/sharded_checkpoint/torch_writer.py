@@ -6,6 +6,7 @@ bytes inside it: plugframe reads and verifies the folder as any other, and torch
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import pickle
@@ -81,7 +82,7 @@ class TorchFolderWriter(FolderWriter):
             checksum = Checksum()
             checksum.update(as_bytes(tensor))
             archive = _archive(file, _viewed(tensor, dtypes[item.index.fqn]))
-            start = _data_start(file.name, item.index.fqn) if tensor.numel() else archive[0]
+            start = _data_start(file.name, item.index.fqn, archive[0]) if tensor.numel() else archive[0]
             written = Written(name, start, checksum.result(), archive)
             results.append(WriteResult(item.index, tensor.nbytes, written))
         for key, value in flat.values.items() if self.rank == 0 else ():
@@ -154,16 +155,33 @@ def _archive(file: BinaryIO, value: Any) -> tuple[int, int]:
     return start, file.tell() - start
 
 
-def _data_start(path: str, name: str) -> int:
-    """Return where the bytes of the only tensor in the last archive of a file begin."""
-    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+class _FromHere(io.FileIO):
+    """A file without what is before its position `start`: Python 3.13 refuses an archive that has something before it."""
+
+    def __init__(self, path: str, start: int) -> None:
+        super().__init__(path, "rb")
+        self._start = start
+        self.seek(0)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_SET:
+            offset += self._start
+        return super().seek(offset, whence) - self._start
+
+    def tell(self) -> int:
+        return super().tell() - self._start
+
+
+def _data_start(path: str, name: str, start: int) -> int:
+    """Return where the bytes of the only tensor begin in the last archive of a file, which begins at `start`."""
+    with _FromHere(path, start) as file, zipfile.ZipFile(file) as archive:
         (entry,) = [each for each in archive.infolist() if each.filename.endswith("/data/0")]
         if entry.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(f"torch {torch.__version__} compresses {name!r}: layout='torch' cannot be written.")
         # A local header has 30 bytes, then a name and extra fields of the sizes at its end.
         file.seek(entry.header_offset + 26)
         name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
-        return entry.header_offset + 30 + int(name_bytes) + int(extra_bytes)
+        return start + entry.header_offset + 30 + int(name_bytes) + int(extra_bytes)
 
 
 def _gaps(path: str, stretches: Sequence[tuple[int, int]]) -> tuple[Gap, ...]:
