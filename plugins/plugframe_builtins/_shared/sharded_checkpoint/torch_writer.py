@@ -156,7 +156,7 @@ def _archive(file: BinaryIO, value: Any) -> tuple[int, int]:
 
 
 class _FromHere(io.FileIO):
-    """A file without what is before its position `start`: Python 3.13 refuses an archive that has something before it."""
+    """A file without what is before position `start`: Python 3.13 refuses an archive that has something before it."""
 
     def __init__(self, path: str, start: int) -> None:
         super().__init__(path, "rb")
