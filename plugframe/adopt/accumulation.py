@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -193,10 +192,3 @@ class Accumulation:
         if not found:
             raise SettingError("lite.backward(loss, weight=0) on all ranks and micro-batches: there is no mean.")
         return self._divisor / found if found != self._divisor else None
-
-
-def note_zero_grad(job: Any, owner: Any) -> None:
-    """Tell the accumulation of a job, if there is one, of a ``zero_grad``."""
-    accumulation: Accumulation | None = None if job is None else job.accumulation
-    if accumulation is not None:
-        accumulation.on_zero_grad(owner)

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
-from plugframe.adopt.accumulation import note_zero_grad
 from plugframe.adopt.job_state import JobState
 from plugframe.base.strategy import Strategy
 from plugframe.hooks.strategy import no_step
@@ -104,8 +103,8 @@ def make_zero_grad(original: Callable[..., Any], *, owned: bool) -> Callable[...
     @functools.wraps(original)
     def zero_grad(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = self.__dict__.get(KEY)
-        if state is not None:
-            note_zero_grad(state.job, self)
+        if state is not None and state.job is not None and state.job.accumulation is not None:
+            state.job.accumulation.on_zero_grad(self)
         result = original(self, *args, **kwargs)
         if owned and state is not None:
             state.hooks.strategy_zero_grad(owner=self)

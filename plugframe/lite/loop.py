@@ -47,7 +47,7 @@ def backward(
         raw_scripts.check_scaled_twice(lite, tensor)
     weights, scale = phase.weights, 1.0
     handles: list[Any] = []
-    accumulation = _accumulation_of(lite, model)
+    accumulation = None if phase.accumulation is None else _accumulation_of(lite, model)
     counted = tokens is not None or (accumulation is not None and accumulation.total is not None)
     if counted and reduction == "sum":
         raise SettingError("backward(): a weight makes a mean of the losses, and reduction='sum' their sum: pass one.")

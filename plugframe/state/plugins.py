@@ -18,7 +18,8 @@ from plugframe.checkpoint.tree import MAX_DEPTH
 from plugframe.core.planning.plan import Choice
 from plugframe.core.runtime.session import Session
 from plugframe.errors import CheckpointError, PluginContractError, SettingError
-from plugframe.hooks.markers import marks_of
+from plugframe.hooks.kinds import KINDS
+from plugframe.hooks.markers import is_per_plugin, marks_of
 from plugframe.state.tree import Restore, check_rank_keys
 from plugframe.utils.shards import is_shard
 
@@ -28,10 +29,9 @@ HOOKS = {
     "logger": ("logger_state", "logger_load_state"),
     "strategy": ("strategy_state", "strategy_load_state"),
 }
-#: The hooks that are marked `per_plugin`.
-_NEVER_WRAPPED = (
-    *("strategy_scale_gradients", "strategy_skip_step"),
-    *(name for pair in HOOKS.values() for name in pair),
+#: Hooks that are called on their plugin.
+_NEVER_WRAPPED = tuple(
+    name for kind in KINDS.values() for name in kind.hooks if is_per_plugin(getattr(kind.spec, name))
 )
 
 

@@ -14,10 +14,8 @@ from torch.distributed.tensor import DTensor
 from plugframe import CheckpointError, CheckpointMismatchError, Lite, PlugframeWarning, PluginContractError, hookimpl
 from plugframe.base import Extension
 from plugframe.errors import SettingError
-from plugframe.hooks import KINDS
-from plugframe.hooks.markers import is_per_plugin
 from plugframe.hooks.world import World
-from plugframe.state.plugins import _NEVER_WRAPPED
+from plugframe.state.plugins import _NEVER_WRAPPED, HOOKS
 from ranks import run_ranks
 from stateful_plugins import Average, Beside, Counter, Named, Rounds
 
@@ -196,9 +194,9 @@ def test_hooks_that_would_never_be_called_are_refused(plugin: Any, text: str) ->
 
 
 def test_no_hook_that_is_called_on_its_plugin_can_be_wrapped() -> None:
-    """The hooks whose wrappers are refused are those that are marked."""
-    marked = {n for kind in KINDS.values() for n in kind.hooks if is_per_plugin(getattr(kind.spec, n))}
-    assert marked == set(_NEVER_WRAPPED)
+    """Those of state, and those that strategies have for steps and gradients."""
+    state = {name for pair in HOOKS.values() for name in pair}
+    assert set(_NEVER_WRAPPED) == {*state, "strategy_scale_gradients", "strategy_skip_step"}
 
 
 def test_a_hook_of_another_kind_is_refused() -> None:
