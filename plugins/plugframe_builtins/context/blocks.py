@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
 from plugframe.errors import SettingError, UnsupportedError, closest
+from plugframe_builtins._shared.module_paths import matches
 
 #: The attribute of a model's own blocks.
 ATTRIBUTE = "context_parallel_blocks"
@@ -33,7 +33,7 @@ def find_blocks(module: nn.Module, given: Sequence[str] | None) -> dict[str, nn.
         raise SettingError(f'{where} is {given!r}: write a list of paths such as ["blocks.*"].')
     chosen: set[str] = set()
     for pattern in given:
-        found = {path for path in paths if _matches(path, pattern)}
+        found = {path for path in paths if matches(path, pattern)}
         if not found:
             raise SettingError(f"{where} names {pattern!r}, and {name} has no such submodule.{closest(pattern, paths)}")
         chosen |= found
@@ -70,11 +70,6 @@ def refuse_compiled(module: nn.Module, blocks: dict[str, nn.Module]) -> None:
                 f"{name} is compiled, and strategy 'context' cannot divide blocks that run in compiled code: compile "
                 "submodules without blocks only, such as the head."
             )
-
-
-def _matches(path: str, pattern: str) -> bool:
-    parts, words = path.split("."), pattern.split(".")
-    return len(parts) == len(words) and all(map(fnmatchcase, parts, words))
 
 
 def _only_list(module: nn.Module) -> dict[str, nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,21 +19,27 @@ from plugframe_builtins._shared.torch_collective.gradients import linear
 
 @dataclass(frozen=True, eq=False)
 class ExpertAxis:
-    """The axis ``expert`` of a mesh whose axes are averaged over together, so that they hold all ranks of the job.
+    """The axis ``expert`` of a mesh whose axes are averaged over together.
+
+    Ranks are counted by their position in that mesh. Those of other axes, which do not average, do the same beside it.
 
     Attributes:
         hooks: hooks of the job.
-        mesh: of all ranks.
+        mesh: of the ranks over which gradients are averaged.
+        group: of all ranks of the mesh, None for those of the job.
         name: of the axis.
         device: of this rank.
         dtype: in which parameters are sent, None for their own.
+        copies: groups of the ranks that run the same experts on the same tokens.
     """
 
     hooks: Any
     mesh: DeviceMesh
+    group: Any
     name: str
     device: torch.device
     dtype: torch.dtype | None
+    copies: Sequence[Any] = ()
 
     @cached_property
     def dim(self) -> int:
@@ -41,8 +48,8 @@ class ExpertAxis:
 
     @cached_property
     def rank(self) -> int:
-        """This rank."""
-        return self.mesh.get_rank()
+        """This rank's position."""
+        return self.mesh.mesh.flatten().tolist().index(self.mesh.get_rank())
 
     @property
     def size(self) -> int:
@@ -56,7 +63,7 @@ class ExpertAxis:
 
     @property
     def num_ranks(self) -> int:
-        """The number of ranks of the job."""
+        """The number of ranks of the mesh."""
         return self.mesh.size()
 
     @cached_property
@@ -75,7 +82,7 @@ class ExpertAxis:
 
     @cached_property
     def _coordinates(self) -> list[list[int]]:
-        return [(self.mesh.mesh == rank).nonzero()[0].tolist() for rank in range(self.num_ranks)]
+        return [list(place) for place in itertools.product(*map(range, self.mesh.shape))]
 
     def shard(self, parameter: Tensor, placements: Sequence[Placement]) -> DTensor:
         """Return this rank's shard of a tensor that all ranks have."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from plugframe.base import Strategy
 from plugframe.errors import SettingError, UnsupportedError
 from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
-from plugframe_builtins._shared.sharding.mesh import averaged_axes
+from plugframe_builtins._shared.sharding.mesh import averaged_axes, group_of_axes
 from plugframe_builtins.expert.axis import ExpertAxis
 from plugframe_builtins.expert.exchange import Exchange
 from plugframe_builtins.expert.layer import Layers, ListLayer, StackedLayer
@@ -31,38 +34,58 @@ class DividedExperts(Strategy):
     def __init__(self, plan: Plan | None) -> None:
         self.plan = plan
         self._layers = Layers()
+        self._ranks: Ranks | None = None
+        self._others: list[Any] = []
 
     @hookimpl
     def strategy_setup(self, context: Context) -> None:
         super().strategy_setup(context)
-        assert context.mesh is not None
-        sizes = dict(zip(context.mesh.mesh_dim_names or (), context.mesh.mesh.shape, strict=True))
-        other = next((name for name, size in sizes.items() if size > 1 and name not in context.averaged), None)
-        if other is not None:
-            raise UnsupportedError(
-                f"strategy 'expert' cannot be combined with the axis {other!r}, whose ranks do not average gradients: "
-                f"give it one rank, or leave its strategy out."
-            )
+        mesh = context.mesh
+        assert mesh is not None
+        axes = averaged_axes("expert", mesh, context)
+        self._ranks = Ranks(mesh[axes], group_of_axes(mesh, axes, context)) if AXIS in axes else None
+        sizes = dict(zip(mesh.mesh_dim_names or (), mesh.mesh.shape, strict=True))
+        # Of ranks that read the same samples, or have other stages of the model.
+        others = [name for name, size in sizes.items() if size > 1 and name not in context.averaged]
+        self._others = [mesh.get_group(name) for name in others]
 
     @hookimpl
     def strategy_parallelize(self, module: nn.Module) -> None:
-        mesh = self.context.mesh
-        assert mesh is not None
-        axes = averaged_axes("expert", mesh, self.context)
-        divide(module, mesh[axes] if AXIS in axes else None, self.plan, self.context, self._layers)
+        divide(module, self._ranks, self.plan, self.context, self._layers, self._others)
 
     @hookimpl
     def strategy_teardown(self) -> None:
         self._layers.close()
 
 
-def divide(module: nn.Module, mesh: DeviceMesh | None, plan: Plan | None, context: Context, layers: Layers) -> None:
-    """Divide the experts of a module over the axis ``expert`` of `mesh`, which holds all ranks, in place.
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """The ranks over which experts are sharded.
+
+    Attributes:
+        mesh: of the axes over which gradients are averaged, ``expert`` among them.
+        group: of all ranks of it, None for those of the job.
+    """
+
+    mesh: DeviceMesh
+    group: Any
+
+
+def divide(
+    module: nn.Module,
+    ranks: Ranks | None,
+    plan: Plan | None,
+    context: Context,
+    layers: Layers,
+    others: Sequence[Any] = (),
+) -> None:
+    """Divide the experts of a module over the axis ``expert``, in place. Called on every rank.
 
     Args:
-        mesh: None if the axis has one rank: the plan is checked only.
+        ranks: None if the axis has one rank: the plan is checked only.
         plan: None for the model's own one.
         layers: that get the module's.
+        others: groups of the ranks along axes that do not average.
 
     Raises:
         SettingError: if there is no plan, or it does not fit the module.
@@ -70,16 +93,29 @@ def divide(module: nn.Module, mesh: DeviceMesh | None, plan: Plan | None, contex
     """
     found = find_experts(module, plan)
     _check_owners(module, found)
-    if mesh is None or not found:
+    if ranks is None:
+        return
+    copies = _copies([experts.path for experts in found], others, context)
+    if not found:
         return
     dtypes = context.hooks.precision_dtypes()
     dtype = dtypes.compute if dtypes.compute != dtypes.parameter else None
-    axis = ExpertAxis(context.hooks, mesh, AXIS, context.device, dtype)
+    axis = ExpertAxis(context.hooks, ranks.mesh, ranks.group, AXIS, context.device, dtype, copies)
     for experts in found:
         if experts.parent is not None:
             _divide_list(experts, axis, layers)
         else:
             _divide_stacked(experts, axis, layers)
+
+
+def _copies(paths: Sequence[str], others: Sequence[Any], context: Context) -> list[Any]:
+    """Return those of the groups whose ranks have the same experts; those of a pipeline have other stages."""
+    found = []
+    for group in others:
+        everyone = context.hooks.collective_all_gather_object(obj=list(paths), group=group)
+        if paths and all(each == list(paths) for each in everyone):
+            found.append(group)
+    return found
 
 
 def _check_owners(module: nn.Module, found: Sequence[Experts]) -> None:
@@ -90,6 +126,11 @@ def _check_owners(module: nn.Module, found: Sequence[Experts]) -> None:
     parents: dict[int, str] = {}
     for experts in found:
         for parameter in experts.module.parameters():
+            if isinstance(parameter, DTensor):
+                raise UnsupportedError(
+                    f"{names[id(parameter)][0]!r} of the experts {experts.path!r} is split by another strategy, and "
+                    "strategy 'expert' divides complete experts over ranks: leave them out of the other one's plan."
+                )
             if len(names[id(parameter)]) > 1:
                 raise UnsupportedError(
                     f"{' and '.join(map(repr, names[id(parameter)]))} are one parameter, and strategy 'expert' divides "

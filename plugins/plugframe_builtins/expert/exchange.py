@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from plugframe.errors import UnsupportedError
 from plugframe_builtins._shared.fully_shard.partners import Partner
@@ -55,6 +56,7 @@ class Exchange(Partner):
         self._bounds = list(bounds)
         self._run = run
         self._like: dict[Any, tuple[torch.Size, torch.dtype]] = {}
+        self._compared = False
 
     @property
     def num_experts(self) -> int:
@@ -116,6 +118,8 @@ class Exchange(Partner):
     def _table(self, rows: Sequence[Tensor | None]) -> Tensor:
         """Return for every rank the number of rows for each expert, -1 if it was not called, and what the rows are."""
         given = [row for row in rows if row is not None]
+        if any(isinstance(row, DTensor) for row in given):
+            raise split_tokens(self.path)
         first = given[0] if given else None
         head = [0] * _HEAD
         if first is not None:
@@ -129,9 +133,26 @@ class Exchange(Partner):
             head[:4] = [1, int(grads), _DTYPES.index(first.dtype), len(shape)]
             head[4 : 4 + len(shape)] = shape
         numbers = [-1 if row is None else len(row) for row in rows]
+        if self._axis.copies and first is not None and not self._compared:
+            self._compared = True
+            self._compare(numbers, given)
         mine = torch.tensor([*numbers, *head])
-        found: Tensor = self._axis.hooks.collective_all_gather(tensor=mine, group=None, sync_grads=False)
+        found: Tensor = self._axis.hooks.collective_all_gather(tensor=mine, group=self._axis.group, sync_grads=False)
         return found.cpu()
+
+    def _compare(self, numbers: Sequence[int], given: Sequence[Tensor]) -> None:
+        """Raise if ranks that read the same batch, as those of a tensor group, give the experts other tokens."""
+        with torch.no_grad():
+            sums = [float(row.abs().sum()) if row.is_floating_point() else float(row.sum()) for row in given]
+        for group in self._axis.copies:
+            for other in self._axis.hooks.collective_all_gather_object(obj=(list(numbers), sums), group=group):
+                close = torch.allclose(torch.tensor(other[1]), torch.tensor(sums), rtol=1e-2, atol=1e-4)
+                if other[0] != list(numbers) or not close:
+                    raise UnsupportedError(
+                        f"The experts {self.path!r} get other tokens on ranks that read the same batch: strategy "
+                        "'expert' needs complete activations beside another strategy that splits layers. Leave "
+                        "sharded outputs before the experts out of its plan, and draw random numbers alike."
+                    )
 
     def _agree(self, heads: Tensor) -> tuple[list[int], torch.dtype, bool]:
         """Return shape and dtype of the rows of all ranks, and whether any requires gradients.
@@ -205,6 +226,15 @@ class Exchange(Partner):
                 out = self._checked((run or self._run)(ones)[0], 1)
             self._like[key] = out.shape[1:], out.dtype
         return self._like[key]
+
+
+def split_tokens(path: str) -> UnsupportedError:
+    """Return the error for tokens that another strategy shards."""
+    return UnsupportedError(
+        f"The experts {path!r} get a DTensor, which another strategy shards over ranks: strategy 'expert' needs plain "
+        "tensors with complete activations. Have the layers before them return those (style 'rowwise', or "
+        "use_local_output=True with a replicated layout)."
+    )
 
 
 def _shape(row: Sequence[int]) -> list[int]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from plugframe.base import map_tensors
 from plugframe.errors import UnsupportedError, UsageError
 from plugframe_builtins.expert import randomness
 from plugframe_builtins.expert.axis import ExpertAxis, tie
-from plugframe_builtins.expert.exchange import Exchange
+from plugframe_builtins.expert.exchange import Exchange, split_tokens
 from plugframe_builtins.expert.snapshot import copied, restored, unchanged_arguments
 
 Call = Callable[..., Any]
@@ -145,6 +146,8 @@ class ListLayer:
                 f"{', '.join(type(value).__name__ for value in values)}: strategy 'expert' sends one tensor of tokens, "
                 "of shape (tokens, …). Weigh the outputs outside of the expert, or stack the experts' weights."
             )
+        if isinstance(values[0], DTensor):
+            raise split_tokens(self.exchange.path)
         return values[0]
 
     def _varies(self) -> UnsupportedError:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from plugframe.errors import SettingError, UnsupportedError, closest
+from plugframe_builtins._shared.module_paths import matches
+from plugframe_builtins._shared.stage_view import complete_model
 from plugframe_builtins.expert import STYLES
 from plugframe_builtins.expert.dispatch import DISPATCHES, Dispatch
 
@@ -58,17 +59,20 @@ def check_plan(plan: Any, where: str) -> None:
 def find_experts(module: nn.Module, plan: Plan | None) -> list[Experts]:
     """Return the experts that a plan names, the model's own plan, or its lists called ``experts``.
 
+    Beside a pipeline `module` shows a stage: the plan is checked for all stages, and the experts of that one returned.
+
     Raises:
         SettingError: if there are none, a pattern matches nothing, or a submodule is not what the plan says.
     """
     where, name = "plan= of strategy 'expert'", type(module).__name__
+    own, module = dict(module.named_modules()), complete_model(module)
     paths = dict(module.named_modules())
     if plan is None and getattr(module, ATTRIBUTE, None) is not None:
         plan, where = getattr(module, ATTRIBUTE), f"{name}.{ATTRIBUTE}"
         check_plan(plan, where)
     styles = _recognized(module, paths) if plan is None else {}
     for pattern, style in (plan or {}).items():
-        found = [path for path in paths if path and _matches(path, pattern)]
+        found = [path for path in paths if path and matches(path, pattern)]
         if not found:
             raise SettingError(
                 f"{where} names {pattern!r}, which matches no submodule of this {name}.{closest(pattern, paths)}"
@@ -81,7 +85,12 @@ def find_experts(module: nn.Module, plan: Plan | None) -> list[Experts]:
         )
         if outer is not None:
             raise SettingError(f"{where}: the experts {inner.path!r} are within {outer.path!r}: name one of them.")
-    return made
+        if inner.path in own and not {id(inner.module), id(inner.parent or inner.module)} <= set(map(id, own.values())):
+            raise SettingError(
+                f"The experts {inner.path!r} are cut into several stages of the pipeline, and strategy 'expert' needs "
+                "them in one: cut at modules that hold complete layers (split=, pipeline_plan)."
+            )
+    return [experts for experts in made if experts.path in own]
 
 
 def _recognized(module: nn.Module, paths: Mapping[str, nn.Module]) -> dict[str, str | Dispatch]:
@@ -140,8 +149,3 @@ def _is_list(part: nn.Module) -> bool:
 
 def _shapes(module: nn.Module) -> list[tuple[Any, ...]]:
     return [(name, *parameter.shape, parameter.dtype) for name, parameter in module.named_parameters()]
-
-
-def _matches(path: str, pattern: str) -> bool:
-    parts, words = path.split("."), pattern.split(".")
-    return len(parts) == len(words) and all(map(fnmatchcase, parts, words))

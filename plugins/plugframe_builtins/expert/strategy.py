@@ -13,7 +13,7 @@ from plugframe.hooks import hookimpl
 from plugframe.hooks.context import Context
 from plugframe_builtins._shared.fully_shard.strategy import FullyShardedStrategy
 from plugframe_builtins._shared.sharding.mesh import make_mesh
-from plugframe_builtins.expert.divide import AXIS, DividedExperts, divide
+from plugframe_builtins.expert.divide import AXIS, DividedExperts, Ranks, divide
 from plugframe_builtins.expert.layer import Layers
 from plugframe_builtins.expert.plan import ATTRIBUTE, Plan, check_plan
 
@@ -58,7 +58,7 @@ class ExpertParallel(FullyShardedStrategy):
         mesh = self._data_mesh
         names = mesh.mesh_dim_names or ()
         several = AXIS in names and mesh.size(names.index(AXIS)) > 1
-        divide(module, mesh if several else None, self.plan, self.context, self._layers)
+        divide(module, Ranks(mesh, None) if several else None, self.plan, self.context, self._layers)
 
     @hookimpl
     def strategy_compose(self) -> DividedExperts:

@@ -107,12 +107,12 @@ class Weights:
                 return shards.to(cast, copy=True)
             parts = torch.split(shards.to(cast), sizes)
             rows = torch.cat([parts[i] for i in taken] or [shards.new_zeros(0, dtype=cast)])
-            return axis.all_to_all(rows, received, sent, None)
+            return axis.all_to_all(rows, received, sent, axis.group)
 
         def back(gradient: Tensor) -> Tensor:
             if local:
                 return gradient.to(dtype) / axis.num_ranks
-            rows = axis.all_to_all(gradient.to(dtype), sent, received, None)
+            rows = axis.all_to_all(gradient.to(dtype), sent, received, axis.group)
             total = [gradient.new_zeros(size, dtype=dtype) for size in sizes]
             for i, part in zip(taken, torch.split(rows, [sizes[i] for i in taken]), strict=True):
                 total[i] += part

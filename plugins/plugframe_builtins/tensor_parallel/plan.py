@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -18,6 +17,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from plugframe.errors import SettingError, closest
+from plugframe_builtins._shared.module_paths import matches
 from plugframe_builtins._shared.stage_view import complete_model
 from plugframe_builtins.tensor_parallel.checks import check_divisible, refuse_second_derivatives
 
@@ -84,7 +84,7 @@ def apply_plan(module: nn.Module, plan: Plan, mesh: DeviceMesh, where: str) -> N
     parts = dict(complete.named_modules())
     given: dict[str, str | ParallelStyle] = {}
     for pattern, style in plan.items():
-        paths = [path for path in parts if path and fnmatchcase(path, pattern)]
+        paths = [path for path in parts if path and matches(path, pattern)]
         if not paths:
             raise SettingError(
                 f"{where} names {pattern!r}, which matches no submodule of this {type(module).__name__}."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -65,3 +66,20 @@ def averaged_axes(strategy: str, mesh: DeviceMesh, context: Context) -> tuple[st
             f"{found[-1]} of mesh= have several ranks: give {found[1]!r} one rank, and {found[-1]!r} its ranks."
         )
     return found
+
+
+def group_of_axes(mesh: DeviceMesh, axes: Sequence[str], context: Context) -> Any:
+    """Return the process group of the ranks that differ from this one along some axes of the mesh of all ranks.
+
+    Every rank must call it. None for all ranks of the job.
+    """
+    names = mesh.mesh_dim_names or ()
+    dims = [names.index(axis) for axis in axes]
+    others = [dim for dim in range(mesh.ndim) if dim not in dims]
+    rows = mesh.mesh.permute(*others, *dims).reshape(-1, math.prod(mesh.size(dim) for dim in dims)).tolist()
+    if len(rows) == 1:
+        return None
+    if len(axes) == 1:
+        return mesh.get_group(axes[0])
+    groups = [(row, context.hooks.collective_new_group(ranks=row)) for row in rows]
+    return next(group for row, group in groups if context.world.global_rank in row)
