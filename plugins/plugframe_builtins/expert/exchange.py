@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from plugframe.base import map_tensors
 from plugframe.errors import UnsupportedError
 from plugframe_builtins._shared.fully_shard.partners import Partner
 from plugframe_builtins.expert.axis import ExpertAxis, tie
@@ -118,8 +119,7 @@ class Exchange(Partner):
     def _table(self, rows: Sequence[Tensor | None]) -> Tensor:
         """Return for every rank the number of rows for each expert, -1 if it was not called, and what the rows are."""
         given = [row for row in rows if row is not None]
-        if any(isinstance(row, DTensor) for row in given):
-            raise split_tokens(self.path)
+        check_complete(self.path, given)
         first = given[0] if given else None
         head = [0] * _HEAD
         if first is not None:
@@ -228,13 +228,21 @@ class Exchange(Partner):
         return self._like[key]
 
 
-def split_tokens(path: str) -> UnsupportedError:
-    """Return the error for tokens that another strategy shards."""
-    return UnsupportedError(
-        f"The experts {path!r} get a DTensor, which another strategy shards over ranks: strategy 'expert' needs plain "
-        "tensors with complete activations. Have the layers before them return those (style 'rowwise', or "
-        "use_local_output=True with a replicated layout)."
-    )
+def check_complete(path: str, arguments: Any) -> None:
+    """Raise if another strategy shards what a layer with experts is called with."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.extend([tensor] * isinstance(tensor, DTensor))
+        return tensor
+
+    map_tensors(note, arguments)
+    if found:
+        raise UnsupportedError(
+            f"The layer with the experts {path!r} gets a DTensor, which another strategy shards over ranks: strategy "
+            "'expert' needs plain tensors with complete activations. Have the layers before it return those (style "
+            "'rowwise' or 'colwise_gather'), or leave them out of the plan."
+        )
 
 
 def _shape(row: Sequence[int]) -> list[int]:

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from plugframe.base import map_tensors
 from plugframe.errors import UnsupportedError, UsageError
 from plugframe_builtins.expert import randomness
 from plugframe_builtins.expert.axis import ExpertAxis, tie
-from plugframe_builtins.expert.exchange import Exchange, split_tokens
+from plugframe_builtins.expert.exchange import Exchange, check_complete
 from plugframe_builtins.expert.snapshot import copied, restored, unchanged_arguments
 
 Call = Callable[..., Any]
@@ -76,6 +75,7 @@ class ListLayer:
         """Run the module's own forward."""
         if self._phase is not Phase.OUTSIDE:
             return forward(*args, **kwargs)
+        check_complete(self.exchange.path, (args, kwargs))
         device = self._axis.device
         try:
             begun = randomness.states(device)
@@ -146,8 +146,6 @@ class ListLayer:
                 f"{', '.join(type(value).__name__ for value in values)}: strategy 'expert' sends one tensor of tokens, "
                 "of shape (tokens, …). Weigh the outputs outside of the expert, or stack the experts' weights."
             )
-        if isinstance(values[0], DTensor):
-            raise split_tokens(self.exchange.path)
         return values[0]
 
     def _varies(self) -> UnsupportedError:
@@ -184,6 +182,7 @@ class StackedLayer:
         """Run the dispatch in place of the module's own forward."""
         if self._inside:
             return forward(*args, **kwargs)
+        check_complete(self.exchange.path, (args, kwargs))
         backs: list[Tensor] = []
 
         def exchange(rows: Sequence[Tensor], run: Call) -> list[Tensor | None]:

@@ -22,6 +22,7 @@ from plugframe_builtins.pipeline.checks import batch_norms, check_added, check_s
 from plugframe_builtins.pipeline.cut import Cut
 from plugframe_builtins.pipeline.cut_check import CutCheck, same_outputs
 from plugframe_builtins.pipeline.deliver import deliver
+from plugframe_builtins.pipeline.equal_calls import EqualCalls
 from plugframe_builtins.pipeline.micro_batches import Micro, cut_batch, merged, refilled, signature, skeleton
 from plugframe_builtins.pipeline.outputs import Outputs
 from plugframe_builtins.pipeline.parameters import Aliases
@@ -43,12 +44,14 @@ class Plan:
         output: the result for the whole batch, with tensors on the meta device.
         is_loss: whether the result is a single number.
         random: whether a stage draws random numbers.
+        results: see `Boundaries`.
     """
 
     boundaries: list[list[Meta]]
     output: Any
     is_loss: bool
     random: bool
+    results: dict[Any, Any]
 
 
 class Engine:
@@ -64,6 +67,7 @@ class Engine:
         backwards: counts those of this model.
         parts: the sharded parameters of this rank's stages; None if each rank holds its stages' complete ones.
         shapes: see `Boundaries`.
+        replicas: None if no stage communicates with ranks that have the same one.
     """
 
     def __init__(
@@ -77,7 +81,9 @@ class Engine:
         backwards: Backwards,
         parts: ShardedParts | None = None,
         shapes: Mapping[str, nn.Module] | None = None,
+        replicas: EqualCalls | None = None,
     ) -> None:
+        self._replicas = replicas
         self.cut, self.axis, self.parts = cut, axis, parts
         #: Whether a parameter or a module was added; see `AddedParameters`.
         self.added = False
@@ -190,11 +196,14 @@ class Engine:
             trained = tuple([parameter.requires_grad for parameter in self._every]) if grad else ()
         key = (name, grad, training, trained, autocast, len(micro.calls), signature(micro.calls[0]))
         plan = self._plans.get(key)
+        if self._replicas is not None and not self._replicas.agree(plan is not None, len(micro.calls)):
+            plan = None
         if plan is None:
             if len(self._plans) >= _MOST_REMEMBERED:
                 self._plans.clear()
             with self._micro(call, micro.calls):
                 plan = self._plans[key] = self._make_plan(micro)
+        self._boundaries.results = plan.results
         for module in self._stages:
             module.sends = plan.boundaries[module.stage] if module.stage < len(plan.boundaries) else None
         return plan
@@ -203,6 +212,8 @@ class Engine:
         """Run the stages one after the other, on a micro-batch of examples, to see what they send."""
         boundaries: list[list[Meta]] = []
         random, output = False, None
+        results: dict[Any, Any] = {}
+        self._boundaries.results = results
         own = {module.stage: module for module in self._stages}
         for stage in range(self.cut.num_stages):
             found: Any = None
@@ -211,24 +222,26 @@ class Engine:
             found = self.axis.broadcast_object(found, stage % self.axis.size)
             if isinstance(found, str):
                 raise UnsupportedError(f"Stage {stage}, on rank {self.axis.ranks[stage % self.axis.size]}: {found}")
-            metas, output, drew = found
+            metas, output, drew, seen = found
             random |= drew
+            results |= seen
             boundaries.append(metas)
         is_loss = isinstance(output, Tensor) and not output.dim()
         if not is_loss:
             output = skeleton(output, micro.size, len(micro.calls))
-        return Plan(boundaries[:-1], output, is_loss, random)
+        return Plan(boundaries[:-1], output, is_loss, random, results)
 
     def _look(self, module: StageModule, metas: Sequence[Meta], micro: Micro) -> Any:
         device = self.axis.device
         module.sends = None
-        with keeping_buffers(self.module), stage_random(self.axis, 0) as stream:
+        noting = self._boundaries.seeing()
+        with keeping_buffers(self.module), stage_random(self.axis, 0) as stream, noting as seen:
             inputs = [_example(meta).to(device).requires_grad_(meta.requires_grad) for meta in metas]
             try:
                 ended, result = module.compute(0, inputs)
                 if ended:
-                    return [], map_tensors(_on_meta, result), stream.drew()
-                return [Meta.of(tensor) for tensor in result], None, stream.drew()
+                    return [], map_tensors(_on_meta, result), stream.drew(), seen
+                return [Meta.of(tensor) for tensor in result], None, stream.drew(), seen
             except Exception as error:
                 # The other ranks wait for this stage.
                 self.axis.broadcast_object(f"{type(error).__name__}: {error}", self.axis.rank)

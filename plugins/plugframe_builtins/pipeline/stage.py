@@ -72,6 +72,9 @@ class Boundaries:
         self._shapes = shapes or {}
         self._pass: _Pass | None = None
         self._remembered: dict[Any, Any] = {}
+        #: Results of modules by their calls, as their own ranks saw them: tensors on the meta device.
+        self.results: dict[Any, Any] = {}
+        self._seen: dict[Any, Any] | None = None
         for path, stage in cut.units.items():
             unit = module.get_submodule(path)
             # On the instance: hooks and ``__call__`` of the user's class stay as they are.
@@ -128,6 +131,7 @@ class Boundaries:
         if running.received is not None:
             self._receive(path, running, args, kwargs)
         running.begun = True
+        key = _key(path, (args, kwargs))
         args, kwargs = resolved((args, kwargs))
         missing = first_missing((args, kwargs))
         if missing is not None:
@@ -136,7 +140,34 @@ class Boundaries:
                 f"first module of stage {stage} gets what earlier stages computed: put both into one stage, or pass "
                 "the tensor through the modules in between."
             )
-        return forward(*args, **kwargs)
+        result = forward(*args, **kwargs)
+        if self._seen is not None:
+            _note(self._seen, key, result)
+        elif key in self.results:
+            self._check(path, self.results[key], result)
+        return result
+
+    @contextmanager
+    def seeing(self) -> Iterator[dict[Any, Any]]:
+        """Note the results of this rank's modules within the context, None for those that no shape stands for."""
+        seen: dict[Any, Any] = {}
+        self._seen = seen
+        try:
+            yield seen
+        finally:
+            self._seen = None
+
+    def _check(self, path: str, expected: Any, result: Any) -> None:
+        """Raise if a result has another shape than the one that other ranks compute with in its place."""
+        if expected is None:
+            return
+        shapes, found = ([(each.shape, each.dtype) for each in tensors_of(data)] for data in (expected, result))
+        if shapes != found:
+            raise UnsupportedError(
+                f"{path!r} returned tensors of shapes {[tuple(shape) for shape, _ in found]}, and "
+                f"{[tuple(shape) for shape, _ in shapes]} before, for arguments of the same shapes: strategy "
+                "'pipeline' needs shapes that depend on shapes only. Return the complete tensors with a mask."
+            )
 
     def _receive(self, path: str, running: _Pass, args: Any, kwargs: Any) -> None:
         received, running.received = running.received or (), None
@@ -183,7 +214,10 @@ class Boundaries:
             return stand_in(tensor, origin, self._device)
 
         key = _key(path, (args, kwargs))
-        known = None if key is None else self._remembered.get(key)
+        known = None
+        if key is not None:
+            known = self.results.get(key)
+            known = self._remembered.get(key) if known is None else known
         if known is not None:
             return map_tensors(replace, known)
         if path in self._shapes:
@@ -194,6 +228,30 @@ class Boundaries:
                 self._remembered.clear()
             self._remembered[key] = result
         return result
+
+
+def _note(seen: dict[Any, Any], key: Any, result: Any) -> None:
+    """Note the shapes of a result; a module that returns two for one call, or more than tensors, has none."""
+    if key is None:
+        return
+    made = map_tensors(_without_values, result) if _only_tensors(result) else None
+    if key in seen and made is not None:
+        before = seen[key]
+        same = before is not None and list(map(Meta.of, tensors_of(before))) == list(map(Meta.of, tensors_of(made)))
+        made = before if same else None
+    seen[key] = made
+
+
+def _only_tensors(result: Any) -> bool:
+    if type(result) in (list, tuple):
+        return all(map(_only_tensors, result))
+    if type(result) is dict:
+        return all(map(_only_tensors, result.values()))
+    return result is None or (isinstance(result, Tensor) and not result.is_nested and result.layout is torch.strided)
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _key(path: str, data: Any) -> Any:

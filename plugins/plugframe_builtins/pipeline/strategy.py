@@ -21,6 +21,7 @@ from plugframe.utils.logging import warn_caller
 from plugframe_builtins._shared.broadcast import broadcast_from_first
 from plugframe_builtins._shared.fully_shard.added_parameters import AddedParameters
 from plugframe_builtins._shared.fully_shard.part_sharding import find_parts, shard_parts
+from plugframe_builtins._shared.fully_shard.partners import find_partners
 from plugframe_builtins._shared.fully_shard.parts import ShardedParts
 from plugframe_builtins._shared.fully_shard.strategy import FullyShardedStrategy
 from plugframe_builtins._shared.model_check import check_same_model
@@ -32,9 +33,10 @@ from plugframe_builtins.pipeline.checks import check_module
 from plugframe_builtins.pipeline.clip import clip_by_norm
 from plugframe_builtins.pipeline.cut import ATTRIBUTE, Cut, Split, buffers_of, check_split, make_cut
 from plugframe_builtins.pipeline.engine import Engine
+from plugframe_builtins.pipeline.equal_calls import EqualCalls
 from plugframe_builtins.pipeline.optimizers import own_parameters, split_optimizer
 from plugframe_builtins.pipeline.replicas import Replicas
-from plugframe_builtins.pipeline.schedules import check_name, misfit
+from plugframe_builtins.pipeline.schedules import check_name, is_class, misfit
 from plugframe_builtins.pipeline.sharding import parallelize_stages, sharding_base
 from plugframe_builtins.pipeline.stand_in import Backwards, OtherParameter, OtherStage, give_up, stand_in
 from plugframe_builtins.pipeline.state import (
@@ -165,16 +167,31 @@ class Pipeline(Strategy):
         found = None if self._base is None else find_parts(self._base, module)
         cut, backwards = self._cut(module, axis), Backwards()
         self._distribute(module, cut, backwards)
-        places, parts, skipped = _places(module, cut, axis), None, {}
+        places, parts, skipped, replicas = _places(module, cut, axis), None, {}, None
         if self._base is not None and found is not None:
             skipped = parallelize_stages(module, cut, axis, self.context.parallelize)
-            own = list(dict.fromkeys(part for part, _, _ in places))
+            partners = find_partners(module)
+            replicas = self._equal_calls([partner.path for partner in partners], axis)
+            apart = {holder for partner in partners for holder in partner.holders}
+            own = list(dict.fromkeys(part for part, _, _ in places if part not in apart))
             parts = shard_parts(self._base, module, own, found, before, self._together)
+            parts.alike = replicas is not None
         micro_batches = self.micro_batches or cut.num_stages
-        engine = Engine(module, cut, axis, places, self.schedule, micro_batches, backwards, parts, skipped)
+        engine = Engine(module, cut, axis, places, self.schedule, micro_batches, backwards, parts, skipped, replicas)
         self._additions.watch(module, engine)
         self._engines = [weakref.ref(each) for each in (*self._alive(), engine)]
         return engine
+
+    def _equal_calls(self, paths: list[str], axis: Axis) -> EqualCalls | None:
+        """Return None if no stage of the pipeline has parts that communicate."""
+        if not any(axis.gather_objects(paths)):
+            return None
+        if self.schedule == "zero_bubble" or is_class(self.schedule):
+            raise SettingError(
+                f"schedule={self.schedule!r} of strategy 'pipeline' splits backwards, and divided experts exchange "
+                "gradients within them: use 'gpipe', '1f1b' or 'interleaved'."
+            )
+        return EqualCalls(self.context.hooks, paths)
 
     def _cut(self, module: nn.Module, axis: Axis) -> Cut:
         if axis.size == 1:

@@ -142,6 +142,17 @@ class Attending(Layer):
         return super().forward(x + nn.functional.scaled_dot_product_attention(heads, heads, heads)[:, 0])
 
 
+class Wide(Layer):
+    """Two linear layers before the mixture, which a tensor plan splits."""
+
+    def __init__(self, mixture: nn.Module) -> None:
+        super().__init__(mixture)
+        self.up, self.down = nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.down(torch.tanh(self.up(x))))
+
+
 class Model(nn.Module):
     """Two layers with a mixture between two linear ones."""
 

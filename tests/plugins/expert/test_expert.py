@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from expert_checks import build, lite_of, ranks, shard_of, trains_alike
 from expert_models import Attending, Capacity, Dense, Expert, Layer, Loop, Model, Skipping, Sorted, data, loss_of
 from expert_wrong_models import WRONG
-from plugframe import Lite, SettingError, UnsupportedError, UsageError
+from plugframe import SettingError, UnsupportedError, UsageError
 from plugframe.hooks.world import World
 from plugframe_builtins.context.strategy import ContextParallel
 from plugframe_builtins.expert.plan import find_experts
 from plugframe_builtins.expert.strategy import ExpertParallel
 from plugframe_builtins.fsdp.strategy import FSDP
-from plugframe_builtins.tensor_parallel.strategy import TensorParallel
 from ranks import run_checks
 
 TWO = {"data": 2, "expert": 2}
@@ -33,64 +31,6 @@ MAKERS: dict[str, Callable[[], Model]] = {
     "sorted": lambda: Model(Sorted, "grouped"),
     "capacity": lambda: Model(Capacity, "batched"),
 }
-
-
-def build(make: Callable[[], Any] = Model, seed: int = 1) -> Any:
-    torch.manual_seed(seed)
-    return make()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@contextmanager
-def ranks(world: World) -> Iterator[World]:
-    torch.manual_seed(0)
-    yield world
-
-
-def lite_of(strategy: Any, mesh: Any = None, devices: int = 4, **settings: Any) -> Lite:
-    return Lite(accelerator="cpu", devices=devices, strategy=strategy, mesh=mesh, **settings)
-
-
-def shard_of(lite: Lite) -> tuple[int, int]:
-    index, count = lite._hooks.strategy_data_shard()
-    return index, count
-
-
-def trains_alike(lite: Lite, make: Callable[[], Model], tolerance: float = 1e-5) -> tuple[Model, Model]:
-    """Two steps with accumulation and clipping, and one process's; compare losses, gradients, norms and weights."""
-    model, plain = build(make), build(make)
-    optimizer, its = (torch.optim.AdamW(each.parameters(), lr=0.01) for each in (model, plain))
-    lite.setup(model, optimizer)
-    index, count = shard_of(lite)
-    for part in (slice(0, 8), slice(8, 16)):
-        optimizer.zero_grad()
-        its.zero_grad()
-        batch = data()[part]
-        with lite.no_backward_sync(model):
-            lite.backward(loss_of(model, batch[index::count]) * 0.5)
-        loss = loss_of(model, batch[index::count])
-        lite.backward(loss)
-        expected = loss_of(plain, batch)
-        (0.5 * loss_of(plain, batch) + expected).backward()
-        torch.testing.assert_close(lite.all_reduce(loss.detach()), expected.detach(), rtol=tolerance, atol=tolerance)
-        norm = lite.clip_gradients(model, optimizer, max_norm=0.3)
-        true = nn.utils.clip_grad_norm_(plain.parameters(), 0.3)
-        torch.testing.assert_close(norm, true, rtol=tolerance, atol=tolerance)
-        for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
-            # An expert that no rank called has none, as in one process.
-            assert (ours.grad is None) == (theirs.grad is None), name
-            if ours.grad is not None and theirs.grad is not None:
-                torch.testing.assert_close(whole(ours.grad), theirs.grad, rtol=tolerance, atol=tolerance)
-        optimizer.step()
-        its.step()
-    model.eval()
-    plain.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(loss_of(model, data()), loss_of(plain, data()), rtol=tolerance, atol=tolerance)
-    return model, plain
 
 
 #: What trains as one process does: strategy, mesh, model, precision.
@@ -225,11 +165,6 @@ def wrong_models_are_refused(world: World) -> None:
             lite.backward(loss_of(model, data()))
     six = ExpertParallel(plan={"layers.*.mixture.experts": "modules"})
     with lite_of(["ddp", six], {"data": 1, "expert": 2}, 2) as lite:
-        lite.setup(build())
-    mesh = {"data": 1, "expert": 1, "tensor": 2}
-    tensor = TensorParallel(plan={"enter": "colwise"})
-    refused = pytest.raises(UnsupportedError, match="'expert' cannot be combined with the axis 'tensor'")
-    with refused, lite_of(["ddp", "expert", tensor], mesh, 2) as lite:
         lite.setup(build())
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from plugframe import UnsupportedError
 from plugframe_builtins.pipeline.cut import make_cut
+from plugframe_builtins.pipeline.stage import Boundaries
 from plugframe_builtins.pipeline.stand_in import Backwards, OtherParameter, StandIn, give_up, resolved, stand_in
 
 CPU = torch.device("cpu")
@@ -133,3 +134,39 @@ def test_modules_with_buffers_only_are_on_every_rank() -> None:
     cut = make_cut(Rotary(), [["layers.0"], ["layers.1", "positions"]], 2, "split=")
     assert cut.units == {"layers.0": 0, "layers.1": 1, "positions": 1}
     assert cut.owners["positions.table"] == 1
+
+
+class Picking(nn.Module):
+    """Returns the rows that it likes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[x.sum(1) > 0]
+
+
+class Chooses(nn.Module):
+    """Computes with rows whose number depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.picks, self.last = nn.Linear(2, 2), nn.Sequential(Picking(), nn.Linear(2, 2)), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        out: Tensor = self.last(x + self.picks(x).sum(0))
+        return out
+
+
+def test_shapes_come_from_the_rank_that_computes_them() -> None:
+    """Other ranks go on with them; a module that returns other shapes in a later call is refused."""
+    torch.manual_seed(0)
+    model = Chooses()
+    cut = make_cut(model, [["first", "picks"], ["last"]], 2, "split=")
+    boundaries = Boundaries(model, cut, CPU)
+    x = torch.randn(6, 2)
+    with boundaries.seeing() as seen:
+        _, sent = boundaries.run(0, lambda: model(x), [])
+    boundaries.results = seen
+    assert boundaries.run(1, lambda: model(missing(6, 2)), sent)[0]
+    boundaries.run(0, lambda: model(x), [])
+    with pytest.raises(UnsupportedError, match="'picks' returned tensors of shapes .* depend on shapes only"):
+        boundaries.run(0, lambda: model(10 * x.abs()), [])

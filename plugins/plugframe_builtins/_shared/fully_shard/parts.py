@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
+from plugframe.errors import UnsupportedError
 from plugframe_builtins._shared.fully_shard.engine import Shim
 from plugframe_builtins._shared.sharding.gradient_hooks import gradients_before, hooked, run_hooks
 from plugframe_builtins._shared.sharding.parameter import as_sharded
@@ -52,6 +53,7 @@ class ShardedParts:
 
     Attributes:
         local: whether accumulated gradients are not averaged yet.
+        alike: whether a call runs further collectives, so that all ranks must evaluate as many batches.
         parameters: the sharded parameters.
     """
 
@@ -64,7 +66,7 @@ class ShardedParts:
         hooks: Any,
     ) -> None:
         self.module = module
-        self.local = False
+        self.local = self.alike = False
         self._mesh, self._hooks = mesh, hooks
         self._averages, self._made = True, False
         # In the parameters' dtype: micro-batches add their gradients up in it.
@@ -171,6 +173,11 @@ class ShardedParts:
     @torch.no_grad()
     def help(self) -> None:
         """Gather the parameters, as a call on another rank does, and reshard them."""
+        if self.alike:
+            raise UnsupportedError(
+                "Other ranks evaluate more batches than this one, and the experts of a pipeline exchange tokens in "
+                "each: evaluate as many batches on every rank (drop_last=True, or batches that the ranks divide)."
+            )
         with torch.inference_mode(False), torch.no_grad():
             self._run(lambda: None)
 
