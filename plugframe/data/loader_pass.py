@@ -50,6 +50,7 @@ class LoaderPass:
         num_evaluations: number of model calls in evaluation mode when samples were gathered last.
         num_closed: number of passes of the job that were over when the last batch was returned.
         weights: weights of the batches of the job.
+        weights_given: of the calls of ``reduce_mean`` in the pass; None before the first.
         drops: an error message, if the pass leaves out samples that one process would read; else empty.
     """
 
@@ -59,6 +60,7 @@ class LoaderPass:
     share: Share | None = None
     gathered_at = num_evaluations = num_closed = 0
     weights: BatchWeights | None = None
+    weights_given: Any = None
     drops = ""
     closed = started = undecided = mixed = ahead = model_called = trains = communicated = False
 

@@ -14,6 +14,7 @@ from plugframe.data.sharding import UNKNOWN
 from plugframe.errors import CollectiveMismatchError, OrderError, SettingError
 from plugframe.lite import collectives
 from plugframe.lite.ordered_tree import walk
+from plugframe.lite.running_total import Weights
 from plugframe.utils.rank_text import ranks_text
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ _UNSHARDED = (
 _ALONE = (
     f"{_CALL}: fewer samples than ranks are left for the last batch, so that a rank has none, and it was not called "
     "for the batches before: call it for each batch of the loop. A data set needs at least as many samples as ranks."
+)
+_TOTALS = (
+    "reduce_mean() is called in a loop with the weights of all batches so far, and a rank has no samples for this last "
+    "batch, but repeats those of another: pass value and weight of the current batch, or call it once, after the loop."
 )
 _INNER = (
     f"{_CALL} is called again for one batch of a training loop, and a model ran in evaluation mode in between: an "
@@ -112,10 +117,12 @@ def reduce_mean(lite: Lite, value: Any, weight: Any) -> Any:
     context = lite._started("reduce_mean")
     hooks, weights = lite._hooks, lite._job_state.weights
     number = weight_number("reduce_mean", weight)
+    totals: dict[str, float] = {}
     loader_pass = weights.open_passes[-1] if weights.open_passes else None
     # Not after an inner loop: it is a value of all its batches.
     if loader_pass is not None and loader_pass.share is not None and loader_pass.num_closed == weights.num_closed:
         loader_pass.gathered_at = loader_pass.position
+        totals = _are_totals(loader_pass, number)
         if not loader_pass.share.weight:  # it repeats samples of another rank
             number = 0.0
             weights.on_weight_requested()
@@ -128,7 +135,10 @@ def reduce_mean(lite: Lite, value: Any, weight: Any) -> Any:
         # Not a product: a rank without samples may have computed 0 / 0.
         return tensor.to(_wide(tensor)) * number if number else torch.zeros_like(tensor, dtype=_wide(tensor))
 
-    total = collectives.reduce({"weight": number, "value": walk(part, value)}, "sum", hooks, None, context.device)
+    sums = {"weight": number, "value": walk(part, value), **totals}
+    total = collectives.reduce(sums, "sum", hooks, None, context.device)
+    if totals and float(total["totals"]):
+        raise OrderError(_TOTALS)
     given: dict[str, Any] = {}
     walk(given.__setitem__, value)
 
@@ -137,6 +147,19 @@ def reduce_mean(lite: Lite, value: Any, weight: Any) -> Any:
         return result.to(own.dtype) if isinstance(own, Tensor) and own.is_floating_point() else result
 
     return walk(mean, total["value"])
+
+
+def _are_totals(loader_pass: LoaderPass, number: float) -> dict[str, float]:
+    """Note the weight; where a rank has no samples, return whether its value is of all batches so far, not of one."""
+    share = loader_pass.share
+    assert share is not None
+    if loader_pass.weights_given is None or loader_pass.position <= 1:
+        loader_pass.weights_given = Weights(number)
+    else:
+        loader_pass.weights_given.add(number)
+    if not share.partial:
+        return {}
+    return {"totals": float(not share.weight and loader_pass.weights_given.are_totals(share.size))}
 
 
 def weight_number(call: str, weight: Any) -> float:

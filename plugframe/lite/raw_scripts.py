@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 _MAX_FRAMES = 6
 #: Calls of torch that shard a module, by the class that they make it.
 _SHARDING = {"FSDPModule": "fully_shard()", "FullyShardedDataParallel": "FullyShardedDataParallel()"}
+#: Nodes of a graph through which a scaled loss is followed, and how many.
+_ARITHMETIC = ("MulBackward0", "DivBackward0", "AddBackward0", "SubBackward0", "NegBackward0", "ToCopyBackward0")
+_MAX_NODES = 16
 _INSTEAD = "lite.backward() scales the loss, and optimizer.step() unscales the gradients"
 
 
@@ -106,9 +110,15 @@ def check_scaled_twice(lite: Lite, loss: Tensor) -> None:
 
 
 def _is_scaled(loss: Tensor) -> bool:
-    """Return whether a loss is the product of another tensor and the scale of some ``GradScaler``."""
-    factors = [getattr(loss.grad_fn, name, None) for name in ("_saved_self", "_saved_other")]
-    places = {factor.data_ptr() for factor in factors if isinstance(factor, Tensor) and factor.numel() == 1}
+    """Return whether a loss is computed, by arithmetic alone, from a product with the scale of some ``GradScaler``."""
+    places: set[int] = set()
+    nodes: list[Any] = [loss.grad_fn]
+    # Breadth first: scaler.scale(loss) / steps, or a sum of two of those.
+    for node in itertools.islice(nodes, _MAX_NODES):  # it grows while it is read
+        factors = [getattr(node, name, None) for name in ("_saved_self", "_saved_other")]
+        places.update(factor.data_ptr() for factor in factors if isinstance(factor, Tensor) and factor.numel() == 1)
+        if node is not None and node.name() in _ARITHMETIC:
+            nodes += [each for each, _ in node.next_functions]
     if not places:
         return False
     # Not from the variables of the running functions: reading those of a frame keeps their values alive.

@@ -184,6 +184,21 @@ def means_are_weighted(lite: Any) -> None:
     assert means == [0.5, 2.5, 4.0]
 
 
+def running_totals_are_refused(lite: Any) -> None:
+    """In the last step, a rank without samples would be left out with all that it has seen."""
+    loader = lite.setup_dataloaders(DataLoader(column(7), batch_size=1))
+    for seen, _ in enumerate(loader, 1):
+        if seen < 4:
+            lite.reduce_mean(1.0, weight=seen)
+        else:
+            with pytest.raises(OrderError, match="weights of all batches so far.*or call it once, after"):
+                lite.reduce_mean(1.0, weight=seen)
+    numbers = [30, 20, 25, 27]  # tokens of single batches
+    with torch.no_grad():
+        for x, number in zip(loader, numbers, strict=True):
+            lite.reduce_mean(x.mean(), weight=number)
+
+
 def decisions_are_those_of_all_ranks(lite: Any) -> None:
     """Any, all, rank 0; flags and ways that differ are refused on all ranks."""
     mine = lite.global_rank == 1
@@ -251,6 +266,7 @@ CHECKS = [
     values_keep_their_structure_and_type,
     some_batches_may_be_gathered,
     means_are_weighted,
+    running_totals_are_refused,
     tensors_are_padded_and_items_split,
     collectives_on_rank_zero_alone_are_refused,
     decisions_are_those_of_all_ranks,

@@ -18,7 +18,7 @@ from plugframe.lite.raw_scripts import check_current_device
 from ranks import run_ranks
 
 
-def trained(precision: str, scaler: Any, autocast: torch.dtype | None = None) -> float:
+def trained(precision: str, scaler: Any, autocast: torch.dtype | None = None, steps: int = 1) -> float:
     """Train for a step as a raw AMP script does, and return the weight's change."""
     with Lite(accelerator="cpu", devices=1, precision=precision) as lite:
         model = nn.Linear(1, 1, bias=False)
@@ -26,7 +26,7 @@ def trained(precision: str, scaler: Any, autocast: torch.dtype | None = None) ->
         model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=1.0))
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             loss = model(torch.ones(1, 1)).sum()
-        lite.backward(scaler.scale(loss) if scaler is not None else loss)
+        lite.backward(scaler.scale(loss) / steps if scaler is not None else loss)
         if scaler is not None:
             scaler.step(optimizer)
             scaler.update()
@@ -41,6 +41,8 @@ def test_an_own_grad_scaler_is_told_or_refused() -> None:
         assert trained("32-true", torch.amp.GradScaler("cpu")) == pytest.approx(1)
     with pytest.raises(OrderError, match="and precision='16-mixed' scales it as well"):
         trained("16-mixed", torch.amp.GradScaler("cpu"))
+    with pytest.raises(OrderError, match="and precision='16-mixed' scales it as well"):
+        trained("16-mixed", torch.amp.GradScaler("cpu"), steps=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trained("16-mixed", torch.amp.GradScaler("cpu", enabled=False))

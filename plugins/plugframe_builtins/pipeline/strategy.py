@@ -325,7 +325,7 @@ class Pipeline(Strategy):
     @hookimpl
     def strategy_no_sync(self, module: nn.Module, engine: AnyEngine, enabled: bool) -> AbstractContextManager[Any]:
         if isinstance(engine, Engine) and engine.parts is not None:
-            return engine.parts.synchronizing(not enabled)
+            return engine.parts.averaging.switched(not enabled)
         return nullcontext() if self._replicas is None else self._replicas.averaging(not enabled)
 
     @hookimpl

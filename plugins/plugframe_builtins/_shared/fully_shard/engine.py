@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from plugframe.base import ForwardShim, map_tensors, replicated_buffers, sync_buffers
 from plugframe.errors import CollectiveMismatchError, OrderError, UnsupportedError, UsageError
 from plugframe_builtins._shared.fully_shard.added_parameters import check_added
+from plugframe_builtins._shared.fully_shard.averaging import Averaging
 from plugframe_builtins._shared.fully_shard.gathered_copies import GatheredCopies
 from plugframe_builtins._shared.fully_shard.partners import Partner, gather, partners_parameters
 from plugframe_builtins._shared.fully_shard.unit_order import Channel, UnitOrder
@@ -85,6 +86,7 @@ class Engine:
 
     Attributes:
         local: whether accumulated gradients are not averaged yet.
+        averaging: of gradients, in backwards.
         stale_buffers: whether a forward may have changed buffers since the last broadcast.
         added: whether parameters or submodules may have been added since the module was sharded.
     """
@@ -107,7 +109,7 @@ class Engine:
         self._has_buffers = bool(replicated_buffers(shim.module))
         self._evaluation = evaluation
         self._number = evaluation.join(self)
-        self._averages = True
+        self.averaging = Averaging(sharded)
         self._inside = self._closed = self._training = self._made = self._in_backward = self._ran = False
         self._graph_remedy, self._frees = graph_remedy, graph_remedy is not None
         if not self._frees:
@@ -233,12 +235,12 @@ class Engine:
         self._gathered.check()
         if self._used is not None:
             self._used.before()
-        with_hooks = hooked(self._parameters) if self._averages else ()
+        with_hooks = hooked(self._parameters) if self.averaging.enabled else ()
         held = gradients_before(with_hooks)
         try:
             yield
-            self.local = not self._averages
-            if self._used is not None and self._averages:
+            self.local = not self.averaging.enabled
+            if self._used is not None and self.averaging.enabled:
                 # Not for models outside this backward: garbage collection decides per rank which still exist.
                 self._used.after(self._ran)
                 self._ran = False
@@ -262,20 +264,6 @@ class Engine:
                 self._paths.settle()
             except CollectiveMismatchError as mismatch:
                 raise mismatch from error
-
-    @contextmanager
-    def synchronizing(self, enabled: bool) -> Iterator[None]:
-        """Enable or disable averaging in backwards; restore the previous setting on exit."""
-        before = self._averages
-        self._set(enabled)
-        try:
-            yield
-        finally:
-            self._set(before)
-
-    def _set(self, averages: bool) -> None:
-        self._averages = averages
-        self._sharded.set_requires_gradient_sync(averages)
 
     def _watch(self, owners: Sequence[tuple[nn.Module, str]]) -> None:
         """Add hooks to the units, and to submodules with parameters outside of them."""

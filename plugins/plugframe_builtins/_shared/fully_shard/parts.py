@@ -18,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 from plugframe.errors import UnsupportedError
+from plugframe_builtins._shared.fully_shard.averaging import Averaging
 from plugframe_builtins._shared.fully_shard.engine import Shim
 from plugframe_builtins._shared.sharding.gradient_hooks import gradients_before, hooked, run_hooks
 from plugframe_builtins._shared.sharding.parameter import as_sharded
@@ -55,6 +56,7 @@ class ShardedParts:
         local: whether accumulated gradients are not averaged yet.
         alike: whether a call runs further collectives, so that all ranks must evaluate as many batches.
         parameters: the sharded parameters.
+        averaging: of their gradients.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class ShardedParts:
         self.module = module
         self.local = self.alike = False
         self._mesh, self._hooks = mesh, hooks
-        self._averages, self._made = True, False
+        self._made = False
         # In the parameters' dtype: micro-batches add their gradients up in it.
         options: Any = {"mesh": mesh, "reshard_after_forward": True, "mp_policy": _as_they_are()}
         self._groups: list[Any] = [_Group(modules) for modules in groups]
@@ -76,6 +78,7 @@ class ShardedParts:
             fully_shard(group, **options)
         self._root: Any = Shim(nn.ModuleList(self._groups))
         fully_shard(self._root, **options)
+        self.averaging = Averaging(self._root)
         self.parameters: list[nn.Parameter] = list(self._root.parameters())
         for parameter in self.parameters:
             as_sharded(parameter)
@@ -127,7 +130,7 @@ class ShardedParts:
 
         Every rank must call it, in a backward.
         """
-        self.local = not self._averages
+        self.local = not self.averaging.enabled
         if self.local:
             return list(gradients)
         have = [g is not None or p.grad is not None for p, g in zip(parameters, gradients, strict=True)]
@@ -138,23 +141,9 @@ class ShardedParts:
         return [torch.zeros_like(p) if used and not own else g for p, g, own, used in rows]
 
     @contextmanager
-    def synchronizing(self, enabled: bool) -> Iterator[None]:
-        """Enable or disable averaging in backwards; restore the previous setting on exit."""
-        before = self._averages
-        self._set(enabled)
-        try:
-            yield
-        finally:
-            self._set(before)
-
-    def _set(self, averages: bool) -> None:
-        self._averages = averages
-        self._root.set_requires_gradient_sync(averages)
-
-    @contextmanager
     def backward(self) -> Iterator[None]:
         """Wrap a backward: hooks of the parameters run on its averaged gradients."""
-        held = gradients_before(hooked(self.parameters)) if self._averages else {}
+        held = gradients_before(hooked(self.parameters)) if self.averaging.enabled else {}
         yield
         run_hooks(held)
 

@@ -309,7 +309,7 @@ class FullyShardedStrategy(Strategy):
     def strategy_no_sync(self, module: nn.Module, engine: AnyEngine, enabled: bool) -> AbstractContextManager[Any]:
         if engine is None or self.context.world.world_size == 1:  # there is no communication to skip
             return nullcontext()
-        return engine.synchronizing(not enabled)  # type: ignore[no-any-return]
+        return engine.averaging.switched(not enabled)  # type: ignore[no-any-return]
 
     @hookimpl
     def strategy_optimizer_step(
