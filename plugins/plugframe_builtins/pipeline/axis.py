@@ -28,6 +28,7 @@ class Axis:
         hooks: the hooks of the job, for collectives.
         data_shard: ``(index, count)`` of the data that this pipeline reads; other pipelines read the others.
         replicas: for each rank of the pipeline the global ranks that hold the same stages, itself included.
+        simulated: whether the other ranks do not exist.
     """
 
     group: Any
@@ -37,6 +38,7 @@ class Axis:
     hooks: Any
     data_shard: tuple[int, int] = (0, 1)
     replicas: tuple[tuple[int, ...], ...] = ()
+    simulated: bool = False
 
     @property
     def size(self) -> int:
@@ -78,6 +80,7 @@ def make_axis(context: Context, mesh: DeviceMesh, name: str, data_shard: tuple[i
         hooks=context.hooks,
         data_shard=data_shard,
         replicas=tuple(tuple(row) for row in rows.tolist()),
+        simulated="simulated" in context.provides.get("collective", ()),
     )
 
 

@@ -66,25 +66,56 @@ class Chain:
         """
         sent: list[tuple[Any, Tensor]] = []
         for module in reversed(self._stages):
-            stage = module.stage
             for number in range(count):
-                inputs, outputs = tape.pop((stage, number))
-                if stage == self._num_stages - 1:
-                    wanted = list(gradients[number])
-                else:
-                    wanted = self._gradients(boundaries[stage], stage + 1)
-                pairs = [
-                    (output, gradient)
-                    for output, gradient in zip(outputs, wanted, strict=True)
-                    if gradient is not None and output.requires_grad
-                ]
-                if pairs:
-                    torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
-                for tensor in inputs:
-                    if tensor.requires_grad:
-                        gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.contiguous()
-                        sent.append(self._send(gradient, stage - 1))
+                sent += self._backward_of(tape.pop((module.stage, number)), module.stage, boundaries, gradients, number)
         _wait(sent)
+
+    def simulate(self, boundaries: Sequence[Sequence[Meta]], count: int, most: int) -> None:
+        """Run forwards and backwards of this rank without the others, with as many in flight as a schedule has.
+
+        Args:
+            most: the number of micro-batches between forward and backward.
+        """
+        for module in self._stages:
+            stage, waiting = module.stage, list[tuple[list[Tensor], list[Tensor]]]()
+            for number in range(count):
+                inputs = self._received(boundaries[stage - 1], stage - 1, grad=True) if stage else []
+                outputs = tensors_of(module.compute(number, inputs)[1])
+                for each in outputs:
+                    self._send(each.detach(), stage + 1)
+                waiting.append((inputs, outputs))
+                if len(waiting) == most:
+                    self._backward_of(waiting.pop(0), stage, boundaries, (), number)
+            while waiting:
+                self._backward_of(waiting.pop(0), stage, boundaries, (), 0)
+
+    def _backward_of(
+        self,
+        run: tuple[list[Tensor], list[Tensor]],
+        stage: int,
+        boundaries: Sequence[Sequence[Meta]],
+        gradients: Sequence[Sequence[Tensor | None]],
+        number: int,
+    ) -> list[tuple[Any, Tensor]]:
+        """Run the backward of a micro-batch, and send the gradients of what was received."""
+        inputs, outputs = run
+        if stage == self._num_stages - 1:
+            wanted = list(gradients[number])
+        else:
+            wanted = self._gradients(boundaries[stage], stage + 1)
+        pairs = [
+            (output, gradient)
+            for output, gradient in zip(outputs, wanted, strict=True)
+            if gradient is not None and output.requires_grad
+        ]
+        if pairs:
+            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+        sent = []
+        for tensor in inputs:
+            if tensor.requires_grad:
+                gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.contiguous()
+                sent.append(self._send(gradient, stage - 1))
+        return sent
 
     def _received(self, metas: Sequence[Meta], stage: int, grad: bool) -> list[Tensor]:
         made = [self._receive(meta, stage) for meta in metas]

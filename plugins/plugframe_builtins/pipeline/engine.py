@@ -29,7 +29,7 @@ from plugframe_builtins.pipeline.parameters import Aliases
 from plugframe_builtins.pipeline.random_streams import shared_seed, stage_random
 from plugframe_builtins.pipeline.stage import Boundaries, Meta, StageModule
 from plugframe_builtins.pipeline.stand_in import Backwards, tensors_of
-from plugframe_builtins.pipeline.training import Schedules
+from plugframe_builtins.pipeline.training import Schedules, Trained
 
 #: Calls of other shapes that are remembered.
 _MOST_REMEMBERED = 256
@@ -132,7 +132,7 @@ class Engine:
         plan = self._plan(call, micro)
         random = stage_random(self.axis, shared_seed()) if plan.random else nullcontext()
         with self._micro(call, micro.calls), random:
-            if self._cut_check.due(len(micro.calls), is_loss=plan.is_loss):
+            if not self.axis.simulated and self._cut_check.due(len(micro.calls), is_loss=plan.is_loss):
                 self._check_cut(plan, call, micro, (args, kwargs))
             if not torch.is_grad_enabled():
                 return self._evaluate(plan, len(micro.calls))
@@ -151,7 +151,10 @@ class Engine:
 
     def _train(self, plan: Plan, count: int) -> Any:
         weights = [self._cut_check.weight(count)] * count
-        losses, parameters, gradients = self._schedules.run(plan, plan.boundaries, plan.output.dtype, weights)
+        if self.axis.simulated:
+            losses, parameters, gradients = self._simulate(plan, count)
+        else:
+            losses, parameters, gradients = self._schedules.run(plan, plan.boundaries, plan.output.dtype, weights)
         value = self._outputs.value(plan.output, torch.stack(losses).sum() if losses else None)
 
         def scaled(outer: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -159,6 +162,13 @@ class Engine:
             return self._agreed(parameters, gradients if outer[0] is None else _multiplied(gradients, outer[0]))
 
         return deliver([value], parameters, scaled)[0]
+
+    def _simulate(self, plan: Plan, count: int) -> Trained:
+        """Run this rank's part of a schedule: torch's own ones ask the other ranks for shapes."""
+        aliases = self._new_aliases()
+        with aliases, self._computing_with(aliases):
+            self._chain.simulate(plan.boundaries, count, count if self._schedule == "gpipe" else self.cut.num_stages)
+        return Trained([], aliases.parameters, aliases.take_gradients())
 
     def _forward(self, plan: Plan, micro: Micro) -> Any:
         if self._schedule not in (None, "gpipe"):
@@ -219,6 +229,8 @@ class Engine:
             found: Any = None
             if stage in own:
                 found = self._look(own[stage], boundaries[-1] if stage else [], micro)
+            elif self.axis.simulated:
+                found = self._look_at_shapes(stage)
             found = self.axis.broadcast_object(found, stage % self.axis.size)
             if isinstance(found, str):
                 raise UnsupportedError(f"Stage {stage}, on rank {self.axis.ranks[stage % self.axis.size]}: {found}")
@@ -246,6 +258,29 @@ class Engine:
                 # The other ranks wait for this stage.
                 self.axis.broadcast_object(f"{type(error).__name__}: {error}", self.axis.rank)
                 raise
+
+    def _look_at_shapes(self, stage: int) -> Any:
+        """Return what `_look` would on a rank that does not exist."""
+        args, kwargs = self._stages[0].calls[0]
+        call = self._stages[0].call
+        assert call is not None
+        run = functools.partial(call, *args, **kwargs)
+        try:
+            with keeping_buffers(self.module):
+                ended, result = self._boundaries.run(stage, run, (), simulated=True)
+        except UnsupportedError as error:
+            raise UnsupportedError(
+                f"Stage {stage} of this {self._boundaries.what} cannot be simulated, its shapes depend on values: run "
+                f"it on real ranks, on the CPU if need be. {error}"
+            ) from error
+        grad = torch.is_grad_enabled()
+
+        def shape(tensor: Tensor) -> Tensor:
+            wanted = grad and tensor.is_floating_point()
+            return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device="meta", requires_grad=wanted)
+
+        made = map_tensors(shape, result)
+        return ([], made, False, {}) if ended else ([Meta.of(tensor) for tensor in made], None, False, {})
 
     def _check_cut(self, plan: Plan, call: Callable[..., Any], micro: Micro, whole: Any) -> None:
         """Compare the result of the whole batch with those of the micro-batches, without dropout."""

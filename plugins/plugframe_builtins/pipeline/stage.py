@@ -46,9 +46,11 @@ class _StageEnd(BaseException):
 class _Pass:
     """One run of the forward for one stage."""
 
-    def __init__(self, stage: int, received: Sequence[Tensor] | None) -> None:
+    def __init__(self, stage: int, received: Sequence[Tensor] | None, simulated: bool = False) -> None:
         self.stage = stage
         self.received = received
+        #: Whether the stage is another rank's, which does not exist: only shapes are computed.
+        self.simulated = simulated
         #: Whether a module of this stage has run.
         self.begun = False
 
@@ -80,14 +82,20 @@ class Boundaries:
             # On the instance: hooks and ``__call__`` of the user's class stay as they are.
             unit.forward = functools.partial(self._forward, path, stage, unit.forward)
 
-    def run(self, stage: int, call: Callable[[], Any], received: Sequence[Tensor]) -> tuple[bool, Any]:
+    def run(
+        self, stage: int, call: Callable[[], Any], received: Sequence[Tensor], *, simulated: bool = False
+    ) -> tuple[bool, Any]:
         """Run `call`, the user's forward, for one stage.
+
+        Args:
+            received: what the stage before sends.
+            simulated: compute shapes only, for a stage of a rank that does not exist.
 
         Returns:
             Whether the forward ran to its end, and its result or, else, the tensors for the next stage.
         """
         last = stage == self.cut.num_stages - 1
-        with self._passing(_Pass(stage, received if stage else None)) as running:
+        with self._passing(_Pass(stage, received if stage and not simulated else None, simulated)) as running:
             try:
                 result = call()
             except _StageEnd as end:
@@ -99,7 +107,7 @@ class Boundaries:
                 "the model at modules that every forward calls in the order of the stages."
             )
         result = resolved(result)
-        missing = first_missing(result)
+        missing = None if running.simulated else first_missing(result)
         if missing is not None:
             raise UnsupportedError(
                 f"The result of this {self.what} depends on {missing.origin}, and the last stage does not get it: cut "
@@ -128,6 +136,9 @@ class Boundaries:
             return self._skipped(path, stage, forward, args, kwargs)
         if stage > running.stage:
             self._end(path, stage, running, args, kwargs)
+        if running.simulated:
+            running.begun = True
+            return self._skipped(path, stage, forward, args, kwargs)
         if running.received is not None:
             self._receive(path, running, args, kwargs)
         running.begun = True
@@ -189,7 +200,7 @@ class Boundaries:
                 f"{running.stage if not running.begun else running.stage + 1}: put it into the stage in which it is "
                 "called (pipeline_plan)."
             )
-        missing = first_missing((args, kwargs))
+        missing = None if running.simulated else first_missing((args, kwargs))
         if missing is not None:
             raise UnsupportedError(
                 f"{path!r}, the first module of stage {stage}, is called with a tensor that depends on "
@@ -204,7 +215,7 @@ class Boundaries:
                 f"({odd.layout}), which cannot be sent: cut the model elsewhere, or pass dense tensors (for "
                 "nn.TransformerEncoder enable_nested_tensor=False)."
             )
-        raise _StageEnd(tuple(tensor.contiguous() for tensor in outputs))
+        raise _StageEnd(tuple(outputs if running.simulated else map(_settled, outputs)))
 
     def _skipped(self, path: str, stage: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Return stand-ins for the result of an earlier stage's module."""
@@ -228,6 +239,13 @@ class Boundaries:
                 self._remembered.clear()
             self._remembered[key] = result
         return result
+
+
+def _settled(tensor: Tensor) -> Tensor:
+    """Return a contiguous tensor; wait for it if it is the result of a collective that may still run."""
+    if type(tensor) is not Tensor:
+        tensor.reshape(-1)[:1].clone()  # what computes with such a tensor of torch waits for it, a shape does not
+    return tensor.contiguous()
 
 
 def _note(seen: dict[Any, Any], key: Any, result: Any) -> None:

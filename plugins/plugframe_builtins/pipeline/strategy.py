@@ -103,11 +103,6 @@ class Pipeline(Strategy):
                 f"strategy 'pipeline' needs a process group, and collective {context.names.get('collective')!r} has "
                 "none: use collective='torch'."
             )
-        if "simulated" in context.provides.get("collective", ()):
-            raise UnsupportedError(
-                "strategy 'pipeline' cannot be simulated: a stage computes with what the ranks of other stages send. "
-                "Run it on real ranks, on the CPU if need be."
-            )
         if self._led is not None and ("sharded" in self._led.provides or context.parallelize is not None):
             self._base = sharding_base(context)
         self._use(self._make_axis(context))

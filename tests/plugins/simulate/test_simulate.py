@@ -59,6 +59,44 @@ print("left", os.listdir())
 """
 
 
+PIPELINE = """
+import torch
+from torch import nn
+from plugframe import Lite
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+    def forward(self, x):
+        return self.down(self.up(x))
+
+class Model(nn.Module):
+    tensor_parallel_plan = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(4)])
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        out = x.mean(1)
+        loss = out.square().mean()
+        return RETURNED
+
+lite = Lite()
+model = Model()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+model, optimizer = lite.setup(model, optimizer)
+x = torch.ones(4, 8)
+lite.backward(model(x).mean())
+lite.clip_gradients(model, optimizer, max_norm=1.0)
+optimizer.step()
+model.eval()
+with torch.no_grad():
+    print("evaluated", tuple(model(x).shape))
+"""
+
+
 def simulate(folder: Path, *options: str, script: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     (folder / "train.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "plugframe", "run", "--simulate", "64", *options, "train.py", *script]
@@ -99,6 +137,23 @@ def test_a_mesh_runs_on_64_ranks(tmp_path: Path) -> None:
     assert "fsdp+tensor_parallel on 64 × cpu on 64 nodes (data=16, tensor=4)" in done.stderr
     assert "world 0 0 0 64 20" in done.stdout
     assert "memory of this rank: parameters 4.144 kB" in done.stderr
+
+
+@pytest.mark.parametrize("returns", ["loss", "outputs"])
+def test_a_pipeline_runs_on_64_ranks(returns: str, tmp_path: Path) -> None:
+    """This rank has the first stage, and what other stages send and return has the shapes of the job."""
+    script = PIPELINE.replace("RETURNED", "loss" if returns == "loss" else "out")
+    (tmp_path / "train.py").write_text(script)
+    strategy = ["--strategy=fsdp+tensor_parallel+pipeline", "--mesh", "data=8,tensor=4,pipeline=2", "--devices=8"]
+    command = [sys.executable, "-m", "plugframe", "run", "--simulate", "64", *strategy, "train.py"]
+    done = warm.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "on 64 × cpu on 8 nodes (pipeline=2, data=8, tensor=4)" in done.stderr
+    # Of 2 blocks: up has 2 x 8 and 2 of 4 parts, down 8 x 2 and, on all of them, 8; of those shards of 8 rows.
+    assert "memory of this rank: parameters 100 B" in done.stderr
+    assert "send 256 B in 4 calls" in done.stderr
+    assert "unwaited" not in done.stderr
+    assert f"evaluated {'()' if returns == 'loss' else '(4,)'}" in done.stdout
 
 
 @pytest.mark.parametrize("keyword", ["environment", "plugins"])
