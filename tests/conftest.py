@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from plugframe.testing import ranks
 from plugins_env import installed, packages  # noqa: F401 - fixtures
 from process_rule import ProcessRule
 
@@ -46,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     tempfile.tempdir = None
     for name in [n for n in os.environ if n.startswith("PLUGFRAME_")]:
         del os.environ[name]
+    ranks.PRELOADED.append("preloaded")
     # Results are compared bit by bit between this process and ranks, which have one thread each.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

@@ -45,6 +45,8 @@ from plugframe.utils.environment import environment
 
 #: Time for the other ranks to end by themselves after a failure.
 GRACE_S = 5.0
+#: Modules that the fork server imports before the first rank, by name; add those that your ranks spend time on.
+PRELOADED = ["plugframe.testing.preload", "pytest"]
 
 
 class RanksFailed(AssertionError):
@@ -72,7 +74,7 @@ def run_ranks(
     # The fork server starts, and imports torch, with one thread.
     with _store() as port, _output() as folder, environment({"OMP_NUM_THREADS": "1"}):
         _keep_helpers_files_apart()
-        processes.set_forkserver_preload(["plugframe.testing.preload", "pytest"])
+        processes.set_forkserver_preload(PRELOADED)
         call = pickle.dumps((fn, args))
         inherited = {name: value for name, value in os.environ.items() if name != RANK}
         ranks: list[tuple[Any, Any]] = []

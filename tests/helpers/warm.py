@@ -34,6 +34,7 @@ from typing import IO, Any
 #: Imported before the fork, in this order.
 PRELOADED = (
     "plugframe.testing.preload",
+    "preloaded",
     "torch.distributed.elastic.agent.server.local_elastic_agent",
     "torch.distributed.run",
     "plugframe.cli.run",
