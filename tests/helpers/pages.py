@@ -124,7 +124,7 @@ def as_script(chosen: Sequence[Block]) -> str:
 
 
 def changed(text: str, diff: str) -> str:
-    """Return a text with a difference applied: what is removed is there once."""
+    """Return the source with a difference applied: what is removed is there once."""
     before = "".join(line[1:] for line in diff.splitlines(keepends=True) if not line.startswith("+"))
     after = "".join(line[1:] for line in diff.splitlines(keepends=True) if not line.startswith("-"))
     assert text.count(before) == 1, f"the script has {text.count(before)} times\n{before}"
