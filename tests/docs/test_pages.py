@@ -48,7 +48,7 @@ def _each(found: list[Block]) -> Iterator[tuple[str, str, str]]:
 
 
 def test_the_blocks_print_what_the_pages_show(tmp_path: Path) -> None:
-    """Every block of Python runs on two ranks; with a text below it, its output or error is that."""
+    """Every block of Python runs on two ranks; where one is shown below it, its output or error is that."""
     scripts = list(page_scripts())
     assert len(scripts) > 20
     code = [text for _, text, _ in scripts]
