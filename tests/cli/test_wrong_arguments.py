@@ -106,7 +106,7 @@ def test_a_wrong_value_is_refused(
 def test_commands_that_need_torch_say_so(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """In one line, in place of one for each plugin; the others work without it."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    result = CliRunner().invoke(cli, words.split())
+    result = CliRunner().invoke(cli, words)
     assert result.exit_code == 2
     assert result.stderr.endswith("needs PyTorch, which is not installed: pip install torch\n")
     assert result.stderr.count("\n") == 1
