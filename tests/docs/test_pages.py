@@ -12,9 +12,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from pages import Block, as_script, blocks, changed, pages, run_each, shown
+from pages import Block, as_script, blocks, changed, pages, run_each, run_one, shown
 from paths import DOCS, ROOT
 from plugframe.cli import cli
+from plugframe_builtins.convert.convert import convert
 from ranks import run_ranks
 
 #: Executed elsewhere: in a checkout of their own, as the guide of plugin authors, and by tests/docs/test_loop_page.py.
@@ -47,9 +48,15 @@ def _each(found: list[Block]) -> Iterator[tuple[str, str, str]]:
             yield block.name, script, block.text
 
 
+def converted(folder: Path) -> tuple[str, str, str]:
+    """Return the loop of the first page, converted, and what it prints as it is, on one rank."""
+    (raw,) = blocks(DOCS / "index.md", "python")
+    return f"{raw.name}, converted", convert(raw.text).text, run_one(raw.text, folder)
+
+
 def test_the_blocks_print_what_the_pages_show(tmp_path: Path) -> None:
     """Every block of Python runs on two ranks; where one is shown below it, its output or error is that."""
-    scripts = list(page_scripts())
+    scripts = [*page_scripts(), converted(tmp_path)]
     assert len(scripts) > 20
     code = [text for _, text, _ in scripts]
     outputs = run_ranks(2, run_each, code, str(tmp_path), timeout_s=240, env={"PLUGFRAME_ACCELERATOR": "cpu"})
@@ -69,7 +76,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         for block in found:
             for line in block.text.splitlines():
                 words = shlex.split(line, comments=True)
-                if words[:1] == ["plugframe"] and "[" not in line:
+                if words and Path(words[0]).name == "plugframe" and "[" not in line:
                     yield f"{block.name}: {line.strip()}", words[1:]
 
 
