@@ -54,9 +54,16 @@ def converted(folder: Path) -> tuple[str, str, str]:
     return f"{raw.name}, converted", convert(raw.text).text, run_one(raw.text, folder)
 
 
+def combined() -> tuple[str, str, str]:
+    """Return the script of the page on n-D parallel, under two strategies."""
+    (script,) = blocks(DOCS / "nd-parallel.md", "python")
+    options = "# variable: PLUGFRAME_STRATEGY=fsdp+tensor_parallel\n# variable: PLUGFRAME_MESH=data=1,tensor=2\n"
+    return f"{script.name}, fsdp+tensor_parallel", options + script.text, "trained on 2 ranks"
+
+
 def test_the_blocks_print_what_the_pages_show(tmp_path: Path) -> None:
     """Every block of Python runs on two ranks; where one is shown below it, its output or error is that."""
-    scripts = [*page_scripts(), converted(tmp_path)]
+    scripts = [*page_scripts(), converted(tmp_path), combined()]
     assert len(scripts) > 20
     code = [text for _, text, _ in scripts]
     outputs = run_ranks(2, run_each, code, str(tmp_path), timeout_s=240, env={"PLUGFRAME_ACCELERATOR": "cpu"})

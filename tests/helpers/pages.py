@@ -13,6 +13,7 @@ from pathlib import Path
 from convert_cases import run
 from paths import DOCS
 from plugframe.hooks.world import World
+from plugframe.utils.environment import environment
 
 _BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^>]*) -->\n+)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 
@@ -142,15 +143,20 @@ def run_each(world: World, scripts: list[str], folder: str) -> list[str]:
 
 
 def run_one(text: str, folder: Path) -> str:
-    """Run a script in a folder as ``train.py``; return what it prints, and its error in the last line."""
+    """Run a script in a folder as ``train.py``; return what it prints, and its error in the last line.
+
+    A comment ``# variable: NAME=VALUE`` sets a variable, as options of the command line do.
+    """
     out, error = io.StringIO(), ""
     before = Path.cwd()
     os.chdir(folder)
+    variables = dict(re.findall(r"^# variable: (\w+)=(.*)$", text, re.M))
     try:
         # Messages quote the lines of a script.
         Path("train.py").write_text(text, encoding="utf-8")
         linecache.checkcache("train.py")
-        run(text, "train.py", folder, out)
+        with environment(variables):
+            run(text, "train.py", folder, out)
     except Exception as raised:  # noqa: BLE001 - the test compares it with what the page shows
         error = f"{type(raised).__name__}: {raised}"
     finally:
