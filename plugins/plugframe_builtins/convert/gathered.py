@@ -64,11 +64,17 @@ def _name_has_rows(c: Conversion, node: cst.Name, loop: cst.For, scope: Scope, d
     return node.value in _batch_names(loop)
 
 
+def _batch(loop: cst.For) -> cst.BaseExpression:
+    """Return the target of a loop that is the batch, without the number that ``enumerate`` gives."""
+    counts = isinstance(loop.iter, cst.Call) and dotted(loop.iter.func) == "enumerate"
+    if counts and isinstance(loop.target, cst.Tuple) and len(loop.target.elements) == 2:
+        return loop.target.elements[1].value
+    return loop.target
+
+
 def _batch_names(loop: cst.For) -> set[str]:
     """Return the names of ``for x, y in loader:``, and of ``for i, (x, y) in enumerate(loader):``."""
-    target: cst.BaseExpression = loop.target
-    if isinstance(loop.iter, cst.Call) and dotted(loop.iter.func) == "enumerate" and isinstance(target, cst.Tuple):
-        target = target.elements[1].value
+    target = _batch(loop)
     elements = target.elements if isinstance(target, cst.Tuple) else ()
     return {each.value.value for each in elements if isinstance(each.value, cst.Name)}
 
@@ -77,7 +83,7 @@ def _is_part_of_batch(node: cst.Subscript, loop: cst.For) -> bool:
     """Return whether a value is ``batch["labels"]`` or ``batch[1]``."""
     index = node.slice[0].slice
     key = index.value if isinstance(index, cst.Index) else None
-    target = loop.target
+    target = _batch(loop)
     return (
         len(node.slice) == 1
         and isinstance(key, cst.SimpleString | cst.Integer)

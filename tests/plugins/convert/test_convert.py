@@ -288,12 +288,15 @@ for {target} in loader:
         ("x, y", "torch.softmax(model(x), dim=1)"),
         ("x, y", "model(x).argmax(-1) == y"),
         ("batch", 'batch["label"]'),
+        ("step, batch", 'batch["label"]'),
+        ("step, (x, y)", "model(x)"),
     ],
 )
 def test_predictions_that_are_kept_are_those_of_all_ranks(target: str, value: str) -> None:
     """Values with a row for each sample are gathered, by ``append`` and by ``extend``."""
     for word in ("append", "extend"):
-        result = convert(EVALUATION.format(target=target, body=f"kept.{word}({value})"))
+        source = EVALUATION.format(target=target, body=f"kept.{word}({value})")
+        result = convert(source.replace(" in loader", " in enumerate(loader)") if "step" in target else source)
         assert f"kept.{word}(lite.gather_for_metrics({value}))" in result.text
         assert not result.marks
 
