@@ -6,7 +6,7 @@ INSTALL := $(BIN)/pip install -c constraints.txt -e
 # mypy and pyright read the packages that the tests use.
 EXTRAS_lint := test,lint
 
-.PHONY: help demo test quick lint slow kinds ci
+.PHONY: help demo test quick lint slow kinds site ci
 .DEFAULT_GOAL := help
 
 help:  ## list the verbs
@@ -34,6 +34,9 @@ slow: $(VENV)/.test  ## run the tests that take long too, as CI does
 kinds: $(VENV)/.test  ## hold every script of tests/kinds to docs/same-numbers.md
 	$(BIN)/pytest -n 0 -m kinds
 
+site: $(VENV)/.site  ## build the site of the documentation in site/; open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 ci:  ## do all that CI does, in a clean checkout
 	bash .ci/run
 
@@ -41,6 +44,6 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 # Entry points are read from the installed metadata: a change of pyproject.toml installs again.
-$(VENV)/.examples $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/pip
+$(VENV)/.examples $(VENV)/.test $(VENV)/.lint $(VENV)/.site: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/pip
 	$(INSTALL) '.[$(or $(EXTRAS_$*),$*)]'
 	@touch $@

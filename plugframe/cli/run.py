@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from plugframe.cli.arguments import Shorthand, Words, split
+from plugframe.cli.requirements import require_torch
 from plugframe.cli.script_check import check, check_callback
 from plugframe.cli.shared_options import disabled_variables
 from plugframe.errors import PlugframeWarning, SettingError, UsageError
@@ -190,6 +191,7 @@ def command(
     """
     from plugframe.launch.inheritance import discard_parent_rank
 
+    require_torch("plugframe run")
     discard_parent_rank()
     _check(words)
     for callback in filter(None, ",".join(settings["callbacks"]).split(",")):

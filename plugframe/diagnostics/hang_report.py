@@ -32,6 +32,7 @@ _FOREVER = timedelta(days=1000)
 _JOIN_S = 10.0
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _INSTRUMENT = os.path.join(_PACKAGE, "diagnostics", "instrument.py")
+_RANK = os.path.join(_PACKAGE, "launch", "rank.py")
 #: Activity of a rank, by the function of this package that calls the user's code or waits for it.
 _ACTIVITIES = {
     (os.path.join("adopt", "module.py"), "run"): "forward",
@@ -171,7 +172,9 @@ def _user_stack(frames: list[FrameType], log: CallLog) -> str:
     """Return a stack from the first frame of the user's code to the first of the call log."""
     lines = list(traceback.extract_stack(frames[0]))
     users = [log.is_users(each) and not each.f_code.co_filename.startswith("<") for each in reversed(frames)]
-    first = users.index(True) if True in users else 0
+    # A forked rank has the frames of the launcher below those of the script, the command itself among them.
+    launched = max((number for number, line in enumerate(lines) if line.filename == _RANK), default=-1)
+    first = users.index(True, launched + 1) if True in users[launched + 1 :] else 0
     last = next((number for number, line in enumerate(lines) if line.filename == _INSTRUMENT), len(lines))
     return "".join(traceback.format_list(lines[first:last])).rstrip()
 

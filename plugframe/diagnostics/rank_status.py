@@ -71,10 +71,11 @@ def diagnose(statuses: Mapping[int, RankStatus | None], rank: int, *, seconds: f
         rank: the rank that runs the diagnosis.
         seconds: how long it has waited for responses.
     """
-    mine = statuses[rank]
-    running = [status.running for status in (mine, *statuses.values()) if status is not None and status.running]
-    here = running[0] if running else None
     culprit = _culprit(statuses, rank)
+    # The call that others wait in tells why one rank makes another: this rank may be the one that does.
+    order = sorted(statuses, key=lambda number: (number == culprit, number != rank))
+    running = [status.running for status in map(statuses.get, order) if status is not None and status.running]
+    here = running[0] if running else None
     clauses: dict[str, list[int]] = {}
     for number, status in sorted(statuses.items()):
         clauses.setdefault(_clause(status, seconds), []).append(number)

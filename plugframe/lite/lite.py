@@ -405,6 +405,12 @@ class Lite:
     def extension(self, name: str) -> Any:
         """Return the extension in use under that name, for its own methods and attributes.
 
+        Args:
+            name: as it was selected, such as ``"ema"``.
+
+        Returns:
+            The plugin object.
+
         Raises:
             SettingError: if it is not in use.
         """
@@ -496,7 +502,19 @@ class Lite:
         )
 
     def setup_module(self, module: t.M, move_to_device: bool = True, forward_methods: t.Methods = ()) -> t.M:
-        """Prepare a module without optimizers, in place, and return it. Every rank must call it."""
+        """Prepare a module without optimizers, in place, and return it. Every rank must call it.
+
+        Args:
+            module: set up once, as in `setup`.
+            move_to_device: whether it is moved to this rank's device.
+            forward_methods: names of further methods that run its layers, as in `setup`.
+
+        Returns:
+            The same object.
+
+        Raises:
+            OrderError: if it was set up already.
+        """
         return setup.setup_module(self, module, move_to_device=move_to_device, forward_methods=forward_methods)
 
     @overload
@@ -511,8 +529,14 @@ class Lite:
     ) -> object:
         """Prepare optimizers, after their module, and return them. Every rank must call it.
 
+        Args:
+            optimizers: of parameters of modules that `setup_module` prepared.
+
         Returns:
             The one that was given, or a tuple of them.
+
+        Raises:
+            OrderError: before any model is set up, or for one that was set up already.
         """
         return setup.setup_optimizers(self, optimizers)
 
@@ -557,6 +581,7 @@ class Lite:
         every model in eval mode) every sample is read exactly once.
 
         Args:
+            dataloaders: ``DataLoader`` objects, or others that yield batches each time they are iterated.
             use_distributed_sampler: False leaves the samples undivided.
             move_to_device: whether batches come on this rank's device.
             weigh_uneven: whether `backward` weighs a last batch that is smaller on some ranks, so that the mean
@@ -586,7 +611,11 @@ class Lite:
         Samples of a data set with indices are not read. `load` restores positions by itself.
 
         Args:
+            loader: one that was set up.
             num_batches: number of batches of this rank.
+
+        Returns:
+            The same object.
 
         Raises:
             OrderError: if the loader was not set up, or begins at the position of a checkpoint.
@@ -683,7 +712,17 @@ class Lite:
     def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[object]:
         """Return a context in which gradients accumulate without synchronisation, for all but the last micro-batch.
 
-        Forward and backward of the micro-batch both belong inside.
+        Forward and backward of the micro-batch both belong inside. `accumulate` does this by itself.
+
+        Args:
+            module: one that was set up.
+            enabled: False for a context that does nothing.
+
+        Returns:
+            A context manager.
+
+        Raises:
+            OrderError: if the module was not set up.
         """
         return loop.no_backward_sync(self, module, enabled=enabled)
 
@@ -699,6 +738,14 @@ class Lite:
         """Clip the gradients of `optimizer`'s parameters, by value or by total norm. Every rank must call it.
 
         Under a loss scaler a step with non-finite gradients is skipped by itself, and they are no error here.
+
+        Args:
+            module: the module of the parameters.
+            optimizer: whose parameters are clipped.
+            clip_val: the largest absolute value of an element; either this or `max_norm`.
+            max_norm: the largest norm of all gradients together, those of other ranks' shards included.
+            norm_type: of the p-norm; ``inf`` for the largest element.
+            error_if_nonfinite: whether a norm that is not finite raises.
 
         Returns:
             For ``max_norm`` the total norm before clipping, a 0-d tensor, equal on all ranks; else None.
@@ -721,6 +768,12 @@ class Lite:
 
         Every rank must call it. The module is released: it is a plain one afterwards. Most precisions change nothing.
 
+        Args:
+            module: one that was set up.
+
+        Returns:
+            The module, or what the precision makes of it.
+
         Raises:
             OrderError: if the module was not set up.
             UnsupportedError: if the strategy holds shards of it.
@@ -732,7 +785,14 @@ class Lite:
         return loop.autocast(self)
 
     def to_device(self, obj: t.T) -> t.T:
-        """Return `obj` (a module, a tensor, or any nesting of tensors) on this rank's device."""
+        """Return `obj` on this rank's device.
+
+        Args:
+            obj: a module, which is moved in place, a tensor, or any nesting of tensors.
+
+        Returns:
+            The module, or a copy of the same structure; tensors that are on the device stay themselves.
+        """
         return cast("t.T", loop.to_device(self, obj))
 
     def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[None]:
@@ -935,10 +995,10 @@ class Lite:
     def broadcast(self, obj: t.T, src: int = 0, *, timeout_s: float | None = None) -> t.T:
         """Return global rank `src`'s object, its tensors on this rank's device. Every rank must call it.
 
-        Any object that can be pickled; what the other ranks pass is not looked at. One that cannot is an error on all
-        ranks.
-
         Args:
+            obj: any object that can be pickled; what the other ranks pass is not looked at. One that cannot is an error
+                on all ranks.
+            src: the global rank whose object all get.
             timeout_s: seconds to wait for the other ranks, in place of what the job allows; equal on all ranks.
         """
         return cast("t.T", ranks.broadcast(self, obj, src, timeout_s=timeout_s))
@@ -947,6 +1007,7 @@ class Lite:
         """Return once every rank has called it. Every rank must call it.
 
         Args:
+            name: shown where a rank waits for others.
             timeout_s: seconds to wait for the other ranks, in place of what the job allows; equal on all ranks.
         """
         ranks.barrier(self, name, timeout_s=timeout_s)
@@ -1063,7 +1124,14 @@ class Lite:
         ranks.assert_in_sync(self, objects)
 
     def rank_zero_first(self, local: bool = False) -> AbstractContextManager[None]:
-        """Run the block on rank 0 (of each node, if `local`) before all others. Every rank must enter it."""
+        """Run the block on rank 0 before all others. Every rank must enter it.
+
+        Args:
+            local: whether on rank 0 of each node, for what each node downloads or caches for itself.
+
+        Returns:
+            A context manager.
+        """
         return ranks.rank_zero_first(self, local=local)
 
     def print(
@@ -1074,7 +1142,11 @@ class Lite:
         file: t.Writable | None = None,
         flush: bool = False,
     ) -> None:
-        """Print on global rank 0 only."""
+        """Print on global rank 0 only.
+
+        Args:
+            args: as for the built-in ``print``, as are `sep`, `end`, `file` and `flush`.
+        """
         if self.is_global_zero:
             progress.hide(self)
             builtins.print(*args, sep=sep, end=end, file=file, flush=flush)
@@ -1180,7 +1252,18 @@ class Lite:
         weights_only: bool | None = None,
         trusted: bool = False,
     ) -> None:
-        """Load the bare ``state_dict`` at `path` into `obj`. Every rank must call it. See `load`."""
+        """Load the bare ``state_dict`` at `path` into `obj`. Every rank must call it. See `load`.
+
+        Args:
+            path: a file or folder with the state of one object, such as ``torch.save(state_dict, path)`` writes.
+            obj: a module, an optimizer, or another object with ``load_state_dict``.
+            strict: whether keys that are missing or unexpected raise.
+            weights_only: Fabric's name of the opposite of `trusted`.
+            trusted: whether a foreign file may run code.
+
+        Raises:
+            CheckpointError: (and its subclasses) if the file is missing, damaged, or does not match `obj`.
+        """
         checkpointing.load_raw(self, path, obj, strict=strict, trusted=trusted)
 
     def state_dict(self, obj: nn.Module | Optimizer, *, all_ranks: bool = False) -> dict[str, Any]:
@@ -1191,6 +1274,7 @@ class Lite:
         module or optimizer takes.
 
         Args:
+            obj: a module or an optimizer, set up or not.
             all_ranks: whether every rank gets it; else ranks above 0 get an empty dict.
 
         Raises:
@@ -1255,9 +1339,10 @@ class Lite:
         return checkpointing.should_stop(self)
 
     def requeue(self) -> bool:
-        """Requeue this job with the scheduler; return whether there is a scheduler that supports it.
+        """Requeue this job with the scheduler. Every rank must call it; global rank 0 makes the request.
 
-        Every rank must call it; global rank 0 makes the request.
+        Returns:
+            Whether there is a scheduler that supports it.
         """
         return checkpointing.requeue(self)
 
@@ -1270,17 +1355,33 @@ class Lite:
         ``on_launch``, ``on_setup``, ``on_backward``, ``on_optimizer_step``, ``on_save``, ``on_load``, ``on_teardown``,
         and, under Fabric's names, ``on_after_setup`` and ``on_after_optimizer_step``.
 
+        Args:
+            hook_name: such as ``"on_epoch_end"``.
+            args: given to every method, first.
+            kwargs: given by name, to the methods that take them.
+
         Raises:
             SettingError: if a callback has an attribute of that name that cannot be called.
         """
         self._listeners.call(hook_name, args, kwargs)
 
     def log(self, name: str, value: SupportsFloat, step: int | None = None) -> None:
-        """Log one metric to every logger; extensions that watch metrics get it on every rank that calls this."""
+        """Log one metric to every logger; extensions that watch metrics get it on every rank that calls this.
+
+        Args:
+            name: of the metric.
+            value: a number, or a tensor of one element. Global rank 0 records its own: reduce it before.
+            step: of the run; by default calls are counted, from 0.
+        """
         self.log_dict({name: value}, step=step)
 
     def log_dict(self, metrics: Mapping[str, SupportsFloat], step: int | None = None) -> None:
-        """Log metrics (numbers, or tensors of one element) to every logger, on global rank 0."""
+        """Log metrics to every logger, on global rank 0.
+
+        Args:
+            metrics: numbers, or tensors of one element, by name.
+            step: of the run; by default calls are counted, from 0.
+        """
         logging.log_dict(self, metrics, step)
 
     def log_hyperparams(self, params: Mapping[str, object] | t.Dataclass | argparse.Namespace) -> None:

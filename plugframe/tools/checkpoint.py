@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from plugframe import __version__
+from plugframe.cli.requirements import require_torch
 from plugframe.cli.shared_options import disabling
 from plugframe.core.registry.registry import Entry, Registry
 from plugframe.errors import (
@@ -45,6 +46,8 @@ def command(context: click.Context) -> None:
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+    elif not context.resilient_parsing:
+        require_torch("plugframe checkpoint")
 
 
 @command.command("inspect", short_help="Show the contents of a checkpoint.")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import click
 
+from plugframe.cli.requirements import require_torch
 from plugframe.cli.shared_options import disabling
 from plugframe.core.registry.registry import Registry
 from plugframe.tools.diagnosis.finding import Finding
@@ -27,6 +28,7 @@ def command(as_json: bool, quick: bool) -> int:
       plugframe doctor
       plugframe doctor --quick --json
     """
+    require_torch("plugframe doctor")
     found: list[Finding] = []
     area = ""
     for finding in _look(quick):

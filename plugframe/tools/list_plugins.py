@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import click
 
+from plugframe.cli.requirements import require_torch
 from plugframe.cli.shared_options import disabling
 from plugframe.core.registry.registry import Entry, Registry
 from plugframe.errors import (
@@ -84,6 +85,8 @@ def command(name: str | None, kind: str | None, as_json: bool, check: bool, time
       plugframe list-plugins --kind strategy ddp
       plugframe list-plugins --check --json
     """
+    if check:
+        require_torch("plugframe list-plugins --check")
     registry = Registry.discover()
     for note in registry.notes():
         click.echo(f"plugframe: warning: {note}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import click
@@ -97,3 +98,16 @@ def test_a_wrong_value_is_refused(
     assert len(result.output.splitlines()) <= 3
     assert said in result.output
     assert all(part in result.output for part in value.rpartition(",")[2:]) or value == "."
+
+
+@pytest.mark.parametrize(
+    "words", [["run", "x.py"], ["doctor"], ["checkpoint", "verify", "x"], ["list-plugins", "--check"]]
+)
+def test_commands_that_need_torch_say_so(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line, in place of one for each plugin; the others work without it."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 2
+    assert result.stderr.endswith("needs PyTorch, which is not installed: pip install torch\n")
+    assert result.stderr.count("\n") == 1
+    assert CliRunner().invoke(cli, ["list-plugins"]).exit_code == 0

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,24 @@ def test_the_rank_that_did_not_come_is_found(others: list[RankStatus | None], cu
     found = diagnose(statuses, 0, seconds=5.0)
     assert found.culprit == culprit
     assert says in found.text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_names_the_cause(source: Any, rank: int) -> None:
+    """The rank that is under a condition does, and the one that makes another call."""
+    at = source(
+        """
+        for batch in loader:
+            lite.backward(loss)
+            if lite.is_global_zero:
+                lite.save(path, state)
+        """
+    )
+    calls = [replace(at(4), name="save"), replace(at(2), name="backward", hook="strategy_backward")]
+    statuses = {number: RankStatus(rank=number, host="here", running=call) for number, call in enumerate(calls)}
+    found = diagnose(statuses, rank, seconds=5.0)
+    assert found.culprit == 1
+    assert "save is under 'if lite.is_global_zero:' (train.py:3), so that not every rank calls it" in found.text
 
 
 def test_the_launcher_blames_the_rank_that_did_not_come() -> None:
@@ -351,8 +370,10 @@ lite.all_reduce(torch.ones(2))
 def test_plugframe_run_blames_the_rank_that_hangs(tmp_path: Path) -> None:
     """The launcher's report starts with the missing rank, its line and its stack, once."""
     (tmp_path / "train.py").write_text(SCRIPT)
+    # As the installed command is: a file of its own, whose frame is not the script's.
+    (tmp_path / "command.py").write_text("from plugframe.cli import main\nmain()\n")
     done = warm.run(
-        [sys.executable, "-m", "plugframe", "run", "train.py"],
+        [sys.executable, "command.py", "run", "train.py", "--devices=2"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

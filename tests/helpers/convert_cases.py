@@ -60,9 +60,9 @@ def cases() -> list[Case]:
     return found
 
 
-def run(text: str, name: str, folder: Path) -> str:
-    """Run a script in this process as ``__main__``, its files in `folder`; return what it printed."""
-    out = io.StringIO()
+def run(text: str, name: str, folder: Path, out: io.StringIO | None = None) -> str:
+    """Run a script in this process as ``__main__``, its files in `folder`; return what it printed, also into `out`."""
+    out = io.StringIO() if out is None else out
     module = types.ModuleType("__main__")
     module.__dict__["__file__"] = name
     before = sys.modules["__main__"]

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+import plugframe
 from plugframe import (
     CheckpointError,
     CheckpointMismatchError,
@@ -195,7 +196,7 @@ def test_one_line_tells_the_plan(caplog: pytest.LogCaptureFixture) -> None:
     with cpu() as lite:
         lite.launch()
         line = lite.plan.line()
-        assert "strategy single (plugframe 0.1.0)" in line
+        assert f"strategy single (plugframe {plugframe.__version__})" in line
         reasons = {what: why for what, _, why in plan_rows(lite.plan)}
         assert reasons["accelerator"] == "asked for in the code"
         assert reasons["strategy"].startswith("auto")

@@ -9,7 +9,7 @@ import libcst as cst
 
 from plugframe_builtins.convert.edits import Edits
 from plugframe_builtins.convert.roles import LITE, LOADER, MODEL, OPTIMIZER, Roles, assignments
-from plugframe_builtins.convert.script import Scope, Script, code, dotted, method
+from plugframe_builtins.convert.script import Scope, Script, calls, code, dotted, method
 
 
 @dataclass(eq=False)
@@ -84,6 +84,21 @@ class Conversion:
         if scope.name == "closure":
             return self.reads_batches(scope.node, (*seen, scope))
         return any(self.reads_batches(call, (*seen, scope)) for call, _ in self.script.calls_of(scope))
+
+    def steps_in(self, loop: cst.For | cst.While) -> bool:
+        """Return whether a loop trains: whether it computes gradients or steps, functions of the file included."""
+
+        def has_step(node: cst.CSTNode, depth: int = 0) -> bool:
+            for call in calls(node):
+                found = method(call)
+                if found is not None and found[1] in ("backward", "step"):
+                    return True
+                scope = self.called(call)
+                if scope is not None and depth < 4 and has_step(scope.node, depth + 1):
+                    return True
+            return False
+
+        return has_step(loop.body)
 
     def without_gradients(self, node: cst.CSTNode) -> bool:
         """Return whether a node is evaluated under ``no_grad``, as far as its function shows."""

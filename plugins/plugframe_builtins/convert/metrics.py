@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 
 import libcst as cst
 
+from plugframe_builtins.convert import gathered
 from plugframe_builtins.convert.conversion import Conversion, base
 from plugframe_builtins.convert.edits import expression
 from plugframe_builtins.convert.roles import assignments
@@ -21,12 +23,17 @@ def convert(c: Conversion) -> None:
             loop = c.loader_loop(node)
             if loop is not None and isinstance(node.operator, cst.AddAssign):
                 _added(c, node, loop, scope)
+        kept: dict[cst.For | cst.While, list[cst.Call]] = defaultdict(list)
         for call in scope.all(cst.Call):
             found = method(call)
-            if found is not None and found[1] == "append" and len(call.args) == 1:
-                _appended(c, call, scope)
+            if found is not None and found[1] in ("append", "extend") and len(call.args) == 1:
+                loop = _appended(c, call, scope)
+                if loop is not None:
+                    kept[loop].append(call)
             elif dotted(call.func) == "print" or (found is not None and found[1] == "print"):
                 _printed(c, call, scope)
+        for loop, appends in kept.items():
+            _kept(c, appends, loop, scope)
 
 
 def _added(c: Conversion, node: cst.AugAssign, loop: cst.For | cst.While, scope: Scope) -> None:
@@ -39,7 +46,7 @@ def _added(c: Conversion, node: cst.AugAssign, loop: cst.For | cst.While, scope:
     if kind not in ("sum", "size", "mean") or not isinstance(node.target, cst.Name):
         c.edits.check(node, f"{name or 'this'} is of this rank's samples only: reduce it with {lite}.all_reduce().")
         return
-    trains = _trains(c, loop)
+    trains = c.steps_in(loop)
     number = _is_number(c, node.value)
     if not number and trains and kind != "size" and not re.search(r"detach|==|\.eq\(", code(node.value)):
         c.edits.check(node, f"{name} is of this rank's samples only: reduce it with {lite}.all_reduce().")
@@ -88,7 +95,7 @@ def _atom(node: cst.BaseExpression, kind: str = "mean") -> str:
 
 def _reduced(text: str, kind: str, lite: str, quote: str) -> str:
     if kind == "mean":
-        return f"{lite}.all_reduce({text} * {lite}.batch_weight).item()"
+        return f"{lite}.reduce_mean({text}, weight={lite}.batch_weight).item()"
     return f"{lite}.all_reduce({text}, reduce_op={quote}sum{quote}).item()"
 
 
@@ -99,20 +106,6 @@ def _is_of_batch(c: Conversion, value: cst.CSTNode, loop: cst.For | cst.While, s
         if c.script.inside(node, loop):
             inner.add(target)
     return any(each.value in inner for each in names(value))
-
-
-def _trains(c: Conversion, loop: cst.For | cst.While) -> bool:
-    def has_backward(node: cst.CSTNode, depth: int = 0) -> bool:
-        for call in calls(node):
-            found = method(call)
-            if found is not None and found[1] in ("backward", "step"):
-                return True
-            scope = c.called(call)
-            if scope is not None and depth < 4 and has_backward(scope.node, depth + 1):
-                return True
-        return False
-
-    return has_backward(loop.body)
 
 
 def _used_inside(c: Conversion, name: str, loop: cst.For | cst.While) -> bool:
@@ -156,19 +149,30 @@ def _loop_around(c: Conversion, node: cst.CSTNode) -> cst.CSTNode | None:
     return None
 
 
-def _appended(c: Conversion, call: cst.Call, scope: Scope) -> None:
+def _appended(c: Conversion, call: cst.Call, scope: Scope) -> cst.For | cst.While | None:
+    """Reduce a loss that is appended to a list; return the loop of another value, which is this rank's."""
     loop = c.loader_loop(call)
     value = call.args[0].value
-    if loop is None and isinstance(value, cst.Call):
+    appends = (method(call) or ("", ""))[1] == "append"
+    if loop is None and isinstance(value, cst.Call) and appends:
         _last_loss(c, value, scope)
     if loop is None or not _is_of_batch(c, value, loop, scope) or _is_reduced(c, value):
-        return
+        return None
     if any((scope, each.value) in c.reduced for each in names(value)):
-        return
+        return None
     kind = c.reduction(value, scope) or ("mean" if c.is_loss(base(value), scope) else "")
-    if kind in ("mean", "sum", "size") and _trains(c, loop) and _is_number(c, value):
+    if kind in ("mean", "sum", "size") and c.steps_in(loop) and _is_number(c, value) and appends:
         c.edits.replace(value, lambda updated: expression(_reduced(_atom(updated, kind), kind, c.lite, '"')))
-    else:
+        return None
+    return loop
+
+
+def _kept(c: Conversion, calls: list[cst.Call], loop: cst.For | cst.While, scope: Scope) -> None:
+    """Gather the values of an evaluation that are kept for each sample; mark those that may be of something else."""
+    evaluates = isinstance(loop, cst.For) and not c.steps_in(loop) and not gathered.adds_up(loop)
+    if evaluates and isinstance(loop, cst.For) and gathered.convert(c, calls, loop, scope):
+        return
+    for call in calls:
         name = dotted(call.func).rpartition(".")[0]
         c.edits.check(call, f"{name or 'this list'} is of this rank's samples only: see {c.lite}.gather_for_metrics().")
 
@@ -221,7 +225,7 @@ def _is_batch_value(c: Conversion, name: str, scope: Scope) -> bool:
     places = [node for target, _, node in assignments(scope) if target == name]
     for node in places:
         loop = c.loader_loop(node)
-        if loop is not None and _trains(c, loop):
+        if loop is not None and c.steps_in(loop):
             return True
     return (
         bool(places)

@@ -10,7 +10,7 @@ import libcst as cst
 from plugframe_builtins.convert.conversion import Conversion
 from plugframe_builtins.convert.edits import call, expression, keyword
 from plugframe_builtins.convert.roles import LOADER, MODEL, OPTIMIZER, SCALER, assignments
-from plugframe_builtins.convert.script import Scope, argument, calls, code, dotted, method
+from plugframe_builtins.convert.script import Scope, argument, calls, code, dotted, method, names
 
 #: Methods of a module that run no layer.
 _PLAIN_METHODS = frozenset(
@@ -193,6 +193,18 @@ def _batch_size(c: Conversion, node: cst.Call) -> None:
         c.edits.check(node, "one sample a rank: on N ranks a step takes N samples.")
     elif code(value) != "None" and "world_size" not in code(value):
         c.edits.replace(value, lambda updated: _divided(updated, c.lite))
+        if isinstance(value, cst.Integer) and int(value.evaluated_value) % 2 and _is_trained_on(c, node):
+            c.edits.check(
+                node, f"no even number of ranks divides {code(value)}: a step takes fewer samples there than on one."
+            )
+
+
+def _is_trained_on(c: Conversion, loader: cst.Call) -> bool:
+    """Return whether a loop over a loader trains, or none is found: an evaluation does not depend on batches."""
+    parent = c.script.parents[loader]
+    target = dotted(parent.targets[0].target) if isinstance(parent, cst.Assign) else ""
+    loops = [node for node, _ in c.script.all(cst.For) if target in {each.value for each in names(node.iter)}]
+    return not loops or any(c.steps_in(each) for each in loops)
 
 
 def _divided(node: cst.BaseExpression, lite: str) -> cst.BaseExpression:

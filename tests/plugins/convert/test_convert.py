@@ -267,6 +267,126 @@ def test_mixed_precision_is_that_of_the_script() -> None:
     assert "scaler" not in text.lower()
 
 
+EVALUATION = """
+import torch
+from torch.utils.data import DataLoader
+model = torch.nn.Linear(1, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+loader = DataLoader(data, batch_size=8)
+kept, total = [], 0
+for {target} in loader:
+    {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "value"),
+    [
+        ("x, y", "y"),
+        ("x, y", "model(x)"),
+        ("x, y", "model(x).argmax(dim=1).cpu().numpy()"),
+        ("x, y", "torch.softmax(model(x), dim=1)"),
+        ("x, y", "model(x).argmax(-1) == y"),
+        ("batch", 'batch["label"]'),
+        ("step, batch", 'batch["label"]'),
+        ("step, (x, y)", "model(x)"),
+    ],
+)
+def test_predictions_that_are_kept_are_those_of_all_ranks(target: str, value: str) -> None:
+    """Values with a row for each sample are gathered, by ``append`` and by ``extend``."""
+    for word in ("append", "extend"):
+        source = EVALUATION.format(target=target, body=f"kept.{word}({value})")
+        result = convert(source.replace(" in loader", " in enumerate(loader)") if "step" in target else source)
+        assert f"kept.{word}(lite.gather_for_metrics({value}))" in result.text
+        assert not result.marks
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "kept.append(model(x).mean())",
+        "kept.append(model(x).argmax(0))",
+        "kept.append(score(x))",
+        "kept.append(y.sum().item())",
+        "y = y.view(-1); kept.append(y)",
+        "kept.append(y); total += len(y)",
+        "kept.append(y); kept.append(score(x))",
+    ],
+)
+def test_values_that_may_not_be_of_samples_are_marked(body: str) -> None:
+    """Nothing is gathered in a loop that also keeps something else, or counts: the ranks fill up their last step."""
+    result = convert(EVALUATION.format(target="x, y", body=body))
+    assert "gather_for_metrics(" not in result.text.replace("see lite.gather_for_metrics()", "")
+    assert result.marks
+
+
+ACCUMULATION = """
+from accelerate import Accelerator
+accelerator = Accelerator(gradient_accumulation_steps=4)
+model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+for step, batch in enumerate(tqdm(loader)):
+    # a comment
+    with accelerator.accumulate(model):
+        loss = model(batch)
+        accelerator.backward(loss)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    if accelerator.sync_gradients and step > 3:
+        progress.update(1)
+"""
+
+
+def test_an_accumulating_context_becomes_its_loop() -> None:
+    """The loop accumulates, the block is gone, and what steps is under one condition; a difference is marked."""
+    result = convert(ACCUMULATION)
+    assert result.text.endswith("""\
+# plugframe: a last step of fewer batches is their mean: Accelerate divides by 4 there too.
+for step, batch in enumerate(tqdm(accelerator.accumulate(loader, model, steps=4))):
+    # a comment
+    loss = model(batch)
+    accelerator.backward(loss)
+    if not accelerator.accumulating:
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    if not accelerator.accumulating and step > 3:
+        progress.update(1)
+""")
+
+
+def test_an_accumulating_context_elsewhere_is_changed_by_hand() -> None:
+    """In a function of its own, or beside another one, its loop is not known."""
+    source = """
+    from accelerate import Accelerator
+    accelerator = Accelerator(gradient_accumulation_steps=4)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    for batch in loader:
+        if batch is not None:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(batch))
+    """
+    result = convert(textwrap.dedent(source))
+    assert any(mark.by_hand and "accumulate(loader, model, steps=4)" in mark.text for mark in result.marks)
+
+
+@pytest.mark.parametrize(
+    ("size", "body", "marked"),
+    [
+        ("5", "model(x).mean().backward()", True),
+        ("4", "model(x).mean().backward()", False),
+        ("5", "kept.append(model(x))", False),
+    ],
+)
+def test_a_batch_size_that_ranks_cannot_divide_is_marked_where_it_counts(size: str, body: str, marked: bool) -> None:
+    """In a training, not in an evaluation."""
+    source = EVALUATION.replace("batch_size=8", f"batch_size={size}").format(target="x, y", body=body)
+    marks = convert(source).marks
+    assert [mark.text for mark in marks if "divides" in mark.text] == [
+        f"no even number of ranks divides {size}: a step takes fewer samples there than on one."
+    ] * marked
+
+
 def test_the_script_is_printed_and_its_marks_listed(tmp_path: Path) -> None:
     """On stdout the script, on stderr what to look at, with lines."""
     script = tmp_path / "train.py"

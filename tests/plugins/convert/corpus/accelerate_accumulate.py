@@ -1,4 +1,4 @@
-"""Accumulation in Accelerate's context, and a last group that is smaller."""
+"""Accumulation in Accelerate's context, clipped where gradients are synchronised."""
 
 # ranks: 2
 import torch
@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
 torch.manual_seed(0)
-x = torch.cos(torch.arange(80.0)).view(20, 4)
+x = torch.cos(torch.arange(96.0)).view(24, 4)
 dataloader = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=4 // accelerator.num_processes)
 model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.2)

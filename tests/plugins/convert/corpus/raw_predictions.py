@@ -1,5 +1,6 @@
-"""An evaluation that keeps all predictions: marked, since each rank has its own."""
+"""An evaluation that keeps all predictions, of all ranks."""
 
+# ranks: 2
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -7,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 torch.manual_seed(0)
 x = torch.randn(20, 4)
 labels = x[:, :3].argmax(1)
-train_loader = DataLoader(TensorDataset(x, labels), batch_size=5)
+train_loader = DataLoader(TensorDataset(x, labels), batch_size=4)
 test_loader = DataLoader(TensorDataset(x, labels), batch_size=8)
 model = nn.Linear(4, 3)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
