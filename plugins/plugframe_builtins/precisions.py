@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -83,6 +84,8 @@ class MixedPrecision(Precision):
 
     @hookimpl
     def precision_convert_module(self, module: nn.Module) -> nn.Module:
+        if self.compute is torch.float16 and self._autocast_type == "cpu":
+            self._check_lstm(module)
         if self._loss_scale is not None:
             if any(p.requires_grad and p.dtype is torch.float16 for p in module.parameters()):
                 raise UnsupportedError(
@@ -98,7 +101,7 @@ class MixedPrecision(Precision):
 
     @hookimpl
     def precision_forward_context(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self._autocast_type, self.compute)
+        return (torch.autocast if self._autocast_type == "cuda" else _Autocast)(self._autocast_type, self.compute)
 
     @hookimpl
     def precision_backward(self, loss: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -146,9 +149,45 @@ class MixedPrecision(Precision):
         if self._loss_scale is not None and state:
             self._loss_scale.load(state)
 
+    def _check_lstm(self, module: nn.Module) -> None:
+        names = [name for name, child in module.named_modules() if isinstance(child, nn.LSTM)]
+        if names and not _trains_lstm(self.compute):
+            raise UnsupportedError(
+                f"precision={self._name!r} does not support the LSTM {names[0]!r} of {type(module).__name__} on cpu, "
+                "where torch has no training of LSTMs in float16: use precision='bf16-mixed'."
+            )
+
     @property
     def _name(self) -> str:
         return self.context.names["precision"]
+
+
+class _Autocast(torch.autocast):
+    """Autocast on devices other than CUDA.
+
+    A hack: in evaluation mode torch's transformer layers take a fused path unless autocast is enabled, look for that of
+    CUDA only, and fail on autocast's dtypes (torch 2.13, ``TransformerEncoderLayer.forward``).
+    """
+
+    def __enter__(self) -> Any:
+        self._fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exc: Any) -> Any:
+        torch.backends.mha.set_fastpath_enabled(self._fused)
+        return super().__exit__(*exc)
+
+
+@functools.cache
+def _trains_lstm(dtype: torch.dtype) -> bool:
+    """Return whether an LSTM trains under autocast of the CPU: oneDNN has no such kernel for some dtypes and CPUs."""
+    with torch.random.fork_rng(devices=()), torch.enable_grad(), torch.autocast("cpu", dtype):
+        try:
+            nn.LSTM(4, 4)(torch.zeros(1, 1, 4))
+        except RuntimeError:
+            return False
+    return True
 
 
 def _dtype(dtype: str | torch.dtype, *allowed: torch.dtype) -> torch.dtype:

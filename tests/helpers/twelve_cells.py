@@ -20,12 +20,14 @@ import types
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import RandomSampler
 
 from paths import TESTS
@@ -101,7 +103,7 @@ def num_added(path: Path) -> int:
 
 
 class Draws:
-    """Random numbers of a script: those of one process, of which a rank gets the rows of its samples.
+    """Random numbers of a script: a rank gets its rows of those of one process.
 
     Args:
         rank: of this rank, of `ranks`.
@@ -150,6 +152,8 @@ class Draws:
         with (
             mock.patch.multiple(torch, randn=randn, randn_like=randn_like, randint=randint),
             mock.patch.object(nn.functional, "dropout", dropout),
+            # Which of the first steps a larger one skips depends on the sizes of batches, as in plain torch.
+            mock.patch.object(GradScaler, "__init__", partialmethod(GradScaler.__init__, init_scale=256.0)),
             mock.patch.object(RandomSampler, "__iter__", _order),
         ):
             yield

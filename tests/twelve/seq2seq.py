@@ -45,8 +45,10 @@ def collate(batch):
     return tuple(pad_sequence(side, batch_first=True, padding_value=PAD) for side in zip(*batch, strict=True))
 
 
-def loss_sum(tgt):
-    return F.cross_entropy(model(src, tgt[:, :-1]).flatten(0, 1), tgt[:, 1:].flatten(), ignore_index=PAD, reduction="sum")
+def loss_sum(src, tgt):
+    return F.cross_entropy(
+        model(src, tgt[:, :-1]).flatten(0, 1), tgt[:, 1:].flatten(), ignore_index=PAD, reduction="sum"
+    )
 
 
 torch.manual_seed(2)
@@ -65,14 +67,14 @@ for epoch in range(3):
     while window := list(itertools.islice(batches, accumulate)):  # -
         tokens = sum((tgt[:, 1:] != PAD).sum() for _, tgt in window)  # -
         for src, tgt in window:  # -
-            loss = loss_sum(tgt) / tokens  # -
+            loss = loss_sum(src, tgt) / tokens  # -
             loss.backward()  # -
         optimizer.step()  # -
         scheduler.step()  # -
         optimizer.zero_grad()  # -
     # + for src, tgt in lite.accumulate(train_loader, model, steps=accumulate):
     # +     tokens = (tgt[:, 1:] != PAD).sum()
-    # +     lite.backward(loss_sum(tgt) / tokens, weight=tokens)
+    # +     lite.backward(loss_sum(src, tgt) / tokens, weight=tokens)
     # +     if not lite.accumulating:
     # +         optimizer.step()
     # +         scheduler.step()
@@ -81,8 +83,9 @@ for epoch in range(3):
     total = count = 0
     with torch.no_grad():
         for src, tgt in val_loader:
-            total += loss_sum(tgt).item()
+            total += loss_sum(src, tgt).item()
             count += (tgt[:, 1:] != PAD).sum().item()
     # + total, count = lite.all_reduce([total, count], reduce_op="sum")
-    print(f"epoch {epoch} loss per token {total / count:.4f} of {count} tokens, lr {scheduler.get_last_lr()[0]:.5f}")  # -
-    # + lite.print(f"epoch {epoch} loss per token {total / count:.4f} of {count} tokens, lr {scheduler.get_last_lr()[0]:.5f}")
+    lr = scheduler.get_last_lr()[0]
+    print(f"epoch {epoch} loss per token {total / count:.4f} of {count} tokens, lr {lr:.5f}")  # -
+    # + lite.print(f"epoch {epoch} loss per token {total / count:.4f} of {count} tokens, lr {lr:.5f}")

@@ -1,4 +1,4 @@
-"""Sub-pixel convolutions, the peak signal-to-noise ratio, a rate that falls on a plateau, early stopping, the best state"""
+"""Sub-pixel convolutions, signal-to-noise ratio, a rate that falls on plateaus, early stopping, the best state"""
 
 import copy
 import math
