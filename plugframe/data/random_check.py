@@ -75,7 +75,7 @@ class RandomStreamCheck:
         row = [self._index, self._model_digest, *self._loop_row(), self._loaders.num_passes]
         sent = torch.tensor(row, dtype=torch.int64, device=self._context.device)
         rows = self._hooks.collective_all_gather(tensor=sent, group=None, sync_grads=False).tolist()
-        reads = any(row.pop() for row in rows)  # of any rank: all must end the check at the same step
+        reads = max(row.pop() for row in rows)  # of any rank: all must end the check at the same step
         _check_groups(rows)
         equal = _equal_streams(rows)
         if equal and self._context.world.global_rank == 0 and PROCESS.per_rank is None:
