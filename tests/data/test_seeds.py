@@ -313,7 +313,7 @@ def equal_draws_are_told_once(lite: Lite) -> None:
 
 
 def games_between_many_steps_are_told(lite: Lite) -> None:
-    """A script without loaders that draws before every twelfth step is told of, and the check ends."""
+    """A script without loaders that draws before every twelfth step is reported, and the check ends."""
     from plugframe.data import random_check as module
 
     told: list[str] = []
