@@ -21,13 +21,11 @@ class GatheredParameter(nn.Parameter):
     nothing, and the next backward would add to them.
     """
 
-    @property
-    def grad(self) -> Tensor | None:
+    def _get(self) -> Tensor | None:
         own, shards = _GRAD.__get__(self), self.__dict__.get(_SHARDS)  # a copy has no shards
         return cast("Tensor | None", shards.grad if own is None and shards is not None else own)
 
-    @grad.setter
-    def grad(self, value: Tensor | None) -> None:
+    def _set(self, value: Tensor | None) -> None:
         shards = self.__dict__.get(_SHARDS)
         if shards is None:
             _GRAD.__set__(self, value)
@@ -35,21 +33,23 @@ class GatheredParameter(nn.Parameter):
         _GRAD.__set__(self, None)
         shards.grad = value if value is None or isinstance(value, DTensor) else as_sharded(local_shard(value, shards))
 
-    @grad.deleter
-    def grad(self) -> None:
-        self.grad = None
+    def _delete(self) -> None:
+        self._set(None)
+
+    # Typed as an attribute by torch, where it is a property too.
+    grad: Any = property(_get, _set, _delete)
 
 
-def show(parameter: Tensor, shards: Tensor) -> bool:
+def show(parameter: Any, shards: Tensor) -> bool:
     """Let a gathered parameter have the gradient of its shards, and return whether it could."""
     if type(parameter) is not nn.Parameter:
         return False
-    cast("Any", parameter).__class__ = GatheredParameter
-    parameter.__dict__[_SHARDS] = shards
+    parameter.__class__ = GatheredParameter
+    setattr(parameter, _SHARDS, shards)
     return True
 
 
-def hide(parameter: Tensor) -> None:
+def hide(parameter: Any) -> None:
     """Make it torch's own again: backward looks at ``grad``."""
-    cast("Any", parameter).__class__ = nn.Parameter
+    parameter.__class__ = nn.Parameter
     parameter.__dict__.pop(_SHARDS, None)
