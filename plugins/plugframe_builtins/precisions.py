@@ -67,6 +67,7 @@ class MixedPrecision(Precision):
         self.scaler = scaler
         self._autocast_type = ""
         self._loss_scale: LossScale | None = None
+        self._was_fused = False
 
     @hookimpl
     def precision_setup(self, context: Context) -> None:
@@ -81,9 +82,16 @@ class MixedPrecision(Precision):
         if self._loss_scale is not None:
             self._loss_scale.close()
         self._loss_scale = None
+        if self._was_fused:
+            torch.backends.mha.set_fastpath_enabled(True)
+            self._was_fused = False
 
     @hookimpl
     def precision_convert_module(self, module: nn.Module) -> nn.Module:
+        if self._autocast_type != "cuda" and any(
+            isinstance(child, nn.MultiheadAttention) for child in module.modules()
+        ):
+            self._disable_fused_attention()
         if self.compute is torch.float16 and self._autocast_type == "cpu":
             self._check_lstm(module)
         if self._loss_scale is not None:
@@ -101,7 +109,7 @@ class MixedPrecision(Precision):
 
     @hookimpl
     def precision_forward_context(self) -> AbstractContextManager[Any]:
-        return (torch.autocast if self._autocast_type == "cuda" else _Autocast)(self._autocast_type, self.compute)
+        return torch.autocast(self._autocast_type, self.compute)
 
     @hookimpl
     def precision_backward(self, loss: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -149,6 +157,16 @@ class MixedPrecision(Precision):
         if self._loss_scale is not None and state:
             self._loss_scale.load(state)
 
+    def _disable_fused_attention(self, module: nn.Module) -> None:
+        """Disable the fused evaluation of torch's transformer layers until tear-down.
+
+        A hack: they take it unless autocast is enabled, look for that of CUDA only, and fail on the dtypes of another
+        (torch 2.13, ``TransformerEncoderLayer.forward``). Disabled in each forward, it would end compiled graphs.
+        """
+        if any(isinstance(child, nn.MultiheadAttention) for child in module.modules()):
+            self._was_fused |= torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+
     def _check_lstm(self, module: nn.Module) -> None:
         names = [name for name, child in module.named_modules() if isinstance(child, nn.LSTM)]
         if names and not _trains_lstm(self.compute):
@@ -160,23 +178,6 @@ class MixedPrecision(Precision):
     @property
     def _name(self) -> str:
         return self.context.names["precision"]
-
-
-class _Autocast(torch.autocast):
-    """Autocast on devices other than CUDA.
-
-    A hack: in evaluation mode torch's transformer layers take a fused path unless autocast is enabled, look for that of
-    CUDA only, and fail on autocast's dtypes (torch 2.13, ``TransformerEncoderLayer.forward``).
-    """
-
-    def __enter__(self) -> Any:
-        self._fused = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        return super().__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *exc: Any) -> Any:
-        torch.backends.mha.set_fastpath_enabled(self._fused)
-        return super().__exit__(*exc)
 
 
 @functools.cache

@@ -189,13 +189,14 @@ def test_mixed_precision_computes_in_16_bits_and_returns_32(dtype: torch.dtype) 
 
 
 def test_fused_transformer_layers_are_off_under_autocast_of_the_cpu() -> None:
-    """A layer that evaluates padded sequences in mixed precision runs, and the fused path is back afterwards."""
+    """A layer that evaluates padded sequences in mixed precision runs, and the fused path is back after tear-down."""
     precision = set_up(MixedPrecision("bfloat16"))
     layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval()
+    encoder = precision.precision_convert_module(nn.TransformerEncoder(layer, 1))
     padding = torch.tensor([[False, False, True]])
     with torch.no_grad(), precision.precision_forward_context():
-        out = nn.TransformerEncoder(layer, 1)(torch.randn(1, 3, 8), src_key_padding_mask=padding)
-    assert out.shape == (1, 3, 8)
+        assert encoder(torch.randn(1, 3, 8), src_key_padding_mask=padding).shape == (1, 3, 8)
+    precision.precision_teardown()
     assert torch.backends.mha.get_fastpath_enabled()
 
 
