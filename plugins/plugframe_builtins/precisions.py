@@ -88,10 +88,8 @@ class MixedPrecision(Precision):
 
     @hookimpl
     def precision_convert_module(self, module: nn.Module) -> nn.Module:
-        if self._autocast_type != "cuda" and any(
-            isinstance(child, nn.MultiheadAttention) for child in module.modules()
-        ):
-            self._disable_fused_attention()
+        if self._autocast_type != "cuda":
+            self._disable_fused_attention(module)
         if self.compute is torch.float16 and self._autocast_type == "cpu":
             self._check_lstm(module)
         if self._loss_scale is not None:
