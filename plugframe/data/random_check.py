@@ -21,6 +21,9 @@ _UNKNOWN = -1
 #: Number of forwards observed, and of steps after which the check ends: several, since two models in turn make a
 #: round of the loop two or more steps. Where every step begins a pass there are more.
 _MAX_FORWARDS, _STEPS, _MAX_STEPS = 16, 4, 8
+#: Last step of the check in a script without loaders. It may draw between many steps only, as for a round of games; it
+#: is checked at steps that are powers of two.
+_LAST_STEP = 512
 
 
 class RandomStreamCheck:
@@ -46,6 +49,7 @@ class RandomStreamCheck:
         self._model_digest = 0
         self._loop_digests: list[int] = []
         self._num_passes = 0
+        self._drawn: set[int] = set()
 
     def before_forward(self) -> int | None:
         """Return the argument for `after_forward`, None if this call is not observed."""
@@ -66,9 +70,12 @@ class RandomStreamCheck:
             OutOfSyncError: on all ranks, if the ranks of a tensor group drew different numbers for the same data.
         """
         self._num_steps += 1
-        row = [self._index, self._model_digest, *self._loop_row()]
+        if self._num_steps > _MAX_STEPS and self._num_steps & (self._num_steps - 1):
+            return False
+        row = [self._index, self._model_digest, *self._loop_row(), self._loaders.num_passes]
         sent = torch.tensor(row, dtype=torch.int64, device=self._context.device)
         rows = self._hooks.collective_all_gather(tensor=sent, group=None, sync_grads=False).tolist()
+        reads = max(row.pop() for row in rows)  # of any rank: all must end the check at the same step
         _check_groups(rows)
         equal = _equal_streams(rows)
         if equal and self._context.world.global_rank == 0 and PROCESS.per_rank is None:
@@ -79,7 +86,11 @@ class RandomStreamCheck:
                 warn=True,
             )
         incomplete = self._num_steps < _STEPS or any(_UNKNOWN in row[2:] for row in rows)
-        if equal or not incomplete or self._num_steps >= _MAX_STEPS:
+        self._drawn |= {number for row in rows for number, digest in enumerate(row[2:]) if digest > 0}
+        if not reads and len(self._drawn) < len(_STREAMS) - 1:
+            if equal or self._num_steps >= _LAST_STEP:
+                return True
+        elif equal or not incomplete or self._num_steps >= _MAX_STEPS:
             return True
         self._loop_digests, self._num_passes = self._digests(), self._loaders.num_passes
         return False

@@ -1160,7 +1160,8 @@ class Lite:
                 ...
                 bar.update(loss=loss)
 
-        A terminal or notebook shows a bar on stderr; otherwise a plain line is printed every 10 seconds and at the end.
+        A terminal shows a bar on stderr, a notebook one in the cell; otherwise a plain line is printed every 10 seconds
+        and at the end.
 
         Args:
             label: shown in front.

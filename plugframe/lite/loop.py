@@ -18,6 +18,7 @@ from plugframe.errors import OrderError, SettingError, UnsupportedError
 from plugframe.lite import checks, collectives, raw_scripts
 from plugframe.lite.accumulate import sum_over_ranks
 from plugframe.lite.metrics import weight_number
+from plugframe.lite.zero_weight import without_gradients
 from plugframe.utils.logging import warn_caller
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ def backward(
         scale = _scale_of_tokens(lite, tokens * scale)
     if reduction == "sum":
         scale *= hooks.strategy_data_shard()[1]
-    if scale != 1.0:
+    if not scale and not torch.isfinite(tensor).all():
+        tensor, zeroed = without_gradients(tensor)
+        handles += zeroed
+    elif scale != 1.0:
         tensor = tensor * scale
     weights.model_called = weights.trains = True
     weights.unmarked = False

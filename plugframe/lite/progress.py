@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TextIO, TypeVar
 from plugframe.adopt import state_of
 from plugframe.data.iteration import LoaderState
 from plugframe.errors import SettingError
+from plugframe.lite.notebook_bar import NotebookBar, in_notebook
 
 if TYPE_CHECKING:
     from plugframe.lite.lite import Lite
@@ -37,6 +38,7 @@ class Track(Generic[T]):
         self._number = self._first = 0
         self._begun = self._drawn_at = 0.0
         self._live = False
+        self._notebook: NotebookBar | None = None
 
     def __len__(self) -> int:
         return len(self._items)  # type: ignore[arg-type]
@@ -54,7 +56,8 @@ class Track(Generic[T]):
             return
         file = self._file or sys.stderr
         self._live = is_live(file)
-        every = _DRAW_S if self._live else _LINE_S
+        self._notebook = NotebookBar() if in_notebook(file) else None
+        every = _DRAW_S if self._live or self._notebook is not None else _LINE_S
         state = state_of(self._items)
         saved = state.resume_from if isinstance(state, LoaderState) else None
         self._number = self._first = int((saved or {}).get("position", 0))
@@ -84,6 +87,9 @@ class Track(Generic[T]):
 
     def _draw(self, file: TextIO, *, end: bool = False) -> None:
         text = self._text(end=end)
+        if self._notebook is not None:
+            self._notebook.show(text, self._number, self._total())
+            return
         if not self._live:
             print(text, file=file, flush=True)
             return
@@ -121,9 +127,7 @@ def hide(lite: Lite) -> None:
 
 
 def is_live(file: TextIO) -> bool:
-    """Return whether a line can be drawn over: a terminal, or a notebook."""
-    if "ipykernel" in sys.modules and type(file).__module__.startswith("ipykernel"):
-        return True
+    """Return whether a line can be drawn over: a terminal."""
     return file.isatty() and os.environ.get("TERM") != "dumb"
 
 

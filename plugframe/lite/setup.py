@@ -20,6 +20,7 @@ from plugframe.adopt import (
     release_optimizer,
     state_of,
 )
+from plugframe.adopt.batch_norm import tell_of_local_batch_norm, use_cpu_sync_batch_norm
 from plugframe.adopt.module import checked_name
 from plugframe.adopt.settings_check import SettingsCheck
 from plugframe.data.consistency import check_consistent, check_unsharded, existing_sharding, signature
@@ -72,7 +73,7 @@ def setup(
     _adopt(lite, module, engine, names, prepared)
     for optimizer, own in zip(prepared, called, strict=True):
         _adopt_optimizer(lite, optimizer, own)
-    draw_apart(lite)
+    _after_setup(lite, module)
     extra = () if scheduler is None else (scheduler,)
     return (module, *prepared, *extra) if optimizers or extra else module
 
@@ -85,7 +86,7 @@ def setup_module(
     module = _prepare(lite, module, move_to_device, "setup_module")
     engine = lite._hooks.strategy_setup_module(module=module)
     _adopt(lite, module, engine, names)
-    draw_apart(lite)
+    _after_setup(lite, module)
     return module
 
 
@@ -171,6 +172,8 @@ def _prepare(lite: Lite, module: M, move_to_device: bool, call: str) -> M:
             check_values(module)
             module = module.to(context.device)
     lite._replaced_parameters.record(before, module)
+    if lite.world_size > 1 and context.device.type == "cpu":
+        lite._session.on_close(use_cpu_sync_batch_norm(module))
     return module
 
 
@@ -301,6 +304,12 @@ def _comparison(lite: Lite) -> Callable[..., None] | None:
     return functools.partial(
         check_first_window, store=store, prefix=prefix, rank=lite.global_rank, num_ranks=lite.world_size
     )
+
+
+def _after_setup(lite: Lite, module: nn.Module) -> None:
+    draw_apart(lite)
+    if lite.is_global_zero and lite._hooks.strategy_data_shard()[1] > 1:
+        tell_of_local_batch_norm(module)
 
 
 def draw_apart(lite: Lite) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -66,6 +67,7 @@ class MixedPrecision(Precision):
         self.scaler = scaler
         self._autocast_type = ""
         self._loss_scale: LossScale | None = None
+        self._was_fused = False
 
     @hookimpl
     def precision_setup(self, context: Context) -> None:
@@ -80,9 +82,16 @@ class MixedPrecision(Precision):
         if self._loss_scale is not None:
             self._loss_scale.close()
         self._loss_scale = None
+        if self._was_fused:
+            torch.backends.mha.set_fastpath_enabled(True)
+            self._was_fused = False
 
     @hookimpl
     def precision_convert_module(self, module: nn.Module) -> nn.Module:
+        if self._autocast_type != "cuda":
+            self._disable_fused_attention(module)
+        if self.compute is torch.float16 and self._autocast_type == "cpu":
+            self._check_lstm(module)
         if self._loss_scale is not None:
             if any(p.requires_grad and p.dtype is torch.float16 for p in module.parameters()):
                 raise UnsupportedError(
@@ -146,9 +155,38 @@ class MixedPrecision(Precision):
         if self._loss_scale is not None and state:
             self._loss_scale.load(state)
 
+    def _disable_fused_attention(self, module: nn.Module) -> None:
+        """Disable the fused evaluation of torch's transformer layers until tear-down.
+
+        A hack: they take it unless autocast is enabled, look for that of CUDA only, and fail on the dtypes of another
+        (torch 2.13, ``TransformerEncoderLayer.forward``). Disabled in each forward, it would end compiled graphs.
+        """
+        if any(isinstance(child, nn.MultiheadAttention) for child in module.modules()):
+            self._was_fused |= torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+
+    def _check_lstm(self, module: nn.Module) -> None:
+        names = [name for name, child in module.named_modules() if isinstance(child, nn.LSTM)]
+        if names and not _trains_lstm(self.compute):
+            raise UnsupportedError(
+                f"precision={self._name!r} does not support the LSTM {names[0]!r} of {type(module).__name__} on cpu, "
+                "where torch has no training of LSTMs in float16: use precision='bf16-mixed'."
+            )
+
     @property
     def _name(self) -> str:
         return self.context.names["precision"]
+
+
+@functools.cache
+def _trains_lstm(dtype: torch.dtype) -> bool:
+    """Return whether an LSTM trains under autocast of the CPU: oneDNN has no such kernel for some dtypes and CPUs."""
+    with torch.random.fork_rng(devices=()), torch.enable_grad(), torch.autocast("cpu", dtype):
+        try:
+            nn.LSTM(4, 4)(torch.zeros(1, 1, 4))
+        except RuntimeError:
+            return False
+    return True
 
 
 def _dtype(dtype: str | torch.dtype, *allowed: torch.dtype) -> torch.dtype:

@@ -312,6 +312,30 @@ def equal_draws_are_told_once(lite: Lite) -> None:
         module.tell = tell
 
 
+def games_between_many_steps_are_told(lite: Lite) -> None:
+    """A script without loaders that draws before every twelfth step is reported, and the check ends."""
+    from plugframe.data import random_check as module
+
+    told: list[str] = []
+    tell, module.tell = module.tell, lambda message, warn: told.append(message)
+    try:
+        lite.seed_everything(1)
+        model = nn.Linear(2, 2)
+        model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        lite._loaders.num_passes = 0
+        lite._streams = lite._job_state.random_check = None
+        draw_apart(lite)
+        for number in range(20):
+            x = torch.rand(2, 2) if number % 12 == 0 else torch.ones(2, 2)
+            lite.backward(model(x).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(told) == lite.is_global_zero
+        assert lite._job_state.random_check is None
+    finally:
+        module.tell = tell
+
+
 def ranks_of_one_group_must_draw_alike(lite: Lite) -> None:
     """Ranks that read the same batches and draw different numbers are refused, on all ranks."""
     torch.manual_seed(lite.global_rank)
@@ -333,6 +357,7 @@ CHECKS = (
     a_drawn_seed_is_rank_0s,
     each_rank_draws_its_own_from_set_up_on,
     equal_draws_are_told_once,
+    games_between_many_steps_are_told,
     ranks_of_one_group_must_draw_alike,
 )
 

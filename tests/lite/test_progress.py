@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import logging
 import re
+import sys
 import warnings
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -49,6 +51,32 @@ def test_lines_are_printed_without_a_terminal() -> None:
     """One line at the end of a short loop, none on other ranks."""
     assert re.fullmatch(r"epoch 3  4/4  \S+/s  loss 1.5  in 0:00\n", run(io.StringIO()))
     assert run(io.StringIO(), shown=False) == ""
+
+
+def test_a_notebook_has_one_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cell's output is replaced at each drawing: a bar in HTML, and the text; nothing is printed."""
+    display = pytest.importorskip("IPython.display")
+    shown: list[str] = []
+
+    class Output:
+        def update(self, bar: Any) -> None:
+            shown.append(bar._repr_html_())
+
+    class Stream(io.StringIO):
+        __module__ = "ipykernel.iostream"
+
+    def displayed(bar: Any, *, display_id: bool) -> Output:
+        assert display_id
+        shown.append(bar._repr_html_())
+        return Output()
+
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    monkeypatch.setattr(display, "display", displayed)
+    monkeypatch.setattr(progress, "_DRAW_S", 0.0)
+    assert run(Stream()) == ""
+    assert len(shown) == 5
+    assert re.match(r'<div><progress value="2" max="4"></progress> <code>epoch 3  2/4  \S+/s  loss 0.5', shown[1])
+    assert "in 0:00" in shown[-1]
 
 
 def test_values_are_read_when_drawn_only(monkeypatch: pytest.MonkeyPatch) -> None:

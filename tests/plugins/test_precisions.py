@@ -188,6 +188,29 @@ def test_mixed_precision_computes_in_16_bits_and_returns_32(dtype: torch.dtype) 
     assert precision.precision_dtypes().compute is dtype
 
 
+def test_fused_transformer_layers_are_off_under_autocast_of_the_cpu() -> None:
+    """A layer that evaluates padded sequences in mixed precision runs, and the fused path is back after tear-down."""
+    precision = set_up(MixedPrecision("bfloat16"))
+    layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval()
+    encoder = precision.precision_convert_module(nn.TransformerEncoder(layer, 1))
+    padding = torch.tensor([[False, False, True]])
+    with torch.no_grad(), precision.precision_forward_context():
+        assert encoder(torch.randn(1, 3, 8), src_key_padding_mask=padding).shape == (1, 3, 8)
+    precision.precision_teardown()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_an_lstm_that_cannot_train_in_float16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named before the first step; other recurrent layers, and bfloat16, are taken."""
+    monkeypatch.setattr("plugframe_builtins.precisions._trains_lstm", lambda _: False)
+    model = nn.ModuleDict({"rnn": nn.LSTM(4, 4), "gru": nn.GRU(4, 4)})
+    precision = set_up(MixedPrecision("float16"))
+    with pytest.raises(UnsupportedError, match="does not support the LSTM 'rnn' of ModuleDict on cpu.*bf16-mixed"):
+        precision.precision_convert_module(model)
+    precision.precision_convert_module(model["gru"])
+    set_up(MixedPrecision("bfloat16")).precision_convert_module(model)
+
+
 def test_nested_outputs_are_converted() -> None:
     """Outputs are converted inside dicts, tuples, named tuples and dataclasses, and the containers keep their types."""
     precision = set_up(MixedPrecision("bfloat16"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from plugframe.base import map_tensors
 from plugframe.errors import SettingError, UnsupportedError
-from plugframe_builtins._shared.fully_shard.engine import Hook
+from plugframe_builtins._shared.fully_shard.module_hook import Hook
 
 #: The dimension of a linear layer's weight that a style splits, and what it is called.
 _SPLIT = {

@@ -18,6 +18,7 @@ from plugframe.errors import CollectiveMismatchError, OrderError, UnsupportedErr
 from plugframe_builtins._shared.fully_shard.added_parameters import check_added
 from plugframe_builtins._shared.fully_shard.averaging import Averaging
 from plugframe_builtins._shared.fully_shard.gathered_copies import GatheredCopies
+from plugframe_builtins._shared.fully_shard.module_hook import Hook
 from plugframe_builtins._shared.fully_shard.partners import Partner, gather, partners_parameters
 from plugframe_builtins._shared.fully_shard.unit_order import Channel, UnitOrder
 from plugframe_builtins._shared.fully_shard.used_parameters import UsedParameters, owned_parameters
@@ -210,6 +211,18 @@ class Engine:
                     parameter.grad = None if not isinstance(parameter, DTensor) else parameter.grad
                 part.reshard()
 
+    def zero_grad(self, owner: nn.Module | torch.optim.Optimizer) -> bool:
+        """Drop gradients after ``owner.zero_grad()``; return whether there were some that are not averaged."""
+        if owner is self.shim.module:
+            for parameter in self._parameters:  # between a forward and its backward the module has gathered copies
+                parameter.grad = None
+        elif isinstance(owner, nn.Module) or not self.owns(owner):
+            return False
+        if self.local:
+            self.forget()
+            return True
+        return False
+
     def close(self) -> None:
         """Make later calls of the module raise: its session has ended."""
         self._closed = True
@@ -368,17 +381,3 @@ class Engine:
     def order(self) -> list[int]:
         """Return the order of units in the last forward."""
         return [self._position[id(unit)] for unit in self._visited]
-
-
-class Hook:
-    """A module hook that copies of the module do not inherit."""
-
-    def __init__(self, call: Callable[..., Any] | None) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> None:
-        if self._call is not None:
-            self._call(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        return Hook(None)

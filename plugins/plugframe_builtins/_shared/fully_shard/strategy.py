@@ -345,9 +345,7 @@ class FullyShardedStrategy(Strategy):
     @hookimpl
     def strategy_zero_grad(self, owner: nn.Module | Optimizer) -> None:
         for engine in self._alive():
-            mine = engine.owns(owner) if isinstance(owner, Optimizer) else owner is engine.shim.module
-            if engine.local and mine:
-                engine.forget()
+            if engine.zero_grad(owner):
                 self._warn_kept()
 
     @hookimpl
