@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from plugframe import CheckpointError, Lite, OrderError, SettingError, SettingTypeError, World
+from plugframe.utils.environment import preserved_environment
 from plugframe_builtins.fsdp.strategy import FSDP
 from ranks import run_ranks
 
@@ -99,7 +100,8 @@ def test_a_sharded_model_is_saved_in_full(tmp_path: Path) -> None:
 def test_transformers_works_on_one_rank(tmp_path: Path) -> None:
     """`from_pretrained` under `init_module(empty_init=True)`, training, `save_pretrained` and `generate`."""
     pytest.importorskip("transformers")
-    with Lite(accelerator="cpu", devices=1) as lite:
+    # Its import of accelerate sets a variable.
+    with preserved_environment(), Lite(accelerator="cpu", devices=1) as lite:
         use_transformers(lite, tmp_path)
 
 

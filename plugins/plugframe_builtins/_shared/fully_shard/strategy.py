@@ -155,9 +155,9 @@ class FullyShardedStrategy(Strategy):
             return None
         check_plain(module, parameters, self.name)
         check_layout(module, parameters, self.name)
-        check_same_model(module, self.context.hooks)
-        make_contiguous(module)
         values = records(module)
+        check_same_model(module, self.context.hooks, values)
+        make_contiguous(module)
         for tensor in dict.fromkeys((*module.parameters(), *module.buffers())):
             if not tensor.is_meta:
                 self._broadcast(tensor)
