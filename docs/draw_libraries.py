@@ -16,6 +16,8 @@ from library_models import LIBRARIES, Library  # noqa: E402
 
 TARGET = Path(__file__).parent / "libraries.md"
 _TABLE, _REASONS = "<!-- table -->", "<!-- reasons -->"
+#: Outcomes whose message is listed.
+_TOLD = ("refused", "warned")
 
 
 def drawn(each: Library, folder: Path, only: list[str]) -> dict[Cell, Outcome]:
@@ -33,14 +35,14 @@ def drawn(each: Library, folder: Path, only: list[str]) -> dict[Cell, Outcome]:
 
 
 def _messages(found: Mapping[Cell, Outcome]) -> dict[str, int]:
-    texts = dict.fromkeys(" ".join(o.text.split()) for o in found.values() if o.word == "refused")
+    texts = dict.fromkeys(" ".join(o.text.split()) for o in found.values() if o.word in _TOLD)
     return {text: number for number, text in enumerate(texts, 1)}
 
 
 def _word(outcome: Outcome, numbers: Mapping[str, int]) -> str:
-    if outcome.word != "refused":
+    if outcome.word not in _TOLD:
         return outcome.word
-    return f"refused [{numbers[' '.join(outcome.text.split())]}]"
+    return f"{outcome.word} [{numbers[' '.join(outcome.text.split())]}]"
 
 
 def table(found: Mapping[Cell, Outcome]) -> str:
@@ -52,13 +54,14 @@ def table(found: Mapping[Cell, Outcome]) -> str:
         for strategy in STRATEGIES:
             cells = [Cell(each.name, strategy, precision) for precision in PRECISIONS]
             words = [_word(found[cell], numbers) if cell in found else "–" for cell in cells]
-            row.append(words[0] if len(set(words)) == 1 else ", ".join(map(": ".join, zip(PRECISIONS, words))))
+            apart = map(": ".join, zip(PRECISIONS, words, strict=True))
+            row.append(words[0] if len(set(words)) == 1 else "; ".join(apart))
         lines.append(f"| {each.package}: {each.name} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
 def reasons(found: Mapping[Cell, Outcome]) -> str:
-    """Return the messages of refused cells, each once."""
+    """Return the messages of refused and warned cells, each once."""
     return "\n".join(f"{number}. {text}" for text, number in _messages(found).items())
 
 
@@ -76,7 +79,7 @@ def main() -> None:
         tail = rest.partition(_REASONS)[2].partition(_REASONS)[2]
         text = f"{head}{_TABLE}\n\n{table(found)}\n\n{_TABLE}{middle}{_REASONS}\n\n{reasons(found)}\n\n{_REASONS}{tail}"
         TARGET.write_text(text, encoding="utf-8")
-    sys.exit(any(outcome.word not in ("equal", "refused") for outcome in found.values()))
+    sys.exit(any(outcome.word not in ("equal", *_TOLD) for outcome in found.values()))
 
 
 if __name__ == "__main__":

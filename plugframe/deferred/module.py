@@ -148,7 +148,7 @@ def records(module: nn.Module) -> dict[str, Deferred]:
     Raises:
         UnsupportedError: if a tensor was changed while nothing was recorded.
     """
-    found: dict[str, Callable[[], Tensor]] = {}
+    found: dict[str, Deferred] = {}
     for path, submodule in module.named_modules(remove_duplicate=False):
         for name, tensor in own_tensors(submodule).items():
             record = record_of(tensor)

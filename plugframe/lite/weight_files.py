@@ -143,6 +143,7 @@ class _Stored:
             rows = shape[0] if shape else 0
             for number in range(_NUM_ROWS):
                 row = rows * number // _NUM_ROWS
-                values = stored[(slice(row, row + 1), *(slice(0, min(size, _NUM_VALUES)) for size in shape[1:]))]
+                rest = [slice(0, min(size, _NUM_VALUES)) for size in shape[1:]]
+                values = stored[(slice(row, row + 1), *rest)]
                 found.update(values.contiguous().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()[:12]

@@ -67,6 +67,27 @@ def check_plan(plan: Any, where: str) -> None:
             )
 
 
+def of_hugging_face(module: nn.Module, plan: Mapping[str, Any], where: str) -> Plan:
+    """Return a plan that a Hugging Face model brings.
+
+    Raises:
+        SettingError: if it is that of a model within the module, or has styles that are none of torch.
+    """
+    rest = 'pass one: TensorParallel(plan={"layers.*.up": "colwise", …}), or use strategy=\'fsdp\'.'
+    paths = [path for path, _ in module.named_modules() if path]
+    if not any(fnmatchcase(path, pattern) for pattern in plan for path in paths):
+        raise SettingError(
+            f"{where} is that of another model, and names nothing in this {type(module).__name__}: {rest}"
+        )
+    odd = {pattern: style for pattern, style in plan.items() if style not in _HUGGING_FACE and style not in STYLES}
+    if odd:
+        pattern, style = next(iter(odd.items()))
+        raise SettingError(
+            f"{where} has the style {style!r} for {pattern!r}, which strategy 'tensor_parallel' does not have: {rest}"
+        )
+    return plan
+
+
 def _made(style: str | ParallelStyle) -> ParallelStyle | None:
     if not isinstance(style, str):
         return style
