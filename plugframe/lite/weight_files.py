@@ -144,6 +144,7 @@ class _Stored:
             for number in range(_NUM_ROWS):
                 row = rows * number // _NUM_ROWS
                 rest = [slice(0, min(size, _NUM_VALUES)) for size in shape[1:]]
-                values = stored[(slice(row, row + 1), *rest)]
+                region = (slice(row, row + 1), *rest)
+                values = stored[region]
                 found.update(values.contiguous().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()[:12]

@@ -83,7 +83,7 @@ def of_hugging_face(module: nn.Module, plan: Mapping[str, Any], where: str) -> P
     if odd:
         pattern, style = next(iter(odd.items()))
         raise SettingError(
-            f"{where} has the style {style!r} for {pattern!r}, which strategy 'tensor_parallel' does not have: {rest}"
+            f"{where} has {style!r} for {pattern!r}, a style that strategy 'tensor_parallel' does not have: {rest}"
         )
     return plan
 
