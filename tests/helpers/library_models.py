@@ -166,7 +166,7 @@ def _vit() -> nn.Module:
     return model
 
 
-def _mixtral() -> nn.Module:
+def _mixtral(experts: str = "grouped_mm") -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
@@ -180,8 +180,30 @@ def _mixtral() -> nn.Module:
         use_cache=False,
         pad_token_id=0,
     )
+    config._experts_implementation = experts
     model: nn.Module = MixtralForCausalLM(config)
     return model
+
+
+def routed(forward: Any, exchange: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Run the experts of a model of transformers: tokens, the numbers of their experts, and how much each counts."""
+    order = chosen.flatten().argsort(stable=True)
+    tokens = order // chosen.shape[1]
+    rows = x[tokens].split(chosen.flatten().bincount(minlength=4).tolist())
+
+    def run(rows: list[Tensor]) -> list[Tensor]:
+        numbers = [torch.full((len(each), 1), number) for number, each in enumerate(rows)]
+        ones = [each.new_ones(len(each), 1) for each in rows]
+        return [forward(*given) for given in zip(rows, numbers, ones, strict=True)]
+
+    found = torch.cat(exchange(rows, run)) * weights.flatten()[order, None]
+    return torch.zeros_like(x).index_add(0, tokens, found.to(x.dtype))
+
+
+def _mixtral_with_plan() -> nn.Module:
+    model: Any = _mixtral("eager")
+    model.expert_plan = {"model.layers.*.mlp.experts": routed}
+    return model  # type: ignore[no-any-return]
 
 
 def _lora() -> nn.Module:
@@ -278,6 +300,7 @@ LIBRARIES = (
         _causal_data,
         others=("tensor_parallel", "context", "pipeline", "expert"),
     ),
+    Library("Mixtral with a plan", "transformers", _mixtral_with_plan, _causal_data, others=("expert",)),
     Library("Llama with LoRA", "peft", _lora, _causal_data, others=("tensor_parallel", "context", "pipeline")),
     Library("UNet2DModel", "diffusers", _unet, _noisy_data, _noise_loss, lr=0.1, others=("pipeline",)),
     Library("GNN", "torch_geometric", _gnn, _graphs, _graph_loss, _graph_loader, lr=0.1, others=("pipeline",)),
