@@ -135,7 +135,7 @@ class Deferred:
         return read_part(self._record, self._geometry, region)
 
     def digest(self) -> str | None:
-        """Return a text that differs where the files of such a tensor do, None for any other."""
+        """Return a digest that differs where the files of such a tensor do, None for any other."""
         return digest_of(self._record)
 
 
