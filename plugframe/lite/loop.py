@@ -18,7 +18,7 @@ from plugframe.errors import OrderError, SettingError, UnsupportedError
 from plugframe.lite import checks, collectives, raw_scripts
 from plugframe.lite.accumulate import sum_over_ranks
 from plugframe.lite.metrics import weight_number
-from plugframe.lite.weight_files import deferred_reading
+from plugframe.lite.pretrained import deferred_reading
 from plugframe.utils.logging import warn_caller
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from plugframe._compat import metadata
+from plugframe.deferred.module import recording
 from plugframe.errors import CheckpointError, SettingError, SettingTypeError
 from plugframe.lite import checks
 from plugframe.state.saving import checked_path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _METHOD = "save_pretrained"
 #: The entry-point group of functions that write weights, ``f(state, folder, limit_bytes)``, and the name of this one.
 _GROUP, _LAYOUT = "plugframe_weights", "huggingface"
+#: And of the context in which ``from_pretrained`` reads weights later, ``f(device)``.
+_READING = "reading"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -53,6 +56,15 @@ def exact_buffers(module: nn.Module) -> Iterator[None]:
         now = part._buffers[name]
         if now is not None and now.dtype.itemsize < buffer.dtype.itemsize:
             part._buffers[name] = buffer
+
+
+def deferred_reading(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which ``from_pretrained`` leaves reading to set-up, where values are deferred."""
+    if not recording():
+        return nullcontext()
+    (point,) = metadata.entry_points(group=_GROUP, name=_READING)
+    context: AbstractContextManager[None] = point.load()(device)
+    return context
 
 
 def _is_of(module: nn.Module, package: str) -> bool:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import plugframe.lite.weight_files as weight_files
+import plugframe_builtins.safetensors_checkpoint.deferred_reading as weight_files
 from plugframe import CollectiveMismatchError, Lite, UnsupportedError, World
 from plugframe.deferred.module import is_deferred
 from ranks import run_ranks

@@ -36,7 +36,7 @@ _NUM_ROWS, _NUM_VALUES = 16, 64
 
 @contextmanager
 def deferred_reading(device: torch.device) -> Iterator[None]:
-    """Within the block `from_pretrained` reads large tensors of safetensors files when they are materialized.
+    """Within the block ``from_pretrained`` reads large tensors of safetensors files when they are materialized.
 
     Without effect where nothing is recorded, or safetensors is not in use.
     """
