@@ -30,15 +30,18 @@ from plugframe.deferred.calls import exact
 from plugframe.deferred.history import Geometry, Record, flatten, own_tensors, record_of
 from plugframe.deferred.recording import Recorder
 from plugframe.deferred.replay import replay
+from plugframe.deferred.source import Region, digest_of, read_part
 from plugframe.errors import UnsupportedError
 
 __all__ = [
+    "Deferred",
     "check_values",
     "deferring",
     "is_deferred",
     "materialize",
     "materialize_module",
     "record_of",
+    "recording",
     "records",
     "resuming",
 ]
@@ -89,6 +92,11 @@ def check_values(module: nn.Module) -> None:
                 )
 
 
+def recording() -> bool:
+    """Return whether this thread is within `deferring`."""
+    return _active() is not None
+
+
 def is_deferred(tensor: Tensor) -> bool:
     """Return whether `tensor` was built under `deferring` and has no values yet."""
     return record_of(tensor) is not None
@@ -113,7 +121,25 @@ def materialize(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def records(module: nn.Module) -> dict[str, Callable[[], Tensor]]:
+class Deferred:
+    """Returns a deferred tensor's values when called, also after the tensor in the module was replaced."""
+
+    def __init__(self, record: Record, geometry: Geometry) -> None:
+        self._record, self._geometry = record, geometry
+
+    def __call__(self) -> Tensor:
+        return _value(self._record, self._geometry)
+
+    def part(self, region: Region) -> Tensor | None:
+        """Return a region of a tensor that is read from a file, without reading the others; None for any other."""
+        return read_part(self._record, self._geometry, region)
+
+    def digest(self) -> str | None:
+        """Return a digest that differs where the files of such a tensor do, None for any other."""
+        return digest_of(self._record)
+
+
+def records(module: nn.Module) -> dict[str, Deferred]:
     """Return, by name, a function for each deferred parameter and buffer of `module` that returns the full tensor.
 
     The functions keep working when the tensors in the module are replaced, as sharding does. Shared tensors appear
@@ -122,13 +148,13 @@ def records(module: nn.Module) -> dict[str, Callable[[], Tensor]]:
     Raises:
         UnsupportedError: if a tensor was changed while nothing was recorded.
     """
-    found: dict[str, Callable[[], Tensor]] = {}
+    found: dict[str, Deferred] = {}
     for path, submodule in module.named_modules(remove_duplicate=False):
         for name, tensor in own_tensors(submodule).items():
             record = record_of(tensor)
             if record is not None:
                 record.check()
-                found[f"{path}.{name}" if path else name] = _later(record, Geometry.of(tensor))
+                found[f"{path}.{name}" if path else name] = Deferred(record, Geometry.of(tensor))
     return found
 
 
@@ -199,10 +225,6 @@ def _value(record: Record, geometry: Geometry) -> Tensor:
     active = _active()
     with nullcontext() if active is None else active.pause():
         return geometry.on(replay([record])[record])
-
-
-def _later(record: Record, geometry: Geometry) -> Callable[[], Tensor]:
-    return lambda: _value(record, geometry)
 
 
 class _EagerAttributesMode(TorchFunctionMode):

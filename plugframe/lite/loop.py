@@ -18,6 +18,7 @@ from plugframe.errors import OrderError, SettingError, UnsupportedError
 from plugframe.lite import checks, collectives, raw_scripts
 from plugframe.lite.accumulate import sum_over_ranks
 from plugframe.lite.metrics import weight_number
+from plugframe.lite.pretrained import deferred_reading
 from plugframe.lite.zero_weight import without_gradients
 from plugframe.utils.logging import warn_caller
 
@@ -257,10 +258,10 @@ def to_device(lite: Lite, obj: Any) -> Any:
 
 def init_module(lite: Lite, *, empty_init: bool | None) -> AbstractContextManager[None]:
     """Return a context in which a module is built on this rank's device, in the precision's dtype."""
-    lite._started("init_module")
+    context = lite._started("init_module")
     stack = ExitStack()
     stack.enter_context(lite._hooks.precision_init_context())
-    return _entered_last(stack, lite._hooks.strategy_init_context(empty_init=empty_init))
+    return _building(stack, lite._hooks.strategy_init_context(empty_init=empty_init), context.device)
 
 
 def init_tensor(lite: Lite) -> AbstractContextManager[None]:
@@ -269,6 +270,12 @@ def init_tensor(lite: Lite) -> AbstractContextManager[None]:
     stack = ExitStack()
     stack.enter_context(lite._hooks.precision_init_context())
     return _entered_last(stack, context.device)
+
+
+@contextmanager
+def _building(stack: ExitStack, context: AbstractContextManager[Any], device: torch.device) -> Iterator[None]:
+    with stack, context, deferred_reading(device):
+        yield
 
 
 @contextmanager

@@ -6,13 +6,15 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from plugframe._compat import metadata
+from plugframe.deferred.module import recording
 from plugframe.errors import CheckpointError, SettingError, SettingTypeError
 from plugframe.lite import checks
 from plugframe.state.saving import checked_path
@@ -23,7 +25,50 @@ if TYPE_CHECKING:
 _METHOD = "save_pretrained"
 #: The entry-point group of functions that write weights, ``f(state, folder, limit_bytes)``, and the name of this one.
 _GROUP, _LAYOUT = "plugframe_weights", "huggingface"
+#: And of the context in which ``from_pretrained`` reads weights later, ``f(device)``.
+_READING = "reading"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def running_methods(module: nn.Module) -> tuple[str, ...]:
+    """Return methods besides ``forward`` that run a module's parts, where its source does not show it.
+
+    ``generate`` of peft's models calls that of the model in them.
+    """
+    return ("generate",) if _is_of(module, "peft") and callable(getattr(type(module), "generate", None)) else ()
+
+
+@contextmanager
+def exact_buffers(module: nn.Module) -> Iterator[None]:
+    """Keep the frequencies of rotary positions in float32 while a module is converted, as ``from_pretrained`` does.
+
+    transformers computes angles in float32; rounded frequencies would be wrong by whole turns at late positions.
+    """
+    kept = [
+        (part, name, buffer)
+        for part in module.modules()
+        if _is_of(part, "transformers")
+        for name, buffer in part.named_buffers(recurse=False)
+        if name.endswith("inv_freq") and name in part._non_persistent_buffers_set and buffer.dtype is torch.float32
+    ]
+    yield
+    for part, name, buffer in kept:
+        now = part._buffers[name]
+        if now is not None and now.dtype.itemsize < buffer.dtype.itemsize:
+            part._buffers[name] = buffer
+
+
+def deferred_reading(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which ``from_pretrained`` leaves reading to set-up, where values are deferred."""
+    if not recording():
+        return nullcontext()
+    (point,) = metadata.entry_points(group=_GROUP, name=_READING)
+    context: AbstractContextManager[None] = point.load()(device)
+    return context
+
+
+def _is_of(module: nn.Module, package: str) -> bool:
+    return any(cls.__module__.partition(".")[0] == package for cls in type(module).__mro__)
 
 
 def connect(lite: Lite, module: nn.Module) -> None:

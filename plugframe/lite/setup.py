@@ -166,7 +166,8 @@ def _prepare(lite: Lite, module: M, move_to_device: bool, call: str) -> M:
     # A deferred module is converted and moved without values too.
     before, layout = dict(module.named_parameters(remove_duplicate=False)), Before.of(module)
     with resuming(module, context.device):
-        module = lite._hooks.precision_convert_module(module=module)
+        with pretrained.exact_buffers(module):
+            module = lite._hooks.precision_convert_module(module=module)
         check_conversion(lite, layout, module)
         if move_to_device:
             check_values(module)
@@ -183,7 +184,7 @@ def _check_module(lite: Lite, module: nn.Module, forward_methods: Iterable[Any])
     names = (forward_methods,) if isinstance(forward_methods, str) else tuple(forward_methods)
     for name in names:
         checked_name(module, name)
-    return (*names, *lightning_module.step_methods(module))
+    return (*names, *lightning_module.step_methods(module), *pretrained.running_methods(module))
 
 
 def _check_modules(lite: Lite) -> None:

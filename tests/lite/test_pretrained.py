@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from plugframe import CheckpointError, Lite, OrderError, SettingError, SettingTypeError, World
+from plugframe.utils.environment import preserved_environment
+from plugframe_builtins._shared.generation import _MARK, keep_in_step
 from plugframe_builtins.fsdp.strategy import FSDP
 from ranks import run_ranks
 
@@ -96,10 +98,75 @@ def test_a_sharded_model_is_saved_in_full(tmp_path: Path) -> None:
     run_ranks(2, saved_on_ranks, tmp_path)
 
 
+class Rotary(nn.Module):
+    """One of transformers, by its package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", torch.rand(4), persistent=False)
+        self.register_buffer("scale", torch.rand(4), persistent=False)
+
+
+def test_rotary_frequencies_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded frequencies would turn late positions by whole turns; from_pretrained(dtype=) keeps them too."""
+    monkeypatch.setattr(Rotary, "__module__", "transformers.models.some")
+    model = nn.Sequential(nn.Linear(4, 4), Rotary())
+    before = {name: buffer.clone() for name, buffer in model[1].named_buffers()}
+    with Lite(accelerator="cpu", devices=1, precision="bf16-true") as lite:
+        lite.setup(model)
+        assert torch.equal(model[1].inv_freq, before["inv_freq"])  # type: ignore[arg-type]
+        assert torch.equal(model[1].scale, before["scale"].bfloat16())  # type: ignore[arg-type]
+        assert model[0].weight.dtype is torch.bfloat16
+
+
+class Adapted(nn.Module):
+    """One of peft, by its package: its `generate` calls that of the model in it, which the source does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_model = Generating()
+
+    def generate(self, x: Tensor) -> Tensor:
+        run = getattr(self, "base_model").generate  # noqa: B009
+        result: Tensor = run(x)
+        return result
+
+
+class Generating(nn.Linear):
+    """Calls itself, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def generate(self, x: Tensor) -> Tensor:
+        out: Tensor = self(x)
+        return out
+
+
+def test_generate_of_peft_runs_under_the_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate` of a model of peft needs no `forward_methods`."""
+    monkeypatch.setattr(Adapted, "__module__", "peft.some")
+    with Lite(accelerator="cpu", devices=1, precision="bf16-true") as lite:
+        model = lite.setup(nn.Sequential(Adapted())[0])
+        assert model.generate(torch.ones(2, 4)).dtype is torch.float32
+
+
+def test_models_that_generate_keep_ranks_in_step() -> None:
+    """Every model in a module that generates is marked for transformers, and no longer after the end."""
+    model = Adapted()
+    undo = keep_in_step(model)
+    assert getattr(model, _MARK)
+    assert getattr(model.base_model, _MARK)
+    undo()
+    assert not hasattr(model, _MARK)
+    assert not hasattr(model.base_model, _MARK)
+
+
 def test_transformers_works_on_one_rank(tmp_path: Path) -> None:
     """`from_pretrained` under `init_module(empty_init=True)`, training, `save_pretrained` and `generate`."""
     pytest.importorskip("transformers")
-    with Lite(accelerator="cpu", devices=1) as lite:
+    # Its import of accelerate sets a variable.
+    with preserved_environment(), Lite(accelerator="cpu", devices=1) as lite:
         use_transformers(lite, tmp_path)
 
 

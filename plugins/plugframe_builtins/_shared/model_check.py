@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
 from torch import nn
 
+from plugframe.deferred.module import Deferred
 from plugframe.errors import CollectiveMismatchError
 
 
-def check_same_model(module: nn.Module, hooks: Any) -> None:
+def check_same_model(module: nn.Module, hooks: Any, values: Mapping[str, Deferred] | None = None) -> None:
     """Compare names, shapes and dtypes over ranks: torch hangs or mixes up values where they differ.
+
+    Args:
+        values: of deferred tensors, if each rank reads its own shards of files: the files are compared too.
 
     Raises:
         CollectiveMismatchError: on all ranks, with the first difference.
     """
-    mine = _describe(module)
+    mine = _describe(module, values or {})
     digest = hashlib.sha256("\n".join(mine).encode()).hexdigest()
     digests = hooks.collective_all_gather_object(obj=digest, group=None)
     odd = next((rank for rank, other in enumerate(digests) if other != digests[0]), None)
@@ -32,10 +37,12 @@ def check_same_model(module: nn.Module, hooks: Any) -> None:
     )
 
 
-def _describe(module: nn.Module) -> list[str]:
+def _describe(module: nn.Module, values: Mapping[str, Deferred]) -> list[str]:
     lines = []
     for name, parameter in module.named_parameters():
         kind = "parameter" if parameter.requires_grad else "frozen parameter"
-        lines.append(f"{kind} {name!r} {tuple(parameter.shape)} {parameter.dtype}")
+        digest = values[name].digest() if name in values else None
+        read = f" read from a file with digest {digest}" if digest else ""
+        lines.append(f"{kind} {name!r} {tuple(parameter.shape)} {parameter.dtype}{read}")
     lines += [f"buffer {name!r} {tuple(buffer.shape)} {buffer.dtype}" for name, buffer in module.named_buffers()]
     return lines

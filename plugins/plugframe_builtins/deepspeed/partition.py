@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from plugframe.deferred.module import is_deferred, materialize_module
 from plugframe.hooks.context import Context
 from plugframe_builtins.deepspeed.library import library
+from plugframe_builtins.deepspeed.rounding import Rounding
 from plugframe_builtins.deepspeed.runtime import variables_of
 
 #: By a parameter's id, this rank's elements of it before rounding.
@@ -31,6 +32,7 @@ def partition(
     *,
     dtype: torch.dtype | None,
     broadcast: Callable[[Tensor], None],
+    rounding: Rounding,
 ) -> Pieces:
     """Give the module's tensors rank 0's values, and shard its parameters. Every rank must call it.
 
@@ -38,6 +40,7 @@ def partition(
         config: DeepSpeed's, for stage 3.
         dtype: dtype for float32 parameters, None to keep them.
         broadcast: broadcasts rank 0's values of a tensor.
+        rounding: notes frozen parameters that `dtype` rounds.
 
     Returns:
         The float32 elements, if `dtype` is another.
@@ -55,6 +58,8 @@ def partition(
                 broadcast(parameter)
                 if parameter.requires_grad:
                     pieces[id(parameter)] = _piece(parameter, rank, ranks)
+                else:
+                    rounding.note(parameter)
                 parameter.data = parameter.data.to(dtype)
         if own and first is None:
             first = own[0]

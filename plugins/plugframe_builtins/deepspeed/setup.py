@@ -22,6 +22,7 @@ from plugframe.hooks.context import Context
 from plugframe.utils.registrations import Registrations
 from plugframe_builtins._shared.data_parallel.engine import Engine as Replica
 from plugframe_builtins._shared.data_parallel.reducer import Backward
+from plugframe_builtins._shared.generation import keep_in_step
 from plugframe_builtins._shared.model_check import check_same_model
 from plugframe_builtins._shared.sharding.uneven_evaluation import UnevenEvaluation
 from plugframe_builtins._shared.tensor_hooks import TensorHookCheck
@@ -33,11 +34,10 @@ from plugframe_builtins.deepspeed.fragments import extent
 from plugframe_builtins.deepspeed.guard import Guard
 from plugframe_builtins.deepspeed.library import library
 from plugframe_builtins.deepspeed.partition import has_deferred, partition, sent_already
+from plugframe_builtins.deepspeed.rounding import Rounding
 from plugframe_builtins.deepspeed.runtime import initialize, start
 from plugframe_builtins.deepspeed.slot import Slot
-from plugframe_builtins.deepspeed.state import (
-    load_optimizer_state,
-)
+from plugframe_builtins.deepspeed.state import load_optimizer_state
 from plugframe_builtins.deepspeed.suitable import check_optimizer, check_parameters
 
 
@@ -126,6 +126,8 @@ class SetUp(Strategy):
             return refused
         slot = Slot(module, replicate=self._replicate, read=self._reader, announce=self._announce)
         self._slots.append(slot)
+        if self.stage == 3:
+            self._undo.callback(keep_in_step(module))
         if self.stage == 3 and has_deferred(module):
             self._partition(slot)
         else:
@@ -135,10 +137,17 @@ class SetUp(Strategy):
         return slot
 
     def _partition(self, slot: Slot) -> None:
+        rounding = Rounding(slot.module, self._rounds_to)
         with slot.marks.watching():
             slot.pieces = partition(
-                slot.module, self.context, self._config, dtype=self._rounds_to, broadcast=self._broadcast
+                slot.module,
+                self.context,
+                self._config,
+                dtype=self._rounds_to,
+                broadcast=self._broadcast,
+                rounding=rounding,
             )
+        self._warn(rounding)
         slot.number = self._evaluation.join(slot)
         slot.watch(self.stage).lock()
 
@@ -154,6 +163,10 @@ class SetUp(Strategy):
         """The dtype of parameters that DeepSpeed also keeps in float32; None if it keeps one copy."""
         dtypes = self.context.hooks.precision_dtypes()
         return None if dtypes.parameter is dtypes.compute else dtypes.compute
+
+    def _warn(self, rounding: Rounding) -> None:
+        if self.context.world.global_rank == 0:
+            rounding.warn()
 
     def _reader(self, module: nn.Module, guard: Guard) -> Reader:
         return Reader(module, lambda shim: self._initialize(shim, None), guard, self._agreement)
@@ -208,6 +221,11 @@ class SetUp(Strategy):
         known = optimizer.state_dict() if optimizer.state else None
         if self.stage == 3 and slot.pieces is None:
             self._partition(slot)
+        if slot.pieces is None:
+            rounding = Rounding(module, self._rounds_to)
+            for frozen in module.parameters():
+                rounding.note(frozen)
+            self._warn(rounding)
         values = slot.pieces if slot.pieces is not None else self._values_before(module)
         engine = slot.drive(lambda guard: self._engine(module, optimizer, guard), self.stage)
         for parameter in engine.fragments.parameters():

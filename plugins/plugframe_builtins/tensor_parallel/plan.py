@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -38,6 +38,8 @@ _HUGGING_FACE: dict[str, Callable[[], ParallelStyle] | None] = {
     "colwise_rep": _gathering,
     "colwise_gather_output": _gathering,
     "rowwise_rep": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "embedding_rowwise": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "embedding_colwise": _gathering,
     "sequence_parallel": SequenceParallel,
     "replicate": None,
 }
@@ -63,6 +65,27 @@ def check_plan(plan: Any, where: str) -> None:
                 f"{where} has {style!r} for {pattern!r}: write one of {', '.join(map(repr, STYLES))}, or a "
                 f"ParallelStyle of torch.{hint}"
             )
+
+
+def of_hugging_face(module: nn.Module, plan: Mapping[str, Any], where: str) -> Plan:
+    """Return a plan that a Hugging Face model brings.
+
+    Raises:
+        SettingError: if it is that of a model within the module, or has styles that are none of torch.
+    """
+    rest = 'pass one: TensorParallel(plan={"layers.*.up": "colwise", …}), or use strategy=\'fsdp\'.'
+    paths = [path for path, _ in module.named_modules() if path]
+    if not any(fnmatchcase(path, pattern) for pattern in plan for path in paths):
+        raise SettingError(
+            f"{where} is that of another model, and names nothing in this {type(module).__name__}: {rest}"
+        )
+    odd = {pattern: style for pattern, style in plan.items() if style not in _HUGGING_FACE and style not in STYLES}
+    if odd:
+        pattern, style = next(iter(odd.items()))
+        raise SettingError(
+            f"{where} has {style!r} for {pattern!r}, a style that strategy 'tensor_parallel' does not have: {rest}"
+        )
+    return plan
 
 
 def _made(style: str | ParallelStyle) -> ParallelStyle | None:
@@ -99,11 +122,26 @@ def apply_plan(module: nn.Module, plan: Plan, mesh: DeviceMesh, where: str) -> N
     parallelize_module(module, mesh, exact)
     if mesh.size() > 1:
         refuse_second_derivatives({path: parts[path] for path in exact})
-    now = dict(module.named_parameters(remove_duplicate=False))
     for shared in names.values():
-        if len({id(now[name]) for name in shared}) > 1:
-            # An optimizer would update only one of them.
+        _tie_again(module, shared, where)
+
+
+def _tie_again(module: nn.Module, shared: list[str], where: str) -> None:
+    """Make the names of one parameter one again, after each of its layers was split by itself.
+
+    Raises:
+        SettingError: if the layers were not split alike: an optimizer would update only one of the parameters.
+    """
+    now = dict(module.named_parameters(remove_duplicate=False))
+    first = now[shared[0]]
+    for name in shared[1:]:
+        other = now[name]
+        if other is first:
+            continue
+        if not (isinstance(first, DTensor) and isinstance(other, DTensor) and first.placements == other.placements):
             raise SettingError(
                 f"{where} splits a layer whose parameter is shared: {' and '.join(map(repr, shared))} are one, and "
-                "would be two. Leave the layers that share it out of the plan."
+                "would be two. Split all of its layers along the same dimension, or leave them out of the plan."
             )
+        path, _, own = name.rpartition(".")
+        module.get_submodule(path)._parameters[own] = first

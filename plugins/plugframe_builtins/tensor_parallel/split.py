@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from plugframe.base import Strategy
 from plugframe.errors import SettingError
 from plugframe.hooks import hookimpl
-from plugframe_builtins.tensor_parallel.plan import Plan, apply_plan, check_plan
+from plugframe_builtins.tensor_parallel.plan import Plan, apply_plan, check_plan, of_hugging_face
 
 #: The attribute of a model's own plan, and those of Hugging Face's models.
 ATTRIBUTE, _HUGGING_FACE = "tensor_parallel_plan", ("tp_plan", "_tp_plan")
@@ -56,5 +56,7 @@ def split(module: nn.Module, mesh: DeviceMesh, plan: Plan | None, parallelize: P
                 f'TensorParallel(plan={{"blocks.*.up": "colwise", …}}), or give the model such an attribute '
                 f"{ATTRIBUTE}."
             )
+        if name in _HUGGING_FACE:
+            plan = of_hugging_face(module, plan, where)
         check_plan(plan, where)
     apply_plan(module, plan, mesh, where)

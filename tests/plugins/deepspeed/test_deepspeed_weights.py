@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from plugframe import Lite, UnsupportedError
 from plugframe.errors import CollectiveMismatchError, OrderError, PlugframeWarning
 from plugframe.hooks.world import World
+from plugframe_builtins.deepspeed.rounding import Rounding
 from plugframe_builtins.deepspeed.strategy import DeepSpeed
 from plugframe_builtins.deepspeed.trial import check_elementwise
 from ranks import run_checks
@@ -680,3 +682,21 @@ def test_trial_finds_what_is_not_elementwise(make: Any, refused: str | None, num
     assert all(map(torch.equal, before, parameters))
     assert torch.equal(random, torch.get_rng_state())
     assert not optimizer.state
+
+
+def test_frozen_weights_that_are_rounded_are_told() -> None:
+    """DeepSpeed keeps no float32 copy of them: one warning, unless 16 bits hold their values or none is rounded."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).requires_grad_(False)
+    exact = nn.Linear(2, 2).bfloat16().float().requires_grad_(False)
+    for each, dtype, number in ((module, torch.bfloat16, 1), (module, None, 0), (exact, torch.bfloat16, 0)):
+        rounding = Rounding(each, dtype)
+        for parameter in each.parameters():
+            rounding.note(parameter)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            rounding.warn()
+        assert len(caught) == number
+    rounding = Rounding(module, torch.bfloat16)
+    rounding.note(module[1].weight)
+    with pytest.warns(PlugframeWarning, match="'1.weight' of Sequential is float32, and .* rounds it to bfloat16"):
+        rounding.warn()

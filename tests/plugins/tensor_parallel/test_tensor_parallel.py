@@ -73,6 +73,31 @@ class HuggingFace(Model):
     }
 
 
+class Tied(nn.Module):
+    """Scores the next token with the weights of its embedding, as Hugging Face's models may."""
+
+    def __init__(self, plan: dict[str, str], size: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self._tp_plan = plan
+        self.embed, self.mix = nn.Embedding(size, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, size, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.mix(self.embed(tokens))))
+        return out
+
+
+class Around(nn.Module):
+    """Has a model with a plan in it, whose attributes it shows, as those of peft do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Tied({})
+        self._tp_plan = {"embed": "embedding_rowwise"}
+
+
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -136,6 +161,33 @@ def plans_train_like_plain_torch(world: World) -> None:
                     optimizer.step()
             for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
                 torch.testing.assert_close(whole(ours.detach()), theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
+def split_embeddings_train_like_plain_torch(world: World) -> None:
+    """An embedding that is split by rows or columns, tied to a head that is split alike."""
+    tokens = torch.arange(8).view(2, 4)
+    tied = {"embed": "embedding_rowwise", "head": "colwise_gather_output"}
+    for plan in (tied, {"mix": "colwise_rep"}):
+        model, plain = Tied(plan), Tied({})
+        pairs = [(each, torch.optim.SGD(each.parameters(), lr=0.5, momentum=0.5)) for each in (model, plain)]
+        with lite_of(world, "tensor_parallel") as lite:
+            lite.setup(*pairs[0])
+            assert model.head.weight is model.embed.weight
+            for _ in range(3):
+                for each, optimizer in pairs:
+                    optimizer.zero_grad()
+                    loss = nn.functional.cross_entropy(each(tokens).flatten(0, 1), tokens.roll(1).flatten())
+                    lite.backward(loss) if each is model else loss.backward()
+                    optimizer.step()
+            for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(whole(ours.detach()), theirs.detach(), rtol=1e-5, atol=1e-6)
+    for odd, message in (
+        (Tied({"embed": "embedding_colwise", "head": "colwise_rep"}), "Split all of its layers along the same dim"),
+        (Tied({"mix": "packed_colwise"}), "has 'packed_colwise' for 'mix', a style that .* does not have: pass one"),
+        (Around(), "Around._tp_plan is that of another model, and names nothing in this Around: pass one"),
+    ):
+        with lite_of(world, "tensor_parallel") as lite, pytest.raises(SettingError, match=message):
+            lite.setup(odd)
 
 
 def ranks_of_a_tensor_group_read_the_same_batches(world: World) -> None:
@@ -206,6 +258,7 @@ def mistakes_are_told(world: World) -> None:
 
 ALL = (
     plans_train_like_plain_torch,
+    split_embeddings_train_like_plain_torch,
     ranks_of_a_tensor_group_read_the_same_batches,
     checkpoints_go_everywhere,
     mistakes_are_told,

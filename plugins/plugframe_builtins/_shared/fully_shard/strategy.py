@@ -25,7 +25,6 @@ from plugframe.utils.logging import warn_caller
 from plugframe_builtins._shared.fully_shard.activation_checkpointing import recompute, without_cache
 from plugframe_builtins._shared.fully_shard.added_parameters import AddedParameters
 from plugframe_builtins._shared.fully_shard.engine import Engine, Shim, show_outputs
-from plugframe_builtins._shared.fully_shard.generation import keep_in_step
 from plugframe_builtins._shared.fully_shard.partners import partners_parameters, with_partners, without_partners
 from plugframe_builtins._shared.fully_shard.policy import check_policy, check_switches, make_policy
 from plugframe_builtins._shared.fully_shard.unit_order import Channel
@@ -37,6 +36,7 @@ from plugframe_builtins._shared.fully_shard.units import (
     prefetch,
     split_dtypes,
 )
+from plugframe_builtins._shared.generation import keep_in_step
 from plugframe_builtins._shared.model_check import check_same_model
 from plugframe_builtins._shared.sharding.clip import clip_by_norm, clip_by_value
 from plugframe_builtins._shared.sharding.copies import allow_copies, keep_attributes
@@ -155,9 +155,9 @@ class FullyShardedStrategy(Strategy):
             return None
         check_plain(module, parameters, self.name)
         check_layout(module, parameters, self.name)
-        check_same_model(module, self.context.hooks)
-        make_contiguous(module)
         values = records(module)
+        check_same_model(module, self.context.hooks, values)
+        make_contiguous(module)
         for tensor in dict.fromkeys((*module.parameters(), *module.buffers())):
             if not tensor.is_meta:
                 self._broadcast(tensor)
@@ -176,8 +176,7 @@ class FullyShardedStrategy(Strategy):
         accept_plain_states(module, self.context.hooks)
         assert self._channel is not None
         remedy = self.graph_remedy if self.reshard_after_forward is not False else None
-        if (undo := keep_in_step(module)) is not None:
-            self._undo.callback(undo)
+        self._undo.callback(keep_in_step(module))
         parts = with_partners(module, units[::-1])
         engine = Engine(shim, parts, self._evaluation, self._channel, self.name, remedy)
         self._engines = [reference for reference in self._engines if reference() is not None]
