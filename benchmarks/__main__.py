@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE))  # as for a script of this folder
 import page  # noqa: E402 - it is beside this file
 
 #: Names the file to which `rounds.keep` appends raw numbers.
-VARIABLE = "PLUGFRAME_BENCHMARK_OUT"
+VARIABLE = "BENCHMARK_OUT"
 
 #: A machine is quiet if others use less than this part of one core.
 QUIET = 0.1

@@ -64,7 +64,7 @@ def keep(title: str, results: Mapping[str, Sequence[float]], *, unit: str, base:
 
 
 def _append(kept: Mapping[str, Any]) -> None:
-    path = os.environ.get("PLUGFRAME_BENCHMARK_OUT")
+    path = os.environ.get("BENCHMARK_OUT")
     if path:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(kept) + "\n")
