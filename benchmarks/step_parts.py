@@ -64,7 +64,7 @@ _wrap_all()
 
 
 class Many(nn.Module):
-    """A model with any number of parameter tensors, all of which a call uses."""
+    """A model with any number of parameter tensors; a call uses them all."""
 
     def __init__(self, number: int) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ This is a hack, since it looks into torch's functions (2.11 to 2.13): one that i
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,12 +19,13 @@ from torch import _C
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
 from torch.utils.data import dataloader as torch_dataloader
 
+# `from torch.optim import optimizer` is unknown to type checkers.
+_torch_optimizer: Any = sys.modules[Optimizer.__module__]
 _Label: Any = getattr(getattr(_C, "_profiler", None), "_RecordFunctionFast", None)
-_global_pre_hooks: Any = getattr(torch_optimizer, "_global_optimizer_pre_hooks", None)
-_global_post_hooks: Any = getattr(torch_optimizer, "_global_optimizer_post_hooks", None)
+_global_pre_hooks: Any = getattr(_torch_optimizer, "_global_optimizer_pre_hooks", None)
+_global_post_hooks: Any = getattr(_torch_optimizer, "_global_optimizer_post_hooks", None)
 
 #: All names in the code of torch's wrapper of a step that labels it and runs its hooks.
 _STEP_NAMES = """
@@ -157,7 +159,7 @@ class _Unlabelled:
 
 def _body(function: Any, names: str) -> Any:
     """Return what one of torch's decorators of a step wraps; None if `function` is not made by it."""
-    known = getattr(function, "__globals__", None) is vars(torch_optimizer) and _uses(function, names)
+    known = getattr(function, "__globals__", None) is vars(_torch_optimizer) and _uses(function, names)
     return getattr(function, "__wrapped__", None) if known else None
 
 
