@@ -1,9 +1,10 @@
 """Run the benchmarks that compare plugframe with hand-written PyTorch, one after the other, and keep what they print.
 
-python -m benchmarks [NAME ...] [--short] [--out FOLDER] [--list]
+python -m benchmarks [NAME ...] [--short] [--out FOLDER] [--page PAGE] [--trend FILE] [--wait SECONDS] [--list]
 
 Each script interleaves its candidates round by round in one process or job. Their raw numbers, medians and ratios to
-the first candidate, and how busy others kept the machine before and during each, go to FOLDER/benchmarks.json.
+the first candidate, and how busy others kept the machine before and during each, go to FOLDER/benchmarks.json. A number
+fails no run; a script that fails does, such as one whose candidates end with different losses.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # as for a script of this folder
+
+import page  # noqa: E402 - it is beside this file
 
 #: Names the file to which `rounds.keep` appends raw numbers.
-VARIABLE = "PLUGFRAME_BENCHMARK_OUT"
+VARIABLE = "BENCHMARK_OUT"
 
 #: A machine is quiet if others use less than this part of one core.
 QUIET = 0.1
@@ -55,7 +59,13 @@ BENCHMARKS = {
     "startup": Benchmark("commands and imports, CPU seconds", "startup.py", short=("--rounds", "2")),
     "launch": Benchmark("from the command to its exit", "launch.py", ("--ranks", "2", "4", "8"), ("--rounds", "2")),
     "step": Benchmark("a training step of a tiny model", "step.py", short=("--rounds", "7", "--steps", "300")),
+    "step-parts": Benchmark(
+        "parts of a step, and steps of many shapes", "step_parts.py", short=("--rounds", "3", "--steps", "50")
+    ),
     "ddp": Benchmark("DDP on two ranks", "ddp.py", short=("--rounds", "5", "--steps", "100"), ranks=2),
+    "collectives": Benchmark(
+        "collectives on two ranks", "collectives.py", short=("--rounds", "5", "--calls", "40"), ranks=2
+    ),
     "async-save": Benchmark(
         "how long a save in the background holds the loop",
         "async_save.py",
@@ -64,6 +74,17 @@ BENCHMARKS = {
     ),
     "checkpoint-io": Benchmark(
         "saving and loading", "checkpoint_io.py", short=("--size-mb", "64", "--rounds", "3", "--warmup", "1")
+    ),
+    "small-tensors": Benchmark(
+        "saving and loading many small tensors",
+        "checkpoint_io.py",
+        long=("--size-mb", "10", "--tensors", "2000"),
+        short=("--size-mb", "4", "--tensors", "500", "--rounds", "3", "--warmup", "1"),
+    ),
+    "growth": Benchmark(
+        "starting, with more ranks and more plugins",
+        "growth.py",
+        short=("--rounds", "1", "--ranks", "1", "2", "--plugins", "0", "100"),
     ),
 }
 
@@ -76,6 +97,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("names", metavar="NAME", nargs="*", help="which ones; all")
     parser.add_argument("--short", action="store_true", help="small sizes and few rounds, about two minutes in all")
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"), help="folder for benchmarks.json")
+    parser.add_argument("--page", type=Path, help="Markdown page to write tables and plots into")
+    parser.add_argument("--trend", type=Path, help="file to which a line with the ratios is appended")
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for a quiet machine, before each; 0")
     parser.add_argument("--list", action="store_true", help="list the names, and run nothing")
     options = parser.parse_args(words)
     unknown = [name for name in options.names if name not in BENCHMARKS]
@@ -89,8 +113,16 @@ def main(words: Sequence[str] | None = None) -> int:
     results = {name: run(name, options) for name in options.names or BENCHMARKS}
     about = {"python": platform.python_version(), "cores": os.cpu_count(), "short": options.short}
     path = options.out / "benchmarks.json"
-    path.write_text(json.dumps({**about, "benchmarks": results}, indent=1) + "\n", encoding="utf-8")
+    found = {**about, "benchmarks": results}
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"\nraw numbers: {path}")
+    if options.page is not None:
+        page.write(options.page, found)
+    line = json.dumps(trend(found))
+    print(f"ratios to the first candidates: {line}")
+    if options.trend is not None:
+        with options.trend.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
     return int(any(result["exit_code"] for result in results.values()))
 
 
@@ -99,6 +131,9 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     raw = options.out / f"{name}.jsonl"
     raw.unlink(missing_ok=True)
     busy = busy_cores()
+    end_s = time.monotonic() + options.wait
+    while busy is not None and busy >= QUIET and time.monotonic() < end_s:
+        busy = busy_cores()
     quiet = busy is not None and busy < QUIET
     state = "the machine is quiet" if quiet else "the machine is NOT quiet"
     known = "unknown" if busy is None else f"{busy:.2f}"
@@ -125,8 +160,38 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "busy_cores_before": busy,
         "busy_cores_of_others": others,
         "seconds": round(seconds, 3),
-        "tables": [{**table, "summary": summary(table["results"], table["base"])} for table in tables],
+        "tables": [
+            table if "line" in table else {**table, "summary": summary(table["results"], table["base"])}
+            for table in tables
+        ],
     }
+
+
+def trend(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is kept of a run: when, where, whether the machine was quiet, and the ratio of each candidate."""
+    benchmarks = found["benchmarks"]
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _commit(),
+        "quiet": all(each["quiet"] for each in benchmarks.values()),
+        "short": found["short"],
+        "ratios": {
+            f"{name}: {table['title']}: {candidate}": round(row["ratio"], 3)
+            for name, each in benchmarks.items()
+            for table in each["tables"]
+            if "line" not in table
+            for candidate, row in table["summary"].items()
+            if candidate != table["base"]
+        },
+    }
+
+
+def _commit() -> str:
+    try:
+        command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def summary(results: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[str, float]]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 
 def interleave(candidates: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, list[float]]:
@@ -26,8 +27,15 @@ def interleave(candidates: Mapping[str, Callable[[], float]], *, rounds: int) ->
     return results
 
 
-def report(title: str, results: Mapping[str, Sequence[float]], *, unit: str, base: str, digits: int = 1) -> None:
-    """Print medians, and differences and ratios to `base` taken round by round; keep the raw numbers."""
+def report(
+    title: str, results: Mapping[str, Sequence[float]], *, unit: str, base: str, digits: int = 1
+) -> dict[str, float]:
+    """Print medians, and differences and ratios to `base` taken round by round; keep the raw numbers.
+
+    Returns:
+        The median difference of each candidate to `base`.
+    """
+    medians: dict[str, float] = {}
     keep(title, results, unit=unit, base=base)
     print(f"\n{title} ({unit}; medians of {len(results[base])} interleaved rounds, [min … max])")
     for name, values in results.items():
@@ -36,17 +44,30 @@ def report(title: str, results: Mapping[str, Sequence[float]], *, unit: str, bas
         if name != base:
             differences = [value - other for value, other in zip(values, results[base], strict=True)]
             ratios = [value / other for value, other in zip(values, results[base], strict=True)]
-            line += f"   {statistics.median(differences):+.{digits}f}   ×{statistics.median(ratios):.3f}"
+            medians[name] = statistics.median(differences)
+            line += f"   {medians[name]:+.{digits}f}   ×{statistics.median(ratios):.3f}"
         print(line)
+    return medians
+
+
+def fitted(what: str, costs: Mapping[int, float], unit: str) -> str:
+    """Return the line fitted to costs by number, in words, and keep it."""
+    slope, start = statistics.linear_regression(list(costs), list(costs.values()))
+    text = f"over {what}: {start:+.2f} {unit} {slope:+.4f} {unit} each"
+    _append({"line": f"{what} {', '.join(map(str, costs))}", "text": text, "start": start, "slope": slope})
+    return f"\n{text}"
 
 
 def keep(title: str, results: Mapping[str, Sequence[float]], *, unit: str, base: str) -> None:
     """Append raw numbers to the file of ``python -m benchmarks``, if that runs this script."""
-    path = os.environ.get("PLUGFRAME_BENCHMARK_OUT")
+    _append({"title": title, "unit": unit, "base": base, "machine": machine(), "results": dict(results)})
+
+
+def _append(kept: Mapping[str, Any]) -> None:
+    path = os.environ.get("BENCHMARK_OUT")
     if path:
-        line = json.dumps({"title": title, "unit": unit, "base": base, "machine": machine(), "results": dict(results)})
         with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(kept) + "\n")
 
 
 def machine() -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,32 +22,70 @@ Step = Callable[[Any], None]
 def make() -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
-    return model, torch.optim.SGD(model.parameters(), lr=0.01)
+    return model, torch.optim.SGD(model.parameters(), lr=1e-6)  # the loss is a sum: it must stay finite
 
 
 def make_loader(steps: int) -> DataLoader[Any]:
     # No collation and one sample again and again: what is left is the loader's own cost.
-    return DataLoader(TensorDataset(torch.randn(1, 8, 32).expand(steps, 8, 32)), batch_size=None)
+    x = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(x.expand(steps, 8, 32)), batch_size=None)
 
 
-def timed(loader: Any, step: Step, steps: int) -> Callable[[], float]:
+def timed(loader: Any, step: Step, steps: int, *, whole: bool = False, losses: Any = None) -> Callable[[], float]:
+    """Return a measure of the µs of a step.
+
+    Args:
+        whole: whether the step takes the batch as it is, rather than its first part.
+        losses: the step that holds the loss of the last one, if that is another function.
+    """
+
     def measure() -> float:
         start = time.perf_counter()
-        for (x,) in loader:
-            step(x)
+        if whole:
+            for batch in loader:
+                step(batch)
+        else:
+            for (x,) in loader:
+                step(x)
         return (time.perf_counter() - start) / steps * 1e6
 
+    measure.losses = step if losses is None else losses  # type: ignore[attr-defined]
     return measure
 
 
-def loop(model: Any, optimizer: Any, backward: Callable[[Any], Any]) -> Step:
+def loop(model: Any, optimizer: Any, backward: Callable[[Any], Any], *, context: Any = None) -> Step:
+    last: list[Any] = [None]
+
     def step(x: Any) -> None:
         optimizer.zero_grad()
         loss = model(x).sum()
         backward(loss)
         optimizer.step()
+        last[0] = loss
 
-    return step
+    def step_in_context(x: Any) -> None:
+        optimizer.zero_grad()
+        with context():
+            output = model(x)
+        loss = output.float().sum()  # Lite's precision gives float32 as well
+        backward(loss)
+        optimizer.step()
+        last[0] = loss
+
+    found: Any = step if context is None else step_in_context
+    found.last = last
+    return found  # type: ignore[no-any-return]
+
+
+def same_losses(title: str, candidates: Mapping[str, Any]) -> None:
+    """Raise unless all candidates have done the same work: their last losses are equal.
+
+    Raises:
+        SystemExit: with the losses.
+    """
+    losses = {name: measure.losses.last[0].item() for name, measure in candidates.items()}
+    if len(set(losses.values())) != 1:
+        raise SystemExit(f"{title}: the last losses differ, so that not all have done the same work: {losses}")
 
 
 def by_hand(steps: int) -> Callable[[], float]:
@@ -90,7 +128,9 @@ def main() -> None:
         candidates["Fabric"] = by_fabric(options.steps)
     if installed("accelerate"):
         candidates["Accelerate"] = by_accelerate(options.steps)
-    report("One training step", interleave(candidates, rounds=options.rounds), unit="µs", base="by hand")
+    results = interleave(candidates, rounds=options.rounds)
+    same_losses("One training step", candidates)
+    report("One training step", results, unit="µs", base="by hand")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ class JobState:
         alone: whether the job has one rank.
         accumulation: the micro-batches that are being accumulated; None outside of `Lite.accumulate`.
         bar: the progress bar that is drawn.
+        plain_backward: whether `Lite.backward` is that of the loss and nothing else, outside of `Lite.accumulate`: set
+            after the first one of a job of one rank whose hooks add nothing.
         warned_divided: whether the script was warned that it divides losses that are divided already.
     """
 
@@ -38,6 +40,7 @@ class JobState:
     alone = False
     accumulation: Accumulation | None = None
     bar: Any = None
+    plain_backward = False
     warned_divided = False
     explain_error: Callable[[RuntimeError], Exception | None] | None = None
 

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from plugframe.adopt.job_state import JobState
-from plugframe.adopt.optimizer import make_zero_grad, owns_gradients
+from plugframe.adopt.optimizer import is_default, make_zero_grad, owns_gradients
 from plugframe.adopt.parts import runs_parts
 from plugframe.base.precision import Precision
 from plugframe.errors import SettingError, UsageError, closest
@@ -119,8 +119,24 @@ class ModuleState(State):
 
 def _overridden(hooks: Any, name: str) -> Callable[..., Any] | None:
     """Return a hook of the precision, None if it is that of the base class, which does nothing, without wrappers."""
-    hook = getattr(hooks, name)
-    return None if getattr(hook, "__func__", None) is getattr(Precision, name) else hook
+    return None if is_default(hooks, name, Precision) else getattr(hooks, name)
+
+
+def _make_first_call(plain_call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the ``__call__`` of a free module: after the first call it is that of the user's class again."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state: ModuleState | None = self.__dict__.get(KEY)
+        if state is not None and not is_compiling():
+            for cls in type(self).__mro__:
+                if vars(cls).get("__call__") is __call__:
+                    type.__delattr__(cls, "__call__")
+            if state.on_first_call is not None:
+                state.on_first_call()
+                state.on_first_call = None
+        return plain_call(self, *args, **kwargs)
+
+    return __call__
 
 
 def _make_call(plain_call: Callable[..., Any]) -> Callable[..., Any]:
@@ -190,9 +206,13 @@ def adopt_module(
     state = ModuleState(hooks, engine, job, names | {"forward"})
     for each in _with_original(module):
         cls = type(each)
-        namespace: dict[str, Any] = {name: _guarded(name, fn) for name, fn in _own_methods(cls, *names).items()}
-        namespace.update(__call__=_make_call(cls.__call__), mark_forward_method=_mark_forward_method)
-        namespace["zero_grad"] = make_zero_grad(cls.zero_grad, owned=owns_gradients(hooks))
+        namespace: dict[str, Any] = {"mark_forward_method": _mark_forward_method}
+        if state.free:
+            namespace["__call__"] = _make_first_call(cls.__call__)
+        else:
+            namespace["__call__"] = _make_call(cls.__call__)
+            namespace.update((name, _guarded(name, method)) for name, method in _own_methods(cls, *names).items())
+        namespace["zero_grad"] = make_zero_grad(cls.zero_grad, cls.__name__, owned=owns_gradients(hooks))
         if not hasattr(each, "module"):
             namespace["module"] = property(_itself)
         if device is not None and not hasattr(each, "device"):

@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 from torch.optim import Optimizer
 
 from plugframe.adopt.job_state import JobState
+from plugframe.base.precision import Precision
 from plugframe.base.strategy import Strategy
 from plugframe.hooks.strategy import no_step
 from plugframe.utils.logging import warn_caller
 from plugframe.utils.swap import KEY, State, adopt, release
+from plugframe.utils.unlabelled import without_label, zero_grad_without_label
 
 ParameterNames = list[list[str]]
 
@@ -34,6 +36,7 @@ class OptimizerState(State):
         compare: compares settings between ranks, given the number of steps; None on one rank.
         skip: returns whether an extension skips this step, the same on all ranks; None without such an extension.
         skipping: whether the running step is skipped.
+        plain: whether a step is the optimizer's own and is counted, and nothing else: set after the first one.
         on_first_step: called before the first step in this process; None after it.
     """
 
@@ -62,7 +65,21 @@ class OptimizerState(State):
         self.on_first_step: Callable[[], None] | None = None
         self.skip: Callable[[Optimizer], bool] | None = None
         self.skipping = False
+        self.plain = False
         self.alive.add(self)
+
+    def is_plain(self) -> bool:
+        """Return whether nothing is to be done at a step from now on: one rank, and hooks that do nothing."""
+        return (
+            self.job is not None
+            and self.job.alone
+            and self.job.random_check is None
+            and self.compare is None
+            and self.skip is None
+            and self.hooks.on_optimizer_step is None
+            and is_default(self.hooks, "strategy_optimizer_step", Strategy)
+            and is_default(self.hooks, "precision_optimizer_step", Precision)
+        )
 
     def plain_dict(self, obj: Any) -> dict[str, Any]:
         """Return the attributes of the plain object."""
@@ -84,8 +101,9 @@ def adopt_optimizer(
     """Adopt `optimizer` in place."""
     state = OptimizerState(optimizer, hooks, names, job, check_backward=check_backward)
     state.mean, state.compare, state.skip, state.on_first_step = mean, compare, skip, on_first_step
-    namespace: dict[str, Any] = {"step": _make_step(type(optimizer).step, state.patched)}
-    namespace["zero_grad"] = make_zero_grad(type(optimizer).zero_grad, owned=owns_gradients(hooks))
+    cls = type(optimizer)
+    namespace: dict[str, Any] = {"step": _make_step(cls.step, without_label(cls.step, cls.__name__), state.patched)}
+    namespace["zero_grad"] = make_zero_grad(cls.zero_grad, cls.__name__, owned=owns_gradients(hooks))
     if not hasattr(optimizer, "optimizer"):
         namespace["optimizer"] = property(_itself)
     adopt(optimizer, state, namespace)
@@ -93,19 +111,24 @@ def adopt_optimizer(
 
 def owns_gradients(hooks: Any) -> bool:
     """Return whether the strategy stores gradients outside of the parameters' ``grad``."""
-    hook = getattr(hooks, "strategy_zero_grad", None)
-    return hook is not None and getattr(hook, "__func__", None) is not Strategy.strategy_zero_grad
+    return hasattr(hooks, "strategy_zero_grad") and not is_default(hooks, "strategy_zero_grad", Strategy)
 
 
-def make_zero_grad(original: Callable[..., Any], *, owned: bool) -> Callable[..., Any]:
+def is_default(hooks: Any, name: str, base: type) -> bool:
+    """Return whether a hook is that of the base class of its kind, without wrappers."""
+    return getattr(getattr(hooks, name), "__func__", None) is getattr(base, name)
+
+
+def make_zero_grad(original: Callable[..., Any], name: str, *, owned: bool) -> Callable[..., Any]:
     """Return a ``zero_grad`` that checks for micro-batches, and resets the gradients of the strategy if it has any."""
+    run = zero_grad_without_label(original, name)
 
     @functools.wraps(original)
     def zero_grad(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = self.__dict__.get(KEY)
         if state is not None and state.job is not None and state.job.accumulation is not None:
             state.job.accumulation.on_zero_grad(self)
-        result = original(self, *args, **kwargs)
+        result = run(self, *args, **kwargs)
         if owned and state is not None:
             state.hooks.strategy_zero_grad(owner=self)
         return result
@@ -137,49 +160,41 @@ def _itself(self: Any) -> Any:
     return self
 
 
-def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None) -> Callable[..., Any]:
+def _make_step(
+    original: Callable[..., Any], run: Callable[..., Any], patched: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    """Return the ``step`` of an adopted optimizer.
+
+    Args:
+        original: that of the user's class, whose name and documentation it gets.
+        run: the same, maybe without a label for profilers.
+        patched: the ``step`` that a scheduler set on the instance, None if there was none.
+    """
+
     @functools.wraps(original)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         state: OptimizerState | None = self.__dict__.get(KEY)
+        if (
+            state is not None
+            and state.plain
+            and not state.inside
+            and state.job.accumulation is None  # type: ignore[union-attr]
+            and len(args) < 2  # more are arguments of a custom signature, which is checked
+        ):
+            state.inside = True
+            try:
+                result = run(self, *args, **kwargs) if patched is None else patched(*args, **kwargs)
+            finally:
+                state.inside = False
+            state.num_steps += 1
+            state.num_steps_here += 1
+            return result
         # A scheduler's `step` references the optimizer weakly; a bound method stored here would not.
-        inner = patched or functools.partial(original, self)
+        inner = patched or functools.partial(run, self)
         if state is None or state.inside:  # released, but a scheduler still holds this function
             # A loss scaler may call this method instead of the step it was given.
             return None if state is not None and state.skipping else inner(*args, **kwargs)
-        if state.job is not None and state.job.accumulation is not None:
-            state.job.accumulation.on_step(self)
-        closure = None
-        if args or kwargs:
-            inner, closure = _split_closure(inner, args, kwargs)
-            if closure is not None and state.mean is not None:
-                closure = _averaged(closure, state.mean)
-        if state.on_first_step is not None:
-            state.on_first_step()
-            state.on_first_step = None
-        if state.compare is not None:
-            state.compare(state.num_steps_here)
-        state.inside = True
-        try:
-            skipped = state.skip is not None and state.skip(self)
-            if skipped:
-                result = None
-                _skip(state, self)
-            else:
-                result = state.hooks.strategy_optimizer_step(optimizer=self, step=inner, closure=closure)
-        finally:
-            state.inside = False
-        state.num_steps += 1
-        state.num_steps_here += 1
-        job = state.job
-        if job is not None:
-            if state.check_backward:
-                _warn_if_unconverted(self, job)
-                state.check_backward = False
-            if job.random_check is not None and job.random_check.after_step():
-                job.random_check = None
-        if state.hooks.on_optimizer_step is not None and not skipped:
-            state.hooks.on_optimizer_step(optimizer=self)
-        return result
+        return _step(state, self, inner, args, kwargs)
 
     # A hack: torch marks a step that it has instrumented, or a scheduler wrapped, by attributes of the function.
     marked: Any = step
@@ -187,6 +202,48 @@ def _make_step(original: Callable[..., Any], patched: Callable[..., Any] | None)
     if hasattr(patched, "_wrapped_by_lr_sched"):
         marked._wrapped_by_lr_sched = True
     return step
+
+
+def _step(
+    state: OptimizerState, optimizer: Any, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run a step under strategy and precision, and what is due at one."""
+    job = state.job
+    if job is not None and job.accumulation is not None:
+        job.accumulation.on_step(optimizer)
+    closure = None
+    if args or kwargs:
+        inner, closure = _split_closure(inner, args, kwargs)
+        if closure is not None and state.mean is not None:
+            closure = _averaged(closure, state.mean)
+    if state.on_first_step is not None:
+        state.on_first_step()
+        state.on_first_step = None
+    if state.compare is not None:
+        state.compare(state.num_steps_here)
+    state.inside = True
+    try:
+        skipped = state.skip is not None and state.skip(optimizer)
+        if skipped:
+            result = None
+            _skip(state, optimizer)
+        else:
+            result = state.hooks.strategy_optimizer_step(optimizer=optimizer, step=inner, closure=closure)
+    finally:
+        state.inside = False
+    state.num_steps += 1
+    state.num_steps_here += 1
+    if job is not None:
+        if state.check_backward:
+            _warn_if_unconverted(optimizer, job)
+            state.check_backward = False
+        if job.random_check is not None and job.random_check.after_step():
+            job.random_check = None
+    if state.hooks.on_optimizer_step is not None and not skipped:
+        state.hooks.on_optimizer_step(optimizer=optimizer)
+    if state.num_steps_here == 1:
+        state.plain = state.is_plain()
+    return result
 
 
 def _skip(state: OptimizerState, optimizer: Optimizer) -> None:

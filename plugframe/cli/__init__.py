@@ -1,39 +1,33 @@
-"""The command ``plugframe``: one module per command, imported on use."""
+"""The command ``plugframe``."""
 
 from __future__ import annotations
 
-import click
+import sys
+from typing import TYPE_CHECKING, Any
 
-from plugframe import __version__
-from plugframe.cli.group import Commands
+if TYPE_CHECKING:
+    from plugframe.cli.commands import cli
 
 __all__ = ["cli", "main"]
 
 
-@click.group(
-    cls=Commands,
-    invoke_without_command=True,
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        "token_normalize_func": lambda word: word.replace("_", "-"),
-        "max_content_width": 100,
-    },
-)
-@click.version_option(__version__, prog_name="plugframe", message="%(prog)s %(version)s")
-@click.pass_context
-def cli(context: click.Context) -> None:
-    """Run a PyTorch script on any device and any number of processes, with plugins chosen by name.
-
-    \b
-    Examples:
-      plugframe run train.py --devices=8 --precision=bf16
-      plugframe run train.py --dry-run
-      plugframe list-plugins
-    """
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help())
-
-
 def main() -> None:
     """Run the command line. Never returns."""
+    if sys.argv[1:] == ["list-plugins"]:
+        from plugframe.cli.quick_listing import show_listing
+
+        code = show_listing()
+        if code is not None:
+            sys.exit(code)
+    from plugframe.cli.commands import cli
+
     cli.main(prog_name="plugframe")
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, because click takes longer than a listing.
+    if name != "cli":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from plugframe.cli.commands import cli
+
+    return cli

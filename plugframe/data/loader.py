@@ -29,6 +29,7 @@ from plugframe.data.worker_seeding import SeededDataset
 from plugframe.errors import OrderError, SettingError
 from plugframe.utils.logging import warn_caller
 from plugframe.utils.swap import KEY, adopt, plain_class, release
+from plugframe.utils.unlabelled import iterator_without_label
 
 _EXHAUSTED = object()
 
@@ -132,8 +133,17 @@ def _batches(state: LoaderState, loader_pass: LoaderPass, iterator: Iterator[Any
     state.open(loader_pass)
     state.starting_pass = loader_pass  # a loader class may iterate its sampler only now
     evaluating = False
+    iterator = iterator_without_label(iterator)
     steps = EvenSteps(state.hooks, _EXHAUSTED) if isinstance(state.iterable, StreamShards) else None
     try:
+        while state.count == 1 and state.iterable is None:  # nothing to weigh, to repeat or to compare
+            batch = next_batch(iterator=iterator, exhausted=_EXHAUSTED)
+            if batch is _EXHAUSTED:
+                return
+            if move is not None:
+                batch = move(batch=batch, device=state.device)
+            state.record_batch(loader_pass, batch)
+            yield batch
         while True:
             if loader_pass.undecided:
                 evaluating = state.is_evaluating(loader_pass)

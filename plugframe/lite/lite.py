@@ -291,6 +291,7 @@ class Lite:
     def _restore(self) -> None:
         """Forget the user's objects, and restore the state of the process, once the plugins are torn down."""
         self._streams = self._job_state.random_check = self._job_state.accumulation = self._job_state.bar = None
+        self._job_state.plain_backward = False
         self._modules.clear()
         self._loaders.clear()
         self._preemption.close()

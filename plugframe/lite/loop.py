@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from plugframe.adopt import state_of
 from plugframe.adopt.accumulation import Accumulation
+from plugframe.adopt.optimizer import is_default
+from plugframe.base import Precision, Strategy
 from plugframe.errors import OrderError, SettingError, UnsupportedError
 from plugframe.lite import checks, collectives, raw_scripts
 from plugframe.lite.accumulate import sum_over_ranks
@@ -38,6 +40,42 @@ def backward(
     weight: Any,
 ) -> None:
     """Compute gradients of the loss of this rank's batch; see `Lite.backward`."""
+    job = lite._job_state
+    if job.plain_backward and job.accumulation is None and weight is None and reduction == "mean":
+        checks.check_loss(tensor, set_up=True)
+        job.in_backward = True
+        try:
+            tensor.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            job.in_backward = False
+        return
+    _backward(lite, tensor, args, kwargs, model=model, batch=batch, reduction=reduction, weight=weight)
+    job.plain_backward = _is_plain(lite)
+
+
+def _is_plain(lite: Lite) -> bool:
+    """Return whether backwards have nothing to weigh, scale, record or communicate."""
+    hooks = lite._hooks
+    return (
+        lite._job_state.alone
+        and hooks.on_backward is None
+        and is_default(hooks, "strategy_backward", Strategy)
+        and is_default(hooks, "precision_backward", Precision)
+        and is_default(hooks, "precision_finish_backward", Precision)
+    )
+
+
+def _backward(
+    lite: Lite,
+    tensor: Tensor,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    *,
+    model: nn.Module | None,
+    batch: object,
+    reduction: str,
+    weight: Any,
+) -> None:
     checks.check_loss(tensor, set_up=bool(lite._modules))
     if reduction not in ("mean", "sum"):
         raise SettingError(f"backward(reduction={reduction!r}): it is 'mean' or 'sum'.")

@@ -11,8 +11,7 @@ from typing import Any
 
 import click
 
-from plugframe import __version__
-from plugframe._compat import metadata
+from plugframe import __version__, _compat
 from plugframe.cli.shared_options import disabling
 from plugframe.core.registry.registry import Registry
 from plugframe.errors import PluginError
@@ -110,8 +109,8 @@ def _packages(registry: Registry) -> dict[str, str]:
 
 def _requirements(distribution: str) -> list[str]:
     try:
-        requirements = metadata.requires(distribution) or []
-    except metadata.PackageNotFoundError:
+        requirements = _compat.metadata.requires(distribution) or []
+    except _compat.metadata.PackageNotFoundError:
         return []
     always = (r for r in requirements if ";" not in r)
     return [match.group(0) for r in always if (match := re.match(r"[A-Za-z0-9._-]+", r))]
@@ -119,8 +118,8 @@ def _requirements(distribution: str) -> list[str]:
 
 def _version(distribution: str) -> str:
     try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
+        return _compat.metadata.version(distribution)
+    except _compat.metadata.PackageNotFoundError:
         return "not installed"
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import click
 
+from plugframe.cli.listing import Checked, Statuses, entries_of, row_of, show_rows
 from plugframe.cli.requirements import require_torch
 from plugframe.cli.shared_options import disabling
 from plugframe.core.registry.registry import Entry, Registry
@@ -17,44 +16,11 @@ from plugframe.errors import (
     PluginContractError,
     PluginError,
     RefusedPluginError,
-    SettingError,
     UnknownPluginError,
     UsageError,
     closest,
 )
 from plugframe.hooks.descriptor import Plugin
-
-#: Status of a plugin with only its metadata read, and of one whose descriptor and hooks were checked.
-NOT_CHECKED, OK = "not checked", "ok"
-#: What is wrong with a plugin that was loaded, None if nothing is; and its summary.
-Checked = tuple["str | None", str]
-
-
-class Row(NamedTuple):
-    """One line of the listing.
-
-    Attributes:
-        kind: of the plugin.
-        name: what the user types.
-        package: the distribution that publishes it.
-        version: of that distribution.
-        needs: distributions of the extras it needs.
-        status: ``"ok"``, ``"not checked"``, or what is wrong and what to type.
-        summary: what the descriptor says of itself; empty unless it was loaded.
-    """
-
-    kind: str
-    name: str
-    package: str
-    version: str
-    needs: str
-    status: str
-    summary: str = ""
-
-    @property
-    def broken(self) -> bool:
-        """Whether its author has something to fix."""
-        return self.status.startswith(("broken", "incompatible"))
 
 
 @click.command("list-plugins", short_help="List the installed plugins, or show one.")
@@ -90,15 +56,15 @@ def command(name: str | None, kind: str | None, as_json: bool, check: bool, time
     registry = Registry.discover()
     for note in registry.notes():
         click.echo(f"plugframe: warning: {note}", err=True)
-    entries = _named(registry, kind, name) if name else _entries(registry, kind)
+    entries = _named(registry, kind, name) if name else entries_of(registry, kind)
     if name and not check:
         from plugframe.tools.describe import show_plugins
 
         show_plugins(registry, entries, as_json=as_json)
         return 0
     checked = _check_all(registry, entries, timeout_s) if check else {}
-    statuses = _Statuses(registry)
-    rows = [_row(registry, entry, checked.get(entry), statuses) for entry in entries]
+    statuses = Statuses(registry)
+    rows = [row_of(registry, entry, checked.get(entry), statuses) for entry in entries]
     if as_json:
         import json
 
@@ -108,23 +74,8 @@ def command(name: str | None, kind: str | None, as_json: bool, check: bool, time
     elif not rows:
         click.echo(f"No plugin of the kind {kind} is installed." if kind else "No plugin is installed.")
     else:
-        _show(rows, check=check)
+        show_rows(rows, check=check)
     return int(check and any(row.broken for row in rows))
-
-
-def _entries(registry: Registry, kind: str | None) -> list[Entry]:
-    entries = sorted([*registry.entries(kind), *registry.refused(kind)], key=_order)
-    if kind is not None and not entries:
-        from plugframe.hooks.kinds import KINDS  # a listing does without
-
-        if kind not in KINDS:
-            known = ", ".join(KINDS)
-            raise SettingError(f"--kind={kind!r} is not a kind.{closest(kind, KINDS)} Kinds: {known}.")
-    return entries
-
-
-def _order(entry: Entry) -> tuple[str, bool, str, str]:
-    return entry.kind, not entry.builtin, entry.distribution, entry.name
 
 
 def _named(registry: Registry, kind: str | None, name: str) -> list[Entry]:
@@ -133,7 +84,7 @@ def _named(registry: Registry, kind: str | None, name: str) -> list[Entry]:
     Raises:
         UnknownPluginError: with the closest match, if there is none.
     """
-    published = _entries(registry, kind)
+    published = entries_of(registry, kind)
     kinds = dict.fromkeys(entry.kind for entry in published if name in (entry.name, entry.qualified))
     if kinds or kind:
         return [registry.find(each, name) for each in kinds or [str(kind)]]
@@ -141,52 +92,6 @@ def _named(registry: Registry, kind: str | None, name: str) -> list[Entry]:
     raise UnknownPluginError(
         f"No plugin {name!r} is installed.{closest(name, known)} `plugframe list-plugins` shows all of them."
     )
-
-
-def _row(registry: Registry, entry: Entry, checked: Checked | None, statuses: _Statuses) -> Row:
-    status, summary = checked or (None, "")
-    return Row(
-        kind=entry.kind,
-        name=entry.name,
-        package=entry.distribution,
-        version=entry.version,
-        needs=", ".join(registry.needs(entry)),
-        status=status or statuses.of(entry, checked=checked is not None),
-        summary=summary,
-    )
-
-
-class _Statuses:
-    """The status of plugins from metadata only."""
-
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self._refused = registry.refused()
-        usable = registry.entries()
-        self._published = Counter((entry.kind, entry.name) for entry in usable)
-        self._own_kinds = {entry.kind for entry in [*usable, *self._refused] if entry.builtin}
-
-    def of(self, entry: Entry, *, checked: bool) -> str:
-        status = self._of(entry)
-        return OK if checked and status == NOT_CHECKED else status
-
-    def _of(self, entry: Entry) -> str:
-        if entry in self._refused:
-            return self._refused[entry]
-        if self._registry.missing(entry):
-            return f"missing: type pip install '{entry.distribution}[{','.join(entry.extras)}]'"
-        if self._registry.shadowed(entry):
-            return f"shadowed by the built-in; use {entry.qualified}"
-        if not entry.builtin and self._published[entry.kind, entry.name] > 1:
-            return f"the same name in several packages; use {entry.qualified}"
-        return NOT_CHECKED if entry.kind in self._own_kinds else _stray(entry.kind)
-
-
-def _stray(kind: str) -> str:
-    """Return the status of a plugin of a kind that plugframe itself has no plugin of."""
-    from plugframe.hooks.kinds import KINDS
-
-    return NOT_CHECKED if kind in KINDS else f"broken: there is no such kind.{closest(kind, KINDS)}"
 
 
 def _check_all(registry: Registry, entries: Iterable[Entry], timeout_s: float) -> dict[Entry, Checked]:
@@ -268,11 +173,3 @@ def _summary(descriptor: Plugin) -> str:
     implied = " and ".join(f"{kind} {name}" for kind, name in descriptor.implies.items())
     alias = f"= {stands_for} with {implied}" if implied else f"= {stands_for}"
     return f"{alias}: {descriptor.summary}" if descriptor.summary else alias
-
-
-def _show(rows: list[Row], *, check: bool) -> None:
-    from plugframe.cli.table import show
-
-    # The status last: it is the one that can be long.
-    columns = ["kind", "name", "package", "version", "needs", *(["summary"] if check else []), "status"]
-    show(columns, [[getattr(row, column) for column in columns] for row in rows])

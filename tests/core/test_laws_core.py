@@ -38,6 +38,7 @@ COMMON = {
     "single",
     "local",
     "manual",
+    "profiler",
     "fork",
     "spawn",
     "elastic",

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from fake_distributions import publish
 from plugframe import Lite
-from plugframe._compat import metadata
+from plugframe._compat import Folder
 from plugframe.cli import cli
 from plugframe.core.registry.registry import Registry
 from plugframe.hooks import KINDS
@@ -61,10 +61,8 @@ def test_metadata_is_read_again_only_after_something_changed(many: Path, monkeyp
     """A second look costs nothing; a package that comes or goes is seen at once."""
     Registry.discover()
     reads: list[Callable[..., Any]] = []
-    read = metadata.PathDistribution.read_text
-    monkeypatch.setattr(
-        metadata.PathDistribution, "read_text", lambda self, name: reads.append(name) or read(self, name)
-    )
+    read = Folder.read_text
+    monkeypatch.setattr(Folder, "read_text", lambda self, name: reads.append(name) or read(self, name))
     Registry.discover()
     assert not reads
     publish(many, "newcomer", "3", "logger", "newcomer")

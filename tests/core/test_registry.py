@@ -268,7 +268,7 @@ def test_a_broken_descriptor_names_its_distribution_and_the_way_out(attribute: s
 
 def test_the_contract_before_this_one_is_still_spoken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plugin written for the previous version of the contract works, one written for that before it does not."""
-    monkeypatch.setattr("plugframe.core.registry.registry.API", API + 1)
+    monkeypatch.setattr("plugframe.hooks.descriptor.API", API + 1)
     registry, found = published("previous")
     assert isinstance(registry.make(found), Counted)
     registry, found = published("older")

@@ -52,3 +52,31 @@ def test_raw_numbers_and_a_failure_are_kept(suite: Any, monkeypatch: pytest.Monk
     (table,) = kept["tables"]
     assert table["results"]["by hand"] == [1.0, 2.0, 4.0]
     assert table["summary"]["ours"] == {"median": 2.0, "min": 2.0, "max": 2.0, "ratio": 1.0}
+
+
+def test_a_page_is_written_anew_between_its_marks(suite: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tables, plots beside the page and fitted lines; what stands around the marks stays."""
+    table = {
+        "title": "A step",
+        "unit": "µs",
+        "base": "by hand",
+        "machine": "this one",
+        "summary": suite.summary({"by hand": [1.0, 2.0, 100.0], "plugframe": [0.5, 1.0, 1.5]}, "by hand"),
+    }
+    line = {"line": "ranks 1, 2", "text": "over ranks: +1.00 s +0.5000 s each"}
+    found = {"short": True, "benchmarks": {"step": {"quiet": False, "tables": [table, line]}}}
+    target = tmp_path / "benchmarks.md"
+    target.write_text("# Benchmarks\n\nProse.\n")
+    for _ in range(2):
+        suite.page.write(target, found)
+        text = target.read_text()
+        assert text.startswith("# Benchmarks\n\nProse.\n")
+        assert text.count("**A step**") == 1
+    assert "| plugframe | 1 | 0.5 … 1.5 | 0.500 |" in text
+    assert "### `step` (the machine was not quiet)" in text
+    assert "Fitted, ranks 1, 2: over ranks: +1.00 s +0.5000 s each." in text
+    plot = (tmp_path / "benchmarks" / "step-a-step.svg").read_text()
+    assert "![A step](benchmarks/step-a-step.svg)" in text
+    assert plot.count("<rect") == 2
+    monkeypatch.setattr(suite, "_commit", lambda: "abc")
+    assert suite.trend(found)["ratios"] == {"step: A step: plugframe": 0.5}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import sys
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from plugframe._compat import metadata
+from plugframe._compat import distributions
 
 PREFIX = "plugframe."
 OWN_DISTRIBUTION = "plugframe"
@@ -95,7 +94,7 @@ def _published(places: tuple[tuple[str, int, int], ...]) -> Published:
     seen: set[str] = set()
     found: list[Entry] = []
     instead: tuple[str, list[Entry]] | None = None
-    for distribution in metadata.distributions():
+    for distribution in distributions():
         name, version = name_and_version(distribution)
         if name != UNKNOWN and normalize(name) in seen:
             continue
@@ -115,6 +114,8 @@ def _published(places: tuple[tuple[str, int, int], ...]) -> Published:
 
 def _is_this(distribution: Any) -> bool:
     """Return whether a distribution contains the running package, or is an editable installation of it."""
+    import json
+
     import plugframe
 
     package = os.path.dirname(os.path.abspath(plugframe.__file__))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
-import importlib.util
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from plugframe._compat import importable, installed, is_submodule, metadata
+from plugframe._compat import importable, installed, is_submodule, requires
 from plugframe.core.registry.entry_points import COMMAND, Entry, normalize, published
 from plugframe.core.registry.policy import Policy, read_policy
 from plugframe.errors import (
@@ -23,7 +21,9 @@ from plugframe.errors import (
     article,
     closest,
 )
-from plugframe.hooks.descriptor import API, Plugin
+
+if TYPE_CHECKING:
+    from plugframe.hooks.descriptor import Plugin
 
 __all__ = ["Entry", "Registry"]
 
@@ -136,6 +136,8 @@ class Registry:
         return self._descriptors[entry]
 
     def _load(self, entry: Entry) -> Plugin:
+        from plugframe.hooks.descriptor import API, Plugin  # a listing does without
+
         descriptor = _import(entry.value, entry, "descriptor")
         module, _, name = entry.value.partition(":")
         if is_submodule(module, name):
@@ -163,7 +165,7 @@ class Registry:
         if not entry.extras:
             return []
         if entry.distribution not in self._requirements:
-            self._requirements[entry.distribution] = metadata.requires(entry.distribution) or []
+            self._requirements[entry.distribution] = requires(entry.distribution)
         needed: list[str] = []
         for requirement in self._requirements[entry.distribution]:
             marker = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", requirement)

@@ -11,6 +11,7 @@ import pluggy
 
 from plugframe.core.planning.plan import Choice
 from plugframe.errors import PluginContractError, SettingError, closest
+from plugframe.hooks.calls import call_of
 from plugframe.hooks.kinds import KINDS, Kind
 from plugframe.hooks.markers import PROJECT, deprecated_uses, is_per_plugin, marks_of, since_of, substitute, unmarked_of
 
@@ -115,7 +116,7 @@ class Binding:
                     setattr(bound, name, getattr(plugin, name, None))
                 elif kind.many:
                     caller = getattr(self._manager.hook, name)
-                    setattr(bound, name, caller if caller.get_hookimpls() else None)
+                    setattr(bound, name, self._call(caller) if caller.get_hookimpls() else None)
                 elif kind.name in self._providers:
                     self._bind_provider(bound, kind, name)
                 else:
@@ -145,7 +146,10 @@ class Binding:
         # An implementation that omits arguments is called through pluggy, which passes only those it takes.
         whole = set(plain[0].argnames + plain[0].kwargnames) == set(caller.spec.argnames + caller.spec.kwargnames)
         alone = whole and len(impls) == 1 and not self._trace
-        setattr(bound, name, getattr(plain[0].plugin, name) if alone else caller)
+        setattr(bound, name, getattr(plain[0].plugin, name) if alone else self._call(caller))
+
+    def _call(self, caller: Any) -> Any:
+        return caller if self._trace else call_of(caller)
 
     def _check_unused(self, kind: Kind, name: str) -> None:
         for impl in getattr(self._manager.hook, name).get_hookimpls():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plugframe._compat import metadata
+from plugframe import _compat
 from plugframe.errors import PluginLoadError, SettingError
 
 #: The entry-point group of readers, which are no plugins: ``read(path)`` yields a mapping for each run in a folder,
@@ -60,7 +60,7 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
 
 def _readers() -> dict[str, Callable[[Path], Iterable[Mapping[str, Any]]]]:
     found = {}
-    for entry in metadata.entry_points(group=GROUP):
+    for entry in _compat.metadata.entry_points(group=GROUP):
         try:
             found[entry.name] = entry.load()
         except Exception as error:

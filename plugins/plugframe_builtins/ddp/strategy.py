@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -159,8 +159,8 @@ class DDP(Strategy):
         self._engines.clear()
         self._undo.close()
 
-    def _alive(self) -> Iterator[Engine]:
-        return (engine for engine in (reference() for reference in self._engines) if engine is not None)
+    def _alive(self) -> list[Engine]:
+        return [engine for reference in self._engines if (engine := reference()) is not None]
 
     @hookimpl
     def strategy_setup_module(self, module: nn.Module) -> AnyEngine:
@@ -208,8 +208,7 @@ class DDP(Strategy):
         for engine in self._alive():
             engine.before_backward()
             self._hook_check.look(engine.module.named_parameters)
-        with self._backward.running():
-            super().strategy_backward(loss, module, args, kwargs)
+        self._backward.run(super().strategy_backward, loss=loss, module=module, args=args, kwargs=kwargs)
 
     @hookimpl
     def strategy_gather_later(

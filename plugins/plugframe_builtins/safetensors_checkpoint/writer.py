@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, BinaryIO
 
 import torch
@@ -61,7 +60,10 @@ def write(path: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
         checksums = _write_tensors(file, ordered)
         file.write(structure)
         checksums[STRUCTURE] = _checksum(structure)
-        entries = {name: _blank(slots[name], checksums[name]) for name in blank}
+        entries = {
+            name: Entry(dtype=entry.dtype, shape=entry.shape, size_bytes=entry.size_bytes, xxh3=checksums[name])
+            for name, entry in blank.items()
+        }
         file.write(_manifest(entries, info))
 
 
@@ -70,9 +72,8 @@ def _manifest(entries: Mapping[str, Entry], info: Mapping[str, Any]) -> bytes:
     return Manifest(format=FORMAT, version=VERSION, structure=entries[STRUCTURE], tensors=tensors, info=info).to_bytes()
 
 
-def _blank(slot: Slot, xxh3: tuple[str, ...] | None = None) -> Entry:
-    blank = Entry.blank(dtype=dtype_name(slot.dtype), shape=slot.shape, size_bytes=slot.size_bytes)
-    return blank if xxh3 is None else replace(blank, xxh3=xxh3)
+def _blank(slot: Slot) -> Entry:
+    return Entry.blank(dtype=dtype_name(slot.dtype), shape=slot.shape, size_bytes=slot.size_bytes)
 
 
 def _checksum(data: bytes) -> tuple[str, ...]:

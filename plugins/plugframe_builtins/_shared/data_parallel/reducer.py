@@ -9,8 +9,7 @@ backwards may add to it, from any graph.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,13 +38,12 @@ class Backward:
         self.settings_digest: SettingsDigest | None = None
         self._reducers: list[Reducer] = []
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Return the context of a backward: gradients are averaged on exit."""
+    def run(self, call: Callable[..., None], **arguments: Any) -> None:
+        """Run a backward, and average its gradients."""
         self.abandon()  # one that has failed
         self.inside = True
         try:
-            yield
+            call(**arguments)
             self.finish()
         finally:
             self.inside = False
@@ -68,10 +66,11 @@ class Backward:
         """Send the remaining buckets, and wait for all."""
         reducers, self._reducers = self._reducers, []
         try:
-            for reducer in reducers:
-                reducer.send_all()
-            for reducer in reducers:
-                reducer.receive()
+            with torch.no_grad():
+                for reducer in reducers:
+                    reducer.send_all()
+                for reducer in reducers:
+                    reducer.receive()
         finally:
             for reducer in reducers:
                 reducer.running = False
@@ -242,17 +241,19 @@ class Reducer:
             self._send_one(bucket)
         self._next = len(self._buckets)
 
-    @torch.no_grad()
     def _send_one(self, bucket: Bucket) -> None:
+        if torch.is_grad_enabled():  # in a backward that makes a graph alone: torch's context managers take time
+            with torch.no_grad():
+                self._send_one(bucket)
+            return
         bucket.fill(self._factor)
         bucket.work = self._send(bucket)
 
     def _send_uncompressed(self, bucket: Bucket) -> Any:
         return dist.all_reduce(bucket.flat, group=self._group, async_op=True)
 
-    @torch.no_grad()
     def receive(self) -> None:
-        """Wait, and make the gradients the means."""
+        """Wait, and make the gradients the means. Gradients are disabled meanwhile."""
         for bucket in self._buckets:
             bucket.work.wait()
         for bucket in self._buckets:

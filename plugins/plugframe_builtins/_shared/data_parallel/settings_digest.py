@@ -68,7 +68,9 @@ class SettingsDigest:
         """Check the sums over ranks."""
         sums: list[float] = slots.tolist()
         half = SLOTS // 2
-        self._differs |= any(self._num_ranks * sums[half + i] != sums[i] * sums[i] for i in range(half))
+        for i in range(half):
+            if self._num_ranks * sums[half + i] != sums[i] * sums[i]:
+                self._differs = True
 
     def settle(self) -> None:
         """If the checksums differ, compare the settings of all ranks. Every rank must call it.
