@@ -75,7 +75,7 @@ def of_hugging_face(module: nn.Module, plan: Mapping[str, Any], where: str) -> P
     """
     rest = 'pass one: TensorParallel(plan={"layers.*.up": "colwise", …}), or use strategy=\'fsdp\'.'
     paths = [path for path, _ in module.named_modules() if path]
-    if not any(fnmatchcase(path, pattern) for pattern in plan for path in paths):
+    if not any(matches(path, pattern) for pattern in plan for path in paths):
         raise SettingError(
             f"{where} is that of another model, and names nothing in this {type(module).__name__}: {rest}"
         )
