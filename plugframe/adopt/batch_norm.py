@@ -40,7 +40,7 @@ class CpuSyncBatchNorm(nn.SyncBatchNorm):
         if not self.training or input.device.type != "cpu" or group is None or dist.get_world_size(group) < 2:
             return super().forward(input)
         self._check_input_dim(input)
-        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        x = input.float() if input.dtype.itemsize < 4 else input
         dims = [0, *range(2, x.dim())]
         shape = [1, -1, *[1] * (x.dim() - 2)]
         count = x.new_tensor([x.numel() / x.shape[1]])
