@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -75,18 +77,20 @@ def _restored(state: dict[str, Any]) -> nn.SyncBatchNorm:
     return module
 
 
-def use_cpu_sync_batch_norm(module: nn.Module) -> Callable[[], None]:
-    """Make each ``SyncBatchNorm`` in `module` work on the CPU; return a function that undoes it."""
+def use_cpu_sync_batch_norm(module: nn.Module) -> Callable[[], None] | None:
+    """Make each ``SyncBatchNorm`` in `module` work on the CPU; return a function that undoes it, None without any."""
     changed = [child for child in module.modules() if type(child) is nn.SyncBatchNorm]
     for child in changed:
         cast("Any", child).__class__ = CpuSyncBatchNorm
+    # Weak references: a model may go before the job ends.
+    return functools.partial(_undo, list(map(weakref.ref, changed))) if changed else None
 
-    def undo() -> None:
-        for child in changed:
-            if type(child) is CpuSyncBatchNorm:
-                cast("Any", child).__class__ = nn.SyncBatchNorm
 
-    return undo
+def _undo(changed: Sequence[weakref.ref[nn.Module]]) -> None:
+    for reference in changed:
+        child = reference()
+        if type(child) is CpuSyncBatchNorm:
+            cast("Any", child).__class__ = nn.SyncBatchNorm
 
 
 def tell_of_local_batch_norm(module: nn.Module) -> None:

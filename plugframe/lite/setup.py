@@ -174,7 +174,9 @@ def _prepare(lite: Lite, module: M, move_to_device: bool, call: str) -> M:
             module = module.to(context.device)
     lite._replaced_parameters.record(before, module)
     if lite.world_size > 1 and context.device.type == "cpu":
-        lite._session.on_close(use_cpu_sync_batch_norm(module))
+        undo = use_cpu_sync_batch_norm(module)
+        if undo is not None:
+            lite._session.on_close(undo)
     return module
 
 

@@ -52,6 +52,12 @@ NEEDS = {
         _SAME + "class Block(nn.Module): ...\nclass AutoModelForCausalLM(GPT):\n"
         "    from_pretrained = classmethod(lambda cls, folder: cls())\n    save_pretrained = lambda self, folder: None",
     ),
+    "docs/libraries.md": (
+        "",
+        "class Adapted(GPT):\n    save_pretrained = generate = lambda self, *args, **kwargs: None\n"
+        "tokens, base, LoraConfig = {}, model, lambda **settings: None\nget_peft_model = lambda base, config: Adapted()\n"
+        "get_peft_model_state_dict = lambda model, state_dict: state_dict",
+    ),
     "docs/logging.md": (
         "",
         "wrong = {'a': 1}\nfor name in ('lightning', 'lightning.fabric', 'lightning.fabric.loggers'):\n"

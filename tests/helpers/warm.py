@@ -34,7 +34,6 @@ from typing import IO, Any
 #: Imported before the fork, in this order.
 PRELOADED = (
     "plugframe.testing.preload",
-    "preloaded",
     "torch.distributed.elastic.agent.server.local_elastic_agent",
     "torch.distributed.run",
     "plugframe.cli.run",
@@ -268,6 +267,8 @@ def _stream(wanted: Any, default: int, text: bool) -> tuple[IO[Any] | None, int]
 
 def serve_forkserver(descriptor: int) -> None:
     """Import everything, then fork a process per request until the other side closes."""
+    import preloaded  # noqa: F401 - for its imports, while its folder is in the path
+
     sys.path.remove(str(Path(__file__).parent))
     os.environ.pop("PYTHONPATH")
     for name in PRELOADED:

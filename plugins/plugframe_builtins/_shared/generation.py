@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterable
+from contextlib import ExitStack
 
 from torch import nn
 
@@ -11,11 +12,12 @@ from torch import nn
 _MARK = "_is_fsdp_managed_module"
 
 
-def keep_in_step(module: nn.Module) -> Callable[[], None]:
-    """Make ``generate`` of Hugging Face models keep ranks in step; return a function that undoes it.
+def keep_in_step(module: nn.Module, undo: ExitStack) -> None:
+    """Make ``generate`` of Hugging Face models keep ranks in step.
 
     Args:
         module: such a model, or one that has such a model in it, as one of peft.
+        undo: gets what undoes it, if there is anything to undo.
     """
     parts = [
         weakref.ref(part)
@@ -25,10 +27,12 @@ def keep_in_step(module: nn.Module) -> Callable[[], None]:
     for reference in parts:
         vars(reference())[_MARK] = True
 
-    def undo() -> None:
-        for reference in parts:
-            part = reference()
-            if part is not None:
-                vars(part).pop(_MARK, None)
+    if parts:
+        undo.callback(_unmark, parts)
 
-    return undo
+
+def _unmark(parts: Iterable[weakref.ref[nn.Module]]) -> None:
+    for reference in parts:
+        part = reference()
+        if part is not None:
+            vars(part).pop(_MARK, None)

@@ -127,7 +127,7 @@ class SetUp(Strategy):
         slot = Slot(module, replicate=self._replicate, read=self._reader, announce=self._announce)
         self._slots.append(slot)
         if self.stage == 3:
-            self._undo.callback(keep_in_step(module))
+            keep_in_step(module, self._undo)
         if self.stage == 3 and has_deferred(module):
             self._partition(slot)
         else:

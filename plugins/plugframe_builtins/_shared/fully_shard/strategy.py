@@ -176,7 +176,7 @@ class FullyShardedStrategy(Strategy):
         accept_plain_states(module, self.context.hooks)
         assert self._channel is not None
         remedy = self.graph_remedy if self.reshard_after_forward is not False else None
-        self._undo.callback(keep_in_step(module))
+        keep_in_step(module, self._undo)
         parts = with_partners(module, units[::-1])
         engine = Engine(shim, parts, self._evaluation, self._channel, self.name, remedy)
         self._engines = [reference for reference in self._engines if reference() is not None]
