@@ -19,7 +19,7 @@ from plugframe_builtins.convert.convert import convert
 from ranks import run_ranks
 
 #: Executed elsewhere: in a checkout of their own, as the guide of plugin authors, and by tests/docs/test_loop_page.py.
-ELSEWHERE = ("README.md", "docs/loop.md", "docs/plugins/", "docs/decisions/")
+ELSEWHERE = ("README.md", "docs/loop.md", "docs/loop-lines.md", "docs/plugins/", "docs/decisions/")
 
 
 def page_scripts() -> Iterator[tuple[str, str, str]]:
