@@ -5,17 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from browser import CHROMIUM, document
 from paths import ROOT
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
-OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=9000", "--dump-dom")
 
 pytestmark = [
     pytest.mark.ranks,
@@ -53,7 +50,6 @@ def test_pages_outside_of_docs_are_there(site: Path) -> None:
 def test_the_search_works_from_a_folder(site: Path, tmp_path: Path) -> None:
     """In a browser without a network, of files, a word is found on its page."""
     address = f"file://{site}/index.html?q=accumulate"
-    command = [CHROMIUM, *OPTIONS, f"--user-data-dir={tmp_path}", address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert re.search(r"md-search-result__meta\">\d+ matching documents", done.stdout)
-    assert "accumulation.html?h=accumulate" in done.stdout
+    shown = document(address, tmp_path / "profile", "--virtual-time-budget=9000")
+    assert re.search(r"md-search-result__meta\">\d+ matching documents", shown)
+    assert "accumulation.html?h=accumulate" in shown

@@ -55,7 +55,8 @@ NEEDS = {
     "docs/libraries.md": (
         "",
         "class Adapted(GPT):\n    save_pretrained = generate = lambda self, *args, **kwargs: None\n"
-        "tokens, base, LoraConfig = {}, model, lambda **settings: None\nget_peft_model = lambda base, config: Adapted()\n"
+        "tokens, base, LoraConfig = {}, model, lambda **settings: None\n"
+        "get_peft_model = lambda base, config: Adapted()\n"
         "get_peft_model_state_dict = lambda model, state_dict: state_dict",
     ),
     "docs/logging.md": (

@@ -5,21 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from browser import CHROMIUM, document
 from plugframe import Lite
 from plugframe.tools.report import command
 from plugframe.tools.report.runs import MOST_POINTS, thinned
-
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
-)
 
 
 def record(folder: Path) -> None:
@@ -169,11 +164,8 @@ def test_a_browser_draws_it(recorded: Path) -> None:
     assert report("runs", "--checkpoints=ckpts").exit_code == 0
     page = (recorded / "report.html").read_text()
     (recorded / "acts.html").write_text(page.replace("</body>", ACTS + "</body>"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={recorded}/profile", "--dump-dom"]
-    done = subprocess.run(
-        [CHROMIUM, *options, f"file://{recorded}/acts.html"], capture_output=True, text=True, timeout=120, check=True
-    )
-    (text,) = re.findall(r"RESULT(.*)END", done.stdout, re.DOTALL)
+    shown = document(f"file://{recorded}/acts.html", recorded / "profile")
+    (text,) = re.findall(r"RESULT(.*)END", shown, re.DOTALL)
     found = json.loads(text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert "error" not in found, found["error"]
     assert found["plots"] == ["loss", "samples_per_s", "peak_memory_gb"]
