@@ -4,7 +4,7 @@ Torch labels these calls with ``record_function``, which goes through the Python
 or not a profiler runs. Here torch's C++ class makes the label, for observers that are no profiler of this thread, and
 the call is torch's own whenever a profiler runs, a hook is registered or code is compiled.
 
-This is a hack, since it looks into torch's functions (2.11 to 2.13): one that is not as known stays as it is.
+This is a hack, since it looks into torch's functions (2.11 to 2.14): one that is not as known stays as it is.
 """
 
 from __future__ import annotations
