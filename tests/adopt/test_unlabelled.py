@@ -109,7 +109,7 @@ def test_a_profiler_sees_torchs_labels(lite: Lite) -> None:
     batches = iter(lite.setup_dataloaders(DataLoader(TensorDataset(torch.randn(4, 3)), batch_size=2)))
     next(batches)
     trained(module, optimizer, lite.backward)
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
         next(batches)
         optimizer.step()
         optimizer.zero_grad()
