@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +155,10 @@ def test_generate_of_peft_runs_under_the_strategy(monkeypatch: pytest.MonkeyPatc
 def test_models_that_generate_keep_ranks_in_step() -> None:
     """Every model in a module that generates is marked for transformers, and no longer after the end."""
     model = Adapted()
-    undo = keep_in_step(model)
-    assert getattr(model, _MARK)
-    assert getattr(model.base_model, _MARK)
-    undo()
+    with ExitStack() as undo:
+        keep_in_step(model, undo)
+        assert getattr(model, _MARK)
+        assert getattr(model.base_model, _MARK)
     assert not hasattr(model, _MARK)
     assert not hasattr(model.base_model, _MARK)
 
