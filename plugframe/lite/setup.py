@@ -173,7 +173,8 @@ def _prepare(lite: Lite, module: M, move_to_device: bool, call: str) -> M:
             check_values(module)
             module = module.to(context.device)
     lite._replaced_parameters.record(before, module)
-    if lite.world_size > 1 and context.device.type == "cpu":
+    # Its sums are over all ranks: where some read the same samples, or have other layers, torch's own error stays.
+    if context.device.type == "cpu" and 1 < lite.world_size == lite._hooks.strategy_data_shard()[1]:
         undo = use_cpu_sync_batch_norm(module)
         if undo is not None:
             lite._session.on_close(undo)

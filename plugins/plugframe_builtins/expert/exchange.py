@@ -133,21 +133,21 @@ class Exchange(Partner):
             head[:4] = [1, int(grads), _DTYPES.index(first.dtype), len(shape)]
             head[4 : 4 + len(shape)] = shape
         numbers = [-1 if row is None else len(row) for row in rows]
-        if self._axis.copies and first is not None and not self._compared:
-            self._compared = True
+        if self._axis.copies and not self._compared:
             self._compare(numbers, given)
+            self._compared = first is not None
         mine = torch.tensor([*numbers, *head])
         found: Tensor = self._axis.hooks.collective_all_gather(tensor=mine, group=self._axis.group, sync_grads=False)
         return found.cpu()
 
     def _compare(self, numbers: Sequence[int], given: Sequence[Tensor]) -> None:
         """Raise if ranks that read the same batch, as those of a tensor group, give the experts other tokens."""
-        with torch.no_grad():
-            sums = [float(row.abs().sum()) if row.is_floating_point() else float(row.sum()) for row in given]
+        mine = torch.tensor([float(row.detach().abs().sum()) for row in map(_real, given)])
         for group in self._axis.copies:
-            for other in self._axis.hooks.collective_all_gather_object(obj=(list(numbers), sums), group=group):
-                close = torch.allclose(torch.tensor(other[1]), torch.tensor(sums), rtol=1e-2, atol=1e-4)
-                if other[0] != list(numbers) or not close:
+            sent = (list(numbers), mine.tolist())
+            for rows, sums in self._axis.hooks.collective_all_gather_object(obj=sent, group=group):
+                alike = list(rows) == list(numbers)
+                if not alike or not torch.allclose(torch.tensor(sums), mine, rtol=1e-2, atol=1e-4, equal_nan=True):
                     raise UnsupportedError(
                         f"The experts {self.path!r} get other tokens on ranks that read the same batch: strategy "
                         "'expert' needs complete activations beside another strategy that splits layers. Leave "
@@ -226,6 +226,10 @@ class Exchange(Partner):
                 out = self._checked((run or self._run)(ones)[0], 1)
             self._like[key] = out.shape[1:], out.dtype
         return self._like[key]
+
+
+def _real(row: Tensor) -> Tensor:
+    return torch.view_as_real(row) if row.is_complex() else row.float()
 
 
 def check_complete(path: str, arguments: Any) -> None:
