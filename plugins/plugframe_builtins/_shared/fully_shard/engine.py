@@ -214,8 +214,11 @@ class Engine:
     def zero_grad(self, owner: nn.Module | torch.optim.Optimizer) -> bool:
         """Drop gradients after ``owner.zero_grad()``; return whether there were some that are not averaged."""
         if owner is self.shim.module:
-            for parameter in self._parameters:  # between a forward and its backward the module has gathered copies
-                parameter.grad = None
+            # Between a forward and its backward the module has gathered copies of some in their place.
+            held = set(map(id, self.shim.module.parameters()))
+            for parameter in self._parameters:
+                if id(parameter) not in held:
+                    parameter.grad = None
         elif isinstance(owner, nn.Module) or not self.owns(owner):
             return False
         if self.local:
